@@ -1,0 +1,1 @@
+"""Recipes: the schema, loading with exact error positions, and the learning contract."""
