@@ -1,0 +1,158 @@
+"""Global batches of a run as each rank sees them, prefetched by one thread; and the evaluation set."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from turbolm.data.collate import collate, cu_seqlens, deal_bins
+from turbolm.data.order import BatchOrder, Packing, pack
+from turbolm.data.packing import Bins, IntArray
+from turbolm.data.store import Split, TokenStore
+from turbolm.errors import UserError
+
+
+@dataclass(frozen=True)
+class GlobalBatch:
+    """A global batch and this rank's part of it.
+
+    `micro_batches` has the same length on every rank; the arrays are those of `collate`. `indices` is
+    int64 [num_micro, micro_batch_bins], this rank's places in `bins`. Every number is about the whole global batch and
+    the same on every rank.
+    """
+
+    index: int
+    bins: Bins
+    indices: IntArray
+    micro_batches: list[dict[str, np.ndarray]]
+
+    @property
+    def num_targets(self) -> int:
+        """Valid targets of the whole global batch."""
+        return self.bins.num_positions
+
+    @property
+    def num_documents(self) -> int:
+        """Different documents; those cut into pieces count once."""
+        return len(np.unique(self.bins.document))
+
+    @property
+    def padding_fraction(self) -> float:
+        """Share of the bins' positions that hold no document (empty places of the last micro step not counted)."""
+        return 1 - self.num_targets / (len(self.bins) * self.bins.seq_len)
+
+    @property
+    def attention_pairs(self) -> int:
+        """Pairs of a position and one it attends to, within documents: the sum of l (l + 1) / 2."""
+        return int((self.bins.length * (self.bins.length + 1) // 2).sum())
+
+    @property
+    def sample_ids(self) -> list[tuple[int, int, int]]:
+        """What was trained on: (document, start, length) of each piece, in positions."""
+        pieces = (self.bins.document, self.bins.start, self.bins.length)
+        return list(zip(*(piece.tolist() for piece in pieces), strict=True))
+
+    def cu_seqlens(self, micro: int) -> tuple[np.ndarray, int]:
+        """Boundaries (int32 [num_pieces + 1]) and longest piece of micro-batch `micro`, see `collate.cu_seqlens`."""
+        return cu_seqlens(self.bins, self.indices[micro])
+
+
+@dataclass(frozen=True)
+class BatchLoader:
+    """Reads the global batches of `order` from `store` for one rank."""
+
+    order: BatchOrder
+    store: TokenStore
+    split: Split
+    world_size: int
+    rank: int
+    micro_batch_bins: int
+
+    def global_batch(self, index: int) -> GlobalBatch:
+        """Global batch `index`, counted from 0."""
+        bins = self.order.batch(index)
+        return _global_batch(index, bins, self.store, self.split, (self.world_size, self.rank, self.micro_batch_bins))
+
+    def iterate(self, first_index: int, last_index: int) -> Generator[GlobalBatch, None, None]:
+        """The batches from `first_index` up to but not including `last_index`, two of them read ahead by a thread."""
+        ready: queue.Queue[GlobalBatch | BaseException] = queue.Queue(maxsize=2)
+        closed = threading.Event()
+
+        def put(item: GlobalBatch | BaseException) -> None:
+            while not closed.is_set():
+                try:
+                    return ready.put(item, timeout=0.1)
+                except queue.Full:
+                    continue
+
+        def read() -> None:
+            try:
+                for index in range(first_index, last_index):
+                    if closed.is_set():
+                        return
+                    put(self.global_batch(index))
+            except BaseException as error:  # raised again where the batches are used
+                put(error)
+
+        thread = threading.Thread(target=read, name="turbolm-prefetch", daemon=True)
+        thread.start()
+        try:
+            for _ in range(first_index, last_index):
+                item = ready.get()
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+        finally:
+            closed.set()
+            thread.join()
+
+
+@dataclass(frozen=True)
+class EvaluationSet:
+    """Held-out documents, packed: `num_targets` positions whose text has `text_bytes` UTF-8 bytes."""
+
+    bins: Bins
+    num_targets: int
+    text_bytes: int
+
+
+def evaluation_set(store: TokenStore, seq_len: int, max_tokens: int, packing: Packing = "best_fit") -> EvaluationSet:
+    """The first validation documents, whole, of at most `max_tokens` positions; always at least one document."""
+    lengths, text_bytes = store.lengths("validation"), store.text_bytes("validation")
+    if not len(lengths):
+        raise UserError(
+            "There are no validation documents. Raise data.validation (it is now "
+            f"{store.manifest['validation']:g}) or add documents to data.sources."
+        )
+    count = max(1, int(np.searchsorted(np.cumsum(lengths), max_tokens, side="right")))
+    bins = pack(lengths[:count], seq_len, packing)
+    return EvaluationSet(bins, bins.num_positions, int(text_bytes[:count].sum()))
+
+
+def evaluation_batches(
+    store: TokenStore,
+    seq_len: int,
+    max_tokens: int,
+    packing: Packing = "best_fit",
+    *,
+    world_size: int = 1,
+    rank: int = 0,
+    micro_batch_bins: int = 1,
+) -> Iterator[GlobalBatch]:
+    """The evaluation set as batches of one micro-batch on each rank; every rank gets the same number of them."""
+    bins = evaluation_set(store, seq_len, max_tokens, packing).bins
+    per_batch = world_size * micro_batch_bins
+    for index, first in enumerate(range(0, len(bins), per_batch)):
+        part = bins.select(np.arange(first, min(first + per_batch, len(bins))))
+        yield _global_batch(index, part, store, "validation", (world_size, rank, micro_batch_bins))
+
+
+def _global_batch(index: int, bins: Bins, store: TokenStore, split: Split, layout: tuple[int, int, int]) -> GlobalBatch:
+    world_size, rank, micro_batch_bins = layout
+    assert 0 <= rank < world_size
+    indices = deal_bins(bins.attention_cost, world_size, micro_batch_bins)[:, rank]
+    return GlobalBatch(index, bins, indices, [collate(bins, micro, store, split) for micro in indices])
