@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 from turbolm.recipe.schema import Schedule
 from turbolm.units import Span
@@ -18,26 +19,19 @@ def lr_ratio(schedule: Schedule, tokens: float, budgets_tokens: Sequence[int], g
 
     `budgets_tokens` holds the run's token budget and, for a finished run that was extended, each larger budget after
     it. With `on_extend: rewarm` every extension warms up from where the one before it ended and runs the same shape
-    over the added tokens; with `on_extend: stretch` the curve of the largest budget holds from where the run stands.
+    over the added tokens; with `on_extend: stretch` the curve of the larger budget, drawn from the start of the run,
+    holds from where the run stands. Either way the values up to the earlier budget stay as they were.
     """
-    if schedule.on_extend == "stretch" or len(budgets_tokens) == 1:
-        reached = budgets_tokens[-1] if len(budgets_tokens) == 1 else _reached_budget(tokens, budgets_tokens)
-        return _segment_ratio(schedule, tokens, reached, global_batch_tokens, start_ratio=0.0)
-    start_tokens, start_ratio = 0, 0.0
-    for budget_tokens in budgets_tokens[:-1]:
-        if tokens <= budget_tokens:
-            break
-        length = budget_tokens - start_tokens
-        start_ratio = _segment_ratio(schedule, length, length, global_batch_tokens, start_ratio)
-        start_tokens = budget_tokens
-    end_tokens = next((budget for budget in budgets_tokens if tokens <= budget), budgets_tokens[-1])
-    length = end_tokens - start_tokens
-    return _segment_ratio(schedule, tokens - start_tokens, length, global_batch_tokens, start_ratio)
-
-
-def _reached_budget(tokens: float, budgets_tokens: Sequence[int]) -> int:
-    """The budget that was in force when the run had seen `tokens` tokens."""
-    return next((budget for budget in budgets_tokens if tokens <= budget), budgets_tokens[-1])
+    reached = next((i for i, budget in enumerate(budgets_tokens) if tokens <= budget), len(budgets_tokens) - 1)
+    if schedule.on_extend == "stretch":
+        return _segment_ratio(schedule, tokens, budgets_tokens[reached], global_batch_tokens, start_ratio=0.0)
+    starts_tokens = [0, *budgets_tokens[:reached]]
+    start_ratio = 0.0
+    for start, end in pairwise(starts_tokens):
+        start_ratio = _segment_ratio(schedule, end - start, end - start, global_batch_tokens, start_ratio)
+    start = starts_tokens[-1]
+    length = budgets_tokens[reached] - start
+    return _segment_ratio(schedule, tokens - start, length, global_batch_tokens, start_ratio)
 
 
 def _segment_ratio(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from decimal import Decimal
 from fractions import Fraction
 
 _COUNT_SUFFIXES = {
@@ -117,8 +118,9 @@ class Span:
         return self.amount * scale
 
     def __str__(self) -> str:
-        if self.unit == "share":
-            return f"{self.amount * 100:g}%"
+        if self.unit == "share":  # shifted in decimal, so that the text parses back to the very same share
+            percent = Decimal(repr(float(self.amount))).scaleb(2).normalize()
+            return f"{percent:f}%" if percent == 0 or percent.adjusted() > -6 else f"{percent}%"
         return f"{int(self.amount)} steps" if self.unit == "steps" else f"{int(self.amount)}"
 
 

@@ -30,6 +30,22 @@ def _off_is_none(value: object) -> object:
     return None if value == "off" else value
 
 
+def _list_is_tuple(value: object) -> object:
+    """YAML writes a list; the frozen recipe holds a tuple."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _text_is_tuple(value: object) -> object:
+    return (value,) if isinstance(value, str) else _list_is_tuple(value)
+
+
+def _whole(value: object) -> object:
+    """A Literal of integers takes `true` for 1 and `2.0` for 2."""
+    if isinstance(value, (bool, float)):
+        raise ValueError(f"expected a whole number, got {value!r}")
+    return value
+
+
 _UNIT_TEXT = {"anyOf": [{"type": "number"}, {"type": "string"}]}
 
 Count = Annotated[int, BeforeValidator(units.parse_count), WithJsonSchema(_UNIT_TEXT)]
@@ -39,12 +55,13 @@ Share = Annotated[float, BeforeValidator(units.parse_share), WithJsonSchema(_UNI
 Seconds = Annotated[int, BeforeValidator(units.parse_duration), WithJsonSchema(_UNIT_TEXT)]
 Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 PositiveNumber = Annotated[Number, Field(gt=0)]
+Beta = Annotated[Number, Field(ge=0, lt=1)]
 TrainingSpan = Annotated[
     Any, BeforeValidator(Span.parse), PlainSerializer(str, return_type=str), WithJsonSchema(_UNIT_TEXT)
 ]
 Text = Annotated[str, Field(min_length=1, pattern=r"^[^\x00-\x1f\x7f]+$")]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
-Paths = Annotated[tuple[Text, ...], BeforeValidator(lambda v: (v,) if isinstance(v, str) else v), Field(min_length=1)]
+Paths = Annotated[tuple[Text, ...], BeforeValidator(_text_is_tuple), Field(min_length=1)]
 
 
 class Section(BaseModel):
@@ -143,7 +160,9 @@ Source = Annotated[
 class Data(Section):
     """What is read and how documents become sequences."""
 
-    sources: Annotated[tuple[Source, ...], Field(min_length=1)] = (StdlibSource(type="stdlib"),)
+    sources: Annotated[tuple[Source, ...], BeforeValidator(_list_is_tuple), Field(min_length=1)] = (
+        StdlibSource(type="stdlib"),
+    )
     seq_len: Annotated[Positive, Field(ge=8)]
     packing: Literal["best_fit", "single"] = Field(
         "best_fit", description="best_fit: several documents a row, kept apart; single: one document a row, padded"
@@ -177,7 +196,7 @@ class Optimizer(Section):
 
     name: Literal["adamw"] = "adamw"
     lr: PositiveNumber = 3e-4
-    betas: tuple[Annotated[Number, Field(ge=0, lt=1)], Annotated[Number, Field(ge=0, lt=1)]] = (0.9, 0.95)
+    betas: Annotated[tuple[Beta, Beta], BeforeValidator(_list_is_tuple)] = (0.9, 0.95)
     eps: PositiveNumber = 1e-8
     weight_decay: Annotated[Number, Field(ge=0)] = 0.1
 
@@ -213,7 +232,7 @@ class Cluster(Section):
 class Execution(Section):
     """How the contract is carried out. Nothing here changes what is learned."""
 
-    zero_stage: Literal[0, 1, 2, 3] = 2
+    zero_stage: Annotated[Literal[0, 1, 2, 3], BeforeValidator(_whole)] = 2
     offload_optimizer: bool = False
     micro_batch: Positive | Literal["auto"] = Field(
         "auto", description="tokens of one forward on one process; auto: a process's share, 16k tokens at most"
