@@ -68,7 +68,7 @@ class TokenStore:
     def read(self, split: Split, document: int, start: int, length: int) -> np.ndarray:
         """The `length` inputs from position `start` on, and the target of the last: a view of length + 1 tokens."""
         lengths, _, first_token, first_document = self._documents[split]
-        assert 0 <= start and length > 0 and start + length <= lengths[document]
+        assert start >= 0 and length > 0 and start + length <= lengths[document]
         shard = int(np.searchsorted(first_document, document, side="right")) - 1
         begin = int(first_token[document]) + start
         return self._tokens(shard)[begin : begin + length + 1]
@@ -103,15 +103,14 @@ class TokenStore:
             index = np.fromfile(self.folder / shard["index"]["file"], dtype="<i8").reshape(-1, 2).astype(np.int64)
             first_token = np.cumsum(index[:, 0]) - index[:, 0]
             num_train = shard["train"]["documents"]
-            for split, rows in (("train", slice(None, num_train)), ("validation", slice(num_train, None))):
-                parts[split].append((index[rows, 0] - 1, index[rows, 1], first_token[rows]))
-        return {
-            split: (
-                *(np.concatenate(column) for column in zip(*parts[split], strict=True)),
-                np.cumsum([0] + [len(part[0]) for part in parts[split]]),
-            )
-            for split in SPLITS
-        }
+            parts["train"].append((index[:num_train, 0] - 1, index[:num_train, 1], first_token[:num_train]))
+            parts["validation"].append((index[num_train:, 0] - 1, index[num_train:, 1], first_token[num_train:]))
+        documents: dict[Split, tuple[IntArray, IntArray, IntArray, IntArray]] = {}
+        for split in SPLITS:
+            lengths, text_bytes, first_token = (np.concatenate(column) for column in zip(*parts[split], strict=True))
+            first_document = np.cumsum([0] + [len(part[0]) for part in parts[split]])
+            documents[split] = (lengths, text_bytes, first_token, first_document)
+        return documents
 
     def _tokens(self, shard: int) -> np.ndarray:
         tokens = self._maps.get(shard)
@@ -145,7 +144,7 @@ def open_store(folder: str | Path, *, verify: Literal["quick", "full"] = "quick"
             if problem:
                 raise UserError(
                     f"Shard {number} of the token store {folder} is damaged: {problem}. "
-                    f"Delete {MANIFEST} there and run `turbolm prepare` again; it rebuilds what is damaged."
+                    f"Delete {part['file']} there and run `turbolm prepare RECIPE` again; it rebuilds that shard."
                 )
     return TokenStore(folder, manifest)
 
