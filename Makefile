@@ -1,0 +1,36 @@
+# One command for each thing one does with this repository. `make` alone lists them and changes nothing.
+.DEFAULT_GOAL := help
+.PHONY: help setup train test lint bench lock clean
+PYTHON_VENV := .venv/bin/python
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: ## make .venv with the pinned packages (PYTHON=python3.12 chooses the Python)
+	@sh launch/setup.sh
+
+train: setup ## train recipes/quickstart (ARGS='train.budget=1M' overrides the recipe)
+	@.venv/bin/turbolm train recipes/quickstart/config.yaml $(ARGS)
+
+test: setup lint ## lint, then run the tests (ARGS='-k packing' selects)
+	@$(PYTHON_VENV) -m pytest -n 2 --dist loadgroup $(ARGS)
+
+lint: setup ## ruff, mypy and the import contracts
+	@$(PYTHON_VENV) -m ruff check .
+	@$(PYTHON_VENV) -m ruff format --check .
+	@$(PYTHON_VENV) -m mypy src
+	@.venv/bin/lint-imports
+
+bench: setup ## run the benchmarks
+	@$(PYTHON_VENV) benchmarks/run.py $(ARGS)
+
+# torch is left out: which build is right depends on the machine, so launch/setup.sh installs it. The override makes uv
+# ignore it and its CUDA libraries; the group `lock` in pyproject.toml adds the rest of what torch needs.
+lock: ## pin the newest suitable packages in requirements.lock (needs uv)
+	@printf 'torch; python_version < "3"\n' | UV_CUSTOM_COMPILE_COMMAND='make lock' PATH="$(CURDIR)/.venv/bin:$$PATH" \
+		uv pip compile pyproject.toml --extra dev --group lock --universal --python-version 3.11 --generate-hashes \
+		--upgrade --override - --no-emit-index-url --no-emit-find-links --no-annotate --quiet -o requirements.lock
+
+clean: ## remove caches and build products; keeps .venv, runs and prepared data
+	@rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis src/turbolm.egg-info
+	@find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
