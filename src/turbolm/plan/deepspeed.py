@@ -1,0 +1,81 @@
+"""The DeepSpeed configuration of a run: a base of ds_configs/ with every `auto` filled in. Torch-free.
+
+What each key does, and why its value is written out, stands in ds_configs/README.md.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, Protocol
+
+from turbolm.errors import UserError
+from turbolm.recipe.schema import Recipe
+
+# Elements of a communication bucket. DeepSpeed holds up to two in memory at the precision of the gradients: 400 MB on
+# a GPU in bf16, 100 MB on a CPU in fp32. Its own default of 5e8 would take 2 GB.
+_BUCKET_ELEMENTS = {"cuda": 100_000_000, "cpu": 25_000_000}
+
+
+class Batch(Protocol):
+    """What a batch plan must tell (`turbolm.plan.batch`)."""
+
+    @property
+    def world_size(self) -> int: ...
+    @property
+    def micro_batch_bins(self) -> int: ...
+    @property
+    def gradient_accumulation_steps(self) -> int: ...
+
+
+def resolve_ds_config(recipe: Recipe, batch: Batch, device: str, precision: str) -> dict[str, Any]:
+    """The complete configuration for `device` (cpu or cuda) and `precision` (fp32, bf16 or fp16)."""
+    stage = recipe.execution.zero_stage
+    config = _load_base(stage)
+    bins = batch.micro_batch_bins * batch.gradient_accumulation_steps * batch.world_size
+    config |= {
+        "train_micro_batch_size_per_gpu": batch.micro_batch_bins,
+        "gradient_accumulation_steps": batch.gradient_accumulation_steps,
+        "train_batch_size": bins,
+        "gradient_clipping": recipe.train.max_grad_norm or 0.0,
+        "communication_data_type": precision,
+    }
+    config["bf16"]["enabled"] = precision == "bf16"
+    config["fp16"]["enabled"] = precision == "fp16"
+    zero = config["zero_optimization"]
+    for key in ("reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucket_size"):
+        if key in zero:
+            zero[key] = _BUCKET_ELEMENTS[device]
+    if "overlap_comm" in zero:
+        zero["overlap_comm"] = device == "cuda"  # a CPU has no stream to overlap on
+    if recipe.execution.offload_optimizer:
+        if stage == 0:
+            raise UserError("execution.offload_optimizer needs execution.zero_stage 1, 2 or 3")
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": device == "cuda"}
+    left = _paths_of_auto(config)
+    assert not left, f"unresolved in ds_configs/zero{stage}.json: {', '.join(left)}"
+    return config
+
+
+def _load_base(stage: int) -> dict[str, Any]:
+    """The base of a ZeRO stage, from $TURBOLM_HOME/ds_configs or else from the checkout this module stands in."""
+    home = os.environ.get("TURBOLM_HOME")
+    folder = (Path(home) if home else Path(__file__).parents[3]) / "ds_configs"
+    path = folder / f"zero{stage}.json"
+    try:
+        base: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise UserError(f"{path} is missing; set TURBOLM_HOME to the folder of a turbolm checkout") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{error.lineno}: {error.msg}") from None
+    return base
+
+
+def _paths_of_auto(value: object, path: str = "") -> list[str]:
+    """Where an `auto` stands: Accelerate would fill it in behind the plan's back."""
+    if isinstance(value, dict):
+        return [found for key, item in value.items() for found in _paths_of_auto(item, f"{path}.{key}".lstrip("."))]
+    if isinstance(value, list):
+        return [found for index, item in enumerate(value) for found in _paths_of_auto(item, f"{path}[{index}]")]
+    return [path] if value == "auto" else []

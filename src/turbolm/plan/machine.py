@@ -1,0 +1,202 @@
+"""What this machine offers, and what a recipe's `auto` values come to on it. Torch-free.
+
+Planning for another machine (submitting from a login node) passes a `Machine` that describes that one.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from turbolm.errors import UserError
+from turbolm.recipe.schema import Recipe
+
+Device = str  # "cpu" or "cuda"
+Precision = str  # "fp32", "bf16" or "fp16"
+
+_NVIDIA_SMI_TIMEOUT_SEC = 30  # the first call on an idle machine loads the driver
+_BF16_CAPABILITY = (8, 0)  # Ampere is the first generation that multiplies in bf16
+_FP16_CAPABILITY = (7, 0)  # DeepSpeed refuses fp16 below Volta
+_BF16_CPU_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # x86, x86, aarch64
+
+
+@dataclass(frozen=True)
+class Machine:
+    """One node, as far as this process may use it."""
+
+    num_gpus: int
+    gpu_name: str | None
+    gpu_compute_capability: tuple[int, int] | None  # None without a GPU, or when the driver does not tell
+    num_cpus: int
+    cpu_has_bf16: bool
+    memory_bytes: int
+
+
+def detect_machine(root: Path = Path("/")) -> Machine:
+    """Look at this machine; `root` is where /proc, /sys and /dev are read."""
+    names_and_capabilities, num_gpus = _visible_gpus(root)
+    name, capability = names_and_capabilities[0] if names_and_capabilities else (None, None)
+    return Machine(
+        num_gpus=num_gpus,
+        gpu_name=name,
+        gpu_compute_capability=capability,
+        num_cpus=_usable_cpus(root),
+        cpu_has_bf16=bool(_BF16_CPU_FLAGS & _cpu_flags(_read(root / "proc/cpuinfo"))),
+        memory_bytes=_memory_bytes(root),
+    )
+
+
+def resolve_device(recipe: Recipe, machine: Machine) -> Device:
+    """`cuda` where there is a GPU, unless the recipe says otherwise."""
+    wanted = recipe.cluster.device
+    if wanted == "cuda" and machine.num_gpus == 0:
+        raise UserError("cluster.device is cuda, but no GPU is visible here; set cluster.device=cpu or auto")
+    if wanted == "auto":
+        return "cuda" if machine.num_gpus else "cpu"
+    return wanted
+
+
+def resolve_processes_per_node(recipe: Recipe, machine: Machine, device: Device) -> int:
+    """One process a GPU. Without a GPU two, so that the distributed path is the one that runs, or one on one core."""
+    wanted = recipe.cluster.processes_per_node
+    if device == "cuda":
+        if wanted == "auto":
+            return machine.num_gpus
+        if wanted > machine.num_gpus:
+            raise UserError(
+                f"cluster.processes_per_node is {wanted}, but only {machine.num_gpus} GPUs are visible here; "
+                "each process needs its own"
+            )
+        return wanted
+    if wanted == "auto":
+        return min(2, machine.num_cpus)
+    return wanted
+
+
+def resolve_precision(recipe: Recipe, machine: Machine, device: Device) -> Precision:
+    """bf16 where the processor computes in it, else fp32, unless the recipe says otherwise."""
+    wanted, zero_stage = recipe.train.precision, recipe.execution.zero_stage
+    if wanted == "auto":
+        return "bf16" if zero_stage > 0 and _computes_in_bf16(machine, device) else "fp32"
+    if wanted == "fp32":
+        return wanted
+    if zero_stage == 0:
+        # DeepSpeed's half-precision optimizer of stage 0 hides its state, which checkpoints need by name.
+        raise UserError(f"train.precision={wanted} needs execution.zero_stage 1, 2 or 3; stage 0 trains in fp32")
+    if wanted == "fp16" and device == "cpu":
+        raise UserError("train.precision=fp16 needs a GPU; set bf16 or fp32")
+    needed = _BF16_CAPABILITY if wanted == "bf16" else _FP16_CAPABILITY
+    capability = machine.gpu_compute_capability
+    if device == "cuda" and capability is not None and capability < needed:
+        raise UserError(
+            f"train.precision={wanted} needs a GPU of compute capability {needed[0]}.{needed[1]}, "
+            f"but {machine.gpu_name} has {capability[0]}.{capability[1]}"
+        )
+    return wanted
+
+
+def _computes_in_bf16(machine: Machine, device: Device) -> bool:
+    if device == "cpu":
+        return machine.cpu_has_bf16
+    return machine.gpu_compute_capability is not None and machine.gpu_compute_capability >= _BF16_CAPABILITY
+
+
+# --------------------------------------------------------------------------------------------------------------- GPUs
+
+
+def _visible_gpus(root: Path) -> tuple[list[tuple[str, tuple[int, int] | None]], int]:
+    """(name, compute capability) of each visible GPU as far as they are known, and how many are visible."""
+    rows = _query_gpus()
+    num_present = len(rows) or _list_gpus() or len(_device_files(root))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None or num_present == 0:
+        return rows, num_present
+    indexes: list[int] = []
+    for entry in (part.strip() for part in visible.split(",")):
+        if entry.startswith(("GPU-", "MIG-")):
+            indexes.append(0)  # a UUID; which row it is does not matter on a node with one kind of GPU
+        elif entry.isdigit() and int(entry) < num_present:
+            indexes.append(int(entry))
+        else:
+            break  # CUDA ignores everything after the first entry that names no device, such as -1
+    return [rows[index] for index in indexes if index < len(rows)], len(indexes)
+
+
+def _query_gpus() -> list[tuple[str, tuple[int, int] | None]]:
+    rows = []
+    for line in _nvidia_smi("--query-gpu=name,compute_cap", "--format=csv,noheader").splitlines():
+        name, _, capability = line.rpartition(",")
+        match = re.fullmatch(r"\s*(\d+)\.(\d+)\s*", capability)
+        if name:
+            rows.append((name.strip(), (int(match[1]), int(match[2])) if match else None))
+    return rows
+
+
+def _list_gpus() -> int:
+    """How many GPUs `nvidia-smi -L` names: drivers before 510 cannot be asked for the compute capability."""
+    return sum(line.startswith("GPU ") for line in _nvidia_smi("-L").splitlines())
+
+
+def _nvidia_smi(*arguments: str) -> str:
+    """What nvidia-smi prints, or nothing where it is missing, hangs or fails."""
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", *arguments], capture_output=True, text=True, timeout=_NVIDIA_SMI_TIMEOUT_SEC, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout if done.returncode == 0 else ""
+
+
+def _device_files(root: Path) -> list[Path]:
+    return [path for path in root.glob("dev/nvidia*") if re.fullmatch(r"nvidia\d+", path.name)]
+
+
+# ----------------------------------------------------------------------------------------------------- CPUs and memory
+
+
+def _usable_cpus(root: Path) -> int:
+    """Cores of this process's affinity mask, within the CPU quota of its control groups."""
+    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    usable = float(affinity)
+    for folder in _cgroup_folders(root):
+        quota, _, period = _read(folder / "cpu.max").strip().partition(" ")
+        if quota.isdigit() and period.isdigit() and int(period) > 0:
+            usable = min(usable, int(quota) / int(period))
+    return max(1, int(usable))
+
+
+def _memory_bytes(root: Path) -> int:
+    """Memory of the machine, within the limits of this process's control groups."""
+    match = re.search(r"^MemTotal:\s+(\d+) kB", _read(root / "proc/meminfo"), re.MULTILINE)
+    limits = [int(match[1]) * 1024] if match else []
+    for folder in _cgroup_folders(root):
+        limit = _read(folder / "memory.max").strip()
+        if limit.isdigit():
+            limits.append(int(limit))
+    return min(limits, default=0)
+
+
+def _cgroup_folders(root: Path) -> list[Path]:
+    """This process's version-2 control group and those above it: a limit of any of them holds."""
+    match = re.search(r"^0::/(.*)$", _read(root / "proc/self/cgroup"), re.MULTILINE)
+    top = root / "sys/fs/cgroup"
+    own = Path(match[1]) if match else Path()
+    if ".." in own.parts:  # seen from a container's namespace
+        own = Path()
+    return [top / own, *(top / above for above in own.parents)]
+
+
+def _cpu_flags(cpuinfo: str) -> set[str]:
+    match = re.search(r"^(?:flags|Features)\s*:(.*)$", cpuinfo, re.MULTILINE)
+    return set(match[1].split()) if match else set()
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
