@@ -1,0 +1,87 @@
+"""Batch arithmetic: how a global batch is shared by the processes and cut into micro-batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from turbolm.errors import UserError
+from turbolm.recipe.schema import Recipe
+
+AUTO_MICRO_BATCH_TOKENS = 16 * 1024  # `micro_batch: auto` goes no higher, unless one bin is longer
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """One optimizer step: `bins_per_batch` rows of `seq_len` tokens over `world_size` processes."""
+
+    seq_len: int
+    global_batch_tokens: int
+    bins_per_batch: int
+    world_size: int
+    micro_batch_bins: int  # bins of one forward pass on one process
+    gradient_accumulation_steps: int
+    num_filler_bins: int  # bins whose targets are all ignored, where the processes do not divide the batch
+    num_steps: int
+
+    @property
+    def micro_batch_tokens(self) -> int:
+        """Tokens of one forward pass on one process."""
+        return self.micro_batch_bins * self.seq_len
+
+
+def plan_batch(recipe: Recipe, world_size: int) -> BatchPlan:
+    """The batch arithmetic of `recipe` on `world_size` processes.
+
+    `micro_batch: auto` cuts a process's share of the batch into the fewest even parts of at most 16k tokens. A larger
+    `micro_batch` than the share is lowered to it, since the rest would be filler.
+    """
+    if world_size < 1:
+        raise ValueError(f"world_size must be at least 1, got {world_size}")
+    seq_len, batch_tokens = recipe.data.seq_len, recipe.train.global_batch
+    bins, rest = divmod(batch_tokens, seq_len)
+    if rest:
+        raise UserError(f"train.global_batch: must be a multiple of data.seq_len ({seq_len}), got {batch_tokens}")
+    if world_size > bins:
+        raise UserError(
+            f"train.global_batch: {batch_tokens} tokens are {bins} sequences of data.seq_len {seq_len}, too few for "
+            f"{world_size} processes; use at most {bins} processes, a global_batch of at least "
+            f"{world_size * seq_len}{_shorter(batch_tokens, world_size)}"
+        )
+    share = _ceil(bins, world_size)
+    micro_bins = _micro_batch_bins(recipe, share)
+    accumulation = _ceil(bins, world_size * micro_bins)
+    return BatchPlan(
+        seq_len=seq_len,
+        global_batch_tokens=batch_tokens,
+        bins_per_batch=bins,
+        world_size=world_size,
+        micro_batch_bins=micro_bins,
+        gradient_accumulation_steps=accumulation,
+        num_filler_bins=world_size * micro_bins * accumulation - bins,
+        num_steps=_ceil(recipe.train.budget, batch_tokens),
+    )
+
+
+def _micro_batch_bins(recipe: Recipe, share: int) -> int:
+    seq_len, micro_tokens = recipe.data.seq_len, recipe.execution.micro_batch
+    if micro_tokens == "auto":
+        most = max(AUTO_MICRO_BATCH_TOKENS // seq_len, 1)
+        return _ceil(share, _ceil(share, most))
+    if micro_tokens % seq_len:
+        below = micro_tokens // seq_len * seq_len
+        nearest = f"{below} and {below + seq_len}" if below else f"{seq_len}"
+        raise UserError(
+            f"execution.micro_batch: must be a multiple of data.seq_len ({seq_len}), got {micro_tokens}; "
+            f"nearest: {nearest}"
+        )
+    return min(micro_tokens // seq_len, share)
+
+
+def _shorter(batch_tokens: int, world_size: int) -> str:
+    """The longest sequence length that gives every process one."""
+    longest = next((n for n in range(batch_tokens // world_size, 7, -1) if batch_tokens % n == 0), None)
+    return f", or a seq_len of at most {longest}" if longest else ""
+
+
+def _ceil(count: int, parts: int) -> int:
+    return -(-count // parts)

@@ -1,0 +1,39 @@
+"""Training FLOPs of a decoder-only transformer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from turbolm.plan.parameters import estimate_parameters, read_architecture
+
+
+def training_flops_per_token(config: Mapping[str, Any], mean_span: float) -> float | None:
+    """FLOPs of one forward and backward pass for one token, or None for a model type that is not known here.
+
+        6 N + 12 L H S
+
+    N: the weights a token is multiplied with, which are the matrices of all layers and the output head (tied or not),
+    without embeddings, norms and biases. L: layers. H: heads x head size. S: keys a query attends to on average.
+
+    A matrix takes 2 FLOPs a weight forward (multiply, add) and twice that backward (gradients of input and weight):
+    6 N. Attention takes 2 H S for the scores and 2 H S for the weighted values, three times that with the backward
+    pass: 12 L H S. This is appendix B of PaLM (arXiv 2204.02311), with the span that causal masking and the limits of
+    packed documents leave (`mean_causal_span`) in place of the whole sequence. Recomputed activations do not count.
+    """
+    shape, counts = read_architecture(config), estimate_parameters(config)
+    if shape is None or counts is None:
+        return None
+    return 6.0 * counts.matmul + 12.0 * shape.num_layers * shape.attention_width * mean_span
+
+
+def mean_causal_span(document_lengths: Iterable[int]) -> float:
+    """Keys a query attends to, on average over the tokens of documents that attend only to their own past.
+
+    The tokens of a document of length l attend to 1, 2, ..., l keys: sum of l(l+1)/2 over sum of l.
+    """
+    num_pairs = num_tokens = 0
+    for length in document_lengths:
+        num_pairs += length * (length + 1) // 2
+        num_tokens += length
+    return num_pairs / num_tokens if num_tokens else 0.0

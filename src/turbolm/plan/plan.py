@@ -1,0 +1,66 @@
+"""The plan: everything that follows from a recipe on a given machine and world size. Torch-free."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from turbolm.plan.batch import BatchPlan, plan_batch
+from turbolm.plan.deepspeed import resolve_ds_config
+from turbolm.plan.machine import (
+    Machine,
+    resolve_device,
+    resolve_precision,
+    resolve_processes_per_node,
+)
+from turbolm.recipe.schema import Recipe
+from turbolm.units import Span
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a recipe runs. `recipe` has its precision settled: it is what the contract is taken from."""
+
+    recipe: Recipe
+    device: str
+    precision: str
+    world_size: int
+    processes_per_node: int
+    threads_per_process: int
+    batch: BatchPlan
+    evaluate_every_steps: int
+    checkpoint_every_steps: int
+    ds_config: dict[str, Any]
+
+
+def build_plan(recipe: Recipe, machine: Machine, world_size: int | None = None) -> Plan:
+    """Derive the plan; `world_size` overrules the recipe's cluster for a launch by hand.
+
+    Raises UserError when the recipe does not fit the machine.
+    """
+    device = resolve_device(recipe, machine)
+    precision = resolve_precision(recipe, machine, device)
+    if world_size is None:
+        processes_per_node = resolve_processes_per_node(recipe, machine, device)
+        world_size = processes_per_node * recipe.cluster.num_nodes
+    else:
+        processes_per_node = -(-world_size // recipe.cluster.num_nodes)
+    recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"precision": precision})})
+    batch = plan_batch(recipe, world_size)
+    threads = recipe.execution.threads_per_process
+    return Plan(
+        recipe=recipe,
+        device=device,
+        precision=precision,
+        world_size=world_size,
+        processes_per_node=processes_per_node,
+        threads_per_process=max(1, machine.num_cpus // processes_per_node) if threads == "auto" else threads,
+        batch=batch,
+        evaluate_every_steps=_span_steps(recipe.evaluation.every, batch, recipe),
+        checkpoint_every_steps=_span_steps(recipe.checkpoint.every, batch, recipe),
+        ds_config=resolve_ds_config(recipe, batch, device, precision),
+    )
+
+
+def _span_steps(span: Span, batch: BatchPlan, recipe: Recipe) -> int:
+    return max(1, round(span.tokens(recipe.train.budget, batch.global_batch_tokens) / batch.global_batch_tokens))

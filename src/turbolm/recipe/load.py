@@ -1,0 +1,233 @@
+"""Recipes from files: `extends:`, overrides from the command line, and every problem at once with its position."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import yaml
+from pydantic import ValidationError
+
+from turbolm.recipe.checks import check_recipe, check_values
+from turbolm.recipe.document import (
+    MAX_DEPTH,
+    MAX_FILE_BYTES,
+    SCALARS,
+    Problem,
+    RecipeError,
+    Tree,
+    join_key,
+    parse_document,
+)
+from turbolm.recipe.messages import Finding, validation_findings
+from turbolm.recipe.schema import Recipe
+
+__all__ = ["Problem", "RecipeError", "dump_recipe", "load_recipe"]
+
+_MAX_FILES = 64
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in the file `path`, on top of the files that it extends, with `key.path=value` overrides on top.
+
+    Raises RecipeError with every problem of every file, override and value.
+    """
+    problems: list[Problem] = []
+    shown = os.path.normpath(path) if str(path) else "recipe"
+    reader = _Reader(problems)
+    tree = reader.read(Path(path), shown, (), Problem(shown, None, "", ""))
+    complete = tree is not None
+    tree = tree or Tree({}, shown, None)
+    for override in overrides:
+        tree = _override(tree, override, problems)
+    recipe, findings = _validate(tree.plain())
+    told = {(problem.file, problem.line, problem.key) for problem in problems}
+    for finding in findings:
+        problem = _problem(tree, finding)
+        if (problem.file, problem.line, problem.key) in told or (
+            finding.needs_all and not (complete and reader.complete)
+        ):
+            continue
+        problems.append(problem)
+    if problems or recipe is None:
+        files = list(dict.fromkeys(problem.file for problem in problems))
+        raise RecipeError(sorted(problems, key=lambda problem: (files.index(problem.file), problem.line or 0)))
+    return recipe
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The whole recipe as YAML, defaults included; it loads back to an equal one."""
+    data = recipe.model_dump(mode="json")
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+def _validate(data: Any) -> tuple[Recipe | None, list[Finding]]:
+    try:
+        recipe = Recipe.model_validate(data)
+    except ValidationError as error:
+        return None, validation_findings(error) + check_values(data)
+    return recipe, check_recipe(recipe)
+
+
+def _problem(tree: Tree, finding: Finding) -> Problem:
+    origin = tree.nearest(finding.path)
+    key = ""
+    for part in finding.path:
+        key = join_key(key, part)
+    return Problem(origin.file, origin.line, key, finding.message)
+
+
+# ------------------------------------------------------------------------------------------------ files and extends
+
+
+class _Reader:
+    """Reads a file and what it extends. `complete` turns False when some file could not be used."""
+
+    def __init__(self, problems: list[Problem]) -> None:
+        self.problems = problems
+        self.num_files = 0
+        self.complete = True
+
+    def read(self, path: Path, shown: str, chain: tuple[tuple[str, str], ...], asked: Problem) -> Tree | None:
+        """The merged tree of one file; `chain` has the real path and shown name of each file that led here."""
+        real = os.path.realpath(path) if "\0" not in str(path) else str(path)
+        names = [name for _, name in chain]
+        self.num_files += 1
+        if real in [known for known, _ in chain]:
+            self._refuse(asked, f"a file extends itself: {' -> '.join([*names, shown])}")
+            return None
+        if self.num_files > _MAX_FILES:
+            if self.num_files == _MAX_FILES + 1:
+                self._refuse(asked, f"more than {_MAX_FILES} files are extended")
+            return None
+        text, trouble = _read_text(path)
+        if trouble:
+            self._refuse(asked, f"{trouble}: {shown}" if asked.key else trouble)
+            return None
+        tree = parse_document(text, shown, self.problems)
+        if tree is None:
+            self.complete = False
+            return None
+        if not isinstance(tree.value, dict):
+            what = "the file is empty" if tree.value is None else "expected a mapping of keys, got something else"
+            self._refuse(Problem(shown, tree.line, "", ""), what)
+            return None
+        return self._extend(tree, path, shown, (*chain, (real, shown)))
+
+    def _extend(self, tree: Tree, path: Path, shown: str, chain: tuple[tuple[str, str], ...]) -> Tree:
+        own = Tree({key: value for key, value in tree.value.items() if key != "extends"}, tree.file, tree.line)
+        extends = tree.value.get("extends")
+        if extends is None:
+            return own
+        merged = None
+        for entry in extends.value if isinstance(extends.value, list) else [extends]:
+            asked = Problem(entry.file, entry.line, "extends", "")
+            if not isinstance(entry.value, str) or not entry.value:
+                self._refuse(asked, "expected a path or a list of paths, relative to this file")
+                continue
+            name = os.path.normpath(os.path.join(os.path.dirname(shown), entry.value))
+            base = self.read(path.parent / entry.value, name, chain, asked)
+            if base is not None:
+                merged = base if merged is None else _merge(merged, base)
+        return own if merged is None else _merge(merged, own)
+
+    def _refuse(self, asked: Problem, message: str) -> None:
+        """Notes the problem at the place where the file was asked for."""
+        self.complete = False
+        self.problems.append(Problem(asked.file, asked.line, asked.key, message))
+
+
+def _read_text(path: Path) -> tuple[str, str]:
+    """The text of a file and "", or "" and what is wrong with the file."""
+    try:
+        with open(path, "rb") as file:
+            content = file.read(MAX_FILE_BYTES + 1)
+        if len(content) > MAX_FILE_BYTES:
+            return "", f"the file is larger than {MAX_FILE_BYTES // 1024} KiB, which no recipe is"
+        return content.decode("utf-8-sig"), ""
+    except FileNotFoundError:
+        return "", "no such file"
+    except IsADirectoryError:
+        inside = path / "config.yaml"
+        return "", "is a directory, not a file" + (f"; did you mean {inside}?" if inside.is_file() else "")
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        return "", f"the file is not UTF-8 text (line {line})"
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        return "", f"cannot be read: {getattr(error, 'strerror', None) or error}"
+
+
+def _merge(base: Tree, child: Tree) -> Tree:
+    """Mappings are merged key by key, everything else is replaced. The child's position holds for what both have."""
+    if not isinstance(base.value, dict) or not isinstance(child.value, dict):
+        return child
+    merged = dict(base.value)
+    for key, value in child.value.items():
+        merged[key] = _merge(merged[key], value) if key in merged else value
+    return Tree(merged, child.file, child.line)
+
+
+# -------------------------------------------------------------------------------------------------------- overrides
+
+
+def _override(tree: Tree, override: str, problems: list[Problem]) -> Tree:
+    """The tree with one `key.path=value` from the command line in it."""
+    key, equals, text = override.partition("=")
+    parts = key.strip().split(".")
+    origin = f"command line: {override if override.isprintable() and len(override) <= 200 else ascii(override[:200])}"
+    if not equals or not all(parts) or len(parts) > MAX_DEPTH:
+        problems.append(Problem(origin, None, "", "expected key.path=value, such as optimizer.lr=3e-4"))
+        return tree
+    if parts[0] == "extends":
+        problems.append(Problem(origin, None, "extends", "can only stand in a file"))
+        return tree
+    if len(text) > MAX_FILE_BYTES:
+        problems.append(Problem(origin, None, "", "the value is too long"))
+        return tree
+    value = parse_document(text, origin, problems, show_lines=False)
+    if value is None:
+        return tree
+    return _set(tree, parts, value, "", problems)
+
+
+def _set(tree: Tree, parts: Sequence[str], value: Tree, at: str, problems: list[Problem]) -> Tree:
+    if not parts:
+        return _merge(tree, value)
+    part, rest = parts[0], parts[1:]
+    key = join_key(at, part)
+    if isinstance(tree.value, list):
+        if not part.isdecimal() or len(part) > 6 or int(part) >= len(tree.value):
+            wanted = f"a number from 0 to {len(tree.value) - 1}" if tree.value else "a value for the whole list"
+            problems.append(Problem(value.file, None, key, f"no such entry of the list; expected {wanted}"))
+            return tree
+        entries = list(tree.value)
+        entries[int(part)] = _set(entries[int(part)], rest, value, key, problems)
+        return Tree(entries, tree.file, tree.line)
+    if tree.value is not None and not isinstance(tree.value, dict):
+        problems.append(Problem(value.file, None, key, f"{at} is a value, not a mapping of keys"))
+        return tree
+    children = dict(tree.value or {})
+    # What is not there yet comes from the command line as a whole.
+    child = children.get(part, Tree(None, value.file, None))
+    children[part] = _set(child, rest, value, key, problems)
+    return Tree(children, tree.file, tree.line)
+
+
+# ------------------------------------------------------------------------------------------------------------- dump
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what either YAML 1.1 or 1.2 would not read as text, and writes nothing as an alias."""
+
+    yaml_implicit_resolvers: ClassVar[dict] = {  # type: ignore[misc]
+        first: list(resolvers) for first, resolvers in yaml.SafeDumper.yaml_implicit_resolvers.items()
+    }
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+for _name, _pattern, _first in SCALARS:
+    _Dumper.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", _pattern, _first)
