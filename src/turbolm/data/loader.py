@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import queue
 import threading
 from collections.abc import Generator, Iterator
@@ -55,6 +56,12 @@ class GlobalBatch:
         """What was trained on: (document, start, length) of each piece, in positions."""
         pieces = (self.bins.document, self.bins.start, self.bins.length)
         return list(zip(*(piece.tolist() for piece in pieces), strict=True))
+
+    @property
+    def samples_digest(self) -> str:
+        """First 64 bits, in hexadecimal, of the SHA-256 of `sample_ids`: the ledger entry of this batch."""
+        pieces = np.stack([self.bins.document, self.bins.start, self.bins.length]).astype("<i8")
+        return hashlib.sha256(pieces.tobytes()).hexdigest()[:16]
 
     def cu_seqlens(self, micro: int) -> tuple[np.ndarray, int]:
         """Boundaries (int32 [num_pieces + 1]) and longest piece of micro-batch `micro`, see `collate.cu_seqlens`."""

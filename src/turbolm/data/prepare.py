@@ -1,8 +1,8 @@
 """Build the token store of a recipe: split, tokenize in parallel, write shards; all of it once.
 
 What a store holds is decided by its key, and its bytes depend on nothing else: not on the number of workers, nor on how
-often it was interrupted. A shard is up to about 32 MB of consecutive text, tokenized and written by one worker and renamed
-into place; the manifest is written last, so a store with a manifest is complete.
+often it was interrupted. A shard is up to about 32 MB of consecutive text, tokenized and written by one worker and
+renamed into place; the manifest is written last, so a store with a manifest is complete.
 """
 
 from __future__ import annotations

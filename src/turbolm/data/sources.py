@@ -15,7 +15,7 @@ import tokenize
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 from turbolm.errors import UserError
 from turbolm.recipe.schema import (
@@ -122,7 +122,7 @@ def _read_jsonl(source: JsonlSource) -> Iterator[str]:
                 yield _text(row[source.field], where, source.field)
 
 
-def _lines(path: Path, file: io.BufferedIOBase) -> Iterator[bytes]:
+def _lines(path: Path, file: IO[bytes]) -> Iterator[bytes]:
     from zstandard import ZstdError
 
     try:
@@ -131,15 +131,15 @@ def _lines(path: Path, file: io.BufferedIOBase) -> Iterator[bytes]:
         raise UserError(f"{path} cannot be read: {error}") from None
 
 
-def _open_compressed(path: Path) -> io.BufferedIOBase:
+def _open_compressed(path: Path) -> IO[bytes]:
     try:
         if path.suffix == ".gz":
-            return gzip.open(path)
+            return cast(IO[bytes], gzip.open(path))
         if path.suffix == ".zst":
             import zstandard
 
             reader = zstandard.ZstdDecompressor().stream_reader(path.open("rb"), read_across_frames=True, closefd=True)
-            return io.BufferedReader(reader, 1 << 20)
+            return cast(IO[bytes], io.BufferedReader(reader, 1 << 20))
         return path.open("rb", buffering=1 << 20)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None

@@ -130,11 +130,15 @@ def copy_tokenizer(path: str | Path, folder: Path) -> None:
 
 
 def tokenizer_fingerprint(tokenizer: str | Path | Tokenizer) -> str:
-    """SHA-256 over the canonical content of tokenizer.json, less truncation and padding, which no store depends on."""
+    """SHA-256 over the canonical content of tokenizer.json, less the parts that no store depends on.
+
+    Those are truncation, padding and the post-processor, which adds special tokens; Transformers rewrites all three.
+    """
     if isinstance(tokenizer, (str, Path)):
         tokenizer = load_tokenizer(tokenizer)
+    unused = ("truncation", "padding", "post_processor")
     content = json.loads(tokenizer.to_str())
-    content = {name: value for name, value in content.items() if name not in ("truncation", "padding")}
+    content = {name: value for name, value in content.items() if name not in unused}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

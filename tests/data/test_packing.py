@@ -1,0 +1,116 @@
+"""Packing loses nothing, repeats nothing, cuts only what does not fit, and is as tight as plain best fit decreasing."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from turbolm.data.packing import (
+    Bins,
+    concatenate,
+    count_best_fit,
+    count_single,
+    pack_best_fit,
+    pack_single,
+)
+
+corpora = st.tuples(st.lists(st.integers(0, 100), max_size=120), st.integers(1, 40))
+
+
+def naive_best_fit(lengths: list[int], seq_len: int) -> int:
+    """Number of bins of best fit decreasing, one piece at a time."""
+    rooms: list[int] = []
+    pieces = [seq_len] * sum(length // seq_len for length in lengths) + [length % seq_len for length in lengths]
+    for piece in sorted(filter(None, pieces), reverse=True):
+        fitting = [room for room in rooms if room >= piece]
+        if fitting:
+            rooms[rooms.index(min(fitting))] -= piece
+        else:
+            rooms.append(seq_len - piece)
+    return len(rooms)
+
+
+def assert_covers(bins: Bins, lengths: np.ndarray) -> None:
+    """Each position of each document is in exactly one piece, and documents that fit in a bin are whole."""
+    assert bins.offsets[0] == 0
+    assert bins.offsets[-1] == len(bins.document) == len(bins.start) == len(bins.length)
+    assert (np.diff(bins.offsets) > 0).all()
+    assert (bins.length > 0).all()
+    assert (bins.used <= bins.seq_len).all()
+    order = np.lexsort((bins.start, bins.document))
+    expected_start = 0
+    document = -1
+    for piece in order:
+        if bins.document[piece] != document:
+            document, expected_start = bins.document[piece], 0
+        assert bins.start[piece] == expected_start
+        expected_start += bins.length[piece]
+    covered = np.bincount(bins.document, weights=bins.length, minlength=len(lengths)).astype(int)
+    np.testing.assert_array_equal(covered, lengths)
+    pieces = np.bincount(bins.document, minlength=len(lengths))
+    np.testing.assert_array_equal(pieces, -(-lengths // bins.seq_len))
+
+
+@given(corpora)
+def test_best_fit_covers_every_position_once(corpus: tuple[list[int], int]) -> None:
+    lengths, seq_len = np.array(corpus[0], dtype=np.int64), corpus[1]
+    bins = pack_best_fit(lengths, seq_len)
+    assert_covers(bins, lengths)
+    assert len(bins) == count_best_fit(lengths, seq_len) == naive_best_fit(corpus[0], seq_len)
+
+
+@given(corpora)
+def test_single_covers_every_position_once(corpus: tuple[list[int], int]) -> None:
+    lengths, seq_len = np.array(corpus[0], dtype=np.int64), corpus[1]
+    bins = pack_single(lengths, seq_len)
+    assert_covers(bins, lengths)
+    assert (np.diff(bins.offsets) == 1).all()
+    assert len(bins) == count_single(lengths, seq_len)
+
+
+def test_by_hand() -> None:
+    bins = pack_best_fit(np.array([3, 21, 7, 10]), 10)
+    found = sorted(
+        sorted(
+            zip(
+                bins.document[first:last].tolist(),
+                bins.start[first:last].tolist(),
+                bins.length[first:last].tolist(),
+                strict=True,
+            )
+        )
+        for first, last in zip(bins.offsets[:-1], bins.offsets[1:], strict=True)
+    )
+    assert found == [[(0, 0, 3), (2, 0, 7)], [(1, 0, 10)], [(1, 10, 10)], [(1, 20, 1)], [(3, 0, 10)]]
+    assert sorted(bins.attention_cost.tolist()) == [1, 58, 100, 100, 100]
+
+
+@settings(max_examples=30)
+@given(corpora, st.data())
+def test_select_and_concatenate(corpus: tuple[list[int], int], data: st.DataObject) -> None:
+    bins = pack_best_fit(np.array(corpus[0], dtype=np.int64), corpus[1])
+    cut = data.draw(st.integers(0, len(bins)))
+    whole = concatenate([bins.select(np.arange(cut)), bins.select(np.arange(cut, len(bins)))])
+    for name in ("offsets", "document", "start", "length"):
+        np.testing.assert_array_equal(getattr(whole, name), getattr(bins, name))
+
+
+@pytest.mark.parametrize("seq_len", [2048, 8192])
+def test_is_tight_and_fast_on_long_tailed_lengths(seq_len: int) -> None:
+    lengths = np.maximum(2, np.random.default_rng(0).lognormal(6, 1.3, 65536)).astype(np.int64)
+    began = time.perf_counter()
+    bins = pack_best_fit(lengths, seq_len)
+    elapsed_sec = time.perf_counter() - began
+    assert bins.num_positions / (len(bins) * seq_len) > 0.999
+    assert elapsed_sec < 1  # 0.02 s on an idle core; a loop over documents and bins would take minutes
+
+
+def test_more_bins_than_16_bits_sort_right() -> None:
+    lengths = np.full(70_000, 6)
+    bins = pack_best_fit(lengths, 10)
+    assert len(bins) == 70_000
+    np.testing.assert_array_equal(bins.document, np.arange(70_000))
