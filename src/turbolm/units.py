@@ -154,6 +154,7 @@ def format_duration(seconds: float) -> str:
 
 
 def _fraction(text: str, value: object) -> Fraction:
-    if len(text) > 40 or abs(int((re.search(r"[eE]([+-]?[0-9]+)$", text) or [0, "0"])[1])) > 30:
+    exponent = re.search(r"[eE]([+-]?[0-9]+)$", text)
+    if len(text) > 40 or (exponent is not None and abs(int(exponent[1])) > 30):
         raise ValueError(f"number out of range: {value!r}")
     return Fraction(text.replace("_", ""))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from turbolm.errors import UserError
+from turbolm.recipe.checks import not_whole_bins
 from turbolm.recipe.schema import Recipe
 
 AUTO_MICRO_BATCH_TOKENS = 16 * 1024  # `micro_batch: auto` goes no higher, unless one bin is longer
@@ -40,7 +41,7 @@ def plan_batch(recipe: Recipe, world_size: int) -> BatchPlan:
     seq_len, batch_tokens = recipe.data.seq_len, recipe.train.global_batch
     bins, rest = divmod(batch_tokens, seq_len)
     if rest:
-        raise UserError(f"train.global_batch: must be a multiple of data.seq_len ({seq_len}), got {batch_tokens}")
+        raise UserError(f"train.global_batch: {not_whole_bins(batch_tokens, seq_len)}")
     if world_size > bins:
         raise UserError(
             f"train.global_batch: {batch_tokens} tokens are {bins} sequences of data.seq_len {seq_len}, too few for "
@@ -68,12 +69,7 @@ def _micro_batch_bins(recipe: Recipe, share: int) -> int:
         most = max(AUTO_MICRO_BATCH_TOKENS // seq_len, 1)
         return _ceil(share, _ceil(share, most))
     if micro_tokens % seq_len:
-        below = micro_tokens // seq_len * seq_len
-        nearest = f"{below} and {below + seq_len}" if below else f"{seq_len}"
-        raise UserError(
-            f"execution.micro_batch: must be a multiple of data.seq_len ({seq_len}), got {micro_tokens}; "
-            f"nearest: {nearest}"
-        )
+        raise UserError(f"execution.micro_batch: {not_whole_bins(micro_tokens, seq_len)}")
     return min(micro_tokens // seq_len, share)
 
 

@@ -43,6 +43,13 @@ def check_values(data: Mapping[str, Any]) -> list[Finding]:
     return _findings({key: _valid_value(data, key) for key in _KEYS})
 
 
+def not_whole_bins(tokens: int, seq_len: int) -> str:
+    """What to say of a number of tokens that is not a multiple of `seq_len`."""
+    below = tokens // seq_len * seq_len
+    nearest = f"{below} and {below + seq_len}" if below else f"{seq_len}"
+    return f"must be a multiple of data.seq_len ({seq_len}), got {tokens}; nearest: {nearest}"
+
+
 def _findings(values: Values) -> list[Finding]:
     return [Finding(tuple(key.split(".")), message) for rule in _RULES for key, message in rule(values)]
 
@@ -68,11 +75,8 @@ def _whole_bins(values: Values) -> Iterator[tuple[str, str]]:
     seq_len = values["data.seq_len"]
     for key in ("train.global_batch", "execution.micro_batch"):
         tokens = values[key]
-        if not seq_len or not isinstance(tokens, int) or tokens % seq_len == 0:
-            continue
-        below = tokens // seq_len * seq_len
-        nearest = f"{below} and {below + seq_len}" if below else f"{seq_len}"
-        yield key, f"must be a multiple of data.seq_len ({seq_len}), got {tokens}; nearest: {nearest}"
+        if seq_len and isinstance(tokens, int) and tokens % seq_len:
+            yield key, not_whole_bins(tokens, seq_len)
 
 
 def _sizes(values: Values) -> Iterator[tuple[str, str]]:

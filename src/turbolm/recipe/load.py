@@ -21,7 +21,7 @@ from turbolm.recipe.document import (
     join_key,
     parse_document,
 )
-from turbolm.recipe.messages import Finding, validation_findings
+from turbolm.recipe.messages import Finding, describe, validation_findings
 from turbolm.recipe.schema import Recipe
 
 __all__ = ["Problem", "RecipeError", "dump_recipe", "load_recipe"]
@@ -111,7 +111,8 @@ class _Reader:
             self.complete = False
             return None
         if not isinstance(tree.value, dict):
-            what = "the file is empty" if tree.value is None else "expected a mapping of keys, got something else"
+            found = describe(tree.plain())
+            what = "the file is empty" if tree.value is None else f"expected a mapping of keys at the top, got {found}"
             self._refuse(Problem(shown, tree.line, "", ""), what)
             return None
         return self._extend(tree, path, shown, (*chain, (real, shown)))

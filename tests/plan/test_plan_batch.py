@@ -1,0 +1,88 @@
+"""Batch arithmetic by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from turbolm.errors import UserError
+from turbolm.plan.batch import AUTO_MICRO_BATCH_TOKENS, BatchPlan, plan_batch
+from turbolm.recipe.schema import Recipe
+
+
+def recipe(global_batch: int, seq_len: int = 1024, micro_batch: Any = "auto", budget: int = 10**6) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "name": "tiny",
+            "model": {"config": {"model_type": "llama"}},
+            "tokenizer": {"train": {}},
+            "data": {"seq_len": seq_len},
+            "train": {"budget": budget, "global_batch": global_batch},
+            "execution": {"micro_batch": micro_batch},
+        }
+    )
+
+
+def test_even_split() -> None:
+    assert plan_batch(recipe(64 * 1024), 4) == BatchPlan(
+        seq_len=1024,
+        global_batch_tokens=65536,
+        bins_per_batch=64,
+        world_size=4,
+        micro_batch_bins=16,
+        gradient_accumulation_steps=1,
+        num_filler_bins=0,
+        num_steps=16,  # 1,000,000 / 65,536 = 15.3
+    )
+
+
+@pytest.mark.parametrize(
+    ("bins", "world_size", "micro_batch", "expected"),  # expected: bins of a micro-batch, accumulation, filler
+    [
+        (64, 1, "auto", (16, 4, 0)),
+        (40, 1, "auto", (14, 3, 2)),  # 40 in three parts of at most 16
+        (64, 3, "auto", (11, 2, 2)),  # a share of 22 in two parts
+        (7, 4, "auto", (2, 1, 1)),
+        (8, 8, "auto", (1, 1, 0)),
+        (64, 4, 1024, (1, 16, 0)),
+        (64, 4, 3 * 1024, (3, 6, 8)),
+        (8, 4, 8 * 1024, (2, 1, 0)),  # no more than the share
+    ],
+)
+def test_shares(bins: int, world_size: int, micro_batch: Any, expected: tuple[int, int, int]) -> None:
+    plan = plan_batch(recipe(bins * 1024, micro_batch=micro_batch), world_size)
+    assert (plan.micro_batch_bins, plan.gradient_accumulation_steps, plan.num_filler_bins) == expected
+
+
+def test_a_bin_longer_than_16k_goes_alone() -> None:
+    plan = plan_batch(recipe(4 * 32768, seq_len=32768), 2)
+    assert (plan.micro_batch_bins, plan.micro_batch_tokens, plan.gradient_accumulation_steps) == (1, 32768, 2)
+
+
+@given(st.integers(1, 300), st.integers(1, 300), st.none() | st.integers(1, 40))
+def test_every_bin_has_a_slot(bins: int, world_size: int, micro_bins: int | None) -> None:
+    if world_size > bins:
+        return
+    plan = plan_batch(recipe(bins * 1024, micro_batch=micro_bins * 1024 if micro_bins else "auto"), world_size)
+    slots = plan.micro_batch_bins * plan.gradient_accumulation_steps * world_size
+    assert slots == bins + plan.num_filler_bins
+    assert plan.num_filler_bins < plan.micro_batch_bins * world_size  # one accumulation step less would not do
+    assert plan.micro_batch_bins <= (micro_bins or AUTO_MICRO_BATCH_TOKENS // 1024)
+
+
+def test_errors_say_what_would_work() -> None:
+    with pytest.raises(UserError) as caught:
+        plan_batch(recipe(8 * 1024), 12)
+    assert str(caught.value) == (
+        "train.global_batch: 8192 tokens are 8 sequences of data.seq_len 1024, too few for 12 processes; use at most "
+        "8 processes, a global_batch of at least 12288, or a seq_len of at most 512"
+    )
+    with pytest.raises(
+        UserError, match=r"must be a multiple of data.seq_len \(1024\), got 5000; nearest: 4096 and 5120"
+    ):
+        plan_batch(recipe(5000), 1)
+    with pytest.raises(UserError, match="execution.micro_batch: .* got 1500; nearest: 1024 and 2048"):
+        plan_batch(recipe(4096, micro_batch=1500), 1)

@@ -1,0 +1,317 @@
+"""Each broken recipe gets its own exact message, with the position of what to change."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from turbolm.recipe.load import RecipeError, load_recipe
+
+GOOD = """\
+name: tiny
+model:
+  config: {model_type: llama}
+tokenizer:
+  train: {vocab_size: 512}
+data:
+  seq_len: 128
+train:
+  budget: 2M
+  global_batch: 4096
+"""
+SECTIONS = (
+    "name, model, tokenizer, data, train, optimizer, schedule, cluster, execution, evaluation, checkpoint, logging"
+)
+OPTIMIZER = "name, lr, betas, eps, weight_decay"
+
+
+def problems(folder: Path, text: str, *overrides: str) -> list[str]:
+    (folder / "a.yaml").write_text(text)
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(folder / "a.yaml", overrides)
+    return str(caught.value).replace(str(folder) + os.sep, "").splitlines()
+
+
+# What is added below GOOD, from line 11 on, and the one message it gives.
+ADDED = {
+    "optimizer: {lr: abc}": "a.yaml:11: optimizer.lr: expected a number such as 3e-4, got 'abc'",
+    "optimizer: {lr: true}": "a.yaml:11: optimizer.lr: expected a number such as 3e-4, got true",
+    "optimizer:\n  lr: 0": "a.yaml:12: optimizer.lr: must be greater than 0, got 0",
+    "optimizer: {lr: .nan}": "a.yaml:11: optimizer.lr: expected a finite number of at most 40 digits, got '.nan'",
+    "optimizer: {lr: '1e999'}": "a.yaml:11: optimizer.lr: expected a finite number, got '1e999'",
+    "optimizer: {beta: 1}": f"a.yaml:11: optimizer.beta: unknown key; did you mean 'betas'? (known: {OPTIMIZER})",
+    "optimizer: {betas: 0.9}": "a.yaml:11: optimizer.betas: expected a list, got 0.9",
+    "optimizer: {betas: [0.9]}": "a.yaml:11: optimizer.betas: too few entries: number 2 is missing",
+    "optimizer: {betas: [0.9, 1.5]}": "a.yaml:11: optimizer.betas.1: must be less than 1, got 1.5",
+    "optimizer: {betas: [1, 1, 1]}": "a.yaml:11: optimizer.betas: must have at most 2 entries, got a list of 3",
+    "optimizer:": "a.yaml:11: optimizer: expected a mapping of keys, got nothing; fill it in or remove the key",
+    "lr: 1e-3": f"a.yaml:11: lr: unknown key; did you mean 'optimizer.lr'? (known: {SECTIONS})",
+    "learning_rate: 1": f"a.yaml:11: learning_rate: unknown key; did you mean 'optimizer.lr'? (known: {SECTIONS})",
+    "optimizer.lr: 1": "a.yaml:11: optimizer.lr: unknown key; write 'lr' below 'optimizer'",
+    "zzz: 1": f"a.yaml:11: zzz: unknown key (known: {SECTIONS})",
+    "gradient_accumulation_steps: 2": (
+        "a.yaml:11: gradient_accumulation_steps: unknown key; it is derived from train.global_batch and "
+        "execution.micro_batch"
+    ),
+    "schedule: {name: cosin}": (
+        "a.yaml:11: schedule.name: expected 'constant', 'linear', 'cosine', 'sqrt' or 'wsd', got 'cosin'; "
+        "did you mean 'cosine'?"
+    ),
+    "schedule: {warmup: soon}": (
+        "a.yaml:11: schedule.warmup: expected tokens (2M), steps (200 steps) or a share (2%), got 'soon'"
+    ),
+    "execution: {micro_batch: lots}": (
+        "a.yaml:11: execution.micro_batch: expected a count such as 4096, 32k or 2M, or 'auto', got 'lots'"
+    ),
+    "execution: {zero_stage: 4}": "a.yaml:11: execution.zero_stage: expected 0, 1, 2 or 3, got 4",
+    "execution: {zero_stage: true}": "a.yaml:11: execution.zero_stage: expected a whole number, got True",
+    "execution: {offload_optimizer: yes}": "a.yaml:11: execution.offload_optimizer: expected true or false, got 'yes'",
+    "execution: {activation_checkpointing: 0}": (
+        "a.yaml:11: execution.activation_checkpointing: must be at least 1, got 0"
+    ),
+    "execution: {process_group_timeout: soon}": (
+        "a.yaml:11: execution.process_group_timeout: expected a duration such as 1h30m, 45s or 01:30:00, got 'soon'"
+    ),
+    "execution: {cache_dir: ''}": "a.yaml:11: execution.cache_dir: must not be empty",
+    'execution: {cache_dir: "a\\nb"}': (
+        "a.yaml:11: execution.cache_dir: expected text without line breaks and control characters, got 'a\\nb'"
+    ),
+    "cluster: {processes_per_node: all}": (
+        "a.yaml:11: cluster.processes_per_node: expected a whole number, or 'auto', got 'all'"
+    ),
+    "checkpoint: {keep_last: 1.5}": "a.yaml:11: checkpoint.keep_last: expected a whole number, got 1.5",
+    "evaluation: {<<: {tokens: 1}}": (
+        "a.yaml:11: evaluation.<<: merge keys are not supported; put the shared part in a file and use `extends:`"
+    ),
+    "name: again": "a.yaml:11: name: duplicate key; it is already set on line 1",
+    "7: x": "a.yaml:11: keys must be text, got '7'; put it in quotes",
+    "[a]: x": "a.yaml:11: keys must be text, got a list or mapping; put it in quotes",
+    "logging: !!python/name:os.system x": (
+        "a.yaml:11: logging: the tag 'tag:yaml.org,2002:python/name:os.system' is not supported"
+    ),
+    "logging: &a {x: *a}": "a.yaml:11: logging.x: an alias to the value that it is part of",
+    "logging: {every_steps: 5": "a.yaml:12: not valid YAML: expected ',' or '}', but got '<stream end>' (column 1)",
+    "logging:\n\tevery_steps: 5": "a.yaml:12: not valid YAML: a tab cannot indent YAML; use spaces (column 1)",
+    "---\nname: b": "a.yaml:11: not valid YAML: more than one YAML document; remove the `---` line (column 1)",
+    "logging: *nowhere": "a.yaml:11: not valid YAML: found undefined alias 'nowhere' (column 10)",
+    "logging: {a: \x07}": "a.yaml:11: character U+0007 is not allowed",
+    'name2: "\\ud800"': "a.yaml:11: name2: not valid Unicode",
+    "logging: " + "[" * 30 + "]" * 30: "a.yaml:11: not valid YAML: more than 24 levels (column 33)",
+    "extends: missing.yaml": "a.yaml:11: extends: no such file: missing.yaml",
+    "extends: [3]": "a.yaml:11: extends: expected a path or a list of paths, relative to this file",
+    "extends: a.yaml": "a.yaml:11: extends: a file extends itself: a.yaml -> a.yaml",
+    "execution: {zero_stage: 0, offload_optimizer: true}": (
+        "a.yaml:11: execution.zero_stage: must be 1, 2 or 3 with execution.offload_optimizer, got 0"
+    ),
+    "execution:\n  micro_batch: 200": (
+        "a.yaml:12: execution.micro_batch: must be a multiple of data.seq_len (128), got 200; nearest: 128 and 256"
+    ),
+    "execution: {micro_batch: 8192}": (
+        "a.yaml:11: execution.micro_batch: must be at most train.global_batch (4096), got 8192"
+    ),
+}
+
+
+@pytest.mark.parametrize("added", ADDED, ids=lambda text: text[:40].encode("ascii", "backslashreplace").decode())
+def test_one_thing_wrong_below_a_good_recipe(tmp_path: Path, added: str) -> None:
+    assert problems(tmp_path, GOOD + added + "\n") == [ADDED[added]]
+
+
+# What is replaced in GOOD, and the one message it gives.
+REPLACED = [
+    ("name: tiny", "name: 7", "a.yaml:1: name: expected text, got 7; put it in quotes"),
+    (
+        "name: tiny",
+        "name: a b",
+        "a.yaml:1: name: expected letters, digits, '.', '_' and '-', at most 100, no sign in front, got 'a b'",
+    ),
+    ("name: tiny\n", "", "a.yaml:1: name: required key is missing"),
+    (
+        "  budget: 2M\n",
+        "",
+        "a.yaml:8: train.budget: required key is missing (tokens to train on (bins x seq_len of all steps))",
+    ),
+    ("budget: 2M", "budget: 2Q", "a.yaml:9: train.budget: expected a count such as 4096, 32k or 2M, got '2Q'"),
+    ("budget: 2M", "budget: -1", "a.yaml:9: train.budget: expected a count such as 4096, 32k or 2M, got -1"),
+    (
+        "budget: 2M",
+        "budget: 100",
+        "a.yaml:9: train.budget: must be at least one step, train.global_batch (4096), got 100",
+    ),
+    (
+        "global_batch: 4096",
+        "global_batch: 5000",
+        "a.yaml:10: train.global_batch: must be a multiple of data.seq_len (128), got 5000; nearest: 4992 and 5120",
+    ),
+    (
+        "global_batch: 4096",
+        "global_batch: 100",
+        "a.yaml:10: train.global_batch: must be a multiple of data.seq_len (128), got 100; nearest: 128",
+    ),
+    ("seq_len: 128", "seq_len: 4", "a.yaml:7: data.seq_len: must be at least 8, got 4"),
+    (
+        "config: {model_type: llama}",
+        "config: {hidden_size: 64}",
+        "a.yaml:2: model: expected `config` to name its Hugging Face `model_type`, such as llama or gpt2",
+    ),
+    (
+        "config: {model_type: llama}",
+        "config: {model_type: llama}\n  pretrained: x",
+        "a.yaml:2: model: expected exactly one of `config` (a mapping with model_type) and `pretrained` (a path)",
+    ),
+    (
+        "model_type: llama",
+        "model_type: llama, vocab_size: 300",
+        "a.yaml:3: model.config.vocab_size: must be at least tokenizer.train.vocab_size (512), got 300",
+    ),
+    (
+        "model_type: llama",
+        "model_type: llama, vocab_size: 32k",
+        "a.yaml:3: model.config.vocab_size: expected a whole number, got '32k'",
+    ),
+    (
+        "model_type: llama",
+        "model_type: llama, max_position_embeddings: 64",
+        "a.yaml:7: data.seq_len: must be at most model.config.max_position_embeddings (64), got 128",
+    ),
+    (
+        "model_type: llama",
+        "model_type: gpt2, n_positions: 64",
+        "a.yaml:7: data.seq_len: must be at most model.config.n_positions (64), got 128",
+    ),
+    (
+        "config: {model_type: llama}\ntokenizer:\n  train: {vocab_size: 512}\ndata:\n  seq_len: 128",
+        "config: {model_type: gpt2}\ntokenizer:\n  train: {vocab_size: 512}\ndata:\n  seq_len: 2048",
+        "a.yaml:7: data.seq_len: must be at most model.config.n_positions (1024), got 2048",
+    ),
+    (
+        "seq_len: 128",
+        "seq_len: 128\n  sources: [{type: jsonn}]",
+        "a.yaml:8: data.sources.0.type: expected 'stdlib', 'text', 'jsonl', 'parquet' or 'datasets', got 'jsonn'; "
+        "did you mean 'jsonl'?",
+    ),
+    ("seq_len: 128", "seq_len: 128\n  sources: [{}]", "a.yaml:8: data.sources.0.type: required key is missing"),
+    (
+        "seq_len: 128",
+        "seq_len: 128\n  sources: []",
+        "a.yaml:8: data.sources: must have at least 1 entries, got an empty list",
+    ),
+    (
+        "seq_len: 128",
+        "seq_len: 128\n  sources:\n  - type: text\n    path: [a, 5]",
+        "a.yaml:10: data.sources.0.path.1: expected text, got 5; put it in quotes",
+    ),
+    (
+        "seq_len: 128",
+        "seq_len: 128\n  sources:\n  - type: stdlib\n    text: 1",
+        "a.yaml:10: data.sources.0.text: unknown key (known: type)",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("old", "new", "message"), REPLACED, ids=[new.strip()[:40] for _, new, _ in REPLACED])
+def test_one_thing_replaced_in_a_good_recipe(tmp_path: Path, old: str, new: str, message: str) -> None:
+    assert problems(tmp_path, GOOD.replace(old, new, 1)) == [message]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_needs_a_zero_stage(tmp_path: Path, precision: str) -> None:
+    text = GOOD + f"  precision: {precision}\nexecution: {{zero_stage: 0}}\n"
+    assert problems(tmp_path, text) == [
+        f"a.yaml:12: execution.zero_stage: must be 1, 2 or 3 with train.precision {precision}, got 0: DeepSpeed's ZeRO "
+        "stage 0 keeps no fp32 weights that a checkpoint could read; set zero_stage: 1, or train.precision: fp32"
+    ]
+
+
+def test_precision_auto_goes_with_stage_0(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(GOOD + "execution: {zero_stage: 0}\n")
+    assert load_recipe(tmp_path / "a.yaml").execution.zero_stage == 0
+
+
+OVERRIDES = {
+    "foo": "command line: foo: expected key.path=value, such as optimizer.lr=3e-4",
+    "a..b=1": "command line: a..b=1: expected key.path=value, such as optimizer.lr=3e-4",
+    "optimizer.lr=abc": "command line: optimizer.lr=abc: optimizer.lr: expected a number such as 3e-4, got 'abc'",
+    "name.x=3": "command line: name.x=3: name.x: name is a value, not a mapping of keys",
+    "extends=b.yaml": "command line: extends=b.yaml: extends: can only stand in a file",
+    "logging=[1": "command line: logging=[1: not valid YAML: expected ',' or ']', but got '<stream end>'",
+    "optimizer.beta=1": (
+        f"command line: optimizer.beta=1: optimizer.beta: unknown key; did you mean 'betas'? (known: {OPTIMIZER})"
+    ),
+}
+
+
+@pytest.mark.parametrize("override", OVERRIDES)
+def test_a_wrong_override_is_named(tmp_path: Path, override: str) -> None:
+    assert problems(tmp_path, GOOD, override) == [OVERRIDES[override]]
+
+
+def test_everything_wrong_is_told_at_once(tmp_path: Path) -> None:
+    """Syntax of one file, duplicate keys, unknown keys, values and cross-checks, sorted by position."""
+    (tmp_path / "b.yaml").write_text("evaluation: {every: q}\n")
+    text = GOOD.replace("seq_len: 128", "seq_len: 100\n  seq_len: 128\n  seqlen: 5")
+    assert problems(tmp_path, "extends: b.yaml\n" + text, "logging.x=1") == [
+        "a.yaml:9: data.seq_len: duplicate key; it is already set on line 8",
+        "a.yaml:10: data.seqlen: unknown key; did you mean 'seq_len'? (known: sources, seq_len, packing, validation)",
+        "a.yaml:13: train.global_batch: must be a multiple of data.seq_len (100), got 4096; nearest: 4000 and 4100",
+        "b.yaml:1: evaluation.every: expected tokens (2M), steps (200 steps) or a share (2%), got 'q'",
+        "command line: logging.x=1: logging.x: unknown key (known: every_steps, sample_tokens)",
+    ]
+
+
+def test_a_broken_base_does_not_hide_the_problems_of_its_child(tmp_path: Path) -> None:
+    (tmp_path / "b.yaml").write_text("model: {\n")
+    assert problems(tmp_path, "extends: b.yaml\noptimizer: {lr: x}\n") == [
+        "b.yaml:2: not valid YAML: expected the node content, but found '<stream end>' (column 1)",
+        "a.yaml:2: optimizer.lr: expected a number such as 3e-4, got 'x'",
+    ]
+
+
+def test_a_cycle_names_its_chain(tmp_path: Path) -> None:
+    (tmp_path / "b.yaml").write_text("extends: [c.yaml]\n")
+    (tmp_path / "c.yaml").write_text("logging: {every_steps: 1}\nextends: ./a.yaml\n")
+    assert problems(tmp_path, "extends: b.yaml\n") == [
+        "c.yaml:2: extends: a file extends itself: a.yaml -> b.yaml -> c.yaml -> a.yaml"
+    ]
+
+
+def test_bases_that_multiply_are_refused(tmp_path: Path) -> None:
+    for depth in range(12):
+        (tmp_path / f"f{depth}.yaml").write_text(f"extends: [f{depth + 1}.yaml, f{depth + 1}.yaml]\n")
+    (tmp_path / "f12.yaml").write_text("name: x\n")
+    found = problems(tmp_path, "extends: f0.yaml\n")
+    assert len(found) == 1
+    assert "more than 64 files are extended" in found[0]
+
+
+def test_aliases_that_blow_up_are_refused(tmp_path: Path) -> None:
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 12)]
+    found = problems(tmp_path, "\n".join(lines))
+    assert sum("the aliases write out to more than 5000 values" in line for line in found) == 1
+
+
+def test_files_that_are_no_recipe(tmp_path: Path) -> None:
+    assert problems(tmp_path, "") == ["a.yaml:1: the file is empty"]
+    assert problems(tmp_path, "# nothing\n") == ["a.yaml:1: the file is empty"]
+    assert problems(tmp_path, "- a\n") == ["a.yaml:1: expected a mapping of keys at the top, got a list of 1"]
+    assert problems(tmp_path, "just text\n") == ["a.yaml:1: expected a mapping of keys at the top, got 'just text'"]
+    assert problems(tmp_path, "x: 1\n" * 30_000) == ["a.yaml: the file is larger than 128 KiB, which no recipe is"]
+
+
+def test_paths_that_are_no_file(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(GOOD)
+    (tmp_path / "latin.yaml").write_bytes(b"name: x\nmodel: \xe9\n")
+    cases = {
+        "nowhere.yaml": "nowhere.yaml: no such file",
+        "": f"is a directory, not a file; did you mean {tmp_path / 'config.yaml'}?",
+        "latin.yaml": "latin.yaml: the file is not UTF-8 text (line 2)",
+        "nul\0.yaml": "cannot be read: embedded null byte",
+    }
+    for name, message in cases.items():
+        with pytest.raises(RecipeError) as caught:
+            load_recipe(f"{tmp_path}/{name}")
+        assert str(caught.value).endswith(message)
+        assert len(caught.value.problems) == 1

@@ -1,0 +1,97 @@
+"""The learning rate's curve against values worked out by hand: budget 1000 tokens, steps of 10."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from turbolm.recipe.schema import Schedule
+from turbolm.schedules import lr_ratio
+
+
+def schedule(name: str, **settings: Any) -> Schedule:
+    return Schedule.model_validate({"name": name, "warmup": "10%", "min_lr_ratio": 0.1} | settings)
+
+
+def ratio(tokens: float, this: Schedule, *budgets: int) -> float:
+    return lr_ratio(this, tokens, budgets or (1000,), 10)
+
+
+# Warmup to 100 tokens; the decay of linear, cosine and sqrt runs from 100 to 1000, that of wsd from 800 to 1000.
+CURVES: list[tuple[Schedule, dict[int, float]]] = [
+    (schedule("constant"), {0: 0, 50: 0.5, 100: 1, 550: 1, 1000: 1}),
+    (schedule("linear"), {0: 0, 50: 0.5, 100: 1, 325: 0.775, 550: 0.55, 1000: 0.1}),
+    (schedule("cosine"), {0: 0, 50: 0.5, 100: 1, 400: 0.1 + 0.9 * 0.75, 550: 0.55, 700: 0.1 + 0.9 * 0.25, 1000: 0.1}),
+    (schedule("sqrt"), {0: 0, 50: 0.5, 100: 1, 325: 0.55, 550: 0.1 + 0.9 * (1 - math.sqrt(0.5)), 1000: 0.1}),
+    (schedule("wsd", decay="20%"), {0: 0, 50: 0.5, 100: 1, 500: 1, 800: 1, 850: 0.775, 900: 0.55, 1000: 0.1}),
+    (schedule("wsd", decay="20%", decay_shape="cosine"), {800: 1, 900: 0.55, 1000: 0.1}),
+    (schedule("wsd", decay="200", decay_shape="sqrt"), {800: 1, 850: 0.55, 1000: 0.1}),
+    (schedule("wsd", decay="20 steps", min_lr_ratio=0), {800: 1, 850: 0.75, 1000: 0}),
+    (schedule("linear", warmup="5 steps", min_lr_ratio=0), {0: 0, 25: 0.5, 50: 1, 525: 0.5, 1000: 0}),
+    (schedule("linear", warmup="0"), {0: 1, 500: 0.55, 1000: 0.1}),
+]
+
+
+@pytest.mark.parametrize(
+    ("this", "points"), CURVES, ids=lambda value: value.name if isinstance(value, Schedule) else ""
+)
+def test_curve(this: Schedule, points: dict[int, float]) -> None:
+    assert {tokens: ratio(tokens, this) for tokens in points} == pytest.approx(points)
+
+
+def test_the_curve_ends_at_its_floor_even_past_the_budget() -> None:
+    assert ratio(2000, schedule("cosine")) == pytest.approx(0.1)
+
+
+def test_a_warmup_as_long_as_the_budget_only_warms_up() -> None:
+    this = schedule("wsd", warmup="1000", decay="50%")
+    assert [ratio(tokens, this) for tokens in (0, 500, 999)] == pytest.approx([0, 0.5, 0.999])
+
+
+def test_rewarm_runs_the_shape_again_over_the_added_tokens() -> None:
+    """1000 tokens extended to 3000: a warmup of 200 from the floor, then down again over 1800."""
+    this = schedule("linear", on_extend="rewarm")
+    points = {1000: 0.1, 1100: 0.55, 1200: 1.0, 2100: 0.55, 3000: 0.1}
+    assert {tokens: ratio(tokens, this, 1000, 3000) for tokens in points} == pytest.approx(points)
+
+
+def test_rewarm_twice() -> None:
+    """A third budget starts from where the second one ended."""
+    this = schedule("linear", on_extend="rewarm", warmup="100")
+    points = {50: 0.5, 1000: 0.1, 1050: 0.55, 1100: 1, 2000: 0.1, 2050: 0.55, 2100: 1, 2600: 0.55, 3100: 0.1}
+    assert {tokens: ratio(tokens, this, 1000, 2000, 3100) for tokens in points} == pytest.approx(points)
+
+
+def test_stretch_follows_the_larger_budget_from_where_the_run_stands() -> None:
+    this = schedule("linear", on_extend="stretch", warmup="100")
+    points = {550: 0.55, 1000: 0.1, 1050: 0.55, 2000 - 475: 0.325, 2000: 0.1}
+    assert {tokens: ratio(tokens, this, 1000, 2000) for tokens in points} == pytest.approx(points)
+
+
+def test_wsd_stretch_goes_back_to_the_plateau() -> None:
+    this = schedule("wsd", decay="10%", on_extend="stretch")
+    points = {900: 1, 1000: 0.1, 1001: 1, 1800: 1, 1900: 0.55, 2000: 0.1}
+    assert {tokens: ratio(tokens, this, 1000, 2000) for tokens in points} == pytest.approx(points)
+
+
+names = st.sampled_from(["constant", "linear", "cosine", "sqrt", "wsd"])
+spans = st.sampled_from(["0", "1%", "10%", "100%", "7 steps", "333"])
+
+
+@given(names, spans, spans, st.sampled_from(["rewarm", "stretch"]), st.floats(0, 1000))
+def test_extending_changes_nothing_up_to_the_old_budget(
+    name: str, warmup: str, decay: str, on_extend: str, tokens: float
+) -> None:
+    this = schedule(name, warmup=warmup, decay=decay, on_extend=on_extend)
+    assert ratio(tokens, this, 1000, 5000) == ratio(tokens, this, 1000)
+    assert ratio(tokens, this, 1000, 5000, 9000) == ratio(tokens, this, 1000)
+    assert ratio(4 * tokens + 1000, this, 1000, 5000, 9000) == ratio(4 * tokens + 1000, this, 1000, 5000)
+
+
+@given(names, spans, spans, st.floats(0, 6000))
+def test_the_ratio_stays_between_zero_and_one(name: str, warmup: str, decay: str, tokens: float) -> None:
+    assert 0 <= ratio(tokens, schedule(name, warmup=warmup, decay=decay), 1000, 5000) <= 1
