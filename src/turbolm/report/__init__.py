@@ -1,0 +1,1 @@
+"""What a run directory says: metrics and the HTML report. Torch-free."""

@@ -1,0 +1,65 @@
+"""Reads metrics.jsonl: one line a step or evaluation, appended by one attempt after another. Torch-free."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeGuard
+
+Line = dict[str, Any]
+
+
+def read_metrics(path: Path) -> list[Line]:
+    """The lines that tell the run's one history, by step; a step's training line comes before its evaluation.
+
+    An attempt that resumed from a checkpoint does again what the one before it had done since, so the last attempt
+    wins: from its first step on, the lines of earlier attempts are dropped.
+    """
+    lines = read_lines(path)
+    first_steps: dict[int, int] = {}
+    for line in lines:
+        if "train/loss" in line:
+            first = first_steps.setdefault(line["attempt"], line["step"])
+            first_steps[line["attempt"]] = min(first, line["step"])
+    kept: dict[tuple[int, bool], Line] = {}
+    for line in lines:
+        redone = any(attempt > line["attempt"] and step <= line["step"] for attempt, step in first_steps.items())
+        if not redone:
+            kept[line["step"], "train/loss" not in line] = line
+    return [kept[key] for key in sorted(kept)]
+
+
+def read_lines(path: Path) -> list[Line]:
+    """Every readable line in the order of the file, each with its `step` and `attempt`.
+
+    A process killed while writing leaves a damaged line, and the next attempt appends after it: such lines are skipped.
+    """
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return []
+    lines: list[Line] = []
+    attempt = 1
+    for raw in text.splitlines():
+        try:
+            line = json.loads(raw)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            own = line.get("attempt")
+            attempt = own if isinstance(own, int) else attempt
+            lines.append({**line, "attempt": attempt})
+    return lines
+
+
+def values(metrics: Sequence[Line], key: str, x: str = "tokens_seen") -> list[tuple[float, float]]:
+    """(x, value) of every line that has both as finite numbers."""
+    pairs = ((line.get(x), line.get(key)) for line in metrics)
+    return [(float(at), float(value)) for at, value in pairs if is_number(at) and is_number(value)]
+
+
+def is_number(value: object) -> TypeGuard[int | float]:
+    """Whether it can be drawn: a finite number."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,163 @@
+"""What a machine offers is read from /proc, /sys and nvidia-smi; what a recipe's `auto` means follows from it."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from turbolm.errors import UserError
+from turbolm.plan.machine import (
+    Machine,
+    detect_machine,
+    resolve_device,
+    resolve_precision,
+    resolve_processes_per_node,
+)
+from turbolm.recipe.schema import Recipe
+
+CPU = Machine(num_gpus=0, gpu_name=None, gpu_compute_capability=None, num_cpus=8, cpu_has_bf16=True, memory_bytes=2**34)
+H100 = replace(CPU, num_gpus=8, gpu_name="NVIDIA H100", gpu_compute_capability=(9, 0))
+V100 = replace(H100, gpu_name="Tesla V100", gpu_compute_capability=(7, 0))
+
+
+def recipe(**sections) -> Recipe:
+    base = {
+        "name": "tiny",
+        "model": {"config": {"model_type": "llama"}},
+        "tokenizer": {"train": {}},
+        "data": {"seq_len": 64},
+        "train": {"budget": 1000, "global_batch": 128} | sections.pop("train", {}),
+    }
+    return Recipe.model_validate(base | sections)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A machine without limits: 16 GiB and an x86 processor without bf16."""
+    for name, text in {
+        "proc/cpuinfo": "processor\t: 0\nflags\t\t: fpu avx2 avx512f\n",
+        "proc/meminfo": "MemTotal:       16777216 kB\nMemFree: 1 kB\n",
+        "proc/self/cgroup": "0::/job/step\n",
+    }.items():
+        put(tmp_path, name, text)
+    return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
+def put(root: Path, name: str, text: str) -> None:
+    (root / name).parent.mkdir(parents=True, exist_ok=True)
+    (root / name).write_text(text)
+
+
+def fake_nvidia_smi(root: Path, query: str, listing: str = "", code: int = 0) -> None:
+    script = f"""#!/bin/sh
+case $1 in
+    -L) printf '%s' '{listing}' ;;
+    *) printf '%s' '{query}'; exit {code} ;;
+esac
+"""
+    put(root, "bin/nvidia-smi", script)
+    (root / "bin/nvidia-smi").chmod(0o755)
+
+
+def test_a_plain_machine(root):
+    machine = detect_machine(root)
+    assert (machine.num_gpus, machine.gpu_name, machine.gpu_compute_capability) == (0, None, None)
+    assert machine.num_cpus == len(os.sched_getaffinity(0))
+    assert machine.memory_bytes == 16 * 2**30
+    assert not machine.cpu_has_bf16
+
+
+@pytest.mark.parametrize("line", ["flags\t: fpu avx512_bf16", "flags : amx_bf16 amx_tile", "Features\t: fp asimd bf16"])
+def test_processors_with_bf16(root, line):
+    put(root, "proc/cpuinfo", f"processor : 0\n{line}\n")
+    assert detect_machine(root).cpu_has_bf16
+
+
+def test_limits_of_any_control_group_above_hold(root):
+    put(root, "sys/fs/cgroup/job/cpu.max", "100000 100000\n")
+    put(root, "sys/fs/cgroup/job/step/cpu.max", "max 100000\n")
+    put(root, "sys/fs/cgroup/job/memory.max", f"{2**30}\n")
+    put(root, "sys/fs/cgroup/memory.max", "max\n")
+    machine = detect_machine(root)
+    assert machine.num_cpus == 1
+    assert machine.memory_bytes == 2**30
+
+
+def test_gpus_by_nvidia_smi(root):
+    fake_nvidia_smi(root, "NVIDIA H100 80GB HBM3, 9.0\nNVIDIA H100 80GB HBM3, 9.0\n")
+    machine = detect_machine(root)
+    assert (machine.num_gpus, machine.gpu_name) == (2, "NVIDIA H100 80GB HBM3")
+    assert machine.gpu_compute_capability == (9, 0)
+
+
+@pytest.mark.parametrize(
+    ("visible", "count"),
+    [("", 0), ("-1", 0), ("1", 1), ("0,1", 2), ("0, 1", 2), ("0,7", 1), ("1,-1,0", 1), ("GPU-abc,GPU-def", 2)],
+)
+def test_cuda_visible_devices_is_respected(root, monkeypatch, visible, count):
+    fake_nvidia_smi(root, "A100, 8.0\nA100, 8.0\n")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert detect_machine(root).num_gpus == count
+
+
+def test_an_old_driver_tells_the_number_only(root):
+    fake_nvidia_smi(root, 'Field "compute_cap" is not a valid field', listing="GPU 0: V100\nGPU 1: V100\n", code=2)
+    machine = detect_machine(root)
+    assert (machine.num_gpus, machine.gpu_compute_capability) == (2, None)
+
+
+def test_gpus_without_nvidia_smi_are_counted_by_their_devices(root):
+    for name in ("nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm"):
+        put(root, f"dev/{name}", "")
+    assert detect_machine(root).num_gpus == 2
+
+
+def test_device_follows_the_gpus():
+    assert resolve_device(recipe(), CPU) == "cpu"
+    assert resolve_device(recipe(), H100) == "cuda"
+    assert resolve_device(recipe(cluster={"device": "cpu"}), H100) == "cpu"
+    with pytest.raises(UserError, match=r"cluster\.device"):
+        resolve_device(recipe(cluster={"device": "cuda"}), CPU)
+
+
+def test_processes():
+    assert resolve_processes_per_node(recipe(), H100, "cuda") == 8
+    assert resolve_processes_per_node(recipe(), CPU, "cpu") == 2
+    assert resolve_processes_per_node(recipe(), replace(CPU, num_cpus=1), "cpu") == 1
+    assert resolve_processes_per_node(recipe(cluster={"processes_per_node": 3}), CPU, "cpu") == 3
+    with pytest.raises(UserError, match="only 8 GPUs"):
+        resolve_processes_per_node(recipe(cluster={"processes_per_node": 9}), H100, "cuda")
+
+
+@pytest.mark.parametrize(
+    ("machine", "device", "stage", "precision"),
+    [
+        (CPU, "cpu", 2, "bf16"),
+        (replace(CPU, cpu_has_bf16=False), "cpu", 2, "fp32"),
+        (H100, "cuda", 3, "bf16"),
+        (H100, "cuda", 0, "fp32"),
+        (V100, "cuda", 2, "fp32"),
+        (replace(V100, gpu_compute_capability=None), "cuda", 2, "fp32"),
+    ],
+)
+def test_auto_precision(machine, device, stage, precision):
+    assert resolve_precision(recipe(execution={"zero_stage": stage}), machine, device) == precision
+
+
+def test_a_precision_that_cannot_work_is_refused():
+    bf16, fp16 = recipe(train={"precision": "bf16"}), recipe(train={"precision": "fp16"})
+    assert resolve_precision(bf16, CPU, "cpu") == "bf16"
+    assert resolve_precision(fp16, V100, "cuda") == "fp16"
+    with pytest.raises(UserError, match=r"capability 8\.0"):
+        resolve_precision(bf16, V100, "cuda")
+    with pytest.raises(UserError, match="needs a GPU"):
+        resolve_precision(fp16, CPU, "cpu")
+    with pytest.raises(UserError, match="zero_stage"):
+        resolve_precision(recipe(train={"precision": "bf16"}, execution={"zero_stage": 0}), CPU, "cpu")
