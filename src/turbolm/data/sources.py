@@ -15,7 +15,7 @@ import tokenize
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
 from turbolm.errors import UserError
 from turbolm.recipe.schema import (
@@ -104,45 +104,51 @@ def _read_text(source: TextSource) -> Iterator[str]:
 def _read_jsonl(source: JsonlSource) -> Iterator[str]:
     for path in list_files(source):
         offset = 0
-        with _open_compressed(path) as file:
-            for number, line in enumerate(_lines(path, file), start=1):
-                where, start, offset = f"{path}:{number}", offset, offset + len(line)
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line.decode())
-                except UnicodeDecodeError as error:
-                    raise _bad_encoding(path, start + error.start) from None
-                except (ValueError, RecursionError) as error:
-                    raise UserError(f"{where}: not valid JSON: {error}") from None
-                if not isinstance(row, dict):
-                    raise UserError(f"{where}: expected a JSON object, got {type(row).__name__}")
-                if source.field not in row:
-                    raise _missing_field(where, source.field, row)
-                yield _text(row[source.field], where, source.field)
+        for number, line in enumerate(_lines(path), start=1):
+            where, start, offset = f"{path}:{number}", offset, offset + len(line)
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.decode())
+            except UnicodeDecodeError as error:
+                raise _bad_encoding(path, start + error.start) from None
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{where}: not valid JSON: {error}") from None
+            if not isinstance(row, dict):
+                raise UserError(f"{where}: expected a JSON object, got {type(row).__name__}")
+            if source.field not in row:
+                raise _missing_field(where, source.field, row)
+            yield _text(row[source.field], where, source.field)
 
 
-def _lines(path: Path, file: IO[bytes]) -> Iterator[bytes]:
+def _lines(path: Path) -> Iterator[bytes]:
     from zstandard import ZstdError
 
     try:
-        yield from file
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb", buffering=1 << 20) as file:
+            yield from _zstd_lines(file) if path.suffix == ".zst" else file
     except (OSError, EOFError, zlib.error, ZstdError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
 
 
-def _open_compressed(path: Path) -> IO[bytes]:
-    try:
-        if path.suffix == ".gz":
-            return cast(IO[bytes], gzip.open(path))
-        if path.suffix == ".zst":
-            import zstandard
+def _zstd_lines(file: Any) -> Iterator[bytes]:
+    """Lines of a file of zstd frames. The library's own reader takes a file that is cut off for a complete one."""
+    import zstandard
 
-            reader = zstandard.ZstdDecompressor().stream_reader(path.open("rb"), read_across_frames=True, closefd=True)
-            return cast(IO[bytes], io.BufferedReader(reader, 1 << 20))
-        return path.open("rb", buffering=1 << 20)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)  # as `zstd --long=31` needs
+    frame, rest = None, b""
+    while compressed := file.read(1 << 18):
+        while compressed:
+            frame = frame or decompressor.decompressobj()
+            *lines, rest = (rest + frame.decompress(compressed)).split(b"\n")
+            yield from (line + b"\n" for line in lines)
+            compressed = frame.unused_data
+            if frame.eof:
+                frame = None
+    if frame is not None:
+        raise EOFError("the file ends inside a zstd frame")
+    if rest:
+        yield rest
 
 
 def _read_parquet(source: ParquetSource) -> Iterator[str]:
