@@ -43,8 +43,8 @@ def test_damaged_lines_are_skipped(tmp_path):
     path = write(tmp_path / "m", [train(1, 1), train(2, 1)], tail='{"step": 3, "train/lo')
     assert [line["step"] for line in read_metrics(path)] == [1, 2]
     with path.open("a") as file:  # the next attempt appends where the killed one stopped
-        file.write("\n[1]\nnull\n\xff\n" + json.dumps(train(3, 2)) + "\n")
-    assert [line["step"] for line in read_metrics(path)] == [1, 2, 3]
+        file.write(json.dumps(train(3, 2)) + "\n[1]\nnull\n\xff\n" + json.dumps(train(4, 2)) + "\n")
+    assert [line["step"] for line in read_metrics(path)] == [1, 2, 3, 4]
 
 
 def test_only_finite_numbers_can_be_drawn(tmp_path):

@@ -256,7 +256,7 @@ th, td { padding: 7px 16px; text-align: left; vertical-align: top; border-top: 1
   font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
 tr:first-child > * { border-top: 0; } thead + tbody tr:first-child > * { border-top: 1px solid var(--grid); }
 th { color: var(--muted); font-size: 12px; font-weight: 500; }
-td:first-child { width: 34%; color: var(--muted); }
+td { white-space: pre-wrap; } td:first-child { width: 34%; color: var(--muted); }
 pre { margin: 0; padding: 14px 16px; font: 12.5px/1.55 ui-monospace, SFMono-Regular, Menlo, monospace; }
 #tip { position: fixed; z-index: 1; padding: 6px 10px; pointer-events: none; background: var(--card);
   border: 1px solid var(--line); border-radius: 6px; box-shadow: 0 2px 8px #0003; font-size: 12px;

@@ -34,7 +34,8 @@ def read_metrics(path: Path) -> list[Line]:
 def read_lines(path: Path) -> list[Line]:
     """Every readable line in the order of the file, each with its `step` and `attempt`.
 
-    A process killed while writing leaves a damaged line, and the next attempt appends after it: such lines are skipped.
+    A process killed while writing leaves a torn line, which is skipped. The next attempt may have appended right to
+    it; what it wrote is read.
     """
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
@@ -43,15 +44,19 @@ def read_lines(path: Path) -> list[Line]:
     lines: list[Line] = []
     attempt = 1
     for raw in text.splitlines():
-        try:
-            line = json.loads(raw)
-        except (ValueError, RecursionError):
-            continue
+        line = _parse(raw) or _parse(raw[max(0, raw.rfind('{"step"')) :])
         if isinstance(line, dict) and isinstance(line.get("step"), int):
             own = line.get("attempt")
             attempt = own if isinstance(own, int) else attempt
             lines.append({**line, "attempt": attempt})
     return lines
+
+
+def _parse(raw: str) -> Any:
+    try:
+        return json.loads(raw)
+    except (ValueError, RecursionError):
+        return None
 
 
 def values(metrics: Sequence[Line], key: str, x: str = "tokens_seen") -> list[tuple[float, float]]:
