@@ -1,0 +1,129 @@
+"""Start a run on this machine through `accelerate launch`, watch over it, and stop it in good order."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+import yaml
+
+from turbolm.errors import EXIT_BAD_INPUT, EXIT_OK
+from turbolm.plan.machine import Machine
+from turbolm.plan.plan import Plan
+from turbolm.train.run_directory import RunDirectory, open_attempt, read_json
+
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+
+
+def launch(plan: Plan, machine: Machine, run: RunDirectory, recipe_file: str, overrides: Sequence[str]) -> int:
+    """Run the plan to its end, or to a stop request; returns the exit code of the run.
+
+    The processes live in a session of their own, so that Ctrl-C reaches only this one: it leaves a stop file, which
+    the ranks notice together. Asked a second time, it ends them at once; what was saved before stays.
+    """
+    run.path.mkdir(parents=True, exist_ok=True)
+    attempt = open_attempt(run)
+    folder = run.attempt(attempt)
+    config_file = folder / "accelerate.yaml"
+    config_file.write_text(yaml.safe_dump(accelerate_config(plan)), encoding="utf-8")
+    command = launch_command(config_file, plan, recipe_file, overrides, attempt, free_port())
+    with (folder / "launcher.log").open("wb") as log:
+        process = subprocess.Popen(command, stderr=log, env=process_environment(plan), start_new_session=True)
+        _wait(process, run)
+    outcome = read_json(folder / "outcome.json")
+    if outcome is not None:
+        return int(outcome["exit_code"])
+    return _explain_failure(process.returncode, folder)
+
+
+def accelerate_config(plan: Plan) -> dict[str, object]:
+    """The Accelerate configuration of a run on one machine; the recipe's DeepSpeed settings do not belong here."""
+    return {
+        "compute_environment": "LOCAL_MACHINE",
+        "distributed_type": "DEEPSPEED",
+        "num_machines": 1,
+        "num_processes": plan.processes_per_node,
+        "machine_rank": 0,
+        "main_training_function": "main",
+        "use_cpu": False,
+    }
+
+
+def launch_command(
+    config_file: Path, plan: Plan, recipe_file: str, overrides: Sequence[str], attempt: int, port: int
+) -> list[str]:
+    """The exact command that starts the ranks."""
+    return [
+        *(sys.executable, "-m", "accelerate.commands.launch"),
+        *("--config_file", str(config_file), "--num_processes", str(plan.processes_per_node), "--num_machines", "1"),
+        *("--main_process_port", str(port), "-m", "turbolm.train"),
+        *("--recipe", recipe_file, "--attempt", str(attempt), *overrides),
+    ]
+
+
+def process_environment(plan: Plan) -> dict[str, str]:
+    """The ranks' environment: threads that do not fight over cores, and this Python's tools (ninja) on the path."""
+    scripts = str(Path(sys.executable).parent)
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": str(plan.threads_per_process),
+        "TOKENIZERS_PARALLELISM": "false",
+        "PATH": os.pathsep.join([scripts, os.environ.get("PATH", os.defpath)]),
+    }
+
+
+def free_port() -> int:
+    """A port that nothing listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _wait(process: subprocess.Popen[bytes], run: RunDirectory) -> None:
+    requests = 0
+
+    def on_signal(number: int, _: FrameType | None) -> None:
+        nonlocal requests
+        requests += 1
+        if requests == 1:
+            print("\nstopping: saving after this step (once more to end at once)", file=sys.stderr, flush=True)
+            run.stop_file.touch()
+        else:
+            os.killpg(process.pid, signal.SIGKILL)
+
+    before = {number: signal.signal(number, on_signal) for number in _STOP_SIGNALS}
+    try:
+        process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        run.stop_file.unlink(missing_ok=True)
+
+
+def _explain_failure(returncode: int, folder: Path) -> int:
+    """What the ranks said last, when they left no outcome."""
+    text = (folder / "launcher.log").read_text(encoding="utf-8", errors="replace")
+    refused = [line for line in text.splitlines() if line.startswith("turbolm: ")]
+    if refused:
+        start = text.index(refused[0])
+        end = text.find("Traceback", start)
+        message = text[start:end].strip().splitlines()
+        print("\n".join(_until_launcher_noise(message)), file=sys.stderr)
+        return EXIT_BAD_INPUT
+    errors = [line for line in text.splitlines() if line.strip()]
+    ranks = [index for index, line in enumerate(errors) if line.startswith("rank ") and line.endswith(":")]
+    shown = errors[ranks[0] : ranks[0] + 40] if ranks else errors[-15:]
+    print("\n".join(["turbolm: training failed", *shown, f"logs: {folder}"]), file=sys.stderr)
+    return returncode if returncode > EXIT_OK and returncode != EXIT_BAD_INPUT else 1
+
+
+def _until_launcher_noise(lines: list[str]) -> list[str]:
+    """A message's own lines, without what the launcher printed after it."""
+    noise = next((index for index, line in enumerate(lines) if index and line[:1] in "EWI[" and "torch" in line), None)
+    return lines[:noise]

@@ -1,0 +1,128 @@
+"""Attention for packed rows: which kernels exist, which one a machine should use, and the inputs each needs.
+
+A packed row holds several documents. Positions restart at each, and Transformers builds the mask that keeps them apart
+from the positions alone, provided that no attention mask and no cache is passed (`use_cache=False`). Kernels of the
+FlashAttention family read cumulative lengths instead: their micro-batch is one long row, [1, bins x seq_len].
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.flex_attention import flex_attention_forward
+from transformers.masking_utils import flex_attention_mask
+
+# The recipe's names and Transformers' own.
+ATTENTION_NAMES = {
+    "eager": "eager",
+    "sdpa": "sdpa",
+    "flex": "turbolm_flex",
+    "flash": "flash_attention_2",
+    "varlen": "turbolm_varlen",
+}
+_FLATTENED = {"flash", "varlen"}
+
+
+def choose_attention(requested: str, device: str, precision: str) -> str:
+    """The attention kernel for `auto`: varlen on a GPU in half precision, else sdpa.
+
+    torch's own varlen attention (FlashAttention kernels, torch >= 2.10) needs no extra package and computes nothing
+    across documents; sdpa builds a dense [seq_len, seq_len] mask but runs everywhere.
+    """
+    if requested != "auto":
+        return requested
+    if device == "cuda" and precision in ("bf16", "fp16") and torch.cuda.get_device_capability() >= (8, 0):
+        if importlib.util.find_spec("torch.nn.attention.varlen") is not None:
+            return "varlen"
+        if importlib.util.find_spec("flash_attn") is not None:
+            return "flash"
+    return "sdpa"
+
+
+def model_inputs(batch: dict[str, np.ndarray], attention: str, device: torch.device) -> dict[str, Any]:
+    """What the model is called with for one micro-batch of shape [bins, seq_len].
+
+    For kernels that read cumulative lengths the rows are joined to [1, bins x seq_len] and `cu_seq_lens_*` (int32,
+    one entry more than there are pieces) and `max_length_*` (an int) are added; they are computed on the host, so that
+    no layer has to ask the device.
+    """
+    tokens, positions = batch["input_ids"], batch["position_ids"]
+    if attention not in _FLATTENED:
+        return {
+            "input_ids": torch.from_numpy(tokens).to(device, non_blocking=True),
+            "position_ids": torch.from_numpy(positions).to(device, non_blocking=True),
+            "use_cache": False,
+        }
+    flat_positions = positions.reshape(1, -1)
+    starts = np.flatnonzero(flat_positions[0] == 0)
+    cumulative = np.append(starts, flat_positions.size).astype(np.int32)
+    # A bound that does not change from batch to batch: max_length is a specialised integer for a compiler.
+    cu_seq_lens = torch.from_numpy(cumulative).to(device, non_blocking=True)
+    return {
+        "input_ids": torch.from_numpy(tokens.reshape(1, -1)).to(device, non_blocking=True),
+        "position_ids": torch.from_numpy(flat_positions).to(device, non_blocking=True),
+        "use_cache": False,
+        "cu_seq_lens_q": cu_seq_lens,
+        "cu_seq_lens_k": cu_seq_lens,
+        "max_length_q": positions.shape[1],
+        "max_length_k": positions.shape[1],
+    }
+
+
+def varlen_attention_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention over packed documents with `torch.nn.attention.varlen`.
+
+    `query` is [1, heads, tokens, head_dim], `key` and `value` may have fewer heads. Returns [1, tokens, heads,
+    head_dim]. A generation call (no cumulative lengths) falls back to Transformers' sdpa.
+    """
+    from torch.nn.attention.varlen import varlen_attn
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    cu_seq_lens = kwargs.get("cu_seq_lens_q")
+    if cu_seq_lens is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    if dropout and module.training:
+        raise ValueError("varlen attention has no dropout; set execution.attention: sdpa")
+    if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
+        raise ValueError("varlen attention has no soft cap or sinks; set execution.attention: flex")
+    query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    if key.shape[1] != query.shape[1]:
+        groups = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    # Transformers' window counts the token itself, the kernel's counts what lies left of it.
+    window = (sliding_window - 1, 0) if sliding_window is not None else (-1, 0)
+    output = varlen_attn(
+        query,
+        key,
+        value,
+        cu_seq_lens,
+        kwargs["cu_seq_lens_k"],
+        kwargs["max_length_q"],
+        kwargs["max_length_k"],
+        scale=scaling,
+        window_size=window,
+    )
+    return output.unsqueeze(0), None
+
+
+AttentionInterface.register(ATTENTION_NAMES["varlen"], varlen_attention_forward)
+# Under a name of our own, flex attention also serves models whose class does not declare it (GPT-2); the isolation
+# check and the tests hold it to the same standard.
+AttentionInterface.register(ATTENTION_NAMES["flex"], flex_attention_forward)
+AttentionMaskInterface.register(ATTENTION_NAMES["flex"], flex_attention_mask)

@@ -1,0 +1,137 @@
+"""Build a Hugging Face causal language model from a recipe, with weights that depend on nothing but the seed."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.integrations import unset_hf_deepspeed_config
+
+from turbolm.errors import UserError
+from turbolm.models.attention import ATTENTION_NAMES
+from turbolm.recipe.schema import Model
+
+# Layers that carry a state from token to token, or mix positions by convolution, reach over document boundaries.
+_ISOLATING_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
+
+
+def build_config(
+    model: Model, *, seq_len: int, vocab_size: int, bos_token_id: int, eos_token_id: int
+) -> PreTrainedConfig:
+    """The model's configuration, completed from the tokenizer and checked against the recipe.
+
+    Every dropout probability becomes `model.dropout` unless `model.config` names it. A key that the model type does
+    not know is refused: Hugging Face would keep it silently and train something else than what was asked for.
+    Raises UserError.
+    """
+    if model.config is not None:
+        config = _config_from_mapping(model.config)
+        for key, value in (("vocab_size", vocab_size), ("bos_token_id", bos_token_id), ("eos_token_id", eos_token_id)):
+            if key not in model.config:
+                setattr(config, key, value)
+        if "pad_token_id" not in model.config:
+            config.pad_token_id = None
+    else:
+        config = _config_from_folder(Path(str(model.pretrained)))
+    for key in vars(config):
+        if _is_dropout(key) and key not in (model.config or {}):
+            setattr(config, key, model.dropout)
+    if config.vocab_size < vocab_size:
+        raise UserError(
+            f"model.config.vocab_size: {config.vocab_size} rows cannot hold the tokenizer's {vocab_size} tokens; "
+            f"set it to at least {vocab_size} or leave it out"
+        )
+    max_positions = getattr(config, "max_position_embeddings", None)
+    if max_positions is not None and seq_len > max_positions:
+        raise UserError(f"data.seq_len: the model has positions for {max_positions} tokens, fewer than {seq_len}")
+    return config
+
+
+def build_model(
+    model: Model, config: PreTrainedConfig, *, seed: int, attention: str, dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
+    """The model on the CPU with initial weights, the same for every ZeRO stage and world size.
+
+    `attention` is one of `turbolm.models.attention.ATTENTION_NAMES`. DeepSpeed must not see the model being built:
+    its ZeRO-3 hooks would change the order in which the random numbers are drawn.
+    """
+    unset_hf_deepspeed_config()
+    torch.manual_seed(seed)
+    implementation = ATTENTION_NAMES[attention]
+    try:
+        if model.pretrained is not None:
+            return AutoModelForCausalLM.from_pretrained(
+                model.pretrained,
+                config=config,
+                dtype=dtype,
+                attn_implementation=implementation,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+            )
+        return AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=implementation, trust_remote_code=False
+        )
+    except (ValueError, ImportError, OSError, TypeError) as error:
+        raise UserError(f"model: cannot build {config.model_type} with {attention} attention: {error}") from error
+
+
+def carries_state_across_documents(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> str | None:
+    """Why documents packed in one row cannot be kept apart in this kind of model, or None when attention does it."""
+    if getattr(model_class, "_is_stateful", False):
+        return f"{config.model_type} carries a recurrent state from token to token"
+    foreign = sorted(set(getattr(config, "layer_types", None) or ()) - _ISOLATING_LAYER_TYPES)
+    if foreign:
+        return f"{config.model_type} has layers of type {', '.join(foreign)}"
+    return None
+
+
+def apply_activation_checkpointing(model: PreTrainedModel, every: str | int) -> None:
+    """Recompute every n-th layer (`full`: every layer) in the backward pass instead of keeping its activations."""
+    if every == "none":
+        return
+    if not model.supports_gradient_checkpointing:
+        raise UserError(f"execution.activation_checkpointing: {model.config.model_type} does not support it; use none")
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    layers = [module for module in model.modules() if getattr(module, "gradient_checkpointing", None) is True]
+    layers = [layer for layer in layers if hasattr(layer, "_gradient_checkpointing_func")] or layers
+    if isinstance(every, int):
+        checkpointed = [layer for layer in layers if type(layer).__name__.endswith(("Layer", "Block"))]
+        for index, layer in enumerate(checkpointed):
+            layer.gradient_checkpointing = index % every == 0
+
+
+def _config_from_mapping(mapping: dict[str, Any]) -> PreTrainedConfig:
+    values = dict(mapping)
+    model_type = values.pop("model_type")
+    try:
+        blank = AutoConfig.for_model(model_type)
+    except ValueError:
+        known = sorted(AutoConfig._model_mapping) if hasattr(AutoConfig, "_model_mapping") else []
+        near = difflib.get_close_matches(model_type, known, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(f"model.config.model_type: transformers knows no model type {model_type!r}{hint}") from None
+    allowed = {field.name for field in dataclasses.fields(blank)} | set(type(blank).attribute_map)
+    unknown = sorted(set(values) - allowed)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], sorted(allowed), 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise UserError(f"model.config.{unknown[0]}: {model_type} has no such setting{hint}")
+    try:
+        return type(blank)(**values)
+    except Exception as error:  # transformers' validators raise their own kinds
+        raise UserError(f"model.config: {model_type} refuses these settings: {error}") from error
+
+
+def _config_from_folder(folder: Path) -> PreTrainedConfig:
+    if not (folder / "config.json").is_file():
+        raise UserError(f"model.pretrained: {folder} has no config.json; expected a local Hugging Face model folder")
+    return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def _is_dropout(key: str) -> bool:
+    return "dropout" in key or key.endswith(("pdrop", "_drop"))

@@ -1,0 +1,47 @@
+"""`python -m turbolm.train --recipe RECIPE [key=value ...]`, one process of a world that a launcher started."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+import traceback
+
+from turbolm.errors import EXIT_BAD_INPUT, UserError
+from turbolm.recipe.load import load_recipe
+
+
+def main() -> int:
+    """Parse the arguments, train, and report errors once."""
+    parser = argparse.ArgumentParser(prog="python -m turbolm.train", description=__doc__)
+    parser.add_argument("--recipe", required=True, help="a recipe file")
+    parser.add_argument("--attempt", type=int, help="the attempt's number when the launcher opened its folder")
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # older launchers pass it
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value")
+    arguments = parser.parse_args()
+    terminal = os.fdopen(os.dup(2), "w", errors="replace")
+    try:
+        recipe = load_recipe(arguments.recipe, arguments.overrides)
+        from turbolm.train.worker import run_worker
+
+        return run_worker(recipe, arguments.attempt)
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"turbolm: {error}", file=terminal, flush=True)
+        return EXIT_BAD_INPUT
+    except BaseException:
+        text = f"rank {os.environ.get('RANK', '0')}:\n{traceback.format_exc()}"
+        print(text, file=sys.stderr, flush=True)  # the rank's log
+        with contextlib.suppress(OSError):
+            print(text, file=terminal, flush=True)
+        return 1
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Everything is saved and synced. Python's own exit would run native destructors in an order that aborts about one
+    # ZeRO-3 process in twelve.
+    os._exit(code)

@@ -1,0 +1,85 @@
+"""The DeepSpeed engine behind Accelerate, and the few things a training step asks of it."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
+from torch import nn
+
+_ACCELERATE_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+
+
+def build_accelerator(
+    ds_config: dict[str, Any], *, device: str, precision: str, timeout_sec: int
+) -> Accelerator:
+    """The process group and Accelerate's view of it, from one resolved DeepSpeed configuration.
+
+    On a CPU the back end must be named: left to itself Accelerate takes every process for a world of its own.
+    """
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "0" if os.environ["WORLD_SIZE"] == "1" else "29500")
+    backend = "gloo" if device == "cpu" else "nccl"
+    # A C++ extension for inference that DeepSpeed would compile (40 s) at the first start on a CPU.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # What the launcher or an accelerate YAML says of precision and DeepSpeed is overruled by the recipe.
+    os.environ["ACCELERATE_MIXED_PRECISION"] = _ACCELERATE_PRECISION[precision]
+    plugin = DeepSpeedPlugin(hf_ds_config=ds_config, zero3_init_flag=False)
+    return Accelerator(
+        deepspeed_plugin=plugin,
+        mixed_precision=_ACCELERATE_PRECISION[precision],
+        kwargs_handlers=[InitProcessGroupKwargs(backend=backend, timeout=timedelta(seconds=timeout_sec))],
+    )
+
+
+def clip_by_value(optimizer: torch.optim.Optimizer, max_grad_value: float) -> None:
+    """Clamp every gradient element to ±`max_grad_value` just before the update.
+
+    DeepSpeed clips by norm only. When its inner optimizer steps, gradients are averaged, unscaled and laid out as the
+    partitions this rank owns, at every ZeRO stage; clamping is element-wise, so clamping the partitions is the same.
+    """
+
+    def clamp(stepped: torch.optim.Optimizer, *_: object) -> None:
+        for group in stepped.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.grad.clamp_(-max_grad_value, max_grad_value)
+
+    optimizer.register_step_pre_hook(clamp)
+
+
+def backward_and_step(engine: Any, loss: torch.Tensor, *, is_boundary: bool) -> torch.Tensor | float | None:
+    """Backward of one micro-batch; at the boundary also clip and update. Returns the gradient norm before clipping.
+
+    What `accelerator.backward` does, taken apart because ZeRO-0 in fp32 keeps no norm: it is computed between the two
+    calls there. None within an accumulation, and when an overflow made DeepSpeed skip the update.
+    """
+    engine.set_gradient_accumulation_boundary(is_boundary=is_boundary)
+    engine.backward(loss, scale_wrt_gas=False)
+    if not is_boundary:
+        return None
+    norm: Any = None
+    if engine.zero_optimization_stage() == 0:
+        gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+    engine.step()
+    return engine.get_global_grad_norm() if norm is None else norm
+
+
+def set_learning_rate(engine: Any, lr: float) -> None:
+    """Write the rate of this step into every parameter group, times the group's own `lr_scale`."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)
+
+
+def control_group() -> dist.ProcessGroup | None:
+    """A gloo group for small host-side agreements, so that they never wait for the GPU's stream."""
+    return None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")

@@ -1,0 +1,46 @@
+"""Loss and bits per byte on the held-out documents."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from turbolm.data.loader import evaluation_batches, evaluation_set
+from turbolm.data.store import TokenStore
+from turbolm.plan.plan import Plan
+from turbolm.train.step import micro_batch_loss
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """`loss` is in nats per target token; `bits_per_byte` counts every byte of the text and each document's end."""
+
+    loss: float
+    bits_per_byte: float
+    num_targets: int
+
+
+@torch.no_grad()
+def evaluate(
+    engine: Any, store: TokenStore, plan: Plan, attention: str, group: dist.ProcessGroup | None
+) -> EvaluationResult:
+    """Evaluate the model as it is. Collective; the same on every rank."""
+    data, max_tokens = plan.recipe.data, plan.recipe.evaluation.tokens
+    layout = {"world_size": dist.get_world_size(), "rank": dist.get_rank()}
+    loss_sum = torch.zeros((), dtype=torch.float64)
+    engine.eval()
+    for batch in evaluation_batches(
+        store, data.seq_len, max_tokens, data.packing, micro_batch_bins=plan.batch.micro_batch_bins, **layout
+    ):
+        for micro_batch in batch.micro_batches:
+            loss_sum += micro_batch_loss(engine, micro_batch, attention).cpu().double()
+    engine.train()
+    dist.all_reduce(loss_sum, group=group)
+    held_out = evaluation_set(store, data.seq_len, max_tokens, data.packing)
+    loss = float(loss_sum) / held_out.num_targets
+    bits_per_byte = float(loss_sum) / math.log(2) / held_out.text_bytes
+    return EvaluationResult(loss, bits_per_byte, held_out.num_targets)

@@ -1,0 +1,127 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from turbolm.checkpoint.save import save_checkpoint
+from turbolm.data.loader import BatchLoader, GlobalBatch
+from turbolm.data.store import TokenStore
+from turbolm.models.loss import IGNORED_TARGET
+from turbolm.plan.plan import Plan
+from turbolm.reliability.stop import StopRequest
+from turbolm.schedules import lr_ratio
+from turbolm.train.engine import set_learning_rate
+from turbolm.train.evaluation import EvaluationResult, evaluate
+from turbolm.train.metrics import MetricsLog
+from turbolm.train.run_directory import RunDirectory
+from turbolm.train.step import train_step
+
+
+@dataclass
+class Session:
+    """Everything a run holds while it trains; `step` counts the finished optimizer steps and is all that changes."""
+
+    plan: Plan
+    run: RunDirectory
+    engine: Any
+    store: TokenStore
+    loader: BatchLoader
+    attention: str
+    budgets_tokens: list[int]
+    contract_fingerprint: str
+    group: dist.ProcessGroup | None
+    stop: StopRequest
+    log: MetricsLog
+    flops_per_target: Any  # mean attended keys per target -> training FLOPs
+    step: int = 0
+    saved_step: int = -1
+
+
+def train(session: Session) -> EvaluationResult | None:
+    """Train to the end of the budget and evaluate; None when the run was asked to stop (everything is saved)."""
+    plan, recipe, num_steps = session.plan, session.plan.recipe, session.plan.batch.num_steps
+    for batch in session.loader.iterate(session.step, num_steps):
+        reason = agree_to_stop(session, batch)
+        if reason:
+            session.log.say(f"asked to stop by {reason}: saving after step {session.step}")
+            save(session)
+            return None
+        lr = learning_rate(session)
+        set_learning_rate(session.engine, lr)
+        result = train_step(session.engine, batch.micro_batches, batch.num_targets, session.attention)
+        session.step += 1
+        session.log.add_step(session.step, lr, batch, result, batch_flops(session, batch))
+        is_last = session.step == num_steps
+        if session.step % recipe.logging.every_steps == 0 or is_last:
+            session.log.flush()
+        if session.step % plan.evaluate_every_steps == 0 and not is_last:
+            run_evaluation(session)
+        if session.step % plan.checkpoint_every_steps == 0:
+            save(session)
+    save(session)
+    return run_evaluation(session)
+
+
+def learning_rate(session: Session) -> float:
+    """The rate of the next step, read from the schedule at the middle of the tokens it covers: neither the first step
+    of a warmup nor the last of a decay to zero is wasted."""
+    recipe, tokens = session.plan.recipe, session.plan.batch.global_batch_tokens
+    ratio = lr_ratio(recipe.schedule, (session.step + 0.5) * tokens, session.budgets_tokens, tokens)
+    return float(recipe.optimizer.lr * ratio)
+
+
+def agree_to_stop(session: Session, batch: GlobalBatch) -> str | None:
+    """Whether any rank was asked to stop, and by what. Collective, once a step, on the host.
+
+    The same message checks that the ranks' parts of the global batch add up to it: a rank that reads other data than
+    its neighbours would train on silently.
+    """
+    valid = sum(int(np.count_nonzero(micro["targets"] != IGNORED_TARGET)) for micro in batch.micro_batches)
+    message = torch.tensor([valid, session.stop.reason is not None], dtype=torch.int64)
+    dist.all_reduce(message, group=session.group)
+    if int(message[0]) != batch.num_targets:
+        raise RuntimeError(f"the ranks hold {int(message[0])} targets of batch {batch.index}, not {batch.num_targets}")
+    return (session.stop.reason or "another rank") if message[1] else None
+
+
+def batch_flops(session: Session, batch: GlobalBatch) -> float:
+    """Training FLOPs of a global batch, with the attention its documents really need."""
+    span = batch.attention_pairs / batch.num_targets
+    return float(session.flops_per_target(span) * batch.num_targets)
+
+
+def run_evaluation(session: Session) -> EvaluationResult:
+    """Evaluate and log."""
+    session.log.flush()
+    result = evaluate(session.engine, session.store, session.plan, session.attention, session.group)
+    session.log.add_evaluation(session.step, result.loss, result.bits_per_byte)
+    session.log.restart_clock()
+    return result
+
+
+def save(session: Session) -> None:
+    """Save a checkpoint of the current step, once."""
+    session.log.flush()
+    if session.saved_step == session.step or session.step == 0:
+        return
+    save_checkpoint(
+        session.run.checkpoints,
+        session.engine,
+        step=session.step,
+        trainer_state={
+            "step": session.step,
+            "tokens_seen": session.step * session.plan.batch.global_batch_tokens,
+            "next_batch": session.step,
+        },
+        contract_fingerprint=session.contract_fingerprint,
+        keep_last=session.plan.recipe.checkpoint.keep_last,
+        group=session.group,
+    )
+    session.saved_step = session.step
+    session.log.restart_clock()

@@ -1,0 +1,142 @@
+"""What a run shows: one line of metrics.jsonl a step, and progress for people."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+import torch.distributed as dist
+
+from turbolm.data.loader import GlobalBatch
+from turbolm.train.step import StepResult
+from turbolm.units import format_count, format_duration
+
+
+@dataclass
+class MetricsLog:
+    """Collects the steps of a run and writes them out when they are due.
+
+    Losses stay on the device until then, so that logging never stalls a step. Only rank 0 writes; `flush` is
+    collective. `peak_flops` is that of all devices together, or None where it is not known.
+    """
+
+    path: Path
+    attempt: int
+    num_steps: int
+    global_batch_tokens: int
+    peak_flops: float | None
+    group: dist.ProcessGroup | None
+    terminal: TextIO
+    _pending: list[tuple[dict[str, Any], StepResult]] = field(default_factory=list)
+    _last_time: float = field(default_factory=time.perf_counter)
+    _seconds_per_step: float | None = None
+
+    def add_step(self, step: int, lr: float, batch: GlobalBatch, result: StepResult, flops: float) -> None:
+        """Note a finished step. `flops` is the training work of its global batch."""
+        now = time.perf_counter()
+        seconds, self._last_time = now - self._last_time, now
+        line = {
+            "step": step,
+            "attempt": self.attempt,
+            "tokens_seen": step * self.global_batch_tokens,
+            "train/targets": batch.num_targets,
+            "train/lr": lr,
+            "perf/tokens_per_sec": self.global_batch_tokens / seconds,
+            "perf/mfu": flops / seconds / self.peak_flops if self.peak_flops else None,
+            "data/padding_fraction": batch.padding_fraction,
+            "data/samples": batch.samples_digest,
+        }
+        self._pending.append((line, result))
+
+    def restart_clock(self) -> None:
+        """Leave out of the next step's time what was not training: evaluation, saving."""
+        self._last_time = time.perf_counter()
+
+    def flush(self) -> None:
+        """Write the pending steps and show the last of them. Collective."""
+        if not self._pending:
+            return
+        losses = torch.stack([result.loss_sum for _, result in self._pending]).double().cpu()
+        dist.all_reduce(losses, group=self.group)
+        lines = []
+        for (line, result), loss_sum in zip(self._pending, losses.tolist(), strict=True):
+            norm = None if result.grad_norm is None else float(result.grad_norm)
+            lines.append({**line, "train/loss": loss_sum / line["train/targets"], "train/grad_norm": norm})
+        self._pending.clear()
+        if dist.get_rank() == 0:
+            self._append(lines)
+            self._show(lines)
+
+    def add_evaluation(self, step: int, loss: float, bits_per_byte: float) -> None:
+        """Write and show an evaluation."""
+        if dist.get_rank() == 0:
+            values = {"eval/loss": loss, "eval/bits_per_byte": bits_per_byte}
+            tokens_seen = step * self.global_batch_tokens
+            self._append([{"step": step, "attempt": self.attempt, "tokens_seen": tokens_seen, **values}])
+            self.say(f"step {step}  eval loss {loss:.4f}  bits per byte {bits_per_byte:.4f}")
+
+    def say(self, text: str) -> None:
+        """A lasting line on the terminal and in the log. Rank 0 only."""
+        if dist.get_rank() == 0:
+            if self.terminal.isatty():
+                self.terminal.write("\r\x1b[K")
+            self.terminal.write(text + "\n")
+            self.terminal.flush()
+            print(text, file=sys.stdout, flush=True)
+
+    def _append(self, lines: list[dict[str, Any]]) -> None:
+        text = "".join(json.dumps(_finite(line)) + "\n" for line in lines)
+        with self.path.open("a", encoding="utf-8") as file:  # one write, so that a kill tears one line at most
+            file.write(text)
+
+    def _show(self, lines: list[dict[str, Any]]) -> None:
+        last = lines[-1]
+        seconds = [self.global_batch_tokens / line["perf/tokens_per_sec"] for line in lines]
+        mean = sum(seconds) / len(seconds)
+        before = self._seconds_per_step
+        self._seconds_per_step = mean if before is None else 0.7 * before + 0.3 * mean
+        rate = self.global_batch_tokens / mean
+        mfu = [line["perf/mfu"] for line in lines if line["perf/mfu"] is not None]
+        norm = last["train/grad_norm"]
+        parts = [
+            f"step {last['step']}/{self.num_steps}",
+            f"{100 * last['step'] / self.num_steps:.0f}%",
+            f"loss {last['train/loss']:.4f}",
+            f"norm {norm:.3f}" if norm is not None else "norm skipped",
+            f"lr {last['train/lr']:.2e}",
+            f"{format_count(last['tokens_seen'])} tokens",
+            f"{format_count(rate)} tokens/s",
+        ]
+        if mfu:
+            parts.append(f"MFU {100 * sum(mfu) / len(mfu):.0f}%")
+        parts.append(f"ETA {format_duration((self.num_steps - last['step']) * self._seconds_per_step)}")
+        text = "  ".join(parts)
+        print(text, file=sys.stdout, flush=True)
+        if self.terminal.isatty():
+            self.terminal.write("\r\x1b[K" + text)
+        else:
+            self.terminal.write(text + "\n")
+        self.terminal.flush()
+
+
+def measure_peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large matrix product on this process's device, best of a few: what MFU is measured against where no
+    data sheet is known. On a CPU every process measures at once, as they will compute at once."""
+    size = 1024
+    left, right = torch.randn(size, size, device=device).to(dtype), torch.randn(size, size, device=device).to(dtype)
+    best = float("inf")
+    for _ in range(6):
+        start = time.perf_counter()
+        torch.mm(left, right)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def _finite(line: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN and no infinity: they are written as text."""
+    return {key: str(value) if isinstance(value, float) and value - value != 0 else value for key, value in line.items()}

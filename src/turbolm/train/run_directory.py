@@ -1,0 +1,170 @@
+"""The run directory: a documented contract between the trainer, the command line and the user. Torch-free.
+
+    runs/<name>/
+      recipe.yaml     as resolved          contract.json   fingerprint and canonical form
+      model/          Hugging Face configuration and tokenizer of the run
+      attempts/<n>/   plan.json, ds_config.json, accelerate.yaml, environment.json, log.rank<k>.txt, outcome.json
+      metrics.jsonl   one line a step      checkpoints/    results.json, report.html, export/
+      stop            its presence asks the run to save and stop
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from turbolm.errors import UserError
+from turbolm.plan.machine import Machine
+from turbolm.plan.plan import Plan
+from turbolm.recipe.contract import changed_keys, contract_of, fingerprint
+from turbolm.recipe.load import dump_recipe
+from turbolm.recipe.schema import Recipe
+
+_VERSIONED = ("turbolm", "torch", "accelerate", "deepspeed", "transformers", "tokenizers", "numpy")
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Paths of one run."""
+
+    path: Path
+
+    @property
+    def contract(self) -> Path:
+        return self.path / "contract.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def results(self) -> Path:
+        return self.path / "results.json"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
+
+    @property
+    def stop_file(self) -> Path:
+        return self.path / "stop"
+
+    def attempt(self, number: int) -> Path:
+        """The folder of one start of the run."""
+        return self.path / "attempts" / str(number)
+
+
+def run_directory(recipe: Recipe) -> RunDirectory:
+    """Where the recipe's run lives."""
+    return RunDirectory(Path(recipe.execution.runs_dir) / recipe.name)
+
+
+def open_attempt(run: RunDirectory) -> int:
+    """Create the folder of a new attempt and return its number, counted from 1."""
+    run.attempt(0).parent.mkdir(parents=True, exist_ok=True)
+    numbers = [int(path.name) for path in run.attempt(0).parent.iterdir() if path.name.isdigit()]
+    number = max(numbers, default=0) + 1
+    run.attempt(number).mkdir()
+    return number
+
+
+def write_attempt(run: RunDirectory, number: int, plan: Plan, machine: Machine) -> None:
+    """Record what this attempt runs with."""
+    folder = run.attempt(number)
+    described = {key: value for key, value in asdict(plan).items() if key not in ("recipe", "ds_config")}
+    write_json(folder / "plan.json", described)
+    write_json(folder / "ds_config.json", plan.ds_config)
+    versions = {name: importlib.metadata.version(name) for name in _VERSIONED}
+    system = {"python": platform.python_version(), "platform": platform.platform(), "host": platform.node()}
+    write_json(folder / "environment.json", {**system, **versions, **asdict(machine)})
+    (run.path / "recipe.yaml").write_text(dump_recipe(plan.recipe), encoding="utf-8")
+
+
+def settle_contract(run: RunDirectory, recipe: Recipe, store_fingerprint: str) -> list[int]:
+    """Compare the recipe with what this run has learned so far, and record it at the first start.
+
+    Returns the token budgets of the run, oldest first: one, or several once a finished run was extended. Raises
+    UserError with every changed key when the contract differs in anything but a larger budget of a finished run.
+    """
+    contract = contract_of(recipe)
+    recorded = {
+        "fingerprint": fingerprint(contract),
+        "contract": contract,
+        "store_fingerprint": store_fingerprint,
+        "budgets_tokens": [recipe.train.budget],
+    }
+    if not run.contract.exists():
+        write_json(run.contract, recorded)
+        return [recipe.train.budget]
+    old = json.loads(run.contract.read_text(encoding="utf-8"))
+    changes = changed_keys(old["contract"], contract)
+    budgets = [int(budget) for budget in old["budgets_tokens"]]
+    extended = [key for key, *_ in changes] == ["train.budget"] and recipe.train.budget > budgets[-1]
+    if extended and store_fingerprint == old["store_fingerprint"]:
+        _check_extension(run, recipe)
+        budgets.append(recipe.train.budget)
+        write_json(run.contract, {**recorded, "budgets_tokens": budgets})
+        return budgets
+    lines = [f"  {key}: {_shown(before)} -> {_shown(after)}" for key, before, after in changes]
+    if store_fingerprint != old["store_fingerprint"]:
+        lines.append("  the token store: its documents or its tokenizer are not those this run was started with")
+    if lines:
+        raise UserError(
+            f"{run.path} was started with another learning contract; changed:\n" + "\n".join(lines) + "\n"
+            "Restore these values, or give the new run a `name` of its own."
+        )
+    return budgets
+
+
+def is_finished(run: RunDirectory, budget_tokens: int) -> bool:
+    """Whether the run has trained its whole budget and left its results."""
+    results = read_json(run.results)
+    return results is not None and results.get("budget_tokens") == budget_tokens
+
+
+def write_outcome(run: RunDirectory, attempt: int, status: str, exit_code: int, message: str = "") -> None:
+    """How an attempt ended: launchers do not pass a worker's exit code on."""
+    outcome = {"status": status, "exit_code": exit_code, "message": message, "unix_time": time.time()}
+    write_json(run.attempt(attempt) / "outcome.json", outcome)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write JSON through a temporary file, so that a reader never sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(value, indent=1, default=str) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """A JSON mapping, or None when the file is missing or damaged."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _check_extension(run: RunDirectory, recipe: Recipe) -> None:
+    old_budget = json.loads(run.contract.read_text(encoding="utf-8"))["budgets_tokens"][-1]
+    if recipe.schedule.on_extend == "refuse":
+        raise UserError(f"train.budget: schedule.on_extend is `refuse`, and {run.path} has a budget of {old_budget}")
+    if not is_finished(run, old_budget):
+        raise UserError(
+            f"train.budget: {run.path} has not finished its budget of {old_budget} tokens; only a finished run can be "
+            "extended, because the learning-rate schedule of the first budget is under way"
+        )
+
+
+def _shown(value: object) -> str:
+    return "(not set)" if value is None else json.dumps(value)

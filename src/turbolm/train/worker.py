@@ -1,0 +1,262 @@
+"""One process of a training run: from a recipe to a trained model, on whatever ranks the launcher started."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+import torch.distributed as dist
+
+from turbolm.checkpoint.load import load_checkpoint
+from turbolm.checkpoint.manifest import find_newest_valid, list_checkpoints
+from turbolm.data.loader import BatchLoader
+from turbolm.data.order import BatchOrder
+from turbolm.data.prepare import find_store
+from turbolm.data.store import TokenStore, open_store
+from turbolm.errors import EXIT_OK, EXIT_REQUEUE, UserError
+from turbolm.models.attention import choose_attention
+from turbolm.models.build import (
+    apply_activation_checkpointing,
+    build_config,
+    build_model,
+    carries_state_across_documents,
+)
+from turbolm.models.isolation import check_isolation
+from turbolm.optim.build import build_optimizer
+from turbolm.plan.flops import peak_half_flops, training_flops_per_token
+from turbolm.plan.machine import Machine, detect_machine
+from turbolm.plan.plan import Plan, build_plan
+from turbolm.recipe.contract import contract_of, fingerprint
+from turbolm.recipe.schema import Recipe
+from turbolm.reliability.stop import StopRequest
+from turbolm.train.engine import build_accelerator, clip_by_value, control_group
+from turbolm.train.finish import finish_run, summary
+from turbolm.train.loop import Session, train
+from turbolm.train.metrics import MetricsLog, measure_peak_flops
+from turbolm.train.run_directory import (
+    RunDirectory,
+    is_finished,
+    open_attempt,
+    run_directory,
+    settle_contract,
+    write_attempt,
+    write_outcome,
+)
+
+
+def run_worker(recipe: Recipe, attempt: int | None = None) -> int:
+    """Train `recipe` as one rank of the launched world; returns the process's exit code.
+
+    `attempt` is the number of the attempt's folder when the launcher has opened one. Raises UserError.
+    """
+    machine = detect_machine()
+    plan = build_plan(recipe, machine, int(os.environ.get("WORLD_SIZE", "1")))
+    torch.set_num_threads(plan.threads_per_process)
+    store = _open_prepared_store(recipe)
+    run = run_directory(recipe)
+    stop = StopRequest(run.stop_file)
+    stop.listen()
+    accelerator = build_accelerator(
+        plan.ds_config,
+        device=plan.device,
+        precision=plan.precision,
+        timeout_sec=recipe.execution.process_group_timeout,
+    )
+    group = control_group()
+    attempt, budgets = _open_run(run, plan, machine, store, attempt, group)
+    terminal = redirect_output(run.attempt(attempt) / f"log.rank{dist.get_rank()}.txt")
+    if is_finished(run, recipe.train.budget):
+        if dist.get_rank() == 0:
+            terminal.write(f"{run.path} is complete; see {run.results}\n")
+            write_outcome(run, attempt, "complete", EXIT_OK)
+        return EXIT_OK
+    session = _build_session(accelerator, plan, run, store, budgets, stop, attempt, terminal, group, machine)
+    _resume(session)
+    num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in session.engine.module.parameters())
+    evaluation = train(session)
+    session.log.flush()
+    dist.barrier(group=group)
+    if dist.get_rank() == 0 and evaluation is not None:
+        session.log.say("exporting the model")
+        results = finish_run(run, plan, store, evaluation, num_parameters)
+        write_outcome(run, attempt, "finished", EXIT_OK)
+        session.log.say(summary(results))
+    elif dist.get_rank() == 0:
+        write_outcome(run, attempt, "stopped", EXIT_REQUEUE)
+        session.log.say(f"stopped after step {session.step}; the same command resumes there")
+    return EXIT_REQUEUE if evaluation is None else EXIT_OK
+
+
+def redirect_output(log: Path) -> TextIO:
+    """Send what this process prints to its log file; returns the terminal that standard output was.
+
+    At the level of file descriptors, so that libraries written in C++ are caught as well.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    terminal = os.fdopen(os.dup(1), "w", encoding="utf-8", errors="replace", buffering=1)
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.close(file)
+    return terminal
+
+
+def _open_prepared_store(recipe: Recipe) -> TokenStore:
+    folder = find_store(recipe)
+    if folder is None:
+        raise UserError("the data is not prepared; run `turbolm prepare RECIPE` once, before the ranks start")
+    return open_store(folder)
+
+
+def _open_run(
+    run: RunDirectory, plan: Plan, machine: Machine, store: TokenStore, attempt: int | None, group: Any
+) -> tuple[int, list[int]]:
+    """Rank 0 settles contract and attempt; every rank gets the attempt's number and the budgets, or its UserError."""
+    answer: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            run.path.mkdir(parents=True, exist_ok=True)
+            budgets = settle_contract(run, plan.recipe, store.fingerprint)
+            number = attempt or open_attempt(run)
+            write_attempt(run, number, plan, machine)
+            run.stop_file.unlink(missing_ok=True)
+            answer = [(number, budgets)]
+        except (UserError, OSError) as error:
+            answer = [str(error)]
+    dist.broadcast_object_list(answer, src=0, group=group)
+    if isinstance(answer[0], str):
+        raise UserError(answer[0])
+    number, budgets = answer[0]
+    return number, budgets
+
+
+def _build_session(
+    accelerator: Any,
+    plan: Plan,
+    run: RunDirectory,
+    store: TokenStore,
+    budgets: list[int],
+    stop: StopRequest,
+    attempt: int,
+    terminal: TextIO,
+    group: Any,
+    machine: Machine,
+) -> Session:
+    """Model, engine, data and logging of a run that is about to train or resume."""
+    recipe = plan.recipe
+    attention = choose_attention(recipe.execution.attention, plan.device, plan.precision)
+    if plan.device == "cpu" and attention == "flex":
+        raise UserError("execution.attention: flex attention cannot train on a CPU (torch has no backward pass there)")
+    engine = build_engine(accelerator, plan, store, attention, run)
+    data, batch = recipe.data, plan.batch
+    if data.packing != "single":
+        leak = check_isolation(
+            engine,
+            vocab_size=store.vocab_size,
+            seq_len=min(data.seq_len, 64),
+            attention=attention,
+            device=engine.device,
+            precision=plan.precision,
+        )
+        print(f"packed documents are isolated: a change moved its neighbour's logits by {leak:.1e}")
+    order = BatchOrder(store.lengths("train"), data.seq_len, batch.bins_per_batch, recipe.train.seed, data.packing)
+    loader = BatchLoader(order, store, "train", dist.get_world_size(), dist.get_rank(), batch.micro_batch_bins)
+    num_matmul = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters() if p.dim() >= 2)
+    config = engine.module.config.to_dict()
+
+    def flops_per_target(mean_span: float) -> float:
+        known = training_flops_per_token(config, mean_span)
+        return 6.0 * num_matmul if known is None else known
+
+    log = MetricsLog(
+        path=run.metrics,
+        attempt=attempt,
+        num_steps=batch.num_steps,
+        global_batch_tokens=batch.global_batch_tokens,
+        peak_flops=_peak_flops(engine, plan, machine),
+        group=group,
+        terminal=terminal,
+    )
+    return Session(
+        plan=plan,
+        run=run,
+        engine=engine,
+        store=store,
+        loader=loader,
+        attention=attention,
+        budgets_tokens=budgets,
+        contract_fingerprint=fingerprint(contract_of(recipe)),
+        group=group,
+        stop=stop,
+        log=log,
+        flops_per_target=flops_per_target,
+    )
+
+
+def build_engine(accelerator: Any, plan: Plan, store: TokenStore, attention: str, run: RunDirectory) -> Any:
+    """The DeepSpeed engine around a freshly initialised model; rank 0 saves configuration and tokenizer to the run."""
+    recipe = plan.recipe
+    config = build_config(
+        recipe.model,
+        seq_len=recipe.data.seq_len,
+        vocab_size=store.vocab_size,
+        bos_token_id=store.manifest["bos_id"],
+        eos_token_id=store.manifest["eos_id"],
+    )
+    model = build_model(recipe.model, config, seed=recipe.train.seed, attention=attention)
+    reason = carries_state_across_documents(config, type(model))
+    if reason and recipe.data.packing != "single":
+        raise UserError(f"data.packing: {reason}, so packed documents cannot be kept apart; set data.packing: single")
+    if dist.get_rank() == 0:
+        config.save_pretrained(run.model)
+        from turbolm.checkpoint.export import tokenizer
+
+        tokenizer(store.tokenizer_dir).save_pretrained(run.model)
+    apply_activation_checkpointing(model, recipe.execution.activation_checkpointing)
+    execution = recipe.execution
+    optimizer = build_optimizer(
+        model, recipe.optimizer, kernel=execution.adam_kernel, offload=execution.offload_optimizer
+    )
+    if recipe.train.max_grad_value is not None:
+        clip_by_value(optimizer, recipe.train.max_grad_value)
+    engine, _ = accelerator.prepare(model, optimizer)
+    engine.train()
+    return engine
+
+
+def _resume(session: Session) -> None:
+    """Continue from the newest valid checkpoint. Rank 0 chooses, so that all ranks read the same one."""
+    run, answer = session.run, [None]
+    if dist.get_rank() == 0:
+        newest, rejected = find_newest_valid(run.checkpoints)
+        answer = [(newest, rejected, bool(list_checkpoints(run.checkpoints)))]  # type: ignore[list-item]
+    dist.broadcast_object_list(answer, src=0, group=session.group)
+    newest, rejected, any_left = answer[0]  # type: ignore[misc]
+    for reason in rejected:
+        session.log.say(f"rejected checkpoint {reason}")
+    if newest is None and any_left:
+        raise UserError(
+            f"no checkpoint of {run.path} is valid. To start over, move {run.checkpoints} away; nothing was changed"
+        )
+    if newest is None:
+        return
+    state = load_checkpoint(newest, session.engine)
+    session.step = session.saved_step = int(state["step"])
+    session.log.say(f"resumed from {newest}")
+    session.log.restart_clock()
+
+
+def _peak_flops(engine: Any, plan: Plan, machine: Machine) -> float | None:
+    """Peak of all devices together: from the data sheet, else measured as a matrix product on every rank at once."""
+    known = peak_half_flops(machine.gpu_name) if plan.device == "cuda" and plan.precision != "fp32" else None
+    if known is not None:
+        return known * plan.world_size
+    peak = torch.tensor([measure_peak_flops(engine.device, next(engine.module.parameters()).dtype)])
+    if plan.device == "cuda":
+        return None  # an unlisted GPU: kernel launches are not finished when torch returns, so do not guess
+    dist.all_reduce(peak)
+    return float(peak)
