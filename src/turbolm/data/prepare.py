@@ -179,9 +179,12 @@ def _build(recipe: Recipe, folder: Path, num_workers: int, progress: Progress) -
             f"There are no training documents: all {counts.documents} are held out. Lower data.validation "
             f"(it is {recipe.data.validation:g}) or add documents to data.sources."
         )
+    key = store_key(recipe)
+    if not key.startswith(folder.name):
+        raise UserError("The files of data.sources changed while they were read. Run `turbolm prepare RECIPE` again.")
     manifest = {
         "format_version": FORMAT_VERSION,
-        "key": store_key(recipe),
+        "key": key,
         "dtype": layout.dtype,
         "vocab_size": vocab_size,
         "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),

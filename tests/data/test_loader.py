@@ -1,0 +1,206 @@
+"""Global batches: the same for every layout of processes, with right targets, and dealt evenly."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable
+from itertools import product
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from turbolm.data.collate import IGNORED, cu_seqlens, deal_bins
+from turbolm.data.loader import BatchLoader, GlobalBatch, evaluation_batches, evaluation_set
+from turbolm.data.order import BatchOrder
+from turbolm.data.packing import Bins, pack_best_fit
+from turbolm.data.store import TokenStore
+from turbolm.errors import UserError
+
+SEQ_LEN, BINS_PER_BATCH = 64, 10
+
+
+@pytest.fixture(scope="module")
+def order(store: TokenStore) -> BatchOrder:
+    return BatchOrder(store.lengths("train"), SEQ_LEN, BINS_PER_BATCH, seed=0, window_documents=100)
+
+
+def rows(batches: list[GlobalBatch]) -> Counter[bytes]:
+    """The rows of all ranks that have any target, as a multiset."""
+    found: Counter[bytes] = Counter()
+    for micro in (micro for batch in batches for micro in batch.micro_batches):
+        for row in np.stack([micro["input_ids"], micro["position_ids"], micro["targets"]], axis=1):
+            if (row[2] != IGNORED).any():
+                found[row.tobytes()] += 1
+    return found
+
+
+def test_batches_are_the_same_for_every_layout(store: TokenStore, order: BatchOrder) -> None:
+    expected = rows([BatchLoader(order, store, "train", 1, 0, 1).global_batch(3)])
+    assert expected.total() == BINS_PER_BATCH
+    for world_size, micro_batch_bins in product((1, 2, 3, 4), (1, 2, 3, 10)):
+        batches = [
+            BatchLoader(order, store, "train", world_size, rank, micro_batch_bins).global_batch(3)
+            for rank in range(world_size)
+        ]
+        assert rows(batches) == expected
+        assert len({len(batch.micro_batches) for batch in batches}) == 1
+        assert all(
+            micro["input_ids"].shape == (micro_batch_bins, SEQ_LEN) for b in batches for micro in b.micro_batches
+        )
+        targets = sum(int((m["targets"] != IGNORED).sum()) for batch in batches for m in batch.micro_batches)
+        assert {batch.num_targets for batch in batches} == {targets}
+
+
+def test_rows_hold_the_pieces_one_after_the_other(store: TokenStore, order: BatchOrder) -> None:
+    batch = BatchLoader(order, store, "train", 1, 0, BINS_PER_BATCH).global_batch(0)
+    arrays, bins = batch.micro_batches[0], batch.bins
+    assert {name: array.dtype.name for name, array in arrays.items()} == dict.fromkeys(arrays, "int64")
+    for row, index in enumerate(batch.indices[0]):
+        used = 0
+        for piece in range(bins.offsets[index], bins.offsets[index + 1]):
+            document, start, length = (int(x[piece]) for x in (bins.document, bins.start, bins.length))
+            whole = store.read("train", document, 0, int(store.lengths("train")[document]))
+            where = slice(used, used + length)
+            np.testing.assert_array_equal(arrays["input_ids"][row, where], whole[start : start + length])
+            np.testing.assert_array_equal(arrays["targets"][row, where], whole[start + 1 : start + length + 1])
+            np.testing.assert_array_equal(arrays["position_ids"][row, where], np.arange(length))
+            used += length
+        assert (arrays["input_ids"][row, used:] == 0).all()
+        assert (arrays["targets"][row, used:] == IGNORED).all()
+        np.testing.assert_array_equal(arrays["position_ids"][row, used:], np.arange(SEQ_LEN - used))
+    eos = store.manifest["eos_id"]
+    inside = arrays["position_ids"] > 0
+    assert not ((arrays["input_ids"] == eos) & inside & (arrays["targets"] != IGNORED)).any()
+
+
+def test_an_epoch_trains_on_every_target_once(store: TokenStore) -> None:
+    order = BatchOrder(store.lengths("train"), SEQ_LEN, 1, seed=0, window_documents=100)
+    loader = BatchLoader(order, store, "train", 1, 0, 1)
+    counts = np.zeros(store.vocab_size, np.int64)
+    for batch in loader.iterate(0, order.num_bins_per_epoch(0)):
+        targets = batch.micro_batches[0]["targets"]
+        counts += np.bincount(targets[targets != IGNORED], minlength=store.vocab_size)
+    np.testing.assert_array_equal(counts, store.token_counts("train"))
+
+
+def test_numbers_of_a_batch(store: TokenStore, order: BatchOrder) -> None:
+    batch = BatchLoader(order, store, "train", 3, 1, 2).global_batch(2)
+    pieces = batch.sample_ids
+    assert batch.num_targets == sum(length for _, _, length in pieces)
+    assert batch.num_documents == len({document for document, _, _ in pieces})
+    assert batch.padding_fraction == pytest.approx(1 - batch.num_targets / (BINS_PER_BATCH * SEQ_LEN))
+    assert batch.attention_pairs == sum(length * (length + 1) // 2 for _, _, length in pieces)
+
+
+def test_cu_seqlens_follow_the_positions(store: TokenStore, order: BatchOrder) -> None:
+    batch = BatchLoader(order, store, "train", 3, 0, 2).global_batch(1)  # 10 bins in 12 places
+    for micro, arrays in enumerate(batch.micro_batches):
+        boundaries, longest = batch.cu_seqlens(micro)
+        flat = arrays["position_ids"].ravel()
+        assert boundaries.dtype == np.int32
+        np.testing.assert_array_equal(boundaries, [*np.flatnonzero(flat == 0), flat.size])
+        assert longest == int(np.diff(boundaries).max()) == int(flat.max()) + 1
+
+
+def test_cu_seqlens_by_hand() -> None:
+    bins = Bins(8, np.array([0, 2, 3]), np.array([0, 1, 2]), np.zeros(3, np.int64), np.array([3, 4, 8]))
+    boundaries, longest = cu_seqlens(bins, np.array([0, -1, 1]))
+    assert boundaries.tolist() == [0, 3, 7, 8, 16, 24]
+    assert longest == 8
+
+
+@given(
+    cost=st.lists(st.integers(1, 1000), min_size=1, max_size=60),
+    world_size=st.integers(1, 8),
+    micro_batch_bins=st.integers(1, 5),
+)
+def test_every_bin_is_dealt_once(cost: list[int], world_size: int, micro_batch_bins: int) -> None:
+    dealt = deal_bins(np.array(cost), world_size, micro_batch_bins)
+    per_micro = world_size * micro_batch_bins
+    assert dealt.shape == (-(-len(cost) // per_micro), world_size, micro_batch_bins)
+    assert sorted(dealt[dealt >= 0].tolist()) == list(range(len(cost)))
+    assert (dealt[:-1] >= 0).all()  # empty places are in the last micro step
+    empty = (dealt[-1] < 0).sum(axis=1)
+    assert empty.max() - empty.min() <= 1  # and spread over the ranks
+
+
+def test_ranks_get_nearly_the_same_work() -> None:
+    lengths = np.random.default_rng(0).lognormal(6, 1.3, 3000).astype(np.int64)
+    cost = pack_best_fit(lengths, 2048).attention_cost[:512]
+    dealt = deal_bins(cost, 8, 4)
+    by_rank = cost[dealt].sum(axis=(0, 2))
+    assert by_rank.max() / by_rank.min() < 1.1
+    by_micro = cost[dealt].sum(axis=2)
+    assert np.median(by_micro.max(axis=1) / by_micro.min(axis=1)) < 1.05
+
+
+def test_iterate_equals_random_access_and_ends(store: TokenStore, order: BatchOrder) -> None:
+    loader = BatchLoader(order, store, "train", 2, 1, 2)
+    batches = list(loader.iterate(4, 9))
+    assert [batch.index for batch in batches] == [4, 5, 6, 7, 8]
+    for batch in reversed(batches):
+        again = loader.global_batch(batch.index)
+        assert again.sample_ids == batch.sample_ids
+        for one, two in zip(again.micro_batches, batch.micro_batches, strict=True):
+            assert all(np.array_equal(one[name], two[name]) for name in one)
+    assert list(loader.iterate(3, 3)) == []
+    assert no_reader_left()
+
+
+def test_closing_stops_the_reader(store: TokenStore, order: BatchOrder) -> None:
+    batches = BatchLoader(order, store, "train", 1, 0, 2).iterate(0, 10**9)
+    assert next(batches).index == 0
+    batches.close()
+    assert no_reader_left()
+
+
+def test_errors_of_the_reader_arrive(order: BatchOrder, store: TokenStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: Callable[[int], Bins] = order.batch
+
+    def fail(index: int) -> Bins:
+        if index == 2:
+            raise UserError("shard gone")
+        return read(index)
+
+    monkeypatch.setattr(order, "batch", fail)
+    batches = BatchLoader(order, store, "train", 1, 0, 2).iterate(0, 10)
+    assert [next(batches).index, next(batches).index] == [0, 1]
+    with pytest.raises(UserError, match="shard gone"):
+        next(batches)
+    assert no_reader_left()
+
+
+def no_reader_left() -> bool:
+    return not any(thread.name == "turbolm-prefetch" for thread in threading.enumerate())
+
+
+def test_evaluation_set_takes_whole_documents(store: TokenStore) -> None:
+    lengths, text_bytes = store.lengths("validation").tolist(), store.text_bytes("validation").tolist()
+    whole = evaluation_set(store, SEQ_LEN, 10**9)
+    assert (whole.num_targets, whole.text_bytes) == (sum(lengths), sum(text_bytes))
+    for limit, count in ((sum(lengths[:4]), 4), (sum(lengths[:4]) + lengths[4] - 1, 4), (1, 1)):
+        part = evaluation_set(store, SEQ_LEN, limit, "single")
+        assert (part.num_targets, part.text_bytes) == (sum(lengths[:count]), sum(text_bytes[:count]))
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_evaluation_batches_hold_every_target_once(store: TokenStore, world_size: int) -> None:
+    ranks = [
+        list(evaluation_batches(store, SEQ_LEN, 10**9, world_size=world_size, rank=rank, micro_batch_bins=2))
+        for rank in range(world_size)
+    ]
+    assert len({len(batches) for batches in ranks}) == 1
+    assert all(len(batch.micro_batches) == 1 for batches in ranks for batch in batches)
+    targets = np.concatenate([b.micro_batches[0]["targets"].ravel() for batches in ranks for b in batches])
+    counts = np.bincount(targets[targets != IGNORED], minlength=store.vocab_size)
+    np.testing.assert_array_equal(counts, store.token_counts("validation"))
+    assert sum(batch.num_targets for batch in ranks[0]) == counts.sum()
+
+
+def test_no_validation_documents(store: TokenStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TokenStore, "lengths", lambda self, split: np.zeros(0, np.int64))
+    with pytest.raises(UserError, match=r"Raise data.validation \(it is now 0.1\)"):
+        evaluation_set(store, SEQ_LEN, 100)

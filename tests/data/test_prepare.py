@@ -1,0 +1,280 @@
+"""Stores are built once, hold every document, and have the same bytes however they came to be."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from turbolm.data import prepare as prepare_module
+from turbolm.data.prepare import find_store, is_validation, prepare, sample_texts, store_folder, store_key
+from turbolm.data.store import SPLITS, TokenStore, open_store
+from turbolm.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
+from turbolm.errors import UserError
+
+from .conftest import make_recipe, make_texts, write_jsonl
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepare_module, "SHARD_TEXT_BYTES", 64_000)
+
+
+@pytest.fixture(scope="module")
+def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    save_tokenizer(train_tokenizer(texts, 300), folder)
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def stored_texts(store: TokenStore) -> dict[str, list[str]]:
+    tokenizer = load_tokenizer(store.tokenizer_dir)
+    return {
+        split: [
+            tokenizer.decode(store.read(split, document, 0, int(length))[1:-1].tolist(), skip_special_tokens=False)
+            for document, length in enumerate(store.lengths(split))
+        ]
+        for split in SPLITS
+    }
+
+
+def test_one_and_two_workers_write_the_same_bytes(tmp_path: Path, corpus: Path) -> None:
+    sources = [{"type": "jsonl", "path": str(corpus)}]
+    folders = [prepare(make_recipe(tmp_path / str(workers), sources), num_workers=workers) for workers in (1, 2)]
+    one, two = map(contents, folders)
+    assert one == two
+    assert sum(name.endswith(".tokens") for name in one) > 3
+    assert not any(name.endswith(".tmp") for name in one)
+    assert open_store(folders[0]).fingerprint == open_store(folders[1]).fingerprint
+
+
+def test_every_document_is_stored_on_one_side(tmp_path: Path, texts: list[str], tokenizer_dir: Path) -> None:
+    # Duplicates in different shards, empty documents, and a special token spelled out
+    corpus = [*texts, "", *texts[:50], "a<|endoftext|>b", ""]
+    path = write_jsonl(tmp_path / "a.jsonl", corpus)
+    recipe = make_recipe(tmp_path, [{"type": "jsonl", "path": str(path)}], validation=0.2, path=str(tokenizer_dir))
+    store = open_store(prepare(recipe, num_workers=1), verify="full")
+    kept = [text for text in corpus if text]
+    expected = {
+        split: [t for t in kept if is_validation(hashlib.sha256(t.encode()).digest(), 0.2) == (split == "validation")]
+        for split in SPLITS
+    }
+    found = stored_texts(store)
+    assert found == expected
+    assert not set(found["train"]) & set(found["validation"])
+    assert 0.1 < len(set(found["validation"])) / len(set(kept)) < 0.3
+    for split in SPLITS:
+        assert store.text_bytes(split).tolist() == [len(text.encode()) for text in expected[split]]
+        total = store.manifest["totals"][split]
+        assert total["documents"] == len(expected[split])
+        assert total["tokens"] == int((store.lengths(split) + 1).sum())
+        assert total["text_bytes"] == int(store.text_bytes(split).sum())
+    assert store.manifest["empty_documents"] == 2
+    assert store.manifest["dtype"] == "<u2"
+    first = store.read("train", 0, 0, int(store.lengths("train")[0]))
+    assert first[0] == store.manifest["bos_id"]
+    assert first[-1] == store.manifest["eos_id"]
+
+
+def test_prepare_is_idempotent(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = make_recipe(tmp_path, [{"type": "jsonl", "path": str(corpus)}])
+    assert find_store(recipe) is None
+    folder = prepare(recipe, num_workers=1)
+    monkeypatch.setattr(prepare_module, "_build", None)
+    assert prepare(recipe) == folder == find_store(recipe) == store_folder(recipe)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert prepare(recipe) == folder
+
+
+def test_interrupted_prepare_goes_on(tmp_path: Path, corpus: Path) -> None:
+    sources = [{"type": "jsonl", "path": str(corpus)}]
+    undisturbed = prepare(make_recipe(tmp_path / "a", sources), num_workers=1)
+    recipe = make_recipe(tmp_path / "b", sources)
+    shards_done = 0
+
+    def interrupt(stage: str, documents: int, text_bytes: int) -> None:
+        nonlocal shards_done
+        shards_done += stage == "tokenize"
+        if shards_done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(recipe, num_workers=1, on_progress=interrupt)
+    folder = store_folder(recipe)
+    assert find_store(recipe) is None
+    before = {path: path.stat().st_ino for path in folder.glob("shard-*")}
+    assert len(before) >= 9
+    (folder / "shard-00099.tokens.1.tmp").write_bytes(b"left by a killed process")
+    damaged = folder / "shard-00001.tokens"
+    damaged.write_bytes(b"\0" * damaged.stat().st_size)
+    assert prepare(recipe, num_workers=1) == folder
+    assert contents(folder) == contents(undisturbed)
+    rewritten = {path.name for path, inode in before.items() if path.stat().st_ino != inode}
+    assert {name.split(".")[0] for name in rewritten} == {"shard-00001"}
+
+
+def test_damaged_store_is_mended(tmp_path: Path, corpus: Path) -> None:
+    recipe = make_recipe(tmp_path, [{"type": "jsonl", "path": str(corpus)}])
+    folder = prepare(recipe, num_workers=1)
+    sound = contents(folder)
+    (folder / "shard-00002.tokens").unlink()
+    assert prepare(recipe, num_workers=1) == folder
+    assert contents(folder) == sound
+
+
+def test_key_covers_what_decides_the_content(tmp_path: Path, corpus: Path, tokenizer_dir: Path) -> None:
+    sources = [{"type": "jsonl", "path": str(corpus)}]
+    copy = write_jsonl(tmp_path / "copy.jsonl", ["a"])
+    recipe = make_recipe(tmp_path, [{"type": "jsonl", "path": str(copy)}])
+    keys = [
+        store_key(make_recipe(tmp_path, sources)),
+        store_key(make_recipe(tmp_path, sources, validation=0.2)),
+        store_key(make_recipe(tmp_path, sources, train={"vocab_size": 301})),
+        store_key(make_recipe(tmp_path, sources, path=str(tokenizer_dir))),
+        store_key(make_recipe(tmp_path, [*sources, *sources])),
+        store_key(recipe),
+    ]
+    os.utime(copy, ns=(1, 1))
+    keys.append(store_key(recipe))
+    assert len(set(keys)) == len(keys)
+    assert store_key(make_recipe(tmp_path / "elsewhere", sources)) == keys[0]
+
+
+def test_lone_tokenizer_file_and_its_bos_are_in_the_key(tmp_path: Path, corpus: Path, tokenizer_dir: Path) -> None:
+    sources = [{"type": "jsonl", "path": str(corpus)}]
+    recipe = make_recipe(tmp_path, sources, path=str(tokenizer_dir))
+    before = store_key(recipe)
+    config = tokenizer_dir / "tokenizer_config.json"
+    original = config.read_text()
+    try:
+        config.write_text(json.dumps({"bos_token": "a", "eos_token": "<|endoftext|>"}))
+        assert store_key(recipe) != before
+    finally:
+        config.write_text(original)
+
+
+def test_two_prepares_at_once(tmp_path: Path, corpus: Path) -> None:
+    """The second waits for the first, and then finds the store complete."""
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import sys; from pathlib import Path\n"
+        "from tests.data.conftest import make_recipe\n"
+        "from turbolm.data.prepare import prepare\n"
+        "if __name__ == '__main__':\n"
+        "    recipe = make_recipe(Path(sys.argv[1]), [{'type': 'jsonl', 'path': sys.argv[2]}])\n"
+        "    stages = set()\n"
+        "    prepare(recipe, num_workers=1, on_progress=lambda stage, *_: stages.add(stage))\n"
+        "    print(*sorted(stages - {'sample'}))\n"
+    )
+    command = [sys.executable, str(script), str(tmp_path / "cache"), str(corpus)]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) for _ in range(2)]
+    said = sorted(process.communicate(timeout=60)[0].strip() for process in running)
+    assert [process.returncode for process in running] == [0, 0]
+    assert said in (["tokenize", "waiting"], ["", "tokenize"])
+
+
+@pytest.mark.parametrize(
+    ("documents", "validation", "message"),
+    [
+        ([""], 0.0, "None of the 1 documents"),
+        (["a", "b"], 0.9999999, "no training documents: all 2 are held out"),
+    ],
+)
+def test_nothing_to_train_on(
+    tmp_path: Path, tokenizer_dir: Path, documents: list[str], validation: float, message: str
+) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", documents)
+    sources = [{"type": "jsonl", "path": str(path)}]
+    recipe = make_recipe(tmp_path, sources, validation=validation, path=str(tokenizer_dir))
+    with pytest.raises(UserError, match=message):
+        prepare(recipe, num_workers=1)
+    assert find_store(recipe) is None
+    recipe = make_recipe(tmp_path, sources, validation=validation)
+    with pytest.raises(UserError, match="no training documents to train the tokenizer on"):
+        prepare(recipe, num_workers=1)
+
+
+def test_errors(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sources = [{"type": "jsonl", "path": str(corpus)}]
+    recipe = make_recipe(tmp_path, sources, train={"vocab_size": 100_000})
+    with pytest.raises(UserError, match="vocab_size 100000: it gives"):
+        prepare(recipe, num_workers=1)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="Run `turbolm prepare RECIPE` first"):
+        prepare(recipe)
+    monkeypatch.delenv("WORLD_SIZE")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        prepare(make_recipe(tmp_path / "file", sources))
+
+
+def test_sources_that_change_meanwhile(tmp_path: Path, texts: list[str]) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", texts)
+    recipe = make_recipe(tmp_path, [{"type": "jsonl", "path": str(path)}])
+    with pytest.raises(UserError, match="changed while they were read"):
+        prepare(recipe, num_workers=1, on_progress=lambda *_: os.utime(path, ns=(1, 1)))
+
+
+def test_killed_worker_is_reported(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepare_module, "_start_worker", os._exit)
+    with pytest.raises(UserError, match="worker process of prepare was killed"):
+        prepare(make_recipe(tmp_path, [{"type": "jsonl", "path": str(corpus)}]), num_workers=1)
+
+
+def test_long_texts_are_tokenized_in_pieces(tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepare_module, "_PIECE_CHARS", 50)
+    tokenizer = load_tokenizer(tokenizer_dir)
+    texts = ["short", "line of text\n" * 20, "x" * 120, "", *make_texts(5)]
+    ids = list(prepare_module._tokenize(tokenizer, texts))
+    assert [tokenizer.decode(i) for i in ids] == texts
+    assert [len(piece) for piece in prepare_module._pieces(texts[1])] == [39] * 6 + [26]
+    assert [len(piece) for piece in prepare_module._pieces(texts[2])] == [50, 50, 20]
+
+
+def test_sample_is_spread_and_bounded() -> None:
+    pairs: list[tuple[bytes, str]] = [(hashlib.sha256(t.encode()).digest(), t) for t in make_texts(200)]
+    sample = sample_texts(pairs, 5000)
+    assert sum(len(text.encode()) for text in sample) in range(4990, 5001)
+    assert sample == sample_texts(pairs[::-1], 5000) == sample_texts(pairs * 2, 5000)
+    numbers = [int(text.split()[0]) for text in sample[:-1]]
+    assert min(numbers) < 50
+    assert max(numbers) > 150
+    everything = sample_texts(pairs, 10**9)
+    assert sorted(everything) == sorted(text for _, text in pairs)
+    assert sample_texts([(b"1", "aü")], 2) == ["a"]  # not half a character
+    assert sample_texts([], 3) == []
+
+
+@pytest.mark.parametrize("kind", ["text", "parquet", "datasets"])
+def test_other_formats_hold_the_same_documents(
+    tmp_path: Path, texts: list[str], tokenizer_dir: Path, kind: str
+) -> None:
+    texts = texts[:40]
+    if kind == "text":
+        for number, text in enumerate(texts):
+            (tmp_path / f"{number:03d}.txt").write_bytes(text.encode())
+        source: dict[str, Any] = {"type": "text", "path": str(tmp_path / "*.txt")}
+    elif kind == "parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet")
+        source = {"type": "parquet", "path": str(tmp_path / "a.parquet")}
+    else:
+        import datasets
+
+        datasets.Dataset.from_dict({"text": texts}).save_to_disk(tmp_path / "set")
+        source = {"type": "datasets", "path": str(tmp_path / "set")}
+    recipe = make_recipe(tmp_path / "cache", [source], validation=0.0, path=str(tokenizer_dir))
+    assert stored_texts(open_store(prepare(recipe, num_workers=1))) == {"train": texts, "validation": []}
