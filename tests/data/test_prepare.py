@@ -163,6 +163,28 @@ def test_lone_tokenizer_file_and_its_bos_are_in_the_key(tmp_path: Path, corpus: 
         config.write_text(original)
 
 
+def test_workers_end_with_a_killed_parent(tmp_path: Path, corpus: Path) -> None:
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import multiprocessing, os, signal, sys; from pathlib import Path\n"
+        "from tests.data.conftest import make_recipe\n"
+        "from turbolm.data.prepare import prepare\n"
+        "def die(stage, *_):\n"
+        "    if stage == 'tokenize':\n"
+        "        print(*(child.pid for child in multiprocessing.active_children()), flush=True)\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "if __name__ == '__main__':\n"
+        "    recipe = make_recipe(Path(sys.argv[1]), [{'type': 'jsonl', 'path': sys.argv[2]}])\n"
+        "    prepare(recipe, num_workers=2, on_progress=die)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, str(script), str(tmp_path / "cache"), str(corpus)]
+    # Workers hold the other end of stdout: `run` comes back when the last of them has ended.
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, timeout=30)
+    assert done.returncode == -9
+    assert done.stdout.split()
+
+
 def test_two_prepares_at_once(tmp_path: Path, corpus: Path) -> None:
     """The second waits for the first, and then finds the store complete."""
     script = tmp_path / "run.py"
