@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from turbolm.errors import EXIT_BAD_INPUT, EXIT_OK, UserError
+from turbolm.errors import EXIT_BAD_INPUT, UserError
 
 app = typer.Typer(
     name="turbolm",
@@ -18,10 +18,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="a recipe file, such as recipes/quickstart/config.yaml")]
+RecipeFile = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="a recipe file, such as recipes/quickstart/config.yaml")
+]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="values to replace")]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="a run directory, such as runs/quickstart")]
-CheckpointFolder = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="such as runs/quickstart/checkpoints/step-00000120")]
+CheckpointFolder = Annotated[
+    Path, typer.Argument(metavar="CHECKPOINT", help="such as runs/quickstart/checkpoints/step-00000120")
+]
 
 
 @app.command()
@@ -127,4 +131,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main() or EXIT_OK)
+    main()

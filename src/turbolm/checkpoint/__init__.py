@@ -7,6 +7,6 @@
       trainer.json                   step, tokens seen, next batch, loss scaler
       manifest.json                  size and SHA-256 of every file; written last
 
-`<state>` is `weight` (fp32) or the name of an optimizer state tensor. A checkpoint is written under a temporary name and
-renamed into place when it is complete.
+`<state>` is `weight` (fp32) or the name of an optimizer state tensor. A checkpoint is written under a temporary name
+and renamed into place when it is complete.
 """

@@ -72,7 +72,9 @@ def sharded_state(optimizer: torch.optim.Optimizer, fragment: Fragment) -> dict[
 def scalar_state(optimizer: torch.optim.Optimizer, fragment: Fragment) -> dict[str, float]:
     """The optimizer's scalar state for a fragment, such as the step count."""
     state = optimizer.state.get(fragment.flat, {})
-    numbers = {name: value.item() if torch.is_tensor(value) else value for name, value in state.items() if _is_scalar(value)}
+    numbers = {
+        name: value.item() if torch.is_tensor(value) else value for name, value in state.items() if _is_scalar(value)
+    }
     return {name: value for name, value in numbers.items() if isinstance(value, (int, float))}
 
 
@@ -98,9 +100,10 @@ def materialise_state(engine: Any) -> None:
     for flat in flats.values():
         flat.grad = torch.zeros_like(flat)
     groups = [(group, group["params"], group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
-    hooks, optimizer._optimizer_step_pre_hooks = optimizer._optimizer_step_pre_hooks, type(
-        optimizer._optimizer_step_pre_hooks
-    )()
+    hooks, optimizer._optimizer_step_pre_hooks = (
+        optimizer._optimizer_step_pre_hooks,
+        type(optimizer._optimizer_step_pre_hooks)(),
+    )
     for index, (group, *_) in enumerate(groups):
         group["params"] = _flats_of_group(engine, index)
         group["lr"] = group["weight_decay"] = 0.0
@@ -172,5 +175,5 @@ def _flats_of_group(engine: Any, group: int) -> list[torch.Tensor]:
     return [zero.fp32_partitioned_groups_flat[sub] for sub in sub_groups if zero.sub_group_to_group_id[sub] == group]
 
 
-def _is_scalar(value: object) -> bool:
+def _is_scalar(value: Any) -> bool:
     return isinstance(value, (int, float)) or (torch.is_tensor(value) and value.dim() == 0)

@@ -83,7 +83,8 @@ class CheckpointReader:
         if rank >= self.manifest["world_size"]:
             return {}
         file = self._open(f"fragments-{rank:05d}.safetensors")
-        return {name: file.get_tensor(f"rng/{name}") for name in ("cpu", "cuda") if f"rng/{name}" in file.keys()}
+        saved = set(file.keys())
+        return {name: file.get_tensor(f"rng/{name}") for name in ("cpu", "cuda") if f"rng/{name}" in saved}
 
     def trainer_state(self) -> dict[str, Any]:
         """What the trainer noted beside the tensors."""

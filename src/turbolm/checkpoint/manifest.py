@@ -34,7 +34,7 @@ def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
 
 def find_newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that passes full verification, and why each newer one was rejected."""
-    rejected = []
+    rejected: list[str] = []
     for _, path in reversed(list_checkpoints(folder)):
         problems = verify_checkpoint(path)
         if not problems:

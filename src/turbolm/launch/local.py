@@ -74,6 +74,7 @@ def process_environment(plan: Plan) -> dict[str, str]:
         **os.environ,
         "OMP_NUM_THREADS": str(plan.threads_per_process),
         "TOKENIZERS_PARALLELISM": "false",
+        "DS_ACCELERATOR": plan.device,  # else DeepSpeed guesses, and complains where there is no GPU
         "PATH": os.pathsep.join([scripts, os.environ.get("PATH", os.defpath)]),
     }
 

@@ -45,9 +45,7 @@ def check_isolation(
 
     Every rank must call it: under ZeRO-3 the forward pass gathers weights.
     """
-    leak, scale = measure_leak(
-        forward, vocab_size=vocab_size, seq_len=seq_len, attention=attention, device=device
-    )
+    leak, scale = measure_leak(forward, vocab_size=vocab_size, seq_len=seq_len, attention=attention, device=device)
     if leak > _TOLERANCE[precision] * max(scale, 1e-6):
         raise UserError(
             f"data.packing: with {attention} attention this model lets packed documents see each other (changing one "

@@ -9,9 +9,7 @@ from turbolm.optim.groups import build_param_groups
 from turbolm.recipe.schema import Optimizer
 
 
-def build_optimizer(
-    model: nn.Module, optimizer: Optimizer, *, kernel: str, offload: bool
-) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, optimizer: Optimizer, *, kernel: str, offload: bool) -> torch.optim.Optimizer:
     """AdamW (arXiv 1711.05101) over the model's parameter groups.
 
     `kernel` auto takes DeepSpeed's vectorised CPUAdam when the optimizer state is offloaded to the host and torch's

@@ -13,7 +13,8 @@ def build_param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, 
     Returns the non-empty ones, each a dict with `params`, `weight_decay`, `lr_scale` and `name`.
     """
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for parameter in model.parameters():
         if parameter.requires_grad:
             is_matrix = _num_dims(parameter) >= 2 and id(parameter) not in embeddings

@@ -8,7 +8,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    WithJsonSchema,
+    model_validator,
+)
 
 from turbolm import units
 from turbolm.units import Span
@@ -56,6 +65,14 @@ Seconds = Annotated[int, BeforeValidator(units.parse_duration), WithJsonSchema(_
 Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 PositiveNumber = Annotated[Number, Field(gt=0)]
 Beta = Annotated[Number, Field(ge=0, lt=1)]
+
+
+def _positive_span(value: Span) -> Span:
+    if value.amount <= 0:
+        raise ValueError("expected more than 0")
+    return value
+
+
 TrainingSpan = Annotated[
     Any, BeforeValidator(Span.parse), PlainSerializer(str, return_type=str), WithJsonSchema(_UNIT_TEXT)
 ]
@@ -254,14 +271,14 @@ class Execution(Section):
 class Evaluation(Section):
     """Loss and bits per byte on the held-out documents."""
 
-    every: TrainingSpan = Span(0.1, "share")
+    every: Annotated[TrainingSpan, AfterValidator(_positive_span)] = Span(0.1, "share")
     tokens: Positive = Field(1_000_000, description="at most this many held-out tokens")
 
 
 class Checkpoint(Section):
     """When the state is saved. A stopping run and a finished one always save."""
 
-    every: TrainingSpan = Span(0.25, "share")
+    every: Annotated[TrainingSpan, AfterValidator(_positive_span)] = Span(0.25, "share")
     keep_last: Annotated[int, Field(ge=1)] = 3
 
 

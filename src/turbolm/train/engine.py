@@ -16,9 +16,7 @@ from torch import nn
 _ACCELERATE_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
-def build_accelerator(
-    ds_config: dict[str, Any], *, device: str, precision: str, timeout_sec: int
-) -> Accelerator:
+def build_accelerator(ds_config: dict[str, Any], *, device: str, precision: str, timeout_sec: int) -> Accelerator:
     """The process group and Accelerate's view of it, from one resolved DeepSpeed configuration.
 
     On a CPU the back end must be named: left to itself Accelerate takes every process for a world of its own.
@@ -27,6 +25,7 @@ def build_accelerator(
         os.environ.setdefault(name, value)
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "0" if os.environ["WORLD_SIZE"] == "1" else "29500")
+    os.environ.setdefault("DS_ACCELERATOR", device)
     backend = "gloo" if device == "cpu" else "nccl"
     # A C++ extension for inference that DeepSpeed would compile (40 s) at the first start on a CPU.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from dataclasses import dataclass, field
@@ -139,4 +140,7 @@ def measure_peak_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 def _finite(line: dict[str, Any]) -> dict[str, Any]:
     """JSON has no NaN and no infinity: they are written as text."""
-    return {key: str(value) if isinstance(value, float) and value - value != 0 else value for key, value in line.items()}
+    return {
+        key: str(value) if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in line.items()
+    }

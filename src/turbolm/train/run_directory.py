@@ -1,11 +1,11 @@
 """The run directory: a documented contract between the trainer, the command line and the user. Torch-free.
 
-    runs/<name>/
-      recipe.yaml     as resolved          contract.json   fingerprint and canonical form
-      model/          Hugging Face configuration and tokenizer of the run
-      attempts/<n>/   plan.json, ds_config.json, accelerate.yaml, environment.json, log.rank<k>.txt, outcome.json
-      metrics.jsonl   one line a step      checkpoints/    results.json, report.html, export/
-      stop            its presence asks the run to save and stop
+runs/<name>/
+  recipe.yaml     as resolved          contract.json   fingerprint and canonical form
+  model/          Hugging Face configuration and tokenizer of the run
+  attempts/<n>/   plan.json, ds_config.json, accelerate.yaml, environment.json, log.rank<k>.txt, outcome.json
+  metrics.jsonl   one line a step      checkpoints/    results.json, report.html, export/
+  stop            its presence asks the run to save and stop
 """
 
 from __future__ import annotations

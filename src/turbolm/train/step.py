@@ -25,9 +25,7 @@ class StepResult:
     grad_norm: torch.Tensor | float | None
 
 
-def train_step(
-    engine: Any, micro_batches: list[dict[str, np.ndarray]], num_targets: int, attention: str
-) -> StepResult:
+def train_step(engine: Any, micro_batches: list[dict[str, np.ndarray]], num_targets: int, attention: str) -> StepResult:
     """Forward and backward of this rank's micro-batches of one global batch, then the update.
 
     `num_targets` counts the valid targets of the whole global batch, over all ranks and micro-batches. Each

@@ -230,12 +230,12 @@ def build_engine(accelerator: Any, plan: Plan, store: TokenStore, attention: str
 
 def _resume(session: Session) -> None:
     """Continue from the newest valid checkpoint. Rank 0 chooses, so that all ranks read the same one."""
-    run, answer = session.run, [None]
+    run = session.run
+    answer: list[Any] = [None]
     if dist.get_rank() == 0:
-        newest, rejected = find_newest_valid(run.checkpoints)
-        answer = [(newest, rejected, bool(list_checkpoints(run.checkpoints)))]  # type: ignore[list-item]
+        answer = [(*find_newest_valid(run.checkpoints), bool(list_checkpoints(run.checkpoints)))]
     dist.broadcast_object_list(answer, src=0, group=session.group)
-    newest, rejected, any_left = answer[0]  # type: ignore[misc]
+    newest, rejected, any_left = answer[0]
     for reason in rejected:
         session.log.say(f"rejected checkpoint {reason}")
     if newest is None and any_left:
