@@ -1,0 +1,78 @@
+"""One rank of `harness.run_cells`: trains every cell with the project's own engine, step and checkpoints."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch.distributed as dist
+from accelerate.state import AcceleratorState, GradientState, PartialState
+
+from tests.train.harness import Cell, cell_recipe
+from turbolm.checkpoint.load import load_checkpoint
+from turbolm.checkpoint.save import save_checkpoint
+from turbolm.data.loader import BatchLoader
+from turbolm.data.order import BatchOrder
+from turbolm.data.prepare import find_store
+from turbolm.data.store import open_store
+from turbolm.plan.machine import detect_machine
+from turbolm.plan.plan import build_plan
+from turbolm.schedules import lr_ratio
+from turbolm.train.engine import build_accelerator, set_learning_rate
+from turbolm.train.run_directory import RunDirectory
+from turbolm.train.step import train_step
+from turbolm.train.worker import build_engine
+
+
+def train_cell(folder: Path, cell: Cell) -> list[list[float]]:
+    """(loss, gradient norm) of every step."""
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._shared_state.clear()
+    recipe = cell_recipe(folder, cell)
+    plan = build_plan(recipe, detect_machine(), int(os.environ["WORLD_SIZE"]))
+    store = open_store(find_store(recipe) or "missing")
+    accelerator = build_accelerator(plan.ds_config, device="cpu", precision=plan.precision, timeout_sec=120)
+    engine = build_engine(accelerator, plan, store, "sdpa", RunDirectory(folder / "runs" / cell.name))
+    batch_plan = plan.batch
+    order = BatchOrder(store.lengths("train"), batch_plan.seq_len, batch_plan.bins_per_batch, recipe.train.seed)
+    loader = BatchLoader(order, store, "train", dist.get_world_size(), dist.get_rank(), batch_plan.micro_batch_bins)
+    step = load_checkpoint(Path(cell.load), engine)["step"] if cell.load else 0
+    trained = []
+    while step < cell.steps:
+        batch = loader.global_batch(step)
+        tokens = batch_plan.global_batch_tokens
+        ratio = lr_ratio(recipe.schedule, (step + 0.5) * tokens, [recipe.train.budget], tokens)
+        set_learning_rate(engine, recipe.optimizer.lr * ratio)
+        result = train_step(engine, batch.micro_batches, batch.num_targets, "sdpa")
+        loss = result.loss_sum.double()
+        dist.all_reduce(loss)
+        step += 1
+        trained.append([float(loss) / batch.num_targets, float(result.grad_norm)])
+        if step in cell.save_at:
+            save_checkpoint(
+                Path(cell.save_in or "missing"),
+                engine,
+                step=step,
+                trainer_state={"step": step},
+                contract_fingerprint="test",
+                keep_last=9,
+            )
+    engine.destroy()
+    return trained
+
+
+def main() -> None:
+    folder, jobs, results = (Path(argument) for argument in sys.argv[1:4])
+    cells = [Cell(**job) for job in json.loads(jobs.read_text(encoding="utf-8"))]
+    trained = {cell.name: train_cell(folder, cell) for cell in cells}
+    if int(os.environ["RANK"]) == 0:
+        results.write_text(json.dumps(trained), encoding="utf-8")
+    dist.barrier()
+    sys.stdout.flush()
+    os._exit(0)  # as the trainer ends, and for its reason
+
+
+if __name__ == "__main__":
+    main()

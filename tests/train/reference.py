@@ -1,0 +1,55 @@
+"""An independent trainer: plain PyTorch, one process, one document at a time, none of the project's packing or step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from turbolm.data.order import BatchOrder
+from turbolm.data.store import TokenStore
+from turbolm.recipe.schema import Recipe
+
+
+def train_reference(recipe: Recipe, store: TokenStore, lrs: list[float]) -> list[list[float]]:
+    """(loss, gradient norm before clipping) of a step for each learning rate in `lrs`."""
+    mapping: dict[str, Any] = dict(recipe.model.config or {})
+    mapping |= {"vocab_size": store.vocab_size, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
+    if mapping["model_type"] == "gpt2":
+        mapping |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    config = AutoConfig.for_model(mapping.pop("model_type"), **mapping)
+    torch.manual_seed(recipe.train.seed)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
+    model.train()
+    decayed = [
+        p for n, p in model.named_parameters() if p.dim() == 2 and "emb" not in n and "wte" not in n and "wpe" not in n
+    ]
+    plain = [p for p in model.parameters() if all(p is not other for other in decayed)]
+    settings = {"betas": recipe.optimizer.betas, "eps": recipe.optimizer.eps, "fused": False, "foreach": False}
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}], lr=1.0, **settings
+    )
+    bins = recipe.train.global_batch // recipe.data.seq_len
+    order = BatchOrder(store.lengths("train"), recipe.data.seq_len, bins, recipe.train.seed)
+    trained = []
+    for step, lr in enumerate(lrs):
+        batch = order.batch(step)
+        pieces = zip(batch.document, batch.start, batch.length, strict=True)
+        loss, num_targets = torch.zeros(()), 0
+        for document, start, length in pieces:
+            tokens = torch.from_numpy(store.read("train", int(document), int(start), int(length)).astype("int64"))
+            logits = model(tokens[None, :-1]).logits[0]
+            loss = loss - logits.log_softmax(-1).gather(1, tokens[1:, None]).sum()
+            num_targets += len(tokens) - 1
+        loss = loss / num_targets
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.train.max_grad_norm or float("inf"))
+        if recipe.train.max_grad_value is not None:
+            torch.nn.utils.clip_grad_value_(model.parameters(), recipe.train.max_grad_value)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        trained.append([loss.item(), norm.item()])
+    return trained

@@ -1,0 +1,85 @@
+"""Whatever the execution plan, training follows the same losses and gradient norms as plain PyTorch."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.train.harness import BINS_PER_BATCH, MODELS, Cell, cell_recipe, run_cells
+from tests.train.reference import train_reference
+from turbolm.data.loader import BatchLoader
+from turbolm.data.order import BatchOrder
+from turbolm.data.prepare import prepare
+from turbolm.data.store import open_store
+
+STEPS = 10
+
+
+def learning_rates() -> list[float]:
+    """The default schedule by hand: 2% warmup (0.2 of a step), then cosine to a tenth, read in the middle of a step."""
+    warmup = 0.02 * STEPS
+    rates = []
+    for step in range(STEPS):
+        progress = (step + 0.5 - warmup) / (STEPS - warmup)
+        rates.append(3e-3 * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress))))
+    return rates
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_losses_and_norms_equal_plain_pytorch(world_size: int, tmp_path: Path) -> None:
+    cells = [
+        Cell(
+            name=f"{model}-zero{stage}-accumulation{accumulation}-{checkpointing}",
+            model=model,
+            zero_stage=stage,
+            micro_batch_bins=math.ceil(BINS_PER_BATCH / world_size / accumulation),
+            activation_checkpointing=checkpointing,
+        )
+        for model in MODELS
+        for stage in (0, 1, 2, 3)
+        for accumulation in (1, 3)
+        for checkpointing in ("none", "full")
+    ]
+    trained = run_cells(tmp_path, world_size, cells)
+    for model in MODELS:
+        recipe = cell_recipe(tmp_path, Cell(name="reference", model=model))
+        store = open_store(prepare(recipe))
+        expected = np.array(train_reference(recipe, store, learning_rates()))
+        assert expected[0, 0] - expected[-1, 0] > 0.1, "the reference must learn, or equality means little"
+        assert (expected[:, 1] > 0.5).any(), "clipping must act in some step"
+        for name, values in trained.items():
+            if name.startswith(model):
+                np.testing.assert_allclose(np.array(values), expected, rtol=1e-5, err_msg=name)
+
+
+def test_micro_batches_hold_unequal_numbers_of_targets(tmp_path: Path) -> None:
+    """The equivalence above is only worth something if a mean of means would fail it."""
+    recipe = cell_recipe(tmp_path, Cell(name="cell"))
+    store = open_store(prepare(recipe))
+    order = BatchOrder(store.lengths("train"), recipe.data.seq_len, BINS_PER_BATCH, recipe.train.seed)
+    counts = {
+        int((micro["targets"] != -100).sum())
+        for rank in (0, 1)
+        for micro in BatchLoader(order, store, "train", 2, rank, 1).global_batch(0).micro_batches
+    }
+    assert len(counts) > 1
+    assert 0 in counts, "a filler"
+
+
+@pytest.mark.parametrize("clip", [{"max_grad_norm": None}, {"max_grad_norm": None, "max_grad_value": 0.01}])
+def test_clipping_off_and_by_value(clip: dict[str, float | None], tmp_path: Path) -> None:
+    """Clipping by value acts on the averaged, accumulated gradient at every stage; off means off."""
+    cells = [
+        Cell(name=f"zero{stage}", zero_stage=stage, micro_batch_bins=1, train=clip, steps=4) for stage in (0, 1, 2, 3)
+    ]
+    trained = run_cells(tmp_path, 2, cells)
+    recipe = cell_recipe(tmp_path, cells[0])
+    store = open_store(prepare(recipe))
+    expected = np.array(train_reference(recipe, store, learning_rates()[:4]))
+    clipped_by_norm = train_reference(cell_recipe(tmp_path, Cell(name="default")), store, learning_rates()[:4])
+    assert abs(expected[-1, 0] - clipped_by_norm[-1][0]) > 1e-5, "the setting must change the run"
+    for name, values in trained.items():
+        np.testing.assert_allclose(np.array(values), expected, rtol=1e-5, err_msg=name)
