@@ -30,8 +30,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,7 +42,7 @@ _STATE_DIR = Path(tempfile.gettempdir()) / "turbolm-slurm"  # <id>.json per clus
 _CONTROLLER_HOST, _TEST_HOST = 254, 253  # last byte of their addresses; nodes count from 1
 _MAX_SOCKET_PATH = 107  # sun_path of Linux, without the final zero
 _TERMINAL_STATES = frozenset(
-    "BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL OUT_OF_MEMORY PREEMPTED TIMEOUT".split()
+    ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT")
 )
 
 # cred_expire is also the wait of a requeued job before it may start again (slurm.conf(5)): 120 s by default, and in
@@ -75,6 +75,7 @@ SlurmctldPidFile={root}/run/slurmctld.pid
 SlurmdPidFile={root}/run/%h.pid
 StateSaveLocation={root}/state
 SlurmdSpoolDir={root}/spool/%h
+GresTypes=gpu
 {nodes}
 PartitionName=main Nodes={id}[1-{num_nodes}] Default=YES MaxTime=INFINITE State=UP OverSubscribe=FORCE:4
 """
@@ -119,6 +120,7 @@ class SlurmCluster:
         root: Path,
         *,
         cpus_per_node: int = 4,  # what Slurm hands out, whatever the machine has
+        gpus_per_node: int = 8,  # the same, so that `--gpus-per-node` is accepted: no device stands behind them
         link_mbit: int = 1000,
         slurmd_timeout_sec: int = 10,  # a silent node is down after this
         requeue_delay_sec: int = 5,
@@ -139,6 +141,7 @@ class SlurmCluster:
         self.env = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "SBATCH_"))}
         self.env["SLURM_CONF"] = str(self.root / "slurm.conf")
         self._cpus_per_node = cpus_per_node
+        self._gpus_per_node = gpus_per_node
         self._link_mbit = link_mbit
         self._slurmd_timeout_sec = slurmd_timeout_sec
         self._requeue_delay_sec = requeue_delay_sec
@@ -181,9 +184,13 @@ class SlurmCluster:
         hosts += ["127.0.0.1 localhost", f"{self.network}.{_CONTROLLER_HOST} {self.id}ctl"]
         (self.root / "hosts").write_text("\n".join(hosts) + "\n")
         nodes = "\n".join(
-            f"NodeName={node.name} NodeAddr={node.address} CPUs={self._cpus_per_node} RealMemory=8000"
+            f"NodeName={node.name} NodeAddr={node.address} CPUs={self._cpus_per_node} RealMemory=8000 "
+            f"Gres=gpu:{self._gpus_per_node}"
             for node in self.nodes
         )
+        for i in range(self._gpus_per_node):
+            (self.root / f"gpu{i}").touch()  # Slurm wants a file for each
+        (self.root / "gres.conf").write_text("".join(f"Name=gpu File={path}\n" for path in self.root.glob("gpu*")))
         (self.root / "slurm.conf").write_text(
             _SLURM_CONF.format(
                 id=self.id,
@@ -238,9 +245,9 @@ class SlurmCluster:
 
     # Jobs
 
-    def run(self, *command: str, **options: object) -> str:
+    def run(self, *command: str, cwd: Path | None = None, input: str | None = None) -> str:
         """Standard output of a Slurm command, run outside the nodes as on a login node."""
-        return _run(*command, env=self.env, **options)
+        return _run(*command, env=self.env, cwd=cwd, input=input)
 
     def run_on(self, node: Node, *command: str) -> str:
         """Standard output of a command with the network, host name and /etc/hosts of a node, outside any job."""
@@ -311,6 +318,10 @@ class SlurmCluster:
         _kill_all_in([node.netns])
         self._daemons[node.name].wait()
 
+    def declare_down(self, node: Node) -> None:
+        """What `crash` leads to half a minute later: its jobs end or are requeued; the node itself soon returns."""
+        self.run("scontrol", "update", f"nodename={node.name}", "state=down", "reason=test")
+
     def link_down(self, node: Node) -> None:
         """Pull the node's cable at the switch."""
         _run("ip", "-n", self._controller_netns, "link", "set", node.port, "down")
@@ -354,10 +365,8 @@ def _kill_all_in(namespaces: Collection[str], timeout_sec: float = 10) -> None:
     def none_left() -> bool:
         pids = _processes_in(namespaces)
         for pid in pids:
-            try:
+            with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
         return not pids
 
     _wait_for(none_left, timeout_sec, f"the processes in {', '.join(namespaces)} to end")
@@ -408,9 +417,9 @@ def _wait_for(condition: Callable[[], bool], timeout_sec: float, what: str) -> N
         time.sleep(0.1)
 
 
-def _run(*command: str, **options: object) -> str:
+def _run(*command: str, env: Mapping[str, str] | None = None, cwd: Path | None = None, input: str | None = None) -> str:
     """Standard output; what the command said goes into the error when it fails."""
-    result = subprocess.run(command, capture_output=True, text=True, **options)  # type: ignore[call-overload]
+    result = subprocess.run(command, capture_output=True, text=True, env=env, cwd=cwd, input=input)
     if result.returncode != 0:
         error = subprocess.CalledProcessError(result.returncode, command, result.stdout, result.stderr)
         error.add_note(result.stderr.strip())

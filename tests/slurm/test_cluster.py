@@ -16,7 +16,7 @@ from . import cluster as cluster_module
 from .cluster import Node, SlurmCluster, remove_stale_clusters, slurm_cluster
 
 # Every task listens, calls every other by name, and answers calls until all have called.
-TALK = r'''
+TALK = r"""
 import json, os, socket, subprocess, sys, threading
 names = subprocess.run(["scontrol", "show", "hostnames"], capture_output=True, text=True, check=True).stdout.split()
 server = socket.create_server(("", 29400))
@@ -40,7 +40,7 @@ for name in names:
 thread.join(timeout=20)
 address = socket.gethostbyname(socket.gethostname())
 print(json.dumps([int(os.environ["SLURM_PROCID"]), socket.gethostname(), address, sorted(callers)]))
-'''
+"""
 
 ALL_REDUCE = """
 import os, torch, torch.distributed as dist
@@ -102,9 +102,7 @@ def test_links_carry_one_gigabit(cluster: SlurmCluster) -> None:
         "while connection.recv(1 << 20): pass"
     )
     send = f"import socket; socket.create_connection(('{cluster.nodes[0].name}', 29600)).sendall(bytes(100_000_000))"
-    job_id = cluster.sbatch(
-        f"--nodelist={cluster.nodes[0].name}", script=script(f'{sys.executable} -c "{receive}"')
-    )
+    job_id = cluster.sbatch(f"--nodelist={cluster.nodes[0].name}", script=script(f'{sys.executable} -c "{receive}"'))
     cluster.wait(job_id, timeout_sec=20, until={"RUNNING"})
     time.sleep(1)
     start = time.monotonic()
@@ -153,6 +151,21 @@ def test_the_time_limit_sends_usr2_ahead(cluster: SlurmCluster) -> None:
     job_id = cluster.sbatch("--time=1", "--signal=B:USR2@50", script=script(*ON_USR2))
     cluster.wait(job_id, timeout_sec=55)
     assert "got USR2" in cluster.output(job_id)
+
+
+def test_gpus_can_be_asked_for_although_there_are_none(cluster: SlurmCluster) -> None:
+    job_id = cluster.sbatch("--nodes=2", "--gpus-per-node=8", script=script("echo gpus: $SLURM_GPUS_ON_NODE"))
+    cluster.wait(job_id, timeout_sec=20)
+    assert cluster.output(job_id) == "gpus: 8\n"
+
+
+def test_a_node_declared_down_has_its_job_requeued_within_seconds(cluster: SlurmCluster) -> None:
+    lines = script('[ "$SLURM_RESTART_COUNT" = 1 ] || { echo ready; srun sleep 100; }')
+    job_id = cluster.sbatch("--nodes=3", "--open-mode=append", script=lines)
+    wait_for_output(cluster, job_id, "ready")
+    cluster.declare_down(cluster.nodes[1])
+    cluster.wait(job_id, timeout_sec=30)
+    assert cluster.job(job_id)["Restarts"] == "1"
 
 
 def test_a_job_is_requeued_from_a_node_that_died(cluster: SlurmCluster) -> None:
@@ -228,9 +241,7 @@ def test_close_leaves_nothing(slurm_machine: None, tmp_path: Path) -> None:
     assert traces_of(second) == []
 
 
-def test_a_failed_start_leaves_nothing(
-    slurm_machine: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_start_leaves_nothing(slurm_machine: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(self: SlurmCluster, node: Node) -> None:
         raise RuntimeError("no slurmd today")
 
