@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState, PartialState
@@ -39,6 +40,8 @@ def train_cell(folder: Path, cell: Cell) -> list[list[float]]:
     order = BatchOrder(store.lengths("train"), batch_plan.seq_len, batch_plan.bins_per_batch, recipe.train.seed)
     loader = BatchLoader(order, store, "train", dist.get_world_size(), dist.get_rank(), batch_plan.micro_batch_bins)
     step = load_checkpoint(Path(cell.load), engine)["step"] if cell.load else 0
+    if cell.save_loaded_in:
+        save(cell.save_loaded_in, engine, step)
     trained = []
     while step < cell.steps:
         batch = loader.global_batch(step)
@@ -51,16 +54,15 @@ def train_cell(folder: Path, cell: Cell) -> list[list[float]]:
         step += 1
         trained.append([float(loss) / batch.num_targets, float(result.grad_norm)])
         if step in cell.save_at:
-            save_checkpoint(
-                Path(cell.save_in or "missing"),
-                engine,
-                step=step,
-                trainer_state={"step": step},
-                contract_fingerprint="test",
-                keep_last=9,
-            )
+            save(cell.save_in or "missing", engine, step)
     engine.destroy()
     return trained
+
+
+def save(folder: str, engine: Any, step: int) -> None:
+    """Save a checkpoint of an engine after `step` steps."""
+    state = {"step": step}
+    save_checkpoint(Path(folder), engine, step=step, trainer_state=state, contract_fingerprint="test", keep_last=9)
 
 
 def main() -> None:

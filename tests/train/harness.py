@@ -74,6 +74,7 @@ class Cell:
     load: str | None = None  # a checkpoint folder to start from
     save_at: list[int] = field(default_factory=list)
     save_in: str | None = None
+    save_loaded_in: str | None = None  # save what was loaded again, before any step
 
 
 def cell_recipe(folder: Path, cell: Cell) -> Recipe:

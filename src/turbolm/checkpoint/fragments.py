@@ -140,9 +140,8 @@ def _whole_parameters(engine: Any) -> Iterator[Fragment]:
 
 
 def _partition_fragments(engine: Any) -> Iterator[Fragment]:
-    zero = engine.optimizer
     names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
-    for group, flat in zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True):
+    for group, flat in zip(*_groups_and_flats(engine.optimizer), strict=True):
         for parameter in group:
             mapping = parameter._hp_mapping
             if mapping is not None:
@@ -150,6 +149,13 @@ def _partition_fragments(engine: Any) -> Iterator[Fragment]:
                 start = mapping.lp_fragment_address.start
                 shape = tuple(parameter.shape)
                 yield Fragment(names[id(parameter)], shape, start, address.numel, flat, address.start)
+
+
+def _groups_and_flats(zero: Any) -> tuple[list[list[nn.Parameter]], list[torch.Tensor]]:
+    """The parameters of each group and this rank's fp32 partition of them; bf16 on stage 1 has a class of its own."""
+    if hasattr(zero, "bf16_groups"):
+        return zero.bf16_groups, zero.fp32_groups_flat_partition
+    return zero.bit16_groups, zero.single_partition_of_fp32_groups
 
 
 def _shard_fragments(engine: Any) -> Iterator[Fragment]:
@@ -170,7 +176,7 @@ def _flats_of_group(engine: Any, group: int) -> list[torch.Tensor]:
     if stage == 0:
         return list(zero.param_groups[group]["params"])
     if stage in (1, 2):
-        return [zero.single_partition_of_fp32_groups[group]]
+        return [_groups_and_flats(zero)[1][group]]
     sub_groups = [sub for sub, owner in enumerate(zero.fp32_partitioned_groups_flat) if owner is not None]
     return [zero.fp32_partitioned_groups_flat[sub] for sub in sub_groups if zero.sub_group_to_group_id[sub] == group]
 

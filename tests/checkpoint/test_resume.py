@@ -1,0 +1,112 @@
+"""A resumed run goes on exactly where it was saved, at the same layout to the bit and at another to rounding."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from tests.train.harness import Cell, cell_recipe, run_cells
+from tests.train.reference import train_reference
+from tests.train.test_equivalence import learning_rates
+from turbolm.checkpoint.load import CheckpointReader
+from turbolm.data.prepare import prepare
+from turbolm.data.store import open_store
+
+SAVED, END = 4, 8
+
+
+def read_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, assembled from whoever wrote it: `<state>/<parameter>`."""
+    with CheckpointReader(checkpoint) as reader:
+        names = [(state, name) for state in ("weight", *sorted(reader.states)) for name in reader.shapes]
+        return {f"{state}/{name}": reader.read(state, name, 0, math.prod(reader.shapes[name])) for state, name in names}
+
+
+def saved(folder: Path, name: str, step: int) -> Path:
+    return folder / "saved" / name / f"step-{step:08d}"
+
+
+def writing(folder: Path, name: str, **settings: object) -> Cell:
+    """A cell that trains to the end and saves half-way and there."""
+    return Cell(name=name, steps=END, save_at=[SAVED, END], save_in=str(folder / "saved" / name), **settings)  # type: ignore[arg-type]
+
+
+def reading(folder: Path, name: str, source: str, **settings: object) -> Cell:
+    """A cell that goes on from the half-way checkpoint of `source`."""
+    return Cell(
+        name=name,
+        steps=END,
+        load=str(saved(folder, source, SAVED)),
+        save_at=[SAVED + 1, END],
+        save_in=str(folder / "saved" / name),
+        **settings,  # type: ignore[arg-type]
+    )
+
+
+def test_resuming_is_bitwise_at_the_same_layout_and_close_at_another(tmp_path: Path) -> None:
+    two: dict[str, int] = {"micro_batch_bins": 1}
+    cells = [writing(tmp_path, f"zero{stage}", zero_stage=stage, **two) for stage in (0, 1, 2, 3)]
+    cells += [
+        reading(tmp_path, f"zero{stage}-resumed", f"zero{stage}", zero_stage=stage, **two) for stage in (0, 1, 2, 3)
+    ]
+    moves = [(2, 3), (3, 2), (3, 0), (0, 1), (1, 2)]
+    cells += [reading(tmp_path, f"zero{a}-to-{b}", f"zero{a}", zero_stage=b, **two) for a, b in moves]
+    cells += [
+        writing(tmp_path, "offloaded", zero_stage=2, offload_optimizer=True, **two),
+        reading(tmp_path, "offloaded-to-zero3", "offloaded", zero_stage=3, **two),
+        reading(tmp_path, "zero2-to-offloaded", "zero2", zero_stage=2, offload_optimizer=True, **two),
+    ]
+    trained = run_cells(tmp_path, 2, cells)
+    for stage in (0, 1, 2, 3):
+        assert trained[f"zero{stage}-resumed"] == trained[f"zero{stage}"][SAVED:]
+        whole = read_tensors(saved(tmp_path, f"zero{stage}", END))
+        resumed = read_tensors(saved(tmp_path, f"zero{stage}-resumed", END))
+        assert whole.keys() == resumed.keys()
+        assert {name.split("/")[0] for name in whole} == {"weight", "exp_avg", "exp_avg_sq"}
+        assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    expected = reference(tmp_path)
+    for name, values in trained.items():
+        np.testing.assert_allclose(values, expected[-len(values) :], rtol=1e-5, err_msg=name)
+
+    # Fewer processes, and more of them, read what two wrote; three do not divide most parameters.
+    one = [reading(tmp_path, f"zero{stage}-alone", f"zero{stage}", zero_stage=stage) for stage in (0, 1, 2, 3)]
+    three = [reading(tmp_path, f"zero{stage}-by-three", "zero2-alone", zero_stage=stage, **two) for stage in (1, 2, 3)]
+    shutil.copytree(saved(tmp_path, "zero2", SAVED), saved(tmp_path, "zero2-alone", SAVED))
+    for world_size, cells in ((1, one), (3, three)):
+        for name, values in run_cells(tmp_path, world_size, cells).items():
+            np.testing.assert_allclose(values, expected[SAVED:], rtol=1e-5, err_msg=name)
+
+
+def reference(folder: Path) -> np.ndarray:
+    recipe = cell_recipe(folder, Cell(name="reference"))
+    return np.array(train_reference(recipe, open_store(prepare(recipe)), learning_rates()[:END]))
+
+
+def test_loading_restores_every_element_before_the_next_step(tmp_path: Path) -> None:
+    """Saved, loaded elsewhere and saved again without a step in between: hash-equal, in fp32 and in bf16."""
+    for precision in ("fp32", "bf16"):
+        folder = tmp_path / precision
+        folder.mkdir()
+        source = Cell(
+            name="source", zero_stage=2, micro_batch_bins=1, precision=precision, steps=3, save_at=[3],
+            save_in=str(folder / "saved" / "source"),
+        )  # fmt: skip
+        run_cells(folder, 2, [source])
+        written = read_tensors(saved(folder, "source", 3))
+        for world_size, stages in ((2, (1, 2, 3)), (3, (1, 3))):
+            cells = [
+                Cell(
+                    name=f"{world_size}-zero{stage}", zero_stage=stage, micro_batch_bins=1, precision=precision,
+                    steps=3, load=str(saved(folder, "source", 3)), save_loaded_in=str(folder / f"{world_size}-{stage}"),
+                )
+                for stage in stages
+            ]  # fmt: skip
+            run_cells(folder, world_size, cells)
+            for stage in stages:
+                again = read_tensors(folder / f"{world_size}-{stage}" / "step-00000003")
+                assert again.keys() == written.keys()
+                assert all(torch.equal(again[name], written[name]) for name in written), (precision, world_size, stage)
