@@ -96,13 +96,9 @@ def apply_activation_checkpointing(model: PreTrainedModel, every: str | int) -> 
         return
     if not model.supports_gradient_checkpointing:
         raise UserError(f"execution.activation_checkpointing: {model.config.model_type} does not support it; use none")
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    layers = [module for module in model.modules() if getattr(module, "gradient_checkpointing", None) is True]
-    layers = [layer for layer in layers if hasattr(layer, "_gradient_checkpointing_func")] or layers
-    if isinstance(every, int):
-        checkpointed = [layer for layer in layers if type(layer).__name__.endswith(("Layer", "Block"))]
-        for index, layer in enumerate(checkpointed):
-            layer.gradient_checkpointing = index % every == 0
+    model.activation_checkpointing_enable(
+        activation_checkpointing_kwargs={"use_reentrant": False}, every_n_layers=1 if every == "full" else int(every)
+    )
 
 
 def _config_from_mapping(mapping: dict[str, Any]) -> PreTrainedConfig:

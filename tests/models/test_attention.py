@@ -1,0 +1,52 @@
+"""The varlen kernel's adapter, against sdpa: the kernel itself needs a GPU, so a plain loop stands in for it here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.attention.varlen as varlen
+
+from tests.models.test_isolation import CONFIGS, SEQ_LEN, make_model, packed_row
+from turbolm.models.attention import choose_attention, model_inputs
+
+CPU = torch.device("cpu")
+
+
+def loop_over_documents(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seq_q: torch.Tensor, cu_seq_k: torch.Tensor,
+    max_q: int, max_k: int, *, scale: float | None, window_size: tuple[int, int], **_: Any,
+) -> torch.Tensor:  # fmt: skip
+    """What `varlen_attn` documents: (tokens, heads, head_dim), a window of (left, right) neighbours."""
+    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
+    outputs = []
+    bounds = cu_seq_q.tolist()
+    assert bounds[0] == 0 and bounds[-1] == query.shape[0]
+    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+        assert 0 < end - start <= max_q == max_k
+        q, k, v = (tensor[start:end].transpose(0, 1) for tensor in (query, key, value))
+        distance = torch.arange(end - start)[:, None] - torch.arange(end - start)
+        seen = distance >= 0
+        if window_size[0] >= 0:
+            seen &= distance <= window_size[0]
+        scores = (q @ k.transpose(1, 2) * scale).masked_fill(~seen, float("-inf"))
+        outputs.append((scores.softmax(-1) @ v).transpose(0, 1))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "mistral-sliding", "gpt2"])
+def test_varlen_gives_what_sdpa_gives(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(varlen, "varlen_attn", loop_over_documents)
+    rows = [packed_row(seed) for seed in (1, 2, 3)]
+    batch = {key: np.concatenate([row[key] for row in rows]) for key in rows[0]}  # [3, seq_len]
+    expected = make_model(CONFIGS[name], "sdpa")(**model_inputs(batch, "sdpa", CPU)).logits
+    flat = make_model(CONFIGS[name], "varlen")(**model_inputs(batch, "varlen", CPU)).logits
+    assert flat.shape[:2] == (1, 3 * SEQ_LEN)
+    torch.testing.assert_close(flat.view(expected.shape), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_auto_takes_sdpa_where_there_is_no_gpu() -> None:
+    assert choose_attention("auto", "cpu", "bf16") == "sdpa"
+    assert choose_attention("flex", "cpu", "bf16") == "flex"

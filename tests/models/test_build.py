@@ -1,0 +1,92 @@
+"""Models are what the recipe says: no silent key, no silent dropout, the same weights at every start."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from turbolm.errors import UserError
+from turbolm.models.build import apply_activation_checkpointing, build_config, build_model
+from turbolm.recipe.schema import Model
+
+LLAMA = {
+    "model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2
+}  # fmt: skip
+
+
+def complete(model: Model, **changes: Any) -> Any:
+    return build_config(model, **{"seq_len": 16, "vocab_size": 100, "bos_token_id": 1, "eos_token_id": 2, **changes})
+
+
+def test_dropout_is_off_unless_the_recipe_sets_it() -> None:
+    gpt2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 2}
+    names = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
+    assert [getattr(complete(Model(config=gpt2)), name) for name in names] == [0, 0, 0]
+    assert [getattr(complete(Model(config=gpt2, dropout=0.2)), name) for name in names] == [0.2, 0.2, 0.2]
+    mixed = complete(Model(config={**gpt2, "attn_pdrop": 0.3}))
+    assert [getattr(mixed, name) for name in names] == [0, 0, 0.3]
+
+
+def test_the_tokenizer_completes_the_configuration() -> None:
+    config = complete(Model(config=LLAMA))
+    assert (config.vocab_size, config.bos_token_id, config.eos_token_id) == (100, 1, 2)
+    assert complete(Model(config={**LLAMA, "vocab_size": 128})).vocab_size == 128
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({**LLAMA, "num_hidden_layer": 2}, "has no such setting; did you mean 'num_hidden_layers'"),
+        ({**LLAMA, "vocab_size": 64}, "cannot hold the tokenizer's 100 tokens"),
+        ({**LLAMA, "max_position_embeddings": 8}, "positions for 8 tokens"),
+        ({**LLAMA, "model_type": "lama"}, "knows no model type 'lama'"),
+        ({**LLAMA, "num_attention_heads": 5}, "refuses these settings"),
+    ],
+)
+def test_a_wrong_configuration_is_refused(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        complete(Model(config=config))
+
+
+def test_weights_depend_on_the_seed_alone() -> None:
+    def weights(seed: int) -> torch.Tensor:
+        model = build_model(Model(config=LLAMA), complete(Model(config=LLAMA)), seed=seed, attention="sdpa")
+        return torch.cat([parameter.flatten() for parameter in model.parameters()])
+
+    assert torch.equal(weights(1), weights(1))
+    assert not torch.equal(weights(1), weights(2))
+
+
+def test_pretrained_weights_are_read_from_a_folder(tmp_path: Path) -> None:
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=100
+    )
+    original = AutoModelForCausalLM.from_config(config)
+    original.save_pretrained(tmp_path)
+    section = Model(pretrained=str(tmp_path))
+    model = build_model(section, complete(section), seed=0, attention="sdpa")
+    for name, value in original.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+    with pytest.raises(UserError, match=r"has no config\.json"):
+        complete(Model(pretrained=str(tmp_path / "missing")))
+
+
+@pytest.mark.parametrize(("every", "recomputed"), [("none", 0), ("full", 4), (1, 4), (2, 2), (3, 2)])
+def test_activation_checkpointing_recomputes_every_nth_layer(every: str | int, recomputed: int) -> None:
+    model = build_model(Model(config=LLAMA), complete(Model(config=LLAMA)), seed=0, attention="sdpa").train()
+    apply_activation_checkpointing(model, every)
+    calls = 0
+
+    def count(*_: object) -> None:
+        nonlocal calls
+        calls += 1
+
+    for layer in model.model.layers:
+        layer.mlp.register_forward_pre_hook(count)
+    tokens = torch.arange(8)[None]
+    model(input_ids=tokens, use_cache=False).logits.sum().backward()
+    assert calls == 4 + recomputed
