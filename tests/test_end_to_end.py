@@ -1,0 +1,224 @@
+"""The command a newcomer types: it trains, stops when asked, resumes to the bit, exports, and refuses what it must."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.train.harness import make_recipe
+from turbolm.recipe.load import dump_recipe
+
+ROOT = Path(__file__).parents[1]
+TURBOLM = [sys.executable, "-m", "turbolm.cli"]
+STEPS = 240
+pytestmark = pytest.mark.xdist_group("end-to-end")  # the fixtures are runs: make them once
+CHILD_ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def run(*arguments: str, **settings: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        arguments, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False, env=CHILD_ENVIRONMENT, **settings
+    )
+
+
+def steps_of(run_folder: Path) -> list[dict[str, Any]]:
+    """Training lines by step; a later attempt's line replaces an earlier one's."""
+    lines = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    latest = {line["step"]: line for line in lines if "train/loss" in line}
+    return [latest[step] for step in sorted(latest)]
+
+
+def learned(run_folder: Path) -> list[tuple[Any, ...]]:
+    """What must not depend on how the run was carried out."""
+    return [
+        (s["step"], s["train/loss"], s["train/grad_norm"], s["train/lr"], s["data/samples"])
+        for s in steps_of(run_folder)
+    ]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("end-to-end")
+    recipe = make_recipe(
+        folder,
+        train={"budget": STEPS * 160, "global_batch": 160},
+        data={"seq_len": 32},
+        logging={"every_steps": 1, "sample_tokens": 8},
+        checkpoint={"every": "50 steps"},
+        execution={"zero_stage": 2},
+    )
+    (folder / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(folder: Path) -> Path:
+    """The reference run, started by hand through `accelerate launch`."""
+    recipe = str(folder / "recipe.yaml")
+    assert run(*TURBOLM, "prepare", recipe).returncode == 0
+    done = run(
+        *(sys.executable, "-m", "accelerate.commands.launch", "--config_file", "launch/accelerate/cpu.yaml"),
+        *("--main_process_port", "0", "-m", "turbolm.train", "--recipe", recipe, "name=uninterrupted"),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "bits per byte" in done.stdout
+    return folder / "runs" / "uninterrupted"
+
+
+@pytest.fixture(scope="module")
+def resumed(folder: Path) -> Path:
+    """The same through `turbolm train`, interrupted by Ctrl-C in the middle."""
+    command, target = [*TURBOLM, "train", str(folder / "recipe.yaml"), "name=resumed"], folder / "runs" / "resumed"
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=CHILD_ENVIRONMENT
+    )
+    deadline = time.monotonic() + 120
+    metrics = target / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text(encoding="utf-8").count("\n") >= 5):
+        assert process.poll() is None and time.monotonic() < deadline, process.stdout and process.stdout.read()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 75, output
+    assert "the same command resumes there" in output
+    assert len(steps_of(target)) < STEPS
+    done = run(*command)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "resumed from" in done.stdout
+    return target
+
+
+def test_an_interrupted_run_equals_an_uninterrupted_one(uninterrupted: Path, resumed: Path) -> None:
+    expected = learned(uninterrupted)
+    assert len(expected) == STEPS
+    assert learned(resumed) == expected
+    last = f"checkpoints/step-{STEPS:08d}"
+    for name in ("fragments-00000.safetensors", "fragments-00001.safetensors"):
+        assert (resumed / last / name).read_bytes() == (uninterrupted / last / name).read_bytes()
+
+
+def test_a_finished_run_says_so_and_leaves_everything(folder: Path, resumed: Path) -> None:
+    before = (resumed / "metrics.jsonl").read_bytes()
+    done = run(*TURBOLM, "train", str(folder / "recipe.yaml"), "name=resumed")
+    assert done.returncode == 0 and "is complete" in done.stdout
+    assert (resumed / "metrics.jsonl").read_bytes() == before
+    for name in (
+        "recipe.yaml",
+        "contract.json",
+        "results.json",
+        "report.html",
+        "export/config.json",
+        "export/README.md",
+    ):
+        assert (resumed / name).stat().st_size > 0, name
+    verified = run(*TURBOLM, "verify", str(resumed / "checkpoints" / f"step-{STEPS:08d}"))
+    assert verified.returncode == 0 and "whole" in verified.stdout
+
+
+def test_a_changed_contract_is_refused_with_the_changed_keys(folder: Path, resumed: Path) -> None:
+    changes = ["name=resumed", "optimizer.lr=1e-4", "train.seed=9", "execution.zero_stage=1"]
+    before = (resumed / "contract.json").read_bytes()
+    done = run(*TURBOLM, "train", str(folder / "recipe.yaml"), *changes)
+    assert done.returncode == 2
+    assert "optimizer.lr: 0.003 -> 0.0001" in done.stderr and "train.seed: 3 -> 9" in done.stderr
+    assert "zero_stage" not in done.stderr and "Traceback" not in done.stderr
+    assert (resumed / "contract.json").read_bytes() == before
+
+
+def test_a_larger_budget_extends_a_finished_run(folder: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    target = folder / "runs" / "extended"
+    shutil.copytree(uninterrupted, target)
+    more = ["name=extended", f"train.budget={(STEPS + 20) * 160}"]
+    done = run(*TURBOLM, "train", str(folder / "recipe.yaml"), *more, "execution.zero_stage=3")
+    assert done.returncode == 0, done.stdout + done.stderr
+    trained = learned(target)
+    assert len(trained) == STEPS + 20
+    assert trained[:STEPS] == learned(uninterrupted)
+    # By hand: 20 more steps with 2% warmup (0.4 of a step) from the floor, then cosine to a tenth.
+    expected = [3e-3 * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * (i + 0.5 - 0.4) / 19.6))) for i in range(20)]
+    assert [step[3] for step in trained[STEPS:]] == pytest.approx(expected)
+    assert "runs/extended" in done.stdout
+
+
+def test_the_export_has_the_same_loss_in_plain_transformers(uninterrupted: Path) -> None:
+    """Another process, no turbolm model code: every held-out document by itself through `AutoModelForCausalLM`."""
+    script = """
+import json, sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from turbolm.data.prepare import find_store
+from turbolm.data.store import open_store
+from turbolm.recipe.load import load_recipe
+run = sys.argv[1]
+recipe = load_recipe(run + "/recipe.yaml")
+store = open_store(find_store(recipe))
+model = AutoModelForCausalLM.from_pretrained(run + "/export", dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained(run + "/export")
+total = count = 0
+for document, length in enumerate(store.lengths("validation").tolist()):
+    for start in range(0, length, recipe.data.seq_len):
+        tokens = store.read("validation", document, start, min(recipe.data.seq_len, length - start)).astype("int64")
+        tokens = torch.from_numpy(tokens)[None]
+        with torch.no_grad():
+            loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+        total, count = total + loss.item() * (tokens.shape[1] - 1), count + tokens.shape[1] - 1
+prompt = tokenizer("alpha", return_tensors="pt")
+generated = model.generate(**prompt, max_new_tokens=5, do_sample=False)
+print(json.dumps({"loss": total / count, "count": count, "generated": generated.shape[1] - prompt.input_ids.shape[1]}))
+"""
+    done = run(sys.executable, "-c", script, str(uninterrupted))
+    assert done.returncode == 0, done.stderr
+    plain = json.loads(done.stdout.splitlines()[-1])
+    results = json.loads((uninterrupted / "results.json").read_text(encoding="utf-8"))
+    assert plain["count"] == results["eval_targets"]
+    assert plain["loss"] == pytest.approx(results["eval_loss"], abs=1e-4)
+    assert 0 < plain["generated"] <= 5
+
+
+def test_damaged_checkpoints_are_passed_over_and_none_left_stops_the_run(folder: Path, uninterrupted: Path) -> None:
+    target = folder / "runs" / "damaged"
+    shutil.copytree(uninterrupted, target)
+    (target / "results.json").unlink()  # as if the process had died before it
+    newest = target / "checkpoints" / f"step-{STEPS:08d}"
+    tensors = newest / "fragments-00001.safetensors"
+    content = bytearray(tensors.read_bytes())
+    content[len(content) // 2] ^= 1
+    tensors.write_bytes(bytes(content))
+    done = run(*TURBOLM, "train", str(folder / "recipe.yaml"), "name=damaged")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"step-{STEPS:08d}: fragments-00001.safetensors: content changed" in done.stdout
+    assert "resumed from" in done.stdout and "step-00000200" in done.stdout
+    assert learned(target) == learned(uninterrupted)
+
+    (target / "results.json").unlink()
+    for checkpoint in (target / "checkpoints").iterdir():
+        (checkpoint / "manifest.json").write_text("{", encoding="utf-8")
+    stopped = run(*TURBOLM, "train", str(folder / "recipe.yaml"), "name=damaged")
+    assert stopped.returncode == 2
+    assert "no checkpoint of" in stopped.stderr and "Traceback" not in stopped.stderr
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["optimizer.lrr=1"], "did you mean 'lr'"),
+        (["cluster.device=cuda"], "no GPU is visible"),
+        (["execution.attention=flex", "name=flex"], "flex attention cannot train on a CPU"),
+        (["model.config.num_hidden_layer=3", "name=typo"], "did you mean 'num_hidden_layers'"),
+        (["train.global_batch=32"], "too few for"),
+    ],
+)
+def test_bad_input_is_one_message_and_exit_code_2(overrides: list[str], message: str, folder: Path) -> None:
+    done = run(*TURBOLM, "train", str(folder / "recipe.yaml"), *overrides)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
