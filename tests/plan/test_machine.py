@@ -3,18 +3,23 @@
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from turbolm.errors import UserError
+from turbolm.plan.flops import peak_half_flops
+from turbolm.plan.gpus import GPUS
 from turbolm.plan.machine import (
     Machine,
+    check_machine,
+    described_machine,
     detect_machine,
     resolve_device,
     resolve_precision,
     resolve_processes_per_node,
 )
-from turbolm.recipe.schema import Recipe
+from turbolm.recipe.schema import GpuName, Recipe
 
 CPU = Machine(num_gpus=0, gpu_name=None, gpu_compute_capability=None, num_cpus=8, cpu_has_bf16=True, memory_bytes=2**34)
 H100 = replace(CPU, num_gpus=8, gpu_name="NVIDIA H100", gpu_compute_capability=(9, 0))
@@ -161,3 +166,44 @@ def test_a_precision_that_cannot_work_is_refused():
         resolve_precision(fp16, CPU, "cpu")
     with pytest.raises(UserError, match="zero_stage"):
         resolve_precision(recipe(train={"precision": "bf16"}, execution={"zero_stage": 0}), CPU, "cpu")
+
+
+A100_NODES = {"cluster": {"gpu": "A100-80GB", "gpus_per_node": 8}}
+
+
+def test_a_described_cluster_needs_no_machine():
+    machine = described_machine(recipe(**A100_NODES))
+    assert machine is not None
+    assert (machine.num_gpus, machine.gpu_compute_capability) == (8, (8, 0))
+    assert resolve_device(recipe(**A100_NODES), machine) == "cuda"
+    assert resolve_precision(recipe(**A100_NODES), machine, "cuda") == "bf16"
+    assert described_machine(recipe()) is None
+    assert described_machine(recipe(cluster=A100_NODES["cluster"] | {"device": "cpu"})) is None
+
+
+def test_every_gpu_that_a_recipe_can_name_is_known():
+    assert list(GPUS) == list(get_args(GpuName))
+    for gpu in GPUS.values():
+        assert peak_half_flops(f"NVIDIA {gpu.driver_name}") is not None
+
+
+@pytest.mark.parametrize("name", ["NVIDIA A100-SXM4-80GB", "NVIDIA A100 80GB PCIe", None])
+def test_a_node_as_described(name):
+    check_machine(recipe(**A100_NODES), replace(H100, gpu_name=name))
+
+
+@pytest.mark.parametrize(
+    ("machine", "message"),
+    [
+        (replace(H100, gpu_name="NVIDIA A100-SXM4-80GB", num_gpus=4), "gpus_per_node is 8, but 4 GPUs are visible"),
+        (CPU, "gpus_per_node is 8, but 0 GPUs are visible"),
+        (replace(H100, gpu_name="NVIDIA A100-SXM4-40GB"), "A100-80GB, but this node has NVIDIA A100-SXM4-40GB"),
+        (H100, "A100-80GB, but this node has NVIDIA H100"),
+        (replace(H100, gpu_name="NVIDIA A10"), "but this node has NVIDIA A10;"),
+    ],
+)
+def test_a_node_that_is_not_as_described(machine, message):
+    with pytest.raises(UserError, match=message):
+        check_machine(recipe(**A100_NODES), machine)
+    check_machine(recipe(), machine)
+    check_machine(recipe(cluster=A100_NODES["cluster"] | {"device": "cpu"}), machine)

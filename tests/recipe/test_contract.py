@@ -32,6 +32,9 @@ TOGETHER: dict[str, dict[str, Any]] = {
     "model.pretrained": {"config": None, "pretrained": "x"},
     "tokenizer.path": {"train": None, "path": "x"},
     "train.max_grad_value": {"max_grad_norm": None, "max_grad_value": 1.0},
+    "cluster.slurm": {"slurm": {}},
+    "cluster.gpu": {"gpu": "H100-80GB", "gpus_per_node": 8},
+    "cluster.gpus_per_node": {"gpu": "H100-80GB", "gpus_per_node": 8},
 }
 ONE_CHOICE = {"optimizer.name"}  # no other value exists yet
 

@@ -111,6 +111,65 @@ ADDED = {
     "execution: {micro_batch: 8192}": (
         "a.yaml:11: execution.micro_batch: must be at most train.global_batch (4096), got 8192"
     ),
+    "execution: {offload_parameters: true}": (
+        "a.yaml:11: execution.offload_parameters: needs execution.zero_stage 3, got 2; set zero_stage: 3"
+    ),
+    "execution: {hierarchical_partition: 8}": (
+        "a.yaml:11: execution.hierarchical_partition: needs execution.zero_stage 3, got 2; set zero_stage: 3"
+    ),
+    "execution: {hierarchical_partition: 1}": (
+        "a.yaml:11: execution.hierarchical_partition: must be at least 2, got 1"
+    ),
+    "execution: {quantized_weights: true}": (
+        "a.yaml:11: execution.quantized_weights: needs execution.zero_stage 3, got 2; set zero_stage: 3"
+    ),
+    "execution: {zero_stage: 1, quantized_gradients: true}": (
+        "a.yaml:11: execution.quantized_gradients: needs execution.zero_stage 3, got 1; set zero_stage: 3"
+    ),
+    "execution: {zero_stage: 3, quantized_weights: true}\ncluster: {device: cpu}": (
+        "a.yaml:11: execution.quantized_weights: needs CUDA, but cluster.device is cpu"
+    ),
+    "execution: {zero_stage: 3, quantized_gradients: true}\ncluster: {device: cpu}": (
+        "a.yaml:11: execution.quantized_gradients: needs CUDA, but cluster.device is cpu"
+    ),
+    "execution: {zero_stage: 3, quantized_gradients: 4}": (
+        "a.yaml:11: execution.quantized_gradients: expected true or false, got 4"
+    ),
+    "execution: {zero_stage: 3, hierarchical_partition: 3}\ncluster: {gpu: L4-24GB, gpus_per_node: 8}": (
+        "a.yaml:11: execution.hierarchical_partition: must divide the 8 processes, got 3"
+    ),
+    "execution: {zero_stage: 3, hierarchical_partition: 4, offload_parameters: true}": (
+        "a.yaml:11: execution.hierarchical_partition: keeps a copy of the weights on the GPU, which "
+        "execution.offload_parameters would move away; choose one of the two"
+    ),
+    "execution: {zero_stage: 3}\ncluster: {gpu: H100, gpus_per_node: 8}": (
+        "a.yaml:12: cluster.gpu: expected 'A10-24GB', 'A10G-24GB', 'A100-40GB', 'A100-80GB', 'B200-180GB', "
+        "'H100-80GB', 'H200-141GB', 'L4-24GB', 'L40S-48GB', 'RTX4090-24GB', 'V100-16GB' or 'V100-32GB', got 'H100'; "
+        "did you mean 'H100-80GB'?"
+    ),
+    "cluster: {gpu: H100-80GB}": (
+        "a.yaml:11: cluster: expected `gpu` and `gpus_per_node` together, such as gpu: H100-80GB, gpus_per_node: 8"
+    ),
+    "cluster: {gpus_per_node: 0, gpu: H100-80GB}": "a.yaml:11: cluster.gpus_per_node: must be at least 1, got 0",
+    "cluster: {num_nodes: 0}": "a.yaml:11: cluster.num_nodes: must be at least 1, got 0",
+    "cluster: {num_nodes: 8, gpus_per_node: 8, gpu: H100-80GB}": (
+        "a.yaml:10: train.global_batch: 4096 tokens are 32 sequences of data.seq_len 128, too few for 64 processes; "
+        "use at most 32 processes, a global_batch of at least 8192, or a seq_len of at most 64"
+    ),
+    "cluster: {num_nodes: 64, processes_per_node: 1, device: cpu}": (
+        "a.yaml:10: train.global_batch: 4096 tokens are 32 sequences of data.seq_len 128, too few for 64 processes; "
+        "use at most 32 processes, a global_batch of at least 8192, or a seq_len of at most 64"
+    ),
+    "cluster: {gpus_per_node: 4, gpu: H100-80GB, processes_per_node: 8}": (
+        "a.yaml:11: cluster.processes_per_node: must be at most cluster.gpus_per_node (4), got 8: each process needs "
+        "a GPU of its own"
+    ),
+    "  precision: bf16\ncluster: {gpu: V100-32GB, gpus_per_node: 8}": (
+        "a.yaml:11: train.precision: bf16 needs a newer GPU than cluster.gpu V100-32GB; set fp16 or fp32"
+    ),
+    "  precision: fp16\ncluster: {device: cpu}": (
+        "a.yaml:11: train.precision: fp16 needs a GPU, but cluster.device is cpu; set bf16 or fp32"
+    ),
 }
 
 
@@ -127,7 +186,7 @@ REPLACED = [
         "name: a b",
         "a.yaml:1: name: expected letters, digits, '.', '_' and '-', at most 100, no sign in front, got 'a b'",
     ),
-    ("name: tiny\n", "", "a.yaml:1: name: required key is missing"),
+    ("name: tiny\n", "", "a.yaml:1: name: required key is missing (of the run and its directory)"),
     (
         "  budget: 2M\n",
         "",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from turbolm.errors import UserError
-from turbolm.recipe.checks import not_whole_bins
+from turbolm.recipe.checks import not_whole_bins, too_few_sequences
 from turbolm.recipe.schema import Recipe
 
 AUTO_MICRO_BATCH_TOKENS = 16 * 1024  # `micro_batch: auto` goes no higher, unless one bin is longer
@@ -42,12 +42,9 @@ def plan_batch(recipe: Recipe, world_size: int) -> BatchPlan:
     bins, rest = divmod(batch_tokens, seq_len)
     if rest:
         raise UserError(f"train.global_batch: {not_whole_bins(batch_tokens, seq_len)}")
-    if world_size > bins:
-        raise UserError(
-            f"train.global_batch: {batch_tokens} tokens are {bins} sequences of data.seq_len {seq_len}, too few for "
-            f"{world_size} processes; use at most {bins} processes, a global_batch of at least "
-            f"{world_size * seq_len}{_shorter(batch_tokens, world_size)}"
-        )
+    too_few = too_few_sequences(batch_tokens, seq_len, world_size)
+    if too_few:
+        raise UserError(f"train.global_batch: {too_few}")
     share = _ceil(bins, world_size)
     micro_bins = _micro_batch_bins(recipe, share)
     accumulation = _ceil(bins, world_size * micro_bins)
@@ -71,12 +68,6 @@ def _micro_batch_bins(recipe: Recipe, share: int) -> int:
     if micro_tokens % seq_len:
         raise UserError(f"execution.micro_batch: {not_whole_bins(micro_tokens, seq_len)}")
     return min(micro_tokens // seq_len, share)
-
-
-def _shorter(batch_tokens: int, world_size: int) -> str:
-    """The longest sequence length that gives every process one."""
-    longest = next((n for n in range(batch_tokens // world_size, 7, -1) if batch_tokens % n == 0), None)
-    return f", or a seq_len of at most {longest}" if longest else ""
 
 
 def _ceil(count: int, parts: int) -> int:

@@ -31,8 +31,9 @@ class Batch(Protocol):
 
 def resolve_ds_config(recipe: Recipe, batch: Batch, device: str, precision: str) -> dict[str, Any]:
     """The complete configuration for `device` (cpu or cuda) and `precision` (fp32, bf16 or fp16)."""
-    stage = recipe.execution.zero_stage
-    config = _load_base(stage)
+    execution = recipe.execution
+    base = _base_name(recipe)
+    config = _load_base(base)
     bins = batch.micro_batch_bins * batch.gradient_accumulation_steps * batch.world_size
     config |= {
         "train_micro_batch_size_per_gpu": batch.micro_batch_bins,
@@ -49,20 +50,62 @@ def resolve_ds_config(recipe: Recipe, batch: Batch, device: str, precision: str)
             zero[key] = _BUCKET_ELEMENTS[device]
     if "overlap_comm" in zero:
         zero["overlap_comm"] = device == "cuda"  # a CPU has no stream to overlap on
-    if recipe.execution.offload_optimizer:
-        if stage == 0:
-            raise UserError("execution.offload_optimizer needs execution.zero_stage 1, 2 or 3")
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": device == "cuda"}
+    host = {"device": "cpu", "pin_memory": device == "cuda"}
+    for key, asked in (
+        ("offload_optimizer", execution.offload_optimizer),
+        ("offload_param", execution.offload_parameters),
+    ):
+        zero.pop(key, None)
+        if asked:
+            zero[key] = dict(host)
+    if base == "zeropp":
+        _check_zeropp(recipe, batch, device)
+        zero["zero_hpz_partition_size"] = execution.hierarchical_partition or 1
+        zero["zero_quantized_weights"] = execution.quantized_weights
+        zero["zero_quantized_gradients"] = execution.quantized_gradients
     left = _paths_of_auto(config)
-    assert not left, f"unresolved in ds_configs/zero{stage}.json: {', '.join(left)}"
+    assert not left, f"unresolved in ds_configs/{base}.json: {', '.join(left)}"
     return config
 
 
-def _load_base(stage: int) -> dict[str, Any]:
-    """The base of a ZeRO stage, from $TURBOLM_HOME/ds_configs or else from the checkout this module stands in."""
+def _base_name(recipe: Recipe) -> str:
+    execution = recipe.execution
+    stage = execution.zero_stage
+    if execution.offload_optimizer and stage == 0:
+        raise UserError("execution.offload_optimizer needs execution.zero_stage 1, 2 or 3")
+    quantized = execution.quantized_weights or execution.quantized_gradients
+    for key, asked in (
+        ("offload_parameters", execution.offload_parameters),
+        ("hierarchical_partition", execution.hierarchical_partition),
+        ("quantized_weights or quantized_gradients", quantized),
+    ):
+        if asked and stage != 3:
+            raise UserError(f"execution.{key} needs execution.zero_stage 3, got {stage}")
+    if execution.hierarchical_partition or quantized:
+        return "zeropp"
+    return (
+        "zero3_offload"
+        if stage == 3 and (execution.offload_optimizer or execution.offload_parameters)
+        else f"zero{stage}"
+    )
+
+
+def _check_zeropp(recipe: Recipe, batch: Batch, device: str) -> None:
+    execution = recipe.execution
+    if device == "cpu" and (execution.quantized_weights or execution.quantized_gradients):
+        raise UserError(
+            "execution.quantized_weights and execution.quantized_gradients need CUDA: their kernels are GPU code"
+        )
+    group = execution.hierarchical_partition
+    if group and batch.world_size % group:
+        raise UserError(f"execution.hierarchical_partition: must divide the {batch.world_size} processes, got {group}")
+
+
+def _load_base(name: str) -> dict[str, Any]:
+    """A base by name, from $TURBOLM_HOME/ds_configs or else from the checkout this module stands in."""
     home = os.environ.get("TURBOLM_HOME")
     folder = (Path(home) if home else Path(__file__).parents[3]) / "ds_configs"
-    path = folder / f"zero{stage}.json"
+    path = folder / f"{name}.json"
     try:
         base: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except OSError:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from turbolm.errors import UserError
+from turbolm.plan.gpus import GPUS
 from turbolm.recipe.schema import Recipe
 
 Device = str  # "cpu" or "cuda"
@@ -47,6 +48,44 @@ def detect_machine(root: Path = Path("/")) -> Machine:
         cpu_has_bf16=bool(_BF16_CPU_FLAGS & _cpu_flags(_read(root / "proc/cpuinfo"))),
         memory_bytes=_memory_bytes(root),
     )
+
+
+def described_machine(recipe: Recipe) -> Machine | None:
+    """One node of the cluster as the recipe describes it, or None when it leaves the machine open.
+
+    The processor is not described: `num_cpus` is what is asked of Slurm, else one for each process.
+    """
+    cluster = recipe.cluster
+    if cluster.gpu is None or cluster.gpus_per_node is None or cluster.device == "cpu":
+        return None
+    gpu = GPUS[cluster.gpu]
+    asked = cluster.slurm.cpus_per_task if cluster.slurm else None
+    return Machine(
+        num_gpus=cluster.gpus_per_node,
+        gpu_name=f"NVIDIA {gpu.driver_name}",
+        gpu_compute_capability=gpu.compute_capability,
+        num_cpus=asked or cluster.gpus_per_node,
+        cpu_has_bf16=False,
+        memory_bytes=0,
+    )
+
+
+def check_machine(recipe: Recipe, machine: Machine) -> None:
+    """Raises UserError when this node's GPUs are not those that the recipe describes."""
+    cluster = recipe.cluster
+    if cluster.gpu is None or cluster.device == "cpu":
+        return
+    if machine.num_gpus != cluster.gpus_per_node:
+        raise UserError(
+            f"cluster.gpus_per_node is {cluster.gpus_per_node}, but {machine.num_gpus} GPUs are visible on this node; "
+            f"set cluster.gpus_per_node={machine.num_gpus or 'null cluster.gpu=null'}, or run where the recipe says"
+        )
+    name = machine.gpu_name or ""  # unknown to old drivers
+    gpu = GPUS[cluster.gpu]
+    memory = re.search(r"(\d+) ?GB", name)
+    same_kind = re.search(rf"\b{re.escape(gpu.driver_name)}\b", name) is not None
+    if name and not (same_kind and (memory is None or int(memory[1]) == gpu.memory_gb)):
+        raise UserError(f"cluster.gpu is {cluster.gpu}, but this node has {name}; set cluster.gpu to what is here")
 
 
 def resolve_device(recipe: Recipe, machine: Machine) -> Device:

@@ -15,6 +15,7 @@ from turbolm.recipe.schema import Recipe, Section
 
 Values = Mapping[str, Any]  # by dotted key; a value that is missing or not valid is None
 
+_GPUS_WITHOUT_BF16 = ("V100-16GB", "V100-32GB")
 _GPT2_POSITIONS = 1024  # its default; the one model type here with a table of positions
 _KEYS = (
     "model.config",
@@ -23,8 +24,17 @@ _KEYS = (
     "train.budget",
     "train.global_batch",
     "train.precision",
+    "cluster.num_nodes",
+    "cluster.gpus_per_node",
+    "cluster.gpu",
+    "cluster.processes_per_node",
+    "cluster.device",
     "execution.zero_stage",
     "execution.offload_optimizer",
+    "execution.offload_parameters",
+    "execution.hierarchical_partition",
+    "execution.quantized_weights",
+    "execution.quantized_gradients",
     "execution.micro_batch",
 )
 
@@ -48,6 +58,19 @@ def not_whole_bins(tokens: int, seq_len: int) -> str:
     below = tokens // seq_len * seq_len
     nearest = f"{below} and {below + seq_len}" if below else f"{seq_len}"
     return f"must be a multiple of data.seq_len ({seq_len}), got {tokens}; nearest: {nearest}"
+
+
+def too_few_sequences(batch_tokens: int, seq_len: int, world_size: int) -> str | None:
+    """What to say of a batch with fewer sequences than processes, and what would work; None when there are enough."""
+    num_sequences = batch_tokens // seq_len
+    if num_sequences >= world_size:
+        return None
+    longest = next((n for n in range(batch_tokens // world_size, 7, -1) if batch_tokens % n == 0), None)
+    shorter = f", or a seq_len of at most {longest}" if longest else ""
+    return (
+        f"{batch_tokens} tokens are {num_sequences} sequences of data.seq_len {seq_len}, too few for {world_size} "
+        f"processes; use at most {num_sequences} processes, a global_batch of at least {world_size * seq_len}{shorter}"
+    )
 
 
 def _findings(values: Values) -> list[Finding]:
@@ -99,6 +122,54 @@ def _zero_stage(values: Values) -> Iterator[tuple[str, str]]:
         yield "execution.zero_stage", "must be 1, 2 or 3 with execution.offload_optimizer, got 0"
 
 
+def _stage_3_only(values: Values) -> Iterator[tuple[str, str]]:
+    stage = values["execution.zero_stage"]
+    for name in ("offload_parameters", "hierarchical_partition", "quantized_weights", "quantized_gradients"):
+        key = f"execution.{name}"
+        if values[key] and stage is not None and stage != 3:
+            yield key, f"needs execution.zero_stage 3, got {stage}; set zero_stage: 3"
+        elif values[key] and name.startswith("quantized") and values["cluster.device"] == "cpu":
+            yield key, "needs CUDA, but cluster.device is cpu"
+    if values["execution.hierarchical_partition"] and values["execution.offload_parameters"]:
+        yield (
+            "execution.hierarchical_partition",
+            "keeps a copy of the weights on the GPU, which execution.offload_parameters would move away; choose one "
+            "of the two",
+        )
+
+
+def _described_cluster(values: Values) -> Iterator[tuple[str, str]]:
+    """What does not fit the machines that the recipe describes; the rest shows on the machine itself."""
+    gpu, gpus, processes = (values[f"cluster.{name}"] for name in ("gpu", "gpus_per_node", "processes_per_node"))
+    precision, on_cpu = values["train.precision"], values["cluster.device"] == "cpu"
+    if on_cpu and precision == "fp16":
+        yield "train.precision", "fp16 needs a GPU, but cluster.device is cpu; set bf16 or fp32"
+    elif not on_cpu and precision == "bf16" and gpu in _GPUS_WITHOUT_BF16:
+        yield "train.precision", f"bf16 needs a newer GPU than cluster.gpu {gpu}; set fp16 or fp32"
+    if not on_cpu and gpus and isinstance(processes, int) and processes > gpus:
+        yield (
+            "cluster.processes_per_node",
+            f"must be at most cluster.gpus_per_node ({gpus}), got {processes}: each process needs a GPU of its own",
+        )
+
+
+def _world_size(values: Values) -> Iterator[tuple[str, str]]:
+    """Where the number of processes is known, each has a sequence and a place in its group."""
+    processes = values["cluster.processes_per_node"]
+    if processes == "auto":
+        processes = None if values["cluster.device"] == "cpu" else values["cluster.gpus_per_node"]
+    if not processes or not values["cluster.num_nodes"]:
+        return
+    world_size = processes * values["cluster.num_nodes"]
+    batch, seq_len, group = (
+        values[key] for key in ("train.global_batch", "data.seq_len", "execution.hierarchical_partition")
+    )
+    if batch and seq_len and batch % seq_len == 0 and (message := too_few_sequences(batch, seq_len, world_size)):
+        yield "train.global_batch", message
+    if group and world_size % group:
+        yield "execution.hierarchical_partition", f"must divide the {world_size} processes, got {group}"
+
+
 def _positions(values: Values) -> Iterator[tuple[str, str]]:
     """A model sees no position beyond its table or its rotary range."""
     config, seq_len = values["model.config"], values["data.seq_len"]
@@ -135,6 +206,9 @@ _RULES: tuple[Callable[[Values], Iterator[tuple[str, str]]], ...] = (
     _whole_bins,
     _sizes,
     _zero_stage,
+    _stage_3_only,
+    _described_cluster,
+    _world_size,
     _positions,
     _vocabulary,
 )

@@ -186,8 +186,9 @@ def _nearest_literal(branches: list[ErrorDetails], value: object) -> str:
         if details["type"] in ("literal_error", "union_tag_invalid")
         for text in re.findall(r"'([^']*)'", str(_expected(details)))
     ]
-    near = difflib.get_close_matches(value.lower()[:100], allowed, n=1, cutoff=0.6)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    lowered = {text.lower(): text for text in allowed}
+    near = difflib.get_close_matches(value.lower()[:100], lowered, n=1, cutoff=0.6)
+    return f"; did you mean {lowered[near[0]]!r}?" if near else ""
 
 
 def _unknown_key(path: Path, section: type[Section] | None) -> str:

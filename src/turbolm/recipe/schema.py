@@ -6,6 +6,7 @@ the execution plan: where and how it runs. The plan may change at every restart;
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -81,6 +82,56 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 Paths = Annotated[tuple[Text, ...], BeforeValidator(_text_is_tuple), Field(min_length=1)]
 
 
+def _slurm_value(value: str) -> str:
+    """Slurm's own grammar for lists and expressions needs no blank, quote or backslash: none of it means a shell."""
+    if not re.fullmatch(r"[\w\[(~!@%/][\w.,:+*%@=/\[\]()|&!~^?{}-]*", value, re.ASCII):
+        raise ValueError(
+            "expected letters, digits and any of _.,:+*%@=/[]()|&!~^?{}- without blanks and quotes, "
+            f"not starting with '-', got {value!r}"
+        )
+    return value
+
+
+def _slurm_memory(value: str) -> str:
+    if not re.fullmatch(r"[0-9]+[KMGT]?", value, re.ASCII):
+        raise ValueError(f"expected a size as Slurm writes it, such as 64G, got {value!r}")
+    return value
+
+
+def _argument(value: str) -> str:
+    """What becomes an argument of a program must not look like one of its options."""
+    if value.startswith("-"):
+        raise ValueError(f"expected text that does not start with '-', got {value!r}")
+    return value
+
+
+def _mount(value: str) -> str:
+    if "," in value:
+        raise ValueError(f"expected one mount such as /data:/data, without commas, got {value!r}")
+    return value
+
+
+def _environment_name(value: str) -> str:
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", value):
+        raise ValueError(f"expected the name of an environment variable, got {value!r}")
+    if value.startswith(("SLURM_", "BASH_FUNC_")) or value in ("BASH_ENV", "ENV", "SHELLOPTS", "BASHOPTS"):
+        raise ValueError(f"expected a variable that neither Slurm nor the shell sets itself, got {value!r}")
+    return value
+
+
+SlurmValue = Annotated[Text, AfterValidator(_slurm_value)]
+SlurmMemory = Annotated[Text, AfterValidator(_slurm_memory)]
+Argument = Annotated[Text, AfterValidator(_argument)]
+Mount = Annotated[Argument, AfterValidator(_mount)]
+EnvironmentName = Annotated[Text, AfterValidator(_environment_name)]
+
+
+GpuName = Literal[
+    "A10-24GB", "A10G-24GB", "A100-40GB", "A100-80GB", "B200-180GB", "H100-80GB", "H200-141GB", "L4-24GB", "L40S-48GB",
+    "RTX4090-24GB", "V100-16GB", "V100-32GB",
+]  # fmt: skip
+
+
 class Section(BaseModel):
     """Base of every part of a recipe: frozen, strict, and closed to unknown keys."""
 
@@ -111,15 +162,15 @@ class Model(Section):
 class TrainTokenizer(Section):
     """A byte-level BPE tokenizer trained on the recipe's own training documents."""
 
-    vocab_size: Annotated[Positive, Field(ge=257)] = 4096
+    vocab_size: Annotated[Positive, Field(ge=257)] = Field(4096, description="tokens it ends up with, bytes included")
     sample_bytes: Bytes = Field(64 * 10**6, description="how much text of the sources it is trained on")
 
 
 class Tokenizer(Section):
     """Trained here, or loaded from a folder (Hugging Face layout) or a tokenizer.json."""
 
-    train: TrainTokenizer | None = None
-    path: Text | None = None
+    train: TrainTokenizer | None = Field(None, description="settings of a tokenizer to train")
+    path: Text | None = Field(None, description="a local folder in the Hugging Face layout, or a tokenizer.json")
 
     @model_validator(mode="after")
     def _one_origin(self) -> Tokenizer:
@@ -131,42 +182,42 @@ class Tokenizer(Section):
 class StdlibSource(Section):
     """The source files of the running Python's standard library: always there, real, long-tailed."""
 
-    type: Literal["stdlib"]
+    type: Literal["stdlib"] = Field(description="which kind of source this is")
 
 
 class TextSource(Section):
     """Plain UTF-8 text files; each file is one document."""
 
-    type: Literal["text"]
+    type: Literal["text"] = Field(description="which kind of source this is")
     path: Paths = Field(description="a path, a glob (`**` allowed) or a list of them")
 
 
 class JsonlSource(Section):
     """JSON lines (.jsonl, .jsonl.gz, .jsonl.zst); each line is one document."""
 
-    type: Literal["jsonl"]
+    type: Literal["jsonl"] = Field(description="which kind of source this is")
     path: Paths = Field(description="a path, a glob (`**` allowed) or a list of them")
-    field: Text = "text"
+    field: Text = Field("text", description="the key or column that holds the document's text")
 
 
 class ParquetSource(Section):
     """Parquet files; each row is one document."""
 
-    type: Literal["parquet"]
+    type: Literal["parquet"] = Field(description="which kind of source this is")
     path: Paths = Field(description="a path, a glob (`**` allowed) or a list of them")
-    field: Text = "text"
+    field: Text = Field("text", description="the key or column that holds the document's text")
 
 
 class DatasetsSource(Section):
     """A data set of the `datasets` library, by hub name or local path."""
 
-    type: Literal["datasets"]
-    path: Text
-    name: Text | None = None
-    split: Text = "train"
-    revision: Text | None = None
-    streaming: bool = False
-    field: Text = "text"
+    type: Literal["datasets"] = Field(description="which kind of source this is")
+    path: Text = Field(description="name on the hub, or a local path")
+    name: Text | None = Field(None, description="configuration of the data set, where it has several")
+    split: Text = Field("train", description="which split is read")
+    revision: Text | None = Field(None, description="branch, tag or commit on the hub")
+    streaming: bool = Field(False, description="read while downloading, without a local copy")
+    field: Text = Field("text", description="the key or column that holds the document's text")
 
 
 Source = Annotated[
@@ -177,10 +228,10 @@ Source = Annotated[
 class Data(Section):
     """What is read and how documents become sequences."""
 
-    sources: Annotated[tuple[Source, ...], BeforeValidator(_list_is_tuple), Field(min_length=1)] = (
-        StdlibSource(type="stdlib"),
+    sources: Annotated[tuple[Source, ...], BeforeValidator(_list_is_tuple), Field(min_length=1)] = Field(
+        (StdlibSource(type="stdlib"),), description="where the documents come from, read in this order"
     )
-    seq_len: Annotated[Positive, Field(ge=8)]
+    seq_len: Annotated[Positive, Field(ge=8)] = Field(description="tokens of one sequence, the model's context")
     packing: Literal["best_fit", "single"] = Field(
         "best_fit", description="best_fit: several documents a row, kept apart; single: one document a row, padded"
     )
@@ -194,12 +245,16 @@ class Train(Section):
 
     budget: Positive = Field(description="tokens to train on (bins x seq_len of all steps)")
     global_batch: Positive = Field(description="tokens of one optimizer step over all processes")
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(0, description="of initial weights, data order and dropout")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="auto: bf16 where the processor computes in it, else fp32; settled at the first start"
     )
-    max_grad_norm: Annotated[PositiveNumber | None, BeforeValidator(_off_is_none)] = 1.0
-    max_grad_value: Annotated[PositiveNumber | None, BeforeValidator(_off_is_none)] = None
+    max_grad_norm: Annotated[PositiveNumber | None, BeforeValidator(_off_is_none)] = Field(
+        1.0, description="gradients are scaled down to this global norm; `off` for no limit"
+    )
+    max_grad_value: Annotated[PositiveNumber | None, BeforeValidator(_off_is_none)] = Field(
+        None, description="each gradient element is clamped to this size; not together with max_grad_norm"
+    )
 
     @model_validator(mode="after")
     def _one_clip(self) -> Train:
@@ -211,21 +266,25 @@ class Train(Section):
 class Optimizer(Section):
     """AdamW. Weight decay acts on matrices only: not on norms, biases and embeddings."""
 
-    name: Literal["adamw"] = "adamw"
-    lr: PositiveNumber = 3e-4
-    betas: Annotated[tuple[Beta, Beta], BeforeValidator(_list_is_tuple)] = (0.9, 0.95)
-    eps: PositiveNumber = 1e-8
-    weight_decay: Annotated[Number, Field(ge=0)] = 0.1
+    name: Literal["adamw"] = Field("adamw", description="which optimizer")
+    lr: PositiveNumber = Field(3e-4, description="peak learning rate")
+    betas: Annotated[tuple[Beta, Beta], BeforeValidator(_list_is_tuple)] = Field(
+        (0.9, 0.95), description="decay of the running mean of the gradient and of its square"
+    )
+    eps: PositiveNumber = Field(1e-8, description="added to the root of the mean square")
+    weight_decay: Annotated[Number, Field(ge=0)] = Field(0.1, description="decoupled, times the learning rate")
 
 
 class Schedule(Section):
     """The learning rate over the tokens seen."""
 
-    name: Literal["constant", "linear", "cosine", "sqrt", "wsd"] = "cosine"
-    warmup: TrainingSpan = Span(0.02, "share")
+    name: Literal["constant", "linear", "cosine", "sqrt", "wsd"] = Field(
+        "cosine", description="shape after the warmup; wsd: warmup, stable, decay"
+    )
+    warmup: TrainingSpan = Field(Span(0.02, "share"), description="rise from 0 to the peak")
     decay: TrainingSpan = Field(Span(0.2, "share"), description="wsd only: the last part of the budget")
     decay_shape: Literal["linear", "cosine", "sqrt"] = Field("linear", description="wsd only")
-    min_lr_ratio: Annotated[Number, Field(ge=0, le=1)] = 0.1
+    min_lr_ratio: Annotated[Number, Field(ge=0, le=1)] = Field(0.1, description="where it ends, as a share of the peak")
     on_extend: Literal["rewarm", "stretch", "refuse"] = Field(
         "rewarm",
         description="when a finished run gets a larger budget: warm up again and run the same shape over the added "
@@ -236,63 +295,160 @@ class Schedule(Section):
 # ------------------------------------------------------------------------------------------------- execution plan
 
 
-class Cluster(Section):
-    """Which machines."""
+class Container(Section):
+    """The container that Python runs in on every node; turbolm is installed in its image."""
 
-    num_nodes: Annotated[int, Field(ge=1)] = 1
+    runtime: Literal["pyxis", "apptainer"] = Field(description="pyxis: a plugin of srun; apptainer: apptainer exec")
+    image: Argument = Field(description="as `srun --container-image` or `apptainer exec` takes it")
+    mounts: Annotated[tuple[Mount, ...], BeforeValidator(_list_is_tuple)] = Field(
+        (), description="SOURCE:TARGET; the folders of the run, the cache and the working directory belong here"
+    )
+    python: Argument = Field("python3", description="the Python of the image")
+
+
+class Slurm(Section):
+    """What `turbolm submit` asks Slurm for."""
+
+    partition: SlurmValue | None = Field(None, description="where the job queues")
+    account: SlurmValue | None = Field(None, description="who is charged")
+    qos: SlurmValue | None = Field(None, description="quality of service")
+    time: Annotated[Seconds, Field(gt=0)] | None = Field(None, description="limit of one start; a requeue gets it anew")
+    mem: SlurmMemory | None = Field(None, description="memory of each node, such as 64G; 0: all of it")
+    cpus_per_task: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="CPUs of each node: there is one task a node"
+    )
+    gpu_request: Literal["gres", "gpus_per_node"] = Field(
+        "gres", description="how cluster.gpus_per_node is asked for: --gres=gpu:N or --gpus-per-node=N"
+    )
+    gpu_type: SlurmValue | None = Field(None, description="Slurm's name of the GPU, such as h100")
+    constraint: SlurmValue | None = Field(None, description="features the nodes need, such as ib&ssd")
+    exclude: SlurmValue | None = Field(None, description="nodes to avoid, such as node[03,07-09]")
+    nodelist: SlurmValue | None = Field(None, description="nodes that must be among those given")
+    reservation: SlurmValue | None = Field(None, description="a reservation to run in")
+    dependency: SlurmValue | None = Field(None, description="jobs to wait for, such as afterok:1234")
+    exclusive: bool = Field(False, description="share the nodes with no other job")
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**32)], ...], BeforeValidator(_list_is_tuple)] = Field(
+        (), description="a job array: one run for each, named NAME-seedN, with train.seed N"
+    )
+    container: Container | None = Field(None, description="none: the Python that runs `turbolm submit`")
+    modules: Annotated[tuple[SlurmValue, ...], BeforeValidator(_list_is_tuple)] = Field(
+        (), description="environment modules to load, such as cuda/12.8"
+    )
+    setup: Annotated[tuple[Text, ...], BeforeValidator(_list_is_tuple)] = Field(
+        (), description="lines of bash, run on the first node before anything else; the one place for shell code"
+    )
+    environment: dict[EnvironmentName, Text] = Field({}, description="variables exported to every process")
+    requeue: bool = Field(True, description="start again after a time limit, a preemption or a lost node")
+    stop_grace: Annotated[Seconds, Field(gt=0, le=65535)] = Field(
+        300, description="how long before the time limit the run is asked to save and stop"
+    )
+    max_attempts_without_progress: Annotated[int, Field(ge=1)] = Field(
+        3, description="starts that end without a new checkpoint before the job gives up"
+    )
+
+    @model_validator(mode="after")
+    def _coherent(self) -> Slurm:
+        if self.time is not None and self.time <= self.stop_grace:
+            raise ValueError(f"expected `time` ({self.time} s) to be longer than `stop_grace` ({self.stop_grace} s)")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError("expected every seed once in `seeds`")
+        return self
+
+
+class Cluster(Section):
+    """Which machines. With `gpu` and `gpus_per_node` a recipe is planned for them anywhere."""
+
+    num_nodes: Annotated[int, Field(ge=1)] = Field(1, description="machines that train together")
+    gpus_per_node: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="GPUs of each node; training stops with a message on a node with another number"
+    )
+    gpu: GpuName | None = Field(None, description="the GPU of each node, for its memory, peak FLOP/s and precisions")
     processes_per_node: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         "auto", description="auto: one for each GPU; without a GPU two, or one on a single core"
     )
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is a GPU")
+    slurm: Slurm | None = Field(None, description="how `turbolm submit` asks for the nodes")
+
+    @model_validator(mode="after")
+    def _whole_description(self) -> Cluster:
+        if (self.gpu is None) != (self.gpus_per_node is None):
+            raise ValueError("expected `gpu` and `gpus_per_node` together, such as gpu: H100-80GB, gpus_per_node: 8")
+        return self
 
 
 class Execution(Section):
-    """How the contract is carried out. Nothing here changes what is learned."""
+    """How the contract is carried out. Nothing here changes what is learned, but that quantized traffic rounds."""
 
-    zero_stage: Annotated[Literal[0, 1, 2, 3], BeforeValidator(_whole)] = 2
-    offload_optimizer: bool = False
+    zero_stage: Annotated[Literal[0, 1, 2, 3], BeforeValidator(_whole)] = Field(
+        2, description="what each process holds only a part of: 1 optimizer state, 2 gradients too, 3 weights too"
+    )
+    offload_optimizer: bool = Field(False, description="optimizer state in the host's memory (zero_stage 1 to 3)")
+    offload_parameters: bool = Field(False, description="weights in the host's memory (zero_stage 3)")
+    hierarchical_partition: Annotated[int, Field(ge=2)] | None = Field(
+        None,
+        description="processes that hold a second whole copy of the weights, best those of one node, so that the "
+        "backward pass gathers within the node (zero_stage 3; hpZ of ZeRO++)",
+    )
+    quantized_weights: bool = Field(
+        False, description="gather weights in 8 bits (zero_stage 3, CUDA; qwZ of ZeRO++); changes the result"
+    )
+    quantized_gradients: bool = Field(
+        False, description="reduce gradients in 4 and 8 bits (zero_stage 3, CUDA; qgZ of ZeRO++); changes the result"
+    )
     micro_batch: Positive | Literal["auto"] = Field(
         "auto", description="tokens of one forward on one process; auto: a process's share, 16k tokens at most"
     )
     activation_checkpointing: Literal["none", "full"] | Annotated[int, Field(ge=1)] = Field(
         "none", description="none, full, or n: every n-th layer is recomputed in the backward pass"
     )
-    attention: Literal["auto", "eager", "sdpa", "flex", "flash", "varlen"] = "auto"
+    attention: Literal["auto", "eager", "sdpa", "flex", "flash", "varlen"] = Field(
+        "auto", description="auto: the fastest kernel here that keeps packed documents apart"
+    )
     adam_kernel: Literal["auto", "torch", "deepspeed"] = Field(
         "auto", description="auto: DeepSpeed's CPUAdam when offloaded, else torch's fused kernel"
     )
-    process_group_timeout: Annotated[Seconds, Field(gt=0)] = 1800
-    threads_per_process: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
-    prepare_workers: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
-    cache_dir: Text = ".cache/turbolm"
-    runs_dir: Text = "runs"
+    process_group_timeout: Annotated[Seconds, Field(gt=0)] = Field(
+        1800, description="a collective operation that takes longer ends the run"
+    )
+    threads_per_process: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        "auto", description="CPU threads; auto: the node's cores shared by its processes"
+    )
+    prepare_workers: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        "auto", description="processes that tokenize; auto: one for each core"
+    )
+    cache_dir: Text = Field(".cache/turbolm", description="folder of prepared data, which runs share")
+    runs_dir: Text = Field("runs", description="folder of run directories")
 
 
 class Evaluation(Section):
     """Loss and bits per byte on the held-out documents."""
 
-    every: Annotated[TrainingSpan, AfterValidator(_positive_span)] = Span(0.1, "share")
+    every: Annotated[TrainingSpan, AfterValidator(_positive_span)] = Field(
+        Span(0.1, "share"), description="tokens, steps or a share of the budget between evaluations"
+    )
     tokens: Positive = Field(1_000_000, description="at most this many held-out tokens")
 
 
 class Checkpoint(Section):
     """When the state is saved. A stopping run and a finished one always save."""
 
-    every: Annotated[TrainingSpan, AfterValidator(_positive_span)] = Span(0.25, "share")
-    keep_last: Annotated[int, Field(ge=1)] = 3
+    every: Annotated[TrainingSpan, AfterValidator(_positive_span)] = Field(
+        Span(0.25, "share"), description="tokens, steps or a share of the budget between checkpoints"
+    )
+    keep_last: Annotated[int, Field(ge=1)] = Field(3, description="older ones are deleted")
 
 
 class Logging(Section):
     """What is shown while it runs; metrics.jsonl always has every step."""
 
-    every_steps: Annotated[int, Field(ge=1)] = 10
+    every_steps: Annotated[int, Field(ge=1)] = Field(10, description="steps between lines on the terminal")
     sample_tokens: Annotated[int, Field(ge=0)] = Field(64, description="length of the sample generated at the end")
 
 
 class Recipe(Section):
     """A whole recipe."""
 
-    name: Name
+    name: Name = Field(description="of the run and its directory")
     model: Model
     tokenizer: Tokenizer
     data: Data
