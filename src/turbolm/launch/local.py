@@ -7,7 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -16,6 +16,7 @@ import yaml
 from turbolm.errors import EXIT_BAD_INPUT, EXIT_OK
 from turbolm.plan.machine import Machine
 from turbolm.plan.plan import Plan
+from turbolm.reliability.orphans import END_WITH_PARENT, end_with_parent
 from turbolm.train.run_directory import RunDirectory, open_attempt, read_json
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
@@ -33,50 +34,87 @@ def launch(plan: Plan, machine: Machine, run: RunDirectory, recipe_file: str, ov
     config_file = folder / "accelerate.yaml"
     config_file.write_text(yaml.safe_dump(accelerate_config(plan)), encoding="utf-8")
     command = launch_command(config_file, plan, recipe_file, overrides, attempt, free_port())
-    with (folder / "launcher.log").open("wb") as log:
-        process = subprocess.Popen(command, stderr=log, env=process_environment(plan), start_new_session=True)
-        _wait(process, run)
+    process = start_ranks(command, process_environment(plan), folder / "launcher.log")
+    wait_for_ranks(process, run)
+    run.stop_file.unlink(missing_ok=True)
     outcome = read_json(folder / "outcome.json")
     if outcome is not None:
         return int(outcome["exit_code"])
     return _explain_failure(process.returncode, folder)
 
 
-def accelerate_config(plan: Plan) -> dict[str, object]:
-    """The Accelerate configuration of a run on one machine; the recipe's DeepSpeed settings do not belong here."""
+def accelerate_config(plan: Plan, num_nodes: int = 1, node: int = 0) -> dict[str, object]:
+    """The Accelerate configuration of one node of a run; the recipe's DeepSpeed settings do not belong here."""
     return {
         "compute_environment": "LOCAL_MACHINE",
         "distributed_type": "DEEPSPEED",
-        "num_machines": 1,
-        "num_processes": plan.processes_per_node,
-        "machine_rank": 0,
+        "num_machines": num_nodes,
+        "num_processes": plan.processes_per_node * num_nodes,
+        "machine_rank": node,
         "main_training_function": "main",
         "use_cpu": False,
     }
 
 
 def launch_command(
-    config_file: Path, plan: Plan, recipe_file: str, overrides: Sequence[str], attempt: int, port: int
+    config_file: Path,
+    plan: Plan,
+    recipe_file: str,
+    overrides: Sequence[str],
+    attempt: int,
+    port: int,
+    num_nodes: int = 1,
 ) -> list[str]:
     """The exact command that starts the ranks."""
+    num_processes = plan.processes_per_node * num_nodes
     return [
         *(sys.executable, "-m", "accelerate.commands.launch"),
-        *("--config_file", str(config_file), "--num_processes", str(plan.processes_per_node), "--num_machines", "1"),
+        *("--config_file", str(config_file)),
+        *("--num_processes", str(num_processes), "--num_machines", str(num_nodes)),
         *("--main_process_port", str(port), "-m", "turbolm.train"),
         *("--recipe", recipe_file, "--attempt", str(attempt), *overrides),
     ]
 
 
 def process_environment(plan: Plan) -> dict[str, str]:
-    """The ranks' environment: threads that do not fight over cores, and this Python's tools (ninja) on the path."""
+    """The ranks' environment: threads that do not fight over cores, and this Python's tools (ninja) on the path.
+
+    On a CPU glibc would give the memory of every large tensor back to the system and fault it in again at the next
+    step, a fifth of the time of a small model; told to keep it, it does.
+    """
     scripts = str(Path(sys.executable).parent)
+    keep = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
     return {
+        **(keep if plan.device == "cpu" else {}),
         **os.environ,
         "OMP_NUM_THREADS": str(plan.threads_per_process),
         "TOKENIZERS_PARALLELISM": "false",
         "DS_ACCELERATOR": plan.device,  # else DeepSpeed guesses, and complains where there is no GPU
         "PATH": os.pathsep.join([scripts, os.environ.get("PATH", os.defpath)]),
     }
+
+
+def start_ranks(command: Sequence[str], environment: Mapping[str, str], log: Path) -> subprocess.Popen[bytes]:
+    """Start `accelerate launch`, whose errors and those of the ranks before they log go to `log`.
+
+    It must not act on signals itself: torchelastic would kill ranks that take longer than 30 s to save. They are
+    ignored (which the ranks inherit until they listen), and torchelastic, which installs handlers of its own, is told
+    to mind another one.
+    """
+    with log.open("ab") as file:
+        return subprocess.Popen(
+            command,
+            stderr=file,
+            env={**environment, "PET_SIGNALS_TO_HANDLE": "SIGQUIT", END_WITH_PARENT: "1"},
+            start_new_session=True,
+            preexec_fn=_before_exec,  # this process has no threads, for which that would be unsafe
+        )
+
+
+def _before_exec() -> None:
+    for number in _STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    end_with_parent()
 
 
 def free_port() -> int:
@@ -86,7 +124,8 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _wait(process: subprocess.Popen[bytes], run: RunDirectory) -> None:
+def wait_for_ranks(process: subprocess.Popen[bytes], run: RunDirectory) -> None:
+    """Wait for the end; the first signal asks the ranks to save and stop, another one kills them."""
     requests = 0
 
     def on_signal(number: int, _: FrameType | None) -> None:
@@ -104,7 +143,6 @@ def _wait(process: subprocess.Popen[bytes], run: RunDirectory) -> None:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        run.stop_file.unlink(missing_ok=True)
 
 
 def _explain_failure(returncode: int, folder: Path) -> int:

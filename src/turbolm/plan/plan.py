@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,4 +64,5 @@ def build_plan(recipe: Recipe, machine: Machine, world_size: int | None = None) 
 
 
 def _span_steps(span: Span, batch: BatchPlan, recipe: Recipe) -> int:
-    return max(1, round(span.tokens(recipe.train.budget, batch.global_batch_tokens) / batch.global_batch_tokens))
+    tokens = span.tokens(recipe.train.budget, batch.global_batch_tokens)
+    return max(1, math.ceil(tokens / batch.global_batch_tokens))
