@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -39,6 +40,24 @@ def prepare(recipe: RecipeFile, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def plan(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object with stable keys")] = False,
+) -> None:
+    """Show everything that follows from a recipe, for the machines it describes or for this one."""
+    import json
+
+    from turbolm.launch.local import accelerate_config
+    from turbolm.plan.summary import collect_summary
+    from turbolm.plan.text import render_summary
+    from turbolm.recipe.load import load_recipe
+
+    summary = collect_summary(load_recipe(recipe, overrides or ()), recipe, overrides or (), accelerate_config)
+    print(json.dumps(summary.as_dict(), indent=2) if as_json else render_summary(summary))
+
+
+@app.command()
 def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Prepare the data if needed, then train on this machine; resumes by itself."""
     from turbolm.data.prepare import prepare as prepare_store
@@ -67,6 +86,56 @@ def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
         flush=True,
     )
     raise typer.Exit(launch(plan, machine, run, recipe, overrides or ()))
+
+
+@app.command()
+def submit(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="write and print the script; submit nothing")] = False,
+) -> None:
+    """Train on a Slurm cluster: render the job's script into the run directory and submit it."""
+    from turbolm.launch.slurm import submit as submit_script
+    from turbolm.launch.slurm import write_submission
+
+    submission = write_submission(recipe, overrides or ())
+    if dry_run:
+        print(submission.text, end="")
+        return
+    job_id = submit_script(submission)
+    print(f"submitted job {job_id}: {submission.script}")
+    print("watch it with: turbolm status " + " ".join(shlex.quote(str(run.path)) for run in submission.runs))
+
+
+@app.command()
+def status(
+    runs: Annotated[
+        list[Path] | None, typer.Argument(metavar="[RUN]...", help="default: every run below --runs")
+    ] = None,
+    runs_dir: Annotated[Path, typer.Option("--runs", help="the folder of run directories")] = Path("runs"),
+    as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
+) -> None:
+    """List runs, their attempts, progress and remaining time."""
+    import json
+
+    from turbolm.launch.status import find_runs, format_status, read_status
+
+    found = [read_status(path) for path in (runs or find_runs(runs_dir))]
+    print(json.dumps([vars(one) for one in found], indent=1) if as_json else format_status(found, detailed=bool(runs)))
+
+
+@app.command()
+def stop(run: RunFolder) -> None:
+    """Ask a run to save and stop; a Slurm job that trains it ends and does not start again."""
+    from turbolm.launch.status import read_status
+    from turbolm.reliability.stop import ask_to_stop
+    from turbolm.train.run_directory import RunDirectory
+
+    current = read_status(run)
+    if current.state == "finished":
+        raise UserError(f"{run} is finished")
+    ask_to_stop(RunDirectory(run).stop_file)
+    print(f"{run}: asked to stop after the current step (last seen: {current.state}, step {current.step})")
 
 
 @app.command()

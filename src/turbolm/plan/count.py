@@ -1,0 +1,116 @@
+"""How many parameters a recipe's model has: by formula, or counted once in a process of its own. Torch-free."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from turbolm.errors import EXIT_BAD_INPUT, UserError
+from turbolm.plan.parameters import estimate_parameters
+from turbolm.recipe.contract import canonical_json
+from turbolm.recipe.schema import Recipe
+
+MODEL_CONFIG_FILE = "model_config.json"  # beside a recipe: the config.json of a checkpoint that is elsewhere
+_COUNT_TIMEOUT_SEC = 300
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Parameters of a model, each weight counted once."""
+
+    total: int
+    embedding: int  # the token embedding, and the positions where they are learned
+    head: int  # the output projection; 0 when it is the token embedding
+    source: str  # "formula" or "counted"
+
+
+def read_model_config(recipe: Recipe, recipe_file: str | Path) -> tuple[dict[str, Any] | None, list[str]]:
+    """The Hugging Face configuration that will be trained, and what had to be assumed.
+
+    None when the recipe starts from a folder that is not on this machine. Raises UserError.
+    """
+    model, train = recipe.model, recipe.tokenizer.train
+    if model.config is not None:
+        if "vocab_size" in model.config:
+            return dict(model.config), []
+        if train is not None:
+            return {**model.config, "vocab_size": train.vocab_size}, []
+        return dict(model.config), ["model.config names no vocab_size: the model type's default is assumed"]
+    folder = Path(str(model.pretrained))
+    beside = Path(recipe_file).parent / MODEL_CONFIG_FILE
+    if folder.is_dir():
+        return _read_json(folder / "config.json"), []
+    if beside.is_file():
+        return _read_json(beside), [f"{folder} is not on this machine: its size is taken from {beside}"]
+    return None, [f"{folder} is not on this machine: the size of the model is not known"]
+
+
+def size_model(config: Mapping[str, Any], cache_dir: str | Path) -> ModelSize:
+    """The size of the model that `config` describes. Raises UserError when there is no such model.
+
+    Without a formula for its type the model is built on the meta device, which takes seconds; `cache_dir` keeps the
+    answer.
+    """
+    try:
+        counts = estimate_parameters(config)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if counts is not None:
+        return ModelSize(counts.total, counts.embedding, counts.head, "formula")
+    text = canonical_json(config)
+    version = importlib.metadata.version("transformers")
+    key = hashlib.sha256(f"{version} {text}".encode()).hexdigest()
+    cache = Path(cache_dir) / "parameters" / f"{key[:32]}.json"
+    try:
+        return ModelSize(**json.loads(cache.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        size = ModelSize(**_count(text), source="counted")
+        _keep(cache, size)
+        return size
+
+
+def _count(config_text: str) -> dict[str, int]:
+    done = subprocess.run(
+        [sys.executable, "-m", "turbolm.models.count"],
+        input=config_text,
+        capture_output=True,
+        text=True,
+        timeout=_COUNT_TIMEOUT_SEC,
+        check=False,
+    )
+    if done.returncode == EXIT_BAD_INPUT:
+        raise UserError(done.stderr[done.stderr.rfind("turbolm: ") :].removeprefix("turbolm: ").strip())
+    if done.returncode:
+        raise UserError(f"model.config: its parameters cannot be counted:\n{done.stderr[-1000:].strip()}")
+    counts: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
+    return counts
+
+
+def _keep(cache: Path, size: ModelSize) -> None:
+    try:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        new = cache.with_suffix(f".{os.getpid()}")
+        new.write_text(json.dumps(asdict(size)), encoding="utf-8")
+        new.replace(cache)
+    except OSError:
+        pass  # counted again next time
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise UserError(f"model.pretrained: {path} is missing; expected a local Hugging Face model folder") from None
+    except ValueError as error:
+        raise UserError(f"model.pretrained: {path} is not JSON: {error}") from None
+    if not isinstance(content, dict) or not isinstance(content.get("model_type"), str):
+        raise UserError(f"model.pretrained: {path} names no model_type")
+    return content

@@ -1,0 +1,203 @@
+"""Everything `turbolm plan` shows, as plain data with stable keys. Torch-free."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from turbolm.errors import UserError
+from turbolm.plan.batch import BatchPlan
+from turbolm.plan.count import ModelSize, read_model_config, size_model
+from turbolm.plan.flops import mean_causal_span, peak_half_flops, training_flops_per_token
+from turbolm.plan.gpus import GPUS
+from turbolm.plan.machine import Machine, described_machine, detect_machine
+from turbolm.plan.memory import ModelState, estimate_model_state
+from turbolm.plan.plan import Plan, build_plan
+from turbolm.recipe.schema import Execution, Recipe
+from turbolm.schedules import lr_ratio
+from turbolm.units import format_bytes
+
+FLOPS_FORMULA = "6 x (matrices and output head) + 12 x layers x attention width x mean span"
+ASSUMED_MFU = 0.4  # of the GPU's dense half-precision peak; until it is measured
+NUM_CURVE_POINTS = 61
+
+AccelerateConfig = Callable[[Plan, int], Mapping[str, object]]  # of a plan on so many nodes
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What the run takes, or None where the model type or the GPU is not known."""
+
+    flops_formula: str
+    mean_span_tokens: float  # keys a query attends to when one document fills each sequence; shorter ones take less
+    flops_per_token: float | None
+    total_flops: float | None
+    peak_flops_per_gpu: float | None
+    assumed_mfu: float
+    estimated_sec: float | None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A plan with everything that follows from it."""
+
+    recipe_file: str
+    overrides: tuple[str, ...]
+    plan: Plan
+    machine: Machine
+    is_described: bool  # planned for the machines the recipe describes, not for the one this runs on
+    size: ModelSize | None
+    cost: Cost
+    memory: ModelState | None
+    gpu_memory_bytes: int | None
+    learning_rate: tuple[tuple[int, float], ...]  # (tokens seen, rate)
+    accelerate_config: Mapping[str, object]
+    notes: tuple[str, ...]
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe with its precision settled."""
+        return self.plan.recipe
+
+    @property
+    def batch(self) -> BatchPlan:
+        """The batch arithmetic."""
+        return self.plan.batch
+
+    @property
+    def launch_command(self) -> str:
+        """What starts the run."""
+        cluster = self.recipe.cluster
+        verb = "submit" if cluster.num_nodes > 1 or cluster.slurm is not None else "train"
+        return shlex.join(["turbolm", verb, self.recipe_file, *self.overrides])
+
+    @property
+    def accelerate_command(self) -> str:
+        """The same by hand; on several nodes once on each, as launch/README.md says."""
+        num_nodes, plan = self.recipe.cluster.num_nodes, self.plan
+        kind = "multi_node" if num_nodes > 1 else "gpu" if plan.device == "cuda" else "cpu"
+        flags = f"--num_machines {num_nodes} --num_processes {plan.world_size} --mixed_precision no --dynamo_backend no"
+        if num_nodes > 1:
+            flags += (
+                ' --machine_rank "$RANK" --main_process_ip "$HEAD" --main_process_port "$PORT" '
+                "--rdzv_backend static --same_network"
+            )
+        recipe = shlex.join(["--recipe", self.recipe_file, *self.overrides])
+        return f"accelerate launch --config_file launch/accelerate/{kind}.yaml {flags} -m turbolm.train {recipe}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON types; the keys are a stable interface."""
+        plan, batch, recipe = self.plan, self.batch, self.recipe
+        return {
+            "recipe": {"file": self.recipe_file, "name": recipe.name, "overrides": list(self.overrides)},
+            "cluster": {
+                "is_described": self.is_described,
+                "num_nodes": recipe.cluster.num_nodes,
+                "processes_per_node": plan.processes_per_node,
+                "world_size": plan.world_size,
+                "device": plan.device,
+                "gpu": self.machine.gpu_name if plan.device == "cuda" else None,
+                "gpu_memory_bytes": self.gpu_memory_bytes,
+                "precision": plan.precision,
+                "zero_stage": recipe.execution.zero_stage,
+            },
+            "batch": {**asdict(batch), "micro_batch_tokens": batch.micro_batch_tokens},
+            "schedule": {
+                "num_steps": batch.num_steps,
+                "budget_tokens": recipe.train.budget,
+                "tokens": batch.num_steps * batch.global_batch_tokens,
+                "evaluate_every_steps": plan.evaluate_every_steps,
+                "checkpoint_every_steps": plan.checkpoint_every_steps,
+                "learning_rate": [list(point) for point in self.learning_rate],
+                "global_batch_tokens": [[0, batch.global_batch_tokens]],
+                "seq_len": [[0, batch.seq_len]],
+            },
+            "parameters": asdict(self.size) if self.size else None,
+            "cost": asdict(self.cost),
+            "memory": {**asdict(self.memory), "device_bytes": self.memory.device_bytes} if self.memory else None,
+            "ds_config": plan.ds_config,
+            "accelerate_config": dict(self.accelerate_config),
+            "launch": {"command": self.launch_command, "accelerate_command": self.accelerate_command},
+            "notes": list(self.notes),
+        }
+
+
+def collect_summary(
+    recipe: Recipe, recipe_file: str, overrides: Sequence[str], accelerate_config: AccelerateConfig
+) -> Summary:
+    """Derive everything. Raises UserError with all that does not work, one problem a line."""
+    problems: list[str] = []
+    described = described_machine(recipe)
+    machine = described or detect_machine()
+    plan = size = config = None
+    notes: list[str] = []
+    try:
+        plan = build_plan(recipe, machine)
+    except UserError as error:
+        problems.append(str(error))
+    try:
+        config, notes = read_model_config(recipe, recipe_file)
+        size = size_model(config, recipe.execution.cache_dir) if config is not None else None
+    except UserError as error:
+        problems.append(str(error))
+    memory = None
+    gpu_bytes = GPUS[recipe.cluster.gpu].memory_bytes if described and recipe.cluster.gpu else None
+    if plan is not None and size is not None:
+        memory = _state(plan, recipe.execution, size.total)
+        if gpu_bytes is not None and memory.device_bytes > gpu_bytes:
+            problems.append(_too_large(plan, memory, gpu_bytes, size.total))
+    if problems or plan is None:
+        raise UserError("\n".join(f"{recipe_file}: {line}" for problem in problems for line in problem.splitlines()))
+    return Summary(
+        recipe_file=recipe_file,
+        overrides=tuple(overrides),
+        plan=plan,
+        machine=machine,
+        is_described=described is not None,
+        size=size,
+        cost=_cost(plan, machine, config),
+        memory=memory,
+        gpu_memory_bytes=gpu_bytes,
+        learning_rate=_learning_rate(recipe),
+        accelerate_config=accelerate_config(plan, recipe.cluster.num_nodes),
+        notes=tuple(notes),
+    )
+
+
+def _state(plan: Plan, execution: Execution, num_parameters: int) -> ModelState:
+    return estimate_model_state(execution, plan.ds_config, num_parameters, plan.world_size, plan.precision)
+
+
+def _too_large(plan: Plan, memory: ModelState, gpu_bytes: int, num_parameters: int) -> str:
+    """What to say when the model state alone does not fit, and the first stage that would."""
+    execution = plan.recipe.execution
+    wanted = (
+        f"its model state takes {format_bytes(memory.device_bytes)} of each GPU, which has {format_bytes(gpu_bytes)}"
+    )
+    for stage in range(execution.zero_stage + 1, 4):
+        other = execution.model_copy(update={"zero_stage": stage})
+        if _state(plan, other, num_parameters).device_bytes < gpu_bytes:
+            return f"execution.zero_stage: {wanted}; zero_stage: {stage} fits"
+    return f"execution.zero_stage: {wanted}; use more GPUs, execution.offload_optimizer=true or a smaller model"
+
+
+def _cost(plan: Plan, machine: Machine, config: Mapping[str, Any] | None) -> Cost:
+    batch = plan.batch
+    span = mean_causal_span([batch.seq_len])
+    per_token = training_flops_per_token(config, span) if config is not None else None
+    total = None if per_token is None else per_token * batch.num_steps * batch.global_batch_tokens
+    half = plan.device == "cuda" and plan.precision != "fp32"
+    peak = peak_half_flops(machine.gpu_name) if half else None
+    seconds = None if total is None or peak is None else total / (plan.world_size * peak * ASSUMED_MFU)
+    return Cost(FLOPS_FORMULA, span, per_token, total, peak, ASSUMED_MFU, seconds)
+
+
+def _learning_rate(recipe: Recipe) -> tuple[tuple[int, float], ...]:
+    budget = recipe.train.budget
+    points = [round(budget * index / (NUM_CURVE_POINTS - 1)) for index in range(NUM_CURVE_POINTS)]
+    return tuple(
+        (tokens, recipe.optimizer.lr * lr_ratio(recipe.schedule, tokens, [budget], recipe.train.global_batch))
+        for tokens in points
+    )

@@ -1,0 +1,121 @@
+"""The text of `turbolm plan`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+
+import yaml
+
+from turbolm.plan.summary import Summary
+from turbolm.units import format_bytes, format_count, format_duration
+
+_PLOT_ROWS = 6
+_EIGHTHS = " ▁▂▃▄▅▆▇█"
+
+
+def render_summary(summary: Summary) -> str:
+    """Everything a user wants to see before a run, in the order in which it is derived."""
+    sections = (
+        ("", _cluster(summary)),
+        ("batch", _batch(summary)),
+        ("schedule", _schedule(summary)),
+        ("model", _model(summary)),
+        ("model state on each process", _memory(summary)),
+        ("DeepSpeed configuration", json.dumps(summary.plan.ds_config, indent=2).splitlines()),
+        ("Accelerate configuration", yaml.safe_dump(dict(summary.accelerate_config), sort_keys=False).splitlines()),
+        ("launch", [summary.launch_command, f"by hand: {summary.accelerate_command}"]),
+        ("notes", summary.notes),
+    )
+    lines: list[str] = []
+    for title, body in sections:
+        body = list(body)
+        if body:
+            lines += [*([""] if lines else []), *([title] if title else []), *(f"  {line}" for line in body)]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def plot(values: Sequence[float], num_rows: int = _PLOT_ROWS) -> list[str]:
+    """One column for each value, from 0 to the largest, in eighths of a row; top row first."""
+    top = max([*values, 0.0]) or 1.0
+    eighths = [round(max(value, 0.0) / top * 8 * num_rows) for value in values]
+    return [
+        "".join(_EIGHTHS[min(max(height - 8 * row, 0), 8)] for height in eighths) for row in reversed(range(num_rows))
+    ]
+
+
+def _cluster(summary: Summary) -> Iterator[str]:
+    plan, cluster = summary.plan, summary.recipe.cluster
+    kind = (summary.machine.gpu_name or "GPU") if plan.device == "cuda" else "CPU"
+    where = "as the recipe describes" if summary.is_described else "as found here"
+    yield f"{summary.recipe.name}: {summary.recipe_file}"
+    yield (
+        f"{cluster.num_nodes} node{'s' * (cluster.num_nodes > 1)} x {plan.processes_per_node} processes = "
+        f"{plan.world_size} on {kind} ({where}), {plan.precision}, ZeRO-{summary.recipe.execution.zero_stage}"
+    )
+
+
+def _batch(summary: Summary) -> Iterator[str]:
+    batch = summary.batch
+    yield (
+        f"{batch.micro_batch_bins} x {batch.seq_len} tokens of a micro-batch x {batch.gradient_accumulation_steps} "
+        f"accumulated x {batch.world_size} processes = {batch.global_batch_tokens} tokens "
+        f"({batch.bins_per_batch} sequences)"
+        + (f", with {batch.num_filler_bins} filler sequences on top" if batch.num_filler_bins else "")
+    )
+    slots = batch.bins_per_batch + batch.num_filler_bins
+    if batch.num_filler_bins:
+        yield f"fillers count in nothing, but take {batch.num_filler_bins / slots:.1%} of the time"
+
+
+def _schedule(summary: Summary) -> Iterator[str]:
+    recipe, batch, plan = summary.recipe, summary.batch, summary.plan
+    schedule = recipe.schedule
+    tokens = batch.num_steps * batch.global_batch_tokens
+    yield f"{batch.num_steps} steps, {format_count(tokens)} tokens (budget {recipe.train.budget})"
+    yield f"evaluate every {plan.evaluate_every_steps} steps, checkpoint every {plan.checkpoint_every_steps}"
+    shape = f"{schedule.name}, decay {schedule.decay}" if schedule.name == "wsd" else schedule.name
+    yield f"learning rate: {shape}, warmup {schedule.warmup}"
+    rates = [rate for _, rate in summary.learning_rate]
+    labels = [f"{max(rates):.3g}", *[""] * (_PLOT_ROWS - 2), "0"]
+    for label, row in zip(labels, plot(rates), strict=True):
+        yield f"{label:>9} │{row}"
+    end = format_count(recipe.train.budget)
+    yield f"{'':>9} └0{end:>{len(rates) - 1}} tokens (ends at {rates[-1]:.3g})"
+    yield f"batch {batch.global_batch_tokens} tokens and seq_len {batch.seq_len} throughout"
+
+
+def _model(summary: Summary) -> Iterator[str]:
+    size, cost = summary.size, summary.cost
+    if size is None:
+        yield "parameters: not known here"
+        return
+    yield f"{size.total:,} parameters ({size.embedding:,} embedding, {size.head:,} output head; {size.source})"
+    if cost.flops_per_token is None or cost.total_flops is None:
+        yield "FLOPs: not known for this model type"
+        return
+    yield f"{cost.flops_per_token:.4g} FLOPs a token = {cost.flops_formula}"
+    yield f"  (mean span {cost.mean_span_tokens:g}: one document a sequence; shorter documents take less)"
+    yield f"{cost.total_flops:.4g} FLOPs in all"
+    if cost.estimated_sec is not None:
+        yield f"{format_duration(cost.estimated_sec)} at an assumed MFU of {cost.assumed_mfu:.0%} (not measured)"
+
+
+def _memory(summary: Summary) -> Iterator[str]:
+    state = summary.memory
+    if state is None:
+        return
+    for name, num_bytes in (
+        ("weights", state.weights),
+        ("gradients", state.gradients),
+        ("fp32 master weights", state.master),
+        ("optimizer moments", state.optimizer),
+        ("gathered weights, at most", state.gathered),
+        ("communication buckets", state.buckets),
+    ):
+        if num_bytes:
+            yield f"{name:<26}{format_bytes(num_bytes):>10}"
+    of = f" of {format_bytes(summary.gpu_memory_bytes)}" if summary.gpu_memory_bytes else ""
+    yield f"{'together':<26}{format_bytes(state.device_bytes):>10}{of}; activations come on top"
+    if state.host_bytes:
+        yield f"{'in the host memory':<26}{format_bytes(state.host_bytes):>10}"
