@@ -10,6 +10,23 @@ from types import FrameType
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 
 
+_BY_USER = "user\n"  # in the stop file: who asked decides whether a Slurm job starts again
+
+
+def ask_to_stop(stop_file: Path) -> None:
+    """Ask a run to save and stop for good, as `turbolm stop` does."""
+    with stop_file.open("a", encoding="utf-8") as file:
+        file.write(_BY_USER)
+
+
+def asked_by_user(stop_file: Path) -> bool:
+    """Whether `ask_to_stop` was among those that left the stop file."""
+    try:
+        return _BY_USER in stop_file.read_text(encoding="utf-8")
+    except OSError:
+        return False
+
+
 class StopRequest:
     """Whether this process was asked to stop. A second request does not interrupt the saving that follows the first."""
 

@@ -7,9 +7,13 @@ import contextlib
 import os
 import sys
 import traceback
+from pathlib import Path
 
 from turbolm.errors import EXIT_BAD_INPUT, UserError
 from turbolm.recipe.load import load_recipe
+from turbolm.reliability.failures import failure_kind, record_rank_end
+from turbolm.reliability.orphans import END_WITH_PARENT, end_with_parent
+from turbolm.train.run_directory import run_directory
 
 
 def main() -> int:
@@ -21,21 +25,36 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     arguments = parser.parse_args()
     terminal = os.fdopen(os.dup(2), "w", errors="replace")
+    if END_WITH_PARENT in os.environ:
+        end_with_parent()
+    folder = None
     try:
         recipe = load_recipe(arguments.recipe, arguments.overrides)
+        folder = run_directory(recipe).attempt(arguments.attempt) if arguments.attempt else None
         from turbolm.train.worker import run_worker
 
-        return run_worker(recipe, arguments.attempt)
+        code = run_worker(recipe, arguments.attempt)
+        _record(folder, code, "done")
+        return code
     except UserError as error:
+        _record(folder, EXIT_BAD_INPUT, "refused", str(error))
         if os.environ.get("RANK", "0") == "0":
             print(f"turbolm: {error}", file=terminal, flush=True)
         return EXIT_BAD_INPUT
-    except BaseException:
+    except BaseException as error:
+        _record(folder, 1, failure_kind(error), f"{type(error).__name__}: {error}".partition("\n")[0])
         text = f"rank {os.environ.get('RANK', '0')}:\n{traceback.format_exc()}"
         print(text, file=sys.stderr, flush=True)  # the rank's log
         with contextlib.suppress(OSError):
             print(text, file=terminal, flush=True)
         return 1
+
+
+def _record(folder: Path | None, exit_code: int, kind: str, message: str = "") -> None:
+    """Tell the launchers of all nodes how this rank ended."""
+    if folder is not None:
+        with contextlib.suppress(OSError):
+            record_rank_end(folder, exit_code, kind, message)
 
 
 if __name__ == "__main__":

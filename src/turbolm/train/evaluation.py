@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,9 +27,17 @@ class EvaluationResult:
 
 @torch.no_grad()
 def evaluate(
-    engine: Any, store: TokenStore, plan: Plan, attention: str, group: dist.ProcessGroup | None
-) -> EvaluationResult:
-    """Evaluate the model as it is. Collective; the same on every rank."""
+    engine: Any,
+    store: TokenStore,
+    plan: Plan,
+    attention: str,
+    group: dist.ProcessGroup | None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> EvaluationResult | None:
+    """Evaluate the model as it is. Collective; the same on every rank.
+
+    None when `should_stop` said so between two batches; it must say the same on every rank.
+    """
     data, max_tokens = plan.recipe.data, plan.recipe.evaluation.tokens
     layout = {"world_size": dist.get_world_size(), "rank": dist.get_rank()}
     loss_sum = torch.zeros((), dtype=torch.float64)
@@ -36,6 +45,9 @@ def evaluate(
     for batch in evaluation_batches(
         store, data.seq_len, max_tokens, data.packing, micro_batch_bins=plan.batch.micro_batch_bins, **layout
     ):
+        if should_stop():
+            engine.train()
+            return None
         for micro_batch in batch.micro_batches:
             loss_sum += micro_batch_loss(engine, micro_batch, attention).cpu().double()
     engine.train()

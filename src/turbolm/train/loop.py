@@ -72,7 +72,8 @@ def learning_rate(session: Session) -> float:
     """The rate of the next step, read from the schedule at the middle of the tokens it covers: neither the first step
     of a warmup nor the last of a decay to zero is wasted."""
     recipe, tokens = session.plan.recipe, session.plan.batch.global_batch_tokens
-    ratio = lr_ratio(recipe.schedule, (session.step + 0.5) * tokens, session.budgets_tokens, tokens)
+    whole_steps = [-(-budget // tokens) * tokens for budget in session.budgets_tokens]  # as many as are trained on
+    ratio = lr_ratio(recipe.schedule, (session.step + 0.5) * tokens, whole_steps, tokens)
     return float(recipe.optimizer.lr * ratio)
 
 
@@ -96,10 +97,27 @@ def batch_flops(session: Session, batch: GlobalBatch) -> float:
     return float(session.flops_per_target(span) * batch.num_targets)
 
 
-def run_evaluation(session: Session) -> EvaluationResult:
-    """Evaluate and log."""
+def any_rank_asked_to_stop(session: Session) -> bool:
+    """The same answer on every rank. Collective, on the host."""
+    asked = torch.tensor([session.stop.reason is not None], dtype=torch.int64)
+    dist.all_reduce(asked, group=session.group)
+    return bool(asked[0])
+
+
+def run_evaluation(session: Session) -> EvaluationResult | None:
+    """Evaluate and log; None when the run was asked to stop meanwhile, which the next step notices as well."""
     session.log.flush()
-    result = evaluate(session.engine, session.store, session.plan, session.attention, session.group)
+    result = evaluate(
+        session.engine,
+        session.store,
+        session.plan,
+        session.attention,
+        session.group,
+        should_stop=lambda: any_rank_asked_to_stop(session),
+    )
+    if result is None:
+        session.log.say(f"asked to stop while evaluating after step {session.step}")
+        return None
     session.log.add_evaluation(session.step, result.loss, result.bits_per_byte)
     session.log.restart_clock()
     return result

@@ -69,12 +69,21 @@ def run_directory(recipe: Recipe) -> RunDirectory:
     return RunDirectory(Path(recipe.execution.runs_dir) / recipe.name)
 
 
+def list_attempts(run: RunDirectory) -> list[int]:
+    """The numbers of the attempts so far, oldest first."""
+    folder = run.attempt(0).parent
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.is_dir() else []
+
+
 def open_attempt(run: RunDirectory) -> int:
-    """Create the folder of a new attempt and return its number, counted from 1."""
+    """Create the folder of a new attempt and return its number, counted from 1.
+
+    A stop file from before is removed here and nowhere later: one that comes while the ranks start must count.
+    """
     run.attempt(0).parent.mkdir(parents=True, exist_ok=True)
-    numbers = [int(path.name) for path in run.attempt(0).parent.iterdir() if path.name.isdigit()]
-    number = max(numbers, default=0) + 1
+    number = max(list_attempts(run), default=0) + 1
     run.attempt(number).mkdir()
+    run.stop_file.unlink(missing_ok=True)
     return number
 
 

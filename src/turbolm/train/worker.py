@@ -23,6 +23,7 @@ from turbolm.models.build import (
     build_config,
     build_model,
     carries_state_across_documents,
+    model_class,
 )
 from turbolm.models.isolation import check_isolation
 from turbolm.optim.build import build_optimizer
@@ -123,7 +124,6 @@ def _open_run(
             budgets = settle_contract(run, plan.recipe, store.fingerprint)
             number = attempt or open_attempt(run)
             write_attempt(run, number, plan, machine)
-            run.stop_file.unlink(missing_ok=True)
             answer = [(number, budgets)]
         except (UserError, OSError) as error:
             answer = [str(error)]
@@ -148,10 +148,7 @@ def _build_session(
 ) -> Session:
     """Model, engine, data and logging of a run that is about to train or resume."""
     recipe = plan.recipe
-    attention = choose_attention(recipe.execution.attention, plan.device, plan.precision)
-    if plan.device == "cpu" and attention == "flex":
-        raise UserError("execution.attention: flex attention cannot train on a CPU (torch has no backward pass there)")
-    engine = build_engine(accelerator, plan, store, attention, run)
+    engine, attention = build_engine(accelerator, plan, store, run)
     data, batch = recipe.data, plan.batch
     if data.packing != "single":
         leak = check_isolation(
@@ -197,8 +194,11 @@ def _build_session(
     )
 
 
-def build_engine(accelerator: Any, plan: Plan, store: TokenStore, attention: str, run: RunDirectory) -> Any:
-    """The DeepSpeed engine around a freshly initialised model; rank 0 saves configuration and tokenizer to the run."""
+def build_engine(accelerator: Any, plan: Plan, store: TokenStore, run: RunDirectory) -> tuple[Any, str]:
+    """The DeepSpeed engine around a freshly initialised model, and the attention kernel it was built with.
+
+    Rank 0 saves configuration and tokenizer to the run.
+    """
     recipe = plan.recipe
     config = build_config(
         recipe.model,
@@ -207,10 +207,12 @@ def build_engine(accelerator: Any, plan: Plan, store: TokenStore, attention: str
         bos_token_id=store.manifest["bos_id"],
         eos_token_id=store.manifest["eos_id"],
     )
-    model = build_model(recipe.model, config, seed=recipe.train.seed, attention=attention)
-    reason = carries_state_across_documents(config, type(model))
+    kind = model_class(config)
+    reason = carries_state_across_documents(config, kind)
     if reason and recipe.data.packing != "single":
         raise UserError(f"data.packing: {reason}, so packed documents cannot be kept apart; set data.packing: single")
+    attention = choose_attention(recipe.execution.attention, plan.device, plan.precision, kind)
+    model = build_model(recipe.model, config, seed=recipe.train.seed, attention=attention)
     if dist.get_rank() == 0:
         config.save_pretrained(run.model)
         from turbolm.checkpoint.export import tokenizer
@@ -225,7 +227,7 @@ def build_engine(accelerator: Any, plan: Plan, store: TokenStore, attention: str
         clip_by_value(optimizer, recipe.train.max_grad_value)
     engine, _ = accelerator.prepare(model, optimizer)
     engine.train()
-    return engine
+    return engine, attention
 
 
 def _resume(session: Session) -> None:

@@ -1,0 +1,146 @@
+"""What the batch shell of a Slurm job asks of Python: open an attempt, and decide what its end means.
+
+    python -m turbolm.launch.job open --recipe FILE --hosts a,b     prints the attempt's number
+    python -m turbolm.launch.job settle --recipe FILE --attempt N   exit code 75: start the job again
+
+An attempt is started again when it stopped in good order because Slurm asked (its outcome says 75), or when it lost a
+node: some rank or node launcher is gone, or could not reach the others, and none has an error of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from turbolm.checkpoint.manifest import list_checkpoints
+from turbolm.errors import EXIT_BAD_INPUT, EXIT_OK, EXIT_REQUEUE, UserError
+from turbolm.launch.slurm import copy_script
+from turbolm.recipe.load import load_recipe
+from turbolm.recipe.schema import Recipe
+from turbolm.reliability.failures import RankEnd, read_rank_ends
+from turbolm.reliability.stop import asked_by_user
+from turbolm.train.run_directory import (
+    RunDirectory,
+    list_attempts,
+    open_attempt,
+    read_json,
+    run_directory,
+    write_json,
+)
+
+EXIT_FAILED = 1
+EXIT_STOPPED = 130  # by `turbolm stop`: neither done nor to be started again
+JOB = "slurm.json"  # of an attempt: which start of which job it is, and from which step
+
+
+def open_job_attempt(run: RunDirectory, recipe: Recipe, recipe_file: Path, hosts: str) -> int:
+    """Start an attempt of this job; returns its number, or raises UserError when it should not start."""
+    job_id = os.environ["SLURM_JOB_ID"]
+    restarts = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+    run.path.mkdir(parents=True, exist_ok=True)
+    if restarts and asked_by_user(run.stop_file):
+        run.stop_file.unlink(missing_ok=True)
+        raise UserError(f"{run.path} was asked to stop while job {job_id} was waiting; not started again")
+    refuse_without_progress(run, recipe, job_id)
+    attempt = open_attempt(run)
+    record = {"job_id": job_id, "restarts": restarts, "start_step": newest_step(run), "hosts": hosts.split(",")}
+    write_json(run.attempt(attempt) / JOB, record)
+    copy_script(recipe_file, run.attempt(attempt))
+    return attempt
+
+
+def refuse_without_progress(run: RunDirectory, recipe: Recipe, job_id: str) -> None:
+    """Raise UserError when the last starts of this job all ended where they began."""
+    assert recipe.cluster.slurm is not None
+    limit, step = recipe.cluster.slurm.max_attempts_without_progress, newest_step(run)
+    jobs = [read_json(run.attempt(number) / JOB) for number in list_attempts(run)]
+    idle = 0
+    for job in reversed([job for job in jobs if job is not None and job["job_id"] == job_id]):
+        if int(job["start_step"]) < step:
+            break
+        idle += 1
+    if idle >= limit:
+        raise UserError(
+            f"giving up: the last {idle} starts of job {job_id} ended without a checkpoint after step {step} "
+            f"(cluster.slurm.max_attempts_without_progress is {limit}); logs: {run.attempt(0).parent}"
+        )
+
+
+def newest_step(run: RunDirectory) -> int:
+    """The step of the newest complete checkpoint, or 0."""
+    checkpoints = list_checkpoints(run.checkpoints)
+    return checkpoints[-1][0] if checkpoints else 0
+
+
+def settle(run: RunDirectory, recipe: Recipe, attempt: int) -> tuple[int, str]:
+    """The job's exit code and what to tell the user. `EXIT_REQUEUE` means: worth starting again now."""
+    folder = run.attempt(attempt)
+    outcome = read_json(folder / "outcome.json")
+    by_user = asked_by_user(run.stop_file)
+    run.stop_file.unlink(missing_ok=True)
+    if outcome is None:
+        code, message = explain_failure(read_rank_ends(folder), read_nodes(folder), folder)
+    else:
+        code, message = int(outcome["exit_code"]), f"attempt {attempt}: {outcome['status']}"
+    if code != EXIT_REQUEUE:
+        return code, message
+    if by_user:
+        return EXIT_STOPPED, f"attempt {attempt}: stopped by `turbolm stop`; submit it again to go on"
+    try:
+        refuse_without_progress(run, recipe, os.environ.get("SLURM_JOB_ID", ""))
+    except UserError as error:
+        return EXIT_FAILED, f"{message}\nturbolm: {error}"
+    return EXIT_REQUEUE, message
+
+
+def explain_failure(ends: list[RankEnd], nodes: list[dict[str, Any]], folder: Path) -> tuple[int, str]:
+    """Exit code and message of an attempt that left no outcome."""
+    refused = [node["refused"] for node in nodes if node.get("refused")]
+    refused += [end.message for end in ends if end.kind == "refused"]
+    if refused:
+        return EXIT_BAD_INPUT, refused[0]
+    failed = [end for end in ends if end.kind == "error"]
+    if failed:
+        lines = [f"rank {end.rank} on {end.host}: {end.message}" for end in failed[:8]]
+        return EXIT_FAILED, "\n".join(["training failed", *lines, f"logs: {folder}"])
+    if not nodes:
+        return EXIT_FAILED, f"no node started its launcher; logs: {folder}"
+    lost = sorted({text for node in nodes for text in node.get("lost", ())})
+    lines = lost or [f"rank {end.rank} on {end.host}: {end.message}" for end in ends if end.kind == "communication"]
+    return EXIT_REQUEUE, "\n".join(["nodes or ranks were lost", *lines[:8], f"logs: {folder}"])
+
+
+def read_nodes(folder: Path) -> list[dict[str, Any]]:
+    """What each node's launcher recorded, by node."""
+    paths = sorted((folder / "nodes").glob("[0-9]*.json"), key=lambda path: int(path.stem))
+    return [node for path in paths if (node := read_json(path)) is not None]
+
+
+def main() -> int:
+    """Parse and run one of the two commands."""
+    parser = argparse.ArgumentParser(prog="python -m turbolm.launch.job", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, option in (("open", "--hosts"), ("settle", "--attempt")):
+        command = commands.add_parser(name)
+        command.add_argument("--recipe", type=Path, required=True)
+        command.add_argument(option, required=True)
+    arguments = parser.parse_args()
+    try:
+        recipe = load_recipe(arguments.recipe)
+        run = run_directory(recipe)
+        if arguments.command == "open":
+            print(open_job_attempt(run, recipe, arguments.recipe, arguments.hosts))
+            return EXIT_OK
+        code, message = settle(run, recipe, int(arguments.attempt))
+    except UserError as error:
+        print(f"turbolm: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    print(f"turbolm: {message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

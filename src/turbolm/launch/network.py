@@ -1,0 +1,83 @@
+"""Addresses, interfaces and ports, as the launchers of several nodes need them. Torch-free."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+import struct
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+
+from turbolm.errors import UserError
+
+_FIRST_PORT, _NUM_PORTS = 10_000, 20_000  # below the range from which Linux takes ports for outgoing connections
+_PROBES = 64
+_CONNECT_TIMEOUT_SEC = 3
+_SIOCGIFADDR = 0x8915  # ioctl(2): the IPv4 address of an interface
+
+
+def own_address(node: int, hosts: Sequence[str]) -> str:
+    """The address under which the other nodes reach this one; the loopback only when there are no others.
+
+    What the own name means in /etc/hosts is often the loopback, so the address is taken from the route to another node:
+    to the head, or from there to the second node.
+    """
+    if len(hosts) == 1:
+        return "127.0.0.1"
+    peer = hosts[1] if node == 0 else hosts[0]
+    target = resolve(peer)
+    family = socket.AF_INET6 if ":" in target else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect((target, 9))  # sends nothing: it only chooses the route
+        address = str(probe.getsockname()[0])
+    if ipaddress.ip_address(address).is_loopback:
+        raise UserError(f"the way from {hosts[node]} to {peer} ({target}) does not leave this machine")
+    return address
+
+
+def resolve(host: str) -> str:
+    """The address of another node. Raises UserError; never falls back to this machine."""
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise UserError(f"{host} has no address here: {error}") from None
+    addresses = [str(entry[4][0]) for entry in found]
+    others = [address for address in addresses if not ipaddress.ip_address(address.partition("%")[0]).is_loopback]
+    if not others:
+        raise UserError(f"{host} resolves to {addresses[0]}, which is this machine; correct the cluster's name service")
+    return next((address for address in others if ":" not in address), others[0])
+
+
+def port_candidates(job_id: int, restarts: int) -> list[int]:
+    """Ports to try in turn: far apart for neighbouring jobs, and another one after each restart."""
+    first = job_id * 101 + restarts * 7
+    return [_FIRST_PORT + (first + probe * 37) % _NUM_PORTS for probe in range(_PROBES)]
+
+
+def choose_port(address: str, environment: Mapping[str, str]) -> int:
+    """A port for this start of this job that nothing on this node, the head, has bound."""
+    job_id, restarts = int(environment.get("SLURM_JOB_ID") or 0), int(environment.get("SLURM_RESTART_COUNT") or 0)
+    for port in port_candidates(job_id, restarts):
+        with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe, suppress(OSError):
+            probe.bind(("", port))  # on every interface, as the rendezvous will
+            return port
+    raise UserError(f"no free port on {address}: tried {_PROBES} from {_FIRST_PORT} on")
+
+
+def is_reachable(address: str, port: int) -> bool:
+    """Whether something listens there."""
+    with suppress(OSError), socket.create_connection((address, port), timeout=_CONNECT_TIMEOUT_SEC):
+        return True
+    return False
+
+
+def interface_of(address: str) -> str | None:
+    """The name of the interface that has this IPv4 address."""
+    import fcntl
+
+    for _, name in socket.if_nameindex():
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, suppress(OSError):
+            answer = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+            if socket.inet_ntoa(answer[20:24]) == address:
+                return name
+    return None

@@ -1,0 +1,241 @@
+"""The one task of each node of a job: meet the other nodes, start this node's ranks, say how they ended.
+
+    srun --ntasks-per-node=1 python -m turbolm.launch.node --recipe FILE --attempt N --hosts a,b,c
+
+The nodes meet through files in the attempt's folder (a shared file system is needed anyway), before any rank starts: a
+node that is missing, has another number of GPUs or cannot be reached is a message within the start-up, not a hang.
+Each launcher keeps a port open while it lives, so that after a failure the others can tell who is silent.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from turbolm.errors import EXIT_BAD_INPUT, EXIT_OK, EXIT_REQUEUE, UserError
+from turbolm.launch.local import (
+    accelerate_config,
+    launch_command,
+    process_environment,
+    start_ranks,
+    wait_for_ranks,
+)
+from turbolm.launch.network import choose_port, interface_of, is_reachable, own_address
+from turbolm.plan.machine import detect_machine
+from turbolm.plan.plan import Plan, build_plan
+from turbolm.recipe.load import load_recipe
+from turbolm.recipe.schema import Recipe
+from turbolm.reliability.failures import read_rank_ends
+from turbolm.train.run_directory import RunDirectory, read_json, run_directory, write_json
+
+EXIT_FAILED = 1
+_POLL_SEC = 0.5
+_MEET_TIMEOUT_SEC = 600  # slow images and module loads; a recipe's process_group_timeout may shorten it
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this launcher stands among the job's nodes."""
+
+    node: int
+    hosts: tuple[str, ...]
+
+    @property
+    def host(self) -> str:
+        return self.hosts[self.node]
+
+
+def find_place(recipe: Recipe, hosts: str) -> Place:
+    """This task's place, from Slurm's variables inside the task: the batch shell's are those of the first node."""
+    names = tuple(name for name in hosts.split(",") if name)
+    node, num_nodes = os.environ.get("SLURM_NODEID", ""), recipe.cluster.num_nodes
+    if not node.isdigit():
+        raise UserError("SLURM_NODEID is not set; this is started by srun, once on each node")
+    if len(names) != num_nodes or int(node) >= num_nodes:
+        raise UserError(
+            f"the job has {len(names)} nodes ({hosts or 'none'}), and cluster.num_nodes is {num_nodes}; "
+            "`scontrol show hostnames` must list one host for each"
+        )
+    return Place(int(node), names)
+
+
+def run_node(recipe: Recipe, recipe_file: str, attempt: int, place: Place) -> int:
+    """Start this node's ranks and wait for them; returns 0 when all of them ended in good order."""
+    run = run_directory(recipe)
+    folder = run.attempt(attempt)
+    record = folder / "nodes" / f"{place.node}.json"
+    address = own_address(place.node, place.hosts)
+    with socket.socket() as door:
+        door.bind((address, 0))
+        door.listen(128)  # the kernel answers; nothing needs to accept
+        mine: dict[str, Any] = {"node": place.node, "host": place.host, "address": address}
+        mine["port"] = door.getsockname()[1]
+        try:
+            plan, machine = _plan_here(recipe, place, mine)
+            if place.node == 0:
+                mine["main_port"] = choose_port(address, os.environ)
+            write_json(record, mine)
+            nodes = meet(folder / "nodes", place, _meet_timeout_sec(recipe))
+            check_same(nodes)
+        except UserError as error:
+            write_json(record, {**mine, "refused": str(error)})
+            raise
+        build_extensions(plan, process_environment(plan) | _extensions_folder(recipe))
+        command = node_command(folder, plan, recipe_file, attempt, place, nodes)
+        environment = process_environment(plan) | _extensions_folder(recipe) | _network_environment(plan, address)
+        process = start_ranks(command, environment, folder / f"launcher.node{place.node}.log")
+        wait_for_ranks(process, run)
+        code, lost = _judge(run, attempt, plan, place, nodes)
+        write_json(record, {**mine, "exit_code": code, "lost": lost})
+    return code
+
+
+def _plan_here(recipe: Recipe, place: Place, mine: dict[str, Any]) -> tuple[Plan, Any]:
+    """The plan on this node; what must be the same on every node is noted in `mine`."""
+    machine = detect_machine()
+    expected = recipe.cluster.gpus_per_node
+    if expected is not None and recipe.cluster.device != "cpu" and machine.num_gpus != expected:
+        raise UserError(
+            f"{place.host} has {machine.num_gpus} GPUs, and cluster.gpus_per_node is {expected}; "
+            f"exclude it with cluster.slurm.exclude={place.host}, or correct the recipe"
+        )
+    try:
+        plan = build_plan(recipe, machine)
+    except UserError as error:
+        raise UserError(f"{place.host}: {error}") from None
+    mine |= {"device": plan.device, "processes": plan.processes_per_node, "precision": plan.precision}
+    return plan, machine
+
+
+def meet(folder: Path, place: Place, timeout_sec: float) -> list[dict[str, Any]]:
+    """The records of all nodes, once they are all there and this node reaches the head. Raises UserError."""
+    deadline = time.monotonic() + timeout_sec
+    while True:
+        nodes = [read_json(folder / f"{node}.json") for node in range(len(place.hosts))]
+        refused = [node["refused"] for node in nodes if node is not None and "refused" in node]
+        if refused:
+            raise UserError(refused[0])
+        here = [node for node in nodes if node is not None]
+        if len(here) == len(nodes):
+            break
+        if time.monotonic() > deadline:
+            silent = [host for host, node in zip(place.hosts, nodes, strict=True) if node is None]
+            raise TimeoutError(f"no sign of {', '.join(silent)} within {timeout_sec:.0f} s")
+        time.sleep(_POLL_SEC)
+    head = here[0]
+    if not is_reachable(head["address"], head["port"]):
+        raise TimeoutError(f"{place.host} cannot reach {head['host']} ({head['address']})")
+    return here
+
+
+def check_same(nodes: Sequence[dict[str, Any]]) -> None:
+    """Every node starts the same number of ranks, on the same kind of device."""
+    for key, what in (("device", "device"), ("processes", "number of processes"), ("precision", "precision")):
+        values = {node["host"]: node[key] for node in nodes}
+        if len(set(values.values())) > 1:
+            listed = ", ".join(f"{host}: {value}" for host, value in values.items())
+            raise UserError(f"the nodes differ in their {what} ({listed}); set it in the recipe")
+
+
+def node_command(
+    folder: Path, plan: Plan, recipe_file: str, attempt: int, place: Place, nodes: Sequence[dict[str, Any]]
+) -> list[str]:
+    """The `accelerate launch` of this node."""
+    num_nodes, head = len(nodes), nodes[0]
+    config_file = folder / f"accelerate.node{place.node}.yaml"
+    config_file.write_text(yaml.safe_dump(accelerate_config(plan, num_nodes, place.node)), encoding="utf-8")
+    command = launch_command(config_file, plan, recipe_file, (), attempt, head["main_port"], num_nodes)
+    if num_nodes == 1:
+        return command
+    at = command.index("-m", command.index("--main_process_port"))
+    # rdzv_backend and same_network are read from the command line only.
+    several = ["--deepspeed_multinode_launcher", "standard", "--machine_rank", str(place.node)]
+    several += ["--main_process_ip", head["address"], "--rdzv_backend", "static", "--same_network"]
+    return [*command[:at], *several, *command[at:]]
+
+
+def build_extensions(plan: Plan, environment: dict[str, str]) -> None:
+    """Compile DeepSpeed's Adam once on this node: left to the ranks, all nodes would wait for the slowest."""
+    execution = plan.recipe.execution
+    if execution.adam_kernel == "torch" or (execution.adam_kernel == "auto" and not execution.offload_optimizer):
+        return
+    on_host = execution.offload_optimizer or plan.device == "cpu"
+    builder = "CPUAdamBuilder" if on_host else "FusedAdamBuilder"
+    code = f"from deepspeed.ops.op_builder import {builder}; {builder}().load()"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"DeepSpeed's {builder} cannot be built here:\n{done.stderr.strip()[-2000:]}")
+
+
+def _extensions_folder(recipe: Recipe) -> dict[str, str]:
+    """Compiled for this node's own processor, so each node has its own unless the user says otherwise."""
+    if "TORCH_EXTENSIONS_DIR" in os.environ:
+        return {}
+    folder = Path(recipe.execution.cache_dir).expanduser() / "torch_extensions" / socket.gethostname()
+    return {"TORCH_EXTENSIONS_DIR": str(folder.absolute())}
+
+
+def _network_environment(plan: Plan, address: str) -> dict[str, str]:
+    """gloo takes the interface of the host's name, which is the loopback on many distributions."""
+    if "GLOO_SOCKET_IFNAME" in os.environ:
+        return {}
+    interface = interface_of(address)
+    return {"GLOO_SOCKET_IFNAME": interface} if interface else {}
+
+
+def _meet_timeout_sec(recipe: Recipe) -> float:
+    return float(min(_MEET_TIMEOUT_SEC, recipe.execution.process_group_timeout))
+
+
+def _judge(
+    run: RunDirectory, attempt: int, plan: Plan, place: Place, nodes: Sequence[dict[str, Any]]
+) -> tuple[int, list[str]]:
+    """This task's exit code, and which nodes and ranks are lost as seen from here, in words."""
+    folder = run.attempt(attempt)
+    ends = {end.rank: end for end in read_rank_ends(folder)}
+    own = range(place.node * plan.processes_per_node, (place.node + 1) * plan.processes_per_node)
+    codes = [ends[rank].exit_code if rank in ends else EXIT_FAILED for rank in own]
+    if all(code in (EXIT_OK, EXIT_REQUEUE) for code in codes):
+        return EXIT_OK, []
+    lost = [f"rank {rank} on {place.host} was killed" for rank in own if rank not in ends]
+    for node in nodes:
+        if node["node"] != place.node and not is_reachable(node["address"], node["port"]):
+            record = read_json(folder / "nodes" / f"{node['node']}.json") or {}
+            if "exit_code" not in record:  # else it ended by itself
+                lost.append(f"node {node['node']}, {node['host']} ({node['address']}), does not answer")
+    for end in (ends[rank] for rank in own if rank in ends):
+        print(f"rank {end.rank} on {place.host}: {end.kind}: {end.message}", file=sys.stderr)
+    print("\n".join(lost), file=sys.stderr)
+    return (EXIT_BAD_INPUT if EXIT_BAD_INPUT in codes else EXIT_FAILED), lost
+
+
+def main() -> int:
+    """Parse the arguments and run this node."""
+    parser = argparse.ArgumentParser(prog="python -m turbolm.launch.node", description=__doc__)
+    parser.add_argument("--recipe", required=True, help="the job's resolved recipe")
+    parser.add_argument("--attempt", type=int, required=True)
+    parser.add_argument("--hosts", required=True, help="the job's hosts by node number, with commas")
+    arguments = parser.parse_args()
+    try:
+        recipe = load_recipe(arguments.recipe)
+        return run_node(recipe, arguments.recipe, arguments.attempt, find_place(recipe, arguments.hosts))
+    except UserError as error:
+        print(f"turbolm: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except TimeoutError as error:
+        print(f"turbolm: {error}", file=sys.stderr)
+        return EXIT_FAILED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

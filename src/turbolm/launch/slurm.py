@@ -1,0 +1,205 @@
+"""Render a recipe's Slurm job from launch/slurm.sbatch.j2 and submit it.
+
+The recipe reaches the job as a file, fully resolved, so that neither a later edit nor a shell on the way can change it.
+Only what Slurm or the batch shell must know stands in the script: directives whose grammar needs no quoting
+(`recipe.schema.SlurmValue`), and quoted words.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from turbolm.errors import UserError
+from turbolm.plan.batch import plan_batch
+from turbolm.recipe.load import dump_recipe, load_recipe
+from turbolm.recipe.schema import Recipe, Slurm
+from turbolm.train.run_directory import RunDirectory, run_directory
+
+SCRIPT = "submit.slurm"
+RECIPE = "recipe.yaml"
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A rendered job: its script, and the run directories that it trains in, one for each seed."""
+
+    script: Path
+    runs: tuple[RunDirectory, ...]
+
+    @property
+    def text(self) -> str:
+        """The script."""
+        return self.script.read_text(encoding="utf-8")
+
+
+def write_submission(recipe_file: str | Path, overrides: Sequence[str] = ()) -> Submission:
+    """Write the job's script and each run's resolved recipe into new folders of the run directories."""
+    recipe = load_recipe(recipe_file, overrides)
+    if recipe.cluster.slurm is None:
+        raise UserError(
+            f"{recipe_file} says nothing about Slurm; add a `slurm` mapping below `cluster`, if only `{{}}`"
+        )
+    _check_batch(recipe)
+    recipes = _recipes_of_seeds(recipe, recipe.cluster.slurm.seeds)
+    runs = tuple(RunDirectory(Path.cwd() / run_directory(one).path) for one in recipes)
+    folders = [_new_folder(run.path / "submissions") for run in runs]
+    for one, folder in zip(recipes, folders, strict=True):
+        (folder / RECIPE).write_text(dump_recipe(one), encoding="utf-8")
+    text = render_script(recipe, [str(folder / RECIPE) for folder in folders], [str(run.path) for run in runs])
+    for folder in folders:
+        (folder / SCRIPT).write_text(text, encoding="utf-8")
+    return Submission(folders[0] / SCRIPT, runs)
+
+
+def submit(submission: Submission) -> str:
+    """Hand the script to sbatch; returns the job's id."""
+    try:
+        done = subprocess.run(
+            ["sbatch", "--parsable", str(submission.script)], capture_output=True, text=True, check=False
+        )
+    except FileNotFoundError:
+        raise UserError("sbatch is not on PATH: submit from a login node of the cluster, or use --dry-run") from None
+    if done.returncode:
+        raise UserError(f"sbatch refused {submission.script}:\n{done.stderr.strip()}")
+    return done.stdout.strip().split(";")[0]  # JOB or JOB;CLUSTER
+
+
+def render_script(recipe: Recipe, recipe_files: Sequence[str], runs: Sequence[str]) -> str:
+    """The text of the job's script; `recipe_files` and `runs` have one entry for each seed, or one."""
+    import jinja2
+
+    slurm = recipe.cluster.slurm
+    assert slurm is not None
+    for path in (os.getcwd(), *runs):
+        if "\\" in path or "\n" in path:
+            raise UserError(f"{path!r}: Slurm cannot write its output to a path with a backslash or a line break")
+    environment = jinja2.Environment(
+        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    environment.filters["quote"] = shlex.quote
+    return environment.from_string(_template()).render(
+        title=recipe.name,
+        num_nodes=recipe.cluster.num_nodes,
+        directives=_directives(recipe, slurm, runs),
+        folder=os.getcwd(),
+        modules=slurm.modules,
+        setup=slurm.setup,
+        environment=slurm.environment,
+        recipes=recipe_files,
+        runs=runs,
+        python=sys.executable,
+        container=slurm.container,
+        container_flags=_container_flags(recipe, slurm),
+        cpus_per_task=slurm.cpus_per_task,
+        requeue=slurm.requeue,
+    )
+
+
+def _directives(recipe: Recipe, slurm: Slurm, runs: Sequence[str]) -> list[str]:
+    """The `#SBATCH` options."""
+    log = f"{runs[0]}/slurm-%j.out" if len(runs) == 1 else f"{Path(runs[0]).parent}/{recipe.name}-slurm-%A_%a.out"
+    parent, _, name = log.rpartition("/")
+    options: dict[str, object] = {
+        "job-name": recipe.name,
+        "nodes": recipe.cluster.num_nodes,
+        "ntasks-per-node": 1,
+        "cpus-per-task": slurm.cpus_per_task,
+        "mem": slurm.mem,
+        "partition": slurm.partition,
+        "account": slurm.account,
+        "qos": slurm.qos,
+        "time": _clock(slurm.time) if slurm.time else None,
+        "constraint": slurm.constraint,
+        "exclude": slurm.exclude,
+        "nodelist": slurm.nodelist,
+        "reservation": slurm.reservation,
+        "dependency": slurm.dependency,
+        "array": f"0-{len(slurm.seeds) - 1}" if slurm.seeds else None,
+        "signal": f"B:USR2@{slurm.stop_grace}",
+        "open-mode": "append",
+        "output": _directive_text(parent.replace("%", "%%") + "/" + name),
+    }
+    lines = [f"--{key}={value}" for key, value in options.items() if value is not None]
+    num_gpus = recipe.cluster.gpus_per_node
+    if num_gpus:
+        kind = f"{slurm.gpu_type}:" if slurm.gpu_type else ""
+        request = f"--gres=gpu:{kind}{num_gpus}" if slurm.gpu_request == "gres" else f"--gpus-per-node={kind}{num_gpus}"
+        lines.append(request)
+    if slurm.exclusive:
+        lines.append("--exclusive")
+    return [*lines, "--requeue" if slurm.requeue else "--no-requeue"]
+
+
+def _directive_text(value: str) -> str:
+    """A value as sbatch reads it back: it strips quotes and backslashes, and takes a bare `#` for a comment."""
+    return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def _clock(seconds: int) -> str:
+    """Slurm's D-HH:MM:SS."""
+    days, rest = divmod(seconds, 86400)
+    return f"{days}-{rest // 3600:02d}:{rest // 60 % 60:02d}:{rest % 60:02d}"
+
+
+def _container_flags(recipe: Recipe, slurm: Slurm) -> list[str]:
+    container = slurm.container
+    if container is None:
+        return []
+    if container.runtime == "pyxis":
+        mounts = [f"--container-mounts={','.join(container.mounts)}"] if container.mounts else []
+        return [f"--container-image={container.image}", *mounts, f"--container-workdir={os.getcwd()}"]
+    gpu = ["--nv"] if recipe.cluster.gpus_per_node else []
+    mounts = [flag for mount in container.mounts for flag in ("--bind", mount)]
+    return ["apptainer", "exec", *gpu, *mounts, "--pwd", os.getcwd(), container.image]
+
+
+def _recipes_of_seeds(recipe: Recipe, seeds: Sequence[int]) -> list[Recipe]:
+    """The recipe itself, or one for each seed with a name and a run directory of its own."""
+    if not seeds:
+        return [recipe]
+    return [
+        recipe.model_copy(
+            update={"name": f"{recipe.name}-seed{seed}", "train": recipe.train.model_copy(update={"seed": seed})}
+        )
+        for seed in seeds
+    ]
+
+
+def _check_batch(recipe: Recipe) -> None:
+    """Find a batch that does not fit the job now, not after it has waited in the queue."""
+    cluster = recipe.cluster
+    each = cluster.processes_per_node if cluster.processes_per_node != "auto" else cluster.gpus_per_node
+    if each:
+        plan_batch(recipe, cluster.num_nodes * each)
+
+
+def _new_folder(parent: Path) -> Path:
+    parent.mkdir(parents=True, exist_ok=True)
+    numbers = [int(path.name) for path in parent.iterdir() if path.name.isdigit()]
+    folder = parent / str(max(numbers, default=0) + 1)
+    folder.mkdir()
+    return folder
+
+
+def _template() -> str:
+    """launch/slurm.sbatch.j2 of $TURBOLM_HOME or else of the checkout this module stands in."""
+    home = os.environ.get("TURBOLM_HOME")
+    path = (Path(home) if home else Path(__file__).parents[3]) / "launch" / "slurm.sbatch.j2"
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError:
+        raise UserError(f"{path} is missing; set TURBOLM_HOME to the folder of a turbolm checkout") from None
+
+
+def copy_script(recipe_file: Path, attempt_folder: Path) -> None:
+    """Keep the script that an attempt runs under beside its logs."""
+    script = recipe_file.with_name(SCRIPT)
+    if script.is_file():
+        shutil.copyfile(script, attempt_folder / SCRIPT)
