@@ -58,6 +58,27 @@ def plan(
 
 
 @app.command()
+def recipes(write: Annotated[bool, typer.Option("--write", help="write recipes/README.md")] = False) -> None:
+    """Show the table of recipes."""
+    from turbolm.plan.recipe_table import recipes_folder, render_readme
+
+    folder = recipes_folder()
+    _print_or_write(render_readme(folder), folder / "README.md" if write else None)
+
+
+@app.command()
+def schema(write: Annotated[bool, typer.Option("--write", help="write recipes/schema.json")] = False) -> None:
+    """Print the JSON schema of recipe files."""
+    import json
+
+    from turbolm.plan.recipe_table import recipes_folder
+    from turbolm.recipe.json_schema import recipe_json_schema
+
+    text = json.dumps(recipe_json_schema(), indent=1, ensure_ascii=False) + "\n"
+    _print_or_write(text, recipes_folder() / "schema.json" if write else None)
+
+
+@app.command()
 def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Prepare the data if needed, then train on this machine; resumes by itself."""
     from turbolm.data.prepare import prepare as prepare_store
@@ -176,6 +197,14 @@ def report(run: RunFolder) -> None:
     from turbolm.report.html import write_report
 
     print(write_report(run))
+
+
+def _print_or_write(text: str, path: Path | None) -> None:
+    if path is None:
+        print(text, end="")
+    else:
+        path.write_text(text, encoding="utf-8")
+        print(path)
 
 
 def _print_progress(stage: str, documents: int, text_bytes: int) -> None:

@@ -79,7 +79,10 @@ TrainingSpan = Annotated[
 ]
 Text = Annotated[str, Field(min_length=1, pattern=r"^[^\x00-\x1f\x7f]+$")]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
-Paths = Annotated[tuple[Text, ...], BeforeValidator(_text_is_tuple), Field(min_length=1)]
+_PATHS = {"anyOf": [{"type": "string", "minLength": 1}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]}
+Paths = Annotated[tuple[Text, ...], BeforeValidator(_text_is_tuple), Field(min_length=1), WithJsonSchema(_PATHS)]
+_LIMIT = {"anyOf": [{"type": "number", "exclusiveMinimum": 0}, {"const": "off"}, {"type": "null"}]}
+Limit = Annotated[PositiveNumber | None, BeforeValidator(_off_is_none), WithJsonSchema(_LIMIT)]
 
 
 def _slurm_value(value: str) -> str:
@@ -249,10 +252,8 @@ class Train(Section):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="auto: bf16 where the processor computes in it, else fp32; settled at the first start"
     )
-    max_grad_norm: Annotated[PositiveNumber | None, BeforeValidator(_off_is_none)] = Field(
-        1.0, description="gradients are scaled down to this global norm; `off` for no limit"
-    )
-    max_grad_value: Annotated[PositiveNumber | None, BeforeValidator(_off_is_none)] = Field(
+    max_grad_norm: Limit = Field(1.0, description="gradients are scaled down to this global norm; `off` for no limit")
+    max_grad_value: Limit = Field(
         None, description="each gradient element is clamped to this size; not together with max_grad_norm"
     )
 

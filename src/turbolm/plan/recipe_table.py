@@ -1,0 +1,90 @@
+"""The table of recipes/README.md, from the recipes themselves. Torch-free."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from turbolm.plan.count import read_model_config, size_model
+from turbolm.plan.machine import described_machine
+from turbolm.plan.summary import ASSUMED_MFU, collect_summary
+from turbolm.recipe.load import load_recipe
+from turbolm.recipe.schema import Recipe
+from turbolm.units import format_count
+
+_INTRODUCTION = f"""\
+# Recipes
+
+One folder for each model and task. `turbolm plan RECIPE` shows what follows from a recipe, here or for the cluster it \
+describes; `turbolm train` and `turbolm submit` run it. Any value can be replaced on the command line, such as \
+`train.budget=1B`.
+
+Days are estimated from the FLOPs and {ASSUMED_MFU:.0%} of the GPUs' dense bf16 peak, until they are measured. Written \
+by `turbolm recipes --write`.
+
+"""
+_CONCLUSION = """
+`extends:` builds a recipe from pieces: `_clusters/` describes machines, `_base/` models, data and optimizers. \
+`schema.json` tells editors what each key means; `turbolm schema --write` writes it.
+"""
+_COLUMNS = ("recipe", "model", "parameters", "cluster", "tokens", "steps", "estimated days", "measured")
+
+
+def recipes_folder() -> Path:
+    """`recipes` of $TURBOLM_HOME, or else of the checkout this module stands in."""
+    home = os.environ.get("TURBOLM_HOME")
+    return (Path(home) if home else Path(__file__).parents[3]) / "recipes"
+
+
+def recipe_files(folder: Path) -> list[Path]:
+    """Every recipe below `folder`, without the pieces that recipes extend."""
+    return sorted(path for path in folder.rglob("config.yaml") if not path.relative_to(folder).parts[0].startswith("_"))
+
+
+def read_header(path: Path) -> dict[str, str]:
+    """The fields of a recipe's opening comment: command, hardware, runtime, loss."""
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        lines.append(line)
+    return {match[1]: match[2] for line in lines if (match := re.match(r"# (\w+): +(\S.*)$", line))}
+
+
+def render_readme(folder: Path) -> str:
+    """The text of recipes/README.md."""
+    rows = [_COLUMNS, ("---",) * len(_COLUMNS), *(_row(path, folder) for path in recipe_files(folder))]
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return f"{_INTRODUCTION}{table}\n{_CONCLUSION}"
+
+
+def _row(path: Path, folder: Path) -> tuple[str, ...]:
+    recipe = load_recipe(path)
+    config, _ = read_model_config(recipe, path)
+    size = size_model(config, recipe.execution.cache_dir) if config is not None else None
+    runtime = read_header(path).get("runtime", "")
+    is_measured = "measured" in runtime and "until measured" not in runtime
+    name = path.parent.relative_to(folder).as_posix()
+    return (
+        f"[{name}]({name}/config.yaml)",
+        str(config["model_type"]) if config else "",
+        format_count(size.total) if size else "",
+        _cluster(recipe),
+        format_count(recipe.train.budget),
+        f"{-(-recipe.train.budget // recipe.train.global_batch):,}",
+        _days(recipe, path),
+        re.sub(r" *\(.*\)", "", runtime) if is_measured else "not measured",
+    )
+
+
+def _cluster(recipe: Recipe) -> str:
+    cluster = recipe.cluster
+    return f"{cluster.num_nodes} x {cluster.gpus_per_node} {cluster.gpu}" if cluster.gpu else "any"
+
+
+def _days(recipe: Recipe, path: Path) -> str:
+    if described_machine(recipe) is None:
+        return ""
+    seconds = collect_summary(recipe, str(path), (), lambda *_: {}).cost.estimated_sec
+    return f"{seconds / 86400:.2g}" if seconds is not None else ""

@@ -1,0 +1,54 @@
+"""The JSON Schema (draft 2020-12) of recipe files, for editors: what each key means and may hold."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from turbolm.recipe.schema import Recipe
+from turbolm.units import Span
+
+_DIALECT = "https://json-schema.org/draft/2020-12/schema"
+_EXTENDS = {
+    "description": "files that this one builds on, relative to it; what stands here replaces what they say",
+    "anyOf": [
+        {"type": "string", "minLength": 1},
+        {"type": "array", "items": {"type": "string", "minLength": 1}},
+    ],
+}
+
+
+def recipe_json_schema() -> dict[str, Any]:
+    """The schema of one recipe file.
+
+    A section is not complete in a file that extends another, so no key of a section is required here; loading the
+    recipe tells what is missing.
+    """
+    generated = Recipe.model_json_schema()
+    for name, definition in (("", generated), *generated["$defs"].items()):
+        if not name.endswith("Source"):
+            definition.pop("required", None)
+    generated["properties"] = {"extends": _EXTENDS, **generated["properties"]}
+    schema = {"$schema": _DIALECT, **generated, "title": "turbolm recipe"}
+    mended = _mend(schema)
+    assert isinstance(mended, dict)
+    return mended
+
+
+def _mend(value: Any) -> Any:
+    """What pydantic writes of annotated types, put right.
+
+    Defaults of spans become their text, a tuple's least length is `minItems`, and its own titles and OpenAPI's
+    `discriminator` only repeat what stands there.
+    """
+    if isinstance(value, list):
+        return [_mend(entry) for entry in value]
+    if not isinstance(value, dict):
+        return value
+    if value.keys() == {"amount", "unit"}:
+        return str(Span(**value))
+    if value.get("type") == "array" and "minLength" in value:
+        value = {**{key: entry for key, entry in value.items() if key != "minLength"}, "minItems": value["minLength"]}
+    generated = {"discriminator"} | (
+        {"title"} if isinstance(value.get("title"), str) and "$schema" not in value else set()
+    )
+    return {key: _mend(entry) for key, entry in value.items() if key not in generated}
