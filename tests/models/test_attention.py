@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.attention.varlen as varlen
+from transformers import LlamaForCausalLM, MambaForCausalLM
 
 from tests.models.test_isolation import CONFIGS, SEQ_LEN, make_model, packed_row
+from turbolm.errors import UserError
 from turbolm.models.attention import choose_attention, model_inputs
 
 CPU = torch.device("cpu")
@@ -48,5 +50,8 @@ def test_varlen_gives_what_sdpa_gives(name: str, monkeypatch: pytest.MonkeyPatch
 
 
 def test_auto_takes_sdpa_where_there_is_no_gpu() -> None:
-    assert choose_attention("auto", "cpu", "bf16") == "sdpa"
-    assert choose_attention("flex", "cpu", "bf16") == "flex"
+    assert choose_attention("auto", "cpu", "bf16", LlamaForCausalLM) == "sdpa"
+    assert choose_attention("auto", "cpu", "bf16", MambaForCausalLM) == "eager"
+    assert choose_attention("eager", "cpu", "bf16", LlamaForCausalLM) == "eager"
+    with pytest.raises(UserError, match="flex attention cannot train on a CPU"):
+        choose_attention("flex", "cpu", "bf16", LlamaForCausalLM)

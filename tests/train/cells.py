@@ -35,9 +35,15 @@ def train_cell(folder: Path, cell: Cell) -> list[list[float]]:
     plan = build_plan(recipe, detect_machine(), int(os.environ["WORLD_SIZE"]))
     store = open_store(find_store(recipe) or "missing")
     accelerator = build_accelerator(plan.ds_config, device="cpu", precision=plan.precision, timeout_sec=120)
-    engine = build_engine(accelerator, plan, store, "sdpa", RunDirectory(folder / "runs" / cell.name))
+    engine, attention = build_engine(accelerator, plan, store, RunDirectory(folder / "runs" / cell.name))
     batch_plan = plan.batch
-    order = BatchOrder(store.lengths("train"), batch_plan.seq_len, batch_plan.bins_per_batch, recipe.train.seed)
+    order = BatchOrder(
+        store.lengths("train"),
+        batch_plan.seq_len,
+        batch_plan.bins_per_batch,
+        recipe.train.seed,
+        recipe.data.packing,
+    )
     loader = BatchLoader(order, store, "train", dist.get_world_size(), dist.get_rank(), batch_plan.micro_batch_bins)
     step = load_checkpoint(Path(cell.load), engine)["step"] if cell.load else 0
     if cell.save_loaded_in:
@@ -48,7 +54,7 @@ def train_cell(folder: Path, cell: Cell) -> list[list[float]]:
         tokens = batch_plan.global_batch_tokens
         ratio = lr_ratio(recipe.schedule, (step + 0.5) * tokens, [recipe.train.budget], tokens)
         set_learning_rate(engine, recipe.optimizer.lr * ratio)
-        result = train_step(engine, batch.micro_batches, batch.num_targets, "sdpa")
+        result = train_step(engine, batch.micro_batches, batch.num_targets, attention)
         loss = result.loss_sum.double()
         dist.all_reduce(loss)
         step += 1

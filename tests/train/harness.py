@@ -26,6 +26,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 64,
     },
     "gpt2": {"model_type": "gpt2", "n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 64},
+    "mamba": {"model_type": "mamba", "hidden_size": 32, "num_hidden_layers": 1, "state_size": 4},
 }
 SEQ_LEN = 32
 BINS_PER_BATCH = 5  # divided by none of the layouts below: there are always ranks with less than the others
@@ -66,10 +67,12 @@ class Cell:
     model: str = "llama"
     zero_stage: int = 1
     micro_batch_bins: int = BINS_PER_BATCH
-    activation_checkpointing: str = "none"
+    activation_checkpointing: str | int = "none"
     offload_optimizer: bool = False
     precision: str = "fp32"
     train: dict[str, Any] = field(default_factory=dict)
+    packing: str = "best_fit"
+    adam_kernel: str = "torch"
     steps: int = 10
     load: str | None = None  # a checkpoint folder to start from
     save_at: list[int] = field(default_factory=list)
@@ -82,13 +85,14 @@ def cell_recipe(folder: Path, cell: Cell) -> Recipe:
     return make_recipe(
         folder,
         model={"config": MODELS[cell.model]},
+        data={"packing": cell.packing},
         train={"precision": cell.precision, **cell.train},
         execution={
             "zero_stage": cell.zero_stage,
             "micro_batch": cell.micro_batch_bins * SEQ_LEN,
             "activation_checkpointing": cell.activation_checkpointing,
             "offload_optimizer": cell.offload_optimizer,
-            "adam_kernel": "torch",
+            "adam_kernel": cell.adam_kernel,
         },
     )
 
@@ -103,7 +107,11 @@ def run_cells(folder: Path, world_size: int, cells: list[Cell]) -> dict[str, lis
     done = subprocess.run(
         [*command, str(folder), str(jobs), str(results)],
         cwd=Path(__file__).parents[2],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+        },
         capture_output=True,
         text=True,
         timeout=600,

@@ -22,16 +22,15 @@ def train_reference(recipe: Recipe, store: TokenStore, lrs: list[float]) -> list
     torch.manual_seed(recipe.train.seed)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
     model.train()
-    decayed = [
-        p for n, p in model.named_parameters() if p.dim() == 2 and "emb" not in n and "wte" not in n and "wpe" not in n
-    ]
+    undecayed = ("emb", "wte", "wpe", "A_log")
+    decayed = [p for n, p in model.named_parameters() if p.dim() >= 2 and not any(part in n for part in undecayed)]
     plain = [p for p in model.parameters() if all(p is not other for other in decayed)]
     settings = {"betas": recipe.optimizer.betas, "eps": recipe.optimizer.eps, "fused": False, "foreach": False}
     optimizer = torch.optim.AdamW(
         [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}], lr=1.0, **settings
     )
     bins = recipe.train.global_batch // recipe.data.seq_len
-    order = BatchOrder(store.lengths("train"), recipe.data.seq_len, bins, recipe.train.seed)
+    order = BatchOrder(store.lengths("train"), recipe.data.seq_len, bins, recipe.train.seed, recipe.data.packing)
     trained = []
     for step, lr in enumerate(lrs):
         batch = order.batch(step)

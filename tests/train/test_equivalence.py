@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.train.harness import BINS_PER_BATCH, MODELS, Cell, cell_recipe, run_cells
+from tests.train.harness import BINS_PER_BATCH, Cell, cell_recipe, run_cells
 from tests.train.reference import train_reference
 from turbolm.data.loader import BatchLoader
 from turbolm.data.order import BatchOrder
@@ -38,13 +38,13 @@ def test_losses_and_norms_equal_plain_pytorch(world_size: int, tmp_path: Path) -
             micro_batch_bins=math.ceil(BINS_PER_BATCH / world_size / accumulation),
             activation_checkpointing=checkpointing,
         )
-        for model in MODELS
+        for model in ("llama", "gpt2")
         for stage in (0, 1, 2, 3)
         for accumulation in (1, 3)
         for checkpointing in ("none", "full")
     ]
     trained = run_cells(tmp_path, world_size, cells)
-    for model in MODELS:
+    for model in ("llama", "gpt2"):
         recipe = cell_recipe(tmp_path, Cell(name="reference", model=model))
         store = open_store(prepare(recipe))
         expected = np.array(train_reference(recipe, store, learning_rates()))
@@ -83,3 +83,19 @@ def test_clipping_off_and_by_value(clip: dict[str, float | None], tmp_path: Path
     assert abs(expected[-1, 0] - clipped_by_norm[-1][0]) > 1e-5, "the setting must change the run"
     for name, values in trained.items():
         np.testing.assert_allclose(np.array(values), expected, rtol=1e-5, err_msg=name)
+
+
+def test_other_ways_to_run_and_models_that_need_a_row_for_each_document(tmp_path: Path) -> None:
+    """CPUAdam with the optimizer state offloaded, recomputation of every second layer, and a recurrent model."""
+    cells = [
+        Cell(name="offloaded", zero_stage=2, micro_batch_bins=1, offload_optimizer=True, adam_kernel="auto"),
+        Cell(name="every-second", zero_stage=3, micro_batch_bins=1, activation_checkpointing=2),
+        Cell(name="single", model="mamba", zero_stage=1, micro_batch_bins=1, packing="single"),
+    ]
+    trained = run_cells(tmp_path, 2, cells)
+    store = open_store(prepare(cell_recipe(tmp_path, cells[0])))
+    for cell in cells:
+        expected = train_reference(cell_recipe(tmp_path, cell), store, learning_rates())
+        # CPUAdam computes the same update in another order of operations.
+        rtol = 1e-4 if cell.name == "offloaded" else 1e-5
+        np.testing.assert_allclose(trained[cell.name], expected, rtol=rtol, err_msg=cell.name)

@@ -8,13 +8,16 @@ FlashAttention family read cumulative lengths instead: their micro-batch is one 
 from __future__ import annotations
 
 import importlib.util
+import inspect
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.masking_utils import flex_attention_mask
+
+from turbolm.errors import UserError
 
 # The recipe's names and Transformers' own.
 ATTENTION_NAMES = {
@@ -27,20 +30,34 @@ ATTENTION_NAMES = {
 _FLATTENED = {"flash", "varlen"}
 
 
-def choose_attention(requested: str, device: str, precision: str) -> str:
-    """The attention kernel for `auto`: varlen on a GPU in half precision, else sdpa.
+def choose_attention(requested: str, device: str, precision: str, model_class: type[PreTrainedModel]) -> str:
+    """The attention kernel for `auto`: varlen on a GPU in half precision, else sdpa, else the model's own code.
 
     torch's own varlen attention (FlashAttention kernels, torch >= 2.10) needs no extra package and computes nothing
-    across documents; sdpa builds a dense [seq_len, seq_len] mask but runs everywhere.
+    across documents; sdpa builds a dense [seq_len, seq_len] mask but runs everywhere. Raises UserError for a kernel
+    that cannot train here.
     """
+    if requested == "flex" and device == "cpu":
+        raise UserError("execution.attention: flex attention cannot train on a CPU (torch has no backward pass there)")
     if requested != "auto":
         return requested
+    if not model_class._supports_sdpa:
+        return "eager"
     if device == "cuda" and precision in ("bf16", "fp16") and torch.cuda.get_device_capability() >= (8, 0):
-        if importlib.util.find_spec("torch.nn.attention.varlen") is not None:
+        if _varlen_is_usable():
             return "varlen"
         if importlib.util.find_spec("flash_attn") is not None:
             return "flash"
     return "sdpa"
+
+
+def _varlen_is_usable() -> bool:
+    """Whether this torch's varlen attention takes a scale and a window; the first releases had only `is_causal`."""
+    if importlib.util.find_spec("torch.nn.attention.varlen") is None:
+        return False
+    from torch.nn.attention.varlen import varlen_attn
+
+    return {"scale", "window_size"} <= inspect.signature(varlen_attn).parameters.keys()
 
 
 def model_inputs(batch: dict[str, np.ndarray], attention: str, device: torch.device) -> dict[str, Any]:
@@ -60,7 +77,6 @@ def model_inputs(batch: dict[str, np.ndarray], attention: str, device: torch.dev
     flat_positions = positions.reshape(1, -1)
     starts = np.flatnonzero(flat_positions[0] == 0)
     cumulative = np.append(starts, flat_positions.size).astype(np.int32)
-    # A bound that does not change from batch to batch: max_length is a specialised integer for a compiler.
     cu_seq_lens = torch.from_numpy(cumulative).to(device, non_blocking=True)
     return {
         "input_ids": torch.from_numpy(tokens.reshape(1, -1)).to(device, non_blocking=True),
@@ -68,7 +84,7 @@ def model_inputs(batch: dict[str, np.ndarray], attention: str, device: torch.dev
         "use_cache": False,
         "cu_seq_lens_q": cu_seq_lens,
         "cu_seq_lens_k": cu_seq_lens,
-        "max_length_q": positions.shape[1],
+        "max_length_q": positions.shape[1],  # a bound that is the same for every batch: compilers specialise on it
         "max_length_k": positions.shape[1],
     }
 

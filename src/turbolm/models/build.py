@@ -51,6 +51,15 @@ def build_config(
     return config
 
 
+def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The causal language model class of a configuration."""
+    try:
+        found: type[PreTrainedModel] = AutoModelForCausalLM._model_mapping[type(config)]
+    except KeyError:
+        raise UserError(f"model.config.model_type: {config.model_type} has no causal language model") from None
+    return found
+
+
 def build_model(
     model: Model, config: PreTrainedConfig, *, seed: int, attention: str, dtype: torch.dtype = torch.float32
 ) -> PreTrainedModel:

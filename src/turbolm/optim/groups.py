@@ -18,7 +18,8 @@ def build_param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, 
     for parameter in model.parameters():
         if parameter.requires_grad:
             is_matrix = _num_dims(parameter) >= 2 and id(parameter) not in embeddings
-            (decayed if is_matrix else plain).append(parameter)
+            exempt = getattr(parameter, "_no_weight_decay", False)  # how state-space models mark their dynamics
+            (decayed if is_matrix and not exempt else plain).append(parameter)
     groups = [
         {"params": decayed, "weight_decay": weight_decay, "lr_scale": 1.0, "name": "matrices"},
         {"params": plain, "weight_decay": 0.0, "lr_scale": 1.0, "name": "norms, biases and embeddings"},
