@@ -65,7 +65,9 @@ def _batch(summary: Summary) -> Iterator[str]:
     )
     slots = batch.bins_per_batch + batch.num_filler_bins
     if batch.num_filler_bins:
-        yield f"fillers count in nothing, but take {batch.num_filler_bins / slots:.1%} of the time"
+        least = -batch.bins_per_batch % batch.world_size
+        better = f"; another micro_batch can leave {least}" if least < batch.num_filler_bins else ""
+        yield f"fillers count in nothing, but take {batch.num_filler_bins / slots:.1%} of the time{better}"
 
 
 def _schedule(summary: Summary) -> Iterator[str]:

@@ -8,6 +8,7 @@ from turbolm.recipe.schema import Recipe
 from turbolm.units import Span
 
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"
+_BOUNDS = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
 _EXTENDS = {
     "description": "files that this one builds on, relative to it; what stands here replaces what they say",
     "anyOf": [
@@ -37,7 +38,7 @@ def recipe_json_schema() -> dict[str, Any]:
 def _mend(value: Any) -> Any:
     """What pydantic writes of annotated types, put right.
 
-    Defaults of spans become their text, a tuple's least length is `minItems`, and its own titles and OpenAPI's
+    Defaults of spans become their text; bounds set behind a validator get JSON Schema's names. Its titles and OpenAPI's
     `discriminator` only repeat what stands there.
     """
     if isinstance(value, list):
@@ -46,9 +47,10 @@ def _mend(value: Any) -> Any:
         return value
     if value.keys() == {"amount", "unit"}:
         return str(Span(**value))
-    if value.get("type") == "array" and "minLength" in value:
-        value = {**{key: entry for key, entry in value.items() if key != "minLength"}, "minItems": value["minLength"]}
-    generated = {"discriminator"} | (
-        {"title"} if isinstance(value.get("title"), str) and "$schema" not in value else set()
-    )
-    return {key: _mend(entry) for key, entry in value.items() if key not in generated}
+    names = _BOUNDS | ({"minLength": "minItems"} if value.get("type") == "array" else {})
+    dropped = {"discriminator"} if "$schema" in value else {"discriminator", "title"}
+    return {
+        names.get(key, key): _mend(entry)
+        for key, entry in value.items()
+        if key not in dropped or (key == "title" and isinstance(entry, dict))
+    }

@@ -1,0 +1,226 @@
+"""`turbolm plan` as a user runs it: text, JSON, every problem at once, and no torch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from turbolm.plan.batch import plan_batch
+from turbolm.plan.deepspeed import resolve_ds_config
+from turbolm.plan.memory import estimate_model_state
+from turbolm.plan.summary import Summary, collect_summary
+from turbolm.plan.text import plot
+from turbolm.recipe.load import load_recipe
+from turbolm.recipe.schema import Execution, Recipe
+
+REPOSITORY = Path(__file__).parents[2]
+LLAMA_8B = "recipes/llama3.1-8b/pretrain/config.yaml"
+# Runs the command and then says on stderr which of the heavy packages it has imported.
+RUN = """
+import atexit, runpy, sys
+heavy = ("torch", "transformers", "deepspeed", "accelerate")
+atexit.register(lambda: print("heavy:", [name for name in heavy if name in sys.modules], file=sys.stderr))
+sys.argv = ["turbolm", *sys.argv[1:]]
+runpy.run_module("turbolm.cli", run_name="__main__")
+"""
+
+
+def plan(*arguments: str, code: int = 0, folder: Path = REPOSITORY) -> tuple[str, str]:
+    """stdout and stderr of `turbolm plan`, which must not import torch."""
+    command = [sys.executable, "-c", RUN, "plan", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
+    assert done.returncode == code, done.stderr
+    errors, _, heavy = done.stderr.rpartition("heavy: ")
+    assert heavy.strip() == "[]"
+    return done.stdout, errors
+
+
+def summary_of(recipe: str, *overrides: str) -> Summary:
+    path = str(REPOSITORY / recipe)
+    return collect_summary(load_recipe(path, overrides), path, overrides, lambda *_: {})
+
+
+def test_the_text_has_everything() -> None:
+    text, errors = plan(LLAMA_8B, "train.budget=100B")
+    assert errors == ""
+    for expected in (
+        "8 nodes x 8 processes = 64 on NVIDIA H100 (as the recipe describes), bf16, ZeRO-2",
+        "1 x 8192 tokens of a micro-batch x 8 accumulated x 64 processes = 4194304 tokens (512 sequences)",
+        "23842 steps, 100B tokens",
+        "learning rate: cosine, warmup 8000 steps",
+        "0.0003 │",
+        "8,030,261,248 parameters",
+        "FLOPs a token = 6 x",
+        "at an assumed MFU of 40% (not measured)",
+        "optimizer moments",
+        '"train_batch_size": 512',
+        "distributed_type: DEEPSPEED",
+        f"turbolm submit {LLAMA_8B} train.budget=100B",
+        "accelerate launch --config_file launch/accelerate/multi_node.yaml --num_machines 8 --num_processes 64",
+    ):
+        assert expected in text
+    assert '"auto"' not in text
+
+
+def test_json_has_the_same_and_stable_keys() -> None:
+    text, _ = plan(LLAMA_8B, "--json")
+    found = json.loads(text)
+    keys = "recipe cluster batch schedule parameters cost memory ds_config accelerate_config launch notes"
+    assert list(found) == keys.split()
+    recipe = load_recipe(REPOSITORY / LLAMA_8B)
+    assert found["ds_config"] == resolve_ds_config(recipe, plan_batch(recipe, 64), "cuda", "bf16")
+    assert found["cluster"] == {
+        "is_described": True,
+        "num_nodes": 8,
+        "processes_per_node": 8,
+        "world_size": 64,
+        "device": "cuda",
+        "gpu": "NVIDIA H100",
+        "gpu_memory_bytes": 80 * 2**30,
+        "precision": "bf16",
+        "zero_stage": 2,
+    }
+    batch = found["batch"]
+    assert batch["micro_batch_tokens"] * batch["gradient_accumulation_steps"] * batch["world_size"] == 4194304
+    assert found["schedule"]["learning_rate"][0] == [0, 0.0]
+    assert found["schedule"]["learning_rate"][-1] == [10**12, pytest.approx(3e-6)]
+    assert found["parameters"]["total"] == 8_030_261_248
+    assert found["accelerate_config"]["num_processes"] == 64
+    assert found["launch"]["command"] == f"turbolm submit {LLAMA_8B}"
+    # 6 x 7.50e9 weights that are multiplied + 12 x 32 layers x 4096 wide x a mean span of 4096.5
+    assert found["cost"]["flops_per_token"] == pytest.approx(6 * 7_504_658_432 + 12 * 32 * 4096 * 4096.5)
+    assert found["memory"]["device_bytes"] == sum(
+        found["memory"][part] for part in ("weights", "gradients", "master", "optimizer", "gathered", "buckets")
+    )
+
+
+def test_it_is_quick() -> None:
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        plan(LLAMA_8B)
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 1.0
+
+
+def test_here_it_is_planned_for_this_machine() -> None:
+    text, _ = plan("recipes/quickstart/config.yaml", "cluster.processes_per_node=3", "cluster.device=cpu")
+    assert "1 node x 3 processes = 3 on CPU (as found here)" in text
+    assert "8192 tokens (32 sequences), with 16 filler sequences on top" in text
+    assert "fillers count in nothing, but take 33.3% of the time; another micro_batch can leave 1" in text
+    assert "turbolm train recipes/quickstart/config.yaml cluster.processes_per_node=3 cluster.device=cpu" in text
+    assert "launch/accelerate/cpu.yaml --num_machines 1 --num_processes 3" in text
+
+
+def test_a_checkpoint_that_is_elsewhere_is_noted(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(
+        "name: a\nmodel: {pretrained: nowhere}\ntokenizer: {path: nowhere}\ndata: {seq_len: 128}\n"
+        "train: {budget: 1M, global_batch: 8192}\ncluster: {gpu: H100-80GB, gpus_per_node: 8}\n"
+    )
+    text, _ = plan("a.yaml", folder=tmp_path)
+    assert "nowhere is not on this machine: the size of the model is not known" in text
+    assert "parameters: not known here" in text
+    (tmp_path / "nowhere").mkdir()
+    _, errors = plan("a.yaml", code=2, folder=tmp_path)
+    assert "model.pretrained: nowhere/config.json is missing" in errors
+    config = {"model_type": "gpt2"}
+    (tmp_path / "nowhere/config.json").write_text(json.dumps(config))
+    text, _ = plan("a.yaml", folder=tmp_path)
+    assert "124,439,808 parameters" in text
+
+
+def test_every_problem_at_once_with_exit_code_2() -> None:
+    _, errors = plan(
+        LLAMA_8B, "cluster.num_nodes=100", "execution.zero_stage=1", "execution.quantized_weights=true", "a=1", code=2
+    )
+    lines = errors.splitlines()
+    assert len(lines) == 3
+    assert "too few for 800 processes; use at most 512 processes" in errors
+    assert "execution.quantized_weights: needs execution.zero_stage 3, got 1" in errors
+    assert "a: unknown key" in errors
+
+
+def test_problems_of_the_model_and_of_the_machine_come_together() -> None:
+    _, errors = plan(
+        "recipes/quickstart/config.yaml",
+        *("model.config.hidden_size=four", "cluster.device=cpu", "cluster.processes_per_node=33"),
+        code=2,
+    )
+    assert "too few for 33 processes" in errors
+    _, errors = plan("recipes/quickstart/config.yaml", "model.config.hidden_size=four", code=2)
+    assert "model.config.hidden_size: expected a whole number of at least 1, got 'four'" in errors
+
+
+def test_a_model_state_that_cannot_fit_is_refused_with_what_would() -> None:
+    _, errors = plan(
+        "recipes/llama3.1-70b/pretrain/config.yaml",
+        *("execution.zero_stage=2", "execution.hierarchical_partition=null"),
+        code=2,
+    )
+    assert "its model state takes 134 GiB of each GPU, which has 80 GiB; zero_stage: 3 fits" in errors
+
+
+@pytest.mark.parametrize(
+    ("num_nodes", "slurm", "verb"), [(1, None, "train"), (2, None, "submit"), (1, "{}", "submit"), (2, "{}", "submit")]
+)
+def test_the_command_follows_the_cluster(num_nodes: int, slurm: str | None, verb: str) -> None:
+    overrides = [f"cluster.num_nodes={num_nodes}", *([f"cluster.slurm={slurm}"] if slurm else [])]
+    summary = summary_of("recipes/gpt2-124m/pretrain/config.yaml", *overrides)
+    assert summary.launch_command.startswith(f"turbolm {verb} ")
+
+
+# ---------------------------------------------------------------------------------------------------------- memory
+
+PSI, N = 7_500_000_000, 64  # the example of arXiv 1910.02054's figure 1: 7.5B parameters on 64 GPUs
+
+
+def state(stage: int, precision: str = "bf16", **execution: Any) -> Any:
+    options = Execution.model_validate({"zero_stage": stage} | execution)
+    return estimate_model_state(options, {"zero_optimization": {"stage": stage}}, PSI, N, precision)
+
+
+def test_model_state_as_in_the_zero_paper() -> None:
+    """Figure 1 has 31.4, 16.6 and 1.9 GB with gradients in half precision; fp32 gradients add 2 bytes at least."""
+    assert state(1).device_bytes == pytest.approx(31.4e9 + 4 * PSI, rel=0.01)  # half-precision ones, and fp32 ones
+    assert state(2).device_bytes == pytest.approx(16.6e9 + 2 * PSI / N, rel=0.01)
+    assert state(3).device_bytes == pytest.approx(1.9e9 + 2 * PSI / N, rel=0.02)
+
+
+def test_model_state_of_fp32() -> None:
+    assert state(0, "fp32").device_bytes == 16 * PSI
+    assert state(3, "fp32").device_bytes == pytest.approx(16 * PSI / N)
+    assert state(2, "fp32").master == pytest.approx(4 * PSI / N)
+
+
+def test_what_is_offloaded_moves_to_the_host() -> None:
+    for stage in (1, 2, 3):
+        offloaded, plain = state(stage, offload_optimizer=True), state(stage)
+        assert (offloaded.master, offloaded.optimizer) == (0, 0)
+        assert offloaded.host_bytes == pytest.approx(16 * PSI / N)
+        assert offloaded.weights == plain.weights
+    both = state(3, offload_optimizer=True, offload_parameters=True)
+    assert both.device_bytes == 0
+    assert both.host_bytes == pytest.approx(18 * PSI / N)
+
+
+def test_the_second_copy_of_hierarchical_partitioning() -> None:
+    assert state(3, hierarchical_partition=8).weights == pytest.approx(2 * PSI / N + 2 * PSI / 8)
+
+
+def test_plot() -> None:
+    assert plot([0, 1, 2], num_rows=1) == [" ▄█"]
+    assert plot([0, 1, 2], num_rows=2) == ["  █", " ██"]
+    assert plot([0, 0], num_rows=1) == ["  "]
+
+
+def test_a_recipe_that_names_no_vocabulary_takes_that_of_its_tokenizer() -> None:
+    summary = summary_of("recipes/quickstart/config.yaml")
+    assert isinstance(summary.recipe, Recipe)
+    assert summary.size is not None
+    assert summary.size.embedding == 4096 * 128
