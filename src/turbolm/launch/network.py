@@ -64,11 +64,15 @@ def choose_port(address: str, environment: Mapping[str, str]) -> int:
     raise UserError(f"no free port on {address}: tried {_PROBES} from {_FIRST_PORT} on")
 
 
-def is_reachable(address: str, port: int) -> bool:
-    """Whether something listens there."""
-    with suppress(OSError), socket.create_connection((address, port), timeout=_CONNECT_TIMEOUT_SEC):
-        return True
-    return False
+def probe(address: str, port: int) -> str:
+    """`open`; `closed`: the machine answers, but nothing listens there; `silent`: no answer, or no way there."""
+    try:
+        with socket.create_connection((address, port), timeout=_CONNECT_TIMEOUT_SEC):
+            return "open"
+    except ConnectionRefusedError:
+        return "closed"
+    except OSError:
+        return "silent"
 
 
 def interface_of(address: str) -> str | None:

@@ -30,7 +30,7 @@ from turbolm.launch.local import (
     start_ranks,
     wait_for_ranks,
 )
-from turbolm.launch.network import choose_port, interface_of, is_reachable, own_address
+from turbolm.launch.network import choose_port, interface_of, own_address, probe
 from turbolm.plan.machine import detect_machine
 from turbolm.plan.plan import Plan, build_plan
 from turbolm.recipe.load import load_recipe
@@ -97,6 +97,8 @@ def run_node(recipe: Recipe, recipe_file: str, attempt: int, place: Place) -> in
         wait_for_ranks(process, run)
         code, lost = _judge(run, attempt, plan, place, nodes)
         write_json(record, {**mine, "exit_code": code, "lost": lost})
+        if code != EXIT_OK:
+            (folder / "failed").touch()  # the batch shell need not wait for a node that does not answer
     return code
 
 
@@ -133,7 +135,7 @@ def meet(folder: Path, place: Place, timeout_sec: float) -> list[dict[str, Any]]
             raise TimeoutError(f"no sign of {', '.join(silent)} within {timeout_sec:.0f} s")
         time.sleep(_POLL_SEC)
     head = here[0]
-    if not is_reachable(head["address"], head["port"]):
+    if probe(head["address"], head["port"]) != "open":
         raise TimeoutError(f"{place.host} cannot reach {head['host']} ({head['address']})")
     return here
 
@@ -209,10 +211,10 @@ def _judge(
         return EXIT_OK, []
     lost = [f"rank {rank} on {place.host} was killed" for rank in own if rank not in ends]
     for node in nodes:
-        if node["node"] != place.node and not is_reachable(node["address"], node["port"]):
-            record = read_json(folder / "nodes" / f"{node['node']}.json") or {}
-            if "exit_code" not in record:  # else it ended by itself
-                lost.append(f"node {node['node']}, {node['host']} ({node['address']}), does not answer")
+        answer = probe(node["address"], node["port"]) if node["node"] != place.node else "open"
+        record = read_json(folder / "nodes" / f"{node['node']}.json") or {}
+        if answer == "silent" or (answer == "closed" and "exit_code" not in record):  # else it ended by itself
+            lost.append(f"node {node['node']}, {node['host']} ({node['address']}), does not answer")
     for end in (ends[rank] for rank in own if rank in ends):
         print(f"rank {end.rank} on {place.host}: {end.kind}: {end.message}", file=sys.stderr)
     print("\n".join(lost), file=sys.stderr)

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
 from torch import nn
+from torch.distributed import distributed_c10d as c10d
 
 _ACCELERATE_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
@@ -31,11 +32,14 @@ def build_accelerator(ds_config: dict[str, Any], *, device: str, precision: str,
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # What the launcher or an accelerate YAML says of precision and DeepSpeed is overruled by the recipe.
     os.environ["ACCELERATE_MIXED_PRECISION"] = _ACCELERATE_PRECISION[precision]
+    # DeepSpeed and Accelerate make further groups without naming a time-out: torch's default of 30 minutes would hold.
+    timeout = timedelta(seconds=timeout_sec)
+    c10d.default_pg_timeout = c10d.default_pg_nccl_timeout = timeout
     plugin = DeepSpeedPlugin(hf_ds_config=ds_config, zero3_init_flag=False)
     return Accelerator(
         deepspeed_plugin=plugin,
         mixed_precision=_ACCELERATE_PRECISION[precision],
-        kwargs_handlers=[InitProcessGroupKwargs(backend=backend, timeout=timedelta(seconds=timeout_sec))],
+        kwargs_handlers=[InitProcessGroupKwargs(backend=backend, timeout=timeout)],
     )
 
 
