@@ -1,6 +1,6 @@
 # One command for each thing one does with this repository. `make` alone lists them and changes nothing.
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint bench lock clean
+.PHONY: help setup train test lint lock clean
 PYTHON_VENV := .venv/bin/python
 
 help: ## list the targets
@@ -21,9 +21,6 @@ lint: setup ## ruff, mypy and the import contracts
 	@$(PYTHON_VENV) -m mypy src
 	@.venv/bin/lint-imports
 
-bench: setup ## run the benchmarks
-	@$(PYTHON_VENV) benchmarks/run.py $(ARGS)
-
 # torch is left out: which build is right depends on the machine, so launch/setup.sh installs it. The override makes uv
 # ignore it and its CUDA libraries; the group `lock` in pyproject.toml adds the rest of what torch needs.
 lock: ## pin the newest suitable packages in requirements.lock (needs uv)
@@ -33,4 +30,4 @@ lock: ## pin the newest suitable packages in requirements.lock (needs uv)
 
 clean: ## remove caches and build products; keeps .venv, runs and prepared data
 	@rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis src/turbolm.egg-info
-	@find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	@find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -61,6 +61,23 @@ def test_weights_depend_on_the_seed_alone() -> None:
     assert not torch.equal(weights(1), weights(2))
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_weights_are_distributed_as_transformers_draws_them(name: str) -> None:
+    mapping = {
+        "llama": {**LLAMA, "hidden_size": 128, "tie_word_embeddings": True},
+        "gpt2": {"model_type": "gpt2", "n_embd": 128, "n_layer": 4, "n_head": 2},
+    }[name]
+    config = complete(Model(config=mapping), vocab_size=1000)
+    ours = build_model(Model(config=mapping), config, seed=0, attention="sdpa")
+    torch.manual_seed(7)
+    theirs = dict(AutoModelForCausalLM.from_config(config).named_parameters())
+    assert {parameter_name for parameter_name, _ in ours.named_parameters()} == set(theirs)
+    for parameter_name, parameter in ours.named_parameters():
+        expected = theirs[parameter_name]
+        assert parameter.mean().item() == pytest.approx(expected.mean().item(), abs=2e-3), parameter_name
+        assert parameter.std().item() == pytest.approx(expected.std().item(), rel=0.05), parameter_name
+
+
 def test_pretrained_weights_are_read_from_a_folder(tmp_path: Path) -> None:
     config = LlamaConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=100

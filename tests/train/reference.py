@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from turbolm.data.order import BatchOrder
 from turbolm.data.store import TokenStore
+from turbolm.models.build import build_model
 from turbolm.recipe.schema import Recipe
 
 
@@ -19,8 +20,9 @@ def train_reference(recipe: Recipe, store: TokenStore, lrs: list[float]) -> list
     if mapping["model_type"] == "gpt2":
         mapping |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     config = AutoConfig.for_model(mapping.pop("model_type"), **mapping)
-    torch.manual_seed(recipe.train.seed)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
+    initial = build_model(recipe.model, config, seed=recipe.train.seed, attention="eager")  # all that is shared
+    model.load_state_dict(initial.state_dict())
     model.train()
     undecayed = ("emb", "wte", "wpe", "A_log")
     decayed = [p for n, p in model.named_parameters() if p.dim() >= 2 and not any(part in n for part in undecayed)]

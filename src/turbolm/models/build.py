@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 from transformers.integrations import unset_hf_deepspeed_config
 
 from turbolm.errors import UserError
 from turbolm.models.attention import ATTENTION_NAMES
+from turbolm.models.initialise import initialise_weights
 from turbolm.recipe.schema import Model
 
 # Layers that carry a state from token to token, or mix positions by convolution, reach over document boundaries.
@@ -61,32 +64,44 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
 
 
 def build_model(
-    model: Model, config: PreTrainedConfig, *, seed: int, attention: str, dtype: torch.dtype = torch.float32
+    model: Model, config: PreTrainedConfig, *, seed: int, attention: str, sharded_by: dict[str, Any] | None = None
 ) -> PreTrainedModel:
-    """The model on the CPU with initial weights, the same for every ZeRO stage and world size.
+    """The model with fp32 initial weights on the CPU, the same for every ZeRO stage and world size.
 
-    `attention` is one of `turbolm.models.attention.ATTENTION_NAMES`. DeepSpeed must not see the model being built:
-    its ZeRO-3 hooks would change the order in which the random numbers are drawn.
+    `attention` is one of `turbolm.models.attention.ATTENTION_NAMES`. `sharded_by`, a DeepSpeed configuration of stage
+    3, makes each process hold only its part from the start (weights that are read from a folder are still read whole).
+    Transformers must not see DeepSpeed: its own hooks would draw the weights in another order.
     """
     unset_hf_deepspeed_config()
-    torch.manual_seed(seed)
     implementation = ATTENTION_NAMES[attention]
     try:
         if model.pretrained is not None:
             return AutoModelForCausalLM.from_pretrained(
                 model.pretrained,
                 config=config,
-                dtype=dtype,
+                dtype=torch.float32,
                 attn_implementation=implementation,
                 local_files_only=True,
                 trust_remote_code=False,
                 use_safetensors=True,
             )
-        return AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation=implementation, trust_remote_code=False
-        )
+        with no_init_weights(), _sharding(sharded_by):
+            built: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, attn_implementation=implementation, trust_remote_code=False
+            )
     except (ValueError, ImportError, OSError, TypeError) as error:
         raise UserError(f"model: cannot build {config.model_type} with {attention} attention: {error}") from error
+    built.tie_weights()
+    initialise_weights(built, seed)
+    return built
+
+
+def _sharding(ds_config: dict[str, Any] | None) -> AbstractContextManager[Any]:
+    if ds_config is None:
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.Init(config_dict_or_path=ds_config)
 
 
 def carries_state_across_documents(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> str | None:

@@ -59,7 +59,7 @@ def train(session: Session) -> EvaluationResult | None:
         session.log.add_step(session.step, lr, batch, result, batch_flops(session, batch))
         is_last = session.step == num_steps
         if session.step % recipe.logging.every_steps == 0 or is_last:
-            session.log.flush()
+            session.log.flush(show=True)
         if session.step % plan.evaluate_every_steps == 0 and not is_last:
             run_evaluation(session)
         if session.step % plan.checkpoint_every_steps == 0:

@@ -58,8 +58,8 @@ class MetricsLog:
         """Leave out of the next step's time what was not training: evaluation, saving."""
         self._last_time = time.perf_counter()
 
-    def flush(self) -> None:
-        """Write the pending steps and show the last of them. Collective."""
+    def flush(self, *, show: bool = False) -> None:
+        """Write the pending steps and, if asked, show the last of them as progress. Collective."""
         if not self._pending:
             return
         losses = torch.stack([result.loss_sum for _, result in self._pending]).double().cpu()
@@ -71,7 +71,8 @@ class MetricsLog:
         self._pending.clear()
         if dist.get_rank() == 0:
             self._append(lines)
-            self._show(lines)
+            if show:
+                self._show(lines)
 
     def add_evaluation(self, step: int, loss: float, bits_per_byte: float) -> None:
         """Write and show an evaluation."""

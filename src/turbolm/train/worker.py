@@ -25,6 +25,7 @@ from turbolm.models.build import (
     carries_state_across_documents,
     model_class,
 )
+from turbolm.models.initialise import count_parameters, seed_for_rank
 from turbolm.models.isolation import check_isolation
 from turbolm.optim.build import build_optimizer
 from turbolm.plan.flops import peak_half_flops, training_flops_per_token
@@ -76,7 +77,7 @@ def run_worker(recipe: Recipe, attempt: int | None = None) -> int:
         return EXIT_OK
     session = _build_session(accelerator, plan, run, store, budgets, stop, attempt, terminal, group, machine)
     _resume(session)
-    num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in session.engine.module.parameters())
+    num_parameters = count_parameters(session.engine.module)
     evaluation = train(session)
     session.log.flush()
     dist.barrier(group=group)
@@ -162,7 +163,7 @@ def _build_session(
         print(f"packed documents are isolated: a change moved its neighbour's logits by {leak:.1e}")
     order = BatchOrder(store.lengths("train"), data.seq_len, batch.bins_per_batch, recipe.train.seed, data.packing)
     loader = BatchLoader(order, store, "train", dist.get_world_size(), dist.get_rank(), batch.micro_batch_bins)
-    num_matmul = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters() if p.dim() >= 2)
+    num_matmul = count_parameters(engine.module, min_dims=2)
     config = engine.module.config.to_dict()
 
     def flops_per_target(mean_span: float) -> float:
@@ -212,7 +213,8 @@ def build_engine(accelerator: Any, plan: Plan, store: TokenStore, run: RunDirect
     if reason and recipe.data.packing != "single":
         raise UserError(f"data.packing: {reason}, so packed documents cannot be kept apart; set data.packing: single")
     attention = choose_attention(recipe.execution.attention, plan.device, plan.precision, kind)
-    model = build_model(recipe.model, config, seed=recipe.train.seed, attention=attention)
+    sharded_by = plan.ds_config if recipe.execution.zero_stage == 3 else None
+    model = build_model(recipe.model, config, seed=recipe.train.seed, attention=attention, sharded_by=sharded_by)
     if dist.get_rank() == 0:
         config.save_pretrained(run.model)
         from turbolm.checkpoint.export import tokenizer
@@ -226,6 +228,7 @@ def build_engine(accelerator: Any, plan: Plan, store: TokenStore, run: RunDirect
     if recipe.train.max_grad_value is not None:
         clip_by_value(optimizer, recipe.train.max_grad_value)
     engine, _ = accelerator.prepare(model, optimizer)
+    seed_for_rank(recipe.train.seed, dist.get_rank())
     engine.train()
     return engine, attention
 

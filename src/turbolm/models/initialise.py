@@ -1,0 +1,85 @@
+"""Initial weights that depend on the seed and the model alone, whole or already sharded by ZeRO-3."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from transformers import PreTrainedModel
+
+
+@torch.no_grad()
+def initialise_weights(model: PreTrainedModel, seed: int) -> None:
+    """Draw the weights with the model's own `_init_weights`, one layer at a time, each from a seed of its own.
+
+    The random numbers of a layer do not depend on which layers were drawn before it, nor on where its parameters live:
+    they are drawn in fp32 on the CPU and copied. Parameters that ZeRO-3 has partitioned are gathered layer by layer,
+    drawn on rank 0 and partitioned again, so that no process ever holds the whole model; then it is collective.
+    """
+    drawn: set[int] = set()
+    for name, owner, modules in _layers(model, "", model):
+        parameters = [p for module in modules for p in module.parameters(recurse=False) if id(p) not in drawn]
+        drawn.update(id(parameter) for parameter in parameters)
+        if not parameters:  # none of its own, or the head of an embedding that was drawn already
+            continue
+        digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+        torch.manual_seed(int.from_bytes(digest[:7], "big"))
+        if hasattr(parameters[0], "ds_id"):
+            import deepspeed
+
+            with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0):
+                if dist.get_rank() == 0:
+                    _draw(owner, modules, parameters)
+        else:
+            _draw(owner, modules, parameters)
+    torch.manual_seed(seed)
+
+
+def _draw(owner: PreTrainedModel, modules: list[nn.Module], parameters: list[nn.Parameter]) -> None:
+    places = [parameter.data for parameter in parameters]
+    for parameter, place in zip(parameters, places, strict=True):
+        parameter.data = torch.empty(place.shape, dtype=torch.float32)
+    for module in modules:
+        owner._init_weights(module)
+    for parameter, place in zip(parameters, places, strict=True):
+        place.copy_(parameter.data)
+        parameter.data = place
+
+
+def _layers(
+    module: nn.Module, name: str, owner: PreTrainedModel
+) -> Iterator[tuple[str, PreTrainedModel, list[nn.Module]]]:
+    """(name, model whose rule applies, modules children first) of what is drawn together.
+
+    A layer of the stack is drawn as a whole, because some models scale the projections of their children (GPT-2).
+    """
+    owner = module if isinstance(module, PreTrainedModel) else owner
+    for child_name, child in module.named_children():
+        path = f"{name}.{child_name}" if name else child_name
+        if isinstance(module, nn.ModuleList):
+            yield path, owner, list(_children_first(child))
+        else:
+            yield from _layers(child, path, owner)
+    yield name, owner, [module]
+
+
+def _children_first(module: nn.Module) -> Iterator[nn.Module]:
+    for child in module.children():
+        yield from _children_first(child)
+    yield module
+
+
+def seed_for_rank(seed: int, rank: int) -> None:
+    """Give each rank random numbers of its own from here on, for models with dropout."""
+    digest = hashlib.sha256(f"{seed}/rank/{rank}".encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def count_parameters(module: nn.Module, *, min_dims: int = 0) -> int:
+    """Elements of all parameters with at least `min_dims` dimensions, sharded or not; tied ones count once."""
+    counted: list[Any] = [p for p in module.parameters() if len(getattr(p, "ds_shape", p.shape)) >= min_dims]
+    return sum(int(getattr(p, "ds_numel", p.numel())) for p in counted)
