@@ -83,7 +83,7 @@ def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Prepare the data if needed, then train on this machine; resumes by itself."""
     from turbolm.data.prepare import prepare as prepare_store
     from turbolm.launch.local import launch
-    from turbolm.plan.machine import detect_machine
+    from turbolm.plan.machine import check_machine, detect_machine
     from turbolm.plan.plan import build_plan
     from turbolm.recipe.load import load_recipe
     from turbolm.train.run_directory import is_finished, run_directory
@@ -91,6 +91,7 @@ def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
     loaded = load_recipe(recipe, overrides or ())
     run = run_directory(loaded)
     machine = detect_machine()
+    check_machine(loaded, machine)
     plan = build_plan(loaded, machine)
     store = prepare_store(loaded, on_progress=_print_progress)
     if is_finished(run, loaded.train.budget):

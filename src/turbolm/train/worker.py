@@ -29,7 +29,7 @@ from turbolm.models.initialise import count_parameters, seed_for_rank
 from turbolm.models.isolation import check_isolation
 from turbolm.optim.build import build_optimizer
 from turbolm.plan.flops import peak_half_flops, training_flops_per_token
-from turbolm.plan.machine import Machine, detect_machine
+from turbolm.plan.machine import Machine, check_machine, detect_machine
 from turbolm.plan.plan import Plan, build_plan
 from turbolm.recipe.contract import contract_of, fingerprint
 from turbolm.recipe.schema import Recipe
@@ -55,6 +55,7 @@ def run_worker(recipe: Recipe, attempt: int | None = None) -> int:
     `attempt` is the number of the attempt's folder when the launcher has opened one. Raises UserError.
     """
     machine = detect_machine()
+    check_machine(recipe, machine)
     plan = build_plan(recipe, machine, int(os.environ.get("WORLD_SIZE", "1")))
     torch.set_num_threads(plan.threads_per_process)
     store = _open_prepared_store(recipe)
