@@ -16,6 +16,7 @@ import yaml
 from turbolm.errors import EXIT_BAD_INPUT, EXIT_OK
 from turbolm.plan.machine import Machine
 from turbolm.plan.plan import Plan
+from turbolm.reliability.failures import read_rank_ends
 from turbolm.reliability.orphans import END_WITH_PARENT, end_with_parent
 from turbolm.train.run_directory import RunDirectory, open_attempt, read_json
 
@@ -146,23 +147,14 @@ def wait_for_ranks(process: subprocess.Popen[bytes], run: RunDirectory) -> None:
 
 
 def _explain_failure(returncode: int, folder: Path) -> int:
-    """What the ranks said last, when they left no outcome."""
-    text = (folder / "launcher.log").read_text(encoding="utf-8", errors="replace")
-    refused = [line for line in text.splitlines() if line.startswith("turbolm: ")]
+    """Say what went wrong when the ranks left no outcome; returns the exit code."""
+    ends = read_rank_ends(folder)
+    refused = [end.message for end in ends if end.kind == "refused"]
     if refused:
-        start = text.index(refused[0])
-        end = text.find("Traceback", start)
-        message = text[start:end].strip().splitlines()
-        print("\n".join(_until_launcher_noise(message)), file=sys.stderr)
+        print(f"turbolm: {refused[0]}", file=sys.stderr)
         return EXIT_BAD_INPUT
-    errors = [line for line in text.splitlines() if line.strip()]
-    ranks = [index for index, line in enumerate(errors) if line.startswith("rank ") and line.endswith(":")]
-    shown = errors[ranks[0] : ranks[0] + 40] if ranks else errors[-15:]
-    print("\n".join(["turbolm: training failed", *shown, f"logs: {folder}"]), file=sys.stderr)
+    failed = [f"rank {end.rank}: {end.message}" for end in ends if end.exit_code != EXIT_OK]
+    if not failed:  # killed, or never started: the launcher's last words
+        failed = (folder / "launcher.log").read_text(encoding="utf-8", errors="replace").splitlines()[-15:]
+    print("\n".join(["turbolm: training failed", *failed, f"logs: {folder}"]), file=sys.stderr)
     return returncode if returncode > EXIT_OK and returncode != EXIT_BAD_INPUT else 1
-
-
-def _until_launcher_noise(lines: list[str]) -> list[str]:
-    """A message's own lines, without what the launcher printed after it."""
-    noise = next((index for index, line in enumerate(lines) if index and line[:1] in "EWI[" and "torch" in line), None)
-    return lines[:noise]
