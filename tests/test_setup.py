@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parents[1]
-SCRIPTS = ["launch/setup.sh", "launch/local.sh", ".ci/run"]
+SCRIPTS = ["launch/setup.sh", "launch/local.sh", "launch/ssh.sh", ".ci/run"]
 TOOLS = ["sh", "dirname", "date", "cat", "cksum", "rm", "awk", "grep"]
 
 

@@ -108,7 +108,8 @@ def explain_failure(ends: list[RankEnd], nodes: list[dict[str, Any]], folder: Pa
         return EXIT_FAILED, "\n".join(["training failed", *lines, f"logs: {folder}"])
     if not nodes:
         return EXIT_FAILED, f"no node started its launcher; logs: {folder}"
-    lost = sorted({text for node in nodes for text in node.get("lost", ())})
+    # Cut off from each other, two nodes blame one another; the batch shell runs on the head, so its word counts first.
+    lost = nodes[0].get("lost") or sorted({text for node in nodes for text in node.get("lost", ())})
     lines = lost or [f"rank {end.rank} on {end.host}: {end.message}" for end in ends if end.kind == "communication"]
     return EXIT_REQUEUE, "\n".join(["nodes or ranks were lost", *lines[:8], f"logs: {folder}"])
 

@@ -24,6 +24,7 @@ from turbolm.train.run_directory import RunDirectory, run_directory
 
 SCRIPT = "submit.slurm"
 RECIPE = "recipe.yaml"
+_MAX_NAME_WITH_SEED = 100 - len("-seed4294967295")
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,9 @@ def write_submission(recipe_file: str | Path, overrides: Sequence[str] = ()) -> 
     _check_batch(recipe)
     recipes = _recipes_of_seeds(recipe, recipe.cluster.slurm.seeds)
     runs = tuple(RunDirectory(Path.cwd() / run_directory(one).path) for one in recipes)
+    for run in runs:
+        if not str(run.path).isprintable() or "\\" in str(run.path):
+            raise UserError(f"{str(run.path)!r}: Slurm writes no output to a path with backslashes or line breaks")
     folders = [_new_folder(run.path / "submissions") for run in runs]
     for one, folder in zip(recipes, folders, strict=True):
         (folder / RECIPE).write_text(dump_recipe(one), encoding="utf-8")
@@ -77,9 +81,6 @@ def render_script(recipe: Recipe, recipe_files: Sequence[str], runs: Sequence[st
 
     slurm = recipe.cluster.slurm
     assert slurm is not None
-    for path in (os.getcwd(), *runs):
-        if "\\" in path or "\n" in path:
-            raise UserError(f"{path!r}: Slurm cannot write its output to a path with a backslash or a line break")
     environment = jinja2.Environment(
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
@@ -164,6 +165,8 @@ def _recipes_of_seeds(recipe: Recipe, seeds: Sequence[int]) -> list[Recipe]:
     """The recipe itself, or one for each seed with a name and a run directory of its own."""
     if not seeds:
         return [recipe]
+    if len(recipe.name) > _MAX_NAME_WITH_SEED:
+        raise UserError(f"name: at most {_MAX_NAME_WITH_SEED} characters with cluster.slurm.seeds, got {recipe.name}")
     return [
         recipe.model_copy(
             update={"name": f"{recipe.name}-seed{seed}", "train": recipe.train.model_copy(update={"seed": seed})}
