@@ -20,7 +20,7 @@ def checkout(tmp_path: Path) -> Path:
     shutil.copy(SCRIPT, tmp_path / "launch" / "ssh.sh")
     bin_folder = tmp_path / ".venv" / "bin"
     bin_folder.mkdir(parents=True)
-    note = f'printf "%s\\0" "$(basename "$0")" "$@" >>"{tmp_path}/calls"; printf "\\n" >>"{tmp_path}/calls"\n'
+    note = f'printf "%s\\0" "$(basename "$0")" "$@" >"{tmp_path}/call.$$"\n'
     bodies = {
         "torchrun": note + 'case " $* " in *wait*) sleep 2 ;; *fail*) exit 3 ;; esac\n',
         "turbolm": note,
@@ -46,8 +46,8 @@ def start(checkout: Path, hosts: str, *arguments: str) -> subprocess.Popen[str]:
 
 
 def calls(checkout: Path, program: str) -> list[list[str]]:
-    lines = (checkout / "calls").read_text().split("\0\n")
-    return sorted(line.split("\0")[1:] for line in lines if line.split("\0")[0] == program)
+    texts = [path.read_text().split("\0")[:-1] for path in checkout.glob("call.*")]
+    return sorted(words[1:] for words in texts if words[:1] == [program])
 
 
 def test_every_host_gets_its_rank_and_the_words_as_they_are(checkout: Path) -> None:
@@ -70,7 +70,7 @@ def test_a_failed_node_is_a_failure(checkout: Path) -> None:
 
 def test_interrupted_it_asks_the_run_to_stop_and_waits(checkout: Path) -> None:
     process = start(checkout, "n1\nn2\n", "wait.yaml")
-    while not (checkout / "calls").exists() or len(calls(checkout, "torchrun")) < 2:
+    while len(calls(checkout, "torchrun")) < 2:
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
     assert process.wait() == 0
@@ -83,4 +83,5 @@ def test_a_host_must_look_like_one(host: str, checkout: Path) -> None:
     assert process.wait() == 2
     assert process.stderr is not None
     assert "not a host" in process.stderr.read()
-    assert not (checkout / "calls").exists()
+    assert not (checkout / "pwned").exists()
+    assert calls(checkout, "turbolm") == []
