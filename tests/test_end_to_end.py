@@ -107,6 +107,22 @@ def test_an_interrupted_run_equals_an_uninterrupted_one(uninterrupted: Path, res
         assert (resumed / last / name).read_bytes() == (uninterrupted / last / name).read_bytes()
 
 
+def test_torchrun_starts_the_same_training(folder: Path, uninterrupted: Path) -> None:
+    """Its first steps are those of the long run: with a constant rate from the start, a budget changes nothing."""
+    constant = ["schedule.name=constant", "schedule.warmup=0"]
+    names = {"torchrun": 10, "longer": 20}
+    for name, steps in names.items():
+        done = run(
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"),
+            *("--rdzv-endpoint", "localhost:0", "-m", "turbolm.train", "--recipe", str(folder / "recipe.yaml")),
+            *(f"name={name}", f"train.budget={steps * 160}", *constant),
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert learned(folder / "runs" / "torchrun") == learned(folder / "runs" / "longer")[:10]
+    samples = [step[4] for step in learned(uninterrupted)]
+    assert [step[4] for step in learned(folder / "runs" / "longer")] == samples[:20]
+
+
 def test_a_finished_run_says_so_and_leaves_everything(folder: Path, resumed: Path) -> None:
     before = (resumed / "metrics.jsonl").read_bytes()
     done = run(*TURBOLM, "train", str(folder / "recipe.yaml"), "name=resumed")

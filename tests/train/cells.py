@@ -34,7 +34,7 @@ def train_cell(folder: Path, cell: Cell) -> list[list[float]]:
     recipe = cell_recipe(folder, cell)
     plan = build_plan(recipe, detect_machine(), int(os.environ["WORLD_SIZE"]))
     store = open_store(find_store(recipe) or "missing")
-    accelerator = build_accelerator(plan.ds_config, device="cpu", precision=plan.precision, timeout_sec=120)
+    accelerator = build_accelerator(plan.ds_config, device=plan.device, precision=plan.precision, timeout_sec=120)
     engine, attention = build_engine(accelerator, plan, store, RunDirectory(folder / "runs" / cell.name))
     batch_plan = plan.batch
     order = BatchOrder(
@@ -58,7 +58,8 @@ def train_cell(folder: Path, cell: Cell) -> list[list[float]]:
         loss = result.loss_sum.double()
         dist.all_reduce(loss)
         step += 1
-        trained.append([float(loss) / batch.num_targets, float(result.grad_norm)])
+        norm = float("nan") if result.grad_norm is None else float(result.grad_norm)  # fp16 skips updates at first
+        trained.append([float(loss) / batch.num_targets, norm])
         if step in cell.save_at:
             save(cell.save_in or "missing", engine, step)
     engine.destroy()

@@ -73,6 +73,8 @@ class Cell:
     train: dict[str, Any] = field(default_factory=dict)
     packing: str = "best_fit"
     adam_kernel: str = "torch"
+    attention: str = "auto"
+    device: str = "cpu"
     steps: int = 10
     load: str | None = None  # a checkpoint folder to start from
     save_at: list[int] = field(default_factory=list)
@@ -87,12 +89,14 @@ def cell_recipe(folder: Path, cell: Cell) -> Recipe:
         model={"config": MODELS[cell.model]},
         data={"packing": cell.packing},
         train={"precision": cell.precision, **cell.train},
+        cluster={"device": cell.device},
         execution={
             "zero_stage": cell.zero_stage,
             "micro_batch": cell.micro_batch_bins * SEQ_LEN,
             "activation_checkpointing": cell.activation_checkpointing,
             "offload_optimizer": cell.offload_optimizer,
             "adam_kernel": cell.adam_kernel,
+            "attention": cell.attention,
         },
     )
 
