@@ -6,6 +6,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 from itertools import product
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from turbolm.data.collate import IGNORED, cu_seqlens, deal_bins
 from turbolm.data.loader import BatchLoader, GlobalBatch, evaluation_batches, evaluation_set
-from turbolm.data.order import BatchOrder
+from turbolm.data.order import BatchOrder, Packing
 from turbolm.data.packing import Bins, pack_best_fit
 from turbolm.data.store import TokenStore
 from turbolm.errors import UserError
@@ -22,9 +23,9 @@ from turbolm.errors import UserError
 SEQ_LEN, BINS_PER_BATCH = 64, 10
 
 
-@pytest.fixture(scope="module")
-def order(store: TokenStore) -> BatchOrder:
-    return BatchOrder(store.lengths("train"), SEQ_LEN, BINS_PER_BATCH, seed=0, window_documents=100)
+@pytest.fixture(scope="module", params=get_args(Packing))
+def order(store: TokenStore, request: pytest.FixtureRequest) -> BatchOrder:
+    return BatchOrder(store.lengths("train"), SEQ_LEN, BINS_PER_BATCH, 0, request.param, window_documents=100)
 
 
 def rows(batches: list[GlobalBatch]) -> Counter[bytes]:
@@ -76,8 +77,9 @@ def test_rows_hold_the_pieces_one_after_the_other(store: TokenStore, order: Batc
     assert not ((arrays["input_ids"] == eos) & inside & (arrays["targets"] != IGNORED)).any()
 
 
-def test_an_epoch_trains_on_every_target_once(store: TokenStore) -> None:
-    order = BatchOrder(store.lengths("train"), SEQ_LEN, 1, seed=0, window_documents=100)
+@pytest.mark.parametrize("packing", get_args(Packing))
+def test_an_epoch_trains_on_every_target_once(store: TokenStore, packing: Packing) -> None:
+    order = BatchOrder(store.lengths("train"), SEQ_LEN, 1, 0, packing, window_documents=100)
     loader = BatchLoader(order, store, "train", 1, 0, 1)
     counts = np.zeros(store.vocab_size, np.int64)
     for batch in loader.iterate(0, order.num_bins_per_epoch(0)):

@@ -1,4 +1,4 @@
-"""Packing loses nothing, repeats nothing, cuts only what does not fit, and is as tight as plain best fit decreasing."""
+"""Packing loses nothing, repeats nothing, cuts only where it must, and is as tight as plain best fit decreasing."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from turbolm.data.packing import (
     Bins,
     concatenate,
     count_best_fit,
+    count_concat,
     count_single,
     pack_best_fit,
+    pack_concat,
     pack_single,
 )
 
@@ -34,8 +36,8 @@ def naive_best_fit(lengths: list[int], seq_len: int) -> int:
     return len(rooms)
 
 
-def assert_covers(bins: Bins, lengths: np.ndarray) -> None:
-    """Each position of each document is in exactly one piece, and documents that fit in a bin are whole."""
+def assert_covers(bins: Bins, lengths: np.ndarray, *, whole: bool = True) -> None:
+    """Each position of each document is in exactly one piece, and documents that fit in a bin are `whole`."""
     assert bins.offsets[0] == 0
     assert bins.offsets[-1] == len(bins.document) == len(bins.start) == len(bins.length)
     assert (np.diff(bins.offsets) > 0).all()
@@ -51,8 +53,9 @@ def assert_covers(bins: Bins, lengths: np.ndarray) -> None:
         expected_start += bins.length[piece]
     covered = np.bincount(bins.document, weights=bins.length, minlength=len(lengths)).astype(int)
     np.testing.assert_array_equal(covered, lengths)
-    pieces = np.bincount(bins.document, minlength=len(lengths))
-    np.testing.assert_array_equal(pieces, -(-lengths // bins.seq_len))
+    if whole:
+        pieces = np.bincount(bins.document, minlength=len(lengths))
+        np.testing.assert_array_equal(pieces, -(-lengths // bins.seq_len))
 
 
 @given(corpora)
@@ -72,21 +75,54 @@ def test_single_covers_every_position_once(corpus: tuple[list[int], int]) -> Non
     assert len(bins) == count_single(lengths, seq_len)
 
 
-def test_by_hand() -> None:
+def rows(bins: Bins) -> list[list[tuple[int, int, int]]]:
+    """(document, start, length) of the pieces of each bin."""
+    pieces = list(zip(bins.document.tolist(), bins.start.tolist(), bins.length.tolist(), strict=True))
+    return [pieces[first:last] for first, last in zip(bins.offsets[:-1], bins.offsets[1:], strict=True)]
+
+
+def by_hand(lengths: list[int], seq_len: int) -> list[list[tuple[int, int, int]]]:
+    """Rows of `pack_concat`, one position at a time."""
+    stream = [(document, start) for document, length in enumerate(lengths) for start in range(length)]
+    found = []
+    for first in range(0, len(stream), seq_len):
+        row: list[tuple[int, int, int]] = []
+        for document, start in stream[first : first + seq_len]:
+            if row and row[-1][0] == document:
+                row[-1] = (document, row[-1][1], row[-1][2] + 1)
+            else:
+                row.append((document, start, 1))
+        found.append(row)
+    return found
+
+
+@given(corpora)
+def test_concat_is_the_documents_end_to_end_cut_where_a_bin_is_full(corpus: tuple[list[int], int]) -> None:
+    lengths, seq_len = np.array(corpus[0], dtype=np.int64), corpus[1]
+    bins = pack_concat(lengths, seq_len)
+    assert rows(bins) == by_hand(corpus[0], seq_len)
+    assert_covers(bins, lengths, whole=False)
+    assert (bins.used[:-1] == seq_len).all()
+    assert len(bins) == count_concat(lengths, seq_len) == -(-sum(corpus[0]) // seq_len)
+    assert bins.offsets.dtype == bins.document.dtype == bins.start.dtype == bins.length.dtype == np.int64
+
+
+def test_best_fit_by_hand() -> None:
     bins = pack_best_fit(np.array([3, 21, 7, 10]), 10)
-    found = sorted(
-        sorted(
-            zip(
-                bins.document[first:last].tolist(),
-                bins.start[first:last].tolist(),
-                bins.length[first:last].tolist(),
-                strict=True,
-            )
-        )
-        for first, last in zip(bins.offsets[:-1], bins.offsets[1:], strict=True)
-    )
+    found = sorted(sorted(row) for row in rows(bins))
     assert found == [[(0, 0, 3), (2, 0, 7)], [(1, 0, 10)], [(1, 10, 10)], [(1, 20, 1)], [(3, 0, 10)]]
     assert sorted(bins.attention_cost.tolist()) == [1, 58, 100, 100, 100]
+
+
+def test_concat_by_hand() -> None:
+    bins = pack_concat(np.array([3, 0, 21, 7]), 10)
+    assert rows(bins) == [[(0, 0, 3), (2, 0, 7)], [(2, 7, 10)], [(2, 17, 4), (3, 0, 6)], [(3, 6, 1)]]
+
+
+@given(corpora)
+def test_documents_of_one_bin_lie_longest_first(corpus: tuple[list[int], int]) -> None:
+    for row in rows(pack_best_fit(np.array(corpus[0], dtype=np.int64), corpus[1])):
+        assert row == sorted(row, key=lambda piece: (-piece[2], piece[0]))
 
 
 @settings(max_examples=30)

@@ -22,15 +22,21 @@ from turbolm.data.packing import (
     IntArray,
     concatenate,
     count_best_fit,
+    count_concat,
     count_single,
     pack_best_fit,
+    pack_concat,
     pack_single,
 )
 from turbolm.errors import UserError
 
 ORDER_VERSION = 1  # raise it when the same arguments no longer give the same batches
-Packing = Literal["best_fit", "single"]
-_PACK = {"best_fit": (pack_best_fit, count_best_fit), "single": (pack_single, count_single)}
+Packing = Literal["best_fit", "concat", "single"]
+_PACK = {
+    "best_fit": (pack_best_fit, count_best_fit),
+    "concat": (pack_concat, count_concat),
+    "single": (pack_single, count_single),
+}
 
 
 def pack(lengths: IntArray, seq_len: int, packing: Packing) -> Bins:

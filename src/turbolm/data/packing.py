@@ -1,8 +1,9 @@
 """Pack documents into bins of `seq_len` positions: which part of which document lies in which bin.
 
-A document of `length` positions is cut only when it is longer than a bin. Its full pieces are bins of their own; what
-is left over, and every shorter document, is placed by best fit decreasing. Best fit depends on lengths alone, so the
-loop below runs over groups of equal pieces and equal bins rather than over documents.
+`best_fit` cuts a document only where it is longer than a bin. Its full pieces are bins of their own; what is left over,
+and every shorter document, is placed by best fit decreasing. Best fit depends on lengths alone, so its loop runs over
+groups of equal pieces and equal bins rather than over documents. `concat` lays documents end to end and cuts wherever a
+bin is full: no padding but in the last bin. `single` gives each piece a bin of its own.
 """
 
 from __future__ import annotations
@@ -75,31 +76,41 @@ def pack_single(lengths: IntArray, seq_len: int) -> Bins:
     return Bins(seq_len, np.arange(len(document) + 1), document, start, length)
 
 
+def pack_concat(lengths: IntArray, seq_len: int) -> Bins:
+    """Documents end to end, cut every `seq_len` (`lengths`: positions, int64 [num_documents])."""
+    lengths = np.asarray(lengths, dtype=np.int64)
+    begins = _cumulative(lengths)
+    first_bin, last_bin = begins[:-1] // seq_len, (begins[1:] - 1) // seq_len
+    num_pieces = np.where(lengths > 0, last_bin - first_bin + 1, 0)
+    document = np.repeat(np.arange(len(lengths)), num_pieces)
+    bin_of_piece = np.arange(len(document)) + np.repeat(first_bin - _cumulative(num_pieces)[:-1], num_pieces)
+    begin = np.maximum(begins[document], bin_of_piece * seq_len)
+    end = np.minimum(begins[document + 1], (bin_of_piece + 1) * seq_len)
+    return Bins(seq_len, _cumulative(np.bincount(bin_of_piece)), document, begin - begins[document], end - begin)
+
+
 def pack_best_fit(lengths: IntArray, seq_len: int) -> Bins:
     """Best fit decreasing (`lengths`: positions, int64 [num_documents]). Bins of one full piece come first."""
     lengths = np.asarray(lengths, dtype=np.int64)
     num_full, rest = np.divmod(lengths, seq_len)
-    full_document = np.repeat(np.arange(len(lengths)), num_full)
-    full_start = (np.arange(len(full_document)) - np.repeat(_cumulative(num_full)[:-1], num_full)) * seq_len
+    long = np.flatnonzero(num_full)
+    full_document = np.repeat(long, num_full[long])
+    full_start = (np.arange(len(full_document)) - np.repeat(_cumulative(num_full[long])[:-1], num_full[long])) * seq_len
 
     document = np.flatnonzero(rest)
     document = document[_stable_argsort(seq_len - rest[document], seq_len)]  # longest first, then by number
-    first_bin, num_bins, pieces_each = _place(np.bincount(rest[document], minlength=seq_len), seq_len)
-    num_rest_bins = int((first_bin + num_bins).max(initial=0))
-    # An action puts `pieces_each` consecutive pieces into each of `num_bins` consecutive bins.
-    num_placed = num_bins * pieces_each
-    within = np.arange(len(document)) - np.repeat(_cumulative(num_placed)[:-1], num_placed)
-    bin_of_piece = np.repeat(first_bin, num_placed) + within // np.repeat(pieces_each, num_placed)
-    document = document[_stable_argsort(bin_of_piece, num_rest_bins)]
+    histogram = np.bincount(rest, minlength=seq_len)
+    histogram[0] = 0
+    bin_sizes, position = _arrange(*_place(histogram, seq_len))
 
-    num_pieces = np.concatenate([np.ones(len(full_document), np.int64), np.bincount(bin_of_piece, minlength=0)])
-    return Bins(
-        seq_len,
-        _cumulative(num_pieces),
-        np.concatenate([full_document, document]),
-        np.concatenate([full_start, num_full[document] * seq_len]),
-        np.concatenate([np.full(len(full_document), seq_len), rest[document]]),
-    )
+    num_full_bins = len(full_document)
+    position += num_full_bins
+    fields = np.empty((3, num_full_bins + len(document)), dtype=np.int64)
+    fields[:, :num_full_bins] = full_document, full_start, np.full(num_full_bins, seq_len)
+    fields[0, position] = document
+    fields[1, position] = num_full[document] * seq_len
+    fields[2, position] = np.repeat(np.arange(seq_len - 1, -1, -1), histogram[::-1])
+    return Bins(seq_len, _cumulative(np.concatenate([np.ones(num_full_bins, np.int64), bin_sizes])), *fields)
 
 
 def count_best_fit(lengths: IntArray, seq_len: int) -> int:
@@ -108,8 +119,13 @@ def count_best_fit(lengths: IntArray, seq_len: int) -> int:
     num_full, rest = np.divmod(lengths, seq_len)
     histogram = np.bincount(rest, minlength=seq_len)
     histogram[0] = 0
-    first_bin, num_bins, _ = _place(histogram, seq_len)
+    first_bin, num_bins, _, _ = _place(histogram, seq_len)
     return int(num_full.sum()) + int((first_bin + num_bins).max(initial=0))
+
+
+def count_concat(lengths: IntArray, seq_len: int) -> int:
+    """`len(pack_concat(lengths, seq_len))`."""
+    return -(-int(np.asarray(lengths, dtype=np.int64).sum()) // seq_len)
 
 
 def count_single(lengths: IntArray, seq_len: int) -> int:
@@ -117,15 +133,28 @@ def count_single(lengths: IntArray, seq_len: int) -> int:
     return int((-(-np.asarray(lengths, dtype=np.int64) // seq_len)).sum())
 
 
-def _place(histogram: IntArray, seq_len: int) -> tuple[IntArray, IntArray, IntArray]:
+def _arrange(first_bin: IntArray, num_bins: IntArray, each: IntArray, before: IntArray) -> tuple[IntArray, IntArray]:
+    """Carry out the actions of `_place`: pieces of each bin, and where each piece goes when the bins lie end to end."""
+    visits = _cumulative(num_bins)  # a visit is an action at one of its bins
+    bin_of_visit = np.arange(visits[-1]) + np.repeat(first_bin - visits[:-1], num_bins)
+    each, before = np.repeat(each, num_bins), np.repeat(before, num_bins)
+    bin_sizes = np.bincount(bin_of_visit, weights=each).astype(np.int64)  # sums in float64, exact below 2**53
+    first_position = _cumulative(bin_sizes)[bin_of_visit] + before
+    ends = np.cumsum(each)
+    return bin_sizes, np.repeat(first_position - ends + each, each) + np.arange(each.sum())
+
+
+def _place(histogram: IntArray, seq_len: int) -> tuple[IntArray, IntArray, IntArray, IntArray]:
     """Best fit decreasing over `histogram[length]` pieces, as actions in the order of the pieces, longest first.
 
-    Action i puts `pieces_each[i]` pieces of one length into each of the bins `first_bin[i] + range(num_bins[i])`.
+    Action i puts `each[i]` pieces of one length into each of the bins `first_bin[i] + range(num_bins[i])`, which hold
+    `before[i]` pieces each by then.
     Strict best fit keeps filling the bin it has just used: what is left there is smaller than in any other bin with
     room, so long as another piece of the same length goes in. That is why a bin takes `room // length` at once.
     """
-    actions: list[tuple[int, int, int]] = []
-    runs: list[list[tuple[int, int]]] = [[] for _ in range(seq_len + 1)]  # by room: (first bin, number of bins)
+    actions: list[tuple[int, int, int, int]] = []
+    # By room: (first bin, number of bins, pieces in each).
+    runs: list[list[tuple[int, int, int]]] = [[] for _ in range(seq_len + 1)]
     with_room = 0  # bit r is set where runs[r] is not empty
     next_bin = 0
     sizes = np.flatnonzero(histogram)[::-1]
@@ -134,26 +163,27 @@ def _place(histogram: IntArray, seq_len: int) -> tuple[IntArray, IntArray, IntAr
             fitting = with_room >> length
             if fitting:
                 room = length + (fitting & -fitting).bit_length() - 1
-                first, available = runs[room].pop()
+                first, available, before = runs[room].pop()
                 if not runs[room]:
                     with_room ^= 1 << room
             else:
-                room, first = seq_len, next_bin
+                room, first, before = seq_len, next_bin, 0
                 available = -(-count // (seq_len // length))
                 next_bin += available
             each = room // length
             used = min(available, count // each)
             if not used:  # fewer pieces left than one bin takes
                 each, used = count, 1
-            actions.append((first, used, each))
+            actions.append((first, used, each, before))
             count -= used * each
             left = room - each * length
-            for room_now, run in ((room, (first + used, available - used)), (left, (first, used))):
+            untouched, filled = (first + used, available - used, before), (first, used, before + each)
+            for room_now, run in ((room, untouched), (left, filled)):
                 if room_now and run[1]:
                     runs[room_now].append(run)
                     with_room |= 1 << room_now
-    table = np.array(actions, dtype=np.int64).reshape(-1, 3)
-    return table[:, 0], table[:, 1], table[:, 2]
+    table = np.array(actions, dtype=np.int64).reshape(-1, 4)
+    return table[:, 0], table[:, 1], table[:, 2], table[:, 3]
 
 
 def _stable_argsort(keys: IntArray, bound: int) -> IntArray:

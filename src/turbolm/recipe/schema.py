@@ -235,8 +235,10 @@ class Data(Section):
         (StdlibSource(type="stdlib"),), description="where the documents come from, read in this order"
     )
     seq_len: Annotated[Positive, Field(ge=8)] = Field(description="tokens of one sequence, the model's context")
-    packing: Literal["best_fit", "single"] = Field(
-        "best_fit", description="best_fit: several documents a row, kept apart; single: one document a row, padded"
+    packing: Literal["best_fit", "concat", "single"] = Field(
+        "best_fit",
+        description="best_fit: several documents a row, kept apart; concat: the same, cut wherever a row is full; "
+        "single: one document a row, padded",
     )
     validation: Annotated[Share, Field(lt=1)] = Field(
         0.01, description="share of documents held out by content hash, so that no text is on both sides"
