@@ -40,7 +40,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "micro_batch": SEQ_LEN,  # many small steps, so that a job can be caught in the middle
             "threads_per_process": 1,
             "prepare_workers": 1,
-            "process_group_timeout": 15,
+            "process_group_timeout": 60,
         },
         cluster={"device": "cpu", "processes_per_node": 1, "slurm": {}},
         checkpoint={"every": "10 steps"},
@@ -88,7 +88,7 @@ def log_of(work: Path, name: str) -> str:
     return "".join(path.read_text(errors="replace") for path in (work / "all runs" / name).glob("slurm-*.out"))
 
 
-def wait_job(cluster: SlurmCluster, work: Path, name: str, job_id: int, **options: Any) -> None:
+def wait_job(cluster: SlurmCluster, work: Path, name: str, job_id: Any, **options: Any) -> None:
     try:
         cluster.wait(job_id, **options)
     except Exception as error:
@@ -197,7 +197,7 @@ def test_a_job_that_loses_a_node_or_a_cable_goes_on_from_its_checkpoint(
 ) -> None:
     name = "lost"
     expected = on_one_node(2)
-    job_id = submit(cluster, work, name, "cluster.num_nodes=2")
+    job_id = submit(cluster, work, name, "cluster.num_nodes=2", "execution.process_group_timeout=15s")
     wait_for_step(work, name, attempt=1, num_steps=12)
     cluster.kill_slurmd(cluster.nodes[1])
     cluster.declare_down(cluster.nodes[1])  # what the controller finds by itself, later
@@ -216,11 +216,28 @@ def test_a_job_that_loses_a_node_or_a_cable_goes_on_from_its_checkpoint(
     assert history(work, name) == expected
 
 
+def test_an_array_trains_each_seed_and_a_stopped_run_stays_stopped(cluster: SlurmCluster, work: Path) -> None:
+    job_id = submit(cluster, work, "array", "cluster.slurm.seeds=[1, 2]")
+    wait_for_step(work, "array-seed1", attempt=1, num_steps=3)
+    turbolm(work, "stop", "all runs/array-seed1")
+    ends = {}
+    for index in (0, 1):
+        wait_job(
+            cluster, work, f"array-seed{index + 1}", f"{job_id}_{index}", timeout_sec=90, until={"COMPLETED", "FAILED"}
+        )
+        ends[index] = cluster.job(f"{job_id}_{index}")
+    assert [(end["JobState"], end["ExitCode"]) for end in ends.values()] == [("FAILED", "130:0"), ("COMPLETED", "0:0")]
+    assert outcomes(work, "array-seed1") == [("stopped", 75)]
+    assert outcomes(work, "array-seed2") == [("finished", 0)]
+    assert len(history(work, "array-seed2")) == NUM_STEPS
+    assert history(work, "array-seed1")[0][1] != history(work, "array-seed2")[0][1]
+
+
 def test_what_cannot_get_better_is_not_tried_again(cluster: SlurmCluster, work: Path) -> None:
     """A node without the GPUs of the recipe is an error of one line at the start, not a hang and not a requeue."""
     gpus = ("cluster.device=auto", "cluster.gpus_per_node=8", "cluster.gpu=H100-80GB", "cluster.processes_per_node=1")
     job_id = submit(cluster, work, "no-gpus", "cluster.num_nodes=2", *gpus)
     cluster.wait(job_id, timeout_sec=60, until={"FAILED"})
     assert cluster.job(job_id)["ExitCode"] == "2:0"
-    assert f"{cluster.nodes[0].name} has 0 GPUs, and cluster.gpus_per_node is 8" in log_of(work, "no-gpus")
+    assert "cluster.gpus_per_node is 8, but 0 GPUs are visible on this node" in log_of(work, "no-gpus")
     assert cluster.job(job_id)["Restarts"] == "0"

@@ -31,7 +31,7 @@ from turbolm.launch.local import (
     wait_for_ranks,
 )
 from turbolm.launch.network import choose_port, interface_of, own_address, probe
-from turbolm.plan.machine import detect_machine
+from turbolm.plan.machine import check_machine, detect_machine
 from turbolm.plan.plan import Plan, build_plan
 from turbolm.recipe.load import load_recipe
 from turbolm.recipe.schema import Recipe
@@ -81,7 +81,7 @@ def run_node(recipe: Recipe, recipe_file: str, attempt: int, place: Place) -> in
         mine: dict[str, Any] = {"node": place.node, "host": place.host, "address": address}
         mine["port"] = door.getsockname()[1]
         try:
-            plan, machine = _plan_here(recipe, place, mine)
+            plan = _plan_here(recipe, place, mine)
             if place.node == 0:
                 mine["main_port"] = choose_port(address, os.environ)
             write_json(record, mine)
@@ -102,21 +102,16 @@ def run_node(recipe: Recipe, recipe_file: str, attempt: int, place: Place) -> in
     return code
 
 
-def _plan_here(recipe: Recipe, place: Place, mine: dict[str, Any]) -> tuple[Plan, Any]:
+def _plan_here(recipe: Recipe, place: Place, mine: dict[str, Any]) -> Plan:
     """The plan on this node; what must be the same on every node is noted in `mine`."""
     machine = detect_machine()
-    expected = recipe.cluster.gpus_per_node
-    if expected is not None and recipe.cluster.device != "cpu" and machine.num_gpus != expected:
-        raise UserError(
-            f"{place.host} has {machine.num_gpus} GPUs, and cluster.gpus_per_node is {expected}; "
-            f"exclude it with cluster.slurm.exclude={place.host}, or correct the recipe"
-        )
     try:
+        check_machine(recipe, machine)
         plan = build_plan(recipe, machine)
     except UserError as error:
         raise UserError(f"{place.host}: {error}") from None
     mine |= {"device": plan.device, "processes": plan.processes_per_node, "precision": plan.precision}
-    return plan, machine
+    return plan
 
 
 def meet(folder: Path, place: Place, timeout_sec: float) -> list[dict[str, Any]]:
