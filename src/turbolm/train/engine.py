@@ -39,6 +39,7 @@ def build_accelerator(ds_config: dict[str, Any], *, device: str, precision: str,
     return Accelerator(
         deepspeed_plugin=plugin,
         mixed_precision=_ACCELERATE_PRECISION[precision],
+        gradient_accumulation_steps=ds_config["gradient_accumulation_steps"],
         kwargs_handlers=[InitProcessGroupKwargs(backend=backend, timeout=timeout)],
     )
 
