@@ -89,6 +89,9 @@ def test_a_lost_node_is_worth_another_start_and_is_named(run: RunDirectory, reci
     code, message = settle(run, recipe, attempt)
     assert code == 75
     assert "node 1, n2 (10.0.0.2), does not answer" in message
+    outcome = read_json(run.attempt(attempt) / "outcome.json")
+    assert outcome is not None
+    assert outcome["status"] == "lost"  # for `turbolm status`
 
 
 def test_an_error_of_one_rank_is_not_hidden_by_its_peers(run: RunDirectory, recipe: Recipe) -> None:

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from turbolm.errors import UserError
-from turbolm.launch import network
+from turbolm.launch import network, node
 from turbolm.launch.network import choose_port, interface_of, own_address, port_candidates, probe, resolve
-from turbolm.launch.node import Place, check_same, find_place, meet, node_command
+from turbolm.launch.node import Place, build_extensions, check_same, find_place, meet, node_command
 from turbolm.plan.machine import Machine
 from turbolm.plan.plan import build_plan
 from turbolm.recipe.schema import Recipe
@@ -154,3 +154,32 @@ def test_what_is_started_ignores_signals_and_ends_with_its_launcher(tmp_path: Pa
     while Path(f"/proc/{child}/stat").exists() and " Z " not in Path(f"/proc/{child}/stat").read_text():
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    ("execution", "builder"),
+    [
+        ({}, None),
+        ({"adam_kernel": "torch", "offload_optimizer": True}, None),
+        ({"offload_optimizer": True}, "CPUAdamBuilder"),
+        ({"adam_kernel": "deepspeed"}, "CPUAdamBuilder"),
+    ],
+)
+def test_what_a_node_compiles_before_its_ranks_start(
+    execution: dict[str, Any], builder: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = Recipe.model_validate(RECIPE | {"execution": execution, "cluster": {"device": "cpu"}})
+    started: list[list[str]] = []
+
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        started.append(command)
+        return subprocess.CompletedProcess(command, 1 if len(started) == 2 else 0, "", "no compiler")
+
+    monkeypatch.setattr(node.subprocess, "run", run)
+    build_extensions(build_plan(recipe, MACHINE), {})
+    assert [command[2] for command in started] == (
+        [f"from deepspeed.ops.op_builder import {builder}; {builder}().load()"] if builder else []
+    )
+    if builder:
+        with pytest.raises(UserError, match="no compiler"):
+            build_extensions(build_plan(recipe, MACHINE), {})

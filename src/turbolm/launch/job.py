@@ -29,6 +29,7 @@ from turbolm.train.run_directory import (
     read_json,
     run_directory,
     write_json,
+    write_outcome,
 )
 
 EXIT_FAILED = 1
@@ -83,6 +84,8 @@ def settle(run: RunDirectory, recipe: Recipe, attempt: int) -> tuple[int, str]:
     run.stop_file.unlink(missing_ok=True)
     if outcome is None:
         code, message = explain_failure(read_rank_ends(folder), read_nodes(folder), folder)
+        status = {EXIT_REQUEUE: "lost", EXIT_BAD_INPUT: "refused"}.get(code, "failed")
+        write_outcome(run, attempt, status, code, message)
     else:
         code, message = int(outcome["exit_code"]), f"attempt {attempt}: {outcome['status']}"
     if code != EXIT_REQUEUE:

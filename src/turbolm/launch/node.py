@@ -39,6 +39,7 @@ from turbolm.reliability.failures import read_rank_ends
 from turbolm.train.run_directory import RunDirectory, read_json, run_directory, write_json
 
 EXIT_FAILED = 1
+_FAILED = "failed"  # in the attempt's folder: the batch shell need not wait long for a node that does not answer
 _POLL_SEC = 0.5
 _MEET_TIMEOUT_SEC = 600  # slow images and module loads; a recipe's process_group_timeout may shorten it
 
@@ -90,6 +91,10 @@ def run_node(recipe: Recipe, recipe_file: str, attempt: int, place: Place) -> in
         except UserError as error:
             write_json(record, {**mine, "refused": str(error)})
             raise
+        except TimeoutError as error:
+            write_json(record, {**mine, "exit_code": EXIT_FAILED, "lost": [str(error)]})
+            (folder / _FAILED).touch()
+            raise
         build_extensions(plan, process_environment(plan) | _extensions_folder(recipe))
         command = node_command(folder, plan, recipe_file, attempt, place, nodes)
         environment = process_environment(plan) | _extensions_folder(recipe) | _network_environment(plan, address)
@@ -98,7 +103,7 @@ def run_node(recipe: Recipe, recipe_file: str, attempt: int, place: Place) -> in
         code, lost = _judge(run, attempt, plan, place, nodes)
         write_json(record, {**mine, "exit_code": code, "lost": lost})
         if code != EXIT_OK:
-            (folder / "failed").touch()  # the batch shell need not wait for a node that does not answer
+            (folder / _FAILED).touch()
     return code
 
 
