@@ -93,23 +93,25 @@ def pack_best_fit(lengths: IntArray, seq_len: int) -> Bins:
     """Best fit decreasing (`lengths`: positions, int64 [num_documents]). Bins of one full piece come first."""
     lengths = np.asarray(lengths, dtype=np.int64)
     num_full, rest = np.divmod(lengths, seq_len)
-    long = np.flatnonzero(num_full)
+    is_long = num_full > 0
+    long = np.flatnonzero(is_long)
     full_document = np.repeat(long, num_full[long])
     full_start = (np.arange(len(full_document)) - np.repeat(_cumulative(num_full[long])[:-1], num_full[long])) * seq_len
 
-    document = np.flatnonzero(rest)
-    document = document[_stable_argsort(seq_len - rest[document], seq_len)]  # longest first, then by number
+    # Longest first, then by number; those without a rest come last and are left out.
+    document = _stable_argsort(seq_len - rest, seq_len)[: np.count_nonzero(rest)]
     histogram = np.bincount(rest, minlength=seq_len)
     histogram[0] = 0
     bin_sizes, position = _arrange(*_place(histogram, seq_len))
 
     num_full_bins = len(full_document)
-    position += num_full_bins
-    fields = np.empty((3, num_full_bins + len(document)), dtype=np.int64)
+    fields = np.zeros((3, num_full_bins + len(document)), dtype=np.int64)
     fields[:, :num_full_bins] = full_document, full_start, np.full(num_full_bins, seq_len)
-    fields[0, position] = document
-    fields[1, position] = num_full[document] * seq_len
-    fields[2, position] = np.repeat(np.arange(seq_len - 1, -1, -1), histogram[::-1])
+    rests = fields[:, num_full_bins:]
+    rests[0, position] = document
+    rests[2, position] = np.repeat(np.arange(seq_len - 1, -1, -1), histogram[::-1])
+    of_long = np.flatnonzero(is_long[document])
+    rests[1, position[of_long]] = num_full[document[of_long]] * seq_len
     return Bins(seq_len, _cumulative(np.concatenate([np.ones(num_full_bins, np.int64), bin_sizes])), *fields)
 
 
@@ -141,7 +143,9 @@ def _arrange(first_bin: IntArray, num_bins: IntArray, each: IntArray, before: In
     bin_sizes = np.bincount(bin_of_visit, weights=each).astype(np.int64)  # sums in float64, exact below 2**53
     first_position = _cumulative(bin_sizes)[bin_of_visit] + before
     ends = np.cumsum(each)
-    return bin_sizes, np.repeat(first_position - ends + each, each) + np.arange(each.sum())
+    position = np.repeat(first_position - ends + each, each)
+    position += np.arange(len(position))
+    return bin_sizes, position
 
 
 def _place(histogram: IntArray, seq_len: int) -> tuple[IntArray, IntArray, IntArray, IntArray]:
@@ -188,10 +192,10 @@ def _place(histogram: IntArray, seq_len: int) -> tuple[IntArray, IntArray, IntAr
 
 def _stable_argsort(keys: IntArray, bound: int) -> IntArray:
     """Stable argsort of keys from 0 to `bound`, 16 bits at a time: NumPy sorts those by radix, in linear time."""
-    order = np.argsort((keys & 0xFFFF).astype(np.uint16), kind="stable")
+    order = np.argsort(keys.astype(np.uint16), kind="stable")  # the cast keeps the lowest 16 bits
     shift = 16
     while bound >> shift:
-        digits = ((keys[order] >> shift) & 0xFFFF).astype(np.uint16)
+        digits = (keys[order] >> shift).astype(np.uint16)
         order = order[np.argsort(digits, kind="stable")]
         shift += 16
     return order
