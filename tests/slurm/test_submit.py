@@ -103,7 +103,7 @@ def wait_until(condition: Callable[[], bool], timeout_sec: float, what: str) -> 
         time.sleep(0.1)
 
 
-def wait_for_step(work: Path, name: str, attempt: int, num_steps: int, timeout_sec: float = 60) -> None:
+def wait_for_step(work: Path, name: str, attempt: int, num_steps: int, timeout_sec: float = 150) -> None:
     """Wait until this attempt has trained some steps."""
     metrics = work / "all runs" / name / "metrics.jsonl"
 
@@ -165,7 +165,7 @@ def test_a_signalled_job_saves_requeues_and_finishes(
     cluster.run("scancel", "--batch", "--signal=USR2", str(job_id))  # what Slurm does ahead of the time limit
     wait_for_step(work, name, attempt=2, num_steps=5)
     cluster.run("scancel", "--signal=TERM", str(job_id))  # every process of the step, not the batch shell
-    wait_job(cluster, work, name, job_id, timeout_sec=90)
+    wait_job(cluster, work, name, job_id, timeout_sec=150)
     assert outcomes(work, name) == [("stopped", 75), ("stopped", 75), ("finished", 0)]
     assert cluster.job(job_id)["Restarts"] == "2"
     assert history(work, name) == on_one_node(2)
@@ -201,15 +201,15 @@ def test_a_job_that_loses_a_node_or_a_cable_goes_on_from_its_checkpoint(
     wait_for_step(work, name, attempt=1, num_steps=12)
     cluster.kill_slurmd(cluster.nodes[1])
     cluster.declare_down(cluster.nodes[1])  # what the controller finds by itself, later
-    wait_for_step(work, name, attempt=2, num_steps=12, timeout_sec=60)
+    wait_for_step(work, name, attempt=2, num_steps=12)
     cluster.link_down(cluster.nodes[2])
     lost = f"{cluster.nodes[2].name} ({cluster.nodes[2].address}), does not answer"
-    wait_until(lambda: "requeueing" in log_of(work, name), 60, "the job to requeue itself")
+    wait_until(lambda: "requeueing" in log_of(work, name), 120, "the job to requeue itself")
     assert lost in log_of(work, name)
     wait_until(lambda: ranks_left(work, name) == [], 30, "the ranks on both sides to end")
     cluster.start_slurmd(cluster.nodes[1])
     cluster.link_up(cluster.nodes[2])
-    wait_job(cluster, work, name, job_id, timeout_sec=90)
+    wait_job(cluster, work, name, job_id, timeout_sec=150)
     # The ranks outlive their slurmd and save on Slurm's SIGTERM; those that lost their peer cannot.
     assert outcomes(work, name) == [("stopped", 75), ("lost", 75), ("finished", 0)]
     assert cluster.job(job_id)["Restarts"] == "2"
@@ -224,7 +224,7 @@ def test_an_array_trains_each_seed_and_a_stop_during_the_start_is_not_lost(clust
     ends = []
     for index in (0, 1):
         name, task = f"array-seed{index + 1}", f"{job_id}_{index}"
-        wait_job(cluster, work, name, task, timeout_sec=90, until={"COMPLETED", "FAILED"})
+        wait_job(cluster, work, name, task, timeout_sec=150, until={"COMPLETED", "FAILED"})
         ends.append(cluster.job(task))  # type: ignore[arg-type]
     # Stopped by the user, so it does not come back.
     assert [(end["JobState"], end["ExitCode"]) for end in ends] == [("FAILED", "130:0"), ("COMPLETED", "0:0")]
