@@ -6,6 +6,8 @@ Models are tiny and in fp32 on the CPU; a start costs about 15 s of imports on t
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -125,6 +127,20 @@ def outcomes(work: Path, name: str) -> list[tuple[str, int] | None]:
     return [one and (one["status"], one["exit_code"]) for one in found]
 
 
+def rank_processes(work: Path, name: str) -> list[int]:
+    """Process numbers of a run's ranks, without their launchers."""
+    needle = str(work / "all runs" / name)
+    found = []
+    for process in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            command = process.read_bytes().decode(errors="replace").split("\0")
+        except OSError:
+            continue
+        if "turbolm.train" in command and "accelerate.commands.launch" not in command and needle in " ".join(command):
+            found.append(int(process.parent.name))
+    return found
+
+
 def ranks_left(work: Path, name: str) -> list[str]:
     """Training processes of a run that still live."""
     needle = str(work / "all runs" / name)
@@ -156,13 +172,24 @@ def test_two_jobs_on_the_same_nodes_learn_what_one_node_learns(
     assert turbolm(work, "status", "--runs", "all runs").count("finished") == 4
 
 
-def test_a_signalled_job_saves_requeues_and_finishes(
+def test_a_job_at_its_time_limit_saves_requeues_and_finishes(
     cluster: SlurmCluster, work: Path, on_one_node: Callable[[int], list[tuple[Any, ...]]]
 ) -> None:
-    name = "signalled"
-    job_id = submit(cluster, work, name, "cluster.num_nodes=2")
+    """A real limit of one minute first; then TERM to the ranks, as a preemption sends it."""
+    name = "limited"
+    limit = ["cluster.slurm.time=1m", "cluster.slurm.stop_grace=15s"]
+    job_id = submit(cluster, work, name, "cluster.num_nodes=2", *limit)
     wait_for_step(work, name, attempt=1, num_steps=5)
-    cluster.run("scancel", "--batch", "--signal=USR2", str(job_id))  # what Slurm does ahead of the time limit
+    ranks = rank_processes(work, name)
+    assert len(ranks) == 2
+    for rank in ranks:
+        os.kill(rank, signal.SIGSTOP)  # else it finishes before the limit
+    try:
+        wait_until(lambda: "Slurm asks the job to stop" in log_of(work, name), 60, "the warning before the limit")
+        cluster.run("scontrol", "update", f"jobid={job_id}", "TimeLimit=30")  # the next start is not to meet it again
+    finally:
+        for rank in ranks:
+            os.kill(rank, signal.SIGCONT)
     wait_for_step(work, name, attempt=2, num_steps=5)
     cluster.run("scancel", "--signal=TERM", str(job_id))  # every process of the step, not the batch shell
     wait_job(cluster, work, name, job_id, timeout_sec=150)
