@@ -1,0 +1,176 @@
+"""Tokens/s of turbolm's step in one process against a hand-written PyTorch loop and `transformers.Trainer`.
+
+    python benchmarks/trainer_overhead.py [--rounds 5] [--steps 8] [--zero-stage 0] [--threads N]
+
+The same model, rows, micro-batches, threads, fused AdamW, clipping and fp32 in all three; they take turns, so that a
+machine whose speed drifts is the same for all. The rows come from the quickstart recipe's data: real packed documents,
+with the positions that keep them apart. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from turbolm.data.loader import BatchLoader
+from turbolm.data.order import BatchOrder
+from turbolm.data.prepare import prepare
+from turbolm.data.store import TokenStore, open_store
+from turbolm.models.attention import model_inputs
+from turbolm.models.build import build_config, build_model
+from turbolm.optim.build import build_optimizer
+from turbolm.plan.machine import detect_machine
+from turbolm.plan.plan import Plan, build_plan
+from turbolm.recipe.load import load_recipe
+from turbolm.train.engine import build_accelerator, set_learning_rate
+from turbolm.train.run_directory import RunDirectory
+from turbolm.train.step import train_step
+from turbolm.train.worker import build_engine
+
+RECIPE = Path(__file__).parents[1] / "recipes/quickstart/config.yaml"
+Contender = Callable[[list[list[dict[str, Any]]], list[int]], None]
+
+
+def turbolm_step(plan: Plan, store: TokenStore, folder: Path) -> Contender:
+    """The project's own engine and step."""
+    accelerator = build_accelerator(plan.ds_config, device="cpu", precision="fp32", timeout_sec=600)
+    engine, attention = build_engine(accelerator, plan, store, RunDirectory(folder))
+
+    def run(batches: list[list[dict[str, Any]]], num_targets: list[int]) -> None:
+        for micro_batches, targets in zip(batches, num_targets, strict=True):
+            set_learning_rate(engine, 1e-4)
+            float(train_step(engine, micro_batches, targets, attention).loss_sum)
+
+    return run
+
+
+def fresh_model(plan: Plan, store: TokenStore) -> Any:
+    recipe = plan.recipe
+    ids = {"bos_token_id": store.manifest["bos_id"], "eos_token_id": store.manifest["eos_id"]}
+    config = build_config(recipe.model, seq_len=recipe.data.seq_len, vocab_size=store.vocab_size, **ids)
+    return build_model(recipe.model, config, seed=0, attention="sdpa").train()
+
+
+def plain_loop(plan: Plan, store: TokenStore, _: Path) -> Contender:
+    """What one would write by hand."""
+    model = fresh_model(plan, store)
+    optimizer = build_optimizer(model, plan.recipe.optimizer, kernel="torch", offload=False)
+
+    def run(batches: list[list[dict[str, Any]]], num_targets: list[int]) -> None:
+        for micro_batches, targets in zip(batches, num_targets, strict=True):
+            total = 0.0
+            for micro in micro_batches:
+                logits = model(**model_inputs(micro, "sdpa", torch.device("cpu"))).logits
+                labels = torch.from_numpy(micro["targets"]).flatten()
+                loss = F.cross_entropy(logits.flatten(0, 1), labels, ignore_index=-100, reduction="sum") / targets
+                loss.backward()
+                total += loss.item()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return run
+
+
+def hf_trainer(plan: Plan, store: TokenStore, folder: Path) -> Contender:
+    """`transformers.Trainer` with its fused AdamW; it shifts labels itself, so they are given unshifted."""
+    from transformers import Trainer, TrainingArguments
+
+    model = fresh_model(plan, store)
+    model.config.use_cache = False
+
+    def run(batches: list[list[dict[str, Any]]], num_targets: list[int]) -> None:
+        rows = [
+            {"input_ids": tokens, "position_ids": positions, "labels": tokens}
+            for micro_batches in batches
+            for micro in micro_batches
+            for tokens, positions in zip(micro["input_ids"], micro["position_ids"], strict=True)
+        ]
+        arguments = TrainingArguments(
+            output_dir=str(folder / "trainer"),
+            per_device_train_batch_size=plan.batch.micro_batch_bins,
+            gradient_accumulation_steps=plan.batch.gradient_accumulation_steps,
+            max_steps=len(batches),
+            optim="adamw_torch_fused",
+            use_cpu=True,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            logging_strategy="no",
+            remove_unused_columns=False,
+        )
+        Trainer(model=model, args=arguments, train_dataset=rows).train()  # type: ignore[arg-type]
+
+    return run
+
+
+def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, list[float]]:
+    """Tokens/s of each round, by contender."""
+    overrides = ["train.precision=fp32", "cluster.device=cpu", f"execution.zero_stage={arguments.zero_stage}"]
+    recipe = load_recipe(RECIPE, overrides)
+    store = open_store(prepare(recipe))
+    plan = build_plan(recipe, detect_machine(), 1)
+    torch.set_num_threads(arguments.threads)
+    order = BatchOrder(store.lengths("train"), plan.batch.seq_len, plan.batch.bins_per_batch, 0)
+    loader = BatchLoader(order, store, "train", 1, 0, plan.batch.micro_batch_bins)
+    global_batches = [loader.global_batch(index) for index in range(arguments.steps)]
+    batches, targets = [b.micro_batches for b in global_batches], [b.num_targets for b in global_batches]
+    contenders = {"turbolm": turbolm_step, "plain_loop": plain_loop, "transformers_trainer": hf_trainer}
+    runs = {name: build(plan, store, folder) for name, build in contenders.items()}
+    for run in runs.values():
+        run(batches[:2], targets[:2])
+    rates: dict[str, list[float]] = {name: [] for name in runs}
+    for round_index in range(arguments.rounds):
+        for name in sorted(runs, reverse=round_index % 2 == 1):
+            start = time.perf_counter()
+            runs[name](batches, targets)
+            rates[name].append(arguments.steps * plan.batch.global_batch_tokens / (time.perf_counter() - start))
+        print({name: round(values[-1]) for name, values in rates.items()}, flush=True)
+    return rates
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=8, help="optimizer steps of a turn")
+    parser.add_argument("--zero-stage", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        rates = measure(arguments, Path(folder))
+    ours = rates.pop("turbolm")
+    ratios = {
+        name: statistics.median(a / b for a, b in zip(ours, values, strict=True)) for name, values in rates.items()
+    }
+    print(
+        json.dumps(
+            {
+                "bench": "trainer_overhead",
+                "figures": {"turbolm_tokens_per_sec": statistics.median(ours), "zero_stage": arguments.zero_stage},
+                "rivals": {name: statistics.median(values) for name, values in rates.items()},
+                "ratios": ratios,
+                "targets": {"plain_loop": 0.98, "transformers_trainer": 1.0},
+                "met": {
+                    "plain_loop": ratios["plain_loop"] >= 0.98,
+                    "transformers_trainer": ratios["transformers_trainer"] >= 1,
+                },
+            }
+        )
+    )
+    sys.stdout.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
