@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -178,6 +179,7 @@ def export(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="the folder to write; replaced if it is there")],
 ) -> None:
     """Write a checkpoint in the Hugging Face layout."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, which Transformers imports, need not look for GPUs
     from turbolm.checkpoint.export import export_checkpoint
     from turbolm.train.run_directory import RunDirectory, read_json
 

@@ -98,11 +98,12 @@ def model_card(run: RunDirectory, results: dict[str, Any], store: TokenStore) ->
 def summary(results: dict[str, Any]) -> str:
     """What a finished run prints."""
     below = results["unigram_entropy"] - results["eval_loss"]
+    where = "below" if below >= 0 else "above"
     lines = [
         f"finished  {format_count(results['parameters'])} parameters, {format_count(results['tokens_seen'])} tokens, "
         f"{results['steps']} steps",
         f"  eval loss        {results['eval_loss']:.4f} nats/token (perplexity {math.exp(results['eval_loss']):.1f})",
-        f"  unigram entropy  {results['unigram_entropy']:.4f} nats/token: the model is {below:.2f} below it",
+        f"  unigram entropy  {results['unigram_entropy']:.4f} nats/token: the model is {abs(below):.2f} {where} it",
         f"  bits per byte    {results['bits_per_byte']:.4f}",
         f"  checkpoint       {results['checkpoint']}",
         f"  export           {results['export']}",
