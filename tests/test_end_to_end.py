@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -75,23 +76,45 @@ def uninterrupted(folder: Path) -> Path:
     return folder / "runs" / "uninterrupted"
 
 
-@pytest.fixture(scope="module")
-def resumed(folder: Path) -> Path:
-    """The same through `turbolm train`, interrupted by Ctrl-C in the middle."""
-    command, target = [*TURBOLM, "train", str(folder / "recipe.yaml"), "name=resumed"], folder / "runs" / "resumed"
+def interrupt(command: list[str], target: Path, attempt: int, send: Callable[[subprocess.Popen[str]], None]) -> str:
+    """Start a run, `send` it a signal once this attempt has trained some steps; returns what it printed."""
     process = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=CHILD_ENVIRONMENT
     )
     deadline = time.monotonic() + 120
     metrics = target / "metrics.jsonl"
-    while not (metrics.exists() and metrics.read_text(encoding="utf-8").count("\n") >= 5):
+    while not (metrics.exists() and metrics.read_text(encoding="utf-8").count(f'"attempt": {attempt},') >= 5):
         assert process.poll() is None and time.monotonic() < deadline, process.stdout and process.stdout.read()
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    send(process)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 75, output
     assert "the same command resumes there" in output
-    assert len(steps_of(target)) < STEPS
+    return output
+
+
+def process_of_rank(name: str, rank: int) -> int:
+    """The process number of one rank of a run."""
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (process / "cmdline").read_bytes().split(b"\0")
+            variables = (process / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if b"turbolm.train" in command and f"name={name}".encode() in command and f"RANK={rank}".encode() in variables:
+            return int(process.name)
+    raise AssertionError(f"rank {rank} of {name} does not run")
+
+
+@pytest.fixture(scope="module")
+def resumed(folder: Path) -> Path:
+    """The same through `turbolm train`, interrupted by Ctrl-C, then by TERM to one of its ranks."""
+    command, target = [*TURBOLM, "train", str(folder / "recipe.yaml"), "name=resumed"], folder / "runs" / "resumed"
+    interrupt(command, target, 1, lambda process: process.send_signal(signal.SIGINT))
+    first = len(steps_of(target))
+    output = interrupt(command, target, 2, lambda _: os.kill(process_of_rank("resumed", 1), signal.SIGTERM))
+    assert "asked to stop by another rank" in output
+    assert first < len(steps_of(target)) < STEPS
     done = run(*command)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "resumed from" in done.stdout
