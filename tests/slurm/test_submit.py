@@ -6,6 +6,7 @@ Models are tiny and in fp32 on the CPU; a start costs about 15 s of imports on t
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -175,9 +176,9 @@ def test_two_jobs_on_the_same_nodes_learn_what_one_node_learns(
 def test_a_job_at_its_time_limit_saves_requeues_and_finishes(
     cluster: SlurmCluster, work: Path, on_one_node: Callable[[int], list[tuple[Any, ...]]]
 ) -> None:
-    """A real limit of one minute first; then TERM to the ranks, as a preemption sends it."""
+    """Slurm's own time limit first; then TERM to the ranks, as a preemption sends it."""
     name = "limited"
-    limit = ["cluster.slurm.time=1m", "cluster.slurm.stop_grace=15s"]
+    limit = ["cluster.slurm.time=30m", "cluster.slurm.stop_grace=15s", "execution.process_group_timeout=5m"]
     job_id = submit(cluster, work, name, "cluster.num_nodes=2", *limit)
     wait_for_step(work, name, attempt=1, num_steps=5)
     ranks = rank_processes(work, name)
@@ -185,7 +186,10 @@ def test_a_job_at_its_time_limit_saves_requeues_and_finishes(
     for rank in ranks:
         os.kill(rank, signal.SIGSTOP)  # else it finishes before the limit
     try:
-        wait_until(lambda: "Slurm asks the job to stop" in log_of(work, name), 60, "the warning before the limit")
+        hours, minutes, seconds = (int(part) for part in cluster.job(job_id)["RunTime"].split(":"))
+        near_limit = math.ceil((3600 * hours + 60 * minutes + seconds + 30) / 60)  # Slurm's limits are whole minutes
+        cluster.run("scontrol", "update", f"jobid={job_id}", f"TimeLimit={near_limit}")
+        wait_until(lambda: "Slurm asks the job to stop" in log_of(work, name), 120, "the warning before the limit")
         cluster.run("scontrol", "update", f"jobid={job_id}", "TimeLimit=30")  # the next start is not to meet it again
     finally:
         for rank in ranks:
