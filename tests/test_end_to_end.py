@@ -261,3 +261,12 @@ def test_bad_input_is_one_message_and_exit_code_2(overrides: list[str], message:
     assert done.returncode == 2, done.stdout + done.stderr
     assert message in done.stderr
     assert "Traceback" not in done.stderr + done.stdout
+
+
+def test_a_model_with_dropout_is_not_taken_for_one_that_leaks(folder: Path) -> None:
+    """The isolation check compares two forward passes, which dropout would tell apart."""
+    overrides = ["name=dropout", "model.dropout=0.2", "train.budget=1600"]
+    assert run(*TURBOLM, "prepare", str(folder / "recipe.yaml")).returncode == 0
+    done = run(*TURBOLM, "train", str(folder / "recipe.yaml"), *overrides)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(steps_of(folder / "runs" / "dropout")) == 10

@@ -15,7 +15,7 @@ from turbolm.checkpoint.manifest import find_newest_valid, list_checkpoints
 from turbolm.data.loader import BatchLoader
 from turbolm.data.order import BatchOrder
 from turbolm.data.prepare import find_store
-from turbolm.data.store import TokenStore, open_store
+from turbolm.data.store import TokenStore, check_tokenizer, open_store
 from turbolm.errors import EXIT_OK, EXIT_REQUEUE, UserError
 from turbolm.models.attention import choose_attention
 from turbolm.models.build import (
@@ -112,7 +112,11 @@ def _open_prepared_store(recipe: Recipe) -> TokenStore:
     folder = find_store(recipe)
     if folder is None:
         raise UserError("the data is not prepared; run `turbolm prepare RECIPE` once, before the ranks start")
-    return open_store(folder)
+    store = open_store(folder)
+    pretrained = recipe.model.pretrained
+    if pretrained is not None and (Path(pretrained) / "tokenizer.json").is_file():
+        check_tokenizer(store, pretrained)  # a model goes on learning only in the tokens it knows
+    return store
 
 
 def _open_run(
@@ -153,6 +157,7 @@ def _build_session(
     engine, attention = build_engine(accelerator, plan, store, run)
     data, batch = recipe.data, plan.batch
     if data.packing != "single":
+        engine.eval()  # dropout would move the logits by itself
         leak = check_isolation(
             engine,
             vocab_size=store.vocab_size,
@@ -161,6 +166,7 @@ def _build_session(
             device=engine.device,
             precision=plan.precision,
         )
+        engine.train()
         print(f"packed documents are isolated: a change moved its neighbour's logits by {leak:.1e}")
     order = BatchOrder(store.lengths("train"), data.seq_len, batch.bins_per_batch, recipe.train.seed, data.packing)
     loader = BatchLoader(order, store, "train", dist.get_world_size(), dist.get_rank(), batch.micro_batch_bins)
