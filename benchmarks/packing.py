@@ -144,9 +144,11 @@ def token_store(lengths: np.ndarray) -> Iterator[TokenStore]:
     with tempfile.TemporaryDirectory() as name:
         num_tokens = lengths + 1
         (np.arange(num_tokens.sum()) % 50_000).astype("<u2").tofile(Path(name, "0.tokens"))
-        np.stack([num_tokens, num_tokens * BYTES_PER_TOKEN], axis=1).astype("<i8").tofile(Path(name, "0.index"))
-        files = {"tokens": {"file": "0.tokens"}, "index": {"file": "0.index"}, "train": {"documents": len(lengths)}}
-        yield TokenStore(Path(name), {"dtype": "<u2", "vocab_size": 50_000, "shards": [files]})
+        index = np.stack([np.cumsum(num_tokens), num_tokens * BYTES_PER_TOKEN], axis=1)
+        index.astype("<i8").tofile(Path(name, "0.index"))
+        shard = {"tokens": {"file": "0.tokens"}, "index": {"file": "0.index"}, "source": 0,
+                 "train": {"documents": len(lengths)}, "validation": {"documents": 0}}  # fmt: skip
+        yield TokenStore(Path(name), {"dtype": "<u2", "vocab_size": 50_000, "sources": [{}], "shards": [shard]})
 
 
 def move_tokens(store: TokenStore, seq_len: int, packing: Packing, bins_per_batch: int = 64) -> int:

@@ -203,6 +203,6 @@ def test_evaluation_batches_hold_every_target_once(store: TokenStore, world_size
 
 
 def test_no_validation_documents(store: TokenStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(TokenStore, "lengths", lambda self, split: np.zeros(0, np.int64))
+    monkeypatch.setattr(TokenStore, "num_documents", lambda self, split: 0)
     with pytest.raises(UserError, match=r"Raise data.validation \(it is now 0.1\)"):
         evaluation_set(store, SEQ_LEN, 100)

@@ -129,15 +129,18 @@ class EvaluationSet:
 
 def evaluation_set(store: TokenStore, seq_len: int, max_tokens: int, packing: Packing = "best_fit") -> EvaluationSet:
     """The first validation documents, whole, of at most `max_tokens` positions; always at least one document."""
-    lengths, text_bytes = store.lengths("validation"), store.text_bytes("validation")
-    if not len(lengths):
+    num_documents = store.num_documents("validation")
+    if not num_documents:
         raise UserError(
             "There are no validation documents. Raise data.validation (it is now "
             f"{store.manifest['validation']:g}) or add documents to data.sources."
         )
+    read = min(1024, num_documents)  # the split may be far larger than what is evaluated on
+    while (lengths := store.lengths("validation", 0, read)).sum() <= max_tokens and read < num_documents:
+        read = min(2 * read, num_documents)
     count = max(1, int(np.searchsorted(np.cumsum(lengths), max_tokens, side="right")))
     bins = pack(lengths[:count], seq_len, packing)
-    return EvaluationSet(bins, bins.num_positions, int(text_bytes[:count].sum()))
+    return EvaluationSet(bins, bins.num_positions, int(store.text_bytes("validation", 0, count).sum()))
 
 
 def evaluation_batches(

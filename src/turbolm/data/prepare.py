@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from turbolm.data.store import FORMAT_VERSION, MANIFEST, SPLITS, TOKENIZER_FOLDER, check_file, open_store
+from turbolm.data.store import FORMAT_VERSION, MANIFEST, SPLITS, TOKENIZER_FOLDER, check_file, file_record, open_store
 from turbolm.errors import UserError
 
 if TYPE_CHECKING:
@@ -208,8 +208,9 @@ class _Counts:
 
 @dataclass
 class _Shard:
-    """Consecutive documents on their way to a worker."""
+    """Consecutive documents of one source on their way to a worker."""
 
+    source: int  # its place in data.sources
     texts: dict[str, list[str]] = field(default_factory=lambda: {split: [] for split in SPLITS})
     text_bytes: int = 0
     digest: Any = field(default_factory=hashlib.sha256)  # over the documents' own digests
@@ -222,11 +223,15 @@ class _Shard:
 def _split_shards(recipe: Recipe, counts: _Counts) -> Iterator[_Shard]:
     from turbolm.data.sources import iter_documents
 
-    shard, number = _Shard(), 0
-    for _, text in iter_documents(recipe.data.sources):
+    shard, number = _Shard(0), 0
+    for source, text in iter_documents(recipe.data.sources):
         if not text:
             counts.empty += 1
             continue
+        if source != shard.source:
+            if shard.num_documents:
+                yield shard
+            shard = _Shard(source)
         content = text.encode()
         digest = hashlib.sha256(content).digest()
         held_out = is_validation(digest, recipe.data.validation)
@@ -236,8 +241,8 @@ def _split_shards(recipe: Recipe, counts: _Counts) -> Iterator[_Shard]:
         counts.documents += 1
         if shard.text_bytes >= SHARD_TEXT_BYTES >> max(0, 4 - number // 8):
             yield shard
-            shard, number = _Shard(), number + 1
-    if shard.text_bytes:
+            shard, number = _Shard(source), number + 1
+    if shard.num_documents:
         yield shard
 
 
@@ -319,11 +324,11 @@ def _write_shards(
 ) -> list[dict[str, Any]]:
     """Write the shards that are not there yet; the records of all of them, in order."""
     records: dict[int, dict[str, Any]] = {}
-    running: dict[Future[dict[str, Any]], int] = {}
+    running: dict[Future[dict[str, Any]], tuple[int, int]] = {}
     done = [0, 0]
 
-    def finish(number: int, record: dict[str, Any]) -> None:
-        records[number] = record
+    def finish(number: int, source: int, record: dict[str, Any]) -> None:
+        records[number] = {**record, "source": source}
         for split in SPLITS:
             done[0] += record[split]["documents"]
             done[1] += record[split]["text_bytes"]
@@ -335,15 +340,15 @@ def _write_shards(
             text_sha256 = shard.digest.hexdigest()
             record = _finished(layout, number, text_sha256)
             if record:
-                finish(number, record)
+                finish(number, shard.source, record)
                 continue
             job = pool.submit(_write_shard, layout, number, text_sha256, *(shard.texts[split] for split in SPLITS))
-            running[job] = number
+            running[job] = (number, shard.source)
             if len(running) > num_workers:  # one waits, so that no worker does; more would only fill the memory
                 for job in wait(running, return_when=FIRST_COMPLETED).done:
-                    finish(running.pop(job), job.result())
+                    finish(*running.pop(job), job.result())
         for job in list(running):
-            finish(running.pop(job), job.result())
+            finish(*running.pop(job), job.result())
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
     return [records[number] for number in sorted(records)]
@@ -387,13 +392,15 @@ def _write_shard(
     tokenizer = load_tokenizer(folder / TOKENIZER_FOLDER)
     texts = [*train, *validation]
     index = np.zeros((len(texts), 2), dtype="<i8")
+    num_tokens = 0
     tokens_path = _unfinished(folder / f"{name}.tokens")
     with tokens_path.open("wb") as file:
         for document, ids in enumerate(_tokenize(tokenizer, texts)):
             tokens = np.empty(len(ids) + 2, dtype=layout.dtype)
             tokens[0], tokens[1:-1], tokens[-1] = layout.bos_id, ids, layout.eos_id
             file.write(tokens.tobytes())
-            index[document] = len(tokens), len(texts[document].encode())
+            num_tokens += len(tokens)
+            index[document] = num_tokens, len(texts[document].encode())
         _flush(file)
     index_path = _unfinished(folder / f"{name}.index")
     with index_path.open("wb") as file:
@@ -401,13 +408,15 @@ def _write_shard(
         _flush(file)
     record: dict[str, Any] = {"text_sha256": text_sha256}
     for part, path in (("tokens", tokens_path), ("index", index_path)):
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        record[part] = {"file": f"{name}.{part}", "bytes": path.stat().st_size, "sha256": digest}
+        record[part] = {"file": f"{name}.{part}", **file_record(path)}
         path.rename(folder / f"{name}.{part}")
-    for split, rows in zip(SPLITS, (index[: len(train)], index[len(train) :]), strict=True):
-        tokens_total, bytes_total = rows.sum(axis=0).tolist()
-        record[split] = {"documents": len(rows), "tokens": tokens_total, "text_bytes": bytes_total}
+    train_tokens = int(index[len(train) - 1, 0]) if train else 0
+    for split, first, count, tokens_total in (
+        ("train", 0, len(train), train_tokens),
+        ("validation", len(train), len(validation), num_tokens - train_tokens),
+    ):
+        bytes_total = int(index[first : first + count, 1].sum())
+        record[split] = {"documents": count, "tokens": tokens_total, "text_bytes": bytes_total}
     _write_json(folder / f"{name}.json", record)
     return record
 

@@ -2,28 +2,36 @@
 
 A document is stored as bos, its tokens, eos: T tokens, hence T - 1 positions whose inputs are tokens[:-1] and whose
 targets are tokens[1:]. A shard is two files: `.tokens`, the tokens of its training documents and then of its validation
-documents, little-endian; and `.index`, two little-endian int64 a document in the same order: tokens and text bytes.
+documents, little-endian; and `.index`, two little-endian int64 a document in the same order: where it ends, in tokens
+from the shard's beginning, and its text's bytes. A shard's documents come from one source; shards are in the order of
+the sources. Both files are memory-mapped and only what is asked for is read, so a process holds nothing that grows with
+the number of documents.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
 from turbolm.data.packing import IntArray
 from turbolm.errors import UserError
 
-FORMAT_VERSION = 1  # part of every store's key: raise it when the files change
+FORMAT_VERSION = 2  # part of every store's key: raise it when the files change
 MANIFEST = "manifest.json"
 TOKENIZER_FOLDER = "tokenizer"
 Split = Literal["train", "validation"]
 SPLITS: tuple[Split, Split] = ("train", "validation")
-_MAX_OPEN_SHARDS = 4096  # memory maps a process may hold are limited (65,530 on Linux)
+_MAX_OPEN_FILES = 8192  # memory maps a process may hold are limited (65,530 on Linux)
+_ENDS_BYTES = 4096  # at each end of a file, for the quick check
+_CHECK_THREADS = 8
 
 
 class TokenStore:
@@ -31,7 +39,7 @@ class TokenStore:
 
     def __init__(self, folder: Path, manifest: dict[str, Any]):
         self.folder, self.manifest = folder, manifest
-        self._maps: dict[int, np.ndarray] = {}
+        self._maps: dict[tuple[int, str], np.ndarray] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {"folder": self.folder, "manifest": self.manifest, "_maps": {}}
@@ -52,80 +60,155 @@ class TokenStore:
         names = ("format_version", "dtype", "vocab_size", "bos_id", "eos_id", "tokenizer_fingerprint")
         content: dict[str, Any] = {name: self.manifest[name] for name in names}
         content["shards"] = [
-            [shard["tokens"]["sha256"], shard["index"]["sha256"], shard["train"]["documents"]]
+            [shard["tokens"]["sha256"], shard["index"]["sha256"], shard["train"]["documents"], shard["source"]]
             for shard in self.manifest["shards"]
         ]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
-    def lengths(self, split: Split) -> IntArray:
-        """Positions (inputs that have a target) of each document, int64 [num_documents]."""
-        return self._documents[split][0]
+    def num_documents(self, split: Split) -> int:
+        """Documents of the split, those of all sources together."""
+        return int(self._first_document[split][-1])
 
-    def text_bytes(self, split: Split) -> IntArray:
-        """UTF-8 bytes of each document's text, int64 [num_documents]."""
-        return self._documents[split][1]
+    def source_documents(self, split: Split = "train") -> list[tuple[int, int]]:
+        """First document and the one after the last of each source, in the recipe's order; equal where it has none."""
+        counts = self._sum_by_source(split, lambda part: int(part["documents"]))
+        ends = np.cumsum(counts).tolist()
+        return [(end - count, end) for count, end in zip(counts, ends, strict=True)]
+
+    def source_positions(self, split: Split = "train") -> list[int]:
+        """Positions of all documents of each source, in the recipe's order."""
+        return self._sum_by_source(split, lambda part: int(part["tokens"] - part["documents"]))
+
+    def lengths(self, split: Split, first: int = 0, end: int | None = None) -> IntArray:
+        """Positions (inputs that have a target) of the documents from `first` up to but not including `end`, int64."""
+        return self._gather(split, first, end, lambda index, rows: np.diff(_boundaries(index, rows)) - 1)
+
+    def text_bytes(self, split: Split, first: int = 0, end: int | None = None) -> IntArray:
+        """UTF-8 bytes of the texts of the documents from `first` up to but not including `end`, int64."""
+        return self._gather(split, first, end, lambda index, rows: index[rows, 1])
+
+    def locate(self, split: Split, documents: IntArray) -> tuple[IntArray, IntArray]:
+        """The shard of each of these documents, and where in it they begin, in tokens: int64 [len(documents)] each."""
+        documents = np.asarray(documents, dtype=np.int64)
+        first_document = self._first_document[split]
+        shards = np.searchsorted(first_document, documents, side="right") - 1
+        rows = documents - first_document[shards] + self._first_row[split][shards]
+        begins = np.empty(len(documents), np.int64)
+        for shard, where in group_by(shards):
+            index, rows_here = self._index(shard), rows[where]
+            begins[where] = np.where(rows_here > 0, index[rows_here - 1, 0], 0)
+        return shards, begins
+
+    def tokens(self, shard: int) -> np.ndarray:
+        """All tokens of a shard, those of its training documents first; mapped, in the store's dtype."""
+        return self._map(shard, "tokens", self.manifest["dtype"])
 
     def read(self, split: Split, document: int, start: int, length: int) -> np.ndarray:
         """The `length` inputs from position `start` on, and the target of the last: a view of length + 1 tokens."""
-        lengths, _, first_token, first_document = self._documents[split]
-        assert start >= 0 and length > 0 and start + length <= lengths[document]
-        shard = int(np.searchsorted(first_document, document, side="right")) - 1
-        begin = int(first_token[document]) + start
-        return self._tokens(shard)[begin : begin + length + 1]
+        (shard,), (begin,) = self.locate(split, np.array([document]))
+        assert start >= 0 and length > 0 and start + length <= self.lengths(split, document, document + 1)[0]
+        return self.tokens(int(shard))[begin + start : begin + start + length + 1]
 
     def token_counts(self, split: Split, max_tokens: int | None = None) -> IntArray:
         """How often each token is a target, int64 [vocab_size], over the first documents of the split.
 
         With `max_tokens`, whole documents are counted until at least so many targets have been seen.
         """
-        lengths, _, first_token, first_document = self._documents[split]
-        num_documents = len(lengths)
-        if max_tokens is not None:
-            reached = int(np.searchsorted(np.cumsum(lengths), max_tokens)) + 1
-            num_documents = min(num_documents, reached)
         counts = np.zeros(self.vocab_size, np.int64)
-        for shard in range(len(self.manifest["shards"])):
-            first, end = int(first_document[shard]), min(int(first_document[shard + 1]), num_documents)
-            if first >= end:
-                continue
-            tokens = self._tokens(shard)
-            begin, stop = int(first_token[first]), int(first_token[end - 1] + lengths[end - 1] + 1)
+        left = max_tokens
+        for shard, rows in self._rows(split, 0, self.num_documents(split)):
+            boundaries = _boundaries(self._index(shard), rows)
+            if left is not None:
+                seen = np.cumsum(np.diff(boundaries) - 1)
+                boundaries = boundaries[: int(np.searchsorted(seen, left)) + 2]
+                left -= int(seen[len(boundaries) - 2])
+            tokens, (begin, stop) = self.tokens(shard), boundaries[[0, -1]].tolist()
             for chunk in range(begin, stop, 1 << 22):  # bincount makes an int64 copy
                 counts += np.bincount(tokens[chunk : min(chunk + (1 << 22), stop)], minlength=self.vocab_size)
-            counts -= np.bincount(tokens[first_token[first:end]], minlength=self.vocab_size)  # bos is no target
+            counts -= np.bincount(tokens[boundaries[:-1]], minlength=self.vocab_size)  # bos is no target
+            if left is not None and left <= 0:
+                break
         return counts
 
     @cached_property
-    def _documents(self) -> dict[Split, tuple[IntArray, IntArray, IntArray, IntArray]]:
-        """Of each split: positions, text bytes and first token in its shard by document; first document by shard."""
-        parts: dict[Split, list[tuple[IntArray, IntArray, IntArray]]] = {split: [] for split in SPLITS}
-        for shard in self.manifest["shards"]:
-            index = np.fromfile(self.folder / shard["index"]["file"], dtype="<i8").reshape(-1, 2).astype(np.int64)
-            first_token = np.cumsum(index[:, 0]) - index[:, 0]
-            num_train = shard["train"]["documents"]
-            parts["train"].append((index[:num_train, 0] - 1, index[:num_train, 1], first_token[:num_train]))
-            parts["validation"].append((index[num_train:, 0] - 1, index[num_train:, 1], first_token[num_train:]))
-        documents: dict[Split, tuple[IntArray, IntArray, IntArray, IntArray]] = {}
-        for split in SPLITS:
-            lengths, text_bytes, first_token = (np.concatenate(column) for column in zip(*parts[split], strict=True))
-            first_document = np.cumsum([0] + [len(part[0]) for part in parts[split]])
-            documents[split] = (lengths, text_bytes, first_token, first_document)
-        return documents
+    def _first_document(self) -> dict[Split, IntArray]:
+        """Of each split, the first document of each shard and the one after the last: int64 [num_shards + 1]."""
+        counts = {split: [shard[split]["documents"] for shard in self.manifest["shards"]] for split in SPLITS}
+        return {split: np.cumsum([0, *counts[split]], dtype=np.int64) for split in SPLITS}
 
-    def _tokens(self, shard: int) -> np.ndarray:
-        tokens = self._maps.get(shard)
-        if tokens is None:
-            path = self.folder / self.manifest["shards"][shard]["tokens"]["file"]
+    @cached_property
+    def _first_row(self) -> dict[Split, IntArray]:
+        """Of each split, the row of each shard's index where it begins: int64 [num_shards]."""
+        num_train = np.diff(self._first_document["train"])
+        return {"train": np.zeros_like(num_train), "validation": num_train}
+
+    def _sum_by_source(self, split: Split, count: Callable[[dict[str, Any]], int]) -> list[int]:
+        sums = [0] * len(self.manifest["sources"])
+        for shard in self.manifest["shards"]:
+            sums[shard["source"]] += count(shard[split])
+        return sums
+
+    def _rows(self, split: Split, first: int, end: int) -> Iterator[tuple[int, slice]]:
+        """The shards that hold these documents, in order, and the rows of each one's index."""
+        first_document = self._first_document[split]
+        assert 0 <= first <= end <= first_document[-1]
+        shard = int(np.searchsorted(first_document, first, side="right")) - 1
+        while first < end:
+            stop = min(end, int(first_document[shard + 1]))
+            if stop > first:
+                offset = int(self._first_row[split][shard] - first_document[shard])
+                yield shard, slice(first + offset, stop + offset)
+            first, shard = max(first, stop), shard + 1
+
+    def _gather(
+        self, split: Split, first: int, end: int | None, values: Callable[[np.ndarray, slice], np.ndarray]
+    ) -> IntArray:
+        """`values` of the index rows of these documents, int64 [end - first]."""
+        end = self.num_documents(split) if end is None else end
+        gathered = np.empty(end - first, np.int64)
+        at = 0
+        for shard, rows in self._rows(split, first, end):
+            count = rows.stop - rows.start
+            gathered[at : at + count] = values(self._index(shard), rows)
+            at += count
+        return gathered
+
+    def _index(self, shard: int) -> np.ndarray:
+        """End of each document in tokens and its text's bytes, little-endian int64 [num_documents, 2]."""
+        return self._map(shard, "index", "<i8").reshape(-1, 2)
+
+    def _map(self, shard: int, part: str, dtype: str) -> np.ndarray:
+        mapped = self._maps.get((shard, part))
+        if mapped is None:
+            path = self.folder / self.manifest["shards"][shard][part]["file"]
             # A plain array over the map: slicing a np.memmap costs ten times as much.
-            tokens = np.asarray(np.memmap(path, dtype=self.manifest["dtype"], mode="r"))
-            if len(self._maps) >= _MAX_OPEN_SHARDS:
+            mapped = np.asarray(np.memmap(path, dtype=dtype, mode="r"))
+            if len(self._maps) >= _MAX_OPEN_FILES:
                 self._maps = {}
-            self._maps[shard] = tokens
-        return tokens
+            self._maps[shard, part] = mapped
+        return mapped
+
+
+def group_by(keys: IntArray) -> Iterator[tuple[int, IntArray]]:
+    """Each different key, smallest first, and where it stands in `keys` (in order)."""
+    order = np.argsort(keys, kind="stable")
+    changes = np.flatnonzero(np.diff(keys[order])) + 1
+    for where in np.split(order, changes) if len(keys) else ():
+        yield int(keys[where[0]]), where
+
+
+def _boundaries(index: np.ndarray, rows: slice) -> IntArray:
+    """Where the documents of these rows begin, in tokens, and where the last of them ends: int64 [num_rows + 1]."""
+    if rows.start:
+        return index[rows.start - 1 : rows.stop, 0].astype(np.int64)
+    return np.concatenate([[0], index[: rows.stop, 0]])  # a shard's first document begins at 0
 
 
 def open_store(folder: str | Path, *, verify: Literal["quick", "full"] = "quick") -> TokenStore:
-    """Open a complete store. `quick` compares every file's size with the manifest, `full` its SHA-256 as well."""
+    """Open a complete store. `quick` compares the size and both ends of every file with the manifest, `full` all of it.
+
+    So `quick` finds a shard that is missing, truncated or exchanged for another; `full` any change.
+    """
     folder = Path(folder)
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
@@ -138,10 +221,12 @@ def open_store(folder: str | Path, *, verify: Literal["quick", "full"] = "quick"
     version = manifest.get("format_version") if isinstance(manifest, dict) else None
     if version != FORMAT_VERSION:
         raise UserError(f"{folder} is a token store of format {version}, not {FORMAT_VERSION}; run `turbolm prepare`")
-    for number, shard in enumerate(manifest["shards"]):
-        for part in (shard["tokens"], shard["index"]):
-            problem = check_file(folder, part, full=verify == "full")
+    parts = [(number, shard[part]) for number, shard in enumerate(manifest["shards"]) for part in ("tokens", "index")]
+    with ThreadPoolExecutor(_CHECK_THREADS) as pool:  # on a network file system each check waits for answers
+        problems = pool.map(lambda part: check_file(folder, part[1], full=verify == "full"), parts)
+        for (number, part), problem in zip(parts, problems, strict=True):
             if problem:
+                pool.shutdown(cancel_futures=True)
                 raise UserError(
                     f"Shard {number} of the token store {folder} is damaged: {problem}. "
                     f"Delete {part['file']} there and run `turbolm prepare RECIPE` again; it rebuilds that shard."
@@ -149,22 +234,40 @@ def open_store(folder: str | Path, *, verify: Literal["quick", "full"] = "quick"
     return TokenStore(folder, manifest)
 
 
+def file_record(path: Path) -> dict[str, Any]:
+    """What the manifest says of a file: `bytes`, `ends_sha256` (over its first and last 4 KiB) and `sha256`."""
+    with path.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        num_bytes = file.tell()
+        return {"bytes": num_bytes, "ends_sha256": _ends_sha256(file, num_bytes), "sha256": sha256}
+
+
 def check_file(folder: Path, part: dict[str, Any], *, full: bool) -> str | None:
-    """What is wrong with a file of a shard (`file`, `bytes`, `sha256`), or None."""
+    """What is wrong with a file of a shard (`file` and the fields of `file_record`), or None."""
     path = folder / part["file"]
     try:
-        num_bytes = path.stat().st_size
-        if num_bytes != part["bytes"]:
-            return f"{part['file']} has {num_bytes} bytes where the manifest says {part['bytes']}"
-        if full:
-            with path.open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != part["sha256"]:
-                    return f"{part['file']} has changed since it was written (SHA-256 differs)"
+        with path.open("rb") as file:
+            num_bytes = os.fstat(file.fileno()).st_size
+            if num_bytes != part["bytes"]:
+                return f"{part['file']} has {num_bytes} bytes where the manifest says {part['bytes']}"
+            if _ends_sha256(file, num_bytes) != part["ends_sha256"]:
+                return f"{part['file']} is another file or has changed since it was written (its ends differ)"
+            file.seek(0)
+            if full and hashlib.file_digest(file, "sha256").hexdigest() != part["sha256"]:
+                return f"{part['file']} has changed since it was written (SHA-256 differs)"
     except FileNotFoundError:
         return f"{part['file']} is missing"
     except OSError as error:
         return f"{part['file']} cannot be read: {error.strerror}"
     return None
+
+
+def _ends_sha256(file: BinaryIO, num_bytes: int) -> str:
+    digest = hashlib.sha256()
+    for offset in (0, max(0, num_bytes - _ENDS_BYTES)):
+        file.seek(offset)
+        digest.update(file.read(_ENDS_BYTES))
+    return digest.hexdigest()
 
 
 def check_tokenizer(store: TokenStore, folder: str | Path) -> None:
