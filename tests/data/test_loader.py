@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from turbolm.data.collate import IGNORED, cu_seqlens, deal_bins
+from turbolm.data.collate import IGNORED, deal_bins
 from turbolm.data.loader import BatchLoader, GlobalBatch, evaluation_batches, evaluation_set
 from turbolm.data.order import BatchOrder, Packing
 from turbolm.data.packing import Bins, pack_best_fit
@@ -95,23 +95,6 @@ def test_numbers_of_a_batch(store: TokenStore, order: BatchOrder) -> None:
     assert batch.num_documents == len({document for document, _, _ in pieces})
     assert batch.padding_fraction == pytest.approx(1 - batch.num_targets / (BINS_PER_BATCH * SEQ_LEN))
     assert batch.attention_pairs == sum(length * (length + 1) // 2 for _, _, length in pieces)
-
-
-def test_cu_seqlens_follow_the_positions(store: TokenStore, order: BatchOrder) -> None:
-    batch = BatchLoader(order, store, "train", 3, 0, 2).global_batch(1)  # 10 bins in 12 places
-    for micro, arrays in enumerate(batch.micro_batches):
-        boundaries, longest = batch.cu_seqlens(micro)
-        flat = arrays["position_ids"].ravel()
-        assert boundaries.dtype == np.int32
-        np.testing.assert_array_equal(boundaries, [*np.flatnonzero(flat == 0), flat.size])
-        assert longest == int(np.diff(boundaries).max()) == int(flat.max()) + 1
-
-
-def test_cu_seqlens_by_hand() -> None:
-    bins = Bins(8, np.array([0, 2, 3]), np.array([0, 1, 2]), np.zeros(3, np.int64), np.array([3, 4, 8]))
-    boundaries, longest = cu_seqlens(bins, np.array([0, -1, 1]))
-    assert boundaries.tolist() == [0, 3, 7, 8, 16, 24]
-    assert longest == 8
 
 
 @given(

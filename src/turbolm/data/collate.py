@@ -30,41 +30,83 @@ def deal_bins(attention_cost: IntArray, world_size: int, micro_batch_bins: int) 
     return np.ascontiguousarray(rounds.reshape(num_micro, micro_batch_bins, world_size).transpose(0, 2, 1))
 
 
-def collate(bins: Bins, indices: IntArray, store: TokenStore, split: Split) -> dict[str, np.ndarray]:
-    """The arrays of a micro-batch from the bins `indices` [m], where -1 is a row without any target.
+def collate(
+    bins: Bins, indices: IntArray, store: TokenStore, split: Split, max_pieces: int | None = None
+) -> list[dict[str, np.ndarray]]:
+    """The micro-batches made of the bins `indices` [num_micro, m], where -1 is a row without any target.
 
     `input_ids`, `position_ids` and `targets` are int64 [m, seq_len]. Targets are shifted already: a target is the token
     that follows its input in the same document, or `IGNORED`. Positions count from 0 in each piece; the padding at the
-    end of a row is a piece of its own.
+    end of a row is a piece of its own. With `max_pieces` there is also `cu_seqlens`, see `fill_cu_seqlens`.
     """
-    shape = (len(indices), bins.seq_len)
-    input_ids, targets = np.zeros(shape, np.int64), np.full(shape, IGNORED, np.int64)
-    position_ids = np.empty(shape, np.int64)
-    counting = np.arange(bins.seq_len)
-    for row, index in enumerate(indices):
-        used = 0
-        if index >= 0:
-            for piece in range(bins.offsets[index], bins.offsets[index + 1]):
-                start, length = int(bins.start[piece]), int(bins.length[piece])
-                tokens = store.read(split, int(bins.document[piece]), start, length)
-                input_ids[row, used : used + length] = tokens[:-1]
-                targets[row, used : used + length] = tokens[1:]
-                position_ids[row, used : used + length] = counting[:length]
-                used += length
-        position_ids[row, used:] = counting[: bins.seq_len - used]
-    return {"input_ids": input_ids, "position_ids": position_ids, "targets": targets}
+    num_micro, micro_batch_bins = indices.shape
+    # All arrays in one block: the C library keeps freed memory in proportion to the largest block, and memory that is
+    # new to the process costs more than what is written to it here.
+    block = np.empty((3, num_micro, micro_batch_bins, bins.seq_len), np.int64)
+    shards, begins, lengths = _pieces(bins, indices.ravel(), store, split)
+    ends = np.cumsum(lengths)  # positions of all rows, end to end
+    after = ends + np.arange(len(ends))  # where in `tokens` the token after each piece lies
+    tokens = _read(store, shards, begins, lengths + 1, bins.seq_len)
+    is_input = np.ones(len(tokens), bool)
+    is_input[after] = False
+    inputs, positions, targets = block.reshape(3, -1)
+    inputs[:] = tokens[is_input]
+    targets[:-1] = inputs[1:]
+    targets[ends - 1] = tokens[after]
+    for piece in np.flatnonzero(shards < 0).tolist():
+        targets[ends[piece] - lengths[piece] : ends[piece]] = IGNORED
+    positions[:] = 1
+    positions[0] = 0
+    positions[ends[:-1]] = 1 - lengths[:-1]
+    np.cumsum(positions, out=positions)
+    micro_batches = [
+        dict(zip(("input_ids", "position_ids", "targets"), block[:, i], strict=True)) for i in range(num_micro)
+    ]
+    if max_pieces is not None:
+        for micro_batch, its_ends in zip(micro_batches, _split(ends, num_micro), strict=True):
+            micro_batch["cu_seqlens"] = fill_cu_seqlens(its_ends, max_pieces)
+    return micro_batches
 
 
-def cu_seqlens(bins: Bins, indices: IntArray) -> tuple[np.ndarray, int]:
-    """Where the pieces of a micro-batch begin when its rows are laid end to end, and the longest of them.
+def fill_cu_seqlens(ends: IntArray, max_pieces: int) -> np.ndarray:
+    """Where the pieces of a micro-batch begin when its rows are laid end to end, int32 [max_pieces + 1].
 
-    The boundaries are int32 [num_pieces + 1], from 0 to m * seq_len; padding counts as pieces of its own.
+    `ends` are where the pieces end. After the last piece follow empty ones, so that the shape is always the same.
     """
-    lengths: list[int] = []
-    for index in indices:
-        row = bins.length[bins.offsets[index] : bins.offsets[index + 1]].tolist() if index >= 0 else []
-        padding = bins.seq_len - sum(row)
-        lengths += row + ([padding] if padding else [])
-    boundaries = np.zeros(len(lengths) + 1, np.int32)
-    np.cumsum(lengths, out=boundaries[1:])
-    return boundaries, max(lengths, default=0)
+    assert len(ends) <= max_pieces, f"a micro-batch of {len(ends)} pieces, where there should be {max_pieces} at most"
+    boundaries = np.full(max_pieces + 1, ends[-1], np.int32)
+    boundaries[0] = 0
+    boundaries[1 : len(ends) + 1] = ends
+    return boundaries
+
+
+def _pieces(bins: Bins, rows: IntArray, store: TokenStore, split: Split) -> tuple[IntArray, IntArray, IntArray]:
+    """Shard (-1: padding), first token there and length of every piece of these rows, in their order."""
+    real = np.flatnonzero(rows >= 0)
+    part = bins.select(rows[real])
+    shards, begins = store.locate(split, part.document)
+    counts, padding = np.zeros(len(rows), np.int64), np.full(len(rows), bins.seq_len)
+    counts[real] = np.diff(part.offsets)
+    padding[real] -= part.used
+    padded = np.flatnonzero(padding)
+    at = np.cumsum(counts)[padded]
+    lengths = np.insert(part.length, at, padding[padded])
+    return np.insert(shards, at, -1), np.insert(begins + part.start, at, 0), lengths
+
+
+def _read(store: TokenStore, shards: IntArray, begins: IntArray, counts: IntArray, seq_len: int) -> np.ndarray:
+    """So many tokens of each shard (-1: zeros) from where they begin, one after the other, in the store's dtype."""
+    # Joining views of bytes does in C what a loop over arrays or `np.concatenate` does at twice the cost.
+    memory = {shard: store.tokens(shard).view(np.uint8).data for shard in set(shards.tolist()) - {-1}}
+    dtype = np.dtype(store.manifest["dtype"])
+    memory[-1] = memoryview(bytes((seq_len + 1) * dtype.itemsize))
+    begins, ends = begins * dtype.itemsize, (begins + counts) * dtype.itemsize
+    columns = zip(shards.tolist(), begins.tolist(), ends.tolist(), strict=True)
+    return np.frombuffer(b"".join([memory[shard][begin:end] for shard, begin, end in columns]), dtype)
+
+
+def _split(ends: IntArray, num_micro: int) -> list[IntArray]:
+    """The ends of each micro-batch's pieces, counted from its own beginning; all micro-batches have one size."""
+    size = int(ends[-1]) // num_micro
+    parts = np.split(ends, np.searchsorted(ends, np.arange(1, num_micro) * size, side="right"))
+    return [part - number * size for number, part in enumerate(parts)]

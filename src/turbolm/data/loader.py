@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from turbolm.data.collate import collate, cu_seqlens, deal_bins
+from turbolm.data.collate import collate, deal_bins
 from turbolm.data.order import BatchOrder, Packing, pack
 from turbolm.data.packing import Bins, IntArray
 from turbolm.data.store import Split, TokenStore
@@ -62,10 +62,6 @@ class GlobalBatch:
         """First 64 bits, in hexadecimal, of the SHA-256 of `sample_ids`: the ledger entry of this batch."""
         pieces = np.stack([self.bins.document, self.bins.start, self.bins.length]).astype("<i8")
         return hashlib.sha256(pieces.tobytes()).hexdigest()[:16]
-
-    def cu_seqlens(self, micro: int) -> tuple[np.ndarray, int]:
-        """Boundaries (int32 [num_pieces + 1]) and longest piece of micro-batch `micro`, see `collate.cu_seqlens`."""
-        return cu_seqlens(self.bins, self.indices[micro])
 
 
 @dataclass(frozen=True)
@@ -165,4 +161,4 @@ def _global_batch(index: int, bins: Bins, store: TokenStore, split: Split, layou
     world_size, rank, micro_batch_bins = layout
     assert 0 <= rank < world_size
     indices = deal_bins(bins.attention_cost, world_size, micro_batch_bins)[:, rank]
-    return GlobalBatch(index, bins, indices, [collate(bins, micro, store, split) for micro in indices])
+    return GlobalBatch(index, bins, indices, collate(bins, indices, store, split))

@@ -1,0 +1,98 @@
+"""Micro-batches against a reference that copies one piece at a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from turbolm.data.collate import IGNORED, collate, fill_cu_seqlens
+from turbolm.data.order import Packing, pack
+from turbolm.data.packing import Bins
+from turbolm.data.store import Split, TokenStore
+
+
+def store_in_memory(shards: list[tuple[list[int], list[int]]], dtype: str) -> TokenStore:
+    """Shards of training and validation documents of these positions; every token is a different number."""
+    entries, maps, first = [], {}, 1
+    for number, (train, validation) in enumerate(shards):
+        counts = np.array([*train, *validation], np.int64) + 1
+        ends = np.cumsum(counts)
+        maps[number, "tokens"] = np.arange(first, first + counts.sum()).astype(dtype)
+        maps[number, "index"] = np.stack([ends, counts], axis=1).astype("<i8").ravel()
+        entries.append({"train": {"documents": len(train)}, "validation": {"documents": len(validation)}, "source": 0})
+        first += int(counts.sum())
+    store = TokenStore(Path("nowhere"), {"dtype": dtype, "vocab_size": first, "shards": entries, "sources": [{}]})
+    store._maps = maps
+    return store
+
+
+def reference(bins: Bins, row: int, store: TokenStore, split: Split) -> tuple[list[int], list[int], list[int]]:
+    inputs: list[int] = []
+    positions: list[int] = []
+    targets: list[int] = []
+    if row >= 0:
+        for piece in range(bins.offsets[row], bins.offsets[row + 1]):
+            tokens = store.read(split, int(bins.document[piece]), int(bins.start[piece]), int(bins.length[piece]))
+            inputs += tokens[:-1].tolist()
+            targets += tokens[1:].tolist()
+            positions += range(len(tokens) - 1)
+    padding = bins.seq_len - len(inputs)
+    return inputs + [0] * padding, positions + list(range(padding)), targets + [IGNORED] * padding
+
+
+documents = st.lists(st.integers(0, 40), max_size=12)
+
+
+@given(
+    shards=st.lists(st.tuples(documents, documents).filter(lambda parts: any(parts)), min_size=1, max_size=5),
+    split=st.sampled_from(["train", "validation"]),
+    packing=st.sampled_from(get_args(Packing)),
+    seq_len=st.integers(1, 24),
+    micro_batch_bins=st.integers(1, 4),
+    dtype=st.sampled_from(["<u2", "<u4"]),
+    data=st.data(),
+)
+def test_micro_batches_hold_what_the_bins_say(
+    shards: list[tuple[list[int], list[int]]],
+    split: Split,
+    packing: Packing,
+    seq_len: int,
+    micro_batch_bins: int,
+    dtype: str,
+    data: st.DataObject,
+) -> None:
+    store = store_in_memory(shards, dtype)
+    bins = pack(store.lengths(split), seq_len, packing)
+    num_micro = data.draw(st.integers(1, 3))
+    rows = st.lists(st.integers(-1, len(bins) - 1), min_size=micro_batch_bins, max_size=micro_batch_bins)
+    indices = np.array(data.draw(st.lists(rows, min_size=num_micro, max_size=num_micro)), np.int64)
+    max_pieces = micro_batch_bins * seq_len
+    micro_batches = collate(bins, indices, store, split, max_pieces)
+    assert len(micro_batches) == num_micro
+    for micro_batch, its_rows in zip(micro_batches, indices.tolist(), strict=True):
+        columns = zip(*(reference(bins, row, store, split) for row in its_rows), strict=True)
+        for name, expected in zip(("input_ids", "position_ids", "targets"), columns, strict=True):
+            assert micro_batch[name].dtype == np.int64
+            assert micro_batch[name].tolist() == list(expected)
+        begins = np.flatnonzero(micro_batch["position_ids"].ravel() == 0).tolist()
+        assert micro_batch["cu_seqlens"].dtype == np.int32
+        assert micro_batch["cu_seqlens"].tolist() == begins + [max_pieces] * (max_pieces + 1 - len(begins))
+
+
+def test_cu_seqlens_by_hand() -> None:
+    assert fill_cu_seqlens(np.array([3, 7, 8, 16, 24]), 7).tolist() == [0, 3, 7, 8, 16, 24, 24, 24]
+    with pytest.raises(AssertionError, match="5 pieces"):
+        fill_cu_seqlens(np.array([3, 7, 8, 16, 24]), 4)
+
+
+def test_without_a_bound_there_are_no_cu_seqlens() -> None:
+    store = store_in_memory([([3, 5], [])], "<u2")
+    (micro_batch,) = collate(pack(store.lengths("train"), 8, "best_fit"), np.array([[0]]), store, "train")
+    assert list(micro_batch) == ["input_ids", "position_ids", "targets"]
+    assert micro_batch["input_ids"].tolist() == [[5, 6, 7, 8, 9, 1, 2, 3]]
+    assert micro_batch["targets"].tolist() == [[6, 7, 8, 9, 10, 2, 3, 4]]
