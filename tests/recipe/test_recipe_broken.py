@@ -123,6 +123,14 @@ ADDED = {
     "execution: {quantized_weights: true}": (
         "a.yaml:11: execution.quantized_weights: needs execution.zero_stage 3, got 2; set zero_stage: 3"
     ),
+    "execution: {zero_stage: 3, compile: model}": (
+        "a.yaml:11: execution.compile: model does not work with execution.zero_stage 3: weights are gathered while "
+        "the model runs, which a graph of the whole model cannot hold; set compile: layers"
+    ),
+    "execution: {attention: flex, compile: layers}": (
+        "a.yaml:11: execution.compile: layers does not work with execution.attention flex, which compiles its kernel "
+        "itself; set attention: varlen or sdpa, or compile: none"
+    ),
     "execution: {zero_stage: 1, quantized_gradients: true}": (
         "a.yaml:11: execution.quantized_gradients: needs execution.zero_stage 3, got 1; set zero_stage: 3"
     ),

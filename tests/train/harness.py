@@ -71,6 +71,7 @@ class Cell:
     offload_optimizer: bool = False
     precision: str = "fp32"
     train: dict[str, Any] = field(default_factory=dict)
+    execution: dict[str, Any] = field(default_factory=dict)  # whatever has no field of its own
     packing: str = "best_fit"
     adam_kernel: str = "torch"
     attention: str = "auto"
@@ -97,6 +98,7 @@ def cell_recipe(folder: Path, cell: Cell) -> Recipe:
             "offload_optimizer": cell.offload_optimizer,
             "adam_kernel": cell.adam_kernel,
             "attention": cell.attention,
+            **cell.execution,
         },
     )
 

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.flex_attention import flex_attention_forward
-from transformers.masking_utils import flex_attention_mask
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import flex_attention_mask, sdpa_mask
 
 from turbolm.errors import UserError
 
@@ -78,6 +79,9 @@ def model_inputs(batch: dict[str, np.ndarray], attention: str, device: torch.dev
     starts = np.flatnonzero(flat_positions[0] == 0)
     cumulative = np.append(starts, flat_positions.size).astype(np.int32)
     cu_seq_lens = torch.from_numpy(cumulative).to(device, non_blocking=True)
+    # How many pieces there are differs from batch to batch. Compilers take this one size as a variable; padding with
+    # empty pieces to the most there can be would launch a block of the kernel for each of them.
+    torch._dynamo.maybe_mark_dynamic(cu_seq_lens, 0)
     return {
         "input_ids": torch.from_numpy(tokens.reshape(1, -1)).to(device, non_blocking=True),
         "position_ids": torch.from_numpy(flat_positions).to(device, non_blocking=True),
@@ -106,7 +110,6 @@ def varlen_attention_forward(
     head_dim]. A generation call (no cumulative lengths) falls back to Transformers' sdpa.
     """
     from torch.nn.attention.varlen import varlen_attn
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     cu_seq_lens = kwargs.get("cu_seq_lens_q")
     if cu_seq_lens is None:
@@ -137,6 +140,18 @@ def varlen_attention_forward(
     return output.unsqueeze(0), None
 
 
+ALWAYS_MASKED_SDPA = "turbolm_sdpa_masked"
+"""sdpa that gets a mask for every batch. Transformers leaves it out when each row holds one document, and layers that
+are compiled apart from the model would be compiled for both."""
+
+
+def _always_mask(*arguments: Any, allow_is_causal_skip: bool = False, **kwargs: Any) -> torch.Tensor | None:
+    mask = sdpa_mask(*arguments, allow_is_causal_skip=False, **kwargs)
+    return None if mask is None else mask.contiguous()  # else its strides differ where rows share a mask
+
+
+AttentionInterface.register(ALWAYS_MASKED_SDPA, sdpa_attention_forward)
+AttentionMaskInterface.register(ALWAYS_MASKED_SDPA, _always_mask)
 AttentionInterface.register(ATTENTION_NAMES["varlen"], varlen_attention_forward)
 # Under a name of our own, flex attention also serves models whose class does not declare it (GPT-2); the isolation
 # check and the tests hold it to the same standard.

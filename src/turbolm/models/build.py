@@ -123,6 +123,8 @@ def apply_activation_checkpointing(model: PreTrainedModel, every: str | int) -> 
     model.activation_checkpointing_enable(
         activation_checkpointing_kwargs={"use_reentrant": False}, every_n_layers=1 if every == "full" else int(every)
     )
+    # Meant for frozen embeddings and the reentrant kind: where it evaluates, the first layer would be compiled twice.
+    model.disable_input_require_grads()
 
 
 def _config_from_mapping(mapping: dict[str, Any]) -> PreTrainedConfig:

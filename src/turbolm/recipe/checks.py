@@ -36,6 +36,8 @@ _KEYS = (
     "execution.quantized_weights",
     "execution.quantized_gradients",
     "execution.micro_batch",
+    "execution.compile",
+    "execution.attention",
 )
 
 
@@ -138,6 +140,22 @@ def _stage_3_only(values: Values) -> Iterator[tuple[str, str]]:
         )
 
 
+def _compile(values: Values) -> Iterator[tuple[str, str]]:
+    mode = values["execution.compile"]
+    if mode == "model" and values["execution.zero_stage"] == 3:
+        yield (
+            "execution.compile",
+            "model does not work with execution.zero_stage 3: weights are gathered while the model runs, which a "
+            "graph of the whole model cannot hold; set compile: layers",
+        )
+    if mode in ("model", "layers") and values["execution.attention"] == "flex":
+        yield (
+            "execution.compile",
+            f"{mode} does not work with execution.attention flex, which compiles its kernel itself; set attention: "
+            "varlen or sdpa, or compile: none",
+        )
+
+
 def _described_cluster(values: Values) -> Iterator[tuple[str, str]]:
     """What does not fit the machines that the recipe describes; the rest shows on the machine itself."""
     gpu, gpus, processes = (values[f"cluster.{name}"] for name in ("gpu", "gpus_per_node", "processes_per_node"))
@@ -207,6 +225,7 @@ _RULES: tuple[Callable[[Values], Iterator[tuple[str, str]]], ...] = (
     _sizes,
     _zero_stage,
     _stage_3_only,
+    _compile,
     _described_cluster,
     _world_size,
     _positions,

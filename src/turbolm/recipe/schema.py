@@ -404,6 +404,11 @@ class Execution(Section):
     activation_checkpointing: Literal["none", "full"] | Annotated[int, Field(ge=1)] = Field(
         "none", description="none, full, or n: every n-th layer is recomputed in the backward pass"
     )
+    compile: Literal["none", "model", "layers"] = Field(
+        "none",
+        description="torch.compile of the whole model, or of each layer: quicker to compile, and at zero_stage 3 too; "
+        "one compilation for each row length, another where it evaluates",
+    )
     attention: Literal["auto", "eager", "sdpa", "flex", "flash", "varlen"] = Field(
         "auto", description="auto: the fastest kernel here that keeps packed documents apart"
     )

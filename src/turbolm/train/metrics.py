@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from turbolm.data.loader import GlobalBatch
+from turbolm.models.compile import compilations
 from turbolm.train.step import StepResult
 from turbolm.units import format_count, format_duration
 
@@ -52,6 +53,11 @@ class MetricsLog:
             "data/padding_fraction": batch.padding_fraction,
             "data/samples": batch.samples_digest,
         }
+        num_graphs, compile_seconds = compilations.take_new()
+        if compile_seconds:
+            line["perf/compile_sec"] = compile_seconds
+            counts = f"{num_graphs} graphs in {compile_seconds:.0f} s, {compilations.count} so far"
+            self.say(f"step {step}: torch.compile made {counts}")
         self._pending.append((line, result))
 
     def restart_clock(self) -> None:

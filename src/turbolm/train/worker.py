@@ -25,6 +25,7 @@ from turbolm.models.build import (
     carries_state_across_documents,
     model_class,
 )
+from turbolm.models.compile import apply_compile, keep_layers_whole
 from turbolm.models.initialise import count_parameters, seed_for_rank
 from turbolm.models.isolation import check_isolation
 from turbolm.optim.build import build_optimizer
@@ -229,12 +230,15 @@ def build_engine(accelerator: Any, plan: Plan, store: TokenStore, run: RunDirect
         tokenizer(store.tokenizer_dir).save_pretrained(run.model)
     apply_activation_checkpointing(model, recipe.execution.activation_checkpointing)
     execution = recipe.execution
+    if execution.compile == "layers" and execution.zero_stage == 3:
+        keep_layers_whole(model)
     optimizer = build_optimizer(
         model, recipe.optimizer, kernel=execution.adam_kernel, offload=execution.offload_optimizer
     )
     if recipe.train.max_grad_value is not None:
         clip_by_value(optimizer, recipe.train.max_grad_value)
     engine, _ = accelerator.prepare(model, optimizer)
+    apply_compile(engine.module, execution.compile)
     seed_for_rank(recipe.train.seed, dist.get_rank())
     engine.train()
     return engine, attention

@@ -1,0 +1,42 @@
+"""Execution tricks change how a run is carried out, not what it learns: losses and norms are those of plain PyTorch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.train.harness import Cell, cell_recipe, run_cells
+from tests.train.reference import train_reference
+from tests.train.test_equivalence import learning_rates
+from turbolm.data.prepare import prepare
+from turbolm.data.store import open_store
+
+STEPS = 4
+COMPILED: dict[str, dict[str, Any]] = {
+    "model-zero1": {"zero_stage": 1, "compile": "model"},
+    "model-zero2-recomputed": {"zero_stage": 2, "compile": "model", "activation_checkpointing": "full"},
+    "layers-zero0": {"zero_stage": 0, "compile": "layers"},
+    "layers-zero3": {"zero_stage": 3, "compile": "layers"},
+    "layers-zero3-every-second": {"zero_stage": 3, "compile": "layers", "activation_checkpointing": 2},
+}
+
+
+def check_cells(folder: Path, tricks: dict[str, dict[str, Any]], model: str = "llama") -> None:
+    """Two processes train a tiny model with each of `tricks`, as the independent trainer does."""
+    cells = [
+        Cell(name=name, model=model, micro_batch_bins=2, steps=STEPS, execution=execution)
+        for name, execution in tricks.items()
+    ]
+    trained = run_cells(folder, 2, cells)
+    store = open_store(prepare(cell_recipe(folder, cells[0])))
+    expected = train_reference(cell_recipe(folder, cells[0]), store, learning_rates()[:STEPS])
+    for name, values in trained.items():
+        np.testing.assert_allclose(np.array(values), expected, rtol=1e-5, err_msg=name)
+
+
+@pytest.mark.slow
+def test_compiled(tmp_path: Path) -> None:
+    check_cells(tmp_path, COMPILED)
