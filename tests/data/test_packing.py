@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from turbolm.data import packing
 from turbolm.data.packing import (
     Bins,
     concatenate,
@@ -150,3 +151,12 @@ def test_more_bins_than_16_bits_sort_right() -> None:
     bins = pack_best_fit(lengths, 10)
     assert len(bins) == 70_000
     np.testing.assert_array_equal(bins.document, np.arange(70_000))
+
+
+@settings(max_examples=30)
+@given(st.sampled_from([3, 2048, 70_000, 2**17]), st.integers(0, 400), st.integers(0, 99))
+def test_sorting_in_blocks(bound: int, count: int, seed: int) -> None:
+    keys = np.random.default_rng(seed).integers(0, bound + 1, count)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing, "_SORT_BLOCK", 64)
+        np.testing.assert_array_equal(packing._stable_argsort(keys, bound), np.argsort(keys, kind="stable"))

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 IntArray = np.ndarray  # int64 unless said otherwise
+_SORT_BLOCK = 2**16
 
 
 @dataclass(frozen=True)
@@ -191,7 +192,23 @@ def _place(histogram: IntArray, seq_len: int) -> tuple[IntArray, IntArray, IntAr
 
 
 def _stable_argsort(keys: IntArray, bound: int) -> IntArray:
-    """Stable argsort of keys from 0 to `bound`, 16 bits at a time: NumPy sorts those by radix, in linear time."""
+    """Stable argsort of keys from 0 to `bound`, in linear time: block by block, so that each fits in a core's cache."""
+    if len(keys) <= _SORT_BLOCK:
+        return _radix_argsort(keys, bound)
+    order = np.empty(len(keys), dtype=np.int64)
+    next_place = _cumulative(np.bincount(keys, minlength=bound + 1))[:-1]  # of each key
+    for first in range(0, len(keys), _SORT_BLOCK):
+        block = keys[first : first + _SORT_BLOCK]
+        counts = np.bincount(block, minlength=bound + 1)
+        place = np.repeat(next_place - _cumulative(counts)[:-1], counts)
+        place += np.arange(len(block))
+        order[place] = _radix_argsort(block, bound) + first
+        next_place += counts
+    return order
+
+
+def _radix_argsort(keys: IntArray, bound: int) -> IntArray:
+    """Stable argsort of keys from 0 to `bound`, 16 bits at a time: NumPy sorts those by radix."""
     order = np.argsort(keys.astype(np.uint16), kind="stable")  # the cast keeps the lowest 16 bits
     shift = 16
     while bound >> shift:
