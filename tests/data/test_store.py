@@ -76,8 +76,10 @@ def test_sources_hold_their_own_documents(sharded: TokenStore, texts: list[str])
 
 def test_only_what_is_asked_for_is_read(sharded: TokenStore, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[int] = []
-    original = TokenStore._index
-    monkeypatch.setattr(TokenStore, "_index", lambda self, shard: opened.append(shard) or original(self, shard))
+    original = TokenStore._map
+    monkeypatch.setattr(
+        TokenStore, "_map", lambda self, shard, *more: opened.append(shard) or original(self, shard, *more)
+    )
     sharded.lengths("train", 0, 2)
     sharded.locate("train", np.array([sharded.num_documents("train") - 1]))
     sharded.source_documents(), sharded.source_positions()

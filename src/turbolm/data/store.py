@@ -16,6 +16,7 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -93,10 +94,17 @@ class TokenStore:
         first_document = self._first_document[split]
         shards = np.searchsorted(first_document, documents, side="right") - 1
         rows = documents - first_document[shards] + self._first_row[split][shards]
-        begins = np.empty(len(documents), np.int64)
-        for shard, where in group_by(shards):
-            index, rows_here = self._index(shard), rows[where]
-            begins[where] = np.where(rows_here > 0, index[rows_here - 1, 0], 0)
+        # A document begins where the one before it ends. Shard by shard, with as few calls as can be: there may be
+        # hundreds of shards with a few documents each.
+        order = np.argsort(shards, kind="stable")
+        end_before = 2 * rows[order] - 2
+        bounds = [0, *(np.flatnonzero(np.diff(shards[order])) + 1).tolist(), len(order)]
+        for begin, end in pairwise(bounds if len(order) else []):
+            index = self._map(int(shards[order[begin]]), "index", "<i8")
+            end_before[begin:end] = index[end_before[begin:end]]
+        begins = np.empty_like(rows)
+        begins[order] = end_before
+        begins[rows == 0] = 0
         return shards, begins
 
     def tokens(self, shard: int) -> np.ndarray:
@@ -187,14 +195,6 @@ class TokenStore:
                 self._maps = {}
             self._maps[shard, part] = mapped
         return mapped
-
-
-def group_by(keys: IntArray) -> Iterator[tuple[int, IntArray]]:
-    """Each different key, smallest first, and where it stands in `keys` (in order)."""
-    order = np.argsort(keys, kind="stable")
-    changes = np.flatnonzero(np.diff(keys[order])) + 1
-    for where in np.split(order, changes) if len(keys) else ():
-        yield int(keys[where[0]]), where
 
 
 def _boundaries(index: np.ndarray, rows: slice) -> IntArray:
