@@ -24,7 +24,7 @@ train:
 SECTIONS = (
     "name, model, tokenizer, data, train, optimizer, schedule, cluster, execution, evaluation, checkpoint, logging"
 )
-OPTIMIZER = "name, lr, betas, eps, weight_decay"
+OPTIMIZER = "name, lr, weight_decay, lr_multipliers, betas, eps"
 
 
 def problems(folder: Path, text: str, *overrides: str) -> list[str]:
@@ -104,6 +104,40 @@ ADDED = {
     "extends: a.yaml": "a.yaml:11: extends: a file extends itself: a.yaml -> a.yaml",
     "execution: {zero_stage: 0, offload_optimizer: true}": (
         "a.yaml:11: execution.zero_stage: must be 1, 2 or 3 with execution.offload_optimizer, got 0"
+    ),
+    "optimizer: {name: soap}\nexecution: {zero_stage: 1}": (
+        "a.yaml:12: execution.zero_stage: must be 0 with optimizer.name soap, got 1: it works on whole matrices, and "
+        "ZeRO 1 to 3 leave each process a flat part of the parameters; set zero_stage: 0 with train.precision: fp32, "
+        "or optimizer.name: muon, which works at every stage"
+    ),
+    "optimizer: {name: adafactor}\nexecution: {zero_stage: 3}": (
+        "a.yaml:12: execution.zero_stage: must be 0 with optimizer.name adafactor, got 3: it works on whole matrices, "
+        "and ZeRO 1 to 3 leave each process a flat part of the parameters; set zero_stage: 0 with train.precision: "
+        "fp32, or optimizer.name: muon, which works at every stage"
+    ),
+    "optimizer: {name: lion}\nexecution: {adam_kernel: deepspeed}": (
+        "a.yaml:12: execution.adam_kernel: deepspeed is a kernel of optimizer.name adamw, got lion; set adam_kernel: "
+        "auto"
+    ),
+    "optimizer: {momentum: 0.9}": (
+        f"a.yaml:11: optimizer.momentum: not a setting of adamw, but of sgd, rmsprop, muon (known: {OPTIMIZER})"
+    ),
+    "optimizer: {name: sgd, betas: [0.9, 0.95]}": (
+        "a.yaml:11: optimizer.betas: not a setting of sgd, but of adamw, adamw_8bit, cautious_adamw, ademamix, lion, "
+        "muon, soap (known: name, lr, weight_decay, lr_multipliers, momentum, nesterov)"
+    ),
+    "optimizer: {name: muon, momentum: 1}": "a.yaml:11: optimizer.momentum: must be less than 1, got 1",
+    "optimizer: {name: moun}": (
+        "a.yaml:11: optimizer.name: expected 'adamw', 'adamw_8bit', 'cautious_adamw', 'ademamix', 'lion', 'sgd', "
+        "'rmsprop', 'muon', 'soap' or 'adafactor', got 'moun'; did you mean 'muon'?"
+    ),
+    "optimizer: {name: 3}": (
+        "a.yaml:11: optimizer.name: expected 'adamw', 'adamw_8bit', 'cautious_adamw', 'ademamix', 'lion', 'sgd', "
+        "'rmsprop', 'muon', 'soap' or 'adafactor', got 3"
+    ),
+    "optimizer: {lr_multipliers: {heads: 2}}": (
+        "a.yaml:11: optimizer.lr_multipliers.heads: unknown key; did you mean 'head'? (known: embeddings, head, "
+        "matrices, vectors)"
     ),
     "execution:\n  micro_batch: 200": (
         "a.yaml:12: execution.micro_batch: must be a multiple of data.seq_len (128), got 200; nearest: 128 and 256"

@@ -74,6 +74,7 @@ class Cell:
     execution: dict[str, Any] = field(default_factory=dict)  # whatever has no field of its own
     packing: str = "best_fit"
     adam_kernel: str = "torch"
+    optimizer: dict[str, Any] = field(default_factory=dict)
     attention: str = "auto"
     device: str = "cpu"
     steps: int = 10
@@ -90,6 +91,7 @@ def cell_recipe(folder: Path, cell: Cell) -> Recipe:
         model={"config": MODELS[cell.model]},
         data={"packing": cell.packing},
         train={"precision": cell.precision, **cell.train},
+        optimizer=cell.optimizer,
         cluster={"device": cell.device},
         execution={
             "zero_stage": cell.zero_stage,

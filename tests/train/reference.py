@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from tests.optim.formulas import Formula
 from turbolm.data.order import BatchOrder
 from turbolm.data.store import TokenStore
 from turbolm.models.build import build_model
@@ -24,13 +25,7 @@ def train_reference(recipe: Recipe, store: TokenStore, lrs: list[float]) -> list
     initial = build_model(recipe.model, config, seed=recipe.train.seed, attention="eager")  # all that is shared
     model.load_state_dict(initial.state_dict())
     model.train()
-    undecayed = ("emb", "wte", "wpe", "A_log")
-    decayed = [p for n, p in model.named_parameters() if p.dim() >= 2 and not any(part in n for part in undecayed)]
-    plain = [p for p in model.parameters() if all(p is not other for other in decayed)]
-    settings = {"betas": recipe.optimizer.betas, "eps": recipe.optimizer.eps, "fused": False, "foreach": False}
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}], lr=1.0, **settings
-    )
+    optimizer = reference_optimizer(recipe, model)
     bins = recipe.train.global_batch // recipe.data.seq_len
     order = BatchOrder(store.lengths("train"), recipe.data.seq_len, bins, recipe.train.seed, recipe.data.packing)
     trained = []
@@ -44,13 +39,22 @@ def train_reference(recipe: Recipe, store: TokenStore, lrs: list[float]) -> list
             loss = loss - logits.log_softmax(-1).gather(1, tokens[1:, None]).sum()
             num_targets += len(tokens) - 1
         loss = loss / num_targets
-        optimizer.zero_grad()
+        model.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.train.max_grad_norm or float("inf"))
         if recipe.train.max_grad_value is not None:
             torch.nn.utils.clip_grad_value_(model.parameters(), recipe.train.max_grad_value)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        optimizer.step()
+        optimizer.step(lr)
         trained.append([loss.item(), norm.item()])
     return trained
+
+
+def reference_optimizer(recipe: Recipe, model: torch.nn.Module) -> Formula:
+    """The formula of the recipe's optimizer over plain parameters, sorted by their names."""
+    undecayed = ("emb", "wte", "wpe", "A_log")
+    decayed = {n for n, p in model.named_parameters() if p.dim() >= 2 and not any(part in n for part in undecayed)}
+    matrices = {name for name in decayed if "lm_head" not in name and "conv1d" not in name}
+    steps = recipe.train.budget / recipe.train.global_batch
+    return Formula(
+        recipe.optimizer, model.named_parameters(), decayed=decayed, matrices=matrices, slow_warmup_steps=steps
+    )

@@ -171,6 +171,8 @@ def build_extensions(plan: Plan, environment: dict[str, str]) -> None:
     execution = plan.recipe.execution
     if execution.adam_kernel == "torch" or (execution.adam_kernel == "auto" and not execution.offload_optimizer):
         return
+    if plan.recipe.optimizer.name != "adamw":
+        return
     on_host = execution.offload_optimizer or plan.device == "cpu"
     builder = "CPUAdamBuilder" if on_host else "FusedAdamBuilder"
     code = f"from deepspeed.ops.op_builder import {builder}; {builder}().load()"

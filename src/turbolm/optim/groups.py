@@ -1,30 +1,90 @@
-"""Which parameters are decayed."""
+"""Which parameters are decayed, at which rate they learn, and which of them are matrices in Muon's sense."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 
+from turbolm.recipe.optimizers import LrMultipliers
 
-def build_param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups: weight decay on matrices, none on norms, biases and embeddings (a tied head is an embedding).
+KINDS = ("matrices", "convolutions", "head", "embeddings", "vectors")
+_DECAYED = ("matrices", "convolutions", "head")
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)  # transformers' Conv1D (GPT-2) is a plain matrix
 
-    Returns the non-empty ones, each a dict with `params`, `weight_decay`, `lr_scale` and `name`.
+
+def build_param_groups(
+    model: nn.Module,
+    weight_decay: float,
+    lr_multipliers: LrMultipliers = LrMultipliers(),  # noqa: B008 (frozen)
+    *,
+    orthogonal: bool = False,
+) -> list[dict[str, Any]]:
+    """The parameters with equal settings together: weight decay on matrices and the head, none on norms, biases and
+    embeddings (a tied head is an embedding); the learning rate times the multiplier of the parameter's kind.
+
+    With `orthogonal` the hidden matrices, which Muon makes orthogonal, are a group of their own.
+
+    Each group is a dict with `params` in the model's order, `weight_decay`, `base_weight_decay` (which schedules
+    scale), `lr_scale`, `name`, `tensor_names` and, for Muon's own group, `orthogonal`.
     """
+    groups: dict[tuple[bool, bool, float], dict[str, Any]] = {}
+    for name, parameter, kind in parameter_kinds(model):
+        decays, is_orthogonal = kind in _DECAYED, orthogonal and kind == "matrices"
+        lr_scale = getattr(lr_multipliers, "matrices" if kind == "convolutions" else kind)
+        decay = weight_decay if decays else 0.0
+        new = {
+            "params": [],
+            "tensor_names": [],
+            "kinds": set(),
+            "weight_decay": decay,
+            "base_weight_decay": decay,
+            "lr_scale": lr_scale,
+            "orthogonal": is_orthogonal,
+        }
+        group = groups.setdefault((not is_orthogonal, not decays, lr_scale), new)
+        group["params"].append(parameter)
+        group["tensor_names"].append(name)
+        group["kinds"].add(kind)
+    ordered = [groups[key] for key in sorted(groups)]
+    for group in ordered:
+        kinds = group.pop("kinds")
+        group["name"] = ", ".join(kind for kind in KINDS if kind in kinds)
+    return ordered
+
+
+def parameter_kinds(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, str]]:
+    """(name, parameter, one of KINDS) of every trainable parameter, tied ones once."""
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            is_matrix = _num_dims(parameter) >= 2 and id(parameter) not in embeddings
-            exempt = getattr(parameter, "_no_weight_decay", False)  # how state-space models mark their dynamics
-            (decayed if is_matrix and not exempt else plain).append(parameter)
-    groups = [
-        {"params": decayed, "weight_decay": weight_decay, "lr_scale": 1.0, "name": "matrices"},
-        {"params": plain, "weight_decay": 0.0, "lr_scale": 1.0, "name": "norms, biases and embeddings"},
-    ]
-    return [group for group in groups if group["params"]]
+    convolutions = {id(module.weight) for module in model.modules() if isinstance(module, _CONVOLUTIONS)}
+    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = id(output.weight) if output is not None else None
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if id(parameter) in embeddings:
+            kind = "embeddings"
+        elif _num_dims(parameter) < 2 or name.endswith("A_log"):  # the dynamics of state-space models
+            kind = "vectors"
+        elif id(parameter) == head:
+            kind = "head"
+        else:
+            kind = "convolutions" if id(parameter) in convolutions else "matrices"
+        yield name, parameter, kind
+
+
+def group_table(optimizer_name: str, groups: list[dict[str, Any]]) -> str:
+    """One line for each group: who updates it, at which rate and decay, how many tensors, and the first and last."""
+    lines = [f"{'group':<36} {'updated by':<14} {'lr x':>6} {'decay':>6} {'tensors':>7}  names"]
+    for group in groups:
+        by = "adamw" if optimizer_name == "muon" and not group["orthogonal"] else optimizer_name
+        names = group["tensor_names"]
+        shown = names[0] if len(names) == 1 else f"{names[0]} ... {names[-1]}"
+        lines.append(
+            f"{group['name']:<36} {by:<14} {group['lr_scale']:>6g} {group['weight_decay']:>6g} {len(names):>7}  {shown}"
+        )
+    return "\n".join(lines)
 
 
 def _num_dims(parameter: nn.Parameter) -> int:

@@ -5,6 +5,7 @@ Planning for another machine (submitting from a login node) passes a `Machine` t
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from turbolm.errors import UserError
 from turbolm.plan.gpus import GPUS
+from turbolm.recipe.optimizers import OPTIMIZERS
 from turbolm.recipe.schema import Recipe
 
 Device = str  # "cpu" or "cuda"
@@ -71,7 +73,13 @@ def described_machine(recipe: Recipe) -> Machine | None:
 
 
 def check_machine(recipe: Recipe, machine: Machine) -> None:
-    """Raises UserError when this node's GPUs are not those that the recipe describes."""
+    """Raises UserError when this node's GPUs are not those that the recipe describes, or a package is missing."""
+    package = OPTIMIZERS[recipe.optimizer.name].package
+    if package is not None and importlib.util.find_spec(package) is None:
+        raise UserError(
+            f"optimizer.name {recipe.optimizer.name} needs the package {package}; install it with: "
+            "pip install 'turbolm[optimizers]'"
+        )
     cluster = recipe.cluster
     if cluster.gpu is None or cluster.device == "cpu":
         return

@@ -13,10 +13,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from turbolm.recipe.optimizers import OPTIMIZERS
 from turbolm.recipe.schema import Execution
 
 _FP32_BYTES, _HALF_BYTES = 4, 2
-_NUM_MOMENTS = 2  # Adam's running mean of the gradient and of its square
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,12 @@ class ModelState:
 
 
 def estimate_model_state(
-    execution: Execution, ds_config: Mapping[str, Any], num_parameters: int, world_size: int, precision: str
+    execution: Execution,
+    ds_config: Mapping[str, Any],
+    num_parameters: int,
+    world_size: int,
+    precision: str,
+    optimizer_name: str = "adamw",
 ) -> ModelState:
     """The model state of one of `world_size` processes; parameters are taken to divide evenly."""
     stage, offloads = execution.zero_stage, execution.offload_optimizer
@@ -47,7 +52,7 @@ def estimate_model_state(
     weights = weight_bytes * (share if stage == 3 else num_parameters)
     shadows_weights = stage in (1, 2) or (stage == 3 and (precision != "fp32" or offloads))
     master = _FP32_BYTES * share if shadows_weights else 0
-    optimizer = _NUM_MOMENTS * _FP32_BYTES * share
+    optimizer = round(OPTIMIZERS[optimizer_name].state_bytes * share)
     gradients = _gradient_bytes(stage, num_parameters, share, precision)
     host_bytes = 0
     if offloads:

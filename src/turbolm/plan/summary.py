@@ -167,7 +167,8 @@ def collect_summary(
 
 
 def _state(plan: Plan, execution: Execution, num_parameters: int) -> ModelState:
-    return estimate_model_state(execution, plan.ds_config, num_parameters, plan.world_size, plan.precision)
+    name = plan.recipe.optimizer.name
+    return estimate_model_state(execution, plan.ds_config, num_parameters, plan.world_size, plan.precision, name)
 
 
 def _too_large(plan: Plan, memory: ModelState, gpu_bytes: int, num_parameters: int) -> str:

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 from pydantic import TypeAdapter, ValidationError
 
 from turbolm.recipe.messages import Finding, describe
+from turbolm.recipe.optimizers import OPTIMIZERS
 from turbolm.recipe.schema import Recipe, Section
 
 Values = Mapping[str, Any]  # by dotted key; a value that is missing or not valid is None
@@ -24,6 +25,7 @@ _KEYS = (
     "train.budget",
     "train.global_batch",
     "train.precision",
+    "optimizer.name",
     "cluster.num_nodes",
     "cluster.gpus_per_node",
     "cluster.gpu",
@@ -38,6 +40,7 @@ _KEYS = (
     "execution.micro_batch",
     "execution.compile",
     "execution.attention",
+    "execution.adam_kernel",
 )
 
 
@@ -82,6 +85,10 @@ def _findings(values: Values) -> list[Finding]:
 def _valid_value(data: Mapping[str, Any], key: str) -> Any:
     section_name, _, name = key.partition(".")
     section = Recipe.model_fields[section_name].annotation
+    if key == "optimizer.name":
+        given = data.get("optimizer", {})
+        name = given.get("name", "adamw") if isinstance(given, Mapping) else "adamw"
+        return name if isinstance(name, str) and name in OPTIMIZERS else None
     assert isinstance(section, type)
     assert issubclass(section, Section)
     field = section.model_fields[name]
@@ -122,6 +129,28 @@ def _zero_stage(values: Values) -> Iterator[tuple[str, str]]:
         )
     if stage == 0 and values["execution.offload_optimizer"]:
         yield "execution.zero_stage", "must be 1, 2 or 3 with execution.offload_optimizer, got 0"
+
+
+def _optimizer(values: Values) -> Iterator[tuple[str, str]]:
+    """The table of where each optimizer works (`turbolm.recipe.optimizers`), and the nearest thing that does."""
+    name, stage = values["optimizer.name"], values["execution.zero_stage"]
+    if name is None:
+        return
+    traits = OPTIMIZERS[name]
+    if stage is not None and stage not in traits.zero_stages:
+        allowed = ", ".join(str(number) for number in traits.zero_stages)
+        yield (
+            "execution.zero_stage",
+            f"must be {allowed} with optimizer.name {name}, got {stage}: {traits.reason}; set zero_stage: "
+            f"{traits.zero_stages[0]} with train.precision: fp32, or optimizer.name: muon, which works at every stage",
+        )
+    if values["execution.offload_optimizer"] and not traits.offload:
+        yield "execution.offload_optimizer", f"does not work with optimizer.name {name}: {traits.offload_reason}"
+    if values["execution.adam_kernel"] == "deepspeed" and name != "adamw":
+        yield (
+            "execution.adam_kernel",
+            f"deepspeed is a kernel of optimizer.name adamw, got {name}; set adam_kernel: auto",
+        )
 
 
 def _stage_3_only(values: Values) -> Iterator[tuple[str, str]]:
@@ -224,6 +253,7 @@ _RULES: tuple[Callable[[Values], Iterator[tuple[str, str]]], ...] = (
     _whole_bins,
     _sizes,
     _zero_stage,
+    _optimizer,
     _stage_3_only,
     _compile,
     _described_cluster,

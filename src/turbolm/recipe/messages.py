@@ -6,6 +6,7 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
@@ -81,7 +82,7 @@ def validation_findings(error: ValidationError) -> list[Finding]:
     for details in error.errors(include_url=False):
         path, section = _place(details["loc"])
         if details["type"] in ("union_tag_invalid", "union_tag_not_found"):
-            path = (*path, "type")
+            path = (*path, _tag_key(path))
         by_path.setdefault(path, []).append((details, section))
     return [_finding(path, branches) for path, branches in by_path.items()]
 
@@ -171,7 +172,7 @@ def _single(details: ErrorDetails, path: Path) -> str:
     if expected is None:
         return _cut(details["msg"][:1].lower() + details["msg"][1:])
     if kind == "union_tag_invalid":
-        value = value.get("type") if isinstance(value, Mapping) else value
+        value = value.get(str(path[-1])) if isinstance(value, Mapping) else value
     quotes = "; put it in quotes" if kind == "string_type" and isinstance(value, (bool, int, float)) else ""
     empty = "; fill it in or remove the key" if value is None else ""
     return f"expected {expected}, got {describe(value)}{_nearest_literal([details], value)}{quotes}{empty}"
@@ -197,12 +198,10 @@ def _unknown_key(path: Path, section: type[Section] | None) -> str:
     known = f" (known: {', '.join(here)})" if here else ""
     if key in _DERIVED:
         return f"unknown key; {_DERIVED[key]}"
-    elsewhere: dict[str, str] = {}
-    for full in known_keys():
-        elsewhere.setdefault(full.rpartition(".")[2], full)
+    elsewhere = _places_of_keys()
     near_here = difflib.get_close_matches(key, here, n=1, cutoff=0.6)
     near_elsewhere = difflib.get_close_matches(key, elsewhere, n=1, cutoff=0.75)
-    if key in known_keys():  # `optimizer.lr: 1` as one key
+    if key in _all_keys():  # `optimizer.lr: 1` as one key
         meant = key
     elif key in elsewhere or key in _ELSEWHERE:
         meant = elsewhere.get(key) or _ELSEWHERE[key]
@@ -212,9 +211,28 @@ def _unknown_key(path: Path, section: type[Section] | None) -> str:
         meant = elsewhere[near_elsewhere[0]]
     else:
         return f"unknown key{known}"
+    if len(path) > 1 and meant == ".".join(str(part) for part in path):  # right, but of another alternative
+        owners = [str(_tag_value(one)) for one in _choices(Recipe.model_fields[str(path[0])].annotation)
+                  if key in one.model_fields]  # fmt: skip
+        mine = f" of {_tag_value(section)}" if section else ""
+        return f"not a setting{mine}, but of {', '.join(owners)}{known}"
     if "." in key and meant == key:
         return f"unknown key; write {key.rpartition('.')[2]!r} below {key.rpartition('.')[0]!r}"
     return f"unknown key; did you mean {meant!r}?{known}"
+
+
+@cache
+def _all_keys() -> frozenset[str]:
+    return frozenset(known_keys())
+
+
+@cache
+def _places_of_keys() -> dict[str, str]:
+    """The dotted path of every key, by its last part."""
+    places: dict[str, str] = {}
+    for full in known_keys():
+        places.setdefault(full.rpartition(".")[2], full)
+    return places
 
 
 def _place(loc: tuple[int | str, ...]) -> tuple[Path, type[Section] | None]:
@@ -226,7 +244,7 @@ def _place(loc: tuple[int | str, ...]) -> tuple[Path, type[Section] | None]:
         sections = [choice for choice in choices if isinstance(choice, type) and issubclass(choice, Section)]
         tuples = [choice for choice in choices if get_origin(choice) is tuple]
         if len(sections) > 1:  # the tag of a discriminated union
-            choices = tuple(one for one in sections if part in get_args(one.model_fields["type"].annotation))
+            choices = tuple(one for one in sections if part in get_args(one.model_fields[_tag_of(one)].annotation))
         elif sections:
             owner = sections[0]
             path.append(part)
@@ -236,6 +254,20 @@ def _place(loc: tuple[int | str, ...]) -> tuple[Path, type[Section] | None]:
             path.append(part)
             choices = _choices(get_args(tuples[0])[0])
     return tuple(path), owner
+
+
+def _tag_of(section: type[Section]) -> str:
+    """The key that tells which of several sections is meant."""
+    return "type" if "type" in section.model_fields else "name"
+
+
+def _tag_value(section: type[Section]) -> object:
+    return get_args(section.model_fields[_tag_of(section)].annotation)[0]
+
+
+def _tag_key(path: Path) -> str:
+    """The same, for the place where the choice was refused: its entry in a list, or the key itself."""
+    return "type" if "sources" in path else "name"
 
 
 def _choices(annotation: Any) -> tuple[Any, ...]:

@@ -11,42 +11,35 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
-    PlainSerializer,
     WithJsonSchema,
     model_validator,
 )
 
 from turbolm import units
+from turbolm.recipe.fields import (
+    UNIT_TEXT,
+    Number,
+    Positive,
+    PositiveNumber,
+    Section,
+    TrainingSpan,
+    list_is_tuple,
+    positive_span,
+)
+from turbolm.recipe.optimizers import AdamW, Optimizer
 from turbolm.units import Span
 
 CONTRACT_SECTIONS = ("model", "tokenizer", "data", "train", "optimizer", "schedule")
-
-
-def _number(value: object) -> object:
-    """YAML 1.1 reads `3e-4` as text; a recipe means the number."""
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            raise ValueError(f"expected a number such as 3e-4, got {value!r}") from None
-    return value
 
 
 def _off_is_none(value: object) -> object:
     return None if value == "off" else value
 
 
-def _list_is_tuple(value: object) -> object:
-    """YAML writes a list; the frozen recipe holds a tuple."""
-    return tuple(value) if isinstance(value, list) else value
-
-
 def _text_is_tuple(value: object) -> object:
-    return (value,) if isinstance(value, str) else _list_is_tuple(value)
+    return (value,) if isinstance(value, str) else list_is_tuple(value)
 
 
 def _whole(value: object) -> object:
@@ -56,27 +49,9 @@ def _whole(value: object) -> object:
     return value
 
 
-_UNIT_TEXT = {"anyOf": [{"type": "number"}, {"type": "string"}]}
-
-Count = Annotated[int, BeforeValidator(units.parse_count), WithJsonSchema(_UNIT_TEXT)]
-Positive = Annotated[Count, Field(gt=0)]
-Bytes = Annotated[int, BeforeValidator(units.parse_bytes), WithJsonSchema(_UNIT_TEXT)]
-Share = Annotated[float, BeforeValidator(units.parse_share), WithJsonSchema(_UNIT_TEXT)]
-Seconds = Annotated[int, BeforeValidator(units.parse_duration), WithJsonSchema(_UNIT_TEXT)]
-Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
-PositiveNumber = Annotated[Number, Field(gt=0)]
-Beta = Annotated[Number, Field(ge=0, lt=1)]
-
-
-def _positive_span(value: Span) -> Span:
-    if value.amount <= 0:
-        raise ValueError("expected more than 0")
-    return value
-
-
-TrainingSpan = Annotated[
-    Any, BeforeValidator(Span.parse), PlainSerializer(str, return_type=str), WithJsonSchema(_UNIT_TEXT)
-]
+Bytes = Annotated[int, BeforeValidator(units.parse_bytes), WithJsonSchema(UNIT_TEXT)]
+Share = Annotated[float, BeforeValidator(units.parse_share), WithJsonSchema(UNIT_TEXT)]
+Seconds = Annotated[int, BeforeValidator(units.parse_duration), WithJsonSchema(UNIT_TEXT)]
 Text = Annotated[str, Field(min_length=1, pattern=r"^[^\x00-\x1f\x7f]+$")]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 _PATHS = {"anyOf": [{"type": "string", "minLength": 1}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]}
@@ -133,12 +108,6 @@ GpuName = Literal[
     "A10-24GB", "A10G-24GB", "A100-40GB", "A100-80GB", "B200-180GB", "H100-80GB", "H200-141GB", "L4-24GB", "L40S-48GB",
     "RTX4090-24GB", "V100-16GB", "V100-32GB",
 ]  # fmt: skip
-
-
-class Section(BaseModel):
-    """Base of every part of a recipe: frozen, strict, and closed to unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
 # ---------------------------------------------------------------------------------------------- learning contract
@@ -231,7 +200,7 @@ Source = Annotated[
 class Data(Section):
     """What is read and how documents become sequences."""
 
-    sources: Annotated[tuple[Source, ...], BeforeValidator(_list_is_tuple), Field(min_length=1)] = Field(
+    sources: Annotated[tuple[Source, ...], BeforeValidator(list_is_tuple), Field(min_length=1)] = Field(
         (StdlibSource(type="stdlib"),), description="where the documents come from, read in this order"
     )
     seq_len: Annotated[Positive, Field(ge=8)] = Field(description="tokens of one sequence, the model's context")
@@ -266,18 +235,6 @@ class Train(Section):
         return self
 
 
-class Optimizer(Section):
-    """AdamW. Weight decay acts on matrices only: not on norms, biases and embeddings."""
-
-    name: Literal["adamw"] = Field("adamw", description="which optimizer")
-    lr: PositiveNumber = Field(3e-4, description="peak learning rate")
-    betas: Annotated[tuple[Beta, Beta], BeforeValidator(_list_is_tuple)] = Field(
-        (0.9, 0.95), description="decay of the running mean of the gradient and of its square"
-    )
-    eps: PositiveNumber = Field(1e-8, description="added to the root of the mean square")
-    weight_decay: Annotated[Number, Field(ge=0)] = Field(0.1, description="decoupled, times the learning rate")
-
-
 class Schedule(Section):
     """The learning rate over the tokens seen."""
 
@@ -303,7 +260,7 @@ class Container(Section):
 
     runtime: Literal["pyxis", "apptainer"] = Field(description="pyxis: a plugin of srun; apptainer: apptainer exec")
     image: Argument = Field(description="as `srun --container-image` or `apptainer exec` takes it")
-    mounts: Annotated[tuple[Mount, ...], BeforeValidator(_list_is_tuple)] = Field(
+    mounts: Annotated[tuple[Mount, ...], BeforeValidator(list_is_tuple)] = Field(
         (), description="SOURCE:TARGET; the folders of the run, the cache and the working directory belong here"
     )
     python: Argument = Field("python3", description="the Python of the image")
@@ -330,14 +287,14 @@ class Slurm(Section):
     reservation: SlurmValue | None = Field(None, description="a reservation to run in")
     dependency: SlurmValue | None = Field(None, description="jobs to wait for, such as afterok:1234")
     exclusive: bool = Field(False, description="share the nodes with no other job")
-    seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**32)], ...], BeforeValidator(_list_is_tuple)] = Field(
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**32)], ...], BeforeValidator(list_is_tuple)] = Field(
         (), description="a job array: one run for each, named NAME-seedN, with train.seed N"
     )
     container: Container | None = Field(None, description="none: the Python that runs `turbolm submit`")
-    modules: Annotated[tuple[SlurmValue, ...], BeforeValidator(_list_is_tuple)] = Field(
+    modules: Annotated[tuple[SlurmValue, ...], BeforeValidator(list_is_tuple)] = Field(
         (), description="environment modules to load, such as cuda/12.8"
     )
-    setup: Annotated[tuple[Text, ...], BeforeValidator(_list_is_tuple)] = Field(
+    setup: Annotated[tuple[Text, ...], BeforeValidator(list_is_tuple)] = Field(
         (), description="lines of bash, run on the first node before anything else; the one place for shell code"
     )
     environment: dict[EnvironmentName, Text] = Field({}, description="variables exported to every process")
@@ -431,7 +388,7 @@ class Execution(Section):
 class Evaluation(Section):
     """Loss and bits per byte on the held-out documents."""
 
-    every: Annotated[TrainingSpan, AfterValidator(_positive_span)] = Field(
+    every: Annotated[TrainingSpan, AfterValidator(positive_span)] = Field(
         Span(0.1, "share"), description="tokens, steps or a share of the budget between evaluations"
     )
     tokens: Positive = Field(1_000_000, description="at most this many held-out tokens")
@@ -440,24 +397,10 @@ class Evaluation(Section):
 class Checkpoint(Section):
     """When the state is saved. A stopping run and a finished one always save."""
 
-    every: Annotated[TrainingSpan, AfterValidator(_positive_span)] = Field(
+    every: Annotated[TrainingSpan, AfterValidator(positive_span)] = Field(
         Span(0.25, "share"), description="tokens, steps or a share of the budget between checkpoints"
     )
-    asynchronous: bool = Field(
-        True, description="write beside the training, from a copy in the host's memory; false: training waits"
-    )
-    on_failure: Literal["stop", "continue"] = Field(
-        "stop",
-        description="when one cannot be written (a full disk): stop, which tries once more, or train on to the next; "
-        "earlier ones are kept either way",
-    )
-    keep_last: Annotated[int, Field(ge=1)] = Field(3, description="older ones are deleted, but for those below")
-    keep_every: Annotated[TrainingSpan, AfterValidator(_positive_span)] | None = Field(
-        None, description="tokens, steps or a share of the budget: the first checkpoint of each such span is kept"
-    )
-    keep_best: bool = Field(
-        False, description="save after an evaluation with the lowest loss so far, and keep that checkpoint"
-    )
+    keep_last: Annotated[int, Field(ge=1)] = Field(3, description="older ones are deleted")
 
 
 class Logging(Section):
@@ -475,7 +418,7 @@ class Recipe(Section):
     tokenizer: Tokenizer
     data: Data
     train: Train
-    optimizer: Optimizer = Optimizer()
+    optimizer: Optimizer = Field(AdamW(), description="how gradients become updates; AdamW when it does not say")
     schedule: Schedule = Schedule()
     cluster: Cluster = Cluster()
     execution: Execution = Execution()

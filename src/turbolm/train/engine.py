@@ -81,7 +81,11 @@ def backward_and_step(engine: Any, loss: torch.Tensor, *, is_boundary: bool) -> 
 def set_learning_rate(engine: Any, lr: float) -> None:
     """Write the rate of this step into every parameter group, times the group's own `lr_scale`."""
     for group in engine.optimizer.param_groups:
-        group["lr"] = lr * group.get("lr_scale", 1.0)
+        rate = lr * group.get("lr_scale", 1.0)
+        if torch.is_tensor(group["lr"]):  # torchao's, which compiles its update
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
 
 
 def control_group() -> dist.ProcessGroup | None:

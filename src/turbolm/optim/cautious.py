@@ -1,0 +1,68 @@
+"""Cautious AdamW (arXiv 2411.16085): AdamW without the elements of its update that point against the gradient.
+
+What remains is scaled up by the share of each tensor that was left out. Where ZeRO cuts tensors, that share is counted
+over all processes, so that the update is the same at every stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from turbolm.optim.muon import Piece
+
+
+class CautiousAdamW(torch.optim.Optimizer):
+    """Algorithm 2 of the paper. Each group names its tensors as `tensor_names`, the same on every rank."""
+
+    param_groups: list[dict[str, Any]]
+
+    def __init__(self, groups: list[dict[str, Any]], *, lr: float, betas: tuple[float, float], eps: float):
+        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
+        self.pieces: dict[int, list[Piece]] = {}  # by the flat partition; none where parameters are whole
+        self.device: torch.device | None = None
+
+    def distribute(self, flats: Sequence[torch.Tensor], pieces: Sequence[Piece], device: torch.device) -> None:
+        """Learn where tensors lie in this rank's partitions, as `Muon.distribute` does."""
+        self.device = device
+        self.pieces = {id(flat): [piece for piece in pieces if piece.flat is flat] for flat in flats}
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        """Collective where parameters are partitioned."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._step(parameter, parameter.grad, group)
+
+    def _step(self, parameter: torch.Tensor, gradient: torch.Tensor, group: dict[str, Any]) -> None:
+        state, (beta1, beta2) = self.state[parameter], group["betas"]
+        if not state:
+            state |= {"step": 0, "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+        state["step"] += 1
+        mean = state["exp_avg"].lerp_(gradient, 1 - beta1)
+        square = state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        root = (square / (1 - beta2 ** state["step"])).sqrt_().add_(group["eps"])
+        kept = (mean * gradient > 0).to(parameter.dtype)
+        self._make_up(kept, parameter, group)
+        parameter.mul_(1 - group["lr"] * group["weight_decay"])
+        parameter.addcdiv_(mean * kept, root, value=-group["lr"] / (1 - beta1 ** state["step"]))
+
+    def _make_up(self, kept: torch.Tensor, parameter: torch.Tensor, group: dict[str, Any]) -> None:
+        """Multiply the mask of each tensor by elements / (elements kept + 1)."""
+        pieces = self.pieces.get(id(parameter))
+        if pieces is None:
+            kept.mul_(kept.numel() / (kept.sum() + 1))
+            return
+        places = {name: place for place, name in enumerate(group["tensor_names"])}
+        counts = torch.zeros(len(places), 2, dtype=torch.float64)  # kept elements and all, of each tensor
+        parts = [(places[piece.name], kept.narrow(0, piece.offset, piece.numel)) for piece in pieces]
+        for place, part in parts:
+            counts[place] += torch.tensor([part.sum(dtype=torch.float64), part.numel()], dtype=torch.float64)
+        counts = counts.to(self.device)
+        dist.all_reduce(counts)
+        for place, part in parts:
+            part.mul_((counts[place, 1] / (counts[place, 0] + 1)).to(part))

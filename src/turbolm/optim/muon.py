@@ -1,0 +1,199 @@
+"""Muon (kellerjordan.github.io/posts/muon; arXiv 2502.16982) at every ZeRO stage.
+
+The momentum is element-wise, so it lives in the flat partitions that ZeRO makes. Only to make an update orthogonal are
+matrices put together: each on one process, which returns to the others their parts. DeepSpeed's own Muon makes the
+gradients orthogonal before it clips them, so that its clipping acts on the update, and logs the update's norm; here
+clipping comes first and acts on the gradient, as without ZeRO.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the post: steepest at zero, singular values end in about [0.7, 1.2]
+
+
+class Piece(Protocol):
+    """Elements [start, start + numel) of the parameter `name`, at `offset` in the flat tensor `flat`."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def start(self) -> int: ...
+    @property
+    def numel(self) -> int: ...
+    @property
+    def flat(self) -> torch.Tensor: ...
+    @property
+    def offset(self) -> int: ...
+
+
+class Muon(torch.optim.AdamW):
+    """Muon for the groups marked `orthogonal`, AdamW for the others."""
+
+    param_groups: list[dict[str, Any]]
+
+    def __init__(self, groups: list[dict[str, Any]], *, ns_dtype: torch.dtype, **adamw: Any):
+        """Each orthogonal group holds `momentum`, `nesterov`, `ns_steps` and `adjust_lr` besides AdamW's settings."""
+        super().__init__(groups, **adamw)
+        self.ns_dtype = ns_dtype
+        self.exchanges: dict[int, _Exchange] = {}  # by the flat partition; none where parameters are whole
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """Collective where parameters are partitioned: every rank steps the same partitions in the same order."""
+        groups = self.param_groups
+        self.param_groups = [group for group in groups if not group["orthogonal"]]
+        loss = super().step(closure)
+        self.param_groups = groups
+        for group in groups:
+            if group["orthogonal"]:
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        self._step_matrices(parameter, group)
+        return loss
+
+    def distribute(self, flats: Sequence[torch.Tensor], pieces: Sequence[Piece], device: torch.device) -> None:
+        """Learn where the matrices lie in this rank's partitions; collective, once, after ZeRO cut them.
+
+        `flats` holds the partitions in the order in which all ranks step them, `pieces` what this rank has of each
+        parameter. `device` is where matrices are made orthogonal: the GPU, also when the partitions are on the host.
+        """
+        here = [[_Place.of(piece) for piece in pieces if piece.flat is flat] for flat in flats]
+        everywhere: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everywhere, here)
+        names = {name for group in self.param_groups if group["orthogonal"] for name in group["tensor_names"]}
+        for index, flat in enumerate(flats):
+            by_rank = [places[index] for places in everywhere]
+            if any(place.name in names for places in by_rank for place in places):
+                self.exchanges[id(flat)] = _Exchange(by_rank, device)
+
+    def _step_matrices(self, parameter: torch.Tensor, group: dict[str, Any]) -> None:
+        state, gradient = self.state[parameter], parameter.grad
+        assert gradient is not None
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        momentum = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
+        update = gradient.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum.clone()
+
+        def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
+            scale = update_scale(matrix.shape, group["adjust_lr"])
+            return orthogonalise(matrix, group["ns_steps"]) * scale
+
+        exchange = self.exchanges.get(id(parameter))
+        if exchange is None:
+            update = orthogonal(update.to(self.ns_dtype))
+        else:
+            exchange.transform(update, orthogonal, self.ns_dtype)
+        parameter.mul_(1 - group["lr"] * group["weight_decay"])
+        parameter.add_(update.to(parameter.dtype), alpha=-group["lr"])
+
+
+def orthogonalise(matrix: torch.Tensor, ns_steps: int) -> torch.Tensor:
+    """Nearly the orthogonal factor U V^T of U S V^T, by Newton-Schulz iterations in the dtype of `matrix`.
+
+    A matrix with more than two dimensions is a batch of matrices, as experts are.
+    """
+    a, b, c = _COEFFICIENTS
+    is_tall = matrix.size(-2) > matrix.size(-1)
+    x = matrix.mT if is_tall else matrix
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    for _ in range(ns_steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if is_tall else x
+
+
+def update_scale(shape: Sequence[int], adjust_lr: str) -> float:
+    """What an orthogonal update of a matrix of this shape is multiplied by."""
+    rows, columns = shape[-2:]
+    if adjust_lr == "original":
+        return math.sqrt(max(1.0, rows / columns))
+    return 0.2 * math.sqrt(max(rows, columns))  # arXiv 2502.16982, section 2.2: the size of AdamW's updates
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A Piece without its tensor, for other ranks to know."""
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    numel: int
+    offset: int
+
+    @staticmethod
+    def of(piece: Piece) -> _Place:
+        return _Place(piece.name, tuple(piece.shape), piece.start, piece.numel, piece.offset)
+
+
+class _Exchange:
+    """Puts the matrices of one set of partitions together, each on one rank, and takes them apart again.
+
+    A rank that holds most of a matrix already gets it where the work allows: at stages 1 and 2, which cut the
+    parameters in one long row, only the few matrices that lie across two partitions travel.
+    """
+
+    def __init__(self, by_rank: Sequence[Sequence[_Place]], device: torch.device):
+        self.device = device
+        owners, rank = _owners(by_rank), dist.get_rank()
+        ranks = range(len(by_rank))
+        self.sent = [[place for place in by_rank[rank] if owners[place.name] == other] for other in ranks]
+        self.received = [[place for place in by_rank[other] if owners[place.name] == rank] for other in ranks]
+        self.shapes = {place.name: place.shape for places in self.received for place in places}
+
+    def transform(
+        self, flat: torch.Tensor, function: Callable[[torch.Tensor], torch.Tensor], dtype: torch.dtype
+    ) -> None:
+        """Replace every matrix in the partition `flat` by function(matrix); the matrices travel as `dtype`."""
+        sent = [flat.narrow(0, place.offset, place.numel) for places in self.sent for place in places]
+        parts = _all_to_all(_concatenate(sent, self.device, dtype), self.sent, self.received)
+        matrices = {name: parts.new_empty(shape) for name, shape in self.shapes.items()}
+        places = [place for places in self.received for place in places]
+        for place, part in zip(places, parts.split([place.numel for place in places]), strict=True):
+            matrices[place.name].view(-1).narrow(0, place.start, place.numel).copy_(part)
+        results = {name: function(matrix).reshape(-1) for name, matrix in matrices.items()}
+        back = [results[place.name].narrow(0, place.start, place.numel) for place in places]
+        parts = _all_to_all(_concatenate(back, self.device, dtype), self.received, self.sent)
+        for target, part in zip(sent, parts.split([target.numel() for target in sent]), strict=True):
+            target.copy_(part)
+
+
+def _owners(by_rank: Sequence[Sequence[_Place]]) -> dict[str, int]:
+    """Which rank works on which matrix; every rank comes to the same answer."""
+    held: dict[str, dict[int, int]] = defaultdict(dict)  # matrix: {rank: elements}
+    shapes = {}
+    for rank, places in enumerate(by_rank):
+        for place in places:
+            held[place.name][rank] = place.numel
+            shapes[place.name] = place.shape
+    owners, load = {}, [0.0] * len(by_rank)
+    for name, holders in held.items():
+        most = max(holders.values())
+        owner = min((rank for rank, numel in holders.items() if 2 * numel >= most), key=lambda rank: load[rank])
+        owners[name] = owner
+        load[owner] += math.prod(shapes[name]) * min(shapes[name][-2:])  # the cost of a Newton-Schulz iteration
+    return owners
+
+
+def _concatenate(parts: Sequence[torch.Tensor], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    return (
+        torch.cat([part.to(device, dtype) for part in parts]) if parts else torch.empty(0, device=device, dtype=dtype)
+    )
+
+
+def _all_to_all(sent: torch.Tensor, to: Sequence[Sequence[_Place]], of: Sequence[Sequence[_Place]]) -> torch.Tensor:
+    """Send consecutive parts of `sent` to each rank, as long as its places in `to`; receive as long as in `of`."""
+    sizes_to, sizes_of = ([sum(place.numel for place in places) for places in side] for side in (to, of))
+    received = sent.new_empty(sum(sizes_of))
+    dist.all_to_all_single(received, sent, sizes_of, sizes_to)
+    return received

@@ -1,0 +1,66 @@
+"""Every allowed cell of the table optimizer x ZeRO stage x offload trains as the formula does, unsharded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.train.harness import Cell, cell_recipe, run_cells
+from tests.train.reference import train_reference
+from tests.train.test_equivalence import learning_rates
+from turbolm.data.prepare import prepare
+from turbolm.data.store import open_store
+from turbolm.recipe.optimizers import OPTIMIZERS
+
+STEPS = 4
+RATES = {"sgd": 0.3, "adafactor": 0.1, "lion": 1e-3}
+SHARDED = [name for name, traits in OPTIMIZERS.items() if traits.works_sharded and name not in ("adamw", "adamw_8bit")]
+WHOLE = [name for name, traits in OPTIMIZERS.items() if not traits.works_sharded]
+
+
+def optimizer_cell(name: str, stage: int, **settings: object) -> Cell:
+    """A cell of one optimizer; its rate does not matter as long as it learns."""
+    label = "-".join([name, f"zero{stage}", *(str(value) for value in settings.values())])
+    chosen: dict[str, object] = {"name": name, "lr": RATES.get(name, 3e-3)}
+    if name == "soap":
+        chosen["max_precondition_dim"] = 47  # longer sides have eigenvalues near zero, whose vectors are arbitrary
+    return Cell(name=label, zero_stage=stage, micro_batch_bins=2, optimizer=chosen, steps=STEPS, **settings)  # type: ignore[arg-type]
+
+
+def check(folder: Path, world_size: int, cells: list[Cell]) -> None:
+    trained = run_cells(folder, world_size, cells)
+    store = open_store(prepare(cell_recipe(folder, cells[0])))
+    expected = {}
+    for cell in cells:
+        name = cell.optimizer["name"]
+        if name not in expected:
+            rates = [rate * cell.optimizer["lr"] / 3e-3 for rate in learning_rates()[:STEPS]]
+            expected[name] = np.array(train_reference(cell_recipe(folder, cell), store, rates))
+            assert expected[name][0, 0] - expected[name][-1, 0] > 0.05, f"{name} must learn"
+        # The sign of a mean near zero is rounding, and so are the eigenvectors of small eigenvalues in fp32.
+        rtol = {"lion": 1e-3, "cautious_adamw": 1e-3, "soap": 5e-3}.get(name, 1e-4)
+        np.testing.assert_allclose(trained[cell.name], expected[name], rtol=rtol, err_msg=cell.name)
+
+
+def test_two_processes(tmp_path: Path) -> None:
+    cells = [optimizer_cell(name, 3) for name in SHARDED]
+    cells += [optimizer_cell(name, 0) for name in ("muon", "cautious_adamw", *WHOLE)]
+    cells += [optimizer_cell("muon", stage) for stage in (1, 2)]
+    cells += [optimizer_cell("cautious_adamw", 1), optimizer_cell("muon", 2, offload_optimizer=True)]
+    check(tmp_path, 2, cells)
+
+
+@pytest.mark.slow
+def test_the_rest_of_the_table(tmp_path: Path) -> None:
+    cells = [optimizer_cell(name, stage) for name in SHARDED for stage in (0, 1, 2)]
+    cells += [optimizer_cell(name, stage, offload_optimizer=True) for name in SHARDED for stage in (1, 2, 3)]
+    check(tmp_path, 2, cells)
+
+
+@pytest.mark.slow
+def test_three_processes_divide_almost_no_matrix(tmp_path: Path) -> None:
+    cells = [optimizer_cell(name, stage) for name in ("muon", "cautious_adamw", "ademamix") for stage in (1, 2, 3)]
+    cells += [optimizer_cell("muon", stage, model="gpt2") for stage in (1, 3)]
+    check(tmp_path, 3, cells)
