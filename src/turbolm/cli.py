@@ -164,7 +164,8 @@ def stop(run: RunFolder) -> None:
 @app.command()
 def verify(checkpoint: CheckpointFolder) -> None:
     """Check every file of a checkpoint against its manifest."""
-    from turbolm.checkpoint.manifest import read_manifest, verify_checkpoint
+    from turbolm.checkpoint.manifest import read_manifest
+    from turbolm.checkpoint.verify import verify_checkpoint
 
     problems = verify_checkpoint(checkpoint)
     if problems:

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from turbolm.checkpoint.load import CheckpointReader
-from turbolm.checkpoint.manifest import verify_checkpoint
+from turbolm.checkpoint.verify import verify_checkpoint
 from turbolm.errors import UserError
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

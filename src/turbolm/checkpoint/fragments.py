@@ -1,4 +1,4 @@
-"""Which elements of which parameter this rank owns, at any ZeRO stage; and the optimizer state that goes with them.
+"""Which elements of which parameter this rank owns, at any ZeRO stage.
 
 Stages 1 and 2 flatten the parameters of a group and give each rank one contiguous partition of the fp32 copy; a
 parameter may straddle two ranks. Stage 3 gives each rank an equal part of every parameter, padded at the end. Stage 0
@@ -54,65 +54,15 @@ def inner_optimizer(engine: Any) -> torch.optim.Optimizer:
     return engine.optimizer if engine.zero_optimization_stage() == 0 else engine.optimizer.optimizer
 
 
-def sharded_state(optimizer: torch.optim.Optimizer, fragment: Fragment) -> dict[str, torch.Tensor]:
-    """The optimizer's state tensors for a fragment, by name, each 1-D of the fragment's size.
-
-    States are enumerated, not named, so that any element-wise optimizer's state is kept. Raises RuntimeError for a
-    state that is neither a scalar nor of the parameter's shape.
-    """
-    tensors = {}
-    for name, value in optimizer.state.get(fragment.flat, {}).items():
-        if torch.is_tensor(value) and value.numel() == fragment.flat.numel() and value.dim() > 0:
-            tensors[name] = fragment.view(value)
-        elif torch.is_tensor(value) and value.numel() != 1:
-            raise RuntimeError(f"optimizer state {name!r} of {fragment.name} has shape {tuple(value.shape)}")
-    return tensors
-
-
-def scalar_state(optimizer: torch.optim.Optimizer, fragment: Fragment) -> dict[str, float]:
-    """The optimizer's scalar state for a fragment, such as the step count."""
-    state = optimizer.state.get(fragment.flat, {})
-    numbers = {
-        name: value.item() if torch.is_tensor(value) else value for name, value in state.items() if _is_scalar(value)
-    }
-    return {name: value for name, value in numbers.items() if isinstance(value, (int, float))}
-
-
-def set_scalar_state(optimizer: torch.optim.Optimizer, fragment: Fragment, values: dict[str, float]) -> None:
-    """Write scalars back in the form (tensor or number) that this optimizer keeps them in."""
-    state = optimizer.state[fragment.flat]
-    for name, value in values.items():
-        if torch.is_tensor(state.get(name)):
-            state[name].fill_(value)
-        elif name in state:
-            state[name] = type(state[name])(value)
-
-
-@torch.no_grad()
-def materialise_state(engine: Any) -> None:
-    """Make the optimizer create its state tensors, by one update with zero gradients at rate 0.
-
-    The weights do not change, and every optimizer gets its state in the form it makes itself.
-    """
-    optimizer = inner_optimizer(engine)
-    flats = {id(fragment.flat): fragment.flat for fragment in own_fragments(engine)}
-    gradients = {key: flat.grad for key, flat in flats.items()}
-    for flat in flats.values():
-        flat.grad = torch.zeros_like(flat)
-    groups = [(group, group["params"], group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
-    hooks, optimizer._optimizer_step_pre_hooks = (
-        optimizer._optimizer_step_pre_hooks,
-        type(optimizer._optimizer_step_pre_hooks)(),
-    )
-    for index, (group, *_) in enumerate(groups):
-        group["params"] = _flats_of_group(engine, index)
-        group["lr"] = group["weight_decay"] = 0.0
-    optimizer.step()
-    optimizer._optimizer_step_pre_hooks = hooks
-    for group, params, lr, weight_decay in groups:
-        group["params"], group["lr"], group["weight_decay"] = params, lr, weight_decay
-    for key, flat in flats.items():
-        flat.grad = gradients[key]
+def flats_of_group(engine: Any, group: int) -> list[torch.Tensor]:
+    """The tensors that the optimizer steps on in one of its parameter groups."""
+    stage, zero = engine.zero_optimization_stage(), engine.optimizer
+    if stage == 0:
+        return list(zero.param_groups[group]["params"])
+    if stage in (1, 2):
+        return [_groups_and_flats(zero)[1][group]]
+    sub_groups = [sub for sub, owner in enumerate(zero.fp32_partitioned_groups_flat) if owner is not None]
+    return [zero.fp32_partitioned_groups_flat[sub] for sub in sub_groups if zero.sub_group_to_group_id[sub] == group]
 
 
 @torch.no_grad()
@@ -178,17 +128,3 @@ def stepped_partitions(engine: Any) -> list[torch.Tensor]:
         return []
     flats = _groups_and_flats(zero)[1] if stage in (1, 2) else zero.fp32_partitioned_groups_flat
     return [flat for flat in flats if flat is not None]
-
-
-def _flats_of_group(engine: Any, group: int) -> list[torch.Tensor]:
-    stage, zero = engine.zero_optimization_stage(), engine.optimizer
-    if stage == 0:
-        return list(zero.param_groups[group]["params"])
-    if stage in (1, 2):
-        return [_groups_and_flats(zero)[1][group]]
-    sub_groups = [sub for sub, owner in enumerate(zero.fp32_partitioned_groups_flat) if owner is not None]
-    return [zero.fp32_partitioned_groups_flat[sub] for sub in sub_groups if zero.sub_group_to_group_id[sub] == group]
-
-
-def _is_scalar(value: Any) -> bool:
-    return isinstance(value, (int, float)) or (torch.is_tensor(value) and value.dim() == 0)

@@ -11,19 +11,20 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
-from turbolm.checkpoint.fragments import (
-    Fragment,
-    inner_optimizer,
+from turbolm.checkpoint.fragments import Fragment, inner_optimizer, own_fragments, parameter_shapes, publish_weights
+from turbolm.checkpoint.manifest import BUFFERS, TRAINER_STATE, index_file, rank_of_tensor_file, read_manifest
+from turbolm.checkpoint.optimizer_state import (
+    ParameterState,
+    check_same_states,
+    layouts,
     materialise_state,
-    own_fragments,
-    parameter_shapes,
-    publish_weights,
-    set_scalar_state,
-    sharded_state,
+    parameter_state,
+    set_group_numbers,
+    set_scalars,
 )
-from turbolm.checkpoint.manifest import TRAINER_STATE, read_manifest
+from turbolm.checkpoint.snapshot import set_host_rng_state
 from turbolm.errors import UserError
 
 
@@ -35,72 +36,108 @@ class CheckpointReader:
         self.manifest = read_manifest(checkpoint)
         self.shapes = {name: tuple(shape) for name, shape in self.manifest["parameters"].items()}
         self.scalars: dict[str, dict[str, float]] = {}
-        self.states: set[str] = set()  # none before the first update
-        self._places: dict[str, list[tuple[int, int, str]]] = defaultdict(list)  # parameter: (start, end, file)
+        self.states_of: dict[str, set[str]] = {}
+        self.groups: list[dict[str, float]] = []
+        self.whole: dict[tuple[str, str], tuple[int, set[str]]] = {}  # (parameter, layout): rank and states
+        self._places: dict[str, list[tuple[int, int, int]]] = defaultdict(list)  # parameter: (start, end, rank)
+        self._rng: dict[int, dict[str, Any]] = {}
         for rank in range(self.manifest["world_size"]):
-            index = json.loads((checkpoint / f"fragments-{rank:05d}.json").read_text(encoding="utf-8"))
-            for name, place in index["fragments"].items():
-                end = place["start"] + place["numel"]
-                self._places[name].append((place["start"], end, f"fragments-{rank:05d}.safetensors"))
-            self.scalars.update(index["scalars"])
-            self.states.update(index["states"])
+            self._read_index(rank)
         for name, shape in self.shapes.items():
             covered = sum(end - start for start, end, _ in self._places[name])
             if covered != math.prod(shape):
                 raise UserError(f"{checkpoint}: holds {covered} of {math.prod(shape)} elements of {name}")
 
+    def _read_index(self, rank: int) -> None:
+        index = json.loads((self.checkpoint / index_file(rank)).read_text(encoding="utf-8"))
+        for name, place in index["fragments"].items():
+            self._places[name].append((place["start"], place["start"] + place["numel"], rank))
+        for name, states in index["states"].items():
+            self.states_of.setdefault(name, set()).update(states)
+        for name, whole in index["whole"].items():
+            self.whole[name, whole["layout"]] = (rank, set(whole["states"]))
+        self.scalars.update(index["scalars"])
+        self.groups = self.groups or index["groups"]
+        self._rng[rank] = index["rng"]
+
     def __enter__(self) -> CheckpointReader:
-        self._stack, self._files = ExitStack(), {}  # type: ignore[var-annotated]
+        self._stack = ExitStack()
+        self._tensors: dict[int, dict[str, Any]] = {}  # rank: tensor name: open file
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._stack.close()
 
+    @property
+    def states(self) -> set[str]:
+        """The optimizer's state tensors; none before the first update."""
+        whole = (states for _, states in self.whole.values())
+        return set().union(*self.states_of.values(), *whole)
+
     def read(self, state: str, name: str, start: int, numel: int) -> torch.Tensor:
-        """Elements [start, start + numel) of the flattened tensor, fp32, 1-D; maps only the files that hold them."""
-        result = torch.empty(numel, dtype=torch.float32)
-        for first, end, file in self._places[name]:
+        """Elements [start, start + numel) of the flattened tensor, 1-D, as saved; maps only the files that hold them.
+
+        Where they lie in one file, the result is a view of it.
+        """
+        parts = []
+        for first, end, rank in sorted(self._places[name]):
             low, high = max(start, first), min(start + numel, end)
             if low < high:
-                part = self._open(file).get_slice(f"{state}/{name}")[low - first : high - first]
-                result[low - start : high - start] = part
-        return result
+                key = f"{state}/{name}"
+                parts.append(self._open(rank)[key].get_slice(key)[low - first : high - first])
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def read_whole(self, name: str) -> torch.Tensor:
         """A parameter's fp32 weight in its own shape."""
         shape = self.shapes[name]
         return self.read("weight", name, 0, math.prod(shape)).view(shape)
 
+    def read_bound(self, state: str, name: str, layout: str) -> torch.Tensor:
+        """A state tensor that was saved whole for one layout."""
+        key = f"whole/{state}/{name}"
+        tensor: torch.Tensor = self._open(self.whole[name, layout][0])[key].get_tensor(key)
+        return tensor
+
     def buffers(self) -> dict[str, torch.Tensor]:
         """The model's persistent buffers."""
-        if "buffers.safetensors" not in self.manifest["files"]:
+        if BUFFERS not in self.manifest["files"]:
             return {}
-        file = self._open("buffers.safetensors")
+        file = self._stack.enter_context(self._map(BUFFERS))
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
 
-    def rng_state(self, rank: int) -> dict[str, torch.Tensor]:
-        """The random state rank `rank` saved, or nothing when fewer ranks wrote this checkpoint."""
-        if rank >= self.manifest["world_size"]:
-            return {}
-        file = self._open(f"fragments-{rank:05d}.safetensors")
-        saved = set(file.keys())
-        return {name: file.get_tensor(f"rng/{name}") for name in ("cpu", "cuda") if f"rng/{name}" in saved}
+    def rng_state(self, rank: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """The random state rank `rank` saved, torch's and the host's; empty when fewer ranks wrote this checkpoint."""
+        if rank not in self._rng:
+            return {}, {}
+        files = self._open(rank)
+        keys = {name: f"rng/{name}" for name in ("cpu", "cuda") if f"rng/{name}" in files}
+        return {name: files[key].get_tensor(key) for name, key in keys.items()}, self._rng[rank]
 
     def trainer_state(self) -> dict[str, Any]:
         """What the trainer noted beside the tensors."""
         state: dict[str, Any] = json.loads((self.checkpoint / TRAINER_STATE).read_text(encoding="utf-8"))
         return state
 
-    def _open(self, file: str) -> Any:
-        if file not in self._files:
-            self._files[file] = self._stack.enter_context(safe_open(self.checkpoint / file, framework="pt"))
-        return self._files[file]
+    def _open(self, rank: int) -> dict[str, Any]:
+        """The open file of each tensor that a rank wrote."""
+        if rank not in self._tensors:
+            names = [name for name in self.manifest["files"] if rank_of_tensor_file(name) == rank]
+            files = [self._stack.enter_context(self._map(name)) for name in names]
+            self._tensors[rank] = {key: file for file in files for key in file.keys()}  # noqa: SIM118
+        return self._tensors[rank]
+
+    def _map(self, name: str) -> Any:
+        try:
+            return safe_open(self.checkpoint / name, framework="pt")
+        except SafetensorError as error:
+            raise UserError(f"{self.checkpoint / name}: {error}") from None
 
 
 def load_checkpoint(checkpoint: Path, engine: Any) -> dict[str, Any]:
     """Restore weights, optimizer state and random state of a freshly built engine; returns the trainer's state.
 
-    Collective. The checkpoint must have been verified; its contract is the caller's to compare.
+    Collective. The checkpoint must have been verified; its contract is the caller's to compare. Raises UserError when
+    its tensors do not fit this model, optimizer or layout.
     """
     optimizer = inner_optimizer(engine)
     with CheckpointReader(checkpoint) as reader:
@@ -110,17 +147,18 @@ def load_checkpoint(checkpoint: Path, engine: Any) -> dict[str, Any]:
             raise UserError(f"{checkpoint}: the model's parameters differ, first {different[0]}")
         if reader.states:
             materialise_state(engine)
+        bound_to, seen = layouts(engine), set()
         for fragment in own_fragments(engine):
-            _load_fragment(reader, fragment, optimizer)
+            is_first = id(fragment.flat) not in seen
+            _load_fragment(reader, fragment, optimizer, bound_to[fragment.name] if is_first else None)
+            seen.add(id(fragment.flat))
+        counted = {name: value for scalars in reader.scalars.values() for name, value in scalars.items()}
+        set_group_numbers(optimizer, reader.groups, {"step": counted["step"]} if "step" in counted else {})
         buffers = dict(engine.module.named_buffers())
         for name, value in reader.buffers().items():
             buffers[name].copy_(value)
         publish_weights(engine)
-        rng = reader.rng_state(dist.get_rank())
-        if "cpu" in rng:
-            torch.set_rng_state(rng["cpu"])
-        if "cuda" in rng and torch.cuda.is_available():
-            torch.cuda.set_rng_state(rng["cuda"])
+        _set_rng_state(*reader.rng_state(dist.get_rank()))
         state = reader.trainer_state()
     scaler = getattr(engine.optimizer, "loss_scaler", None)
     for name, value in state["scaler"].items():
@@ -130,11 +168,51 @@ def load_checkpoint(checkpoint: Path, engine: Any) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _load_fragment(reader: CheckpointReader, fragment: Fragment, optimizer: torch.optim.Optimizer) -> None:
+def _load_fragment(
+    reader: CheckpointReader, fragment: Fragment, optimizer: torch.optim.Optimizer, layout: str | None
+) -> None:
+    """`layout` is that of the fragment's flat tensor where its whole states are to be read, else None."""
+
     def read(state: str) -> torch.Tensor:
         return reader.read(state, fragment.name, fragment.start, fragment.numel)
 
+    name = fragment.name
     fragment.view(fragment.flat).copy_(read("weight"))
-    for name, tensor in sharded_state(optimizer, fragment).items():
-        tensor.copy_(read(name))
-    set_scalar_state(optimizer, fragment, reader.scalars[fragment.name])
+    ours = parameter_state(optimizer, fragment)
+    saved, scalars = reader.states_of.get(name, set()), reader.scalars.get(name, {})
+    if not saved and not scalars and not any(parameter == name for parameter, _ in reader.whole):
+        optimizer.state.pop(fragment.flat, None)  # it had none: never updated, or an optimizer without state
+        return
+    in_groups = {key: value for numbers in reader.groups for key, value in numbers.items()}
+    scalars = {key: value for key, value in {**in_groups, **scalars}.items() if key in ours.scalars or key in scalars}
+    check_same_states(name, saved | set(scalars) - {"step"}, set(ours.sharded) | set(ours.scalars) - {"step"})
+    for state, tensor in ours.sharded.items():
+        tensor.copy_(read(state))
+    if layout is not None:
+        _load_whole(reader, name, layout, ours)
+    set_scalars(optimizer, fragment, {key: value for key, value in scalars.items() if key in ours.scalars})
+
+
+def _load_whole(reader: CheckpointReader, name: str, layout: str, ours: ParameterState) -> None:
+    bound = reader.whole.get((name, layout))
+    if bound is None and ours.whole:
+        raise UserError(
+            f"{reader.checkpoint}: the optimizer's state {sorted(ours.whole)[0]!r} of {name} is bound to the "
+            f"{reader.manifest['world_size']} processes and ZeRO stage {reader.manifest['zero_stage']} it was saved "
+            "with; resume with these"
+        )
+    check_same_states(name, bound[1] if bound else set(), set(ours.whole))
+    for state, tensor in ours.whole.items():
+        saved = reader.read_bound(state, name, layout)
+        if saved.shape != tensor.shape:
+            raise UserError(f"{reader.checkpoint}: {state} of {name} is of shape {tuple(saved.shape)}")
+        tensor.copy_(saved)
+
+
+def _set_rng_state(torch_states: dict[str, torch.Tensor], host_state: dict[str, Any]) -> None:
+    if "cpu" in torch_states:
+        torch.set_rng_state(torch_states["cpu"])
+    if "cuda" in torch_states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(torch_states["cuda"])
+    if host_state:
+        set_host_rng_state(host_state)

@@ -1,4 +1,4 @@
-"""Which checkpoints a run has, and whether they are whole. Torch-free."""
+"""Which checkpoints a run has, and how one comes to be there. Torch-free."""
 
 from __future__ import annotations
 
@@ -13,10 +13,13 @@ from typing import Any
 
 from turbolm.errors import UserError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 TRAINER_STATE = "trainer.json"
-_NAME = re.compile(r"^step-(\d{8})$")
+BUFFERS = "buffers.safetensors"
+_NAME = re.compile(r"step-(\d{8,})")
+_TENSORS = re.compile(r"fragments-(\d{5,})(?:\.\d+)?\.safetensors")
+_TEMPORARY, _DISCARDED = ".tmp-", ".old-"
 
 
 def checkpoint_name(step: int) -> str:
@@ -24,104 +27,108 @@ def checkpoint_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def temporary_folder(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step is written before it is complete."""
+    return folder / f"{_TEMPORARY}{checkpoint_name(step)}"
+
+
+def index_file(rank: int) -> str:
+    """The JSON file of a rank."""
+    return f"fragments-{rank:05d}.json"
+
+
+def tensor_file(rank: int, part: int) -> str:
+    """A safetensors file of a rank."""
+    return f"fragments-{rank:05d}{f'.{part}' if part else ''}.safetensors"
+
+
+def rank_of_tensor_file(name: str) -> int | None:
+    """Whose fragments a file holds; None for another kind of file."""
+    match = _TENSORS.fullmatch(name)
+    return int(match[1]) if match else None
+
+
 def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    """(step, folder) of every checkpoint that was renamed into place, oldest first."""
+    """(step, folder) of every checkpoint that was renamed into place, by step."""
     if not folder.is_dir():
         return []
-    found = [(int(match[1]), path) for path in folder.iterdir() if (match := _NAME.match(path.name))]
+    found = [(int(match[1]), path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
     return sorted(found)
 
 
-def find_newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that passes full verification, and why each newer one was rejected."""
-    rejected: list[str] = []
-    for _, path in reversed(list_checkpoints(folder)):
-        problems = verify_checkpoint(path)
-        if not problems:
-            return path, rejected
-        rejected.append(f"{path}: {problems[0]}")
-    return None, rejected
-
-
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint. Raises UserError when it is missing or unreadable."""
+    """The manifest of a checkpoint. Raises UserError when it is missing or not one."""
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{checkpoint}: no {MANIFEST}; not a complete checkpoint") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{checkpoint / MANIFEST}: cannot be read: {error}") from None
     if not isinstance(manifest, dict) or manifest.get("format_version") != FORMAT_VERSION:
         raise UserError(f"{checkpoint / MANIFEST}: not a checkpoint manifest of format {FORMAT_VERSION}")
+    if not _is_complete(manifest):
+        raise UserError(f"{checkpoint / MANIFEST}: lacks a value or has one of another type")
     return manifest
 
 
-def verify_checkpoint(checkpoint: Path) -> list[str]:
-    """Every difference between a checkpoint's files and its manifest, sizes and SHA-256."""
-    try:
-        files = read_manifest(checkpoint)["files"]
-    except (UserError, KeyError, TypeError) as error:
-        return [str(error)]
-    problems = []
-    for name, expected in sorted(files.items()):
-        path = checkpoint / name
-        if Path(name).name != name or path.is_symlink():
-            problems.append(f"{name}: not a plain file of the checkpoint")
-        elif not path.is_file():
-            problems.append(f"{name}: missing")
-        elif path.stat().st_size != expected["bytes"]:
-            problems.append(f"{name}: {path.stat().st_size} bytes instead of {expected['bytes']}")
-        elif describe_file(path)["sha256"] != expected["sha256"]:
-            problems.append(f"{name}: content changed (SHA-256 differs)")
-    return problems
-
-
-def describe_file(path: Path) -> dict[str, Any]:
-    """Size and SHA-256 of a file, as a manifest records them."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"bytes": path.stat().st_size, "sha256": digest}
-
-
 def commit(temporary: Path, final: Path, manifest: Mapping[str, Any]) -> None:
-    """Write the manifest and rename the folder into place; everything else in it must be synced already."""
+    """Write the manifest and rename the folder into place; everything else in it must be on disk already."""
     write_json(temporary / MANIFEST, {"format_version": FORMAT_VERSION, **manifest})
     sync_folder(temporary)
-    if final.exists():  # the same step, saved again after a resume from before it
-        superseded = final.with_name(f".old-{final.name}")
-        shutil.rmtree(superseded, ignore_errors=True)
-        final.rename(superseded)
-        temporary.rename(final)
-        shutil.rmtree(superseded, ignore_errors=True)
-    else:
-        temporary.rename(final)
+    if final.exists():  # found invalid by the resume that led here again: it went back to an older one, still there
+        discard(final)
+    os.rename(temporary, final)
     sync_folder(final.parent)
 
 
-def remove_old(folder: Path, keep_last: int) -> None:
-    """Keep the newest `keep_last` checkpoints and clear what interrupted saves left behind."""
-    for _, path in list_checkpoints(folder)[:-keep_last]:
-        shutil.rmtree(path, ignore_errors=True)
-    for leftover in folder.glob(".tmp-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+def discard(checkpoint: Path) -> None:
+    """Remove a checkpoint. It loses its name first, so that a half-removed one is never taken for one."""
+    unnamed = checkpoint.with_name(_DISCARDED + checkpoint.name)
+    shutil.rmtree(unnamed, ignore_errors=True)
+    os.rename(checkpoint, unnamed)
+    shutil.rmtree(unnamed, ignore_errors=True)
 
 
-def write_json(path: Path, value: object) -> None:
-    """Write JSON and force it to disk."""
-    with path.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1, allow_nan=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
+def clear_leftovers(folder: Path) -> None:
+    """Remove what interrupted saves left behind. Nobody else may be saving there."""
+    for prefix in (_TEMPORARY, _DISCARDED):
+        for leftover in folder.glob(f"{prefix}*"):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
-def sync_file(path: Path) -> None:
-    """Force a file's content to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+def write_json(path: Path, value: object) -> dict[str, Any]:
+    """Write JSON and force it to disk; returns size and SHA-256 as a manifest records them."""
+    content = json.dumps(value, indent=1, allow_nan=False).encode() + b"\n"
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+    try:
+        left = memoryview(content)
+        while left:
+            left = left[os.write(file, left) :]
+        os.fsync(file)
+    finally:
+        os.close(file)
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def sync_folder(path: Path) -> None:
+    """Make the names in a folder durable."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
-sync_folder = sync_file  # opening a folder for reading and syncing it makes the names in it durable
+def _is_complete(manifest: Mapping[str, Any]) -> bool:
+    kinds = {"step": int, "tokens_seen": int, "contract": str, "world_size": int, "parameters": dict, "files": dict}
+    if not all(isinstance(manifest.get(key), kind) for key, kind in kinds.items()):
+        return False
+    described = all(
+        isinstance(file, dict) and isinstance(file.get("bytes"), int) and isinstance(file.get("sha256"), str)
+        for file in manifest["files"].values()
+    )
+    shaped = all(
+        isinstance(shape, list) and all(isinstance(size, int) for size in shape)
+        for shape in manifest["parameters"].values()
+    )
+    return described and shaped and manifest["world_size"] > 0

@@ -1,25 +1,25 @@
-"""Write a checkpoint: every rank its own fragments, then one manifest, then the rename."""
+"""Write a checkpoint: every rank its own files, then one manifest, then the rename."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 
 from turbolm.checkpoint import manifest
-from turbolm.checkpoint.fragments import (
-    inner_optimizer,
-    is_written_here,
-    own_fragments,
-    parameter_shapes,
-    scalar_state,
-    sharded_state,
-)
+from turbolm.checkpoint.retention import Retention, remove_old
+from turbolm.checkpoint.snapshot import Snapshot, take_snapshot
+from turbolm.checkpoint.tensor_file import write_tensors
+
+_PART_BYTES = 512 * 2**20  # of a safetensors file, so that several threads write and hash; a larger tensor stays whole
+_MAX_THREADS = 4
+
+Agree = Callable[[Any], list[Any]]
 
 
 def save_checkpoint(
@@ -32,97 +32,120 @@ def save_checkpoint(
     keep_last: int,
     group: dist.ProcessGroup | None = None,
 ) -> Path:
-    """Save the state after `step` steps as `folder/step-<n>` and remove older ones. Collective.
+    """Save the state after `step` steps as `folder/step-<n>`, now, and remove older ones. Collective.
 
     `folder` must be on a file system that all ranks share; `group` is a host-side process group. If any rank fails,
     all raise RuntimeError and earlier checkpoints stay.
     """
-    final = folder / manifest.checkpoint_name(step)
-    temporary = folder / f".tmp-{final.name}"
-    failure = None
-    if dist.get_rank() == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        try:
-            temporary.mkdir(parents=True)
-            manifest.write_json(temporary / manifest.TRAINER_STATE, {**trainer_state, "scaler": scaler_state(engine)})
-        except OSError as error:
-            failure = str(error)
-    _agree(failure, group)
-    files: dict[str, Any] = {}
+    snapshot = take_snapshot(engine, step, trainer_state)
+    about = {"contract": contract_fingerprint}
+    return write_checkpoint(folder, snapshot, about, Retention(keep_last), agree=gather_over(group))
+
+
+def write_checkpoint(
+    folder: Path,
+    snapshot: Snapshot | None,
+    about: Mapping[str, Any],
+    retention: Retention,
+    *,
+    agree: Agree,
+    failure: str | None = None,
+    before_commit: Callable[[], None] = lambda: None,
+) -> Path:
+    """Write every rank's snapshot as one checkpoint; returns where it is. Collective, through `agree` alone.
+
+    `about` is what the manifest says beside the snapshot. A rank whose snapshot failed gives None and the reason.
+    Rank 0 calls `before_commit` just before the checkpoint gets its name. If any rank fails, all raise RuntimeError,
+    and nothing is left of it.
+    """
+    failures = _failures(agree(failure))
+    if failures or snapshot is None:
+        raise RuntimeError(failures)
+    final = folder / manifest.checkpoint_name(snapshot.step)
+    temporary = manifest.temporary_folder(folder, snapshot.step)
+    is_first = snapshot.rank == 0
     try:
-        files = _write_rank_files(temporary, engine)
-    except Exception as error:  # whatever it was, the other ranks must not wait for this one
-        failure = f"{type(error).__name__}: {error}"
-    gathered = _agree(failure, group, files)
-    if dist.get_rank() == 0:
-        try:
-            described = {name: info for part in gathered for name, info in part.items()}
-            described[manifest.TRAINER_STATE] = manifest.describe_file(temporary / manifest.TRAINER_STATE)
-            shapes = {name: list(shape) for name, shape in parameter_shapes(engine.module).items()}
-            manifest.commit(
-                temporary,
-                final,
-                {
-                    "step": step,
-                    "contract": contract_fingerprint,
-                    "world_size": dist.get_world_size(),
-                    "zero_stage": engine.zero_optimization_stage(),
-                    "parameters": shapes,
-                    "files": dict(sorted(described.items())),
-                },
-            )
-            manifest.remove_old(folder, keep_last)
-        except OSError as error:
-            failure = str(error)
-    _agree(failure, group)
+        _in_step(agree, (lambda: _open_folder(temporary)) if is_first else None)
+        parts = _in_step(agree, lambda: write_rank_files(temporary, snapshot))
+        files = {name: described for part in parts for name, described in part.items()}
+
+        def commit() -> None:
+            before_commit()
+            manifest.commit(temporary, final, {**snapshot.about, **about, "files": dict(sorted(files.items()))})
+            remove_old(folder, retention, snapshot.step)
+
+        _in_step(agree, commit if is_first else None)
+    except RuntimeError:
+        if is_first:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
     return final
 
 
-def scaler_state(engine: Any) -> dict[str, float]:
-    """The numbers of DeepSpeed's loss scaler (fp16); empty where none is in use."""
-    scaler = getattr(engine.optimizer, "loss_scaler", None)
-    numbers = vars(scaler) if scaler is not None else {}
-    return {name: value for name, value in numbers.items() if isinstance(value, (int, float))}
-
-
-def _write_rank_files(folder: Path, engine: Any) -> dict[str, Any]:
+def write_rank_files(folder: Path, snapshot: Snapshot) -> dict[str, Any]:
     """This rank's files; returns their descriptions for the manifest."""
-    optimizer, rank = inner_optimizer(engine), dist.get_rank()
-    tensors, index, scalars, states = {}, {}, {}, set()
-    for number, fragment in enumerate(own_fragments(engine)):
-        if not is_written_here(engine, number):
-            continue
-        tensors[f"weight/{fragment.name}"] = fragment.view(fragment.flat)
-        for name, value in sharded_state(optimizer, fragment).items():
-            tensors[f"{name}/{fragment.name}"] = value
-            states.add(name)
-        index[fragment.name] = {"start": fragment.start, "numel": fragment.numel}
-        scalars[fragment.name] = scalar_state(optimizer, fragment)
-    tensors["rng/cpu"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        tensors["rng/cuda"] = torch.cuda.get_rng_state()
-    written = [folder / f"fragments-{rank:05d}.safetensors", folder / f"fragments-{rank:05d}.json"]
-    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, written[0])
-    manifest.sync_file(written[0])
-    manifest.write_json(written[1], {"fragments": index, "scalars": scalars, "states": sorted(states)})
-    buffers = _persistent_buffers(engine.module) if rank == 0 else {}
-    if buffers:
-        written.append(folder / "buffers.safetensors")
-        save_file(buffers, written[-1])
-        manifest.sync_file(written[-1])
-    return {path.name: manifest.describe_file(path) for path in written}
+    rank, metadata = snapshot.rank, {"step": str(snapshot.step), "rank": str(snapshot.rank)}
+    files = {manifest.tensor_file(rank, part): tensors for part, tensors in enumerate(_parts(snapshot.tensors))}
+    if snapshot.buffers:
+        files[manifest.BUFFERS] = snapshot.buffers
+    with ThreadPoolExecutor(_MAX_THREADS) as pool:
+        written = pool.map(lambda item: write_tensors(folder / item[0], item[1], metadata), files.items())
+        described = dict(zip(files, written, strict=True))
+    texts = {manifest.index_file(rank): snapshot.index}
+    if rank == 0:
+        texts[manifest.TRAINER_STATE] = snapshot.trainer_state
+    for name, value in texts.items():
+        described[name] = manifest.write_json(folder / name, value)
+    return described
 
 
-def _persistent_buffers(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    names = {name for name, _ in module.named_buffers()} & set(module.state_dict().keys())
-    return {name: buffer.cpu().contiguous() for name, buffer in module.named_buffers() if name in names}
+def gather_over(group: dist.ProcessGroup | None) -> Agree:
+    """What every rank gave, by rank, over a host-side process group."""
+
+    def agree(value: Any) -> list[Any]:
+        gathered: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(gathered, value, group=group)
+        return gathered
+
+    return agree
 
 
-def _agree(failure: str | None, group: dist.ProcessGroup | None, payload: Any = None) -> list[Any]:
-    """Gather every rank's payload, or raise on all ranks what any of them failed with."""
-    outcomes: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(outcomes, (failure, payload), group=group)
-    failures = [f"rank {rank}: {failure}" for rank, (failure, _) in enumerate(outcomes) if failure]
+def _open_folder(temporary: Path) -> None:
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+
+
+def _in_step(agree: Agree, action: Callable[[], Any] | None) -> list[Any]:
+    """Do this rank's part and wait for the others'; returns what each gave, or raises on all what any failed with."""
+    result, failure = None, None
+    try:
+        result = action() if action else None
+    except Exception as error:  # whatever it was, the other ranks must not wait for this one
+        failure = f"{type(error).__name__}: {error}"
+    outcomes = agree((failure, result))
+    failures = _failures([failure for failure, _ in outcomes])
     if failures:
-        raise RuntimeError(f"the checkpoint was not written; {'; '.join(failures)}")
-    return [payload for _, payload in outcomes]
+        raise RuntimeError(failures)
+    return [result for _, result in outcomes]
+
+
+def _failures(by_rank: list[str | None]) -> str:
+    """What any rank failed with; the same text for ranks with the same reason is said once."""
+    ranks: dict[str, list[str]] = {}
+    for rank, failure in enumerate(by_rank):
+        if failure:
+            ranks.setdefault(failure, []).append(str(rank))
+    return "; ".join(f"rank {', '.join(numbers)}: {failure}" for failure, numbers in ranks.items())
+
+
+def _parts(tensors: Mapping[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+    parts: list[dict[str, torch.Tensor]] = [{}]
+    filled = 0
+    for name, tensor in tensors.items():
+        size = tensor.numel() * tensor.element_size()
+        if filled and filled + size > _PART_BYTES:
+            parts.append({})
+            filled = 0
+        parts[-1][name] = tensor
+        filled += size
+    return parts

@@ -400,7 +400,21 @@ class Checkpoint(Section):
     every: Annotated[TrainingSpan, AfterValidator(positive_span)] = Field(
         Span(0.25, "share"), description="tokens, steps or a share of the budget between checkpoints"
     )
-    keep_last: Annotated[int, Field(ge=1)] = Field(3, description="older ones are deleted")
+    asynchronous: bool = Field(
+        True, description="write beside the training, from a copy in the host's memory; false: training waits"
+    )
+    on_failure: Literal["stop", "continue"] = Field(
+        "stop",
+        description="when one cannot be written (a full disk): stop, which tries once more, or train on to the next; "
+        "earlier ones are kept either way",
+    )
+    keep_last: Annotated[int, Field(ge=1)] = Field(3, description="older ones are deleted, but for those below")
+    keep_every: Annotated[TrainingSpan, AfterValidator(positive_span)] | None = Field(
+        None, description="tokens, steps or a share of the budget: the first checkpoint of each such span is kept"
+    )
+    keep_best: bool = Field(
+        False, description="save after an evaluation with the lowest loss so far, and keep that checkpoint"
+    )
 
 
 class Logging(Section):

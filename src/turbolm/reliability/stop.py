@@ -39,6 +39,10 @@ class StopRequest:
         for number in _SIGNALS:
             signal.signal(number, self._on_signal)
 
+    def request(self, reason: str) -> None:
+        """Ask from within the process; from any thread."""
+        self._signalled = self._signalled or reason
+
     @property
     def reason(self) -> str | None:
         """What asked this process to stop, or None."""

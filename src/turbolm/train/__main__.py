@@ -9,7 +9,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from turbolm.errors import EXIT_BAD_INPUT, UserError
+from turbolm.errors import EXIT_BAD_INPUT, EXIT_FAILED, RunError, UserError
 from turbolm.recipe.load import load_recipe
 from turbolm.reliability.failures import failure_kind, record_rank_end
 from turbolm.reliability.orphans import END_WITH_PARENT, end_with_parent
@@ -41,6 +41,11 @@ def main() -> int:
         if os.environ.get("RANK", "0") == "0":
             print(f"turbolm: {error}", file=terminal, flush=True)
         return EXIT_BAD_INPUT
+    except RunError as error:
+        _record(folder, EXIT_FAILED, "error", str(error))
+        if os.environ.get("RANK", "0") == "0":
+            print(f"turbolm: {error}", file=terminal, flush=True)
+        return EXIT_FAILED
     except BaseException as error:
         _record(folder, 1, failure_kind(error), f"{type(error).__name__}: {error}".partition("\n")[0])
         text = f"rank {os.environ.get('RANK', '0')}:\n{traceback.format_exc()}"

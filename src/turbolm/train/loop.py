@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from turbolm.checkpoint.save import save_checkpoint
+from turbolm.checkpoint.saver import CheckpointSaver
 from turbolm.data.loader import BatchLoader, GlobalBatch
 from turbolm.data.store import TokenStore
 from turbolm.models.loss import IGNORED_TARGET
@@ -34,13 +35,14 @@ class Session:
     loader: BatchLoader
     attention: str
     budgets_tokens: list[int]
-    contract_fingerprint: str
+    saver: CheckpointSaver
     group: dist.ProcessGroup | None
     stop: StopRequest
     log: MetricsLog
     flops_per_target: Any  # mean attended keys per target -> training FLOPs
     step: int = 0
     saved_step: int = -1
+    best_eval_loss: float = math.inf
 
 
 def train(session: Session) -> EvaluationResult | None:
@@ -50,7 +52,7 @@ def train(session: Session) -> EvaluationResult | None:
         reason = agree_to_stop(session, batch)
         if reason:
             session.log.say(f"asked to stop by {reason}: saving after step {session.step}")
-            save(session)
+            save(session, last=True)
             return None
         lr = learning_rate(session)
         set_learning_rate(session.engine, lr)
@@ -62,10 +64,13 @@ def train(session: Session) -> EvaluationResult | None:
             session.log.flush(show=True)
         if session.step % plan.evaluate_every_steps == 0 and not is_last:
             run_evaluation(session)
-        if session.step % plan.checkpoint_every_steps == 0:
+        if session.step % plan.checkpoint_every_steps == 0 and not is_last:
             save(session)
-    save(session)
-    return run_evaluation(session)
+    if not recipe.checkpoint.keep_best:  # else only after the evaluation it is judged by
+        save(session)
+    evaluation = run_evaluation(session)
+    save(session, last=True)
+    return evaluation
 
 
 def learning_rate(session: Session) -> float:
@@ -105,7 +110,10 @@ def any_rank_asked_to_stop(session: Session) -> bool:
 
 
 def run_evaluation(session: Session) -> EvaluationResult | None:
-    """Evaluate and log; None when the run was asked to stop meanwhile, which the next step notices as well."""
+    """Evaluate and log, and save the best so far where the recipe says so.
+
+    None when the run was asked to stop meanwhile, which the next step notices as well.
+    """
     session.log.flush()
     result = evaluate(
         session.engine,
@@ -120,26 +128,31 @@ def run_evaluation(session: Session) -> EvaluationResult | None:
         return None
     session.log.add_evaluation(session.step, result.loss, result.bits_per_byte)
     session.log.restart_clock()
+    if session.plan.recipe.checkpoint.keep_best and result.loss < session.best_eval_loss:
+        session.best_eval_loss = result.loss
+        save(session, eval_loss=result.loss)
     return result
 
 
-def save(session: Session) -> None:
-    """Save a checkpoint of the current step, once."""
+def save(session: Session, *, eval_loss: float | None = None, last: bool = False) -> None:
+    """Save a checkpoint of the current step, once, beside the training.
+
+    With `last` it is on disk on return, tried again if that had failed; RunError when it fails now.
+    """
     session.log.flush()
-    if session.saved_step == session.step or session.step == 0:
-        return
-    save_checkpoint(
-        session.run.checkpoints,
-        session.engine,
-        step=session.step,
-        trainer_state={
+    if last:
+        session.saver.wait()  # then all ranks know alike whether it failed
+    is_saved = session.saved_step == session.step and not (last and session.saver.failure)
+    if not is_saved and session.step > 0:
+        best = session.best_eval_loss
+        state = {
             "step": session.step,
             "tokens_seen": session.step * session.plan.batch.global_batch_tokens,
             "next_batch": session.step,
-        },
-        contract_fingerprint=session.contract_fingerprint,
-        keep_last=session.plan.recipe.checkpoint.keep_last,
-        group=session.group,
-    )
-    session.saved_step = session.step
-    session.log.restart_clock()
+            "best_eval_loss": best if math.isfinite(best) else None,
+        }
+        session.saver.save(session.step, state, eval_loss)
+        session.saved_step = session.step
+        session.log.restart_clock()
+    if last:
+        session.saver.finish()

@@ -135,6 +135,11 @@ def settle_contract(run: RunDirectory, recipe: Recipe, store_fingerprint: str) -
     return budgets
 
 
+def with_budget(recipe: Recipe, budget_tokens: int) -> Recipe:
+    """The recipe with another budget, such as that of a run before it was extended."""
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"budget": budget_tokens})})
+
+
 def is_finished(run: RunDirectory, budget_tokens: int) -> bool:
     """Whether the run has trained its whole budget and left its results."""
     results = read_json(run.results)

@@ -12,7 +12,11 @@ import torch.distributed as dist
 
 from turbolm.checkpoint.fragments import own_fragments, stepped_partitions
 from turbolm.checkpoint.load import load_checkpoint
-from turbolm.checkpoint.manifest import find_newest_valid, list_checkpoints
+from turbolm.checkpoint.manifest import clear_leftovers
+from turbolm.checkpoint.retention import Retention
+from turbolm.checkpoint.save import gather_over
+from turbolm.checkpoint.saver import CheckpointSaver
+from turbolm.checkpoint.verify import find_newest_valid
 from turbolm.data.loader import BatchLoader
 from turbolm.data.order import BatchOrder
 from turbolm.data.prepare import find_store
@@ -49,9 +53,12 @@ from turbolm.train.run_directory import (
     open_attempt,
     run_directory,
     settle_contract,
+    with_budget,
     write_attempt,
     write_outcome,
 )
+
+_LAST_WRITE_SEC = 60
 
 
 def run_worker(recipe: Recipe, attempt: int | None = None) -> int:
@@ -84,7 +91,11 @@ def run_worker(recipe: Recipe, attempt: int | None = None) -> int:
     session = _build_session(accelerator, plan, run, store, budgets, stop, attempt, terminal, group, machine)
     _resume(session)
     num_parameters = count_parameters(session.engine.module)
-    evaluation = train(session)
+    try:
+        evaluation = train(session)
+    except BaseException:
+        session.saver.wait(_LAST_WRITE_SEC)  # what is being written is a good state
+        raise
     session.log.flush()
     dist.barrier(group=group)
     if dist.get_rank() == 0 and evaluation is not None:
@@ -199,11 +210,36 @@ def _build_session(
         loader=loader,
         attention=attention,
         budgets_tokens=budgets,
-        contract_fingerprint=fingerprint(contract_of(recipe)),
+        saver=_build_saver(plan, run, engine, stop, log),
         group=group,
         stop=stop,
         log=log,
         flops_per_target=flops_per_target,
+    )
+
+
+def _build_saver(plan: Plan, run: RunDirectory, engine: Any, stop: StopRequest, log: MetricsLog) -> CheckpointSaver:
+    """Collective: the threads that write agree over a process group of their own."""
+    settings, batch_tokens = plan.recipe.checkpoint, plan.batch.global_batch_tokens
+
+    def report(text: str) -> None:
+        log.say(text)
+        if settings.on_failure == "stop":
+            stop.request("a checkpoint that was not written")
+
+    every = settings.keep_every
+    return CheckpointSaver(
+        folder=run.checkpoints,
+        engine=engine,
+        retention=Retention(
+            keep_last=settings.keep_last,
+            keep_every_tokens=every.tokens(plan.recipe.train.budget, batch_tokens) if every else None,
+            keep_best=settings.keep_best,
+        ),
+        contract_fingerprint=fingerprint(contract_of(plan.recipe)),
+        asynchronous=settings.asynchronous,
+        group=dist.new_group(backend="gloo"),
+        report=report,
     )
 
 
@@ -250,16 +286,16 @@ def build_engine(accelerator: Any, plan: Plan, store: TokenStore, run: RunDirect
 
 
 def _resume(session: Session) -> None:
-    """Continue from the newest valid checkpoint. Rank 0 chooses, so that all ranks read the same one."""
-    run = session.run
-    answer: list[Any] = [None]
+    """Continue from the newest valid checkpoint, which all ranks verify and choose together."""
+    run, recipe = session.run, session.plan.recipe
     if dist.get_rank() == 0:
-        answer = [(*find_newest_valid(run.checkpoints), bool(list_checkpoints(run.checkpoints)))]
-    dist.broadcast_object_list(answer, src=0, group=session.group)
-    newest, rejected, any_left = answer[0]
+        clear_leftovers(run.checkpoints)
+    contracts = {fingerprint(contract_of(with_budget(recipe, budget))) for budget in session.budgets_tokens}
+    agree = gather_over(session.group)
+    newest, rejected = find_newest_valid(run.checkpoints, contracts, (dist.get_rank(), dist.get_world_size()), agree)
     for reason in rejected:
         session.log.say(f"rejected checkpoint {reason}")
-    if newest is None and any_left:
+    if newest is None and rejected:
         raise UserError(
             f"no checkpoint of {run.path} is valid. To start over, move {run.checkpoints} away; nothing was changed"
         )
@@ -267,6 +303,8 @@ def _resume(session: Session) -> None:
         return
     state = load_checkpoint(newest, session.engine)
     session.step = session.saved_step = int(state["step"])
+    if state.get("best_eval_loss") is not None:
+        session.best_eval_loss = float(state["best_eval_loss"])
     session.log.say(f"resumed from {newest}")
     session.log.restart_clock()
 

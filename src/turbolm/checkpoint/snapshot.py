@@ -1,0 +1,147 @@
+"""The state of a run after a step, as one rank saves it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from turbolm.checkpoint.fragments import inner_optimizer, is_written_here, own_fragments, parameter_shapes
+from turbolm.checkpoint.optimizer_state import group_numbers, layouts, parameter_state
+
+_ALIGNMENT_BYTES = 64
+
+
+@dataclass
+class Snapshot:
+    """What this rank saves of `step`. The tensors may be the live ones, which the next step changes."""
+
+    step: int
+    rank: int
+    world_size: int
+    tensors: dict[str, torch.Tensor]
+    index: dict[str, Any]
+    buffers: dict[str, torch.Tensor]  # rank 0 only
+    trainer_state: dict[str, Any]
+    about: dict[str, Any]  # for the manifest
+
+
+def take_snapshot(engine: Any, step: int, trainer_state: Mapping[str, Any]) -> Snapshot:
+    """References to everything this rank saves; nothing is copied.
+
+    Raises RuntimeError for an optimizer state that the format cannot hold.
+    """
+    optimizer, rank = inner_optimizer(engine), dist.get_rank()
+    bound_to = layouts(engine)
+    tensors: dict[str, torch.Tensor] = {"rng/cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors["rng/cuda"] = torch.cuda.get_rng_state()
+    fragments, scalars, states, whole = {}, {}, {}, {}
+    seen = set()
+    for number, fragment in enumerate(own_fragments(engine)):
+        if not is_written_here(engine, number):
+            continue
+        state = parameter_state(optimizer, fragment)
+        tensors[f"weight/{fragment.name}"] = fragment.view(fragment.flat)
+        tensors |= {f"{name}/{fragment.name}": tensor for name, tensor in state.sharded.items()}
+        fragments[fragment.name] = {"start": fragment.start, "numel": fragment.numel}
+        scalars[fragment.name], states[fragment.name] = state.scalars, sorted(state.sharded)
+        if state.whole and id(fragment.flat) not in seen:  # once for all fragments of a partition
+            tensors |= {f"whole/{name}/{fragment.name}": tensor for name, tensor in state.whole.items()}
+            whole[fragment.name] = {"layout": bound_to[fragment.name], "states": sorted(state.whole)}
+        seen.add(id(fragment.flat))
+    index = {
+        "step": step,
+        "rank": rank,
+        "fragments": fragments,
+        "states": states,
+        "scalars": scalars,
+        "whole": whole,
+        "groups": group_numbers(optimizer),
+        "rng": host_rng_state(),
+    }
+    about = {
+        "step": step,
+        "tokens_seen": int(trainer_state.get("tokens_seen", 0)),
+        "world_size": dist.get_world_size(),
+        "zero_stage": engine.zero_optimization_stage(),
+        "optimizer": type(optimizer).__name__,
+        "parameters": {name: list(shape) for name, shape in parameter_shapes(engine.module).items()},
+    }
+    return Snapshot(
+        step=step,
+        rank=rank,
+        world_size=dist.get_world_size(),
+        tensors=tensors,
+        index=index,
+        buffers=_persistent_buffers(engine.module) if rank == 0 else {},
+        trainer_state={**trainer_state, "scaler": scaler_state(engine)},
+        about=about,
+    )
+
+
+class HostCopy:
+    """Memory on the host that snapshots are copied to. Kept from one to the next: fresh memory costs a page fault each
+    4 KiB, which would be most of the time that training waits."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0, dtype=torch.uint8)
+
+    @torch.no_grad()
+    def fill(self, snapshot: Snapshot) -> Snapshot:
+        """The same snapshot with its tensors copied; valid until the next call."""
+        groups = (snapshot.tensors, snapshot.buffers)
+        needed = sum(_padded_bytes(tensor) for group in groups for tensor in group.values())
+        if len(self._memory) < needed:
+            self._memory = torch.empty(0, dtype=torch.uint8)  # let go of it first
+            self._memory = torch.empty(needed, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+        copies: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]] = ({}, {})
+        start = 0
+        for group, copied in zip(groups, copies, strict=True):
+            for name, tensor in group.items():
+                size = tensor.numel() * tensor.element_size()
+                copied[name] = self._memory[start : start + size].view(tensor.dtype).view(tensor.shape)
+                copied[name].copy_(tensor, non_blocking=True)
+                start += _padded_bytes(tensor)
+        if torch.cuda.is_available():
+            torch.cuda.current_stream().synchronize()
+        return Snapshot(**{**vars(snapshot), "tensors": copies[0], "buffers": copies[1]})
+
+
+def scaler_state(engine: Any) -> dict[str, float]:
+    """The numbers of DeepSpeed's loss scaler (fp16); empty where none is in use."""
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    numbers = vars(scaler) if scaler is not None else {}
+    return {name: value for name, value in numbers.items() if isinstance(value, (int, float))}
+
+
+def host_rng_state() -> dict[str, Any]:
+    """The state of Python's and numpy's global generators, as JSON can hold it."""
+    version, numbers, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    return {
+        "python": [version, list(numbers), gauss],
+        "numpy": [str(name), np.asarray(keys).tolist(), int(position), int(has_gauss), float(cached)],
+    }
+
+
+def set_host_rng_state(saved: Mapping[str, Any]) -> None:
+    """Write `host_rng_state` back."""
+    version, numbers, gauss = saved["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    name, keys, *rest = saved["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+
+
+def _persistent_buffers(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    names = {name for name, _ in module.named_buffers()} & set(module.state_dict().keys())
+    return {name: buffer for name, buffer in module.named_buffers() if name in names}
+
+
+def _padded_bytes(tensor: torch.Tensor) -> int:
+    return -(-tensor.numel() * tensor.element_size() // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES

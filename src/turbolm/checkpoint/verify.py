@@ -1,0 +1,202 @@
+"""Whether a checkpoint is whole: every file as its manifest says, and together a state to go on from. Torch-free."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from turbolm.checkpoint.manifest import (
+    BUFFERS,
+    TRAINER_STATE,
+    checkpoint_name,
+    index_file,
+    list_checkpoints,
+    rank_of_tensor_file,
+    read_manifest,
+)
+from turbolm.errors import UserError
+
+_MAX_HEADER_BYTES = 100 * 2**20  # the safetensors library takes no larger one either
+
+
+def verify_checkpoint(checkpoint: Path, contracts: Collection[str] | None = None) -> list[str]:
+    """Every reason why this checkpoint cannot be resumed from; empty for a whole one.
+
+    `contracts` are the fingerprints of the run's learning contract, None to take any.
+    """
+    return verify_files(checkpoint, contracts) or verify_structure(checkpoint)
+
+
+def verify_files(
+    checkpoint: Path, contracts: Collection[str] | None = None, share: tuple[int, int] = (0, 1)
+) -> list[str]:
+    """What is wrong with the manifest, or with files by themselves.
+
+    With `share` (k, n) only the k-th part of the files in n is hashed.
+    """
+    try:
+        manifest = read_manifest(checkpoint)
+    except UserError as error:
+        return [str(error)]
+    if checkpoint.is_symlink():
+        return ["a link, not a folder of the run"]
+    if checkpoint.name != checkpoint_name(manifest["step"]):
+        return [f"its manifest is of step {manifest['step']}"]
+    if contracts is not None and manifest["contract"] not in contracts:
+        return ["saved under another learning contract than the run's"]
+    part, parts = share
+    files = sorted(manifest["files"].items(), key=lambda item: (-item[1]["bytes"], item[0]))[part::parts]
+    threads = min(8, max(1, (os.cpu_count() or 1) // parts))
+    with ThreadPoolExecutor(threads) as pool:
+        found = pool.map(lambda item: _file_problem(checkpoint, *item), files)
+        return sorted(f"{name}: {problem}" for (name, _), problem in zip(files, found, strict=True) if problem)
+
+
+def verify_structure(checkpoint: Path) -> list[str]:
+    """What is wrong with how the files, each as its manifest says, fit together."""
+    try:
+        _check_structure(checkpoint, read_manifest(checkpoint))
+    except (_Unfit, UserError) as error:
+        return [str(error)]
+    return []
+
+
+def find_newest_valid(
+    folder: Path,
+    contracts: Collection[str] | None = None,
+    share: tuple[int, int] = (0, 1),
+    agree: Callable[[Any], list[Any]] = lambda value: [value],
+) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that passes verification, and why each newer one was rejected.
+
+    With n processes each hashes its share of the files; `agree` returns what every process gave, by rank, so that all
+    come to the same answer even where a shared file system shows them different folders.
+    """
+    steps = agree([step for step, _ in list_checkpoints(folder)])[0]
+    rejected: list[str] = []
+    for step in reversed(steps):
+        path = folder / checkpoint_name(step)
+        try:
+            own = verify_files(path, contracts, share)
+        except OSError as error:
+            own = [str(error)]
+        problems = [problem for part in agree(own) for problem in part]
+        if not problems:
+            problems = agree(verify_structure(path) if share[0] == 0 else [])[0]
+        if not problems:
+            return path, rejected
+        rejected.append(f"{path}: {problems[0]}")
+    return None, rejected
+
+
+def read_tensor_header(path: Path) -> dict[str, Any]:
+    """The header of a safetensors file: by name `dtype`, `shape` and `data_offsets`. Raises ValueError."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        if not 2 <= size <= _MAX_HEADER_BYTES:
+            raise ValueError("not a safetensors file")
+        try:
+            header = json.loads(file.read(size))
+        except RecursionError:
+            raise ValueError("not a safetensors file") from None
+    if not isinstance(header, dict):
+        raise ValueError("not a safetensors file")
+    header.pop("__metadata__", None)
+    return header
+
+
+class _Unfit(Exception):
+    """What is wrong with files that are as their manifest says."""
+
+
+def _file_problem(checkpoint: Path, name: str, expected: Mapping[str, Any]) -> str | None:
+    path = checkpoint / name
+    if Path(name).name != name or path.is_symlink():
+        return "not a plain file of the checkpoint"
+    if not path.is_file():
+        return "missing"
+    if path.stat().st_size != expected["bytes"]:
+        return f"{path.stat().st_size} bytes instead of {expected['bytes']}"
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return None if digest == expected["sha256"] else "content changed (SHA-256 differs)"
+
+
+def _check_structure(checkpoint: Path, manifest: Mapping[str, Any]) -> None:
+    """Every rank's files are there, of this step, and cover every parameter once; raises _Unfit."""
+    step, files = manifest["step"], manifest["files"]
+    if _read_mapping(checkpoint, TRAINER_STATE, files).get("step") != step:
+        raise _Unfit(f"{TRAINER_STATE}: not of step {step}")
+    if BUFFERS in files:
+        _read_header(checkpoint, BUFFERS)
+    places: dict[str, list[tuple[int, int]]] = {name: [] for name in manifest["parameters"]}
+    for rank in range(manifest["world_size"]):
+        name = index_file(rank)
+        index = _read_mapping(checkpoint, name, files)
+        if (index.get("step"), index.get("rank")) != (step, rank):
+            raise _Unfit(f"{name}: not of step {step} and rank {rank}")
+        tensors = _tensors_of_rank(checkpoint, rank, files)
+        if "rng/cpu" not in tensors or not isinstance(index.get("rng"), dict):
+            raise _Unfit(f"{name}: the random state of rank {rank} is missing")
+        for parameter, (start, numel) in _fragments(name, index, tensors).items():
+            if parameter not in places:
+                raise _Unfit(f"{name}: {parameter} is not a parameter of the manifest")
+            places[parameter].append((start, numel))
+    for parameter, shape in manifest["parameters"].items():
+        end = 0
+        for start, numel in sorted(places[parameter]):
+            if start != end:
+                raise _Unfit(f"elements {min(start, end)} to {max(start, end)} of {parameter} are missing or doubled")
+            end = start + numel
+        if end != math.prod(shape):
+            raise _Unfit(f"{end} of {math.prod(shape)} elements of {parameter} are there")
+
+
+def _fragments(name: str, index: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    """(start, numel) of each fragment of a rank, whose tensors are all there."""
+    try:
+        fragments = {key: (int(place["start"]), int(place["numel"])) for key, place in index["fragments"].items()}
+        wanted = {
+            f"{state}/{key}": numel
+            for key, (_, numel) in fragments.items()
+            for state in ("weight", *index["states"].get(key, ()))
+        }
+        wrong = [key for key, numel in wanted.items() if key not in tensors or tensors[key]["shape"] != [numel]]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise _Unfit(f"{name}: not an index of fragments: {error!r}") from None
+    if wrong:
+        raise _Unfit(f"{name}: the tensor {wrong[0]} is missing or of another size")
+    return fragments
+
+
+def _tensors_of_rank(checkpoint: Path, rank: int, files: Collection[str]) -> dict[str, Any]:
+    tensors: dict[str, Any] = {}
+    for name in files:
+        if rank_of_tensor_file(name) == rank:
+            tensors.update(_read_header(checkpoint, name))
+    return tensors
+
+
+def _read_header(checkpoint: Path, name: str) -> dict[str, Any]:
+    try:
+        return read_tensor_header(checkpoint / name)
+    except (OSError, ValueError) as error:
+        raise _Unfit(f"{name}: {error}") from None
+
+
+def _read_mapping(checkpoint: Path, name: str, files: Collection[str]) -> dict[str, Any]:
+    if name not in files:
+        raise _Unfit(f"{name}: missing in the manifest")
+    try:
+        value = json.loads((checkpoint / name).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise _Unfit(f"{name}: {error}") from None
+    if not isinstance(value, dict):
+        raise _Unfit(f"{name}: not a JSON object")
+    return value
