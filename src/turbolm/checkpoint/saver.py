@@ -6,6 +6,7 @@ that their messages and the training's never meet.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -108,8 +109,9 @@ class CheckpointSaver:
         self.failure = None
         assert snapshot is not None
         num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in snapshot.tensors.values())
-        print(
-            f"saved {final}: {format_bytes(num_bytes)} of this rank in {time.perf_counter() - start:.2f} s, for which "
-            f"training waited {waited_sec:.2f} s",
-            flush=True,
-        )
+        with contextlib.suppress(OSError):  # the log may be on the full disk that the next save will meet
+            print(
+                f"saved {final}: {format_bytes(num_bytes)} of this rank in {time.perf_counter() - start:.2f} s, for "
+                f"which training waited {waited_sec:.2f} s",
+                flush=True,
+            )

@@ -21,6 +21,7 @@ from turbolm.launch.slurm import copy_script
 from turbolm.recipe.load import load_recipe
 from turbolm.recipe.schema import Recipe
 from turbolm.reliability.failures import RankEnd, read_rank_ends
+from turbolm.reliability.run_lock import RunLock
 from turbolm.reliability.stop import asked_by_user
 from turbolm.train.run_directory import (
     RunDirectory,
@@ -45,6 +46,7 @@ def open_job_attempt(run: RunDirectory, recipe: Recipe, recipe_file: Path, hosts
     if restarts and asked_by_user(run.stop_file):
         run.stop_file.unlink(missing_ok=True)
         raise UserError(f"{run.path} was asked to stop while job {job_id} was waiting; not started again")
+    RunLock(run.path).wait_until_free()
     refuse_without_progress(run, recipe, job_id)
     attempt = open_attempt(run)
     record = {"job_id": job_id, "restarts": restarts, "start_step": newest_step(run), "hosts": hosts.split(",")}

@@ -18,18 +18,20 @@ from turbolm.plan.machine import Machine
 from turbolm.plan.plan import Plan
 from turbolm.reliability.failures import read_rank_ends
 from turbolm.reliability.orphans import END_WITH_PARENT, end_with_parent
+from turbolm.reliability.run_lock import RunLock
 from turbolm.train.run_directory import RunDirectory, open_attempt, read_json
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 
 
 def launch(plan: Plan, machine: Machine, run: RunDirectory, recipe_file: str, overrides: Sequence[str]) -> int:
-    """Run the plan to its end, or to a stop request; returns the exit code of the run.
+    """Run the plan to its end, or to a stop request; returns the exit code of the run. Raises UserError.
 
     The processes live in a session of their own, so that Ctrl-C reaches only this one: it leaves a stop file, which
     the ranks notice together. Asked a second time, it ends them at once; what was saved before stays.
     """
     run.path.mkdir(parents=True, exist_ok=True)
+    RunLock(run.path).wait_until_free()
     attempt = open_attempt(run)
     folder = run.attempt(attempt)
     config_file = folder / "accelerate.yaml"

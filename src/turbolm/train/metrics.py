@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
@@ -37,6 +38,8 @@ class MetricsLog:
     _pending: list[tuple[dict[str, Any], StepResult]] = field(default_factory=list)
     _last_time: float = field(default_factory=time.perf_counter)
     _seconds_per_step: float | None = None
+    _unwritten: list[str] = field(default_factory=list)
+    _is_told: bool = False
 
     def add_step(self, step: int, lr: float, batch: GlobalBatch, result: StepResult, flops: float) -> None:
         """Note a finished step. `flops` is the training work of its global batch."""
@@ -95,12 +98,24 @@ class MetricsLog:
                 self.terminal.write("\r\x1b[K")
             self.terminal.write(text + "\n")
             self.terminal.flush()
-            print(text, file=sys.stdout, flush=True)
+            _log(text)
 
     def _append(self, lines: list[dict[str, Any]]) -> None:
-        text = "".join(json.dumps(_finite(line)) + "\n" for line in lines)
-        with self.path.open("a", encoding="utf-8") as file:  # one write, so that a kill tears one line at most
-            file.write(text)
+        """Append to metrics.jsonl; what cannot be written now (a full disk) is kept and comes with a later call."""
+        self._unwritten += [json.dumps(_finite(line)) + "\n" for line in lines]
+        try:
+            with self.path.open("ab", buffering=0) as file:
+                end, content = file.tell(), "".join(self._unwritten).encode()
+                if file.write(content) != len(content):  # one write, so that a kill tears one line at most
+                    file.truncate(end)
+                    raise OSError(f"{self.path} takes no more")
+        except OSError as error:
+            if not self._is_told:
+                self._is_told = True
+                self.say(f"cannot write metrics: {error}; training goes on, and they are written once it works again")
+            return
+        self._unwritten.clear()
+        self._is_told = False
 
     def _show(self, lines: list[dict[str, Any]]) -> None:
         last = lines[-1]
@@ -124,7 +139,7 @@ class MetricsLog:
             parts.append(f"MFU {100 * sum(mfu) / len(mfu):.0f}%")
         parts.append(f"ETA {format_duration((self.num_steps - last['step']) * self._seconds_per_step)}")
         text = "  ".join(parts)
-        print(text, file=sys.stdout, flush=True)
+        _log(text)
         if self.terminal.isatty():
             self.terminal.write("\r\x1b[K" + text)
         else:
@@ -143,6 +158,12 @@ def measure_peak_flops(device: torch.device, dtype: torch.dtype) -> float:
         torch.mm(left, right)
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best
+
+
+def _log(text: str) -> None:
+    """To the rank's log file, on a disk that may be full."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stdout, flush=True)
 
 
 def _finite(line: dict[str, Any]) -> dict[str, Any]:

@@ -42,6 +42,7 @@ from turbolm.plan.machine import Machine, check_machine, detect_machine
 from turbolm.plan.plan import Plan, build_plan
 from turbolm.recipe.contract import contract_of, fingerprint
 from turbolm.recipe.schema import Recipe
+from turbolm.reliability.run_lock import RunLock
 from turbolm.reliability.stop import StopRequest
 from turbolm.train.engine import build_accelerator, clip_by_value, control_group
 from turbolm.train.finish import finish_run, summary
@@ -64,8 +65,18 @@ _LAST_WRITE_SEC = 60
 def run_worker(recipe: Recipe, attempt: int | None = None) -> int:
     """Train `recipe` as one rank of the launched world; returns the process's exit code.
 
-    `attempt` is the number of the attempt's folder when the launcher has opened one. Raises UserError.
+    `attempt` is the number of the attempt's folder when the launcher has opened one. Raises UserError, and RunError
+    when the newest state cannot be saved.
     """
+    lock = RunLock(run_directory(recipe).path)
+    try:
+        return _run_locked(recipe, attempt, lock)
+    finally:
+        lock.release()
+
+
+def _run_locked(recipe: Recipe, attempt: int | None, lock: RunLock) -> int:
+    """`run_worker`; rank 0 takes the lock."""
     machine = detect_machine()
     check_machine(recipe, machine)
     plan = build_plan(recipe, machine, int(os.environ.get("WORLD_SIZE", "1")))
@@ -81,7 +92,7 @@ def run_worker(recipe: Recipe, attempt: int | None = None) -> int:
         timeout_sec=recipe.execution.process_group_timeout,
     )
     group = control_group()
-    attempt, budgets = _open_run(run, plan, machine, store, attempt, group)
+    attempt, budgets = _open_run(run, plan, machine, store, attempt, group, lock)
     terminal = redirect_output(run.attempt(attempt) / f"log.rank{dist.get_rank()}.txt")
     if is_finished(run, recipe.train.budget):
         if dist.get_rank() == 0:
@@ -89,6 +100,7 @@ def run_worker(recipe: Recipe, attempt: int | None = None) -> int:
             write_outcome(run, attempt, "complete", EXIT_OK)
         return EXIT_OK
     session = _build_session(accelerator, plan, run, store, budgets, stop, attempt, terminal, group, machine)
+    session.saver.before_commit = lock.check
     _resume(session)
     num_parameters = count_parameters(session.engine.module)
     try:
@@ -136,13 +148,20 @@ def _open_prepared_store(recipe: Recipe) -> TokenStore:
 
 
 def _open_run(
-    run: RunDirectory, plan: Plan, machine: Machine, store: TokenStore, attempt: int | None, group: Any
+    run: RunDirectory,
+    plan: Plan,
+    machine: Machine,
+    store: TokenStore,
+    attempt: int | None,
+    group: Any,
+    lock: RunLock,
 ) -> tuple[int, list[int]]:
     """Rank 0 settles contract and attempt; every rank gets the attempt's number and the budgets, or its UserError."""
     answer: list[Any] = [None]
     if dist.get_rank() == 0:
         try:
             run.path.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
             budgets = settle_contract(run, plan.recipe, store.fingerprint)
             number = attempt or open_attempt(run)
             write_attempt(run, number, plan, machine)

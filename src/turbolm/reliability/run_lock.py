@@ -1,0 +1,206 @@
+"""One writer for each run directory. Torch-free.
+
+The lock is a file that names its holder and that the holder touches every few seconds. It is made by linking a
+finished file to its name, which is atomic on network file systems as well. Ages are taken between times that the file
+system gave, so that clocks of different hosts need not agree.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from turbolm.errors import UserError
+
+HEARTBEAT_SEC = 10.0
+SILENT_SEC = 90.0  # longer than a network file system may show an old time (NFS: 60 s)
+ENDING_SEC = 10.0  # a holder on this host may be ending just now
+_POLL_SEC = 0.2
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who holds a lock. `started` tells a process from a later one of the same number; `space` is its pid namespace."""
+
+    token: str
+    host: str
+    boot: str
+    space: str
+    pid: int
+    started: str
+    job: str | None = None
+    job_restarts: str | None = None
+
+    def __str__(self) -> str:
+        job = f", Slurm job {self.job}" if self.job else ""
+        return f"process {self.pid} on {self.host}{job}"
+
+
+class RunLock:
+    """The lock of a run directory, held by this process from `acquire` to `release`."""
+
+    def __init__(self, run_folder: Path):
+        self.path = run_folder / "lock.json"
+        self._me = this_process()
+        self._ended = threading.Event()
+
+    def acquire(self) -> None:
+        """Take the lock, clearing a stale one. Raises UserError when another process holds it."""
+        while not self._link(self.path):
+            stale = self.wait_until_free()
+            if stale is not None:
+                self._take_over(stale)
+        self._ended.clear()
+        threading.Thread(target=self._touch, name="turbolm-lock", daemon=True).start()
+
+    def wait_until_free(self) -> Holder | None:
+        """Return when nobody holds the lock; with the one that left it behind, if it is there. Raises UserError.
+
+        Where only silence could show that the holder is gone, this waits until it has been silent for long enough.
+        """
+        since = time.monotonic()
+        first_sign = None
+        while True:
+            holder, age_sec, sign = self._look()
+            if holder is None:
+                return None
+            first_sign = sign if first_sign is None else first_sign
+            gone = is_gone(holder, self._me)
+            if gone or (gone is None and age_sec > SILENT_SEC):
+                return holder
+            if sign != first_sign if gone is None else time.monotonic() - since > ENDING_SEC:
+                run = self.path.parent
+                raise UserError(f"{run} is in use by {holder}; stop that run first (`turbolm stop {run}`)")
+            time.sleep(_POLL_SEC)
+
+    def release(self) -> None:
+        """Give the lock back, unless another process took it over."""
+        self._ended.set()
+        if self.is_held():
+            self.path.unlink(missing_ok=True)
+
+    def is_held(self) -> bool:
+        """Whether the lock is still this process's own."""
+        holder = _read(self.path)
+        return holder is not None and holder.token == self._me.token
+
+    def check(self) -> None:
+        """Raise RuntimeError when another process took the lock over, taking this one for dead."""
+        if not self.is_held():
+            holder = _read(self.path)
+            raise RuntimeError(f"the run directory was taken over by {holder or 'someone who removed its lock'}")
+
+    def _touch(self) -> None:
+        while not self._ended.wait(HEARTBEAT_SEC):
+            with contextlib.suppress(OSError):
+                if self.is_held():
+                    os.utime(self.path)
+
+    def _link(self, target: Path) -> bool:
+        """Make `target` with this process's record, whole or not at all; False when it is there already."""
+        with self._record() as record:
+            try:
+                os.link(record, target)
+            except FileExistsError:
+                return False
+            return True
+
+    @contextmanager
+    def _record(self) -> Iterator[Path]:
+        record = self.path.with_name(f".lock-{self._me.token}")
+        record.write_text(json.dumps(asdict(self._me)) + "\n", encoding="utf-8")
+        try:
+            yield record
+        finally:
+            record.unlink(missing_ok=True)
+
+    def _look(self) -> tuple[Holder | None, float, int]:
+        """The holder, the seconds since its last sign, and the time of that sign in ns; None when there is no lock."""
+        try:
+            touched = self.path.stat().st_mtime_ns
+        except FileNotFoundError:
+            return None, 0.0, 0
+        with self._record() as record:
+            age_sec = (record.stat().st_mtime_ns - touched) / 1e9
+        unknown = Holder(token="", host="an unknown host", boot="", space="", pid=0, started="")
+        return _read(self.path) or unknown, age_sec, touched
+
+    def _take_over(self, stale: Holder) -> None:
+        """Remove the lock of a holder that is gone. Of several processes that judged the same lock, one does it."""
+        right = self.path.with_name(f".lock-from-{stale.token or 'unknown'}")
+        if not self._link(right):
+            other = _read(right)
+            if other is None or is_gone(other, self._me) or _age_sec(right) > SILENT_SEC:
+                right.unlink(missing_ok=True)
+            time.sleep(_POLL_SEC)
+            return
+        try:
+            current = _read(self.path)
+            if current is None or current.token == stale.token:
+                self.path.unlink(missing_ok=True)
+        finally:
+            right.unlink(missing_ok=True)
+
+
+def this_process(environment: Mapping[str, str] = os.environ) -> Holder:
+    """The record of this process."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        space = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        boot = space = ""
+    return Holder(
+        token=uuid.uuid4().hex,
+        host=platform.node(),
+        boot=boot,
+        space=space,
+        pid=os.getpid(),
+        started=_start_time(os.getpid()) or "",
+        job=environment.get("SLURM_JOB_ID"),
+        job_restarts=environment.get("SLURM_RESTART_COUNT", "0") if "SLURM_JOB_ID" in environment else None,
+    )
+
+
+def is_gone(holder: Holder, me: Holder) -> bool | None:
+    """Whether the holder has ended; None when only its silence could tell."""
+    if holder.job is not None and holder.job == me.job and holder.job_restarts != me.job_restarts:
+        return True  # an earlier start of this very job, of which Slurm runs one at a time
+    if not holder.boot or holder.host != me.host:
+        return None
+    if holder.boot != me.boot:
+        return True  # the host was started anew
+    if holder.space != me.space:
+        return None  # in another container, whose processes cannot be seen from here
+    return _start_time(holder.pid) != holder.started
+
+
+def _start_time(pid: int) -> str | None:
+    """When a process started, in clock ticks since boot; None when it does not run (Linux only)."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else fields[19]
+
+
+def _read(path: Path) -> Holder | None:
+    try:
+        return Holder(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _age_sec(path: Path) -> float:
+    try:
+        return time.time() - path.stat().st_mtime
+    except OSError:
+        return 0.0
