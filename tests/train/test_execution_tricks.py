@@ -24,6 +24,14 @@ COMPILED: dict[str, dict[str, Any]] = {
 }
 
 
+NOT_COMPILED: dict[str, dict[str, Any]] = {
+    "full-loss-zero0": {"zero_stage": 0, "loss": "full"},
+    "full-loss-zero3": {"zero_stage": 3, "loss": "full"},
+    "chunked-loss-zero2": {"zero_stage": 2, "loss": "chunked"},
+    "chunked-loss-zero3-recomputed": {"zero_stage": 3, "loss": "chunked", "activation_checkpointing": "full"},
+}
+
+
 def check_cells(folder: Path, tricks: dict[str, dict[str, Any]], model: str = "llama") -> None:
     """Two processes train a tiny model with each of `tricks`, as the independent trainer does."""
     cells = [
@@ -35,6 +43,11 @@ def check_cells(folder: Path, tricks: dict[str, dict[str, Any]], model: str = "l
     expected = train_reference(cell_recipe(folder, cells[0]), store, learning_rates()[:STEPS])
     for name, values in trained.items():
         np.testing.assert_allclose(np.array(values), expected, rtol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("model", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
+def test_not_compiled(model: str, tmp_path: Path) -> None:
+    check_cells(tmp_path, NOT_COMPILED, model)
 
 
 @pytest.mark.slow

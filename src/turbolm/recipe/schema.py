@@ -223,6 +223,10 @@ class Train(Section):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="auto: bf16 where the processor computes in it, else fp32; settled at the first start"
     )
+    z_loss: Annotated[Number, Field(ge=0)] = Field(
+        0.0,
+        description="weight of the squared log of the softmax's denominator, such as 1e-4 (PaLM); keeps logits small",
+    )
     max_grad_norm: Limit = Field(1.0, description="gradients are scaled down to this global norm; `off` for no limit")
     max_grad_value: Limit = Field(
         None, description="each gradient element is clamped to this size; not together with max_grad_norm"
@@ -360,6 +364,11 @@ class Execution(Section):
     )
     activation_checkpointing: Literal["none", "full"] | Annotated[int, Field(ge=1)] = Field(
         "none", description="none, full, or n: every n-th layer is recomputed in the backward pass"
+    )
+    loss: Literal["auto", "full", "chunked", "liger"] = Field(
+        "auto",
+        description="chunked: logits are never held all at once; liger: the same in one GPU kernel (package "
+        "liger-kernel); auto: chunked where the model's logits allow it, else full",
     )
     compile: Literal["none", "model", "layers"] = Field(
         "none",

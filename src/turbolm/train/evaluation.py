@@ -49,7 +49,7 @@ def evaluate(
             engine.train()
             return None
         for micro_batch in batch.micro_batches:
-            loss_sum += micro_batch_loss(engine, micro_batch, attention).cpu().double()
+            loss_sum += micro_batch_loss(engine, micro_batch, attention)[1].cpu().double()
     engine.train()
     dist.all_reduce(loss_sum, group=group)
     held_out = evaluation_set(store, data.seq_len, max_tokens, data.packing)

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from turbolm.models.attention import model_inputs
-from turbolm.models.loss import summed_cross_entropy
+from turbolm.models.loss import Loss
 from turbolm.train.engine import backward_and_step
 
 
@@ -36,15 +36,15 @@ def train_step(engine: Any, micro_batches: list[dict[str, np.ndarray]], num_targ
     loss_sum = torch.zeros((), device=engine.device)
     grad_norm = None
     for index, micro_batch in enumerate(micro_batches):
-        loss = micro_batch_loss(engine, micro_batch, attention)
+        objective, nll = micro_batch_loss(engine, micro_batch, attention)
         is_boundary = index == len(micro_batches) - 1
-        grad_norm = backward_and_step(engine, loss * scale, is_boundary=is_boundary)
-        loss_sum += loss.detach()
+        grad_norm = backward_and_step(engine, objective * scale, is_boundary=is_boundary)
+        loss_sum += nll
     return StepResult(loss_sum, grad_norm)
 
 
-def micro_batch_loss(engine: Any, micro_batch: dict[str, np.ndarray], attention: str) -> torch.Tensor:
-    """The summed loss of one micro-batch, in nats."""
-    logits = engine(**model_inputs(micro_batch, attention, engine.device)).logits
+def micro_batch_loss(engine: Any, micro_batch: dict[str, np.ndarray], attention: str) -> Loss:
+    """What is minimised for one micro-batch, and its negative log likelihood; both summed, in nats."""
     targets = torch.from_numpy(micro_batch["targets"]).to(engine.device, non_blocking=True)
-    return summed_cross_entropy(logits, targets)
+    loss: Loss = engine(**model_inputs(micro_batch, attention, engine.device), targets=targets)
+    return loss

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any, TextIO
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -22,7 +23,7 @@ from turbolm.data.order import BatchOrder
 from turbolm.data.prepare import find_store
 from turbolm.data.store import TokenStore, check_tokenizer, open_store
 from turbolm.errors import EXIT_OK, EXIT_REQUEUE, UserError
-from turbolm.models.attention import choose_attention
+from turbolm.models.attention import choose_attention, model_inputs
 from turbolm.models.build import (
     apply_activation_checkpointing,
     build_config,
@@ -33,6 +34,7 @@ from turbolm.models.build import (
 from turbolm.models.compile import apply_compile, keep_layers_whole
 from turbolm.models.initialise import count_parameters, seed_for_rank
 from turbolm.models.isolation import check_isolation
+from turbolm.models.loss import attach_loss, choose_loss
 from turbolm.optim.build import build_optimizer
 from turbolm.optim.cautious import CautiousAdamW
 from turbolm.optim.groups import group_table
@@ -298,6 +300,10 @@ def build_engine(accelerator: Any, plan: Plan, store: TokenStore, run: RunDirect
     engine, _ = accelerator.prepare(model, optimizer)
     if isinstance(optimizer, (Muon, CautiousAdamW)) and execution.zero_stage > 0:
         optimizer.distribute(stepped_partitions(engine), own_fragments(engine), engine.device)
+    tokens = np.arange(8)[None]
+    probe = model_inputs({"input_ids": tokens, "position_ids": tokens}, attention, engine.device)
+    loss = choose_loss(execution.loss, engine, engine.module, probe, plan.precision)
+    attach_loss(engine.module, loss, z_loss=recipe.train.z_loss)
     apply_compile(engine.module, execution.compile)
     seed_for_rank(recipe.train.seed, dist.get_rank())
     engine.train()
