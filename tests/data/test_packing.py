@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from itertools import product
 
 import numpy as np
 import pytest
@@ -128,11 +129,12 @@ def test_documents_of_one_bin_lie_longest_first(corpus: tuple[list[int], int]) -
 
 @settings(max_examples=30)
 @given(corpora, st.data())
-def test_select_and_concatenate(corpus: tuple[list[int], int], data: st.DataObject) -> None:
+def test_select_slice_and_concatenate(corpus: tuple[list[int], int], data: st.DataObject) -> None:
     bins = pack_best_fit(np.array(corpus[0], dtype=np.int64), corpus[1])
     cut = data.draw(st.integers(0, len(bins)))
-    whole = concatenate([bins.select(np.arange(cut)), bins.select(np.arange(cut, len(bins)))])
-    for name in ("offsets", "document", "start", "length"):
+    selected = [bins.select(np.arange(cut)), bins.select(np.arange(cut, len(bins)))]
+    sliced = [bins.slice(0, cut), bins.slice(cut, len(bins))]
+    for whole, name in product(map(concatenate, (selected, sliced)), ("offsets", "document", "start", "length")):
         np.testing.assert_array_equal(getattr(whole, name), getattr(bins, name))
 
 

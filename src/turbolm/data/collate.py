@@ -50,8 +50,9 @@ def collate(
     is_input = np.ones(len(tokens), bool)
     is_input[after] = False
     inputs, positions, targets = block.reshape(3, -1)
-    inputs[:] = tokens[is_input]
-    targets[:-1] = inputs[1:]
+    inputs_narrow = tokens[is_input]  # still in the cache when it is read for the second time
+    inputs[:] = inputs_narrow
+    targets[:-1] = inputs_narrow[1:]
     targets[ends - 1] = tokens[after]
     for piece in np.flatnonzero(shards < 0).tolist():
         targets[ends[piece] - lengths[piece] : ends[piece]] = IGNORED
@@ -59,9 +60,8 @@ def collate(
     positions[0] = 0
     positions[ends[:-1]] = 1 - lengths[:-1]
     np.cumsum(positions, out=positions)
-    micro_batches = [
-        dict(zip(("input_ids", "position_ids", "targets"), block[:, i], strict=True)) for i in range(num_micro)
-    ]
+    names = ("input_ids", "position_ids", "targets")
+    micro_batches = [dict(zip(names, block[:, i], strict=True)) for i in range(num_micro)]
     if max_pieces is not None:
         for micro_batch, its_ends in zip(micro_batches, _split(ends, num_micro), strict=True):
             micro_batch["cu_seqlens"] = fill_cu_seqlens(its_ends, max_pieces)
@@ -97,11 +97,12 @@ def _pieces(bins: Bins, rows: IntArray, store: TokenStore, split: Split) -> tupl
 def _read(store: TokenStore, shards: IntArray, begins: IntArray, counts: IntArray, seq_len: int) -> np.ndarray:
     """So many tokens of each shard (-1: zeros) from where they begin, one after the other, in the store's dtype."""
     # Joining views of bytes does in C what a loop over arrays or `np.concatenate` does at twice the cost.
-    memory = {shard: store.tokens(shard).view(np.uint8).data for shard in set(shards.tolist()) - {-1}}
     dtype = np.dtype(store.manifest["dtype"])
+    numbers = shards.tolist()
+    memory = {shard: store.token_bytes(shard) for shard in set(numbers) - {-1}}
     memory[-1] = memoryview(bytes((seq_len + 1) * dtype.itemsize))
     begins, ends = begins * dtype.itemsize, (begins + counts) * dtype.itemsize
-    columns = zip(shards.tolist(), begins.tolist(), ends.tolist(), strict=True)
+    columns = zip(numbers, begins.tolist(), ends.tolist(), strict=True)
     return np.frombuffer(b"".join([memory[shard][begin:end] for shard, begin, end in columns]), dtype)
 
 

@@ -56,6 +56,12 @@ class Bins:
         pieces = np.arange(offsets[-1]) + np.repeat(self.offsets[bins] - offsets[:-1], counts)
         return Bins(self.seq_len, offsets, self.document[pieces], self.start[pieces], self.length[pieces])
 
+    def slice(self, first: int, end: int) -> Bins:
+        """The bins from `first` up to but not including `end`; nothing is copied but their offsets."""
+        begin, stop = self.offsets[first], self.offsets[end]
+        pieces = [column[begin:stop] for column in (self.document, self.start, self.length)]
+        return Bins(self.seq_len, self.offsets[first : end + 1] - begin, *pieces)
+
     def _sum_by_bin(self, values: IntArray) -> IntArray:
         return np.diff(_cumulative(values)[self.offsets])
 

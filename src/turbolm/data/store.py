@@ -41,9 +41,10 @@ class TokenStore:
     def __init__(self, folder: Path, manifest: dict[str, Any]):
         self.folder, self.manifest = folder, manifest
         self._maps: dict[tuple[int, str], np.ndarray] = {}
+        self._views: dict[int, memoryview] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"folder": self.folder, "manifest": self.manifest, "_maps": {}}
+        return {"folder": self.folder, "manifest": self.manifest, "_maps": {}, "_views": {}}
 
     @property
     def tokenizer_dir(self) -> Path:
@@ -110,6 +111,15 @@ class TokenStore:
     def tokens(self, shard: int) -> np.ndarray:
         """All tokens of a shard, those of its training documents first; mapped, in the store's dtype."""
         return self._map(shard, "tokens", self.manifest["dtype"])
+
+    def token_bytes(self, shard: int) -> memoryview:
+        """The bytes of `tokens`."""
+        view = self._views.get(shard)
+        if view is None:
+            if len(self._views) >= _MAX_OPEN_FILES:  # each keeps a file mapped
+                self._views = {}
+            view = self._views[shard] = self.tokens(shard).view(np.uint8).data
+        return view
 
     def read(self, split: Split, document: int, start: int, length: int) -> np.ndarray:
         """The `length` inputs from position `start` on, and the target of the last: a view of length + 1 tokens."""
