@@ -6,11 +6,15 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from turbolm.errors import EXIT_BAD_INPUT, UserError
+from turbolm.errors import EXIT_BAD_INPUT, EXIT_REQUEUE, UserError
+
+if TYPE_CHECKING:
+    from turbolm.data.progress import Progress
+    from turbolm.recipe.schema import Recipe
 
 app = typer.Typer(
     name="turbolm",
@@ -33,10 +37,18 @@ CheckpointFolder = Annotated[
 @app.command()
 def prepare(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Tokenize the recipe's sources into a token store, once."""
-    from turbolm.data.prepare import prepare as prepare_store
+    from turbolm.data.store import open_store
     from turbolm.recipe.load import load_recipe
+    from turbolm.units import format_bytes, format_count
 
-    folder = prepare_store(load_recipe(recipe, overrides or ()), on_progress=_print_progress)
+    folder = _prepare_store(load_recipe(recipe, overrides or ()))
+    manifest = open_store(folder).manifest
+    for split, total in manifest["totals"].items():
+        counts = [f"{format_count(total[name])} {name}" for name in ("documents", "tokens")]
+        print(f"{split}: {', '.join(counts)}, {format_bytes(total['text_bytes'])} of text")
+    for what in ("empty", "duplicate"):
+        if count := manifest[f"{what}_documents"]:
+            print(f"left out: {format_count(count)} {what} documents")
     print(f"token store: {folder}")
 
 
@@ -82,7 +94,6 @@ def schema(write: Annotated[bool, typer.Option("--write", help="write recipes/sc
 @app.command()
 def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Prepare the data if needed, then train on this machine; resumes by itself."""
-    from turbolm.data.prepare import prepare as prepare_store
     from turbolm.launch.local import launch
     from turbolm.plan.machine import check_machine, detect_machine
     from turbolm.plan.plan import build_plan
@@ -94,7 +105,7 @@ def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
     machine = detect_machine()
     check_machine(loaded, machine)
     plan = build_plan(loaded, machine)
-    store = prepare_store(loaded, on_progress=_print_progress)
+    store = _prepare_store(loaded)
     if is_finished(run, loaded.train.budget):
         from turbolm.data.store import open_store
         from turbolm.train.run_directory import settle_contract
@@ -162,16 +173,44 @@ def stop(run: RunFolder) -> None:
 
 
 @app.command()
-def verify(checkpoint: CheckpointFolder) -> None:
-    """Check every file of a checkpoint against its manifest."""
+def verify(
+    path: Annotated[
+        Path, typer.Argument(metavar="PATH", help="a checkpoint, a token store's folder, or a recipe: its token store")
+    ],
+    overrides: Overrides = None,
+) -> None:
+    """Check every file of a checkpoint or of a token store against its manifest."""
     from turbolm.checkpoint.manifest import read_manifest
     from turbolm.checkpoint.verify import verify_checkpoint
 
-    problems = verify_checkpoint(checkpoint)
+    if path.is_file():
+        from turbolm.data.prepare import store_folder
+        from turbolm.recipe.load import load_recipe
+
+        path = store_folder(load_recipe(str(path), overrides or ()))
+        is_store = True
+    else:
+        # A store may have lost its manifest, or its shards.
+        is_store = (path / "tokenizer").is_dir() or any(path.glob("shard-*"))
+    if is_store:
+        print(f"{path}: whole; {_verify_store(path)} shards")
+        return
+    problems = verify_checkpoint(path)
     if problems:
-        raise UserError("\n".join(f"{checkpoint}: {problem}" for problem in problems))
-    manifest = read_manifest(checkpoint)
-    print(f"{checkpoint}: whole; step {manifest['step']}, {len(manifest['files'])} files")
+        raise UserError("\n".join(f"{path}: {problem}" for problem in problems))
+    manifest = read_manifest(path)
+    print(f"{path}: whole; step {manifest['step']}, {len(manifest['files'])} files")
+
+
+def _verify_store(folder: Path) -> int:
+    """The number of shards. Raises UserError with every damaged file."""
+    from turbolm.data.store import find_damage, read_manifest
+
+    manifest = read_manifest(folder)
+    if problems := [f"{folder}: {name}: {problem}" for name, problem in find_damage(folder, manifest, full=True)]:
+        advice = "Run `turbolm prepare RECIPE` again; it rebuilds what is damaged."
+        raise UserError("\n".join([*problems, advice]))
+    return len(manifest["shards"])
 
 
 @app.command()
@@ -211,13 +250,63 @@ def _print_or_write(text: str, path: Path | None) -> None:
         print(path)
 
 
-def _print_progress(stage: str, documents: int, text_bytes: int) -> None:
-    from turbolm.units import format_bytes, format_count
+def _prepare_store(recipe: Recipe) -> Path:
+    """The recipe's token store, built unless it is there. Ctrl-C and TERM stop it in good order."""
+    import signal
 
-    doing = {"waiting": "waiting for another prepare", "sample": "training the tokenizer", "tokenize": "tokenizing"}
-    text = f"prepare: {doing.get(stage, stage)}, {format_count(documents)} documents, {format_bytes(text_bytes)}"
-    end = "\n" if not sys.stdout.isatty() else ""
-    print(f"\r\x1b[K{text}" if not end else text, end=end, flush=True)
+    from turbolm.data.prepare import finished_shards, prepare
+    from turbolm.units import format_bytes
+
+    stopped_by = signal.SIGINT
+
+    def stop(number: int, frame: object) -> None:
+        nonlocal stopped_by
+        stopped_by = signal.Signals(number)
+        for again in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(again, lambda *_: os._exit(128 + number))  # the workers end with this process
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    show = _ProgressLine()
+    try:
+        return prepare(recipe, on_progress=show)
+    except KeyboardInterrupt:
+        show.end()
+        count, text_bytes = finished_shards(recipe)
+        print(
+            f"prepare: stopped. {count} finished shards ({format_bytes(text_bytes)} of text) are kept; "
+            "run the same command again to go on from there.",
+            file=sys.stderr,
+        )
+        raise typer.Exit(EXIT_REQUEUE if stopped_by == signal.SIGTERM else 130) from None
+    finally:
+        show.end()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class _ProgressLine:
+    """Shows progress: on a terminal as one line that is rewritten, else as a line every half minute."""
+
+    def __init__(self) -> None:
+        self._shown_at, self._stage, self._open = float("-inf"), "", False
+
+    def __call__(self, progress: Progress) -> None:
+        import time
+
+        now, terminal = time.monotonic(), sys.stdout.isatty()
+        if progress.stage == self._stage and now - self._shown_at < (0.2 if terminal else 30) and progress.share != 1:
+            return
+        self._shown_at, self._stage, self._open = now, progress.stage, terminal
+        print(f"\r\x1b[Kprepare: {progress}" if terminal else f"prepare: {progress}", end="", flush=True)
+        if not terminal:
+            print(flush=True)
+
+    def end(self) -> None:
+        """Leave the line."""
+        if self._open:
+            print(flush=True)
+        self._open = False
 
 
 def main() -> None:

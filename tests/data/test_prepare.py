@@ -10,10 +10,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from turbolm.data import prepare as prepare_module
-from turbolm.data.prepare import find_store, is_validation, prepare, sample_texts, store_folder, store_key
+from turbolm.data import shards as shards_module
+from turbolm.data import sources as sources_module
+from turbolm.data.engines import Plain
+from turbolm.data.prepare import find_store, finished_shards, prepare, store_folder, store_key
+from turbolm.data.progress import Meter, Progress
+from turbolm.data.sample import Sample
+from turbolm.data.shards import is_validation
 from turbolm.data.store import SPLITS, TokenStore, open_store
 from turbolm.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from turbolm.errors import UserError
@@ -96,15 +103,15 @@ def test_prepare_is_idempotent(tmp_path: Path, corpus: Path, monkeypatch: pytest
     assert prepare(recipe) == folder
 
 
-def test_interrupted_prepare_goes_on(tmp_path: Path, corpus: Path) -> None:
+def test_interrupted_prepare_goes_on(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sources = [{"type": "jsonl", "path": str(corpus)}]
     undisturbed = prepare(make_recipe(tmp_path / "a", sources), num_workers=1)
     recipe = make_recipe(tmp_path / "b", sources)
     shards_done = 0
 
-    def interrupt(stage: str, documents: int, text_bytes: int) -> None:
+    def interrupt(progress: Progress) -> None:
         nonlocal shards_done
-        shards_done += stage == "tokenize"
+        shards_done += progress.stage == "tokenize"
         if shards_done == 3:
             raise KeyboardInterrupt
 
@@ -113,14 +120,60 @@ def test_interrupted_prepare_goes_on(tmp_path: Path, corpus: Path) -> None:
     folder = store_folder(recipe)
     assert find_store(recipe) is None
     before = {path: path.stat().st_ino for path in folder.glob("shard-*")}
-    assert len(before) >= 9
+    count, text_bytes = finished_shards(recipe)
+    assert count == len(list(folder.glob("shard-*.json"))) >= 3
+    assert 3 * 4000 <= text_bytes < count * 5000
     (folder / "shard-00099.tokens.1.tmp").write_bytes(b"left by a killed process")
     damaged = folder / "shard-00001.tokens"
     damaged.write_bytes(b"\0" * damaged.stat().st_size)
+    read: list[tuple[int, int]] = []
+    reader = sources_module.Reader
+
+    class Watched(reader):  # type: ignore[valid-type, misc]
+        def __iter__(self) -> Any:
+            for text in super().__iter__():
+                read.append(self.place)
+                yield text
+
+    monkeypatch.setattr(sources_module, "Reader", Watched)
     assert prepare(recipe, num_workers=1) == folder
     assert contents(folder) == contents(undisturbed)
     rewritten = {path.name for path, inode in before.items() if path.stat().st_ino != inode}
     assert {name.split(".")[0] for name in rewritten} == {"shard-00001"}
+    # What finished shards hold was not read again: only shard 1, and what comes after the last of them.
+    records = [json.loads((folder / f"shard-{n:05d}.json").read_text()) for n in range(count)]
+    assert not {place for place in read if records[2]["start"] < list(place) <= records[-1]["end"]}
+    assert len(read) == len(set(read))
+
+
+@pytest.mark.parametrize("after", [20, 150])
+def test_interrupted_sample_goes_on(
+    tmp_path: Path, texts: list[str], after: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    halves = [write_jsonl(tmp_path / f"{n}.jsonl", part) for n, part in enumerate((texts[:100], texts[100:]))]
+    sources = [{"type": "jsonl", "path": str(half)} for half in halves]
+    train = {"vocab_size": 290, "sample_bytes": 6000}
+    undisturbed = prepare(make_recipe(tmp_path / "a", sources, train=train), num_workers=1)
+    recipe = make_recipe(tmp_path / "b", sources, train=train)
+    considered: list[str] = []
+    add = Sample.add
+
+    def interrupt(sample: Sample, digest: bytes, text: str) -> None:
+        considered.append(text)
+        if len(considered) == after:
+            raise KeyboardInterrupt
+        add(sample, digest, text)
+
+    monkeypatch.setattr(Sample, "add", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(recipe, num_workers=1)
+    assert (store_folder(recipe) / "sample.jsonl").is_file()
+    folder = prepare(recipe, num_workers=1)
+    assert contents(folder) == contents(undisturbed)
+    # The interrupted text twice; besides, those of the sample that was saved, which come from the file.
+    again = [text for text in set(considered) if considered.count(text) > 1]
+    assert considered[after - 1] in again
+    assert sum(len(text.encode()) for text in again[1:]) < 6000 + 3000
 
 
 def test_damaged_store_is_mended(tmp_path: Path, corpus: Path) -> None:
@@ -169,8 +222,8 @@ def test_workers_end_with_a_killed_parent(tmp_path: Path, corpus: Path) -> None:
         "import multiprocessing, os, signal, sys; from pathlib import Path\n"
         "from tests.data.conftest import make_recipe\n"
         "from turbolm.data.prepare import prepare\n"
-        "def die(stage, *_):\n"
-        "    if stage == 'tokenize':\n"
+        "def die(progress):\n"
+        "    if progress.stage == 'tokenize':\n"
         "        print(*(child.pid for child in multiprocessing.active_children()), flush=True)\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "if __name__ == '__main__':\n"
@@ -195,7 +248,7 @@ def test_two_prepares_at_once(tmp_path: Path, corpus: Path) -> None:
         "if __name__ == '__main__':\n"
         "    recipe = make_recipe(Path(sys.argv[1]), [{'type': 'jsonl', 'path': sys.argv[2]}])\n"
         "    stages = set()\n"
-        "    prepare(recipe, num_workers=1, on_progress=lambda stage, *_: stages.add(stage))\n"
+        "    prepare(recipe, num_workers=1, on_progress=lambda progress: stages.add(progress.stage))\n"
         "    print(*sorted(stages - {'sample'}))\n"
     )
     command = [sys.executable, str(script), str(tmp_path / "cache"), str(corpus)]
@@ -245,26 +298,34 @@ def test_sources_that_change_meanwhile(tmp_path: Path, texts: list[str]) -> None
     path = write_jsonl(tmp_path / "a.jsonl", texts)
     recipe = make_recipe(tmp_path, [{"type": "jsonl", "path": str(path)}])
     with pytest.raises(UserError, match="changed while they were read"):
-        prepare(recipe, num_workers=1, on_progress=lambda *_: os.utime(path, ns=(1, 1)))
+        prepare(recipe, num_workers=1, on_progress=lambda progress: os.utime(path, ns=(1, 1)))
 
 
 def test_killed_worker_is_reported(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepare_module, "_start_worker", os._exit)
+    monkeypatch.setattr(shards_module, "_start_worker", os._exit)
     with pytest.raises(UserError, match="worker process of prepare was killed"):
         prepare(make_recipe(tmp_path, [{"type": "jsonl", "path": str(corpus)}]), num_workers=1)
 
 
 def test_long_texts_are_tokenized_in_pieces(tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepare_module, "_PIECE_CHARS", 50)
+    monkeypatch.setattr(shards_module, "_PIECE_BYTES", 50)
     tokenizer = load_tokenizer(tokenizer_dir)
-    texts = ["short", "line of text\n" * 20, "x" * 120, "", *make_texts(5)]
-    ids = list(prepare_module._tokenize(tokenizer, texts))
-    assert [tokenizer.decode(i) for i in ids] == texts
-    assert [len(piece) for piece in prepare_module._pieces(texts[1])] == [39] * 6 + [26]
-    assert [len(piece) for piece in prepare_module._pieces(texts[2])] == [50, 50, 20]
+    texts = ["short", "line of text\n" * 20, "x" * 120, "ü" + "🙂" * 40, *make_texts(5)]
+    parts = list(shards_module.tokenize(Plain(tokenizer_dir), [text.encode() for text in texts]))
+    ids, lengths = (np.concatenate(column) for column in zip(*parts, strict=True))
+    documents = np.split(ids, np.cumsum(lengths)[:-1])
+    assert [tokenizer.decode(document.tolist()) for document in documents] == texts
+    pieces = [[len(piece) for piece in shards_module._pieces(text.encode())] for text in texts[1:4]]
+    assert pieces == [[39] * 6 + [26], [50, 50, 20], [50, 48, 48, 16]]
 
 
-def test_sample_is_spread_and_bounded() -> None:
+def test_sample_is_spread_and_bounded(tmp_path: Path) -> None:
+    def sample_texts(pairs: list[tuple[bytes, str]], sample_bytes: int, sample: Sample | None = None) -> list[str]:
+        sample = sample or Sample(sample_bytes)
+        for digest, text in pairs:
+            sample.add(digest, text)
+        return sample.texts()
+
     pairs: list[tuple[bytes, str]] = [(hashlib.sha256(t.encode()).digest(), t) for t in make_texts(200)]
     sample = sample_texts(pairs, 5000)
     assert sum(len(text.encode()) for text in sample) in range(4990, 5001)
@@ -276,6 +337,13 @@ def test_sample_is_spread_and_bounded() -> None:
     assert sorted(everything) == sorted(text for _, text in pairs)
     assert sample_texts([(b"1", "aü")], 2) == ["a"]  # not half a character
     assert sample_texts([], 3) == []
+    first, second = Sample(5000), Sample(5000)
+    sample_texts(pairs[:90], 0, first)
+    first.save(tmp_path / "saved", {"documents": 90})
+    assert second.load(tmp_path / "saved") == {"documents": 90}
+    assert sample_texts(pairs[90:], 0, second) == sample
+    (tmp_path / "saved").write_text("{")
+    assert Sample(5).load(tmp_path / "saved") is None
 
 
 @pytest.mark.parametrize("kind", ["text", "parquet", "datasets"])
@@ -300,3 +368,105 @@ def test_other_formats_hold_the_same_documents(
         source = {"type": "datasets", "path": str(tmp_path / "set")}
     recipe = make_recipe(tmp_path / "cache", [source], validation=0.0, path=str(tokenizer_dir))
     assert stored_texts(open_store(prepare(recipe, num_workers=1))) == {"train": texts, "validation": []}
+
+
+def test_duplicates_are_left_out(
+    tmp_path: Path, texts: list[str], tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prepare_module, "SHARD_TEXT_BYTES", 10_000)
+    first, second = ["x", *texts[:120], "x", ""], [*texts[100:], "x", texts[5], "new"]
+    sources = []
+    for number, part in enumerate((first, second)):
+        path = write_jsonl(tmp_path / f"{number}.jsonl", part)
+        sources.append({"type": "jsonl", "path": str(path)})
+    keep = make_recipe(tmp_path / "keep", sources, path=str(tokenizer_dir))
+    recipes = [
+        keep.model_copy(
+            update={
+                "data": keep.data.model_copy(update={"deduplicate": "exact"}),
+                "execution": keep.execution.model_copy(update={"cache_dir": str(tmp_path / name)}),
+            }
+        )
+        for name in ("a", "b")
+    ]
+    assert store_key(keep) != store_key(recipes[0])
+    folder = prepare(recipes[0], num_workers=2)
+    store = open_store(folder, verify="full")
+    expected = list(dict.fromkeys(text for text in first + second if text))
+    found = stored_texts(store)
+    assert sorted(found["train"] + found["validation"]) == sorted(expected)
+    assert [text for text in expected if text in set(found["train"])] == found["train"]
+    assert store.manifest["duplicate_documents"] == len(first) + len(second) - 1 - len(expected) == 23
+    assert open_store(prepare(keep, num_workers=1)).manifest["duplicate_documents"] == 0
+    # The same when it is interrupted, a finished shard is lost, and its documents are read again
+    assert len(store.manifest["shards"]) > 8
+    done = 0
+
+    def interrupt(progress: Progress) -> None:
+        nonlocal done
+        done += progress.stage == "tokenize"
+        if done == 6:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(recipes[1], num_workers=1, on_progress=interrupt)
+    (store_folder(recipes[1]) / "shard-00002.tokens").unlink()
+    (store_folder(recipes[1]) / "shard-00004.digests").unlink()
+    assert contents(prepare(recipes[1], num_workers=1)) == contents(folder)
+
+
+def test_progress_says_what_is_left(tmp_path: Path, texts: list[str]) -> None:
+    paths = [str(write_jsonl(tmp_path / f"{n}.jsonl", texts)) for n in range(2)]
+    seen: list[Progress] = []
+    recipe = make_recipe(tmp_path, [{"type": "jsonl", "path": path} for path in paths])
+    store = open_store(prepare(recipe, num_workers=1, on_progress=seen.append))
+    seen = [progress for progress in seen if progress.stage == "tokenize"]
+    shares = [progress.share or 0 for progress in seen]
+    assert shares == sorted(shares)
+    assert shares[-1] == pytest.approx(1)
+    assert 0.3 < shares[len(shares) // 2] < 0.7
+    for progress in seen[:-1]:
+        assert progress.eta_sec is not None and progress.eta_sec > 0
+    totals = store.manifest["totals"]
+    assert seen[-1].documents == sum(totals[split]["documents"] for split in SPLITS) == 600
+    assert seen[-1].text_bytes == sum(totals[split]["text_bytes"] for split in SPLITS)
+
+
+def test_speed_and_eta_do_not_count_earlier_runs() -> None:
+    seen: list[Progress] = []
+    clock = iter([100.0, 110.0])
+    meter = Meter("tokenize", seen.append, lambda: next(clock))
+    meter.skip(50_000_000, 0.5)
+    meter.report(7, 70_000_000, 0.6)
+    assert (seen[0].bytes_per_sec, seen[0].eta_sec) == (pytest.approx(2e6), pytest.approx(40))
+    assert str(seen[0]) == "tokenizing, 7 documents, 66.8 MiB, 2.0 MB/s, 60%, 40s left"
+
+
+@pytest.mark.parametrize("change", ["edit", "truncate", "remove"])
+def test_damaged_tokenizer_and_manifest_are_mended(tmp_path: Path, corpus: Path, change: str) -> None:
+    recipe = make_recipe(tmp_path, [{"type": "jsonl", "path": str(corpus)}])
+    folder = prepare(recipe, num_workers=1)
+    sound = contents(folder)
+    for name in ("tokenizer/tokenizer.json", "manifest.json"):
+        damage(folder / name, change)
+        assert prepare(recipe, num_workers=1) == folder
+        assert contents(folder) == sound
+
+
+def damage(path: Path, change: str) -> None:
+    content = path.read_bytes()
+    if change == "remove":
+        path.unlink()
+    elif change == "truncate":
+        path.write_bytes(content[:-2])
+    else:
+        path.write_bytes(content.replace(b"1", b"2", 1))
+
+
+def test_another_recipes_store_is_replaced(tmp_path: Path, corpus: Path) -> None:
+    sources = [{"type": "jsonl", "path": str(corpus)}]
+    one, two = make_recipe(tmp_path, sources), make_recipe(tmp_path, sources, validation=0.3)
+    other = contents(prepare(one, num_workers=1))
+    store_folder(one).rename(store_folder(two))
+    assert contents(prepare(two, num_workers=1)) != other
+    assert open_store(store_folder(two)).manifest["validation"] == 0.3

@@ -13,7 +13,15 @@ import pytest
 
 from tests.data.conftest import make_recipe, write_jsonl
 from turbolm.data import prepare as prepare_module
-from turbolm.data.store import SPLITS, TokenStore, check_tokenizer, file_record, open_store, unigram_entropy
+from turbolm.data.store import (
+    SPLITS,
+    TokenStore,
+    check_tokenizer,
+    file_record,
+    manifest_sha256,
+    open_store,
+    unigram_entropy,
+)
 from turbolm.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from turbolm.errors import UserError
 
@@ -166,7 +174,7 @@ def test_exchanged_shards(sharded: TokenStore, tmp_path: Path) -> None:
     for number, path in ((1, one), (3, two)):  # as if both files had the same size
         path.write_bytes(path.read_bytes()[:size])
         manifest["shards"][number]["tokens"] |= file_record(path)
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"manifest_sha256": manifest_sha256(manifest)}))
     open_store(folder, verify="full")
     one.rename(folder / "other"), two.rename(one), (folder / "other").rename(two)
     with pytest.raises(UserError, match=r"Shard 1 of .*shard-00001.tokens is another file"):
@@ -176,6 +184,11 @@ def test_exchanged_shards(sharded: TokenStore, tmp_path: Path) -> None:
 def test_bad_manifest(copy: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no complete token store"):
         open_store(tmp_path)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["shards"][0]["train"]["documents"] -= 1
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="manifest.json has changed since it was written"):
+        open_store(copy)
     (copy / "manifest.json").write_text("{")
     with pytest.raises(UserError, match="manifest.json cannot be read"):
         open_store(copy)

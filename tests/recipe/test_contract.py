@@ -27,6 +27,7 @@ CANDIDATES: list[Any] = [
     7, 300, 0.5, 0.25, 200, "3%", "fp32", "single", "sqrt", "refuse", "other", 1, "cpu", "eager", "torch",
     [0.5, 0.6], ["x"], True, 256, "off", "layers", "full", "cautious_adamw", {"head": 2.0},
     {"model_type": "gpt2"}, {"vocab_size": 999}, {}, [{"type": "stdlib"}],
+    "exact", "gigatoken",
 ]  # fmt: skip
 # Fields that exclude one another, so that one alone cannot change.
 TOGETHER: dict[str, dict[str, Any]] = {

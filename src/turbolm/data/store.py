@@ -217,9 +217,21 @@ def _boundaries(index: np.ndarray, rows: slice) -> IntArray:
 def open_store(folder: str | Path, *, verify: Literal["quick", "full"] = "quick") -> TokenStore:
     """Open a complete store. `quick` compares the size and both ends of every file with the manifest, `full` all of it.
 
-    So `quick` finds a shard that is missing, truncated or exchanged for another; `full` any change.
+    So `quick` finds a shard that is missing, truncated or exchanged for another, and an edited manifest; `full` any
+    change.
     """
     folder = Path(folder)
+    manifest = read_manifest(folder)
+    for name, problem in find_damage(folder, manifest, full=verify == "full"):
+        raise UserError(
+            f"{name.capitalize()} of the token store {folder} is damaged: {problem}. "
+            "Run `turbolm prepare RECIPE` again; it rebuilds what is damaged (`turbolm verify` lists all of it)."
+        )
+    return TokenStore(folder, manifest)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a complete store. Raises UserError where it is missing, of another format, or changed."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -231,17 +243,30 @@ def open_store(folder: str | Path, *, verify: Literal["quick", "full"] = "quick"
     version = manifest.get("format_version") if isinstance(manifest, dict) else None
     if version != FORMAT_VERSION:
         raise UserError(f"{folder} is a token store of format {version}, not {FORMAT_VERSION}; run `turbolm prepare`")
-    parts = [(number, shard[part]) for number, shard in enumerate(manifest["shards"]) for part in ("tokens", "index")]
+    if manifest.get("manifest_sha256") != manifest_sha256(manifest):
+        raise UserError(f"{folder / MANIFEST} has changed since it was written; run `turbolm prepare` again")
+    return dict(manifest)
+
+
+def manifest_sha256(manifest: dict[str, Any]) -> str:
+    """SHA-256 over all of a manifest but this value itself."""
+    content = {name: value for name, value in manifest.items() if name != "manifest_sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def find_damage(folder: Path, manifest: dict[str, Any], *, full: bool) -> Iterator[tuple[str, str]]:
+    """(`shard 3` or `the tokenizer`, what is wrong with a file of it) for each file that is not as it was written."""
+    parts = [("the tokenizer", part) for part in manifest["tokenizer_files"]]
+    for number, shard in enumerate(manifest["shards"]):
+        parts += [(f"shard {number}", shard[part]) for part in ("tokens", "index")]
     with ThreadPoolExecutor(_CHECK_THREADS) as pool:  # on a network file system each check waits for answers
-        problems = pool.map(lambda part: check_file(folder, part[1], full=verify == "full"), parts)
-        for (number, part), problem in zip(parts, problems, strict=True):
-            if problem:
-                pool.shutdown(cancel_futures=True)
-                raise UserError(
-                    f"Shard {number} of the token store {folder} is damaged: {problem}. "
-                    f"Delete {part['file']} there and run `turbolm prepare RECIPE` again; it rebuilds that shard."
-                )
-    return TokenStore(folder, manifest)
+        problems = pool.map(lambda part: check_file(folder, part[1], full=full), parts)
+        try:
+            for (name, _), problem in zip(parts, problems, strict=True):
+                if problem:
+                    yield name, problem
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def file_record(path: Path) -> dict[str, Any]:
@@ -253,7 +278,7 @@ def file_record(path: Path) -> dict[str, Any]:
 
 
 def check_file(folder: Path, part: dict[str, Any], *, full: bool) -> str | None:
-    """What is wrong with a file of a shard (`file` and the fields of `file_record`), or None."""
+    """What is wrong with a file of a store (`file` and the fields of `file_record`), or None."""
     path = folder / part["file"]
     try:
         with path.open("rb") as file:

@@ -212,6 +212,9 @@ class Data(Section):
     validation: Annotated[Share, Field(lt=1)] = Field(
         0.01, description="share of documents held out by content hash, so that no text is on both sides"
     )
+    deduplicate: Literal["none", "exact"] = Field(
+        "none", description="exact: of documents with the same text only the first is kept"
+    )
 
 
 class Train(Section):
@@ -389,6 +392,9 @@ class Execution(Section):
     )
     prepare_workers: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         "auto", description="processes that tokenize; auto: one for each core"
+    )
+    tokenizer_engine: Literal["auto", "tokenizers", "gigatoken"] = Field(
+        "auto", description="auto: gigatoken where it is installed and gives the same ids as tokenizers"
     )
     cache_dir: Text = Field(".cache/turbolm", description="folder of prepared data, which runs share")
     runs_dir: Text = Field("runs", description="folder of run directories")

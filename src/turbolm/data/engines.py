@@ -1,0 +1,240 @@
+"""Ways to tokenize the same text into the same ids, from the reference to the fastest.
+
+`tokenizers` is the reference. Two faster ways are used only where they give its ids: on a list of nasty strings before
+anything is written, and on a sample of every shard's documents (`check_sample`).
+"""
+
+from __future__ import annotations
+
+import json
+from array import array
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import numpy as np
+
+from turbolm.data.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+EngineName = Literal["tokenizers", "words", "gigatoken"]
+Ids = tuple[np.ndarray, np.ndarray]  # ids of all texts, one after the other, uint32; how many each text has, int64
+
+_GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # what ByteLevel means
+_CACHE_BYTES = 64 * 10**6  # of the words that Words remembers
+_RENEW_BYTES = 128 * 10**6  # gigatoken 0.10 remembers every word it has seen: forget them after this much text
+_SAMPLE_EVERY = 500  # documents
+_SAMPLE_CHARS = 10_000
+_NASTY = (
+    "", " ", "  ", " \n\n \t x", "\r\n\r\n  \r", "\n \n", "a\u0085b\u2028\u2029 \u00a0\u3000 c",
+    "\x00\x01\x1c\x1d\x1f\x7f",
+    "'s 'S 'LL don'T I'Ve '\u017f 'K '", "\uff11\uff12\uff13\uff14 12345678 \u2167\u00bd\u00b2",
+    "\ufb01 \u01c5 \u0130\u0131",
+    "e\u0301 \u00e9 \u0301\u0301 \u200d\ufeff", "\U0001f642\U0001f469\u200d\U0001f467\U0001f1e9\U0001f1ea\u263a\ufe0f",
+    "\u732b\u304c\u597d\u304d \u4e2d\u6587\uff0c\u6807\u70b9\u3002 \ud55c\uad6d\uc5b4",
+    "\u05e9\u05dc\u05d5\u05dd \u0627\u0644\u0639\u0631\u0628\u064a\u0629",
+    "\u0e44\u0e17\u0e22 \u0939\u093f\u0928\u094d\u0926\u0940",
+    "\U0010ffff\ue000\ufffd\ufffe \U0001d49c \U00010348 \U00020000 \U00010940 \ua7cb\u0410", "ab" * 3000, " " * 3000,
+    "\t" * 99 + "x", "a" * 3000 + "\u00e9", "....----====____    !!!???", "<s></s><pad>[INST]<|im_start|>",
+    "def f(x):\n    return x**2  # y\n\n\n\tend", "https://a.b/c?d=e&f=%20#g", "_a __b \u2581c \u0120d \u010a",
+    "$1,234.5e-10 0xFF",
+)  # fmt: skip
+
+
+class EngineMismatch(Exception):
+    """An engine gave other ids than `tokenizers`."""
+
+
+class Engine(Protocol):
+    """Tokenizes without special tokens; what they look like in a text is text."""
+
+    def encode(self, texts: Sequence[bytes]) -> Ids:
+        """The ids of these UTF-8 texts."""
+
+
+class Plain:
+    """The reference."""
+
+    def __init__(self, folder: Path):
+        self._tokenizer = load_tokenizer(folder)
+
+    def encode(self, texts: Sequence[bytes]) -> Ids:
+        encodings = self._tokenizer.encode_batch_fast([text.decode() for text in texts], add_special_tokens=False)
+        ids = [encoding.ids for encoding in encodings]
+        return np.array([token for row in ids for token in row], np.uint32), np.array([len(row) for row in ids], int)
+
+
+class Words:
+    """`tokenizers`, asked only once for each distinct word: what its pre-tokenizer splits a text into.
+
+    Raises EngineMismatch where the tokenizer is of a kind whose splitting is not known here, or whose words' tokens
+    depend on what is around them.
+    """
+
+    def __init__(self, folder: Path):
+        import regex
+        from tokenizers import Tokenizer
+
+        self._plain = Plain(folder)
+        content = json.loads(load_tokenizer(folder).to_str())
+        pattern = _split_pattern(content)
+        content |= {"post_processor": None, "pre_tokenizer": _byte_level(use_regex=False)}
+        self._words: Tokenizer = Tokenizer.from_str(json.dumps(content))
+        self._words.encode_special_tokens = True
+        compiled = regex.compile(pattern)
+        if compiled.groups:
+            raise EngineMismatch("its pattern has groups")
+        self._split: Callable[[str], list[str]] = compiled.findall
+        self._unsure = frozenset(_other_characters(pattern))
+        self._known: dict[str, bytes] = {}
+        self._known_bytes = 0
+
+    def encode(self, texts: Sequence[bytes]) -> Ids:
+        rows = [self._split_text(text.decode()) for text in texts]
+        missing = list(set().union(*(row for row in rows if row)).difference(self._known))
+        for word, encoding in zip(missing, self._words.encode_batch_fast(missing), strict=True):
+            ids = array("I", encoding.ids).tobytes()
+            self._known[word] = ids
+            self._known_bytes += len(word) + len(ids) + 150  # what Python adds to two such objects
+        find = self._known.__getitem__
+        parts = [
+            b"".join(map(find, row)) if row is not None else self._plain.encode([text])[0].tobytes()
+            for row, text in zip(rows, texts, strict=True)
+        ]
+        if self._known_bytes > _CACHE_BYTES:
+            self._known, self._known_bytes = {}, 0
+        lengths = np.array([len(part) // 4 for part in parts], np.int64)
+        return np.frombuffer(b"".join(parts), np.uint32), lengths
+
+    def _split_text(self, text: str) -> list[str] | None:
+        """The words, or None where only the tokenizer itself can tell."""
+        if not text.isascii() and not self._unsure.isdisjoint(text):
+            return None
+        words = self._split(text)
+        return words if sum(map(len, words)) == len(text) else None
+
+
+class Gigatoken:
+    """The `gigatoken` library. Raises ImportError without it, and EngineMismatch for a tokenizer it cannot read."""
+
+    def __init__(self, folder: Path):
+        import gigatoken
+
+        content = json.loads(load_tokenizer(folder).to_str())
+        # It would find them in a text.
+        content["added_tokens"] = [token for token in content["added_tokens"] if not token["special"]]
+        self._build: Callable[[], Any] = lambda: gigatoken.Tokenizer.from_json(json.dumps(content))
+        self._encoded_bytes = 0
+        try:
+            self._tokenizer = self._build()
+        except Exception as error:  # bare ones of several kinds
+            raise EngineMismatch(f"it cannot read this tokenizer: {error}") from None
+
+    def encode(self, texts: Sequence[bytes]) -> Ids:
+        if self._encoded_bytes > _RENEW_BYTES:
+            self._tokenizer, self._encoded_bytes = self._build(), 0
+        self._encoded_bytes += sum(map(len, texts))
+        rows = self._tokenizer.encode_batch(list(texts), parallel=False).layout  # an awkward ListOffsetArray
+        offsets = np.asarray(rows.offsets.data)
+        return np.asarray(rows.content.data)[offsets[0] : offsets[-1]], np.diff(offsets)
+
+
+_ENGINES: dict[str, Callable[[Path], Engine]] = {"tokenizers": Plain, "words": Words, "gigatoken": Gigatoken}
+
+
+def load_engine(name: EngineName, folder: Path) -> Engine:
+    """An engine for the tokenizer in `folder`."""
+    return _ENGINES[name](folder)
+
+
+def choose_engine(
+    wanted: Literal["auto", "tokenizers", "gigatoken"], folder: Path, warn: Callable[[str], None]
+) -> EngineName:
+    """The fastest engine that gives the ids of `tokenizers` on the nasty strings; `warn` says why one does not."""
+    plain = Plain(folder)
+    candidates: list[EngineName] = ["words"] if wanted == "tokenizers" else ["gigatoken", "words"]
+    for name in candidates:
+        try:
+            check_sample(load_engine(name, folder), plain, [text.encode() for text in _nasty_strings(folder)], every=1)
+            return name
+        except ImportError:
+            if wanted == "gigatoken":
+                warn("gigatoken is not installed (pip install 'turbolm[gigatoken]'); tokenizing with tokenizers")
+        except EngineMismatch as problem:
+            if name == "gigatoken":
+                warn(f"gigatoken is not used: {problem}; tokenizing with tokenizers")
+    return "tokenizers"
+
+
+def check_sample(engine: Engine, plain: Engine, texts: Sequence[bytes], every: int = _SAMPLE_EVERY) -> None:
+    """Raise EngineMismatch unless `engine` gives the ids of `plain` on the beginning of every so manyth text."""
+    for text in texts[::every]:
+        beginning = text[: 4 * _SAMPLE_CHARS].decode(errors="ignore")[:_SAMPLE_CHARS].encode()
+        expected, found = plain.encode([beginning])[0], engine.encode([beginning])[0]
+        if not np.array_equal(expected, found):
+            where = next((i for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b), len(expected))
+            raise EngineMismatch(
+                f"it gives other ids than tokenizers for {beginning[:40].decode(errors='ignore')!r} "
+                f"(from token {where} on)"
+            )
+
+
+def _nasty_strings(folder: Path) -> list[str]:
+    added = load_tokenizer(folder).get_added_tokens_decoder().values()
+    return [*_NASTY, *(f"a{token.content}b {token.content}" for token in list(added)[:50])]
+
+
+def _split_pattern(tokenizer: dict[str, Any]) -> str:
+    """The pattern that splits a text, where a word's tokens depend on nothing but the word."""
+    splitter = tokenizer["pre_tokenizer"] or {}
+    steps = splitter.get("pretokenizers", [splitter])
+    if tokenizer["normalizer"] or not all(token["special"] for token in tokenizer["added_tokens"]):
+        raise EngineMismatch("it normalizes text, or looks for tokens before it splits")
+    if tokenizer["model"].get("dropout"):
+        raise EngineMismatch("it drops merges at random")
+    if len(steps) == 1 and _same(steps[0], _byte_level(use_regex=True)):
+        return _GPT2_SPLIT
+    if (
+        len(steps) == 2
+        and _same(steps[0], {"type": "Split", "behavior": "Isolated", "invert": False})
+        and _same(steps[1], _byte_level(use_regex=False))
+        and "Regex" in steps[0]["pattern"]
+    ):
+        return str(steps[0]["pattern"]["Regex"])
+    raise EngineMismatch("its splitting is of another kind")
+
+
+def _byte_level(*, use_regex: bool) -> dict[str, Any]:
+    return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex}
+
+
+def _same(step: dict[str, Any], expected: dict[str, Any]) -> bool:
+    return all(step.get(name) == value for name, value in expected.items() if name != "trim_offsets")
+
+
+def _other_characters(pattern: str) -> str:
+    r"""Characters that `regex` and `tokenizers` class differently, being of different versions of Unicode.
+
+    Of the classes that the pattern names, such as \p{L} and \s.
+    """
+    import regex
+
+    names = sorted(set(regex.findall(r"\\[pP]\{\^?\w+\}|\\[sdw]", pattern.replace(r"\S", r"\s"))))
+    return "".join(sorted(set().union(*map(_classed_differently, names))))
+
+
+@cache
+def _classed_differently(name: str) -> str:
+    import regex
+    from tokenizers import PreTokenizedString, Regex, pre_tokenizers
+
+    everything = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x110000)]))
+    pieces = PreTokenizedString(everything)
+    pre_tokenizers.Split(Regex(f"{name}+"), behavior="removed").pre_tokenize(pieces)
+    theirs = "".join(piece for piece, *_ in pieces.get_splits("original", "byte"))
+    ours = regex.sub(f"{name}+", "", everything)
+    codes = [np.frombuffer(text.encode("utf-32-le"), "<u4") for text in (ours, theirs)]
+    return "".join(map(chr, np.setxor1d(codes[0], codes[1], assume_unique=True).tolist()))

@@ -1,0 +1,70 @@
+"""How far `prepare` is: what it tells whoever shows it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from turbolm.units import format_bytes, format_count, format_duration
+
+Stage = Literal["waiting", "sample", "tokenize", "stopping"]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a stage has done so far, what earlier runs did included, and how fast this run is.
+
+    The stages: `waiting` for another process that builds the same store, `sample` (choosing the tokenizer's training
+    text), `tokenize`, and `stopping` (finishing the shards at work).
+    """
+
+    stage: Stage
+    documents: int = 0
+    text_bytes: int = 0
+    share: float | None = None  # done, 0 to 1; None where the sources' size is not known
+    bytes_per_sec: float | None = None  # of text, in this run
+    eta_sec: float | None = None  # until the stage is done
+
+    def __str__(self) -> str:
+        if self.stage == "waiting":
+            return "waiting for another process that prepares the same data"
+        if self.stage == "stopping":
+            return "stopping; finishing the shards at work"
+        doing = "reading text for the tokenizer" if self.stage == "sample" else "tokenizing"
+        parts = [doing, f"{format_count(self.documents)} documents", format_bytes(self.text_bytes)]
+        if self.bytes_per_sec is not None:
+            parts.append(f"{self.bytes_per_sec / 1e6:.1f} MB/s")
+        if self.share is not None:
+            parts.append(f"{self.share:.0%}")
+        if self.eta_sec is not None:
+            parts.append(f"{format_duration(self.eta_sec)} left")
+        return ", ".join(parts)
+
+
+OnProgress = Callable[[Progress], None]
+
+
+class Meter:
+    """Measures a stage's speed from its beginning; what earlier runs had done does not count."""
+
+    def __init__(self, stage: Stage, report: OnProgress, clock: Callable[[], float] = time.monotonic):
+        self._stage, self._report, self._clock = stage, report, clock
+        self._start = clock()
+        self._skipped_bytes, self._skipped_share = 0, 0.0
+
+    def skip(self, text_bytes: int, share: float) -> None:
+        """An earlier run did this part."""
+        self._skipped_bytes += text_bytes
+        self._skipped_share += share
+
+    def report(self, documents: int, text_bytes: int, share: float | None) -> None:
+        """Tell what has been done in all, what was skipped included; None for `share` where nobody knows."""
+        elapsed = self._clock() - self._start
+        speed = eta = None
+        if elapsed > 0 and text_bytes > self._skipped_bytes:
+            speed = (text_bytes - self._skipped_bytes) / elapsed
+        if share is not None and share > self._skipped_share and elapsed > 0:
+            eta = (1 - share) * elapsed / (share - self._skipped_share)
+        self._report(Progress(self._stage, documents, text_bytes, share, speed, eta))
