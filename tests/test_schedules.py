@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from turbolm.recipe.schema import Schedule
-from turbolm.schedules import lr_ratio
+from turbolm.recipe.schema import Ramp, Schedule
+from turbolm.schedules import lr_ratio, ramp_value
 
 
 def schedule(name: str, **settings: Any) -> Schedule:
@@ -33,6 +33,17 @@ CURVES: list[tuple[Schedule, dict[int, float]]] = [
     (schedule("wsd", decay="20 steps", min_lr_ratio=0), {800: 1, 850: 0.75, 1000: 0}),
     (schedule("linear", warmup="5 steps", min_lr_ratio=0), {0: 0, 25: 0.5, 50: 1, 525: 0.5, 1000: 0}),
     (schedule("linear", warmup="0"), {0: 1, 500: 0.55, 1000: 0.1}),
+    (schedule("inverse_sqrt"), {0: 0, 50: 0.5, 100: 1, 400: 0.5, 625: 0.4, 900: 1 / 3, 1000: math.sqrt(0.1)}),
+    (schedule("inverse_sqrt", min_lr_ratio=0.4), {400: 0.5, 625: 0.4, 900: 0.4, 1000: 0.4}),
+    (schedule("inverse_sqrt", warmup="0"), {0: 1, 10: 1, 40: 0.5, 250: 0.2, 1000: 0.1}),
+    # Cosines from 100 to 400, 700 and 1000.
+    (schedule("restarts", cycle="300"), {0: 0, 50: 0.5, 100: 1, 250: 0.55, 400: 0.1, 550: 0.55, 700: 0.1, 1000: 0.1}),
+    (schedule("restarts", cycle="300"), {200: 0.1 + 0.9 * 0.75, 300: 0.1 + 0.9 * 0.25, 600: 0.1 + 0.9 * 0.25}),
+    # Cosines from 160 to 280, then twice as long to 520, and again to 1000.
+    (
+        schedule("restarts", cycle_growth=2, cycle="12 steps", min_lr_ratio=0, warmup="16%"),
+        {160: 1, 220: 0.5, 280: 0, 400: 0.5, 520: 0, 760: 0.5, 1000: 0},
+    ),
 ]
 
 
@@ -78,7 +89,21 @@ def test_wsd_stretch_goes_back_to_the_plateau() -> None:
     assert {tokens: ratio(tokens, this, 1000, 2000) for tokens in points} == pytest.approx(points)
 
 
-names = st.sampled_from(["constant", "linear", "cosine", "sqrt", "wsd"])
+@pytest.mark.parametrize(
+    ("settings", "points"),
+    [
+        ({"start": 1, "end": 0}, {0: 1, 250: 0.75, 1000: 0, 3000: 0}),
+        ({"start": 0.85, "end": 0.95, "over": "20 steps"}, {0: 0.85, 100: 0.9, 200: 0.95, 1000: 0.95}),
+        ({"start": 1, "end": 3, "over": "40%", "shape": "cosine"}, {0: 1, 100: 1 + 2 * (1 - math.sqrt(0.5)) / 2,
+                                                                   200: 2, 400: 3, 500: 3}),
+    ],
+)  # fmt: skip
+def test_ramps_of_weight_decay_and_momentum(settings: dict[str, Any], points: dict[int, float]) -> None:
+    ramp = Ramp.model_validate(settings)
+    assert {tokens: ramp_value(ramp, tokens, 1000, 10) for tokens in points} == pytest.approx(points)
+
+
+names = st.sampled_from(["constant", "linear", "cosine", "sqrt", "inverse_sqrt", "restarts", "wsd"])
 spans = st.sampled_from(["0", "1%", "10%", "100%", "7 steps", "333"])
 
 

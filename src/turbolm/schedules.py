@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 
-from turbolm.recipe.schema import Schedule
+from turbolm.recipe.schema import Ramp, Schedule
 from turbolm.units import Span
 
 
@@ -51,9 +51,33 @@ def _segment_ratio(
         decay_start = max(warmup_tokens, length_tokens - span_tokens(schedule.decay))
     if schedule.name == "constant" or tokens <= decay_start:
         return 1.0
+    if schedule.name == "inverse_sqrt":  # arXiv 1706.03762, section 5.3; without a warmup, counted in first steps
+        return max(floor, math.sqrt(max(warmup_tokens, global_batch_tokens) / max(tokens, global_batch_tokens)))
+    if schedule.name == "restarts":
+        done = _cycle_progress(tokens - warmup_tokens, span_tokens(schedule.cycle), schedule.cycle_growth)
+        return floor + (1 - floor) * _DECAYS["cosine"](done)
     progress = min((tokens - decay_start) / max(length_tokens - decay_start, 1), 1.0)
     shape = schedule.decay_shape if schedule.name == "wsd" else schedule.name
     return floor + (1 - floor) * _DECAYS[shape](progress)
+
+
+def _cycle_progress(tokens: float, cycle_tokens: float, growth: float) -> float:
+    """How much of the current cycle is done, in (0, 1]: 1 at the end of each (warm restarts, arXiv 1608.03983)."""
+    if growth > 1:  # cycles done: the sum of a geometric series
+        number = math.ceil(math.log(1 + tokens / cycle_tokens * (growth - 1), growth)) - 1
+        start = cycle_tokens * (growth**number - 1) / (growth - 1)
+    else:
+        number = math.ceil(tokens / cycle_tokens) - 1
+        start = cycle_tokens * number
+    return min((tokens - start) / (cycle_tokens * growth**number), 1.0)
+
+
+def ramp_value(ramp: Ramp, tokens: float, budget_tokens: int, global_batch_tokens: int) -> float:
+    """A ramp's value after `tokens` tokens; `budget_tokens` is the run's first budget, also after an extension."""
+    progress = min(tokens / ramp.over.tokens(budget_tokens, global_batch_tokens), 1.0)
+    if ramp.shape == "cosine":
+        progress = 1 - _DECAYS["cosine"](progress)
+    return ramp.start + (ramp.end - ramp.start) * progress
 
 
 # Each falls from 1 at progress 0 to 0 at progress 1.

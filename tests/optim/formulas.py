@@ -162,7 +162,12 @@ class Formula:
         }
 
     @torch.no_grad()
-    def step(self, lr: float, weight_decay: float | None = None) -> None:
+    def step(self, lr: float, weight_decay: float | None = None, momentum: float | None = None) -> None:
+        settings: Any = self.settings
+        if momentum is not None and hasattr(settings, "momentum"):
+            settings = settings.model_copy(update={"momentum": momentum})
+        elif momentum is not None:
+            settings = settings.model_copy(update={"betas": (momentum, *settings.betas[1:])})
         for name, parameter in self.parameters.items():
             if parameter.grad is None:
                 continue
@@ -173,4 +178,4 @@ class Formula:
                 formula = adamw
             base = self.settings.weight_decay if weight_decay is None else weight_decay
             decay = base if name in self.decayed else 0.0
-            formula(state, parameter, parameter.grad, lr, self.settings, decay)
+            formula(state, parameter, parameter.grad, lr, settings, decay)

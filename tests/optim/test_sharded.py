@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,41 @@ def test_two_processes(tmp_path: Path) -> None:
     cells += [optimizer_cell("muon", stage) for stage in (1, 2)]
     cells += [optimizer_cell("cautious_adamw", 1), optimizer_cell("muon", 2, offload_optimizer=True)]
     check(tmp_path, 2, cells)
+
+
+RAMPS = {"weight_decay": {"start": 30, "end": 3}, "momentum": {"start": 0.6, "end": 0.9}}
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        [("muon", 2), ("ademamix", 3), ("soap", 0)],
+        pytest.param([("muon", 3), ("cautious_adamw", 1), ("lion", 2), ("adafactor", 0)], marks=pytest.mark.slow),
+        pytest.param([("muon", 1), ("sgd", 3), ("rmsprop", 2), ("cautious_adamw", 3)], marks=pytest.mark.slow),
+    ],
+)
+def test_resuming_each_optimizer_amid_schedules(chosen: list[tuple[str, int]], tmp_path: Path) -> None:
+    """What is saved half-way goes on to the bit, also in the middle of every schedule, and at another stage."""
+    cells = []
+    for name, stage in chosen:
+        whole = optimizer_cell(name, stage)
+        whole.schedule = RAMPS if name != "adafactor" else {}
+        if name == "ademamix":
+            whole.optimizer["betas"] = [0.9, 0.99, 0.999]
+        folder = str(tmp_path / "saved" / whole.name)
+        saving = replace(whole, save_at=[2], save_in=folder)
+        cells += [saving, replace(whole, name=whole.name + "-resumed", load=f"{folder}/step-00000002")]
+    moved = [replace(cells[1], name="muon-moved", zero_stage=3 if cells[1].zero_stage == 2 else 0)]
+    trained = run_cells(tmp_path, 2, cells + moved)
+    for cell in cells[::2]:
+        assert trained[cell.name + "-resumed"] == trained[cell.name][2:], cell.name
+    store = open_store(prepare(cell_recipe(tmp_path, cells[0])))
+    for cell in [cells[0], cells[2], *moved]:
+        expected = np.array(train_reference(cell_recipe(tmp_path, cell), store, learning_rates()[:STEPS]))
+        plain = train_reference(cell_recipe(tmp_path, replace(cell, schedule={})), store, learning_rates()[:STEPS])
+        assert abs(expected[-1, 0] - plain[-1][0]) > 1e-3, "the schedules must change the run"
+        rtol = 1e-3 if cell.optimizer["name"] == "cautious_adamw" else 1e-4
+        np.testing.assert_allclose(trained[cell.name], expected[-len(trained[cell.name]) :], rtol=rtol)
 
 
 @pytest.mark.slow

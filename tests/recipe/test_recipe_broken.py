@@ -56,7 +56,8 @@ ADDED = {
         "execution.micro_batch"
     ),
     "schedule: {name: cosin}": (
-        "a.yaml:11: schedule.name: expected 'constant', 'linear', 'cosine', 'sqrt' or 'wsd', got 'cosin'; "
+        "a.yaml:11: schedule.name: expected 'constant', 'linear', 'cosine', 'sqrt', 'inverse_sqrt', 'wsd' or "
+        "'restarts', got 'cosin'; "
         "did you mean 'cosine'?"
     ),
     "schedule: {warmup: soon}": (
@@ -131,6 +132,14 @@ ADDED = {
         "a.yaml:11: optimizer.name: expected 'adamw', 'adamw_8bit', 'cautious_adamw', 'ademamix', 'lion', 'sgd', "
         "'rmsprop', 'muon', 'soap' or 'adafactor', got 'moun'; did you mean 'muon'?"
     ),
+    "optimizer: {name: adafactor}\nschedule: {momentum: {start: 0.8, end: 0.9}}\nexecution: {zero_stage: 0}": (
+        "a.yaml:12: schedule.momentum: has nothing to act on: optimizer.name adafactor keeps no momentum; remove it"
+    ),
+    "schedule: {momentum: {start: 0.8, end: 1}}": "a.yaml:11: schedule.momentum.end: must be less than 1, got 1",
+    "schedule: {weight_decay: {start: 1}}": (
+        "a.yaml:11: schedule.weight_decay.end: required key is missing (at the end of `over`, and from there on)"
+    ),
+    "schedule: {name: restarts, cycle: 0}": "a.yaml:11: schedule.cycle: expected more than 0",
     "optimizer: {name: 3}": (
         "a.yaml:11: optimizer.name: expected 'adamw', 'adamw_8bit', 'cautious_adamw', 'ademamix', 'lion', 'sgd', "
         "'rmsprop', 'muon', 'soap' or 'adafactor', got 3"

@@ -22,6 +22,7 @@ from turbolm.plan.machine import detect_machine
 from turbolm.plan.plan import build_plan
 from turbolm.schedules import lr_ratio
 from turbolm.train.engine import build_accelerator, set_learning_rate
+from turbolm.train.loop import set_other_schedules
 from turbolm.train.run_directory import RunDirectory
 from turbolm.train.step import train_step
 from turbolm.train.worker import build_engine
@@ -54,6 +55,7 @@ def train_cell(folder: Path, cell: Cell) -> list[list[float]]:
         tokens = batch_plan.global_batch_tokens
         ratio = lr_ratio(recipe.schedule, (step + 0.5) * tokens, [recipe.train.budget], tokens)
         set_learning_rate(engine, recipe.optimizer.lr * ratio)
+        set_other_schedules(engine, plan, step, recipe.train.budget)
         result = train_step(engine, batch.micro_batches, batch.num_targets, attention)
         loss = result.loss_sum.double()
         dist.all_reduce(loss)

@@ -75,6 +75,7 @@ class Cell:
     packing: str = "best_fit"
     adam_kernel: str = "torch"
     optimizer: dict[str, Any] = field(default_factory=dict)
+    schedule: dict[str, Any] = field(default_factory=dict)
     attention: str = "auto"
     device: str = "cpu"
     steps: int = 10
@@ -92,6 +93,7 @@ def cell_recipe(folder: Path, cell: Cell) -> Recipe:
         data={"packing": cell.packing},
         train={"precision": cell.precision, **cell.train},
         optimizer=cell.optimizer,
+        schedule=cell.schedule,
         cluster={"device": cell.device},
         execution={
             "zero_stage": cell.zero_stage,

@@ -44,9 +44,19 @@ def train_reference(recipe: Recipe, store: TokenStore, lrs: list[float]) -> list
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.train.max_grad_norm or float("inf"))
         if recipe.train.max_grad_value is not None:
             torch.nn.utils.clip_grad_value_(model.parameters(), recipe.train.max_grad_value)
-        optimizer.step(lr)
+        optimizer.step(lr, **scheduled(recipe, step))
         trained.append([loss.item(), norm.item()])
     return trained
+
+
+def scheduled(recipe: Recipe, step: int) -> dict[str, float]:
+    """Weight decay and momentum of a step where they go linearly over the whole budget, by hand."""
+    progress = (step + 0.5) * recipe.train.global_batch / recipe.train.budget
+    ramps = {"weight_decay": recipe.schedule.weight_decay, "momentum": recipe.schedule.momentum}
+    values = {name: ramp.start + (ramp.end - ramp.start) * progress for name, ramp in ramps.items() if ramp is not None}
+    if "weight_decay" in values:
+        values["weight_decay"] *= recipe.optimizer.weight_decay
+    return values
 
 
 def reference_optimizer(recipe: Recipe, model: torch.nn.Module) -> Formula:

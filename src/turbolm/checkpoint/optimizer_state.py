@@ -21,6 +21,7 @@ from turbolm.errors import UserError
 
 # What recipe and schedule set in a parameter group at every start; all other numbers there are the optimizer's own.
 _HYPERPARAMETERS = {"lr", "initial_lr", "lr_scale", "weight_decay", "eps", "momentum"}
+_HYPERPARAMETERS |= {"base_weight_decay", "orthogonal", "ns_steps"}
 _HYPERPARAMETERS |= {"fused", "foreach", "capturable", "differentiable", "maximize", "amsgrad", "nesterov"}
 
 
@@ -123,7 +124,8 @@ def materialise_state(engine: Any) -> None:
     )
     for index, (group, *_) in enumerate(groups):
         group["params"] = flats_of_group(engine, index)
-        group["lr"] = group["weight_decay"] = 0.0
+        group["lr"] = torch.zeros_like(group["lr"]) if torch.is_tensor(group["lr"]) else 0.0  # torchao's
+        group["weight_decay"] = 0.0
     optimizer.step()
     optimizer._optimizer_step_pre_hooks = hooks
     for group, params, lr, weight_decay in groups:

@@ -26,6 +26,7 @@ _KEYS = (
     "train.global_batch",
     "train.precision",
     "optimizer.name",
+    "schedule.momentum",
     "cluster.num_nodes",
     "cluster.gpus_per_node",
     "cluster.gpu",
@@ -146,6 +147,8 @@ def _optimizer(values: Values) -> Iterator[tuple[str, str]]:
         )
     if values["execution.offload_optimizer"] and not traits.offload:
         yield "execution.offload_optimizer", f"does not work with optimizer.name {name}: {traits.offload_reason}"
+    if values["schedule.momentum"] is not None and name == "adafactor":
+        yield "schedule.momentum", "has nothing to act on: optimizer.name adafactor keeps no momentum; remove it"
     if values["execution.adam_kernel"] == "deepspeed" and name != "adamw":
         yield (
             "execution.adam_kernel",

@@ -20,6 +20,7 @@ from pydantic import (
 from turbolm import units
 from turbolm.recipe.fields import (
     UNIT_TEXT,
+    Beta,
     Number,
     Positive,
     PositiveNumber,
@@ -242,16 +243,48 @@ class Train(Section):
         return self
 
 
-class Schedule(Section):
-    """The learning rate over the tokens seen."""
+class Ramp(Section):
+    """A value that goes from `start` to `end` and stays there."""
 
-    name: Literal["constant", "linear", "cosine", "sqrt", "wsd"] = Field(
-        "cosine", description="shape after the warmup; wsd: warmup, stable, decay"
+    start: Annotated[Number, Field(ge=0)] = Field(description="at the start of the run")
+    end: Annotated[Number, Field(ge=0)] = Field(description="at the end of `over`, and from there on")
+    over: Annotated[TrainingSpan, AfterValidator(positive_span)] = Field(
+        Span(1.0, "share"), description="tokens, steps or a share of the budget that it takes"
+    )
+    shape: Literal["linear", "cosine"] = Field("linear", description="cosine: slow at both ends")
+
+
+class MomentumRamp(Ramp):
+    """A momentum that goes from `start` to `end` and stays there."""
+
+    start: Beta = Field(description="at the start of the run")
+    end: Beta = Field(description="at the end of `over`, and from there on")
+
+
+class Schedule(Section):
+    """The learning rate, and on demand weight decay and momentum, over the tokens seen."""
+
+    name: Literal["constant", "linear", "cosine", "sqrt", "inverse_sqrt", "wsd", "restarts"] = Field(
+        "cosine",
+        description="shape after the warmup; wsd: warmup, stable, decay; inverse_sqrt: falls with the root of the "
+        "tokens; restarts: a cosine again and again",
     )
     warmup: TrainingSpan = Field(Span(0.02, "share"), description="rise from 0 to the peak")
     decay: TrainingSpan = Field(Span(0.2, "share"), description="wsd only: the last part of the budget")
     decay_shape: Literal["linear", "cosine", "sqrt"] = Field("linear", description="wsd only")
     min_lr_ratio: Annotated[Number, Field(ge=0, le=1)] = Field(0.1, description="where it ends, as a share of the peak")
+    cycle: Annotated[TrainingSpan, AfterValidator(positive_span)] = Field(
+        Span(0.25, "share"), description="restarts only: length of the first cosine after the warmup"
+    )
+    cycle_growth: Annotated[Number, Field(ge=1, le=100)] = Field(
+        1.0, description="restarts only: each cosine is this much longer than the one before"
+    )
+    weight_decay: Ramp | None = Field(None, description="factor on optimizer.weight_decay; none: 1 throughout")
+    momentum: MomentumRamp | None = Field(
+        None,
+        description="replaces optimizer.momentum, or the first of optimizer.betas where there is no momentum; none: "
+        "constant",
+    )
     on_extend: Literal["rewarm", "stretch", "refuse"] = Field(
         "rewarm",
         description="when a finished run gets a larger budget: warm up again and run the same shape over the added "

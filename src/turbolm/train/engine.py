@@ -88,6 +88,22 @@ def set_learning_rate(engine: Any, lr: float) -> None:
             group["lr"] = rate
 
 
+def set_weight_decay(engine: Any, factor: float) -> None:
+    """Write the weight decay of this step: `factor` times that of the recipe."""
+    for group in engine.optimizer.param_groups:
+        group["weight_decay"] = factor * group["base_weight_decay"]
+
+
+def set_momentum(engine: Any, momentum: float) -> None:
+    """Write the momentum of this step; where no group has one, into the first of its `betas`."""
+    groups = engine.optimizer.param_groups
+    with_momentum = [group for group in groups if "momentum" in group]
+    for group in with_momentum:
+        group["momentum"] = momentum
+    for group in [] if with_momentum else groups:
+        group["betas"] = (momentum, *group["betas"][1:])
+
+
 def control_group() -> dist.ProcessGroup | None:
     """A gloo group for small host-side agreements, so that they never wait for the GPU's stream."""
     return None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")

@@ -16,8 +16,8 @@ from turbolm.data.store import TokenStore
 from turbolm.models.loss import IGNORED_TARGET
 from turbolm.plan.plan import Plan
 from turbolm.reliability.stop import StopRequest
-from turbolm.schedules import lr_ratio
-from turbolm.train.engine import set_learning_rate
+from turbolm.schedules import lr_ratio, ramp_value
+from turbolm.train.engine import set_learning_rate, set_momentum, set_weight_decay
 from turbolm.train.evaluation import EvaluationResult, evaluate
 from turbolm.train.metrics import MetricsLog
 from turbolm.train.run_directory import RunDirectory
@@ -56,6 +56,7 @@ def train(session: Session) -> EvaluationResult | None:
             return None
         lr = learning_rate(session)
         set_learning_rate(session.engine, lr)
+        set_other_schedules(session.engine, plan, session.step, session.budgets_tokens[0])
         result = train_step(session.engine, batch.micro_batches, batch.num_targets, session.attention)
         session.step += 1
         session.log.add_step(session.step, lr, batch, result, batch_flops(session, batch))
@@ -80,6 +81,16 @@ def learning_rate(session: Session) -> float:
     whole_steps = [-(-budget // tokens) * tokens for budget in session.budgets_tokens]  # as many as are trained on
     ratio = lr_ratio(recipe.schedule, (session.step + 0.5) * tokens, whole_steps, tokens)
     return float(recipe.optimizer.lr * ratio)
+
+
+def set_other_schedules(engine: Any, plan: Plan, step: int, first_budget_tokens: int) -> None:
+    """Weight decay and momentum of the next step, where the recipe schedules them; read as the learning rate is."""
+    schedule, batch_tokens = plan.recipe.schedule, plan.batch.global_batch_tokens
+    place = ((step + 0.5) * batch_tokens, first_budget_tokens, batch_tokens)
+    if schedule.weight_decay is not None:
+        set_weight_decay(engine, ramp_value(schedule.weight_decay, *place))
+    if schedule.momentum is not None:
+        set_momentum(engine, ramp_value(schedule.momentum, *place))
 
 
 def agree_to_stop(session: Session, batch: GlobalBatch) -> str | None:
