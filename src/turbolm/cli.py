@@ -235,6 +235,33 @@ def export(
 
 
 @app.command()
+def fork(
+    checkpoint: CheckpointFolder,
+    decay: Annotated[str, typer.Option("--decay", help="how long: 10% of the new run, 2M (tokens) or 200 steps")],
+    name: Annotated[str | None, typer.Option("--name", help="of the new run; default: RUN-decay-STEP")] = None,
+    decay_shape: Annotated[str | None, typer.Option("--decay-shape", help="linear, sqrt or cosine")] = None,
+    min_lr_ratio: Annotated[
+        float | None, typer.Option("--min-lr-ratio", help="where the rate ends, as a share of the peak")
+    ] = None,
+) -> None:
+    """Branch a decay of the learning rate from a checkpoint on its plateau, as a run of its own."""
+    from pydantic import ValidationError
+
+    from turbolm.train.fork import fork as fork_run
+    from turbolm.units import Span
+
+    changes = {"decay_shape": decay_shape, "min_lr_ratio": min_lr_ratio}
+    try:
+        path = fork_run(checkpoint, Span.parse(decay), name, {k: v for k, v in changes.items() if v is not None})
+    except ValidationError as error:
+        raise UserError("; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())) from None
+    except ValueError as error:
+        raise UserError(f"--decay: {error}") from None
+    print(f"{path}: a new run from {checkpoint}")
+    print(f"train it with: turbolm train {shlex.quote(str(path / 'recipe.yaml'))}")
+
+
+@app.command()
 def report(run: RunFolder) -> None:
     """Write the run's report.html."""
     from turbolm.report.html import write_report

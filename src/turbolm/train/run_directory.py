@@ -122,7 +122,7 @@ def settle_contract(run: RunDirectory, recipe: Recipe, store_fingerprint: str) -
     if extended and store_fingerprint == old["store_fingerprint"]:
         _check_extension(run, recipe)
         budgets.append(recipe.train.budget)
-        write_json(run.contract, {**recorded, "budgets_tokens": budgets})
+        write_json(run.contract, {**old, **recorded, "budgets_tokens": budgets})
         return budgets
     lines = [f"  {key}: {_shown(before)} -> {_shown(after)}" for key, before, after in changes]
     if store_fingerprint != old["store_fingerprint"]:

@@ -1,0 +1,137 @@
+"""A new run that goes on from a checkpoint of another with a changed contract: a decay from a plateau. Torch-free."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from turbolm.checkpoint.manifest import MANIFEST, read_manifest, write_json
+from turbolm.checkpoint.verify import verify_checkpoint
+from turbolm.errors import UserError
+from turbolm.recipe.contract import contract_of, fingerprint
+from turbolm.recipe.fields import Section
+from turbolm.recipe.load import dump_recipe, load_recipe
+from turbolm.recipe.schema import Recipe
+from turbolm.schedules import lr_ratio
+from turbolm.train.run_directory import RunDirectory, read_json
+from turbolm.units import Span
+
+_LEARNED = ("data", "train", "optimizer", "schedule")  # sections whose shares of the budget must keep their places
+
+
+def fork(checkpoint: Path, decay: Span, name: str | None = None, changes: Mapping[str, Any] | None = None) -> Path:
+    """Branch a decay from `checkpoint`, which lies on a plateau of the learning rate; returns the new run's folder.
+
+    The new run has the plan of one that was meant from the start to warm up as the old one did, stay at the peak up to
+    the checkpoint and decay over `decay`: a share is one of the whole new run, so that 10% of decay follow 90% that are
+    done. It starts from the checkpoint's weights, optimizer state and place in the data, and records where it came
+    from. `changes` replace keys of its schedule, such as `decay_shape`. Raises UserError.
+    """
+    checkpoint = Path(os.path.abspath(checkpoint))
+    origin = RunDirectory(checkpoint.parent.parent)
+    record = read_json(origin.contract)
+    if record is None:
+        raise UserError(f"{checkpoint}: expected a checkpoint inside a run directory; {origin.contract} cannot be read")
+    problems = verify_checkpoint(checkpoint, {record["fingerprint"]})
+    if problems:
+        raise UserError("\n".join(f"{checkpoint}: {problem}" for problem in problems))
+    manifest = read_manifest(checkpoint)
+    old = load_recipe(origin.path / "recipe.yaml")
+    if len(record["budgets_tokens"]) > 1 or contract_of(old) != record["contract"]:
+        raise UserError(f"{origin.path} was extended, or its recipe.yaml changed; only a run as planned can be forked")
+    branch_tokens = int(manifest["tokens_seen"])
+    _check_plateau(old, branch_tokens)
+    new = _decaying(old, branch_tokens, decay, dict(changes or {}))
+    new = new.model_copy(
+        update={
+            "name": name or f"{old.name}-decay-{manifest['step']}",
+            "execution": new.execution.model_copy(update={"runs_dir": str(origin.path.parent)}),
+        }
+    )
+    new = Recipe.model_validate(new.model_dump(mode="json"))  # a name or a shape that is not allowed
+    run = RunDirectory(origin.path.parent / new.name)
+    if run.path.exists():
+        raise UserError(f"{run.path} exists; choose another --name")
+    contract = contract_of(new)
+    came_from = {"run": origin.path.name, "checkpoint": checkpoint.name, "fingerprint": record["fingerprint"]}
+    temporary = run.path.with_name(f".{run.path.name}.{os.getpid()}")
+    try:
+        _write(temporary, checkpoint, new, {**manifest, "contract": fingerprint(contract)})
+        write_json(
+            temporary / "contract.json",
+            {
+                "fingerprint": fingerprint(contract),
+                "contract": contract,
+                "store_fingerprint": record["store_fingerprint"],
+                "budgets_tokens": [new.train.budget],
+                "origin": {**came_from, "step": manifest["step"], "tokens_seen": branch_tokens},
+            },
+        )
+        temporary.rename(run.path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return run.path
+
+
+def _check_plateau(recipe: Recipe, tokens: int) -> None:
+    schedule, budget, batch = recipe.schedule, recipe.train.budget, recipe.train.global_batch
+    has_plateau = schedule.name in ("constant", "wsd")
+    if has_plateau and tokens < budget and lr_ratio(schedule, tokens, [budget], batch) == 1.0:
+        return
+    if not has_plateau:
+        raise UserError(
+            f"schedule.name is {schedule.name}, whose learning rate has no plateau to branch a decay from; train with "
+            "schedule.name=wsd or constant"
+        )
+    start = schedule.warmup.tokens(budget, batch)
+    end = budget - schedule.decay.tokens(budget, batch) if schedule.name == "wsd" else budget
+    raise UserError(
+        f"at {tokens} tokens the learning rate is off its plateau, which lasts from {start:.0f} to {end:.0f} tokens; "
+        "fork a checkpoint from there"
+    )
+
+
+def _decaying(old: Recipe, branch_tokens: int, decay: Span, changes: dict[str, Any]) -> Recipe:
+    """The recipe of a run that decays from `branch_tokens` on."""
+    batch = old.train.global_batch
+    if decay.unit == "share":
+        if not 0 < decay.amount < 1:
+            raise UserError(f"--decay: expected more than 0% and less than 100%, got {decay}")
+        decay_tokens = branch_tokens * decay.amount / (1 - decay.amount)
+    else:
+        decay_tokens = decay.tokens(0, batch)
+    num_steps = max(1, round(decay_tokens / batch))
+    sections = {name: _in_tokens(getattr(old, name), old.train.budget) for name in _LEARNED}
+    sections["train"] = sections["train"].model_copy(update={"budget": branch_tokens + num_steps * batch})
+    shape = {"name": "wsd", "decay": Span(num_steps * batch, "tokens")}
+    sections["schedule"] = sections["schedule"].model_copy(update={**shape, **changes})
+    return old.model_copy(update=sections)
+
+
+def _in_tokens(value: Any, budget_tokens: int) -> Any:
+    """The same value with every share of the old budget as tokens: what is done stays where it was."""
+    if isinstance(value, Span) and value.unit == "share":
+        return Span(round(value.amount * budget_tokens), "tokens")
+    if isinstance(value, Section):
+        inner = {name: _in_tokens(getattr(value, name), budget_tokens) for name in type(value).model_fields}
+        return value.model_copy(update=inner)
+    if isinstance(value, tuple) and not isinstance(value, Span):
+        return tuple(_in_tokens(entry, budget_tokens) for entry in value)
+    return value
+
+
+def _write(folder: Path, checkpoint: Path, recipe: Recipe, manifest: dict[str, Any]) -> None:
+    """The new run's recipe and its first checkpoint, whose large files are shared with the old run where they can."""
+    target = folder / "checkpoints" / checkpoint.name
+    target.mkdir(parents=True)
+    for file in checkpoint.iterdir():
+        if file.name != MANIFEST:
+            try:
+                os.link(file, target / file.name)
+            except OSError:  # another file system, or one without hard links
+                shutil.copy2(file, target / file.name)
+    write_json(target / MANIFEST, manifest)
+    (folder / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
