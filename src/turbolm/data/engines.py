@@ -25,7 +25,7 @@ Ids = tuple[np.ndarray, np.ndarray]  # ids of all texts, one after the other, ui
 
 _GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # what ByteLevel means
 _CACHE_BYTES = 64 * 10**6  # of the words that Words remembers
-_RENEW_BYTES = 128 * 10**6  # gigatoken 0.10 remembers every word it has seen: forget them after this much text
+_RENEW_BYTES = 64 * 10**6  # gigatoken 0.10 remembers every word it has seen: forget them after this much text
 _SAMPLE_EVERY = 500  # documents
 _SAMPLE_CHARS = 10_000
 _NASTY = (
@@ -169,10 +169,15 @@ def choose_engine(
     return "tokenizers"
 
 
-def check_sample(engine: Engine, plain: Engine, texts: Sequence[bytes], every: int = _SAMPLE_EVERY) -> None:
+class _Texts(Protocol):
+    def __len__(self) -> int: ...
+    def __getitem__(self, number: int, /) -> bytes: ...
+
+
+def check_sample(engine: Engine, plain: Engine, texts: _Texts, every: int = _SAMPLE_EVERY) -> None:
     """Raise EngineMismatch unless `engine` gives the ids of `plain` on the beginning of every so manyth text."""
-    for text in texts[::every]:
-        beginning = text[: 4 * _SAMPLE_CHARS].decode(errors="ignore")[:_SAMPLE_CHARS].encode()
+    for number in range(0, len(texts), every):
+        beginning = texts[number][: 4 * _SAMPLE_CHARS].decode(errors="ignore")[:_SAMPLE_CHARS].encode()
         expected, found = plain.encode([beginning])[0], engine.encode([beginning])[0]
         if not np.array_equal(expected, found):
             where = next((i for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b), len(expected))

@@ -11,10 +11,12 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import chain
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,6 +46,28 @@ class Layout:
     engine: EngineName
 
 
+class Texts:
+    """UTF-8 texts in one piece of memory: the many small objects of a list fragment it, and it is never given back."""
+
+    def __init__(self) -> None:
+        self._content = bytearray()
+        self.ends = array("q")  # where each ends, in bytes
+
+    def append(self, text: bytes) -> None:
+        self._content += text
+        self.ends.append(len(self._content))
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, number: int) -> bytes:
+        start = self.ends[number - 1] if number else 0
+        return bytes(memoryview(self._content)[start : self.ends[number]])
+
+    def __iter__(self) -> Iterator[bytes]:
+        return map(self.__getitem__, range(len(self)))
+
+
 @dataclass
 class Shard:
     """Consecutive documents of one source on their way to a worker."""
@@ -52,7 +76,7 @@ class Shard:
     source: int  # its place in data.sources
     start: Place
     end: Place
-    texts: dict[str, list[bytes]] = field(default_factory=lambda: {split: [] for split in SPLITS})
+    texts: dict[str, Texts] = field(default_factory=lambda: {split: Texts() for split in SPLITS})
     text_bytes: int = 0
     empty: int = 0  # documents without text, which are left out
     duplicates: int = 0  # documents that came before, which are left out
@@ -258,26 +282,25 @@ def _write_shard(
     number: int,
     record: dict[str, Any],
     digests: bytes,
-    train: Sequence[bytes],
-    validation: Sequence[bytes],
+    train: Texts,
+    validation: Texts,
 ) -> dict[str, Any]:
     """Tokenize documents and write the files of one shard; `record` with its files and counts."""
     folder, name = Path(layout.folder), _name(number)
     engine, plain = _engines(layout)
-    texts = [*train, *validation]
     if layout.engine != "tokenizers":
-        check_sample(engine, plain, texts)
+        for texts in (train, validation):
+            check_sample(engine, plain, texts)
     ends = [np.zeros(1, np.int64)]
     parts = {part: unfinished(folder / f"{name}.{part}") for part in ("tokens", "index") + ("digests",) * bool(digests)}
     with parts["tokens"].open("wb") as file:
-        for ids, lengths in tokenize(engine, texts):
+        for ids, lengths in tokenize(engine, chain(train, validation)):
             tokens, chunk_ends = _with_ends(ids, lengths, layout)
             file.write(tokens.tobytes())
             ends.append(chunk_ends + ends[-1][-1])
         flush(file)
-    index = np.empty((len(texts), 2), dtype="<i8")
-    index[:, 0] = np.concatenate(ends)[1:]
-    index[:, 1] = [len(text) for text in texts]
+    text_bytes = [np.diff(np.array(texts.ends, np.int64), prepend=0) for texts in (train, validation)]
+    index = np.stack([np.concatenate(ends)[1:], np.concatenate(text_bytes)], axis=1).astype("<i8")
     _write(parts["index"], index.tobytes())
     if digests:
         _write(parts["digests"], digests)
@@ -285,7 +308,7 @@ def _write_shard(
     for part, path in parts.items():
         record[part] = {"file": f"{name}.{part}", **file_record(path)}
         path.rename(folder / f"{name}.{part}")
-    train_tokens, all_tokens = (int(index[count - 1, 0]) if count else 0 for count in (len(train), len(texts)))
+    train_tokens, all_tokens = (int(index[count - 1, 0]) if count else 0 for count in (len(train), len(index)))
     for split, rows, num_tokens in (
         ("train", index[: len(train)], train_tokens),
         ("validation", index[len(train) :], all_tokens - train_tokens),
@@ -306,7 +329,7 @@ def _with_ends(ids: np.ndarray, lengths: np.ndarray, layout: Layout) -> tuple[np
     return tokens, ends
 
 
-def tokenize(engine: Engine, texts: Sequence[bytes]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def tokenize(engine: Engine, texts: Iterable[bytes]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Ids and lengths of the texts, a few texts at a time."""
     chunk: list[bytes] = []
     num_bytes = 0
