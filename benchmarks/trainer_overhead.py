@@ -65,7 +65,7 @@ def fresh_model(plan: Plan, store: TokenStore) -> Any:
 def plain_loop(plan: Plan, store: TokenStore, _: Path) -> Contender:
     """What one would write by hand."""
     model = fresh_model(plan, store)
-    optimizer = build_optimizer(model, plan.recipe.optimizer, kernel="torch", offload=False)
+    optimizer = build_optimizer(model, plan.recipe)
 
     def run(batches: list[list[dict[str, Any]]], num_targets: list[int]) -> None:
         for micro_batches, targets in zip(batches, num_targets, strict=True):

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from turbolm.errors import UserError
-from turbolm.models.build import apply_activation_checkpointing, build_config, build_model
+from turbolm.models.build import build_config, build_model
+from turbolm.models.recompute import apply_activation_checkpointing
 from turbolm.recipe.schema import Model
 
 LLAMA = {
@@ -107,3 +110,27 @@ def test_activation_checkpointing_recomputes_every_nth_layer(every: str | int, r
     tokens = torch.arange(8)[None]
     model(input_ids=tokens, use_cache=False).logits.sum().backward()
     assert calls == 4 + recomputed
+
+
+@pytest.mark.parametrize(("kind", "matrix_products", "other"), [("none", 0, 0), ("full", 24, 1), ("selective", 0, 1)])
+def test_selective_recomputation_keeps_matrix_products(kind: str, matrix_products: int, other: int) -> None:
+    """A layer has seven, whose last output no gradient needs; its norms are made again either way."""
+    model = build_model(Model(config=LLAMA), complete(Model(config=LLAMA)), seed=0, attention="sdpa").train()
+    apply_activation_checkpointing(model, kind)
+    tokens = torch.arange(8)[None]
+    loss = model(input_ids=tokens, use_cache=False).logits.sum()
+    with CountOperators() as counted:
+        loss.backward()
+    gradients = 2 * (4 * 7 + 1)  # of input and weight of every matrix
+    assert counted.names["aten::mm"] - gradients == matrix_products
+    assert (counted.names["aten::rsqrt"] > 0) == bool(other)
+
+
+class CountOperators(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), kwargs: Any = None) -> Any:
+        self.names[function.name()] += 1
+        return function(*arguments, **(kwargs or {}))

@@ -12,12 +12,12 @@ from transformers import PreTrainedModel
 from turbolm.errors import UserError
 from turbolm.models.attention import model_inputs
 from turbolm.models.build import (
-    apply_activation_checkpointing,
     build_config,
     build_model,
     carries_state_across_documents,
 )
 from turbolm.models.isolation import check_isolation, measure_leak
+from turbolm.models.recompute import apply_activation_checkpointing
 from turbolm.recipe.schema import Model
 
 SHAPE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}

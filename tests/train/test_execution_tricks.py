@@ -20,6 +20,7 @@ COMPILED: dict[str, dict[str, Any]] = {
     "model-zero2-recomputed": {"zero_stage": 2, "compile": "model", "activation_checkpointing": "full"},
     "layers-zero0": {"zero_stage": 0, "compile": "layers"},
     "layers-zero3": {"zero_stage": 3, "compile": "layers"},
+    "layers-zero1-selective": {"zero_stage": 1, "compile": "layers", "activation_checkpointing": "selective"},
     "layers-zero3-every-second": {"zero_stage": 3, "compile": "layers", "activation_checkpointing": 2},
 }
 
@@ -29,6 +30,12 @@ NOT_COMPILED: dict[str, dict[str, Any]] = {
     "full-loss-zero3": {"zero_stage": 3, "loss": "full"},
     "chunked-loss-zero2": {"zero_stage": 2, "loss": "chunked"},
     "chunked-loss-zero3-recomputed": {"zero_stage": 3, "loss": "chunked", "activation_checkpointing": "full"},
+    "selective-zero2": {"zero_stage": 2, "activation_checkpointing": "selective"},
+    "selective-zero3": {"zero_stage": 3, "activation_checkpointing": "selective"},
+    "offloaded-zero3": {"zero_stage": 3, "activation_checkpointing": "offloaded"},
+    "overlap-zero2": {"zero_stage": 2, "overlap_communication": True, "communication_bucket": 1000},
+    "overlap-zero3": {"zero_stage": 3, "overlap_communication": True, "communication_bucket": 1000},
+    "no-overlap-zero3": {"zero_stage": 3, "overlap_communication": False},
 }
 
 

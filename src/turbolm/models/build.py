@@ -114,19 +114,6 @@ def carries_state_across_documents(config: PreTrainedConfig, model_class: type[P
     return None
 
 
-def apply_activation_checkpointing(model: PreTrainedModel, every: str | int) -> None:
-    """Recompute every n-th layer (`full`: every layer) in the backward pass instead of keeping its activations."""
-    if every == "none":
-        return
-    if not model.supports_gradient_checkpointing:
-        raise UserError(f"execution.activation_checkpointing: {model.config.model_type} does not support it; use none")
-    model.activation_checkpointing_enable(
-        activation_checkpointing_kwargs={"use_reentrant": False}, every_n_layers=1 if every == "full" else int(every)
-    )
-    # Meant for frozen embeddings and the reentrant kind: where it evaluates, the first layer would be compiled twice.
-    model.disable_input_require_grads()
-
-
 def _config_from_mapping(mapping: dict[str, Any]) -> PreTrainedConfig:
     values = dict(mapping)
     model_type = values.pop("model_type")

@@ -91,7 +91,11 @@ def stacked_layers(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def keep_layers_whole(model: PreTrainedModel) -> None:
-    """Have ZeRO-3 gather the weights of a layer at once: its hooks on every module inside would break the graph."""
+    """Have ZeRO-3 gather the weights of a layer at once, before its forward pass.
+
+    Its hooks on the modules inside would break the graph of a compiled layer, and selective recomputation would take
+    what they do for operations of the layer.
+    """
     from deepspeed.utils import set_z3_leaf_modules
 
     set_z3_leaf_modules(model, list({type(layer) for layer in stacked_layers(model)}))

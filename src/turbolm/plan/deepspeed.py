@@ -47,9 +47,11 @@ def resolve_ds_config(recipe: Recipe, batch: Batch, device: str, precision: str)
     zero = config["zero_optimization"]
     for key in ("reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucket_size"):
         if key in zero:
-            zero[key] = _BUCKET_ELEMENTS[device]
+            bucket = execution.communication_bucket
+            zero[key] = _BUCKET_ELEMENTS[device] if bucket == "auto" else bucket
     if "overlap_comm" in zero:
-        zero["overlap_comm"] = device == "cuda"  # a CPU has no stream to overlap on
+        overlap = execution.overlap_communication
+        zero["overlap_comm"] = device == "cuda" if overlap == "auto" else overlap  # a CPU has no stream to overlap on
     host = {"device": "cpu", "pin_memory": device == "cuda"}
     for key, asked in (
         ("offload_optimizer", execution.offload_optimizer),

@@ -40,6 +40,9 @@ _KEYS = (
     "execution.quantized_gradients",
     "execution.micro_batch",
     "execution.compile",
+    "execution.activation_checkpointing",
+    "execution.overlap_communication",
+    "execution.communication_bucket",
     "execution.attention",
     "execution.adam_kernel",
 )
@@ -172,6 +175,14 @@ def _stage_3_only(values: Values) -> Iterator[tuple[str, str]]:
         )
 
 
+def _communication(values: Values) -> Iterator[tuple[str, str]]:
+    if values["execution.zero_stage"] != 0:
+        return
+    for name in ("overlap_communication", "communication_bucket"):
+        if values[f"execution.{name}"] not in ("auto", None, False):
+            yield f"execution.{name}", "needs execution.zero_stage 1, 2 or 3, got 0"
+
+
 def _compile(values: Values) -> Iterator[tuple[str, str]]:
     mode = values["execution.compile"]
     if mode == "model" and values["execution.zero_stage"] == 3:
@@ -179,6 +190,12 @@ def _compile(values: Values) -> Iterator[tuple[str, str]]:
             "execution.compile",
             "model does not work with execution.zero_stage 3: weights are gathered while the model runs, which a "
             "graph of the whole model cannot hold; set compile: layers",
+        )
+    if mode in ("model", "layers") and values["execution.activation_checkpointing"] == "offloaded":
+        yield (
+            "execution.compile",
+            f"{mode} does not work with execution.activation_checkpointing offloaded, whose copies a graph cannot "
+            "hold; set activation_checkpointing: full or selective, or compile: none",
         )
     if mode in ("model", "layers") and values["execution.attention"] == "flex":
         yield (
@@ -258,6 +275,7 @@ _RULES: tuple[Callable[[Values], Iterator[tuple[str, str]]], ...] = (
     _zero_stage,
     _optimizer,
     _stage_3_only,
+    _communication,
     _compile,
     _described_cluster,
     _world_size,

@@ -398,8 +398,16 @@ class Execution(Section):
     micro_batch: Positive | Literal["auto"] = Field(
         "auto", description="tokens of one forward on one process; auto: a process's share, 16k tokens at most"
     )
-    activation_checkpointing: Literal["none", "full"] | Annotated[int, Field(ge=1)] = Field(
-        "none", description="none, full, or n: every n-th layer is recomputed in the backward pass"
+    activation_checkpointing: Literal["none", "full", "selective", "offloaded"] | Annotated[int, Field(ge=1)] = Field(
+        "none",
+        description="what is recomputed in the backward pass: full: every layer; n: every n-th; selective: all but "
+        "matrix products and attention; offloaded: every layer, from inputs kept in the host's memory",
+    )
+    overlap_communication: bool | Literal["auto"] = Field(
+        "auto", description="reduce gradients while the backward pass goes on (zero_stage 1 to 3); auto: on a GPU"
+    )
+    communication_bucket: Positive | Literal["auto"] = Field(
+        "auto", description="elements sent at once (zero_stage 1 to 3); auto: 100M on a GPU, 25M on a CPU"
     )
     loss: Literal["auto", "full", "chunked", "liger"] = Field(
         "auto",

@@ -25,7 +25,6 @@ from turbolm.data.store import TokenStore, check_tokenizer, open_store
 from turbolm.errors import EXIT_OK, EXIT_REQUEUE, UserError
 from turbolm.models.attention import choose_attention, model_inputs
 from turbolm.models.build import (
-    apply_activation_checkpointing,
     build_config,
     build_model,
     carries_state_across_documents,
@@ -35,6 +34,7 @@ from turbolm.models.compile import apply_compile, keep_layers_whole
 from turbolm.models.initialise import count_parameters, seed_for_rank
 from turbolm.models.isolation import check_isolation
 from turbolm.models.loss import attach_loss, choose_loss
+from turbolm.models.recompute import apply_activation_checkpointing
 from turbolm.optim.build import build_optimizer
 from turbolm.optim.cautious import CautiousAdamW
 from turbolm.optim.groups import group_table
@@ -291,7 +291,8 @@ def build_engine(accelerator: Any, plan: Plan, store: TokenStore, run: RunDirect
         tokenizer(store.tokenizer_dir).save_pretrained(run.model)
     apply_activation_checkpointing(model, recipe.execution.activation_checkpointing)
     execution = recipe.execution
-    if execution.compile == "layers" and execution.zero_stage == 3:
+    needs_layers_whole = execution.compile == "layers" or execution.activation_checkpointing == "selective"
+    if execution.zero_stage == 3 and needs_layers_whole:
         keep_layers_whole(model)
     optimizer = build_optimizer(model, recipe)
     print(group_table(recipe.optimizer.name, optimizer.param_groups))
