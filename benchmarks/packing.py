@@ -25,10 +25,11 @@ from typing import Any, get_args
 import numpy as np
 
 from turbolm.data.loader import BatchLoader
-from turbolm.data.order import _PACK, BatchOrder, Packing
-from turbolm.data.packing import pack_best_fit, pack_single
+from turbolm.data.order import BatchOrder, constant_order
+from turbolm.data.packing import count_best_fit, count_concat, count_single, pack_best_fit, pack_single
 from turbolm.data.sources import iter_documents
 from turbolm.data.store import TokenStore
+from turbolm.data.window import Packing, pack
 from turbolm.recipe.schema import StdlibSource
 
 BYTES_PER_TOKEN = 4  # usual for English text and a vocabulary of some ten thousand tokens
@@ -108,12 +109,14 @@ class Plan:
 
 
 def plan(lengths: np.ndarray, seq_len: int, packing: Packing, repeats: int) -> Plan:
-    pack, count = _PACK[packing]
+    count = {"best_fit": count_best_fit, "concat": count_concat, "single": count_single}[packing]
     counting, num_bins = measure(lambda: count(lengths, seq_len), repeats)
-    assigning, bins = measure(lambda: pack(lengths, seq_len), repeats)
+    assigning, bins = measure(lambda: pack(lengths, seq_len, packing), repeats)
     assert len(bins) == num_bins
     windows = [lengths[i : i + WINDOW_DOCUMENTS] for i in range(0, len(lengths), WINDOW_DOCUMENTS)]
-    by_window, num_window_bins = measure(lambda: sum(len(pack(window, seq_len)) for window in windows), repeats)
+    by_window, num_window_bins = measure(
+        lambda: sum(len(pack(window, seq_len, packing)) for window in windows), repeats
+    )
     num_positions = int(lengths.sum())
     return Plan(
         documents=len(lengths),
@@ -132,10 +135,17 @@ def plan(lengths: np.ndarray, seq_len: int, packing: Packing, repeats: int) -> P
 
 
 def plan_epoch(lengths: np.ndarray, seq_len: int) -> None:
-    """What a run plans for an epoch: permute the documents, pack each window, shuffle its bins, cut batches."""
-    order = BatchOrder(lengths, seq_len, bins_per_batch=256, seed=0)
-    for index in range(-(-order.num_bins_per_epoch(0) // 256)):
+    """What a run plans for an epoch: the table, then every batch."""
+    order = constant_order(lengths, seq_len, bins_per_batch=256)
+    for index in range(steps_of_an_epoch(order, len(lengths))):
         order.batch(index)
+
+
+def steps_of_an_epoch(order: BatchOrder, num_documents: int) -> int:
+    """The steps whose windows draw every document."""
+    while not order.rows or order.rows[-1].ranges[0][1] < num_documents:
+        order.build(order.num_steps + 1)
+    return order.num_steps
 
 
 @contextmanager
@@ -153,12 +163,12 @@ def token_store(lengths: np.ndarray) -> Iterator[TokenStore]:
 
 def move_tokens(store: TokenStore, seq_len: int, packing: Packing, bins_per_batch: int = 64) -> int:
     """Every batch of an epoch as the arrays a model takes; returns the number of bins. Planning included."""
-    order = BatchOrder(store.lengths("train"), seq_len, bins_per_batch, 0, packing)
-    loader = BatchLoader(order, store, "train", world_size=1, rank=0, micro_batch_bins=8)
-    num_bins = order.num_bins_per_epoch(0)
-    for index in range(-(-num_bins // bins_per_batch)):
+    order = constant_order(store.lengths("train"), seq_len, bins_per_batch, 0, packing)
+    loader = BatchLoader(order, store, "train", world_size=1, rank=0, micro_batch=8 * seq_len)
+    num_steps = steps_of_an_epoch(order, store.num_documents("train"))
+    for index in range(num_steps):
         loader.global_batch(index)
-    return num_bins
+    return num_steps * bins_per_batch
 
 
 # Rivals.

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from turbolm.data.loader import BatchLoader
-from turbolm.data.order import BatchOrder
+from turbolm.data.order import constant_order
 from turbolm.data.prepare import prepare
 from turbolm.data.store import TokenStore, open_store
 from turbolm.models.attention import model_inputs
@@ -122,8 +122,8 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, list[float
     store = open_store(prepare(recipe))
     plan = build_plan(recipe, detect_machine(), 1)
     torch.set_num_threads(arguments.threads)
-    order = BatchOrder(store.lengths("train"), plan.batch.seq_len, plan.batch.bins_per_batch, 0)
-    loader = BatchLoader(order, store, "train", 1, 0, plan.batch.micro_batch_bins)
+    order = constant_order(store.lengths("train"), plan.batch.seq_len, plan.batch.bins_per_batch)
+    loader = BatchLoader(order, store, "train", 1, 0, plan.batch.micro_batch_tokens)
     global_batches = [loader.global_batch(index) for index in range(arguments.steps)]
     batches, targets = [b.micro_batches for b in global_batches], [b.num_targets for b in global_batches]
     contenders = {"turbolm": turbolm_step, "plain_loop": plain_loop, "transformers_trainer": hf_trainer}

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from turbolm.data.progress import Progress
     from turbolm.recipe.schema import Recipe
 
+if TYPE_CHECKING:
+    from turbolm.plan.preview import StoreSize
+    from turbolm.recipe.schema import Recipe
+
 app = typer.Typer(
     name="turbolm",
     help="Pretrain language models fast, on Accelerate and DeepSpeed, from one recipe.",
@@ -66,7 +70,8 @@ def plan(
     from turbolm.plan.text import render_summary
     from turbolm.recipe.load import load_recipe
 
-    summary = collect_summary(load_recipe(recipe, overrides or ()), recipe, overrides or (), accelerate_config)
+    loaded = load_recipe(recipe, overrides or ())
+    summary = collect_summary(loaded, recipe, overrides or (), accelerate_config, _store_size(loaded))
     print(json.dumps(summary.as_dict(), indent=2) if as_json else render_summary(summary))
 
 
@@ -116,7 +121,7 @@ def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
         return
     print(
         f"{loaded.name}: {plan.world_size} processes on {plan.device}, {plan.precision}, "
-        f"ZeRO-{loaded.execution.zero_stage}, {plan.batch.num_steps} steps of {plan.batch.global_batch_tokens} tokens",
+        f"ZeRO-{loaded.execution.zero_stage}, {plan.num_steps} steps of {plan.batch.global_batch_tokens} tokens",
         flush=True,
     )
     raise typer.Exit(launch(plan, machine, run, recipe, overrides or ()))
@@ -267,6 +272,23 @@ def report(run: RunFolder) -> None:
     from turbolm.report.html import write_report
 
     print(write_report(run))
+
+
+def _store_size(recipe: Recipe) -> StoreSize | None:
+    """What the recipe's store holds, if it has been prepared and is sound."""
+    from turbolm.data.prepare import find_store
+    from turbolm.data.store import open_store
+    from turbolm.plan.preview import StoreSize
+
+    try:
+        folder = find_store(recipe)
+        store = open_store(folder) if folder else None
+    except UserError:
+        return None  # sources or tokenizer that are elsewhere; `plan` is for any machine
+    if store is None:
+        return None
+    sample = store.lengths("train", 0, min(store.num_documents("train"), 20_000))
+    return StoreSize(tuple(store.source_positions()), tuple(sample.tolist()))
 
 
 def _print_or_write(text: str, path: Path | None) -> None:

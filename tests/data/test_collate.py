@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from turbolm.data.collate import IGNORED, collate, fill_cu_seqlens
-from turbolm.data.order import Packing, pack
 from turbolm.data.packing import Bins
 from turbolm.data.store import Split, TokenStore
+from turbolm.data.window import Packing, pack
 
 
 def store_in_memory(shards: list[tuple[list[int], list[int]]], dtype: str) -> TokenStore:

@@ -15,17 +15,24 @@ from hypothesis import strategies as st
 
 from turbolm.data.collate import IGNORED, deal_bins
 from turbolm.data.loader import BatchLoader, GlobalBatch, evaluation_batches, evaluation_set
-from turbolm.data.order import BatchOrder, Packing
+from turbolm.data.order import BatchOrder, order_of_lengths
 from turbolm.data.packing import Bins, pack_best_fit
 from turbolm.data.store import TokenStore
+from turbolm.data.window import Packing
 from turbolm.errors import UserError
+from turbolm.plan.curriculum import Segment
 
 SEQ_LEN, BINS_PER_BATCH = 64, 10
 
 
 @pytest.fixture(scope="module", params=get_args(Packing))
 def order(store: TokenStore, request: pytest.FixtureRequest) -> BatchOrder:
-    return BatchOrder(store.lengths("train"), SEQ_LEN, BINS_PER_BATCH, 0, request.param, window_documents=100)
+    return order_of(store, BINS_PER_BATCH, request.param)
+
+
+def order_of(store: TokenStore, bins_per_batch: int, packing: Packing) -> BatchOrder:
+    segment = Segment(0, 0, (SEQ_LEN,), SEQ_LEN * bins_per_batch)
+    return order_of_lengths(store.lengths("train"), [segment], packing=packing, window_documents=100)
 
 
 def rows(batches: list[GlobalBatch]) -> Counter[bytes]:
@@ -39,24 +46,53 @@ def rows(batches: list[GlobalBatch]) -> Counter[bytes]:
 
 
 def test_batches_are_the_same_for_every_layout(store: TokenStore, order: BatchOrder) -> None:
-    expected = rows([BatchLoader(order, store, "train", 1, 0, 1).global_batch(3)])
+    expected = rows([BatchLoader(order, store, "train", 1, 0, SEQ_LEN).global_batch(3)])
     assert expected.total() == BINS_PER_BATCH
-    for world_size, micro_batch_bins in product((1, 2, 3, 4), (1, 2, 3, 10)):
+    for world_size, micro_batch_bins in product((1, 2, 3, 4, 8), (1, 2, 3)):
         batches = [
-            BatchLoader(order, store, "train", world_size, rank, micro_batch_bins).global_batch(3)
+            BatchLoader(order, store, "train", world_size, rank, micro_batch_bins * SEQ_LEN).global_batch(3)
             for rank in range(world_size)
         ]
         assert rows(batches) == expected
         assert len({len(batch.micro_batches) for batch in batches}) == 1
-        assert all(
-            micro["input_ids"].shape == (micro_batch_bins, SEQ_LEN) for b in batches for micro in b.micro_batches
-        )
+        shape = (min(micro_batch_bins, -(-BINS_PER_BATCH // world_size)), SEQ_LEN)
+        assert all(micro["input_ids"].shape == shape for batch in batches for micro in batch.micro_batches)
         targets = sum(int((m["targets"] != IGNORED).sum()) for batch in batches for m in batch.micro_batches)
         assert {batch.num_targets for batch in batches} == {targets}
 
 
+def test_rows_of_scheduled_lengths_are_the_same_for_every_layout(store: TokenStore) -> None:
+    """Lengths, batches and mixtures that change; read ahead by the thread and one by one."""
+    half = store.num_documents("train") // 2
+    segments = [
+        Segment(0, 0, (16,), 320, (1.0, 0.0)),
+        Segment(4, 1280, (8, 16, 32), 640, (0.5, 0.5), True),
+        Segment(9, 4480, (64,), 960, (0.1, 0.9)),
+    ]
+    sources = [(0, half), (half, store.num_documents("train"))]
+    order = order_of_lengths(store.lengths("train"), segments, sources=sources, window_documents=60)
+    for world_size, micro_batch in product((1, 2, 3, 8), ("auto", 64, 256)):
+        loaders = [BatchLoader(order, store, "train", world_size, rank, micro_batch) for rank in range(world_size)]
+        read_ahead = zip(*(loader.iterate(2, 11) for loader in loaders), strict=True)
+        for index, batches in enumerate(read_ahead, start=2):
+            again = BatchLoader(order, store, "train", 1, 0, 320).global_batch(index)
+            assert rows(list(batches)) == rows([again])
+            assert rows(list(batches)).total() == len(again.bins)
+            shapes = {micro["input_ids"].shape for batch in batches for micro in batch.micro_batches}
+            assert len(shapes) == 1
+            if micro_batch != "auto":
+                assert np.prod(shapes.pop()) <= max(micro_batch, again.bins.seq_len)
+
+
+def test_imbalance_by_hand(store: TokenStore) -> None:
+    bins = Bins(8, np.arange(4), np.arange(3), np.zeros(3, np.int64), np.array([8, 4, 4]))  # costs 64, 16, 16
+    dealt = np.array([[[0], [1]], [[-1], [2]]])  # of two ranks: 64 and 16, then nothing and 16
+    batch = GlobalBatch(0, bins, dealt, dealt[:, 0], [])
+    assert batch.imbalance == pytest.approx((64 + 16) / (40 + 8))
+
+
 def test_rows_hold_the_pieces_one_after_the_other(store: TokenStore, order: BatchOrder) -> None:
-    batch = BatchLoader(order, store, "train", 1, 0, BINS_PER_BATCH).global_batch(0)
+    batch = BatchLoader(order, store, "train", 1, 0, BINS_PER_BATCH * SEQ_LEN).global_batch(0)
     arrays, bins = batch.micro_batches[0], batch.bins
     assert {name: array.dtype.name for name, array in arrays.items()} == dict.fromkeys(arrays, "int64")
     for row, index in enumerate(batch.indices[0]):
@@ -79,22 +115,39 @@ def test_rows_hold_the_pieces_one_after_the_other(store: TokenStore, order: Batc
 
 @pytest.mark.parametrize("packing", get_args(Packing))
 def test_an_epoch_trains_on_every_target_once(store: TokenStore, packing: Packing) -> None:
-    order = BatchOrder(store.lengths("train"), SEQ_LEN, 1, 0, packing, window_documents=100)
-    loader = BatchLoader(order, store, "train", 1, 0, 1)
+    order = order_of(store, 1, packing)
+    order.build(10_000)
+    epoch = next(row for row in order.rows if row.ranges[0][1] == store.num_documents("train"))
+    assert not len(epoch.carried_on.length), "a batch is one bin, so nothing is left over"
+    loader = BatchLoader(order, store, "train", 1, 0, SEQ_LEN)
     counts = np.zeros(store.vocab_size, np.int64)
-    for batch in loader.iterate(0, order.num_bins_per_epoch(0)):
+    for batch in loader.iterate(0, epoch.end_step):
         targets = batch.micro_batches[0]["targets"]
         counts += np.bincount(targets[targets != IGNORED], minlength=store.vocab_size)
     np.testing.assert_array_equal(counts, store.token_counts("train"))
 
 
 def test_numbers_of_a_batch(store: TokenStore, order: BatchOrder) -> None:
-    batch = BatchLoader(order, store, "train", 3, 1, 2).global_batch(2)
+    batch = BatchLoader(order, store, "train", 3, 1, 2 * SEQ_LEN).global_batch(2)
     pieces = batch.sample_ids
     assert batch.num_targets == sum(length for _, _, length in pieces)
     assert batch.num_documents == len({document for document, _, _ in pieces})
     assert batch.padding_fraction == pytest.approx(1 - batch.num_targets / (BINS_PER_BATCH * SEQ_LEN))
     assert batch.attention_pairs == sum(length * (length + 1) // 2 for _, _, length in pieces)
+
+
+def test_cu_seqlens_have_one_size_for_all_batches(store: TokenStore, order: BatchOrder) -> None:
+    loader = BatchLoader(order, store, "train", 3, 0, 2 * SEQ_LEN, max_pieces=order.max_pieces(4))
+    sizes = set()
+    for index in range(4):  # 10 bins in 12 places
+        for arrays in loader.global_batch(index).micro_batches:
+            flat = arrays["position_ids"].ravel()
+            expected = [*np.flatnonzero(flat == 0), flat.size]
+            boundaries = arrays["cu_seqlens"]
+            assert boundaries[: len(expected)].tolist() == expected
+            assert (boundaries[len(expected) :] == flat.size).all()
+            sizes.add(len(boundaries))
+    assert sizes == {2 * (order.max_pieces(4)[SEQ_LEN] + 1) + 1}
 
 
 @given(
@@ -123,7 +176,7 @@ def test_ranks_get_nearly_the_same_work() -> None:
 
 
 def test_iterate_equals_random_access_and_ends(store: TokenStore, order: BatchOrder) -> None:
-    loader = BatchLoader(order, store, "train", 2, 1, 2)
+    loader = BatchLoader(order, store, "train", 2, 1, 2 * SEQ_LEN)
     batches = list(loader.iterate(4, 9))
     assert [batch.index for batch in batches] == [4, 5, 6, 7, 8]
     for batch in reversed(batches):
@@ -136,7 +189,7 @@ def test_iterate_equals_random_access_and_ends(store: TokenStore, order: BatchOr
 
 
 def test_closing_stops_the_reader(store: TokenStore, order: BatchOrder) -> None:
-    batches = BatchLoader(order, store, "train", 1, 0, 2).iterate(0, 10**9)
+    batches = BatchLoader(order, store, "train", 1, 0, 2 * SEQ_LEN).iterate(0, 10**9)
     assert next(batches).index == 0
     batches.close()
     assert no_reader_left()
@@ -151,7 +204,7 @@ def test_errors_of_the_reader_arrive(order: BatchOrder, store: TokenStore, monke
         return read(index)
 
     monkeypatch.setattr(order, "batch", fail)
-    batches = BatchLoader(order, store, "train", 1, 0, 2).iterate(0, 10)
+    batches = BatchLoader(order, store, "train", 1, 0, 2 * SEQ_LEN).iterate(0, 10)
     assert [next(batches).index, next(batches).index] == [0, 1]
     with pytest.raises(UserError, match="shard gone"):
         next(batches)

@@ -46,7 +46,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "data": {
             "seq_len": 64,
             "sources": [
-                {"type": "text", "path": ["p"]},
+                {"type": "text", "path": ["p"], "label": "l"},
                 {"type": "jsonl", "path": ["p"], "field": "f"},
                 {"type": "parquet", "path": ["p"], "field": "f"},
             ],

@@ -21,11 +21,14 @@ def run(tmp_path: Path) -> RunDirectory:
     run = RunDirectory(tmp_path / "runs" / "demo")
     for _ in range(2):
         attempt = open_attempt(run)
-        write_json(run.attempt(attempt) / "plan.json", {"batch": {"num_steps": 10, "global_batch_tokens": 100}})
+        write_json(run.attempt(attempt) / "plan.json", {"num_steps": 10, "num_tokens": 1000})
         job = {"job_id": "7", "restarts": attempt - 1, "start_step": 0, "hosts": ["n1", "n2"]}
         write_json(run.attempt(attempt) / "slurm.json", job)
     write_outcome(run, 1, "stopped", 75)
-    lines = [{"step": s, "attempt": 2, "train/loss": 4.0 - s, "perf/tokens_per_sec": 50.0} for s in (1, 2, 3)]
+    lines: list[dict[str, Any]] = [
+        {"step": s, "attempt": 2, "tokens_seen": 100 * s, "train/loss": 4.0 - s, "perf/tokens_per_sec": 50.0}
+        for s in (1, 2, 3)
+    ]
     run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
     (run.checkpoints / "step-00000002").mkdir(parents=True)
     return run

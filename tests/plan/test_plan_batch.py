@@ -35,7 +35,6 @@ def test_even_split() -> None:
         micro_batch_bins=16,
         gradient_accumulation_steps=1,
         num_filler_bins=0,
-        num_steps=16,  # 1,000,000 / 65,536 = 15.3
     )
 
 

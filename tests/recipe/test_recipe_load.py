@@ -77,7 +77,7 @@ def test_overrides_come_last_and_are_read_as_yaml(tmp_path: Path) -> None:
     assert recipe.train.budget == 10**9
     assert recipe.schedule.warmup == Span(200, "steps")
     assert recipe.optimizer.betas == (0.8, 0.9)
-    assert recipe.data.sources[0].model_dump() == {"type": "text", "path": ("x", "y")}
+    assert recipe.data.sources[0].model_dump(exclude_none=True) == {"type": "text", "path": ("x", "y")}
     assert recipe.train.max_grad_norm is None
     assert recipe.model.config == {"model_type": "llama", "hidden_size": 64, "rope_theta": 500000.0}
     assert recipe.execution.cache_dir == "a=b"

@@ -15,14 +15,13 @@ from tests.train.harness import Cell, cell_recipe
 from turbolm.checkpoint.load import load_checkpoint
 from turbolm.checkpoint.save import save_checkpoint
 from turbolm.data.loader import BatchLoader
-from turbolm.data.order import BatchOrder
+from turbolm.data.order import recipe_order
 from turbolm.data.prepare import find_store
 from turbolm.data.store import open_store
 from turbolm.plan.machine import detect_machine
 from turbolm.plan.plan import build_plan
-from turbolm.schedules import lr_ratio
 from turbolm.train.engine import build_accelerator, set_learning_rate
-from turbolm.train.loop import set_other_schedules
+from turbolm.train.loop import learning_rate, set_other_schedules
 from turbolm.train.run_directory import RunDirectory
 from turbolm.train.step import train_step
 from turbolm.train.worker import build_engine
@@ -37,25 +36,16 @@ def train_cell(folder: Path, cell: Cell) -> list[list[float]]:
     store = open_store(find_store(recipe) or "missing")
     accelerator = build_accelerator(plan.ds_config, device=plan.device, precision=plan.precision, timeout_sec=120)
     engine, attention = build_engine(accelerator, plan, store, RunDirectory(folder / "runs" / cell.name))
-    batch_plan = plan.batch
-    order = BatchOrder(
-        store.lengths("train"),
-        batch_plan.seq_len,
-        batch_plan.bins_per_batch,
-        recipe.train.seed,
-        recipe.data.packing,
-    )
-    loader = BatchLoader(order, store, "train", dist.get_world_size(), dist.get_rank(), batch_plan.micro_batch_bins)
+    order = recipe_order(recipe, store, plan.curriculum, save=False)
+    loader = BatchLoader(order, store, "train", dist.get_world_size(), dist.get_rank(), recipe.execution.micro_batch)
     step = load_checkpoint(Path(cell.load), engine)["step"] if cell.load else 0
     if cell.save_loaded_in:
         save(cell.save_loaded_in, engine, step)
     trained = []
     while step < cell.steps:
         batch = loader.global_batch(step)
-        tokens = batch_plan.global_batch_tokens
-        ratio = lr_ratio(recipe.schedule, (step + 0.5) * tokens, [recipe.train.budget], tokens)
-        set_learning_rate(engine, recipe.optimizer.lr * ratio)
-        set_other_schedules(engine, plan, step, recipe.train.budget)
+        set_learning_rate(engine, learning_rate(plan, step))
+        set_other_schedules(engine, plan, step)
         result = train_step(engine, batch.micro_batches, batch.num_targets, attention)
         loss = result.loss_sum.double()
         dist.all_reduce(loss)

@@ -73,6 +73,7 @@ class Cell:
     train: dict[str, Any] = field(default_factory=dict)
     execution: dict[str, Any] = field(default_factory=dict)  # whatever has no field of its own
     packing: str = "best_fit"
+    data: dict[str, Any] = field(default_factory=dict)
     adam_kernel: str = "torch"
     optimizer: dict[str, Any] = field(default_factory=dict)
     schedule: dict[str, Any] = field(default_factory=dict)
@@ -90,7 +91,7 @@ def cell_recipe(folder: Path, cell: Cell) -> Recipe:
     return make_recipe(
         folder,
         model={"config": MODELS[cell.model]},
-        data={"packing": cell.packing},
+        data={"packing": cell.packing, **cell.data},
         train={"precision": cell.precision, **cell.train},
         optimizer=cell.optimizer,
         schedule=cell.schedule,

@@ -8,9 +8,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.optim.formulas import Formula
-from turbolm.data.order import BatchOrder
+from turbolm.data.order import recipe_order
 from turbolm.data.store import TokenStore
 from turbolm.models.build import build_model
+from turbolm.plan.curriculum import build_curriculum
 from turbolm.recipe.schema import Recipe
 
 
@@ -26,8 +27,7 @@ def train_reference(recipe: Recipe, store: TokenStore, lrs: list[float]) -> list
     model.load_state_dict(initial.state_dict())
     model.train()
     optimizer = reference_optimizer(recipe, model)
-    bins = recipe.train.global_batch // recipe.data.seq_len
-    order = BatchOrder(store.lengths("train"), recipe.data.seq_len, bins, recipe.train.seed, recipe.data.packing)
+    order = recipe_order(recipe, store, build_curriculum(recipe), save=False)
     trained = []
     for step, lr in enumerate(lrs):
         batch = order.batch(step)

@@ -11,9 +11,10 @@ import pytest
 from tests.train.harness import BINS_PER_BATCH, Cell, cell_recipe, run_cells
 from tests.train.reference import train_reference
 from turbolm.data.loader import BatchLoader
-from turbolm.data.order import BatchOrder
+from turbolm.data.order import recipe_order
 from turbolm.data.prepare import prepare
 from turbolm.data.store import open_store
+from turbolm.plan.curriculum import build_curriculum
 
 STEPS = 10
 
@@ -59,11 +60,11 @@ def test_micro_batches_hold_unequal_numbers_of_targets(tmp_path: Path) -> None:
     """The equivalence above is only worth something if a mean of means would fail it."""
     recipe = cell_recipe(tmp_path, Cell(name="cell"))
     store = open_store(prepare(recipe))
-    order = BatchOrder(store.lengths("train"), recipe.data.seq_len, BINS_PER_BATCH, recipe.train.seed)
+    order = recipe_order(recipe, store, build_curriculum(recipe), save=False)
     counts = {
         int((micro["targets"] != -100).sum())
         for rank in (0, 1)
-        for micro in BatchLoader(order, store, "train", 2, rank, 1).global_batch(0).micro_batches
+        for micro in BatchLoader(order, store, "train", 2, rank, recipe.data.seq_len).global_batch(0).micro_batches
     }
     assert len(counts) > 1
     assert 0 in counts, "a filler"
@@ -99,3 +100,46 @@ def test_other_ways_to_run_and_models_that_need_a_row_for_each_document(tmp_path
         # CPUAdam computes the same update in another order of operations.
         rtol = 1e-4 if cell.name == "offloaded" else 1e-5
         np.testing.assert_allclose(trained[cell.name], expected, rtol=rtol, err_msg=cell.name)
+
+
+SCHEDULES: dict[str, dict[str, dict[str, object]]] = {
+    "concat": {"data": {"packing": "concat"}},
+    "window": {"data": {"grouping": "window"}},
+    "stages": {"data": {"length_schedule": {"name": "stages", "at": {"0%": 8, "35%": 16, "70%": 32}}}},
+    "growth": {
+        "data": {
+            "length_schedule": {
+                "name": "growth", "start": 8, "over": "40%", "shape": "linear", "remix": 0.5, "remix_every": "20%"
+            }
+        }
+    },
+    "buckets": {"data": {"length_schedule": {"name": "buckets", "smallest": 8, "cycles": 2}}},
+    "ramp": {"train": {"batch_ramp": {"start": 64, "over": "50%", "num_levels": 3, "lr_scaling": "linear"}}},
+}  # fmt: skip
+
+
+def test_every_strategy_and_schedule(tmp_path: Path) -> None:
+    """Rows and batches of changing size, through the trainer on two processes."""
+    cells = [
+        Cell(name=name, zero_stage=2, micro_batch_bins=2, steps=8, **settings)  # type: ignore[arg-type]
+        for name, settings in SCHEDULES.items()
+    ]
+    trained = run_cells(tmp_path, 2, cells)
+    store = open_store(prepare(cell_recipe(tmp_path, cells[0])))
+    shapes = set()
+    for cell in cells:
+        recipe = cell_recipe(tmp_path, cell)
+        curriculum = build_curriculum(recipe)
+        order = recipe_order(recipe, store, curriculum, save=False)
+        shapes |= {(order.batch(step).seq_len, len(order.batch(step))) for step in range(cell.steps)}
+        full = recipe.train.global_batch
+        rates = []
+        for step in range(cell.steps):  # the default schedule by hand, in tokens
+            batch = curriculum.segment(step).global_batch_tokens
+            budget, tokens = curriculum.tokens_seen(curriculum.num_steps), curriculum.tokens_seen(step) + batch / 2
+            progress = (tokens - 0.02 * budget) / (0.98 * budget)
+            rate = 3e-3 * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))
+            rates.append(rate * (batch / full if cell.name == "ramp" else 1))
+        expected = train_reference(recipe, store, rates)
+        np.testing.assert_allclose(trained[cell.name], expected, rtol=1e-5, err_msg=cell.name)
+    assert {(8, 20), (16, 10), (32, 5), (32, 2), (32, 3)} <= shapes

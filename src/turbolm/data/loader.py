@@ -5,29 +5,32 @@ from __future__ import annotations
 import hashlib
 import queue
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from turbolm.data.collate import collate, deal_bins
-from turbolm.data.order import BatchOrder, Packing, pack
+from turbolm.data.order import BatchOrder
 from turbolm.data.packing import Bins, IntArray
 from turbolm.data.store import Split, TokenStore
+from turbolm.data.window import Packing, pack
 from turbolm.errors import UserError
+from turbolm.plan.batch import choose_micro_batch_bins
 
 
 @dataclass(frozen=True)
 class GlobalBatch:
     """A global batch and this rank's part of it.
 
-    `micro_batches` has the same length on every rank; the arrays are those of `collate`. `indices` is
-    int64 [num_micro, micro_batch_bins], this rank's places in `bins`. Every number is about the whole global batch and
-    the same on every rank.
+    `micro_batches` has the same length on every rank; the arrays are those of `collate`. `dealt` is
+    int64 [num_micro, world_size, micro_batch_bins], the places in `bins` of every rank, -1 where there is none;
+    `indices` those of this rank. Every number is about the whole global batch and the same on every rank.
     """
 
     index: int
     bins: Bins
+    dealt: IntArray
     indices: IntArray
     micro_batches: list[dict[str, np.ndarray]]
 
@@ -45,6 +48,12 @@ class GlobalBatch:
     def padding_fraction(self) -> float:
         """Share of the bins' positions that hold no document (empty places of the last micro step not counted)."""
         return 1 - self.num_targets / (len(self.bins) * self.bins.seq_len)
+
+    @property
+    def imbalance(self) -> float:
+        """Attention cost of the dearest rank over the mean of all, over the micro-batches: 1 where ranks never wait."""
+        cost = np.append(self.bins.attention_cost, 0)[self.dealt].sum(axis=2)
+        return float(cost.max(axis=1).sum() / cost.mean(axis=1).sum())
 
     @property
     def attention_pairs(self) -> int:
@@ -66,19 +75,26 @@ class GlobalBatch:
 
 @dataclass(frozen=True)
 class BatchLoader:
-    """Reads the global batches of `order` from `store` for one rank."""
+    """Reads the global batches of `order` from `store` for one rank.
+
+    `micro_batch` is as the recipe has it: tokens of one forward pass on one process, or `auto`. With `max_pieces`, the
+    most pieces in a bin by row length (`order.max_pieces`), micro-batches hold `cu_seqlens` of a fixed size.
+    """
 
     order: BatchOrder
     store: TokenStore
     split: Split
     world_size: int
     rank: int
-    micro_batch_bins: int
+    micro_batch: int | str
+    max_pieces: Mapping[int, int] | None = None
 
     def global_batch(self, index: int) -> GlobalBatch:
         """Global batch `index`, counted from 0."""
         bins = self.order.batch(index)
-        return _global_batch(index, bins, self.store, self.split, (self.world_size, self.rank, self.micro_batch_bins))
+        micro_batch_bins = choose_micro_batch_bins(self.micro_batch, bins.seq_len, len(bins), self.world_size)
+        most = None if self.max_pieces is None else self.max_pieces[bins.seq_len]
+        return _global_batch(index, bins, self.store, self.split, (self.world_size, self.rank, micro_batch_bins), most)
 
     def iterate(self, first_index: int, last_index: int) -> Generator[GlobalBatch, None, None]:
         """The batches from `first_index` up to but not including `last_index`, two of them read ahead by a thread."""
@@ -148,17 +164,26 @@ def evaluation_batches(
     world_size: int = 1,
     rank: int = 0,
     micro_batch_bins: int = 1,
+    fixed_cu_seqlens: bool = False,
 ) -> Iterator[GlobalBatch]:
-    """The evaluation set as batches of one micro-batch on each rank; every rank gets the same number of them."""
+    """The evaluation set as batches of one micro-batch on each rank; every rank gets the same number of them.
+
+    With `fixed_cu_seqlens` micro-batches hold `cu_seqlens` of a fixed size.
+    """
     bins = evaluation_set(store, seq_len, max_tokens, packing).bins
+    most = int(np.diff(bins.offsets).max()) if fixed_cu_seqlens else None
     per_batch = world_size * micro_batch_bins
     for index, first in enumerate(range(0, len(bins), per_batch)):
         part = bins.select(np.arange(first, min(first + per_batch, len(bins))))
-        yield _global_batch(index, part, store, "validation", (world_size, rank, micro_batch_bins))
+        yield _global_batch(index, part, store, "validation", (world_size, rank, micro_batch_bins), most)
 
 
-def _global_batch(index: int, bins: Bins, store: TokenStore, split: Split, layout: tuple[int, int, int]) -> GlobalBatch:
+def _global_batch(
+    index: int, bins: Bins, store: TokenStore, split: Split, layout: tuple[int, int, int], max_pieces: int | None
+) -> GlobalBatch:
     world_size, rank, micro_batch_bins = layout
     assert 0 <= rank < world_size
-    indices = deal_bins(bins.attention_cost, world_size, micro_batch_bins)[:, rank]
-    return GlobalBatch(index, bins, indices, collate(bins, indices, store, split))
+    dealt = deal_bins(bins.attention_cost, world_size, micro_batch_bins)
+    indices = dealt[:, rank]
+    most = None if max_pieces is None else micro_batch_bins * (max_pieces + 1)  # each row may end with padding
+    return GlobalBatch(index, bins, dealt, indices, collate(bins, indices, store, split, most))

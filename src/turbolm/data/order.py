@@ -1,149 +1,160 @@
-"""Which bins make up global batch i: a pure function of the documents' lengths and a few numbers of the recipe.
+"""Which bins make up global batch i: random access to the batches of a plan table.
 
-Epoch after epoch, the documents are permuted, cut into windows, packed window by window, and the bins of each window
-shuffled; the bins of all windows form one endless stream. Batch i is `bins_per_batch` bins of it. Neither the number
-of processes nor the token budget enters, so both may change while a run goes on. To reach any batch only the number
-of bins of the windows before it has to be known, and two windows at most have to be packed.
+Find the window of the batch, pack it: nothing else has to be known. Neither the number of processes nor micro-batches
+nor the end of the budget enter, so all of them may change while a run goes on.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
-from typing import Literal
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-
-from turbolm.data.packing import (
-    Bins,
-    IntArray,
-    concatenate,
-    count_best_fit,
-    count_concat,
-    count_single,
-    pack_best_fit,
-    pack_concat,
-    pack_single,
-)
+from turbolm.data.packing import Bins, IntArray
+from turbolm.data.stream import WINDOW_DOCUMENTS, DocumentStream
+from turbolm.data.table import OrderSettings, Row, Sources, build_row, load_table, open_window, save_table
+from turbolm.data.window import Grouping, Packing, Window
 from turbolm.errors import UserError
+from turbolm.plan.curriculum import Curriculum, Segment
 
-ORDER_VERSION = 1  # raise it when the same arguments no longer give the same batches
-Packing = Literal["best_fit", "concat", "single"]
-_PACK = {
-    "best_fit": (pack_best_fit, count_best_fit),
-    "concat": (pack_concat, count_concat),
-    "single": (pack_single, count_single),
-}
-
-
-def pack(lengths: IntArray, seq_len: int, packing: Packing) -> Bins:
-    """Pack documents of these lengths (positions) by the method a recipe names."""
-    return _PACK[packing][0](lengths, seq_len)
+if TYPE_CHECKING:
+    from turbolm.data.store import TokenStore
+    from turbolm.recipe.schema import Recipe
 
 
 class BatchOrder:
     """The global batches of a run; the same whatever was asked for before, and safe to use from several threads.
 
-    `lengths` are the positions of each training document, int64 [num_documents]; batches hold `bins_per_batch` bins of
-    `seq_len` positions.
+    `documents` is a fingerprint of what the sources hold, part of `key`, under which
+    a table is kept. `rows` are those of a table built before.
     """
 
-    def __init__(
-        self,
-        lengths: IntArray,
-        seq_len: int,
-        bins_per_batch: int,
-        seed: int,
-        packing: Packing = "best_fit",
-        window_documents: int = 65536,
-    ):
-        self.lengths = np.asarray(lengths, dtype=np.int64)
-        if not self.lengths.any():
-            raise UserError("There are no training documents. Add to data.sources or lower data.validation.")
-        assert seq_len > 0 and bins_per_batch > 0 and window_documents > 0
-        self.seq_len, self.bins_per_batch, self.seed = seq_len, bins_per_batch, seed
-        self.packing, self.window_documents = packing, window_documents
-        self.windows_per_epoch = -(-len(self.lengths) // window_documents)
-        self._first_bin = [0]  # stream index of the first bin of window 0, 1, ... and of the one after the last known
-        self._permutations: OrderedDict[int, IntArray] = OrderedDict()
-        self._windows: OrderedDict[int, Bins] = OrderedDict()
-        self._lock = threading.Lock()
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 over everything the batches depend on."""
-        settings = {
-            "version": ORDER_VERSION,
-            "seq_len": self.seq_len,
-            "bins_per_batch": self.bins_per_batch,
-            "seed": self.seed,
-            "packing": self.packing,
-            "window_documents": self.window_documents,
-        }
-        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-        digest.update(self.lengths.astype("<i8").tobytes())
-        return digest.hexdigest()
+    def __init__(self, sources: Sources, settings: OrderSettings, *, documents: str = "", rows: Sequence[Row] = ()):
+        self.sources, self.settings = sources, settings
+        self.key, self._first_digest = settings.key(documents), settings.digest(documents)
+        self.rows = list(rows)
+        self._ends = [row.end_step for row in self.rows]
+        self._windows: OrderedDict[int, Window] = OrderedDict()
+        self._lock = threading.RLock()
 
     def batch(self, index: int) -> Bins:
-        """Global batch `index`: `bins_per_batch` bins whose `document` are the numbers in `lengths`."""
+        """Global batch `index`: bins of one row length, whose `document` are numbers of the store."""
+        with self._lock:
+            number = self._row_of(index)
+            return self._window(number).batch(index - self.rows[number].first_step)
+
+    @property
+    def num_steps(self) -> int:
+        """The batches that the table holds by now; others are added when they are asked for."""
+        return self._ends[-1] if self._ends else 0
+
+    def build(self, num_steps: int, on_progress: Callable[[int], None] = lambda num_steps: None) -> None:
+        """Extend the table to at least `num_steps` batches; `on_progress` is told how many there are after each row."""
+        with self._lock:
+            while self.num_steps < num_steps:
+                self.rows.append(build_row(self.rows, self.sources, self.settings, self._first_digest))
+                self._ends.append(self.rows[-1].end_step)
+                on_progress(self.num_steps)
+
+    def digest(self, num_steps: int) -> str:
+        """SHA-256 over all that decided the windows of the first `num_steps` batches."""
+        with self._lock:
+            return self.rows[self._row_of(num_steps - 1)].digest if num_steps else self._first_digest
+
+    def max_pieces(self, num_steps: int) -> dict[int, int]:
+        """The most pieces in a bin of each row length, over the windows of the first `num_steps` batches."""
+        most: dict[int, int] = {}
+        with self._lock:
+            self.build(num_steps)
+            for row in self.rows[: self._row_of(num_steps - 1) + 1]:
+                for seq_len, count in zip(self.settings.segments[row.segment].seq_lens, row.max_pieces, strict=True):
+                    most[seq_len] = max(most.get(seq_len, 0), count)
+        return most
+
+    def _row_of(self, index: int) -> int:
         assert index >= 0
-        first, end = index * self.bins_per_batch, (index + 1) * self.bins_per_batch
-        with self._lock:
-            while self._first_bin[-1] < end:
-                self._count_next_window()
-            window = bisect_right(self._first_bin, first) - 1
-            parts = []
-            while first < end:
-                start, stop = self._first_bin[window], min(end, self._first_bin[window + 1])
-                if stop > first:
-                    parts.append(self._window(window).select(np.arange(first - start, stop - start)))
-                first, window = max(first, stop), window + 1
-        return concatenate(parts)
+        self.build(index + 1)
+        return bisect_right(self._ends, index)
 
-    def num_bins_per_epoch(self, epoch: int) -> int:
-        """Bins that hold every document once, in this epoch."""
-        with self._lock:
-            while len(self._first_bin) <= (epoch + 1) * self.windows_per_epoch:
-                self._count_next_window()
-        first, end = epoch * self.windows_per_epoch, (epoch + 1) * self.windows_per_epoch
-        return self._first_bin[end] - self._first_bin[first]
-
-    def _count_next_window(self) -> None:
-        lengths = self.lengths[self._documents(len(self._first_bin) - 1)]
-        self._first_bin.append(self._first_bin[-1] + _PACK[self.packing][1](lengths, self.seq_len))
-
-    def _window(self, window: int) -> Bins:
-        """The packed and shuffled bins of a window."""
-        if window not in self._windows:
-            documents = self._documents(window)
-            bins = pack(self.lengths[documents], self.seq_len, self.packing)
-            epoch, number = divmod(window, self.windows_per_epoch)
-            shuffled = bins.select(_random_order(len(bins), self.seed, epoch, number + 1))
-            self._windows[window] = Bins(
-                self.seq_len, shuffled.offsets, documents[shuffled.document], shuffled.start, shuffled.length
-            )
+    def _window(self, number: int) -> Window:
+        if number not in self._windows:
+            self._windows[number] = open_window(self.rows[number], number, self.sources, self.settings)
             if len(self._windows) > 2:
                 self._windows.popitem(last=False)
-        self._windows.move_to_end(window)
-        return self._windows[window]
-
-    def _documents(self, window: int) -> IntArray:
-        epoch, number = divmod(window, self.windows_per_epoch)
-        if epoch not in self._permutations:
-            self._permutations[epoch] = _random_order(len(self.lengths), self.seed, epoch, 0)
-            if len(self._permutations) > 2:  # a batch may reach over the end of an epoch
-                self._permutations.popitem(last=False)
-        self._permutations.move_to_end(epoch)
-        return self._permutations[epoch][number * self.window_documents : (number + 1) * self.window_documents]
+        self._windows.move_to_end(number)
+        return self._windows[number]
 
 
-def _random_order(count: int, seed: int, epoch: int, stream: int) -> IntArray:
-    """A permutation of range(count), int64.
+def order_of_lengths(
+    lengths: IntArray,
+    segments: Sequence[Segment],
+    *,
+    seed: int = 0,
+    packing: Packing = "best_fit",
+    grouping: Grouping = "batch",
+    sources: Sequence[tuple[int, int]] | None = None,
+    window_documents: int = WINDOW_DOCUMENTS,
+) -> BatchOrder:
+    """The order of documents whose positions are given, int64 [num_documents].
 
-    It sorts raw Philox output: NumPy keeps that stream fixed over its versions, but not `Generator.permutation`.
+    `sources` are the document numbers [first, end) of each source that the segments weigh; one pool by default.
     """
-    generator = np.random.Philox(key=np.array([seed, epoch], np.uint64), counter=np.array([0, 0, 0, stream], np.uint64))
-    return np.argsort(generator.random_raw(count), kind="stable").astype(np.int64, copy=False)
+    ranges = list(sources or [(0, len(lengths))])
+    streams = [
+        DocumentStream(
+            lambda first, end: lengths[first:end], *place, seed=seed, source=n, window_documents=window_documents
+        )
+        for n, place in enumerate(ranges)
+    ]
+    means = [float(lengths[first:end].mean()) for first, end in ranges]
+    settings = OrderSettings(tuple(segments), seed, packing, grouping, window_documents)
+    return BatchOrder(Sources(streams, means), settings)
+
+
+def constant_order(
+    lengths: IntArray, seq_len: int, bins_per_batch: int, seed: int = 0, packing: Packing = "best_fit"
+) -> BatchOrder:
+    """The order of documents of these lengths (positions) in batches of one size and length."""
+    return order_of_lengths(lengths, [Segment(0, 0, (seq_len,), seq_len * bins_per_batch)], seed=seed, packing=packing)
+
+
+def recipe_order(
+    recipe: Recipe,
+    store: TokenStore,
+    curriculum: Curriculum,
+    *,
+    save: bool,
+    on_progress: Callable[[int], None] = lambda num_steps: None,
+) -> BatchOrder:
+    """The order of a recipe's run for its whole budget, from its cached table where there is one.
+
+    With `save`, what had to be built is cached. Raises UserError where a source has no training documents.
+    """
+    data = recipe.data
+    weighted = curriculum.segments[0].weights is not None
+    ranges = store.source_documents() if weighted else [(0, store.num_documents("train"))]
+    positions = store.source_positions() if weighted else [sum(store.source_positions())]
+    for number, (first, end) in enumerate(ranges):
+        if first == end:
+            where = f"data.sources[{number}] has a weight but" if weighted else "data.sources have"
+            raise UserError(
+                f"{where} no training documents. Add documents, lower data.validation or remove the source."
+            )
+    streams = [
+        DocumentStream(lambda first, end: store.lengths("train", first, end), *place, seed=recipe.train.seed, source=n)
+        for n, place in enumerate(ranges)
+    ]
+    means = [total / (end - first) for total, (first, end) in zip(positions, ranges, strict=True)]
+    settings = OrderSettings(curriculum.segments, recipe.train.seed, data.packing, data.grouping, WINDOW_DOCUMENTS)
+    documents = store.fingerprint
+    key = settings.key(documents)
+    path = Path(recipe.execution.cache_dir).expanduser() / "orders" / f"{key[:16]}.npz"
+    order = BatchOrder(Sources(streams, means), settings, documents=documents, rows=load_table(path, key))
+    if order.num_steps < curriculum.num_steps:
+        order.build(curriculum.num_steps, on_progress)
+        if save:
+            save_table(path, key, order.rows)
+    return order

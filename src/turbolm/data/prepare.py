@@ -116,7 +116,7 @@ def store_key(recipe: Recipe) -> str:
     content: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "shard_text_bytes": SHARD_TEXT_BYTES,
-        "sources": [source.model_dump(mode="json") for source in recipe.data.sources],
+        "sources": [_content(source) for source in recipe.data.sources],
         "files": [_listing(source) for source in recipe.data.sources],
         "validation": recipe.data.validation,
         "deduplicate": recipe.data.deduplicate,
@@ -127,6 +127,11 @@ def store_key(recipe: Recipe) -> str:
     else:
         content["tokenizer"] = recipe.tokenizer.model_dump(mode="json")
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _content(source: Any) -> dict[str, Any]:
+    """A source without what only a mixture needs: other weights are no reason to prepare anew."""
+    return dict(source.model_dump(mode="json", exclude={"label", "weight"}))
 
 
 def _listing(source: Any) -> list[tuple[str, int, int]]:
@@ -217,7 +222,7 @@ def _build(
         "bos_id": bos_id,
         "eos_id": eos_id,
         "validation": recipe.data.validation,
-        "sources": [source.model_dump(mode="json") for source in recipe.data.sources],
+        "sources": [_content(source) for source in recipe.data.sources],
         "empty_documents": dropped.empty,
         "duplicate_documents": dropped.duplicates,
         "totals": totals,

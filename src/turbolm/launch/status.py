@@ -54,7 +54,7 @@ def read_status(path: Path, now: float | None = None) -> RunStatus:
     plan = next(
         (one for one in (read_json(run.attempt(a["attempt"]) / "plan.json") for a in attempts[::-1]) if one), {}
     )
-    num_steps = plan.get("batch", {}).get("num_steps")
+    num_steps = plan.get("num_steps")
     step, saved = int(last.get("step", 0)), newest_step(run)
     rates = [line["perf/tokens_per_sec"] for line in steps[-_RATE_STEPS:] if line.get("perf/tokens_per_sec")]
     rate = median(rates) if rates else None
@@ -62,7 +62,7 @@ def read_status(path: Path, now: float | None = None) -> RunStatus:
     state = _state(run, attempts, step, num_steps, sign, time.time() if now is None else now)
     eta = None
     if state == "running" and rate and num_steps:
-        eta = (num_steps - step) * plan["batch"]["global_batch_tokens"] / rate
+        eta = (plan["num_tokens"] - last["tokens_seen"]) / rate
     return RunStatus(
         name=path.resolve().name,
         path=str(path),

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from turbolm.plan.batch import BatchPlan, plan_batch
+from turbolm.plan.curriculum import Curriculum, build_curriculum
 from turbolm.plan.deepspeed import resolve_ds_config
 from turbolm.plan.machine import (
     Machine,
@@ -28,10 +30,20 @@ class Plan:
     world_size: int
     processes_per_node: int
     threads_per_process: int
-    batch: BatchPlan
+    batch: BatchPlan  # at the longest rows and the largest batch
+    curriculum: Curriculum
     evaluate_every_steps: int
     checkpoint_every_steps: int
     ds_config: dict[str, Any]
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.curriculum.num_steps
+
+    def with_budgets(self, budgets_tokens: Sequence[int]) -> Plan:
+        """The plan of a run that had these budgets, the first one and each extension."""
+        return replace(self, curriculum=build_curriculum(self.recipe, budgets_tokens))
 
 
 def build_plan(recipe: Recipe, machine: Machine, world_size: int | None = None) -> Plan:
@@ -48,6 +60,9 @@ def build_plan(recipe: Recipe, machine: Machine, world_size: int | None = None) 
         processes_per_node = -(-world_size // recipe.cluster.num_nodes)
     recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"precision": precision})})
     batch = plan_batch(recipe, world_size)
+    curriculum = build_curriculum(recipe)
+    for segment in curriculum.segments:  # raises where a small batch has too few rows
+        plan_batch(recipe, world_size, seq_len=segment.seq_len, batch_tokens=segment.global_batch_tokens)
     threads = recipe.execution.threads_per_process
     return Plan(
         recipe=recipe,
@@ -57,6 +72,7 @@ def build_plan(recipe: Recipe, machine: Machine, world_size: int | None = None) 
         processes_per_node=processes_per_node,
         threads_per_process=max(1, machine.num_cpus // processes_per_node) if threads == "auto" else threads,
         batch=batch,
+        curriculum=curriculum,
         evaluate_every_steps=_span_steps(recipe.evaluation.every, batch, recipe),
         checkpoint_every_steps=_span_steps(recipe.checkpoint.every, batch, recipe),
         ds_config=resolve_ds_config(recipe, batch, device, precision),

@@ -10,11 +10,13 @@ from typing import Any
 from turbolm.errors import UserError
 from turbolm.plan.batch import BatchPlan
 from turbolm.plan.count import ModelSize, read_model_config, size_model
-from turbolm.plan.flops import mean_causal_span, peak_half_flops, training_flops_per_token
+from turbolm.plan.curriculum import lr_factor
+from turbolm.plan.flops import peak_half_flops, training_flops_per_token
 from turbolm.plan.gpus import GPUS
 from turbolm.plan.machine import Machine, described_machine, detect_machine
 from turbolm.plan.memory import ModelState, estimate_model_state
 from turbolm.plan.plan import Plan, build_plan
+from turbolm.plan.preview import SourceUse, StoreSize, constant_span, mean_span, run_out_notes, source_uses
 from turbolm.recipe.schema import Execution, Recipe
 from turbolm.schedules import lr_ratio
 from turbolm.units import format_bytes
@@ -31,7 +33,7 @@ class Cost:
     """What the run takes, or None where the model type or the GPU is not known."""
 
     flops_formula: str
-    mean_span_tokens: float  # keys a query attends to when one document fills each sequence; shorter ones take less
+    mean_span_tokens: float  # keys a query attends to, see plan/preview.py
     flops_per_token: float | None
     total_flops: float | None
     peak_flops_per_gpu: float | None
@@ -53,6 +55,8 @@ class Summary:
     memory: ModelState | None
     gpu_memory_bytes: int | None
     learning_rate: tuple[tuple[int, float], ...]  # (tokens seen, rate)
+    sources: tuple[SourceUse, ...]
+    constant_span_tokens: float  # the mean span if every row had the longest length
     accelerate_config: Mapping[str, object]
     notes: tuple[str, ...]
 
@@ -105,14 +109,19 @@ class Summary:
             },
             "batch": {**asdict(batch), "micro_batch_tokens": batch.micro_batch_tokens},
             "schedule": {
-                "num_steps": batch.num_steps,
+                "num_steps": plan.num_steps,
                 "budget_tokens": recipe.train.budget,
-                "tokens": batch.num_steps * batch.global_batch_tokens,
+                "tokens": plan.curriculum.tokens_seen(plan.num_steps),
                 "evaluate_every_steps": plan.evaluate_every_steps,
                 "checkpoint_every_steps": plan.checkpoint_every_steps,
                 "learning_rate": [list(point) for point in self.learning_rate],
-                "global_batch_tokens": [[0, batch.global_batch_tokens]],
-                "seq_len": [[0, batch.seq_len]],
+                "global_batch_tokens": [[s.first_token, s.global_batch_tokens] for s in plan.curriculum.segments],
+                "seq_len": [[s.first_token, list(s.seq_lens)] for s in plan.curriculum.segments],
+            },
+            "data": {
+                "sources": [asdict(use) for use in self.sources],
+                "mean_span_tokens": self.cost.mean_span_tokens,
+                "constant_mean_span_tokens": self.constant_span_tokens,
             },
             "parameters": asdict(self.size) if self.size else None,
             "cost": asdict(self.cost),
@@ -125,9 +134,16 @@ class Summary:
 
 
 def collect_summary(
-    recipe: Recipe, recipe_file: str, overrides: Sequence[str], accelerate_config: AccelerateConfig
+    recipe: Recipe,
+    recipe_file: str,
+    overrides: Sequence[str],
+    accelerate_config: AccelerateConfig,
+    store: StoreSize | None = None,
 ) -> Summary:
-    """Derive everything. Raises UserError with all that does not work, one problem a line."""
+    """Derive everything; `store` is that of the recipe if it has been prepared.
+
+    Raises UserError with all that does not work, one problem a line.
+    """
     problems: list[str] = []
     described = described_machine(recipe)
     machine = described or detect_machine()
@@ -150,6 +166,7 @@ def collect_summary(
             problems.append(_too_large(plan, memory, gpu_bytes, size.total))
     if problems or plan is None:
         raise UserError("\n".join(f"{recipe_file}: {line}" for problem in problems for line in problem.splitlines()))
+    uses = source_uses(recipe, plan.curriculum, store)
     return Summary(
         recipe_file=recipe_file,
         overrides=tuple(overrides),
@@ -157,12 +174,14 @@ def collect_summary(
         machine=machine,
         is_described=described is not None,
         size=size,
-        cost=_cost(plan, machine, config),
+        cost=_cost(plan, machine, config, store),
         memory=memory,
         gpu_memory_bytes=gpu_bytes,
-        learning_rate=_learning_rate(recipe),
+        learning_rate=_learning_rate(plan),
+        sources=uses,
+        constant_span_tokens=constant_span(plan.curriculum, store),
         accelerate_config=accelerate_config(plan, recipe.cluster.num_nodes),
-        notes=tuple(notes),
+        notes=(*notes, *run_out_notes(uses)),
     )
 
 
@@ -184,21 +203,23 @@ def _too_large(plan: Plan, memory: ModelState, gpu_bytes: int, num_parameters: i
     return f"execution.zero_stage: {wanted}; use more GPUs, execution.offload_optimizer=true or a smaller model"
 
 
-def _cost(plan: Plan, machine: Machine, config: Mapping[str, Any] | None) -> Cost:
-    batch = plan.batch
-    span = mean_causal_span([batch.seq_len])
+def _cost(plan: Plan, machine: Machine, config: Mapping[str, Any] | None, store: StoreSize | None) -> Cost:
+    span = mean_span(plan.curriculum, store)
     per_token = training_flops_per_token(config, span) if config is not None else None
-    total = None if per_token is None else per_token * batch.num_steps * batch.global_batch_tokens
+    total = None if per_token is None else per_token * plan.curriculum.tokens_seen(plan.num_steps)
     half = plan.device == "cuda" and plan.precision != "fp32"
     peak = peak_half_flops(machine.gpu_name) if half else None
     seconds = None if total is None or peak is None else total / (plan.world_size * peak * ASSUMED_MFU)
     return Cost(FLOPS_FORMULA, span, per_token, total, peak, ASSUMED_MFU, seconds)
 
 
-def _learning_rate(recipe: Recipe) -> tuple[tuple[int, float], ...]:
-    budget = recipe.train.budget
+def _learning_rate(plan: Plan) -> tuple[tuple[int, float], ...]:
+    recipe, curriculum = plan.recipe, plan.curriculum
+    budget, full_batch = recipe.train.budget, recipe.train.global_batch
     points = [round(budget * index / (NUM_CURVE_POINTS - 1)) for index in range(NUM_CURVE_POINTS)]
-    return tuple(
-        (tokens, recipe.optimizer.lr * lr_ratio(recipe.schedule, tokens, [budget], recipe.train.global_batch))
-        for tokens in points
-    )
+    curve = []
+    for tokens in points:
+        batch = curriculum.segment(max(curriculum.steps_for(tokens) - 1, 0)).global_batch_tokens
+        ratio = lr_ratio(recipe.schedule, tokens, [budget], full_batch)
+        curve.append((tokens, recipe.optimizer.lr * ratio * lr_factor(recipe.train.batch_ramp, batch, full_batch)))
+    return tuple(curve)

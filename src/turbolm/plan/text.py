@@ -7,10 +7,12 @@ from collections.abc import Iterator, Sequence
 
 import yaml
 
+from turbolm.plan.batch import plan_batch
 from turbolm.plan.summary import Summary
 from turbolm.units import format_bytes, format_count, format_duration
 
 _PLOT_ROWS = 6
+_MAX_SEGMENTS = 12
 _EIGHTHS = " ▁▂▃▄▅▆▇█"
 
 
@@ -20,6 +22,7 @@ def render_summary(summary: Summary) -> str:
         ("", _cluster(summary)),
         ("batch", _batch(summary)),
         ("schedule", _schedule(summary)),
+        ("data", _data(summary)),
         ("model", _model(summary)),
         ("model state on each process", _memory(summary)),
         ("DeepSpeed configuration", json.dumps(summary.plan.ds_config, indent=2).splitlines()),
@@ -73,8 +76,8 @@ def _batch(summary: Summary) -> Iterator[str]:
 def _schedule(summary: Summary) -> Iterator[str]:
     recipe, batch, plan = summary.recipe, summary.batch, summary.plan
     schedule = recipe.schedule
-    tokens = batch.num_steps * batch.global_batch_tokens
-    yield f"{batch.num_steps} steps, {format_count(tokens)} tokens (budget {recipe.train.budget})"
+    tokens = plan.curriculum.tokens_seen(plan.num_steps)
+    yield f"{plan.num_steps} steps, {format_count(tokens)} tokens (budget {recipe.train.budget})"
     yield f"evaluate every {plan.evaluate_every_steps} steps, checkpoint every {plan.checkpoint_every_steps}"
     shape = f"{schedule.name}, decay {schedule.decay}" if schedule.name == "wsd" else schedule.name
     yield f"learning rate: {shape}, warmup {schedule.warmup}"
@@ -84,7 +87,36 @@ def _schedule(summary: Summary) -> Iterator[str]:
         yield f"{label:>9} │{row}"
     end = format_count(recipe.train.budget)
     yield f"{'':>9} └0{end:>{len(rates) - 1}} tokens (ends at {rates[-1]:.3g})"
-    yield f"batch {batch.global_batch_tokens} tokens and seq_len {batch.seq_len} throughout"
+    segments = plan.curriculum.segments
+    if len(segments) == 1 and len(segments[0].seq_lens) == 1:
+        yield f"batch {batch.global_batch_tokens} tokens and seq_len {batch.seq_len} throughout"
+        return
+    shown = segments if len(segments) <= _MAX_SEGMENTS else segments[: _MAX_SEGMENTS - 1]
+    for segment in shown:
+        lengths = ", ".join(map(str, segment.seq_lens))
+        micro = plan_batch(recipe, plan.world_size, seq_len=segment.seq_len, batch_tokens=segment.global_batch_tokens)
+        weights = f", weights {' : '.join(f'{w:.3g}' for w in segment.weights)}" if segment.weights else ""
+        yield (
+            f"from {format_count(segment.first_token):>6} tokens (step {segment.first_step}): "
+            f"batch {segment.global_batch_tokens}, seq_len {lengths}, micro-batches of "
+            f"{micro.micro_batch_tokens} tokens{weights}"
+        )
+    if len(shown) < len(segments):
+        yield f"... and {len(segments) - len(shown)} more changes"
+    if len(plan.curriculum.seq_lens) > 1:
+        saved = 1 - summary.cost.mean_span_tokens / summary.constant_span_tokens
+        yield f"attention takes {saved:.0%} fewer FLOPs than with rows of {plan.curriculum.seq_lens[-1]} throughout"
+
+
+def _data(summary: Summary) -> Iterator[str]:
+    for use in summary.sources:
+        if use.available_tokens is None:
+            yield f"{use.label}: {format_count(use.planned_tokens)} tokens planned; its size shows once it is prepared"
+        else:
+            yield (
+                f"{use.label}: {format_count(use.planned_tokens)} tokens of {format_count(use.available_tokens)} "
+                f"({use.epochs:.2f} epochs)"
+            )
 
 
 def _model(summary: Summary) -> Iterator[str]:
@@ -97,7 +129,9 @@ def _model(summary: Summary) -> Iterator[str]:
         yield "FLOPs: not known for this model type"
         return
     yield f"{cost.flops_per_token:.4g} FLOPs a token = {cost.flops_formula}"
-    yield f"  (mean span {cost.mean_span_tokens:g}: one document a sequence; shorter documents take less)"
+    known = any(use.available_tokens for use in summary.sources)
+    how = "of documents as prepared" if known else "one document a sequence; shorter documents take less"
+    yield f"  (mean span {cost.mean_span_tokens:.6g}: {how})"
     yield f"{cost.total_flops:.4g} FLOPs in all"
     if cost.estimated_sec is not None:
         yield f"{format_duration(cost.estimated_sec)} at an assumed MFU of {cost.assumed_mfu:.0%} (not measured)"

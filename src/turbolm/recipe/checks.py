@@ -22,8 +22,11 @@ _KEYS = (
     "model.config",
     "tokenizer.train",
     "data.seq_len",
+    "data.packing",
+    "data.length_schedule",
     "train.budget",
     "train.global_batch",
+    "train.batch_ramp",
     "train.precision",
     "optimizer.name",
     "schedule.momentum",
@@ -121,6 +124,62 @@ def _sizes(values: Values) -> Iterator[tuple[str, str]]:
         yield "train.budget", f"must be at least one step, train.global_batch ({batch}), got {budget}"
     if batch and isinstance(micro_batch, int) and micro_batch > batch:
         yield "execution.micro_batch", f"must be at most train.global_batch ({batch}), got {micro_batch}"
+
+
+def _row_lengths(values: Values) -> Iterator[tuple[str, str]]:
+    """The rows of every length fill each batch, and data.seq_len is the longest."""
+    schedule, seq_len = values["data.length_schedule"], values["data.seq_len"]
+    if schedule is None or not seq_len:
+        return
+    key = f"data.length_schedule.{ {'stages': 'at', 'growth': 'start', 'buckets': 'smallest'}[schedule.name] }"
+    if schedule.name == "stages":
+        lengths = [length for _, length in schedule.at]
+        if max(lengths) != seq_len:
+            yield key, f"must reach data.seq_len ({seq_len}) and no more, got {max(lengths)} as its longest"
+    else:
+        shortest = schedule.start if schedule.name == "growth" else schedule.smallest
+        lengths = [shortest]
+        if shortest >= seq_len:
+            yield key, f"must be less than data.seq_len ({seq_len}), got {shortest}"
+        elif schedule.name == "buckets":
+            if seq_len % shortest or (seq_len // shortest).bit_count() != 1:
+                yield key, f"must be data.seq_len ({seq_len}) divided by a power of two, got {shortest}"
+            if values["data.packing"] not in (None, "best_fit"):
+                yield "data.packing", f"must be best_fit with buckets, got {values['data.packing']}"
+    ramp = values["train.batch_ramp"]
+    if ramp is not None and ramp.start:
+        for length in lengths:
+            if seq_len % length:
+                yield key, f"must divide data.seq_len ({seq_len}) with train.batch_ramp.start, got {length}"
+    for batch_key, batch in _batches(values):
+        for length in lengths:
+            if batch % length:
+                yield key, f"every row length must divide {batch_key} ({batch}), got {length}"
+
+
+def _batch_ramp(values: Values) -> Iterator[tuple[str, str]]:
+    ramp, full, seq_len = values["train.batch_ramp"], values["train.global_batch"], values["data.seq_len"]
+    if ramp is None or not full:
+        return
+    if ramp.at and ramp.at[-1][1] != full:
+        yield "train.batch_ramp.at", f"must end with train.global_batch ({full}), got {ramp.at[-1][1]}"
+    if ramp.start and ramp.start >= full:
+        yield "train.batch_ramp.start", f"must be less than train.global_batch ({full}), got {ramp.start}"
+    for key, batch in _batches(values):
+        if key != "train.global_batch" and seq_len and batch % seq_len:
+            yield key, not_whole_bins(batch, seq_len)
+
+
+def _batches(values: Values) -> Iterator[tuple[str, int]]:
+    """The batches a recipe names, with their keys."""
+    ramp, full = values["train.batch_ramp"], values["train.global_batch"]
+    if full:
+        yield "train.global_batch", full
+    if ramp is not None:
+        for batch in [batch for _, batch in ramp.at or ()]:
+            yield "train.batch_ramp.at", batch
+        if ramp.start:
+            yield "train.batch_ramp.start", ramp.start
 
 
 def _zero_stage(values: Values) -> Iterator[tuple[str, str]]:
@@ -228,11 +287,10 @@ def _world_size(values: Values) -> Iterator[tuple[str, str]]:
     if not processes or not values["cluster.num_nodes"]:
         return
     world_size = processes * values["cluster.num_nodes"]
-    batch, seq_len, group = (
-        values[key] for key in ("train.global_batch", "data.seq_len", "execution.hierarchical_partition")
-    )
-    if batch and seq_len and batch % seq_len == 0 and (message := too_few_sequences(batch, seq_len, world_size)):
-        yield "train.global_batch", message
+    seq_len, group = values["data.seq_len"], values["execution.hierarchical_partition"]
+    for key, tokens in _batches(values):
+        if seq_len and tokens % seq_len == 0 and (message := too_few_sequences(tokens, seq_len, world_size)):
+            yield key, message
     if group and world_size % group:
         yield "execution.hierarchical_partition", f"must divide the {world_size} processes, got {group}"
 
@@ -272,6 +330,8 @@ def _is_count(value: object) -> bool:
 _RULES: tuple[Callable[[Values], Iterator[tuple[str, str]]], ...] = (
     _whole_bins,
     _sizes,
+    _row_lengths,
+    _batch_ramp,
     _zero_stage,
     _optimizer,
     _stage_3_only,

@@ -25,6 +25,8 @@ from turbolm.recipe.fields import (
     Positive,
     PositiveNumber,
     Section,
+    StagedTokens,
+    StagedWeight,
     TrainingSpan,
     list_is_tuple,
     positive_span,
@@ -152,20 +154,31 @@ class Tokenizer(Section):
         return self
 
 
-class StdlibSource(Section):
+class Weighted(Section):
+    """What a mixture needs to know of a source."""
+
+    label: Name | None = Field(None, description="what reports call this source; default: its type and number")
+    weight: StagedWeight | None = Field(
+        None,
+        description="share of the tokens, relative to the other sources; a mapping such as {0%: 3, 80%: 1} changes it "
+        "as the budget is used; without weights every document is read once an epoch",
+    )
+
+
+class StdlibSource(Weighted):
     """The source files of the running Python's standard library: always there, real, long-tailed."""
 
     type: Literal["stdlib"] = Field(description="which kind of source this is")
 
 
-class TextSource(Section):
+class TextSource(Weighted):
     """Plain UTF-8 text files; each file is one document."""
 
     type: Literal["text"] = Field(description="which kind of source this is")
     path: Paths = Field(description="a path, a glob (`**` allowed) or a list of them")
 
 
-class JsonlSource(Section):
+class JsonlSource(Weighted):
     """JSON lines (.jsonl, .jsonl.gz, .jsonl.zst); each line is one document."""
 
     type: Literal["jsonl"] = Field(description="which kind of source this is")
@@ -173,7 +186,7 @@ class JsonlSource(Section):
     field: Text = Field("text", description="the key or column that holds the document's text")
 
 
-class ParquetSource(Section):
+class ParquetSource(Weighted):
     """Parquet files; each row is one document."""
 
     type: Literal["parquet"] = Field(description="which kind of source this is")
@@ -181,7 +194,7 @@ class ParquetSource(Section):
     field: Text = Field("text", description="the key or column that holds the document's text")
 
 
-class DatasetsSource(Section):
+class DatasetsSource(Weighted):
     """A data set of the `datasets` library, by hub name or local path."""
 
     type: Literal["datasets"] = Field(description="which kind of source this is")
@@ -198,6 +211,47 @@ Source = Annotated[
 ]
 
 
+class LengthStages(Section):
+    """Row lengths by hand."""
+
+    name: Literal["stages"] = Field(description="which schedule this is")
+    at: StagedTokens = Field(description="row length from each place on, such as {0%: 128, 30%: 512, 60%: 2048}")
+
+
+class LengthGrowth(Section):
+    """Rows that grow from `start` to data.seq_len; batches keep their number of tokens (arXiv 2108.06084)."""
+
+    name: Literal["growth"] = Field(description="which schedule this is")
+    start: Annotated[Positive, Field(ge=8)] = Field(128, description="the first row length")
+    over: Annotated[TrainingSpan, AfterValidator(positive_span)] = Field(
+        Span(0.5, "share"), description="where data.seq_len is reached"
+    )
+    shape: Literal["linear", "exponential"] = Field(
+        "exponential", description="linear: short rows are left early; exponential: as long at each length"
+    )
+    num_lengths: Annotated[int, Field(ge=2)] = Field(5, description="different lengths, at most")
+    remix: Annotated[Share, Field(lt=1)] = Field(
+        0.0, description="share of the tokens after the growth that use the shorter lengths again, now and then"
+    )
+    remix_every: Annotated[TrainingSpan, AfterValidator(positive_span)] = Field(
+        Span(0.05, "share"), description="how often short rows come back, with `remix`"
+    )
+
+
+class LengthBuckets(Section):
+    """Documents are split into powers of two and trained each at its own length, without packing (arXiv 2405.13226)."""
+
+    name: Literal["buckets"] = Field(description="which schedule this is")
+    smallest: Annotated[Positive, Field(ge=8)] = Field(64, description="shorter pieces are packed into rows of this")
+    order: Literal["grow", "shuffled"] = Field(
+        "grow", description="grow: each cycle over the lengths begins with mostly short rows; shuffled: no order"
+    )
+    cycles: Annotated[int, Field(ge=1)] = Field(8, description="cycles over the lengths in the budget, with `grow`")
+
+
+LengthSchedule = Annotated[LengthStages | LengthGrowth | LengthBuckets, Field(discriminator="name")]
+
+
 class Data(Section):
     """What is read and how documents become sequences."""
 
@@ -210,6 +264,11 @@ class Data(Section):
         description="best_fit: several documents a row, kept apart; concat: the same, cut wherever a row is full; "
         "single: one document a row, padded",
     )
+    grouping: Literal["batch", "window"] = Field(
+        "batch",
+        description="window: rows of similar attention cost share a batch, for few rows a process; batch: they do not",
+    )
+    length_schedule: LengthSchedule | None = Field(None, description="none: every row has seq_len tokens")
     validation: Annotated[Share, Field(lt=1)] = Field(
         0.01, description="share of documents held out by content hash, so that no text is on both sides"
     )
@@ -217,12 +276,43 @@ class Data(Section):
         "none", description="exact: of documents with the same text only the first is kept"
     )
 
+    @model_validator(mode="after")
+    def _coherent(self) -> Data:
+        weighted = [source.weight is not None for source in self.sources]
+        if any(weighted) and not all(weighted):
+            raise ValueError("expected a `weight` for every one of `sources`, or for none")
+        labels = [source.label for source in self.sources if source.label is not None]
+        if len(set(labels)) < len(labels):
+            raise ValueError("expected another `label` for each of `sources`")
+        return self
+
+
+class BatchRamp(Section):
+    """A batch that grows to train.global_batch: by hand with `at`, or in even steps from `start`."""
+
+    at: StagedTokens | None = Field(None, description="tokens of a step from each place on, such as {0%: 64k, 10%: 1M}")
+    start: Positive | None = Field(None, description="tokens of the first steps")
+    over: Annotated[TrainingSpan, AfterValidator(positive_span)] = Field(
+        Span(0.1, "share"), description="where train.global_batch is reached, with `start`"
+    )
+    num_levels: Annotated[int, Field(ge=2)] = Field(4, description="different batches, with `start`")
+    lr_scaling: Literal["none", "sqrt", "linear"] = Field(
+        "sqrt", description="the learning rate is scaled by this power of the batch's share of train.global_batch"
+    )
+
+    @model_validator(mode="after")
+    def _one_form(self) -> BatchRamp:
+        if (self.at is None) == (self.start is None):
+            raise ValueError("expected exactly one of `at` (a mapping) and `start` (tokens)")
+        return self
+
 
 class Train(Section):
     """How long, how much at once, and the numerics that change the result."""
 
     budget: Positive = Field(description="tokens to train on (bins x seq_len of all steps)")
     global_batch: Positive = Field(description="tokens of one optimizer step over all processes")
+    batch_ramp: BatchRamp | None = Field(None, description="smaller batches at the start of the run")
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(0, description="of initial weights, data order and dropout")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="auto: bf16 where the processor computes in it, else fp32; settled at the first start"

@@ -14,6 +14,7 @@ from turbolm.checkpoint.saver import CheckpointSaver
 from turbolm.data.loader import BatchLoader, GlobalBatch
 from turbolm.data.store import TokenStore
 from turbolm.models.loss import IGNORED_TARGET
+from turbolm.plan.curriculum import lr_factor
 from turbolm.plan.plan import Plan
 from turbolm.reliability.stop import StopRequest
 from turbolm.schedules import lr_ratio, ramp_value
@@ -34,7 +35,6 @@ class Session:
     store: TokenStore
     loader: BatchLoader
     attention: str
-    budgets_tokens: list[int]
     saver: CheckpointSaver
     group: dist.ProcessGroup | None
     stop: StopRequest
@@ -47,16 +47,16 @@ class Session:
 
 def train(session: Session) -> EvaluationResult | None:
     """Train to the end of the budget and evaluate; None when the run was asked to stop (everything is saved)."""
-    plan, recipe, num_steps = session.plan, session.plan.recipe, session.plan.batch.num_steps
+    plan, recipe, num_steps = session.plan, session.plan.recipe, session.plan.num_steps
     for batch in session.loader.iterate(session.step, num_steps):
         reason = agree_to_stop(session, batch)
         if reason:
             session.log.say(f"asked to stop by {reason}: saving after step {session.step}")
             save(session, last=True)
             return None
-        lr = learning_rate(session)
+        lr = learning_rate(plan, session.step)
         set_learning_rate(session.engine, lr)
-        set_other_schedules(session.engine, plan, session.step, session.budgets_tokens[0])
+        set_other_schedules(session.engine, plan, session.step)
         result = train_step(session.engine, batch.micro_batches, batch.num_targets, session.attention)
         session.step += 1
         session.log.add_step(session.step, lr, batch, result, batch_flops(session, batch))
@@ -74,19 +74,24 @@ def train(session: Session) -> EvaluationResult | None:
     return evaluation
 
 
-def learning_rate(session: Session) -> float:
-    """The rate of the next step, read from the schedule at the middle of the tokens it covers: neither the first step
-    of a warmup nor the last of a decay to zero is wasted."""
-    recipe, tokens = session.plan.recipe, session.plan.batch.global_batch_tokens
-    whole_steps = [-(-budget // tokens) * tokens for budget in session.budgets_tokens]  # as many as are trained on
-    ratio = lr_ratio(recipe.schedule, (session.step + 0.5) * tokens, whole_steps, tokens)
-    return float(recipe.optimizer.lr * ratio)
+def learning_rate(plan: Plan, step: int) -> float:
+    """The rate of the step after `step` finished ones.
+
+    It is read from the schedule at the middle of the tokens the step covers: neither the first step of a warmup nor the
+    last of a decay to zero is wasted.
+    """
+    recipe, curriculum = plan.recipe, plan.curriculum
+    batch, full_batch = curriculum.segment(step).global_batch_tokens, recipe.train.global_batch
+    tokens = curriculum.tokens_seen(step) + batch / 2
+    ratio = lr_ratio(recipe.schedule, tokens, curriculum.whole_budgets_tokens, full_batch)
+    return float(recipe.optimizer.lr * ratio * lr_factor(recipe.train.batch_ramp, batch, full_batch))
 
 
-def set_other_schedules(engine: Any, plan: Plan, step: int, first_budget_tokens: int) -> None:
+def set_other_schedules(engine: Any, plan: Plan, step: int) -> None:
     """Weight decay and momentum of the next step, where the recipe schedules them; read as the learning rate is."""
-    schedule, batch_tokens = plan.recipe.schedule, plan.batch.global_batch_tokens
-    place = ((step + 0.5) * batch_tokens, first_budget_tokens, batch_tokens)
+    schedule, curriculum = plan.recipe.schedule, plan.curriculum
+    tokens = curriculum.tokens_seen(step) + curriculum.segment(step).global_batch_tokens / 2
+    place = (tokens, curriculum.budgets_tokens[0], plan.recipe.train.global_batch)
     if schedule.weight_decay is not None:
         set_weight_decay(engine, ramp_value(schedule.weight_decay, *place))
     if schedule.momentum is not None:
@@ -158,8 +163,8 @@ def save(session: Session, *, eval_loss: float | None = None, last: bool = False
         best = session.best_eval_loss
         state = {
             "step": session.step,
-            "tokens_seen": session.step * session.plan.batch.global_batch_tokens,
-            "next_batch": session.step,
+            "tokens_seen": session.plan.curriculum.tokens_seen(session.step),
+            "order_digest": session.loader.order.digest(session.step),
             "best_eval_loss": best if math.isfinite(best) else None,
         }
         session.saver.save(session.step, state, eval_loss)

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from turbolm.data.loader import GlobalBatch
 from turbolm.models.compile import compilations
+from turbolm.plan.curriculum import Curriculum
 from turbolm.train.step import StepResult
 from turbolm.units import format_count, format_duration
 
@@ -30,14 +31,13 @@ class MetricsLog:
 
     path: Path
     attempt: int
-    num_steps: int
-    global_batch_tokens: int
+    curriculum: Curriculum
     peak_flops: float | None
     group: dist.ProcessGroup | None
     terminal: TextIO
     _pending: list[tuple[dict[str, Any], StepResult]] = field(default_factory=list)
     _last_time: float = field(default_factory=time.perf_counter)
-    _seconds_per_step: float | None = None
+    _tokens_per_sec: float | None = None
     _unwritten: list[str] = field(default_factory=list)
     _is_told: bool = False
 
@@ -45,15 +45,20 @@ class MetricsLog:
         """Note a finished step. `flops` is the training work of its global batch."""
         now = time.perf_counter()
         seconds, self._last_time = now - self._last_time, now
+        tokens = len(batch.bins) * batch.bins.seq_len
         line = {
             "step": step,
             "attempt": self.attempt,
-            "tokens_seen": step * self.global_batch_tokens,
+            "tokens_seen": self.curriculum.tokens_seen(step),
             "train/targets": batch.num_targets,
             "train/lr": lr,
-            "perf/tokens_per_sec": self.global_batch_tokens / seconds,
+            "perf/tokens_per_sec": tokens / seconds,
             "perf/mfu": flops / seconds / self.peak_flops if self.peak_flops else None,
+            "data/seq_len": batch.bins.seq_len,
+            "data/batch_tokens": tokens,
             "data/padding_fraction": batch.padding_fraction,
+            "data/imbalance": batch.imbalance,
+            "data/mean_length": batch.num_targets / len(batch.bins.length),
             "data/samples": batch.samples_digest,
         }
         num_graphs, compile_seconds = compilations.take_new()
@@ -87,7 +92,7 @@ class MetricsLog:
         """Write and show an evaluation."""
         if dist.get_rank() == 0:
             values = {"eval/loss": loss, "eval/bits_per_byte": bits_per_byte}
-            tokens_seen = step * self.global_batch_tokens
+            tokens_seen = self.curriculum.tokens_seen(step)
             self._append([{"step": step, "attempt": self.attempt, "tokens_seen": tokens_seen, **values}])
             self.say(f"step {step}  eval loss {loss:.4f}  bits per byte {bits_per_byte:.4f}")
 
@@ -119,16 +124,17 @@ class MetricsLog:
 
     def _show(self, lines: list[dict[str, Any]]) -> None:
         last = lines[-1]
-        seconds = [self.global_batch_tokens / line["perf/tokens_per_sec"] for line in lines]
-        mean = sum(seconds) / len(seconds)
-        before = self._seconds_per_step
-        self._seconds_per_step = mean if before is None else 0.7 * before + 0.3 * mean
-        rate = self.global_batch_tokens / mean
+        tokens = sum(line["data/batch_tokens"] for line in lines)
+        rate = tokens / sum(line["data/batch_tokens"] / line["perf/tokens_per_sec"] for line in lines)
+        before = self._tokens_per_sec
+        self._tokens_per_sec = rate if before is None else 0.7 * before + 0.3 * rate
+        num_steps = self.curriculum.num_steps
+        tokens_left = self.curriculum.tokens_seen(num_steps) - last["tokens_seen"]
         mfu = [line["perf/mfu"] for line in lines if line["perf/mfu"] is not None]
         norm = last["train/grad_norm"]
         parts = [
-            f"step {last['step']}/{self.num_steps}",
-            f"{100 * last['step'] / self.num_steps:.0f}%",
+            f"step {last['step']}/{num_steps}",
+            f"{100 * last['step'] / num_steps:.0f}%",
             f"loss {last['train/loss']:.4f}",
             f"norm {norm:.3f}" if norm is not None else "norm skipped",
             f"lr {last['train/lr']:.2e}",
@@ -137,7 +143,7 @@ class MetricsLog:
         ]
         if mfu:
             parts.append(f"MFU {100 * sum(mfu) / len(mfu):.0f}%")
-        parts.append(f"ETA {format_duration((self.num_steps - last['step']) * self._seconds_per_step)}")
+        parts.append(f"ETA {format_duration(tokens_left / self._tokens_per_sec)}")
         text = "  ".join(parts)
         _log(text)
         if self.terminal.isatty():

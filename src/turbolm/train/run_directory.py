@@ -91,7 +91,8 @@ def write_attempt(run: RunDirectory, number: int, plan: Plan, machine: Machine) 
     """Record what this attempt runs with."""
     folder = run.attempt(number)
     described = {key: value for key, value in asdict(plan).items() if key not in ("recipe", "ds_config")}
-    write_json(folder / "plan.json", described)
+    tokens = plan.curriculum.tokens_seen(plan.num_steps)
+    write_json(folder / "plan.json", {"num_steps": plan.num_steps, "num_tokens": tokens, **described})
     write_json(folder / "ds_config.json", plan.ds_config)
     versions = {name: importlib.metadata.version(name) for name in _VERSIONED}
     system = {"python": platform.python_version(), "platform": platform.platform(), "host": platform.node()}

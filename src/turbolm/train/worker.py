@@ -19,7 +19,7 @@ from turbolm.checkpoint.save import gather_over
 from turbolm.checkpoint.saver import CheckpointSaver
 from turbolm.checkpoint.verify import find_newest_valid
 from turbolm.data.loader import BatchLoader
-from turbolm.data.order import BatchOrder
+from turbolm.data.order import recipe_order
 from turbolm.data.prepare import find_store
 from turbolm.data.store import TokenStore, check_tokenizer, open_store
 from turbolm.errors import EXIT_OK, EXIT_REQUEUE, UserError
@@ -94,14 +94,14 @@ def _run_locked(recipe: Recipe, attempt: int | None, lock: RunLock) -> int:
         timeout_sec=recipe.execution.process_group_timeout,
     )
     group = control_group()
-    attempt, budgets = _open_run(run, plan, machine, store, attempt, group, lock)
+    attempt, plan = _open_run(run, plan, machine, store, attempt, group, lock)
     terminal = redirect_output(run.attempt(attempt) / f"log.rank{dist.get_rank()}.txt")
     if is_finished(run, recipe.train.budget):
         if dist.get_rank() == 0:
             terminal.write(f"{run.path} is complete; see {run.results}\n")
             write_outcome(run, attempt, "complete", EXIT_OK)
         return EXIT_OK
-    session = _build_session(accelerator, plan, run, store, budgets, stop, attempt, terminal, group, machine)
+    session = _build_session(accelerator, plan, run, store, stop, attempt, terminal, group, machine)
     session.saver.before_commit = lock.check
     _resume(session)
     num_parameters = count_parameters(session.engine.module)
@@ -157,8 +157,11 @@ def _open_run(
     attempt: int | None,
     group: Any,
     lock: RunLock,
-) -> tuple[int, list[int]]:
-    """Rank 0 settles contract and attempt; every rank gets the attempt's number and the budgets, or its UserError."""
+) -> tuple[int, Plan]:
+    """Rank 0 settles contract and attempt; every rank gets the attempt's number and the plan with the run's budgets.
+
+    Every rank raises the UserError of rank 0.
+    """
     answer: list[Any] = [None]
     if dist.get_rank() == 0:
         try:
@@ -166,7 +169,7 @@ def _open_run(
             lock.acquire()
             budgets = settle_contract(run, plan.recipe, store.fingerprint)
             number = attempt or open_attempt(run)
-            write_attempt(run, number, plan, machine)
+            write_attempt(run, number, plan.with_budgets(budgets), machine)
             answer = [(number, budgets)]
         except (UserError, OSError) as error:
             answer = [str(error)]
@@ -174,7 +177,7 @@ def _open_run(
     if isinstance(answer[0], str):
         raise UserError(answer[0])
     number, budgets = answer[0]
-    return number, budgets
+    return number, plan.with_budgets(budgets)
 
 
 def _build_session(
@@ -182,7 +185,6 @@ def _build_session(
     plan: Plan,
     run: RunDirectory,
     store: TokenStore,
-    budgets: list[int],
     stop: StopRequest,
     attempt: int,
     terminal: TextIO,
@@ -192,7 +194,7 @@ def _build_session(
     """Model, engine, data and logging of a run that is about to train or resume."""
     recipe = plan.recipe
     engine, attention = build_engine(accelerator, plan, store, run)
-    data, batch = recipe.data, plan.batch
+    data = recipe.data
     if data.packing != "single":
         engine.eval()  # dropout would move the logits by itself
         leak = check_isolation(
@@ -205,8 +207,9 @@ def _build_session(
         )
         engine.train()
         print(f"packed documents are isolated: a change moved its neighbour's logits by {leak:.1e}")
-    order = BatchOrder(store.lengths("train"), data.seq_len, batch.bins_per_batch, recipe.train.seed, data.packing)
-    loader = BatchLoader(order, store, "train", dist.get_world_size(), dist.get_rank(), batch.micro_batch_bins)
+    order = recipe_order(recipe, store, plan.curriculum, save=dist.get_rank() == 0)
+    world_size, rank = dist.get_world_size(), dist.get_rank()
+    loader = BatchLoader(order, store, "train", world_size, rank, recipe.execution.micro_batch)
     num_matmul = count_parameters(engine.module, min_dims=2)
     config = engine.module.config.to_dict()
 
@@ -217,8 +220,7 @@ def _build_session(
     log = MetricsLog(
         path=run.metrics,
         attempt=attempt,
-        num_steps=batch.num_steps,
-        global_batch_tokens=batch.global_batch_tokens,
+        curriculum=plan.curriculum,
         peak_flops=_peak_flops(engine, plan, machine),
         group=group,
         terminal=terminal,
@@ -230,7 +232,6 @@ def _build_session(
         store=store,
         loader=loader,
         attention=attention,
-        budgets_tokens=budgets,
         saver=_build_saver(plan, run, engine, stop, log),
         group=group,
         stop=stop,
@@ -329,6 +330,11 @@ def _resume(session: Session) -> None:
         return
     state = load_checkpoint(newest, session.engine)
     session.step = session.saved_step = int(state["step"])
+    if state["order_digest"] != session.loader.order.digest(session.step):
+        raise UserError(
+            f"the order of the data is another than the one {newest} was trained with, so it cannot go on exactly: "
+            "another version of turbolm has written it. Use that version, or start a run with a new `name`"
+        )
     if state.get("best_eval_loss") is not None:
         session.best_eval_loss = float(state["best_eval_loss"])
     session.log.say(f"resumed from {newest}")

@@ -1,0 +1,238 @@
+"""The plan table: which documents each window of steps draws, built row after row, and its file.
+
+A row draws the next documents of each source's stream and adds the few pieces that the row before left over. What does
+not fill whole batches is carried on in its turn. So a row needs nothing but itself to be packed again, a change of
+length, batch or mixture falls on a step, and no document is lost or repeated. Rows never change: a larger budget
+appends some.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import zipfile
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from turbolm.data.packing import Bins, IntArray
+from turbolm.data.stream import DocumentStream, random_order, random_raw
+from turbolm.data.window import Grouping, Packing, Pieces, Random, Window, arrange, count_batches, pack_window
+from turbolm.plan.curriculum import Segment
+
+ORDER_VERSION = 2  # raise it when the same arguments no longer give the same batches
+_ONE = 2**32  # shares of the sources are whole numbers, so that their sums are exact
+_ROWS = 2**32  # sets the permutations of rows apart from those of sources
+
+
+@dataclass(frozen=True)
+class Row:
+    """Steps `first_step` up to `end_step`, all of one segment of the curriculum.
+
+    `ranges` are the places [begin, end) it draws from each source's stream and `owed` the positions by which each
+    source then lags behind its share; `carried` is what the row before left over, `carried_on` what this one does.
+    `max_pieces` is the largest number of pieces in a bin, by the segment's row lengths. `digest` is the SHA-256 of the
+    rows up to here.
+    """
+
+    first_step: int
+    end_step: int
+    segment: int
+    ranges: tuple[tuple[int, int], ...]
+    owed: tuple[int, ...]
+    carried: Pieces
+    carried_on: Pieces
+    max_pieces: tuple[int, ...]
+    digest: str = ""
+
+
+@dataclass(frozen=True)
+class OrderSettings:
+    """Everything but the documents that decides the batches."""
+
+    segments: tuple[Segment, ...]
+    seed: int
+    packing: Packing
+    grouping: Grouping
+    window_documents: int
+
+    def digest(self, documents: str) -> str:
+        """SHA-256 of all but the segments, and of `documents`, a fingerprint of what the sources hold."""
+        settings = {name: value for name, value in asdict(self).items() if name != "segments"}
+        return hashlib.sha256(json.dumps([ORDER_VERSION, documents, settings], sort_keys=True).encode()).hexdigest()
+
+    def key(self, documents: str) -> str:
+        """SHA-256 of everything that decides a table, the end of its last segment apart."""
+        segments = [asdict(segment) for segment in self.segments]
+        return hashlib.sha256(json.dumps([self.digest(documents), segments]).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The streams that the segments' weights speak of (or one of all documents) and their documents' mean positions."""
+
+    streams: Sequence[DocumentStream]
+    mean_positions: Sequence[float]
+
+    def read(self, ranges: Sequence[tuple[int, int]]) -> Pieces:
+        """The documents of these places, source by source."""
+        return Pieces.join([Pieces.whole(*s.read(*place)) for s, place in zip(self.streams, ranges, strict=True)])
+
+
+def open_window(row: Row, number: int, sources: Sources, settings: OrderSettings) -> Window:
+    """The batches of row `number`."""
+    segment = settings.segments[row.segment]
+    packed = _pack(sources.read(row.ranges), row.carried, number, settings, segment)
+    random = _random(settings.seed, number)
+    return arrange(packed, segment, row.end_step - row.first_step, settings.packing, settings.grouping, random)[0]
+
+
+def build_row(rows: Sequence[Row], sources: Sources, settings: OrderSettings, first_digest: str) -> Row:
+    """The row that follows `rows`; `first_digest` stands for what came before the first."""
+    number, num_sources = len(rows), len(sources.streams)
+    if rows:
+        last = rows[-1]
+        step, begins, owed, carried = last.end_step, [end for _, end in last.ranges], list(last.owed), last.carried_on
+        before = last.digest
+    else:
+        step, begins, owed, carried = 0, [0] * num_sources, [0] * num_sources, Pieces(*np.zeros((3, 0), np.int64))
+        before = first_digest
+    segments = settings.segments
+    index = bisect_right([segment.first_step for segment in segments], step) - 1
+    segment = segments[index]
+    most_steps = segments[index + 1].first_step - step if index + 1 < len(segments) else None
+    ends = list(begins)
+    positions = _window_positions(sources, settings, segment, most_steps) - int(carried.length.sum())
+    _advance(sources, segment, positions, ends, owed, cross_epoch=False)
+    while True:
+        documents = sources.read(list(zip(begins, ends, strict=True)))
+        packed = _pack(documents, carried, number, settings, segment)
+        num_steps = count_batches(packed, segment)
+        if num_steps:
+            break
+        # Not one batch: draw on, over the end of an epoch.
+        _advance(sources, segment, segment.global_batch_tokens, ends, owed, cross_epoch=True)
+    num_steps = min(num_steps, most_steps or num_steps)
+    random = _random(settings.seed, number)
+    window, carried_on = arrange(packed, segment, num_steps, settings.packing, settings.grouping, random)
+    row = Row(
+        first_step=step,
+        end_step=step + num_steps,
+        segment=index,
+        ranges=tuple(zip(begins, ends, strict=True)),
+        owed=tuple(owed),
+        carried=carried,
+        carried_on=carried_on,
+        max_pieces=tuple(int(np.diff(bins.offsets).max(initial=0)) for bins in window.bins),
+    )
+    return replace(row, digest=_row_digest(row, segment, window, before))
+
+
+def _advance(
+    sources: Sources, segment: Segment, positions: int, ends: list[int], owed: list[int], *, cross_epoch: bool
+) -> None:
+    """Move `ends` on by about `positions`, shared as the segment says; `owed` keeps the shares exact over time.
+
+    The source whose epoch lasts longest sets the pace. It stops at the end of its epoch, so that a window mixes two
+    epochs only where it would not fill a batch otherwise.
+    """
+    weights = segment.weights or (1.0,)
+    shares = [round(weight * _ONE) for weight in weights]
+    lasting = [
+        stream.num_documents * mean / share if share else 0.0
+        for stream, mean, share in zip(sources.streams, sources.mean_positions, shares, strict=True)
+    ]
+    lead = lasting.index(max(lasting))
+    stream = sources.streams[lead]
+    limit = None if cross_epoch else (ends[lead] // stream.num_documents + 1) * stream.num_documents
+    ends[lead], paced = stream.advance(ends[lead], positions * shares[lead] // _ONE, limit)
+    owed[lead] = 0
+    for number, other in enumerate(sources.streams):
+        if number != lead:
+            owed[number] += paced * shares[number] // shares[lead]
+            ends[number], drawn = other.advance(ends[number], owed[number])
+            owed[number] -= drawn
+
+
+def _window_positions(sources: Sources, settings: OrderSettings, segment: Segment, most_steps: int | None) -> int:
+    """How much a window should draw: so many documents of average length, or what the segment still needs."""
+    documents = sum(stream.num_documents for stream in sources.streams)
+    in_all = sum(s.num_documents * mean for s, mean in zip(sources.streams, sources.mean_positions, strict=True))
+    positions = max(int(settings.window_documents * in_all / documents), segment.global_batch_tokens)
+    return positions if most_steps is None else min(positions, most_steps * segment.global_batch_tokens)
+
+
+def _pack(documents: Pieces, carried: Pieces, number: int, settings: OrderSettings, segment: Segment) -> list[Bins]:
+    pieces = Pieces.join([carried, documents])
+    if len(segment.weights or ()) > 1:  # mix the sources, for packings that keep the order of documents
+        pieces = pieces.select(random_order(len(pieces.length), settings.seed, number, _ROWS, 0))
+    return pack_window(pieces, segment, settings.packing)
+
+
+def _random(seed: int, number: int) -> Random:
+    return lambda count, use: random_raw(count, seed, number, _ROWS, use + 1)
+
+
+def _row_digest(row: Row, segment: Segment, window: Window, before: str) -> str:
+    digest = hashlib.sha256(before.encode())
+    digest.update(json.dumps([asdict(segment), row.first_step, row.end_step, row.ranges, row.owed]).encode())
+    for pieces in (row.carried, row.carried_on):
+        digest.update(np.stack([pieces.document, pieces.start, pieces.length]).astype("<i8").tobytes())
+    digest.update(window.which.astype("<i8").tobytes())
+    return digest.hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------------- the file
+
+
+def save_table(path: Path, key: str, rows: Sequence[Row]) -> None:
+    """Write the rows to `path` (.npz without pickles), through a temporary file."""
+    pieces = [rows[0].carried, *(row.carried_on for row in rows)]
+    arrays: dict[str, IntArray] = {
+        "numbers": np.array([[row.first_step, row.end_step, row.segment] for row in rows], np.int64),
+        "ranges": np.array([row.ranges for row in rows], np.int64),
+        "owed": np.array([row.owed for row in rows], np.int64),
+        "piece_counts": np.array([len(part.length) for part in pieces], np.int64),
+        "pieces": np.stack(list(vars(Pieces.join(pieces)).values())),
+        "max_pieces_counts": np.array([len(row.max_pieces) for row in rows], np.int64),
+        "max_pieces": np.array([most for row in rows for most in row.max_pieces], np.int64),
+        "digests": np.array([row.digest for row in rows]),
+        "key": np.array(key),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("wb") as file:
+        np.savez(file, allow_pickle=False, **arrays)
+    temporary.replace(path)
+
+
+def load_table(path: Path, key: str) -> list[Row]:
+    """The rows that `save_table` wrote under this key; none when there is no such file, or a damaged one."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = dict(file)
+        if str(arrays["key"]) != key:
+            return []
+        ends = np.cumsum(arrays["piece_counts"])
+        pieces = [Pieces(*part) for part in np.split(arrays["pieces"], ends[:-1], axis=1)]
+        most = np.split(arrays["max_pieces"], np.cumsum(arrays["max_pieces_counts"])[:-1])
+        return [
+            Row(
+                first_step=int(arrays["numbers"][i, 0]),
+                end_step=int(arrays["numbers"][i, 1]),
+                segment=int(arrays["numbers"][i, 2]),
+                ranges=tuple((begin, end) for begin, end in arrays["ranges"][i].tolist()),
+                owed=tuple(arrays["owed"][i].tolist()),
+                carried=pieces[i],
+                carried_on=pieces[i + 1],
+                max_pieces=tuple(most[i].tolist()),
+                digest=str(arrays["digests"][i]),
+            )
+            for i in range(len(arrays["numbers"]))
+        ]
+    except (OSError, ValueError, KeyError, IndexError, TypeError, EOFError, zipfile.BadZipFile):
+        return []

@@ -1,0 +1,87 @@
+"""What the data will be asked for: attention over the budget, and epochs of each source. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from turbolm.plan.curriculum import Curriculum, Segment
+from turbolm.plan.flops import mean_causal_span
+from turbolm.recipe.schema import Recipe
+
+
+@dataclass(frozen=True)
+class StoreSize:
+    """What a prepared store holds: training positions by source, and the positions of a sample of its documents."""
+
+    source_positions: tuple[int, ...]
+    sample_lengths: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class SourceUse:
+    """How much of a source a run reads. `available_tokens` and `epochs` are None before the data is prepared."""
+
+    label: str
+    planned_tokens: float
+    available_tokens: int | None
+    epochs: float | None
+
+
+def source_uses(recipe: Recipe, curriculum: Curriculum, store: StoreSize | None) -> tuple[SourceUse, ...]:
+    """Each weighted source, or all documents as one."""
+    planned = curriculum.source_tokens()
+    if planned is None:
+        labels = ["all sources" if len(recipe.data.sources) > 1 else source_label(recipe, 0)]
+        planned = [float(curriculum.tokens_seen(curriculum.num_steps))]
+        available = [sum(store.source_positions)] if store else [None]
+    else:
+        labels = [source_label(recipe, number) for number in range(len(planned))]
+        available = list(store.source_positions) if store else [None] * len(planned)
+    return tuple(
+        SourceUse(label, tokens, size, tokens / size if size else None)
+        for label, tokens, size in zip(labels, planned, available, strict=True)
+    )
+
+
+def source_label(recipe: Recipe, number: int) -> str:
+    """The source's label, or its type and number."""
+    source = recipe.data.sources[number]
+    return source.label or f"{source.type}[{number}]"
+
+
+def run_out_notes(uses: Sequence[SourceUse]) -> list[str]:
+    """One line for each source whose documents will be repeated."""
+    return [
+        f"{use.label}: its {use.available_tokens:,} tokens run out and are repeated, {use.epochs:.2f} epochs in all"
+        for use in uses
+        if use.epochs is not None and use.epochs > 1 and use.available_tokens is not None
+    ]
+
+
+def mean_span(curriculum: Curriculum, store: StoreSize | None) -> float:
+    """Keys a query attends to, on average over the run: with the store's documents, else with rows of one document."""
+    ends = [*(segment.first_token for segment in curriculum.segments[1:]), curriculum.tokens_seen(curriculum.num_steps)]
+    total = 0.0
+    for segment, end in zip(curriculum.segments, ends, strict=True):
+        total += (end - segment.first_token) * _segment_span(segment, store)
+    return total / ends[-1]
+
+
+def constant_span(curriculum: Curriculum, store: StoreSize | None) -> float:
+    """The same if every row had the longest length."""
+    longest = curriculum.seq_lens[-1]
+    return _segment_span(Segment(0, 0, (longest,), longest), store)
+
+
+def _segment_span(segment: Segment, store: StoreSize | None) -> float:
+    if store is None:  # of the buckets, all are taken to hold as much
+        return sum(mean_causal_span([seq_len]) for seq_len in segment.seq_lens) / len(segment.seq_lens)
+    pieces: list[int] = []
+    for length in store.sample_lengths:
+        for seq_len in reversed(segment.seq_lens):
+            count, length = divmod(length, seq_len)
+            pieces += [seq_len] * count
+        if length:
+            pieces.append(length)
+    return mean_causal_span(pieces)
