@@ -137,8 +137,9 @@ def test_every_strategy_and_schedule(tmp_path: Path) -> None:
         for step in range(cell.steps):  # the default schedule by hand, in tokens
             batch = curriculum.segment(step).global_batch_tokens
             budget, tokens = curriculum.tokens_seen(curriculum.num_steps), curriculum.tokens_seen(step) + batch / 2
-            progress = (tokens - 0.02 * budget) / (0.98 * budget)
-            rate = 3e-3 * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))
+            warmup = 0.02 * budget
+            cosine = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * (tokens - warmup) / (budget - warmup)))
+            rate = 3e-3 * (tokens / warmup if tokens < warmup else cosine)
             rates.append(rate * (batch / full if cell.name == "ramp" else 1))
         expected = train_reference(recipe, store, rates)
         np.testing.assert_allclose(trained[cell.name], expected, rtol=1e-5, err_msg=cell.name)

@@ -207,8 +207,12 @@ def _build_session(
         )
         engine.train()
         print(f"packed documents are isolated: a change moved its neighbour's logits by {leak:.1e}")
-    order = recipe_order(recipe, store, plan.curriculum, save=dist.get_rank() == 0)
     world_size, rank = dist.get_world_size(), dist.get_rank()
+    if rank > 0:
+        dist.barrier(group=group)
+    order = recipe_order(recipe, store, plan.curriculum, save=rank == 0)
+    if rank == 0:
+        dist.barrier(group=group)  # the others find the table in the cache
     loader = BatchLoader(order, store, "train", world_size, rank, recipe.execution.micro_batch)
     num_matmul = count_parameters(engine.module, min_dims=2)
     config = engine.module.config.to_dict()
@@ -317,7 +321,8 @@ def _resume(session: Session) -> None:
     run, recipe = session.run, session.plan.recipe
     if dist.get_rank() == 0:
         clear_leftovers(run.checkpoints)
-    contracts = {fingerprint(contract_of(with_budget(recipe, budget))) for budget in session.budgets_tokens}
+    budgets = session.plan.curriculum.budgets_tokens
+    contracts = {fingerprint(contract_of(with_budget(recipe, budget))) for budget in budgets}
     agree = gather_over(session.group)
     newest, rejected = find_newest_valid(run.checkpoints, contracts, (dist.get_rank(), dist.get_world_size()), agree)
     for reason in rejected:
