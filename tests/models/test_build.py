@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -134,3 +135,50 @@ class CountOperators(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), kwargs: Any = None) -> Any:
         self.names[function.name()] += 1
         return function(*arguments, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("config", "scaled"),
+    [
+        ({**LLAMA, "hidden_size": 128}, {"o_proj", "down_proj"}),
+        ({"model_type": "gpt2", "n_embd": 128, "n_layer": 4, "n_head": 2}, {"c_proj"}),
+        ({"model_type": "gpt_neox", "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4,
+          "num_attention_heads": 2}, {"dense", "dense_4h_to_h"}),
+    ],
+    ids=lambda value: value["model_type"] if isinstance(value, dict) else "",
+)  # fmt: skip
+def test_depth_scaled_weights_keep_the_residual_stream_small(config: dict[str, Any], scaled: set[str]) -> None:
+    model = build_model(
+        Model(config=config, init="depth_scaled"), complete(Model(config=config)), seed=0, attention="eager"
+    )
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2 and ".norm" not in name:
+            expected = 0.02 / math.sqrt(2 * 4) if name.split(".")[-2] in scaled else 0.02
+            assert parameter.std().item() == pytest.approx(expected, rel=0.05), name
+
+
+def test_the_vocabulary_is_padded() -> None:
+    assert complete(Model(config=LLAMA, pad_vocab_to_multiple=64)).vocab_size == 128
+    assert complete(Model(config={**LLAMA, "vocab_size": 129}, pad_vocab_to_multiple=64)).vocab_size == 192
+    assert complete(Model(config={**LLAMA, "vocab_size": 192}, pad_vocab_to_multiple=64)).vocab_size == 192
+    with pytest.raises(ValueError, match="neither `init` nor `pad_vocab_to_multiple` beside `pretrained`"):
+        Model(pretrained="x", pad_vocab_to_multiple=64)
+
+
+def test_padded_tokens_lose_their_probability() -> None:
+    """They start as likely as any other and are never a target: the softmax itself drives them out."""
+    section = Model(config=LLAMA, pad_vocab_to_multiple=64)
+    model = build_model(section, complete(section), seed=0, attention="sdpa").train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    tokens = torch.randint(0, 100, (8, 17), generator=torch.Generator().manual_seed(0))
+
+    def padded_mass() -> float:
+        return model(tokens[:, :-1], use_cache=False).logits.softmax(-1)[..., 100:].sum(-1).mean().item()
+
+    assert padded_mass() == pytest.approx(28 / 128, rel=0.1)
+    for _ in range(30):
+        logits = model(tokens[:, :-1], use_cache=False).logits
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert padded_mass() < 0.01

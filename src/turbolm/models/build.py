@@ -16,6 +16,7 @@ from transformers.integrations import unset_hf_deepspeed_config
 from turbolm.errors import UserError
 from turbolm.models.attention import ATTENTION_NAMES
 from turbolm.models.initialise import initialise_weights
+from turbolm.plan.count import padded_vocab_size
 from turbolm.recipe.schema import Model
 
 # Layers that carry a state from token to token, or mix positions by convolution, reach over document boundaries.
@@ -36,6 +37,7 @@ def build_config(
         for key, value in (("vocab_size", vocab_size), ("bos_token_id", bos_token_id), ("eos_token_id", eos_token_id)):
             if key not in model.config:
                 setattr(config, key, value)
+        config.vocab_size = padded_vocab_size(model, config.vocab_size)
         if "pad_token_id" not in model.config:
             config.pad_token_id = None
     else:
@@ -92,7 +94,7 @@ def build_model(
     except (ValueError, ImportError, OSError, TypeError) as error:
         raise UserError(f"model: cannot build {config.model_type} with {attention} attention: {error}") from error
     built.tie_weights()
-    initialise_weights(built, seed)
+    initialise_weights(built, seed, depth_scaled=model.init == "depth_scaled")
     return built
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,16 +12,26 @@ import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedModel
 
+from turbolm.errors import UserError
+
+# How Transformers' model types call the matrices whose product is added to the residual stream.
+_RESIDUAL_OUTPUTS = {"o_proj", "out_proj", "c_proj", "down_proj", "dense", "dense_4h_to_h", "fc2", "fc_out", "w2", "wo"}
+
 
 @torch.no_grad()
-def initialise_weights(model: PreTrainedModel, seed: int) -> None:
+def initialise_weights(model: PreTrainedModel, seed: int, *, depth_scaled: bool = False) -> None:
     """Draw the weights with the model's own `_init_weights`, one layer at a time, each from a seed of its own.
 
     The random numbers of a layer do not depend on which layers were drawn before it, nor on where its parameters live:
     they are drawn in fp32 on the CPU and copied. Parameters that ZeRO-3 has partitioned are gathered layer by layer,
     drawn on rank 0 and partitioned again, so that no process ever holds the whole model; then it is collective.
+
+    `depth_scaled` draws the matrices whose output is added to the residual stream with a standard deviation smaller by
+    sqrt(2 x layers), as GPT-2 does (Radford et al. 2019, section 2.3), so that the stream does not grow with depth.
     """
     drawn: set[int] = set()
+    scaled = _residual_outputs(model) if depth_scaled else set()
+    std = model.config.initializer_range / math.sqrt(2 * model.config.num_hidden_layers) if depth_scaled else 0.0
     for name, owner, modules in _layers(model, "", model):
         parameters = [p for module in modules for p in module.parameters(recurse=False) if id(p) not in drawn]
         drawn.update(id(parameter) for parameter in parameters)
@@ -33,18 +44,35 @@ def initialise_weights(model: PreTrainedModel, seed: int) -> None:
 
             with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0):
                 if dist.get_rank() == 0:
-                    _draw(owner, modules, parameters)
+                    _draw(owner, modules, parameters, scaled, std)
         else:
-            _draw(owner, modules, parameters)
+            _draw(owner, modules, parameters, scaled, std)
     torch.manual_seed(seed)
 
 
-def _draw(owner: PreTrainedModel, modules: list[nn.Module], parameters: list[nn.Parameter]) -> None:
+def _residual_outputs(model: PreTrainedModel) -> set[int]:
+    """Ids of the matrices of the layers whose product is added to the residual stream."""
+    found = set()
+    for name, module in model.named_modules():
+        parts = name.split(".")
+        if parts[-1] in _RESIDUAL_OUTPUTS and any(part.isdigit() for part in parts) and hasattr(module, "weight"):
+            found.add(id(module.weight))
+    if not found:
+        raise UserError(f"model.init: depth_scaled knows no residual outputs in {model.config.model_type}; use default")
+    return found
+
+
+def _draw(
+    owner: PreTrainedModel, modules: list[nn.Module], parameters: list[nn.Parameter], scaled: set[int], std: float
+) -> None:
     places = [parameter.data for parameter in parameters]
     for parameter, place in zip(parameters, places, strict=True):
         parameter.data = torch.empty(place.shape, dtype=torch.float32)
     for module in modules:
         owner._init_weights(module)
+    for parameter in parameters:
+        if id(parameter) in scaled:
+            parameter.data.normal_(0.0, std)
     for parameter, place in zip(parameters, places, strict=True):
         place.copy_(parameter.data)
         parameter.data = place

@@ -16,7 +16,7 @@ from typing import Any
 from turbolm.errors import EXIT_BAD_INPUT, UserError
 from turbolm.plan.parameters import estimate_parameters
 from turbolm.recipe.contract import canonical_json
-from turbolm.recipe.schema import Recipe
+from turbolm.recipe.schema import Model, Recipe
 
 MODEL_CONFIG_FILE = "model_config.json"  # beside a recipe: the config.json of a checkpoint that is elsewhere
 _COUNT_TIMEOUT_SEC = 300
@@ -39,10 +39,9 @@ def read_model_config(recipe: Recipe, recipe_file: str | Path) -> tuple[dict[str
     """
     model, train = recipe.model, recipe.tokenizer.train
     if model.config is not None:
-        if "vocab_size" in model.config:
-            return dict(model.config), []
-        if train is not None:
-            return {**model.config, "vocab_size": train.vocab_size}, []
+        vocab_size = model.config.get("vocab_size", train.vocab_size if train is not None else None)
+        if isinstance(vocab_size, int):
+            return {**model.config, "vocab_size": padded_vocab_size(model, vocab_size)}, []
         return dict(model.config), ["model.config names no vocab_size: the model type's default is assumed"]
     folder = Path(str(model.pretrained))
     beside = Path(recipe_file).parent / MODEL_CONFIG_FILE
@@ -51,6 +50,12 @@ def read_model_config(recipe: Recipe, recipe_file: str | Path) -> tuple[dict[str
     if beside.is_file():
         return _read_json(beside), [f"{folder} is not on this machine: its size is taken from {beside}"]
     return None, [f"{folder} is not on this machine: the size of the model is not known"]
+
+
+def padded_vocab_size(model: Model, vocab_size: int) -> int:
+    """Rows of the embedding and the head: the vocabulary, rounded up to `model.pad_vocab_to_multiple`."""
+    multiple = model.pad_vocab_to_multiple
+    return -(-vocab_size // multiple) * multiple
 
 
 def size_model(config: Mapping[str, Any], cache_dir: str | Path) -> ModelSize:

@@ -124,6 +124,15 @@ class Model(Section):
     dropout: Annotated[Number, Field(ge=0, lt=1)] = Field(
         0.0, description="every dropout of the model, unless `config` names one itself"
     )
+    init: Literal["default", "depth_scaled"] = Field(
+        "default",
+        description="initial weights: as the model type draws them, or those that are added to the residual stream "
+        "smaller by sqrt(2 x layers), as in GPT-2",
+    )
+    pad_vocab_to_multiple: Annotated[int, Field(ge=1)] = Field(
+        1,
+        description="rows of embedding and head, such as 64 or 128: whole tiles of a GPU; the added tokens never occur",
+    )
 
     @model_validator(mode="after")
     def _one_origin(self) -> Model:
@@ -131,6 +140,10 @@ class Model(Section):
             raise ValueError("expected exactly one of `config` (a mapping with model_type) and `pretrained` (a path)")
         if self.config is not None and not isinstance(self.config.get("model_type"), str):
             raise ValueError("expected `config` to name its Hugging Face `model_type`, such as llama or gpt2")
+        if self.pretrained is not None and (self.init, self.pad_vocab_to_multiple) != ("default", 1):
+            raise ValueError(
+                "expected neither `init` nor `pad_vocab_to_multiple` beside `pretrained`: its weights are given"
+            )
         return self
 
 
