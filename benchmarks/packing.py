@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -34,10 +36,13 @@ from turbolm.recipe.schema import StdlibSource
 
 BYTES_PER_TOKEN = 4  # usual for English text and a vocabulary of some ten thousand tokens
 WINDOW_DOCUMENTS = 65536  # BatchOrder's default: what a recipe packs at a time
+# The launcher sets these for every rank: freed memory is kept instead of being mapped anew for each batch.
+KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
 TARGETS = {
     "utilisation": 0.9995,  # of best_fit, all documents packed at once
     "planning_docs_per_s": 5e6,  # best_fit with the assignment of documents, on one core
     "growth": 1.3,  # at most: processor time per document with the most documents, over that with the fewest
+    "growth_in_windows": 1.3,  # the same packed as a run does
     "moving_ratio": 5.0,  # our token-moving rate over the faster rival that keeps documents apart
 }
 
@@ -277,14 +282,16 @@ def judge(plans: list[Plan], rivals: list[Rival]) -> tuple[dict[str, float | Non
     best = sorted((p for p in plans if p.packing == "best_fit"), key=lambda p: p.documents)
     apart = [r.ratio for r in rivals if r.task == "move" and r.keeps_apart and r.ratio]
     growth = best[0].assign_docs_per_s / best[-1].assign_docs_per_s if len(best) > 1 else None
+    in_windows = best[0].windows_docs_per_s / best[-1].windows_docs_per_s if len(best) > 1 else None
     figures: dict[str, float | None] = {
         "utilisation": min(p.utilisation for p in best),
         "planning_docs_per_s": min(p.assign_docs_per_s for p in best),
         "growth": growth,
+        "growth_in_windows": in_windows,
         "moving_ratio": min(apart, default=None),
     }
     met = {
-        name: None if value is None else bool(value <= TARGETS[name] if name == "growth" else value >= TARGETS[name])
+        name: None if value is None else bool(value <= TARGETS[name] if "growth" in name else value >= TARGETS[name])
         for name, value in figures.items()
     }
     return figures, met
@@ -371,4 +378,6 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    if not KEEP_MEMORY.items() <= os.environ.items():
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | KEEP_MEMORY)
     main()

@@ -174,7 +174,7 @@ def evaluation_batches(
     most = int(np.diff(bins.offsets).max()) if fixed_cu_seqlens else None
     per_batch = world_size * micro_batch_bins
     for index, first in enumerate(range(0, len(bins), per_batch)):
-        part = bins.select(np.arange(first, min(first + per_batch, len(bins))))
+        part = bins.slice(first, min(first + per_batch, len(bins)))
         yield _global_batch(index, part, store, "validation", (world_size, rank, micro_batch_bins), most)
 
 

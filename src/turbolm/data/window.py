@@ -74,7 +74,7 @@ class Window:
     def batch(self, index: int) -> Bins:
         """The bins of one batch."""
         first, count = int(self.first[index]), int(self.count[index])
-        return self.bins[self.which[index]].select(np.arange(first, first + count))
+        return self.bins[self.which[index]].slice(first, first + count)
 
 
 def pack_window(pieces: Pieces, segment: Segment, packing: Packing) -> list[Bins]:
