@@ -1,6 +1,6 @@
 # One command for each thing one does with this repository. `make` alone lists them and changes nothing.
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint lock clean
+.PHONY: help setup train test chaos lint lock clean
 PYTHON_VENV := .venv/bin/python
 
 help: ## list the targets
@@ -14,6 +14,9 @@ train: setup ## train recipes/quickstart (ARGS='train.budget=1M' overrides the r
 
 test: setup lint ## lint, then run the tests (ARGS='-k packing' selects)
 	@$(PYTHON_VENV) -m pytest -n 2 --dist loadgroup $(ARGS)
+
+chaos: setup ## kill runs, fill disks, damage checkpoints for longer (CHAOS_KILLS=30 CHAOS_SEED=n)
+	@CHAOS_KILLS=$${CHAOS_KILLS:-30} CHAOS_SEED=$${CHAOS_SEED:-$$(date +%s)} $(PYTHON_VENV) -m pytest -s tests/chaos $(ARGS)
 
 lint: setup ## ruff, mypy and the import contracts
 	@$(PYTHON_VENV) -m ruff check .

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from tests.train.harness import Cell, cell_recipe, run_cells
@@ -15,6 +17,7 @@ from tests.train.test_equivalence import learning_rates
 from turbolm.checkpoint.load import CheckpointReader
 from turbolm.data.prepare import prepare
 from turbolm.data.store import open_store
+from turbolm.recipe.optimizers import OPTIMIZERS
 
 SAVED, END = 4, 8
 
@@ -110,3 +113,34 @@ def test_loading_restores_every_element_before_the_next_step(tmp_path: Path) -> 
                 again = read_tensors(folder / f"{world_size}-{stage}" / "step-00000003")
                 assert again.keys() == written.keys()
                 assert all(torch.equal(again[name], written[name]) for name in written), (precision, world_size, stage)
+
+
+@pytest.mark.slow
+def test_every_optimizer_resumes_bitwise_and_element_wise_state_moves(tmp_path: Path) -> None:
+    """At every stage it works at; from ZeRO-2 also to stage 3, unless its state is bound to the partitions."""
+    rates = {"sgd": 0.3, "adafactor": 0.1, "lion": 1e-3}
+    bound = ("adamw_8bit",)
+    cells, moves = [], []
+    for name, traits in OPTIMIZERS.items():
+        settings: dict[str, Any] = {
+            "micro_batch_bins": 1,
+            "optimizer": {"name": name, "lr": rates.get(name, 3e-3)},
+        }
+        stages = traits.zero_stages
+        for stage in stages:
+            cells.append(writing(tmp_path, f"{name}{stage}", zero_stage=stage, **settings))
+            cells.append(reading(tmp_path, f"{name}{stage}-resumed", f"{name}{stage}", zero_stage=stage, **settings))
+        if 2 in stages and 3 in stages and name not in bound:
+            cells.append(reading(tmp_path, f"{name}-moved", f"{name}2", zero_stage=3, **settings))
+            moves.append(name)
+    trained = run_cells(tmp_path, 2, cells)
+    assert {"muon", "lion", "soap", "adafactor"} <= set(OPTIMIZERS)
+    for cell in cells:
+        if cell.name.endswith("-resumed"):
+            source = cell.name.removesuffix("-resumed")
+            assert trained[cell.name] == trained[source][SAVED:], cell.name
+            whole, resumed = (read_tensors(saved(tmp_path, one, END)) for one in (source, cell.name))
+            assert [key for key in whole if not torch.equal(whole[key], resumed[key])] == [], cell.name
+    for name in moves:
+        rtol = {"lion": 1e-3, "cautious_adamw": 1e-3}.get(name, 1e-4)
+        np.testing.assert_allclose(trained[f"{name}-moved"], trained[f"{name}2"][SAVED:], rtol=rtol, err_msg=name)

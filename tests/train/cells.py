@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
@@ -23,7 +24,7 @@ from turbolm.plan.plan import build_plan
 from turbolm.train.engine import build_accelerator, set_learning_rate
 from turbolm.train.loop import learning_rate, set_other_schedules
 from turbolm.train.run_directory import RunDirectory
-from turbolm.train.step import train_step
+from turbolm.train.step import micro_batch_loss, train_step
 from turbolm.train.worker import build_engine
 
 
@@ -38,12 +39,18 @@ def train_cell(folder: Path, cell: Cell) -> list[list[float]]:
     engine, attention = build_engine(accelerator, plan, store, RunDirectory(folder / "runs" / cell.name))
     order = recipe_order(recipe, store, plan.curriculum, save=False)
     loader = BatchLoader(order, store, "train", dist.get_world_size(), dist.get_rank(), recipe.execution.micro_batch)
+    if cell.load:  # after a forward pass, as in the trainer, which checks first that packed documents are isolated
+        engine.eval()
+        with torch.no_grad():
+            micro_batch_loss(engine, loader.global_batch(0).micro_batches[0], attention)
+        engine.train()
     step = load_checkpoint(Path(cell.load), engine)["step"] if cell.load else 0
     if cell.save_loaded_in:
         save(cell.save_loaded_in, engine, step)
-    trained = []
+    trained, ledger = [], []
     while step < cell.steps:
         batch = loader.global_batch(step)
+        ledger.append(batch.samples_digest)
         set_learning_rate(engine, learning_rate(plan, step))
         set_other_schedules(engine, plan, step)
         result = train_step(engine, batch.micro_batches, batch.num_targets, attention)
@@ -55,6 +62,7 @@ def train_cell(folder: Path, cell: Cell) -> list[list[float]]:
         if step in cell.save_at:
             save(cell.save_in or "missing", engine, step)
     engine.destroy()
+    (folder / f"{cell.name}.ledger.json").write_text(json.dumps(ledger), encoding="utf-8")
     return trained
 
 

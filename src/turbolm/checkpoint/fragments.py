@@ -72,6 +72,7 @@ def publish_weights(engine: Any) -> None:
     if stage in (1, 2):
         zero.update_lp_params()
     elif stage == 3:
+        zero.empty_partition_cache()  # whole parameters that a forward pass left gathered would stay as they were
         for sub_group in range(len(zero.fp16_groups)):
             zero._reassign_or_swap_out_partitioned_parameters(sub_group)
         if zero.persistent_parameters:

@@ -113,7 +113,9 @@ def materialise_state(engine: Any) -> None:
     Every optimizer gets its state in the form it makes itself. Weights and state are the caller's to overwrite.
     """
     optimizer = inner_optimizer(engine)
-    flats = {id(fragment.flat): fragment.flat for fragment in own_fragments(engine)}
+    # Those without a fragment of this rank too: a step may be collective.
+    by_group = [flats_of_group(engine, index) for index in range(len(optimizer.param_groups))]
+    flats = {id(flat): flat for flats in by_group for flat in flats}
     gradients = {key: flat.grad for key, flat in flats.items()}
     for flat in flats.values():
         flat.grad = torch.zeros_like(flat)
@@ -122,8 +124,8 @@ def materialise_state(engine: Any) -> None:
         optimizer._optimizer_step_pre_hooks,
         type(optimizer._optimizer_step_pre_hooks)(),
     )
-    for index, (group, *_) in enumerate(groups):
-        group["params"] = flats_of_group(engine, index)
+    for (group, *_), params in zip(groups, by_group, strict=True):
+        group["params"] = params
         group["lr"] = torch.zeros_like(group["lr"]) if torch.is_tensor(group["lr"]) else 0.0  # torchao's
         group["weight_decay"] = 0.0
     optimizer.step()

@@ -46,6 +46,23 @@ class CheckpointSaver:
     def __post_init__(self) -> None:
         self._copy = HostCopy()
         self._thread: threading.Thread | None = None
+        self._is_prepared = False
+
+    def prepare(self) -> None:
+        """After a step, when the optimizer has its state: get the memory for copies ready beside the training, once.
+
+        Raises RunError for a state that no checkpoint can hold, rather than at the first save.
+        """
+        if self._is_prepared:
+            return
+        self._is_prepared = True
+        try:
+            num_bytes = take_snapshot(self.engine, 0, {}).num_bytes
+        except RuntimeError as error:
+            raise RunError(str(error)) from error
+        if self.asynchronous and self._thread is None:
+            self._thread = threading.Thread(target=self._copy.reserve, args=(num_bytes,), daemon=True)
+            self._thread.start()
 
     def save(self, step: int, trainer_state: Mapping[str, Any], eval_loss: float | None = None) -> None:
         """Save the state as it is now; returns once it may change. Waits for the save before. Never raises."""
@@ -108,10 +125,10 @@ class CheckpointSaver:
             return
         self.failure = None
         assert snapshot is not None
-        num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in snapshot.tensors.values())
+        seconds = time.perf_counter() - start
         with contextlib.suppress(OSError):  # the log may be on the full disk that the next save will meet
             print(
-                f"saved {final}: {format_bytes(num_bytes)} of this rank in {time.perf_counter() - start:.2f} s, for "
-                f"which training waited {waited_sec:.2f} s",
+                f"saved {final}: {format_bytes(snapshot.num_bytes)} of this rank in {seconds:.2f} s, for which "
+                f"training waited {waited_sec:.2f} s",
                 flush=True,
             )

@@ -30,6 +30,11 @@ class Snapshot:
     trainer_state: dict[str, Any]
     about: dict[str, Any]  # for the manifest
 
+    @property
+    def num_bytes(self) -> int:
+        """Of all tensors, each padded to its place in a `HostCopy`."""
+        return sum(_padded_bytes(tensor) for group in (self.tensors, self.buffers) for tensor in group.values())
+
 
 def take_snapshot(engine: Any, step: int, trainer_state: Mapping[str, Any]) -> Snapshot:
     """References to everything this rank saves; nothing is copied.
@@ -86,20 +91,23 @@ def take_snapshot(engine: Any, step: int, trainer_state: Mapping[str, Any]) -> S
 
 
 class HostCopy:
-    """Memory on the host that snapshots are copied to. Kept from one to the next: fresh memory costs a page fault each
-    4 KiB, which would be most of the time that training waits."""
+    """Memory on the host that snapshots are copied to, kept from one to the next because fresh memory is slow."""
 
     def __init__(self) -> None:
         self._memory = torch.empty(0, dtype=torch.uint8)
+
+    def reserve(self, num_bytes: int) -> None:
+        """Have so much memory, touched, so that `fill` finds it."""
+        if len(self._memory) < num_bytes:
+            self._memory = torch.empty(0, dtype=torch.uint8)  # let go of it first
+            self._memory = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+            self._memory.fill_(0)
 
     @torch.no_grad()
     def fill(self, snapshot: Snapshot) -> Snapshot:
         """The same snapshot with its tensors copied; valid until the next call."""
         groups = (snapshot.tensors, snapshot.buffers)
-        needed = sum(_padded_bytes(tensor) for group in groups for tensor in group.values())
-        if len(self._memory) < needed:
-            self._memory = torch.empty(0, dtype=torch.uint8)  # let go of it first
-            self._memory = torch.empty(needed, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+        self.reserve(snapshot.num_bytes)
         copies: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]] = ({}, {})
         start = 0
         for group, copied in zip(groups, copies, strict=True):

@@ -59,6 +59,7 @@ def train(session: Session) -> EvaluationResult | None:
         set_other_schedules(session.engine, plan, session.step)
         result = train_step(session.engine, batch.micro_batches, batch.num_targets, session.attention)
         session.step += 1
+        session.saver.prepare()
         session.log.add_step(session.step, lr, batch, result, batch_flops(session, batch))
         is_last = session.step == num_steps
         if session.step % recipe.logging.every_steps == 0 or is_last:

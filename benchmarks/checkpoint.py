@@ -1,0 +1,349 @@
+"""What a checkpoint costs, beside `accelerator.save_state`, DeepSpeed's engine and torch's distributed checkpoint.
+
+    python benchmarks/checkpoint.py [--rounds 3] [--folder DIR] [--layers 12] [--hidden 768]
+
+Two processes, ZeRO-2, fp32, AdamW, a model of 100M parameters: 1.2 GB of weights and moments. Each round saves and
+loads with everything in turn, on the same disk, with `dd` before each. The rivals do not wait for the disk, so `dd`
+with fsync is the measure of writing. Loads are measured twice: from the disk, and from the page cache. Last, the run is
+started anew and the time to its first step is taken apart. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+STARTED = float(os.environ.get("BENCH_STARTED_UNIX_SEC", "0"))  # by the parent, before the interpreter
+RECIPE = Path(__file__).parents[1] / "recipes/quickstart/config.yaml"
+SEQ_LEN = 256
+TARGETS = {"stall_over_save_state": 0.1, "write_over_dd": 0.8, "load_over_fastest_rival": 1.0}
+
+
+def overrides(arguments: argparse.Namespace) -> list[str]:
+    width = arguments.hidden
+    model = {
+        "model_type": "llama",
+        "hidden_size": width,
+        "intermediate_size": width * 8 // 3,
+        "num_hidden_layers": arguments.layers,
+        "num_attention_heads": max(1, width // 64),
+        "max_position_embeddings": 1024,
+        "vocab_size": 16384,
+    }
+    return [
+        f"model.config={json.dumps(model)}",
+        f"data.seq_len={SEQ_LEN}",
+        f"train.global_batch={2 * SEQ_LEN}",
+        f"execution.micro_batch={SEQ_LEN}",
+        "train.precision=fp32",
+        "cluster.device=cpu",
+        "execution.zero_stage=2",
+    ]
+
+
+class Worker:
+    """One rank: the trainer's own engine, and what is measured on it."""
+
+    def __init__(self, arguments: argparse.Namespace):
+        self.parts: dict[str, float] = {}
+        self._mark = STARTED
+        import torch
+        import torch.distributed as dist
+
+        from turbolm.data.loader import BatchLoader
+        from turbolm.data.order import recipe_order
+        from turbolm.data.prepare import find_store
+        from turbolm.data.store import open_store
+        from turbolm.plan.machine import detect_machine
+        from turbolm.plan.plan import build_plan
+        from turbolm.recipe.load import load_recipe
+        from turbolm.train.engine import build_accelerator
+        from turbolm.train.run_directory import RunDirectory
+        from turbolm.train.worker import build_engine
+
+        self.torch, self.dist = torch, dist
+        recipe = load_recipe(RECIPE, overrides(arguments))
+        torch.set_num_threads(1)
+        self.part("interpreter and imports")
+        plan = build_plan(recipe, detect_machine(), 2)
+        self.accelerator = build_accelerator(plan.ds_config, device="cpu", precision="fp32", timeout_sec=1800)
+        self.part("process group")
+        store = open_store(find_store(recipe) or "missing")
+        order = recipe_order(recipe, store, plan.curriculum, save=False)
+        self.loader = BatchLoader(order, store, "train", 2, dist.get_rank(), recipe.execution.micro_batch)
+        self.part("data")
+        self.folder = Path(arguments.folder)
+        self.engine, self.attention = build_engine(self.accelerator, plan, store, RunDirectory(self.folder / "run"))
+        self.part("model and engine")
+        self.group = dist.new_group(backend="gloo")
+
+    def part(self, name: str) -> None:
+        now = time.time()
+        self.parts[name], self._mark = now - self._mark, now
+
+    def step(self, index: int) -> float:
+        from turbolm.train.engine import set_learning_rate
+        from turbolm.train.step import train_step
+
+        start = time.perf_counter()
+        batch = self.loader.global_batch(index)
+        set_learning_rate(self.engine, 1e-4)
+        float(train_step(self.engine, batch.micro_batches, batch.num_targets, self.attention).loss_sum)
+        return time.perf_counter() - start
+
+    def timed(self, work: Callable[[], Any]) -> float:
+        """Seconds until the slowest rank is done."""
+        self.dist.barrier()
+        start = time.perf_counter()
+        work()
+        self.dist.barrier()
+        return time.perf_counter() - start
+
+    def saver(self, asynchronous: bool) -> Any:
+        from turbolm.checkpoint.retention import Retention
+        from turbolm.checkpoint.saver import CheckpointSaver
+
+        return CheckpointSaver(
+            folder=self.folder / "turbolm",
+            engine=self.engine,
+            retention=Retention(1),
+            contract_fingerprint="c",
+            asynchronous=asynchronous,
+            group=self.group,
+            report=print,
+        )
+
+    def load(self, parts: dict[str, float] | None = None) -> None:
+        from turbolm.checkpoint.load import load_checkpoint
+        from turbolm.checkpoint.save import gather_over
+        from turbolm.checkpoint.verify import find_newest_valid
+
+        start = time.perf_counter()
+        found, rejected = find_newest_valid(
+            self.folder / "turbolm", {"c"}, (self.dist.get_rank(), 2), gather_over(self.group)
+        )
+        assert found is not None, rejected
+        middle = time.perf_counter()
+        load_checkpoint(found, self.engine)
+        if parts is not None:
+            parts["verify"], parts["read"] = middle - start, time.perf_counter() - middle
+
+    def state_dict(self) -> dict[str, Any]:
+        """The same tensors for torch's distributed checkpoint: each rank its own, under names of its own."""
+        from turbolm.checkpoint.snapshot import take_snapshot
+
+        rank = self.dist.get_rank()
+        return {f"{rank}/{name}": tensor for name, tensor in take_snapshot(self.engine, 1, {}).tensors.items()}
+
+    def dcp_beside(self, path: Path, group: Any) -> Any:
+        import torch.distributed.checkpoint as dcp
+
+        return dcp.async_save(self.state_dict(), checkpoint_id=str(path), process_group=group)
+
+    def forget(self, folder: Path) -> None:
+        """Take a folder's files out of the page cache."""
+        self.dist.barrier()
+        if self.dist.get_rank() == 0:
+            for path in folder.rglob("*"):
+                if path.is_file():
+                    file = os.open(path, os.O_RDONLY)
+                    os.fsync(file)
+                    os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+                    os.close(file)
+        self.dist.barrier()
+
+    def dd(self, num_bytes: int) -> float:
+        """Bytes a second of one sequential write of as much, fsync included."""
+
+        def write() -> None:
+            if self.dist.get_rank() == 0:
+                count = str(num_bytes // 2**24 + 1)
+                target = f"of={self.folder / 'dd'}"
+                command = ["dd", "if=/dev/zero", target, "bs=16M", f"count={count}", "conv=fsync"]
+                subprocess.run(command, check=True, capture_output=True)
+                (self.folder / "dd").unlink()
+
+        return num_bytes / self.timed(write)
+
+    def flushed(self) -> None:
+        """Let nothing that was written before disturb what comes next."""
+        if self.dist.get_rank() == 0:
+            os.sync()
+        self.dist.barrier()
+
+    def measure(self, rounds: int) -> dict[str, list[float]]:
+        import torch.distributed.checkpoint as dcp
+
+        figures: dict[str, list[float]] = {}
+
+        def note(name: str, value: float) -> None:
+            figures.setdefault(name, []).append(value)
+            if self.dist.get_rank() == 0:
+                print(f"{name}: {value:.4g}", flush=True)
+
+        self.step(0)
+        note("step_sec", self.step(1))
+        waiting, beside = self.saver(False), self.saver(True)
+        dcp_group = self.dist.new_group(backend="gloo")  # its thread's messages would meet the others
+        paths = {name: self.folder / name for name in ("save_state", "deepspeed", "dcp")}
+        ours = self.folder / "turbolm"
+        for index in range(rounds):
+            waiting.save(1000 + index, {"step": 1000 + index})  # also makes the size known
+            waiting.finish()
+            num_bytes = sum(path.stat().st_size for path in ours.rglob("*") if path.is_file())
+            self.flushed()
+            disk = self.dd(num_bytes)
+            note("dd_bytes_per_sec", disk)
+            rate = num_bytes / self.timed(
+                lambda i=index: (waiting.save(2000 + i, {"step": 2000 + i}), waiting.finish())
+            )
+            note("write_bytes_per_sec", rate)
+            disk = (disk + self.dd(num_bytes)) / 2
+            note("write_over_dd", rate / disk)
+            self.flushed()
+            note("stall_sec", self.timed(lambda i=index: beside.save(3000 + i, {"step": 3000 + i})))
+            note("step_beside_a_save_sec", self.step(2 + index))
+            beside.finish()
+            for load in ("disk", "cache"):
+                if load == "disk":
+                    self.flushed()
+                    self.forget(ours)
+                parts: dict[str, float] = {}
+                note(f"load_{load}_sec", self.timed(lambda p=parts: self.load(p)))
+                for name, seconds in parts.items():
+                    note(f"load_{load}_{name}_sec", seconds)
+            rivals: dict[str, tuple[Callable[[Path], Any], Callable[[Path], Any]]] = {
+                "save_state": (
+                    lambda path: self.accelerator.save_state(str(path)),
+                    lambda path: self.accelerator.load_state(str(path)),
+                ),
+                "deepspeed": (
+                    lambda path: self.engine.save_checkpoint(str(path), tag="bench"),
+                    lambda path: self.engine.load_checkpoint(str(path), tag="bench"),
+                ),
+                "dcp": (
+                    lambda path: dcp.save(self.state_dict(), checkpoint_id=str(path)),
+                    lambda path: dcp.load(self.state_dict(), checkpoint_id=str(path)),
+                ),
+            }
+            for name, (save, load_rival) in rivals.items():
+                self.flushed()
+                if self.dist.get_rank() == 0:
+                    shutil.rmtree(paths[name], ignore_errors=True)
+                note(f"{name}_save_sec", self.timed(lambda s=save, p=paths[name]: s(p)))
+                self.flushed()
+                self.forget(paths[name])
+                note(f"{name}_load_disk_sec", self.timed(lambda s=load_rival, p=paths[name]: s(p)))
+                note(f"{name}_load_cache_sec", self.timed(lambda s=load_rival, p=paths[name]: s(p)))
+            self.flushed()
+            if self.dist.get_rank() == 0:
+                shutil.rmtree(paths["dcp"], ignore_errors=True)
+            futures: list[Any] = []
+            stall = self.timed(lambda f=futures: f.append(self.dcp_beside(paths["dcp"], dcp_group)))
+            note("dcp_async_stall_sec", stall)
+            futures[0].result()
+            figures["bytes"] = [float(num_bytes)]
+        return figures
+
+    def restart(self) -> dict[str, float]:
+        parts: dict[str, float] = {}
+        self.load(parts)
+        self.part("load")
+        self.parts["load, of which verifying"] = parts["verify"]
+        self.step(0)
+        self.part("first step")
+        self.parts["whole"] = time.time() - STARTED
+        return self.parts
+
+
+def work(arguments: argparse.Namespace) -> None:
+    worker = Worker(arguments)
+    result: Any = worker.measure(arguments.rounds) if arguments.worker == "measure" else worker.restart()
+    if worker.dist.get_rank() == 0:
+        (Path(arguments.folder) / f"{arguments.worker}.json").write_text(json.dumps(result))
+    worker.dist.barrier()
+    sys.stdout.flush()
+    os._exit(0)
+
+
+def launch(arguments: argparse.Namespace, what: str) -> Any:
+    ranks = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
+    ranks += ["--rdzv-endpoint", "localhost:0", __file__, "--worker", what, "--folder", arguments.folder]
+    ranks += [f"--{key}={getattr(arguments, key)}" for key in ("rounds", "layers", "hidden")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "BENCH_STARTED_UNIX_SEC": str(time.time())}
+    keep = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**32)}  # as the launcher sets them
+    subprocess.run(ranks, env={**environment, **keep, "DS_ACCELERATOR": "cpu"}, check=True)
+    return json.loads((Path(arguments.folder) / f"{what}.json").read_text())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--folder", help="where to write; default: a temporary folder")
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--hidden", type=int, default=768)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        work(arguments)
+    from turbolm.data.prepare import prepare
+    from turbolm.recipe.load import load_recipe
+
+    prepare(load_recipe(RECIPE, overrides(arguments)))
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        arguments.folder = folder
+        figures = launch(arguments, "measure")
+        restart = launch(arguments, "restart")
+    report(figures, restart)
+
+
+def report(figures: dict[str, list[float]], restart: dict[str, float]) -> None:
+    def ratio(ours: str, theirs: list[str]) -> float:
+        """Median over the rounds of ours / the best of theirs."""
+        rounds = zip(figures[ours], *(figures[name] for name in theirs), strict=True)
+        return statistics.median(row[0] / min(row[1:]) for row in rounds)
+
+    medians = {name: statistics.median(values) for name, values in figures.items()}
+    rivals = ["save_state", "deepspeed", "dcp"]
+    loads = {
+        kind: ratio(f"load_{kind}_sec", [f"{name}_load_{kind}_sec" for name in rivals]) for kind in ("disk", "cache")
+    }
+    ratios = {
+        "stall_over_save_state": ratio("stall_sec", ["save_state_save_sec"]),
+        "write_over_dd": medians["write_over_dd"],
+        "load_over_fastest_rival": loads["disk"],
+        "load_over_fastest_rival_from_cache": loads["cache"],
+    }
+    met = {
+        "stall_over_save_state": ratios["stall_over_save_state"] <= TARGETS["stall_over_save_state"],
+        "write_over_dd": ratios["write_over_dd"] >= TARGETS["write_over_dd"],
+        "load_over_fastest_rival": ratios["load_over_fastest_rival"] <= TARGETS["load_over_fastest_rival"],
+    }
+    is_rival = tuple(f"{name}_" for name in rivals)
+    print(
+        json.dumps(
+            {
+                "bench": "checkpoint",
+                "figures": {name: value for name, value in medians.items() if not name.startswith(is_rival)},
+                "rivals": {name: value for name, value in medians.items() if name.startswith(is_rival)},
+                "ratios": ratios,
+                "restart_sec": restart,
+                "targets": TARGETS,
+                "met": met,
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
