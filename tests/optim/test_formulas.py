@@ -11,7 +11,7 @@ from torch import nn
 
 from tests.optim.formulas import Formula, orthogonal
 from tests.train.harness import make_recipe
-from turbolm.optim.build import build_optimizer
+from turbolm.optim.build import build_optimizer, eight_bit_share
 from turbolm.optim.muon import Muon, orthogonalise
 from turbolm.recipe.optimizers import OPTIMIZERS
 
@@ -105,3 +105,14 @@ def test_muon_equals_torch_muon_in_bf16() -> None:
         reference.step()
     moved = (theirs.weight - before).abs().mean()
     assert (ours.weight - theirs.weight).abs().mean() < 0.05 * moved
+
+
+def test_the_share_of_moments_in_8_bits() -> None:
+    """As torchao chooses: tensors of at least 4096 elements in whole blocks of 256."""
+    assert eight_bit_share([torch.empty(8192), torch.empty(4096 + 128), torch.empty(256)]) == 8192 / (8192 + 4224 + 256)
+    from torchao.optim import AdamW8bit
+    from torchao.optim.subclass_8bit import OptimState8bit
+
+    optimizer = AdamW8bit([torch.nn.Parameter(torch.zeros(1))])
+    kinds = [type(optimizer._new_buffer(torch.empty(size), True)) for size in (4096, 4096 + 128, 256)]
+    assert kinds == [OptimState8bit, torch.Tensor, torch.Tensor]

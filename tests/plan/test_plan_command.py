@@ -71,7 +71,8 @@ def test_the_text_has_everything() -> None:
 def test_json_has_the_same_and_stable_keys() -> None:
     text, _ = plan(LLAMA_8B, "--json")
     found = json.loads(text)
-    keys = "recipe cluster batch schedule data parameters cost memory ds_config accelerate_config launch notes"
+    keys = "recipe cluster batch schedule data parameters cost memory ds_config accelerate_config launch suggestions "
+    keys += "notes"
     assert list(found) == keys.split()
     recipe = load_recipe(REPOSITORY / LLAMA_8B)
     assert found["ds_config"] == resolve_ds_config(recipe, plan_batch(recipe, 64), "cuda", "bf16")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -50,6 +50,12 @@ def count_steps_in_state(optimizer: torch.optim.Optimizer) -> None:
 
     optimizer.register_step_pre_hook(before)
     optimizer.register_step_post_hook(after)
+
+
+def eight_bit_share(tensors: Iterable[torch.Tensor]) -> float:
+    """The share of elements whose moments torchao keeps in 8 bits: tensors of whole blocks of 256, at least 16."""
+    sizes = [tensor.numel() for tensor in tensors]
+    return sum(size for size in sizes if size >= 4096 and size % 256 == 0) / max(sum(sizes), 1)
 
 
 def _adamw(groups: Groups, recipe: Recipe) -> torch.optim.Optimizer:

@@ -17,6 +17,7 @@ from turbolm.plan.machine import Machine, described_machine, detect_machine
 from turbolm.plan.memory import ModelState, estimate_model_state
 from turbolm.plan.plan import Plan, build_plan
 from turbolm.plan.preview import SourceUse, StoreSize, constant_span, mean_span, run_out_notes, source_uses
+from turbolm.plan.suggestions import Suggestion, suggest
 from turbolm.recipe.schema import Execution, Recipe
 from turbolm.schedules import lr_ratio
 from turbolm.units import format_bytes
@@ -69,6 +70,12 @@ class Summary:
     def batch(self) -> BatchPlan:
         """The batch arithmetic."""
         return self.plan.batch
+
+    @property
+    def suggestion(self) -> Suggestion | None:
+        """What a scaling law would choose, where the size of the model is known."""
+        size = self.size
+        return suggest(size.total - size.embedding - size.head, self.recipe.train.budget) if size else None
 
     @property
     def launch_command(self) -> str:
@@ -129,6 +136,7 @@ class Summary:
             "ds_config": plan.ds_config,
             "accelerate_config": dict(self.accelerate_config),
             "launch": {"command": self.launch_command, "accelerate_command": self.accelerate_command},
+            "suggestions": asdict(self.suggestion) if self.suggestion else None,
             "notes": list(self.notes),
         }
 

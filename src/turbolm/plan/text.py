@@ -28,6 +28,7 @@ def render_summary(summary: Summary) -> str:
         ("DeepSpeed configuration", json.dumps(summary.plan.ds_config, indent=2).splitlines()),
         ("Accelerate configuration", yaml.safe_dump(dict(summary.accelerate_config), sort_keys=False).splitlines()),
         ("launch", [summary.launch_command, f"by hand: {summary.accelerate_command}"]),
+        ("suggestions (not applied; your own sweep knows better)", _suggestions(summary)),
         ("notes", summary.notes),
     )
     lines: list[str] = []
@@ -117,6 +118,16 @@ def _data(summary: Summary) -> Iterator[str]:
                 f"{use.label}: {format_count(use.planned_tokens)} tokens of {format_count(use.available_tokens)} "
                 f"({use.epochs:.2f} epochs)"
             )
+
+
+def _suggestions(summary: Summary) -> Iterator[str]:
+    suggestion, recipe = summary.suggestion, summary.recipe
+    if suggestion is None:
+        return
+    far = ", far from the sizes it was fitted on" if suggestion.is_extrapolated else ""
+    yield f"{suggestion.source}, for AdamW{far}:"
+    yield f"  optimizer.lr {suggestion.lr:.2g} (the recipe has {recipe.optimizer.lr:g})"
+    yield f"  train.global_batch {suggestion.global_batch_tokens} tokens (the recipe has {recipe.train.global_batch})"
 
 
 def _model(summary: Summary) -> Iterator[str]:

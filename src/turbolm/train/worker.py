@@ -35,7 +35,7 @@ from turbolm.models.initialise import count_parameters, seed_for_rank
 from turbolm.models.isolation import check_isolation
 from turbolm.models.loss import attach_loss, choose_loss
 from turbolm.models.recompute import apply_activation_checkpointing
-from turbolm.optim.build import build_optimizer
+from turbolm.optim.build import build_optimizer, eight_bit_share
 from turbolm.optim.cautious import CautiousAdamW
 from turbolm.optim.groups import group_table
 from turbolm.optim.muon import Muon
@@ -304,6 +304,9 @@ def build_engine(accelerator: Any, plan: Plan, store: TokenStore, run: RunDirect
     if recipe.train.max_grad_value is not None:
         clip_by_value(optimizer, recipe.train.max_grad_value)
     engine, _ = accelerator.prepare(model, optimizer)
+    if recipe.optimizer.name == "adamw_8bit":
+        share = eight_bit_share(stepped_partitions(engine) or list(engine.module.parameters()))
+        print(f"moments in 8 bits for {share:.1%} of the parameters here; the others' are not in whole blocks: fp32")
     if isinstance(optimizer, (Muon, CautiousAdamW)) and execution.zero_stage > 0:
         optimizer.distribute(stepped_partitions(engine), own_fragments(engine), engine.device)
     tokens = np.arange(8)[None]
