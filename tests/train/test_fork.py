@@ -15,7 +15,7 @@ from turbolm.recipe.contract import contract_of, fingerprint
 from turbolm.recipe.load import dump_recipe, load_recipe
 from turbolm.recipe.schema import Recipe
 from turbolm.schedules import lr_ratio
-from turbolm.train.fork import fork
+from turbolm.train.fork import _check_plateau, _check_same_past, _decaying, fork
 from turbolm.train.run_directory import RunDirectory, settle_contract
 from turbolm.units import Span
 
@@ -103,9 +103,18 @@ def test_what_cannot_be_forked(forked: tuple[Path, Path, Path], tmp_path: Path) 
     ]
 
 
-def test_a_schedule_without_a_plateau(tmp_path: Path, forked: tuple[Path, Path, Path]) -> None:
-    from turbolm.train.fork import _check_plateau
+def test_a_past_that_a_new_budget_would_change(tmp_path: Path) -> None:
+    """Shares become tokens, which keeps a batch ramp; cycles over buckets are parts of the whole budget."""
+    ramp = {"batch_ramp": {"at": {"0%": 2 * SEQ_LEN, "40%": BATCH}}}
+    old = make_recipe(tmp_path, schedule=WSD, train=ramp)
+    _check_same_past(old, _decaying(old, 10 * SEQ_LEN, Span.parse("50%"), {}), 5)
+    buckets = {"length_schedule": {"name": "buckets", "smallest": 8, "order": "grow"}}
+    old = make_recipe(tmp_path, schedule=WSD, data=buckets, train={"budget": 40 * BATCH})
+    with pytest.raises(UserError, match=r"order=shuffled"):
+        _check_same_past(old, _decaying(old, 20 * BATCH, Span.parse("10%"), {}), 20)
 
+
+def test_a_schedule_without_a_plateau(tmp_path: Path) -> None:
     recipe = make_recipe(tmp_path, schedule={"name": "cosine"})
     with pytest.raises(UserError, match=r"schedule\.name is cosine, whose learning rate has no plateau"):
         _check_plateau(recipe, 800)

@@ -11,6 +11,7 @@ from typing import Any
 from turbolm.checkpoint.manifest import MANIFEST, read_manifest, write_json
 from turbolm.checkpoint.verify import verify_checkpoint
 from turbolm.errors import UserError
+from turbolm.plan.curriculum import build_curriculum
 from turbolm.recipe.contract import contract_of, fingerprint
 from turbolm.recipe.fields import Section
 from turbolm.recipe.load import dump_recipe, load_recipe
@@ -45,6 +46,7 @@ def fork(checkpoint: Path, decay: Span, name: str | None = None, changes: Mappin
     branch_tokens = int(manifest["tokens_seen"])
     _check_plateau(old, branch_tokens)
     new = _decaying(old, branch_tokens, decay, dict(changes or {}))
+    _check_same_past(old, new, int(manifest["step"]))
     new = new.model_copy(
         update={
             "name": name or f"{old.name}-decay-{manifest['step']}",
@@ -92,6 +94,16 @@ def _check_plateau(recipe: Recipe, tokens: int) -> None:
         f"at {tokens} tokens the learning rate is off its plateau, which lasts from {start:.0f} to {end:.0f} tokens; "
         "fork a checkpoint from there"
     )
+
+
+def _check_same_past(old: Recipe, new: Recipe, num_steps: int) -> None:
+    """What is done must be what the new run would have done: else its place in the data means other documents."""
+    past = [[s for s in build_curriculum(recipe).segments if s.first_step < num_steps] for recipe in (old, new)]
+    if past[0] != past[1]:
+        raise UserError(
+            "data.length_schedule or train.batch_ramp follows the budget in a way that a new budget changes before the "
+            "checkpoint; give their places in tokens or steps, or use data.length_schedule.order=shuffled"
+        )
 
 
 def _decaying(old: Recipe, branch_tokens: int, decay: Span, changes: dict[str, Any]) -> Recipe:
