@@ -47,7 +47,7 @@ class Layout:
 
 
 class Texts:
-    """UTF-8 texts in one piece of memory: the many small objects of a list fragment it, and it is never given back."""
+    """UTF-8 texts in one piece of memory, which goes to a worker without an object for each text."""
 
     def __init__(self) -> None:
         self._content = bytearray()
