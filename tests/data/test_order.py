@@ -99,14 +99,14 @@ def test_same_batch_whatever_was_asked_for_before(
 @given(count=st.integers(1, 300), window=st.integers(1, 80), seed=st.integers(0, 9), data=st.data())
 def test_a_stream_holds_every_document_once_an_epoch(count: int, window: int, seed: int, data: st.DataObject) -> None:
     lengths = np.arange(1000, 1000 + count)
-    stream = DocumentStream(lambda a, b: lengths[a - 7 : b - 7], 7, 7 + count, seed=seed, window_documents=window)
+    stream = DocumentStream(lambda documents: lengths[documents - 7], 7, 7 + count, seed=seed, window_documents=window)
     for epoch in range(2):
         documents, found = stream.read(epoch * count, (epoch + 1) * count)
         assert sorted(documents.tolist()) == list(range(7, 7 + count))
         np.testing.assert_array_equal(found, documents + 993)
     begin, end = sorted((data.draw(st.integers(0, 3 * count)), data.draw(st.integers(0, 3 * count))))
     whole = stream.read(0, 3 * count)[0]
-    fresh = DocumentStream(lambda a, b: lengths[a - 7 : b - 7], 7, 7 + count, seed=seed, window_documents=window)
+    fresh = DocumentStream(lambda documents: lengths[documents - 7], 7, 7 + count, seed=seed, window_documents=window)
     np.testing.assert_array_equal(fresh.read(begin, end)[0], whole[begin:end])
     wanted = data.draw(st.integers(0, 5000))
     place, drawn = fresh.advance(begin, wanted, limit=end + 1)
@@ -117,10 +117,11 @@ def test_a_stream_holds_every_document_once_an_epoch(count: int, window: int, se
 
 def test_a_large_source_is_read_in_blocks() -> None:
     """A window touches few stretches of the store: that is what a cold disk wants."""
-    count = 3_000_000
-    stream = DocumentStream(lambda a, b: np.ones(b - a, np.int64), 0, count, seed=0)
-    documents = np.sort(stream.read(0, 65536)[0])
+    count = 70_000_000
+    stream = DocumentStream(np.ones_like, 0, count, seed=0)
+    documents = np.sort(stream.read(0, stream.window_documents)[0])
     assert np.count_nonzero(np.diff(documents) > 1) <= 66
+    assert len(documents) == len(set(documents.tolist()))
     first, second = stream.read(0, 100)[0], stream.read(count, count + 100)[0]
     assert (first != second).any()
 
@@ -283,13 +284,13 @@ def test_the_order_never_changes() -> None:
 
 
 PINNED: list[list[Piece]] = [
-    [(6, 0, 7), (0, 0, 1), (4, 0, 5), (2, 0, 3)],
-    [(7, 0, 8), (5, 0, 6), (1, 0, 2)],
-    [(3, 0, 4), (3, 0, 4), (5, 0, 6), (1, 0, 2)],
+    [(6, 0, 7), (4, 0, 5), (1, 0, 2)],
+    [(7, 0, 8), (3, 0, 4), (2, 0, 3), (0, 0, 1)],
+    [(6, 0, 7), (5, 0, 6), (1, 0, 2)],
 ]
 PINNED_BUCKETS: list[list[Piece]] = [
     [(2, 0, 3), (4, 4, 1), (5, 0, 4)],
     [(6, 0, 4), (4, 0, 4)],
     [(7, 0, 8)],
 ]
-PINNED_DIGEST = "cfd05c44a46c62cea3510c283409dfa86b05ae43504fb9c17451bdfb861b1c9a"
+PINNED_DIGEST = "c4deb245dee7137882f887530d7d8fd919c26ef7d4ec9967e9796dd1e01a9b9e"

@@ -17,17 +17,50 @@ IGNORED = -100  # the target that no loss counts, torch's default `ignore_index`
 def deal_bins(attention_cost: IntArray, world_size: int, micro_batch_bins: int) -> IntArray:
     """Bins of a global batch for each process: int64 [num_micro, world_size, micro_batch_bins], -1 where there is none.
 
-    The bins of a micro step cost nearly the same (ranks wait for each other), and inside it they are dealt to and fro
-    over the ranks, from dear to cheap, so that the ranks' sums are close. Where the bins do not fill the last micro
-    step, its empty places are spread over the ranks, and every rank still runs the same number of micro-batches.
+    The bins of a micro step cost nearly the same (ranks wait for each other), and inside it they are dealt from dear to
+    cheap, one to each rank a round, the dearest to the rank that has least by then; then the rank with most and the one
+    with least exchange bins as long as that evens them out. Where the bins do not fill the last
+    micro step, its empty places are spread over the ranks, and every rank still runs the same number of micro-batches.
     """
     num_bins, per_micro = len(attention_cost), world_size * micro_batch_bins
     num_micro = -(-num_bins // per_micro)
-    dealt = np.full(num_micro * per_micro, -1, dtype=np.int64)
-    dealt[:num_bins] = np.argsort(-np.asarray(attention_cost), kind="stable")
-    rounds = dealt.reshape(num_micro * micro_batch_bins, world_size).copy()
-    rounds[1::2] = rounds[1::2, ::-1]
-    return np.ascontiguousarray(rounds.reshape(num_micro, micro_batch_bins, world_size).transpose(0, 2, 1))
+    by_cost = np.full(num_micro * per_micro, -1, dtype=np.int64)
+    by_cost[:num_bins] = np.argsort(-np.asarray(attention_cost), kind="stable")
+    rounds = by_cost.reshape(num_micro, micro_batch_bins, world_size)
+    cost = np.append(attention_cost, 0)[rounds]  # nothing costs nothing
+    dealt = np.empty((num_micro, world_size, micro_batch_bins), np.int64)
+    total = np.zeros((num_micro, world_size), np.int64)
+    for number in range(micro_batch_bins):
+        ranks = np.argsort(total, axis=1, kind="stable")
+        np.put_along_axis(dealt[:, :, number], ranks, rounds[:, number], axis=1)
+        np.put_along_axis(total, ranks, np.take_along_axis(total, ranks, axis=1) + cost[:, number], axis=1)
+    if micro_batch_bins > 1:
+        _even_out(dealt, np.append(attention_cost, 0)[dealt])
+    return dealt
+
+
+def _even_out(dealt: IntArray, cost: IntArray) -> None:
+    """Exchange bins of the dearest and the cheapest rank of each micro step, in place: at most twice for each rank.
+
+    `cost` are the costs of `dealt`, int64 [num_micro, world_size, micro_batch_bins].
+    """
+    num_micro, world_size, micro_batch_bins = dealt.shape
+    micro = np.arange(num_micro)
+    for _ in range(2 * world_size):
+        total = cost.sum(axis=2)
+        most, least = total.argmax(axis=1), total.argmin(axis=1)
+        gap = total[micro, most] - total[micro, least]
+        less = cost[micro, most][:, :, None] - cost[micro, least][:, None, :]  # what an exchange takes off the dearest
+        is_bin = (dealt[micro, most][:, :, None] >= 0) & (dealt[micro, least][:, None, :] >= 0)
+        after = np.where(is_bin, np.abs(gap[:, None, None] - 2 * less), gap[:, None, None]).reshape(num_micro, -1)
+        best = after.argmin(axis=1)
+        better = after[micro, best] < gap
+        if not better.any():
+            return
+        for array in (dealt, cost):
+            one, two = (micro, most, best // micro_batch_bins), (micro, least, best % micro_batch_bins)
+            left, right = array[one], array[two]
+            array[one], array[two] = np.where(better, right, left), np.where(better, left, right)
 
 
 def collate(

@@ -105,7 +105,7 @@ def order_of_lengths(
     ranges = list(sources or [(0, len(lengths))])
     streams = [
         DocumentStream(
-            lambda first, end: lengths[first:end], *place, seed=seed, source=n, window_documents=window_documents
+            lambda documents: lengths[documents], *place, seed=seed, source=n, window_documents=window_documents
         )
         for n, place in enumerate(ranges)
     ]
@@ -144,7 +144,7 @@ def recipe_order(
                 f"{where} no training documents. Add documents, lower data.validation or remove the source."
             )
     streams = [
-        DocumentStream(lambda first, end: store.lengths("train", first, end), *place, seed=recipe.train.seed, source=n)
+        DocumentStream(lambda documents: store.lengths_of("train", documents), *place, seed=recipe.train.seed, source=n)
         for n, place in enumerate(ranges)
     ]
     means = [total / (end - first) for total, (first, end) in zip(positions, ranges, strict=True)]

@@ -89,24 +89,36 @@ class TokenStore:
         """UTF-8 bytes of the texts of the documents from `first` up to but not including `end`, int64."""
         return self._gather(split, first, end, lambda index, rows: index[rows, 1])
 
+    def lengths_of(self, split: Split, documents: IntArray) -> IntArray:
+        """Positions of each of these documents, int64 [len(documents)]."""
+        shards, rows = self._places(split, documents)
+        return self._end_tokens(shards, rows) - self._end_tokens(shards, rows - 1) - 1
+
     def locate(self, split: Split, documents: IntArray) -> tuple[IntArray, IntArray]:
         """The shard of each of these documents, and where in it they begin, in tokens: int64 [len(documents)] each."""
+        shards, rows = self._places(split, documents)
+        return shards, self._end_tokens(shards, rows - 1)  # a document begins where the one before it ends
+
+    def _places(self, split: Split, documents: IntArray) -> tuple[IntArray, IntArray]:
+        """The shard and the row of its index of each of these documents."""
         documents = np.asarray(documents, dtype=np.int64)
         first_document = self._first_document[split]
         shards = np.searchsorted(first_document, documents, side="right") - 1
-        rows = documents - first_document[shards] + self._first_row[split][shards]
-        # A document begins where the one before it ends. Shard by shard, with as few calls as can be: there may be
-        # hundreds of shards with a few documents each.
+        return shards, documents - first_document[shards] + self._first_row[split][shards]
+
+    def _end_tokens(self, shards: IntArray, rows: IntArray) -> IntArray:
+        """Where the documents in these rows of the shards' indexes end, in tokens; 0 for row -1."""
+        # Shard by shard, with as few calls as can be: there may be hundreds of shards with a few documents each.
         order = np.argsort(shards, kind="stable")
-        end_before = 2 * rows[order] - 2
+        ends = 2 * rows[order]
         bounds = [0, *(np.flatnonzero(np.diff(shards[order])) + 1).tolist(), len(order)]
         for begin, end in pairwise(bounds if len(order) else []):
             index = self._map(int(shards[order[begin]]), "index", "<i8")
-            end_before[begin:end] = index[end_before[begin:end]]
-        begins = np.empty_like(rows)
-        begins[order] = end_before
-        begins[rows == 0] = 0
-        return shards, begins
+            ends[begin:end] = index[ends[begin:end]]
+        found = np.empty_like(rows)
+        found[order] = ends
+        found[rows < 0] = 0
+        return found
 
     def tokens(self, shard: int) -> np.ndarray:
         """All tokens of a shard, those of its training documents first; mapped, in the store's dtype."""

@@ -13,21 +13,22 @@ import numpy as np
 
 from turbolm.data.packing import IntArray
 
-BLOCK_DOCUMENTS = 1024  # at most; a small source has about a thousand blocks
+BLOCK_DOCUMENTS = 1024  # at most; a small source has that many blocks in a window
 WINDOW_DOCUMENTS = 65536
 
-ReadLengths = Callable[[int, int], IntArray]  # positions of the documents from one number up to another
+LengthsOf = Callable[[IntArray], IntArray]  # positions of the documents with these numbers
 
 
 class DocumentStream:
-    """The documents `first` up to `end` of a store; `read_lengths(first, end)` tells their positions.
+    """The documents `first` up to `end` of a store; `lengths_of(documents)` tells their positions.
 
-    `source` sets apart the permutations of several streams with one seed. Not safe to use from several threads.
+    `source` sets apart the permutations of several streams with one seed. Windows have even sizes, of at most
+    `window_documents`. Not safe to use from several threads.
     """
 
     def __init__(
         self,
-        read_lengths: ReadLengths,
+        lengths_of: LengthsOf,
         first: int,
         end: int,
         *,
@@ -36,9 +37,11 @@ class DocumentStream:
         window_documents: int = WINDOW_DOCUMENTS,
     ):
         assert 0 <= first < end and window_documents > 0
-        self.first, self.num_documents, self.window_documents = first, end - first, window_documents
-        self._read_lengths, self._seed, self._source = read_lengths, seed, source
-        block = min(max(self.num_documents // BLOCK_DOCUMENTS, 1), BLOCK_DOCUMENTS)
+        self.first, self.num_documents = first, end - first
+        self.window_documents = -(-self.num_documents // -(-self.num_documents // window_documents))
+        self._lengths_of, self._seed, self._source = lengths_of, seed, source
+        # Small blocks make windows alike, large ones are quick to read where the store is larger than memory.
+        block = min(max(self.num_documents // WINDOW_DOCUMENTS, 1), BLOCK_DOCUMENTS)
         self._num_blocks = -(-self.num_documents // block)
         self._epochs: OrderedDict[int, tuple[IntArray, IntArray]] = OrderedDict()
         self._windows: OrderedDict[tuple[int, int], tuple[IntArray, IntArray]] = OrderedDict()
@@ -90,11 +93,10 @@ class DocumentStream:
         end = min(begin + self.window_documents, self.num_documents)
         blocks = np.arange(np.searchsorted(starts, begin, side="right") - 1, np.searchsorted(starts, end))
         skipped = np.maximum(begin - starts[blocks], 0)
-        first = self._block_start(order[blocks])
-        stop = first + np.minimum(end, starts[blocks + 1]) - starts[blocks]
-        ranges = list(zip((first + skipped).tolist(), stop.tolist(), strict=True))
-        documents = np.concatenate([np.arange(*block) for block in ranges])
-        lengths = np.concatenate([self._read_lengths(*block) for block in ranges])
+        first = self._block_start(order[blocks]) + skipped
+        counts = np.minimum(end, starts[blocks + 1]) - starts[blocks] - skipped
+        documents = np.arange(end - begin) + np.repeat(first - np.cumsum(counts) + counts, counts)
+        lengths = self._lengths_of(documents)
         shuffled = random_order(len(documents), self._seed, epoch, self._source, window + 1)
         return documents[shuffled], lengths[shuffled]
 

@@ -24,7 +24,7 @@ from turbolm.data.stream import DocumentStream, random_order, random_raw
 from turbolm.data.window import Grouping, Packing, Pieces, Random, Window, arrange, count_batches, pack_window
 from turbolm.plan.curriculum import Segment
 
-ORDER_VERSION = 2  # raise it when the same arguments no longer give the same batches
+ORDER_VERSION = 3  # raise it when the same arguments no longer give the same batches
 _ONE = 2**32  # shares of the sources are whole numbers, so that their sums are exact
 _ROWS = 2**32  # sets the permutations of rows apart from those of sources
 
@@ -58,7 +58,7 @@ class OrderSettings:
     seed: int
     packing: Packing
     grouping: Grouping
-    window_documents: int
+    window_documents: int  # of the source that sets the pace
 
     def digest(self, documents: str) -> str:
         """SHA-256 of all but the segments, and of `documents`, a fingerprint of what the sources hold."""
@@ -106,7 +106,7 @@ def build_row(rows: Sequence[Row], sources: Sources, settings: OrderSettings, fi
     segment = segments[index]
     most_steps = segments[index + 1].first_step - step if index + 1 < len(segments) else None
     ends = list(begins)
-    positions = _window_positions(sources, settings, segment, most_steps) - int(carried.length.sum())
+    positions = _window_positions(sources, settings, segment, begins, most_steps) - int(carried.length.sum())
     _advance(sources, segment, positions, ends, owed, cross_epoch=False)
     while True:
         documents = sources.read(list(zip(begins, ends, strict=True)))
@@ -140,13 +140,8 @@ def _advance(
     The source whose epoch lasts longest sets the pace. It stops at the end of its epoch, so that a window mixes two
     epochs only where it would not fill a batch otherwise.
     """
-    weights = segment.weights or (1.0,)
-    shares = [round(weight * _ONE) for weight in weights]
-    lasting = [
-        stream.num_documents * mean / share if share else 0.0
-        for stream, mean, share in zip(sources.streams, sources.mean_positions, shares, strict=True)
-    ]
-    lead = lasting.index(max(lasting))
+    shares = _shares(segment)
+    lead, _ = _lead(sources, segment)
     stream = sources.streams[lead]
     limit = None if cross_epoch else (ends[lead] // stream.num_documents + 1) * stream.num_documents
     ends[lead], paced = stream.advance(ends[lead], positions * shares[lead] // _ONE, limit)
@@ -158,12 +153,35 @@ def _advance(
             owed[number] -= drawn
 
 
-def _window_positions(sources: Sources, settings: OrderSettings, segment: Segment, most_steps: int | None) -> int:
-    """How much a window should draw: so many documents of average length, or what the segment still needs."""
-    documents = sum(stream.num_documents for stream in sources.streams)
-    in_all = sum(s.num_documents * mean for s, mean in zip(sources.streams, sources.mean_positions, strict=True))
-    positions = max(int(settings.window_documents * in_all / documents), segment.global_batch_tokens)
+def _window_positions(
+    sources: Sources, settings: OrderSettings, segment: Segment, begins: Sequence[int], most_steps: int | None
+) -> int:
+    """How much a window should draw: an even part of the pace-setting source's epoch, or what the segment still needs.
+
+    Windows are alike in size, and the last one of an epoch takes all that is left.
+    """
+    lead, share = _lead(sources, segment)
+    stream = sources.streams[lead]
+    left = stream.num_documents - begins[lead] % stream.num_documents
+    num_windows = -(-left // settings.window_documents)
+    positions = int(left / num_windows * sources.mean_positions[lead] / share * _ONE) if num_windows > 1 else 2**62
+    positions = max(positions, segment.global_batch_tokens)
     return positions if most_steps is None else min(positions, most_steps * segment.global_batch_tokens)
+
+
+def _lead(sources: Sources, segment: Segment) -> tuple[int, int]:
+    """The source whose epoch lasts longest at the segment's shares, and its share in parts of `_ONE`."""
+    shares = _shares(segment)
+    lasting = [
+        stream.num_documents * mean / share if share else 0.0
+        for stream, mean, share in zip(sources.streams, sources.mean_positions, shares, strict=True)
+    ]
+    lead = lasting.index(max(lasting))
+    return lead, shares[lead]
+
+
+def _shares(segment: Segment) -> list[int]:
+    return [round(weight * _ONE) for weight in segment.weights or (1.0,)]
 
 
 def _pack(documents: Pieces, carried: Pieces, number: int, settings: OrderSettings, segment: Segment) -> list[Bins]:
