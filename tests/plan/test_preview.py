@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from turbolm.plan.curriculum import Curriculum, Segment
 from turbolm.plan.preview import StoreSize, constant_span, mean_span, run_out_notes, source_uses
-
-from .test_curriculum import recipe_with
+from turbolm.recipe.schema import Recipe
 
 WEB_AND_CODE = [{"type": "stdlib", "label": "web", "weight": 3}, {"type": "stdlib", "weight": 1}]
 
 
+def recipe_with(**data: Any) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "name": "test",
+            "model": {"config": {"model_type": "llama"}},
+            "tokenizer": {"train": {"vocab_size": 300}},
+            "data": {"seq_len": 512, **data},
+            "train": {"budget": 100_000, "global_batch": 1024},
+        }
+    )
+
+
 def test_a_source_that_runs_out_is_named() -> None:
-    recipe = recipe_with({"sources": WEB_AND_CODE})
+    recipe = recipe_with(sources=WEB_AND_CODE)
     curriculum = Curriculum((Segment(0, 0, (512,), 1000, (0.75, 0.25)),), (100_000,))
     web, code = source_uses(recipe, curriculum, StoreSize((30_000, 25_001), ()))
     assert (web.label, web.planned_tokens, web.available_tokens, web.epochs) == ("web", 75_000, 30_000, 2.5)
