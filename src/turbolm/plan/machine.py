@@ -72,14 +72,20 @@ def described_machine(recipe: Recipe) -> Machine | None:
     )
 
 
+def missing_package(recipe: Recipe) -> str | None:
+    """What to say when the optimizer's package is not installed here, or None."""
+    name = recipe.optimizer.name
+    package = OPTIMIZERS[name].package
+    if package is None or importlib.util.find_spec(package) is not None:
+        return None
+    return f"optimizer.name {name} needs the package {package}; install it with: pip install 'turbolm[optimizers]'"
+
+
 def check_machine(recipe: Recipe, machine: Machine) -> None:
     """Raises UserError when this node's GPUs are not those that the recipe describes, or a package is missing."""
-    package = OPTIMIZERS[recipe.optimizer.name].package
-    if package is not None and importlib.util.find_spec(package) is None:
-        raise UserError(
-            f"optimizer.name {recipe.optimizer.name} needs the package {package}; install it with: "
-            "pip install 'turbolm[optimizers]'"
-        )
+    missing = missing_package(recipe)
+    if missing is not None:
+        raise UserError(missing)
     cluster = recipe.cluster
     if cluster.gpu is None or cluster.device == "cpu":
         return

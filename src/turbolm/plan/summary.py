@@ -13,7 +13,7 @@ from turbolm.plan.count import ModelSize, read_model_config, size_model
 from turbolm.plan.curriculum import lr_factor
 from turbolm.plan.flops import peak_half_flops, training_flops_per_token
 from turbolm.plan.gpus import GPUS
-from turbolm.plan.machine import Machine, described_machine, detect_machine
+from turbolm.plan.machine import Machine, described_machine, detect_machine, missing_package
 from turbolm.plan.memory import ModelState, estimate_model_state
 from turbolm.plan.plan import Plan, build_plan
 from turbolm.plan.preview import SourceUse, StoreSize, constant_span, mean_span, run_out_notes, source_uses
@@ -175,6 +175,8 @@ def collect_summary(
     if problems or plan is None:
         raise UserError("\n".join(f"{recipe_file}: {line}" for problem in problems for line in problem.splitlines()))
     uses = source_uses(recipe, plan.curriculum, store)
+    missing = missing_package(recipe)
+    notes = [*notes, *([missing] if missing else [])]
     return Summary(
         recipe_file=recipe_file,
         overrides=tuple(overrides),
