@@ -217,6 +217,7 @@ class Worker:
             disk = self.dd(num_bytes)
             note("dd_bytes_per_sec", disk)
             rate = num_bytes / self.timed(lambda: (self.save(waiting), waiting.finish()))
+            note("write_bytes_per_sec", rate)
             disk = (disk + self.dd(num_bytes)) / 2
             note("write_over_dd", rate / disk)
             self.flushed()
