@@ -28,7 +28,7 @@ import numpy as np
 from turbolm.data.loader import BatchLoader
 from turbolm.data.order import recipe_order
 from turbolm.data.prepare import prepare
-from turbolm.data.store import FORMAT_VERSION, MANIFEST, TokenStore, _ends_sha256, open_store
+from turbolm.data.store import FORMAT_VERSION, MANIFEST, TokenStore, _ends_sha256, manifest_sha256, open_store
 from turbolm.plan.curriculum import build_curriculum
 from turbolm.recipe.schema import Recipe
 
@@ -249,8 +249,19 @@ def large_store(folder: Path, corpus_lengths: np.ndarray, num_documents: int) ->
                 ends_sha256 = _ends_sha256(file, num_bytes)
             shard[part] = {"file": path.name, "bytes": num_bytes, "ends_sha256": ends_sha256, "sha256": path.name}
         shards.append(shard)
-    manifest = {"format_version": FORMAT_VERSION, "dtype": "<u2", "vocab_size": 8192, "bos_id": 0, "eos_id": 0,
-                "tokenizer_fingerprint": "none", "validation": 0.0, "sources": [{}], "shards": shards}  # fmt: skip
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "dtype": "<u2",
+        "vocab_size": 8192,
+        "bos_id": 0,
+        "eos_id": 0,
+        "tokenizer_fingerprint": "none",
+        "tokenizer_files": [],
+        "validation": 0.0,
+        "sources": [{}],
+        "shards": shards,
+    }
+    manifest["manifest_sha256"] = manifest_sha256(manifest)
     (folder / "large" / MANIFEST).write_text(json.dumps(manifest))
     return folder / "large"
 
