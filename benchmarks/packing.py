@@ -167,10 +167,11 @@ def token_store(lengths: np.ndarray) -> Iterator[TokenStore]:
 
 
 def move_tokens(store: TokenStore, seq_len: int, packing: Packing, bins_per_batch: int = 64) -> int:
-    """Every batch of an epoch as the arrays a model takes; returns the number of bins. Planning included."""
+    """As many batches as an epoch fills, as the arrays a model takes; returns their bins. Planning included."""
     order = constant_order(store.lengths("train"), seq_len, bins_per_batch, 0, packing)
     loader = BatchLoader(order, store, "train", world_size=1, rank=0, micro_batch=8 * seq_len)
-    num_steps = steps_of_an_epoch(order, store.num_documents("train"))
+    # What the windows carry on fills less than one more.
+    num_steps = steps_of_an_epoch(order, store.num_documents("train")) + 1
     for index in range(num_steps):
         loader.global_batch(index)
     return num_steps * bins_per_batch
