@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -83,8 +84,13 @@ def test_a_second_process_is_kept_out_of_a_run(whole: Run) -> None:
     run = Run(whole.folder, "locked")
     first = run.start()
     read_until(first, "step 3/")
+    ranks = run.ranks().values()
+    for rank in ranks:  # else it may be finished before the second one has started
+        os.kill(rank, signal.SIGSTOP)
     second = run.start()
     said = second.communicate(timeout=120)[0]
+    for rank in ranks:
+        os.kill(rank, signal.SIGCONT)
     assert second.returncode == 2 and "is in use by process" in said and "Traceback" not in said
     rest = first.communicate(timeout=300)[0]
     assert first.returncode == 0, rest

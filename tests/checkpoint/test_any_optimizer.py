@@ -33,14 +33,16 @@ class Kronecker(torch.optim.Optimizer):
                 state = self.state[p]
                 if not state:
                     state.update(factors=[torch.zeros(n, n) for n in p.shape], step=0, scale=torch.ones(3), spare=None)
+                    state["turned"] = torch.zeros(p.shape[::-1]).permute(tuple(reversed(range(p.dim()))))
                 state["step"] += 1
                 state["scale"] *= 1.5
+                state["turned"] += p.grad
                 update = p.grad.clone()
                 for axis, factor in enumerate(state["factors"]):
                     moved = p.grad.movedim(axis, 0).reshape(factor.shape[0], -1)
                     factor += moved @ moved.T
                     update = update / (1 + factor.trace())
-                p -= group["lr"] * group["calls"] * state["scale"].sum() * update
+                p -= group["lr"] * group["calls"] * state["scale"].sum() * (update + state["turned"])
 
 
 class Quantised(torch.optim.Optimizer):

@@ -16,7 +16,6 @@ from safetensors import SafetensorError, safe_open
 from turbolm.checkpoint.fragments import Fragment, inner_optimizer, own_fragments, parameter_shapes, publish_weights
 from turbolm.checkpoint.manifest import BUFFERS, TRAINER_STATE, index_file, rank_of_tensor_file, read_manifest
 from turbolm.checkpoint.optimizer_state import (
-    ParameterState,
     check_same_states,
     layouts,
     materialise_state,
@@ -185,28 +184,23 @@ def _load_fragment(
         return
     in_groups = {key: value for numbers in reader.groups for key, value in numbers.items()}
     scalars = {key: value for key, value in {**in_groups, **scalars}.items() if key in ours.scalars or key in scalars}
-    check_same_states(name, saved | set(scalars) - {"step"}, set(ours.sharded) | set(ours.scalars) - {"step"})
-    for state, tensor in ours.sharded.items():
-        tensor.copy_(read(state))
-    if layout is not None:
-        _load_whole(reader, name, layout, ours)
-    set_scalars(optimizer, fragment, {key: value for key, value in scalars.items() if key in ours.scalars})
-
-
-def _load_whole(reader: CheckpointReader, name: str, layout: str, ours: ParameterState) -> None:
-    bound = reader.whole.get((name, layout))
-    if bound is None and ours.whole:
+    check_same_states(name, set(scalars) - {"step"}, set(ours.scalars) - {"step"})
+    bound = reader.whole.get((name, layout), (0, set[str]()))[1] if layout is not None else set[str]()
+    if layout is not None and ours.whole and not bound and not set(ours.whole) <= saved:
         raise UserError(
             f"{reader.checkpoint}: the optimizer's state {sorted(ours.whole)[0]!r} of {name} is bound to the "
             f"{reader.manifest['world_size']} processes and ZeRO stage {reader.manifest['zero_stage']} it was saved "
             "with; resume with these"
         )
-    check_same_states(name, bound[1] if bound else set(), set(ours.whole))
-    for state, tensor in ours.whole.items():
-        saved = reader.read_bound(state, name, layout)
-        if saved.shape != tensor.shape:
-            raise UserError(f"{reader.checkpoint}: {state} of {name} is of shape {tuple(saved.shape)}")
-        tensor.copy_(saved)
+    ours_whole = ours.whole if layout is not None else {}
+    check_same_states(name, saved | bound, {*ours.sharded, *ours_whole})
+    for state, tensor in {**ours.sharded, **ours_whole}.items():
+        # A tensor in another order in memory is saved whole, and the same state may lie otherwise here.
+        values = read(state) if state in saved else reader.read_bound(state, name, str(layout))
+        if values.numel() != tensor.numel():
+            raise UserError(f"{reader.checkpoint}: {state} of {name} is of shape {tuple(values.shape)}")
+        tensor.copy_(values.reshape(tensor.shape))
+    set_scalars(optimizer, fragment, {key: value for key, value in scalars.items() if key in ours.scalars})
 
 
 def _set_rng_state(torch_states: dict[str, torch.Tensor], host_state: dict[str, Any]) -> None:

@@ -45,7 +45,7 @@ def parameter_state(optimizer: torch.optim.Optimizer, fragment: Fragment) -> Par
             state.scalars[path] = value
         elif value.dim() == 0:
             state.scalars[path] = value.item()
-        elif value.numel() == fragment.flat.numel() and (value.shape == fragment.flat.shape or value.dim() == 1):
+        elif _is_cut_like(value, fragment.flat):
             state.sharded[path] = fragment.view(value)
         else:
             state.whole[path] = value.detach()
@@ -164,6 +164,11 @@ def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, value
     elif value is not None:
         raise RuntimeError(f"the optimizer's state {path!r} is a {type(value).__name__}, which cannot be saved")
+
+
+def _is_cut_like(value: torch.Tensor, flat: torch.Tensor) -> bool:
+    """Whether a state's elements are those of the parameter, one for one and in the same order in memory."""
+    return value.numel() == flat.numel() and (value.shape == flat.shape or value.dim() == 1) and value.is_contiguous()
 
 
 def _is_number(value: Any) -> bool:
