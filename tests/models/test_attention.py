@@ -27,7 +27,7 @@ def loop_over_documents(
     bounds = cu_seq_q.tolist()
     assert bounds[0] == 0 and bounds[-1] == query.shape[0]
     for start, end in zip(bounds[:-1], bounds[1:], strict=True):
-        assert 0 < end - start <= max_q == max_k
+        assert 0 <= end - start <= max_q == max_k  # empty ones fill up to a fixed size
         q, k, v = (tensor[start:end].transpose(0, 1) for tensor in (query, key, value))
         distance = torch.arange(end - start)[:, None] - torch.arange(end - start)
         seen = distance >= 0
@@ -47,6 +47,11 @@ def test_varlen_gives_what_sdpa_gives(name: str, monkeypatch: pytest.MonkeyPatch
     flat = make_model(CONFIGS[name], "varlen")(**model_inputs(batch, "varlen", CPU)).logits
     assert flat.shape[:2] == (1, 3 * SEQ_LEN)
     torch.testing.assert_close(flat.view(expected.shape), expected, rtol=1e-4, atol=1e-5)
+    starts = np.flatnonzero(batch["position_ids"].ravel() == 0)
+    padded = np.append(starts, [3 * SEQ_LEN] * 9).astype(np.int32)
+    inputs = model_inputs({**batch, "cu_seqlens": padded}, "varlen", CPU)
+    assert inputs["cu_seq_lens_q"].tolist() == padded.tolist()
+    torch.testing.assert_close(make_model(CONFIGS[name], "varlen")(**inputs).logits, flat)
 
 
 def test_auto_takes_sdpa_where_there_is_no_gpu() -> None:

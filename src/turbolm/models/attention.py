@@ -65,8 +65,8 @@ def model_inputs(batch: dict[str, np.ndarray], attention: str, device: torch.dev
     """What the model is called with for one micro-batch of shape [bins, seq_len].
 
     For kernels that read cumulative lengths the rows are joined to [1, bins x seq_len] and `cu_seq_lens_*` (int32,
-    one entry more than there are pieces) and `max_length_*` (an int) are added; they are computed on the host, so that
-    no layer has to ask the device.
+    one entry more than there are pieces, or the micro-batch's own `cu_seqlens`, which end with empty pieces) and
+    `max_length_*` (an int) are added; they are computed on the host, so that no layer has to ask the device.
     """
     tokens, positions = batch["input_ids"], batch["position_ids"]
     if attention not in _FLATTENED:
@@ -76,12 +76,13 @@ def model_inputs(batch: dict[str, np.ndarray], attention: str, device: torch.dev
             "use_cache": False,
         }
     flat_positions = positions.reshape(1, -1)
-    starts = np.flatnonzero(flat_positions[0] == 0)
-    cumulative = np.append(starts, flat_positions.size).astype(np.int32)
+    cumulative = batch.get("cu_seqlens")  # of a fixed size, where a compiler is at work
+    if cumulative is None:
+        starts = np.flatnonzero(flat_positions[0] == 0)
+        cumulative = np.append(starts, flat_positions.size).astype(np.int32)
     cu_seq_lens = torch.from_numpy(cumulative).to(device, non_blocking=True)
-    # How many pieces there are differs from batch to batch. Compilers take this one size as a variable; padding with
-    # empty pieces to the most there can be would launch a block of the kernel for each of them.
-    torch._dynamo.maybe_mark_dynamic(cu_seq_lens, 0)
+    if "cu_seqlens" not in batch:  # how many pieces there are differs from batch to batch
+        torch._dynamo.maybe_mark_dynamic(cu_seq_lens, 0)
     return {
         "input_ids": torch.from_numpy(tokens.reshape(1, -1)).to(device, non_blocking=True),
         "position_ids": torch.from_numpy(flat_positions).to(device, non_blocking=True),

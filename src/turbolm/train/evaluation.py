@@ -43,7 +43,13 @@ def evaluate(
     loss_sum = torch.zeros((), dtype=torch.float64)
     engine.eval()
     for batch in evaluation_batches(
-        store, data.seq_len, max_tokens, data.packing, micro_batch_bins=plan.batch.micro_batch_bins, **layout
+        store,
+        data.seq_len,
+        max_tokens,
+        data.packing,
+        micro_batch_bins=plan.batch.micro_batch_bins,
+        fixed_cu_seqlens=plan.recipe.execution.compile != "none",
+        **layout,
     ):
         if should_stop():
             engine.train()

@@ -213,7 +213,9 @@ def _build_session(
     order = recipe_order(recipe, store, plan.curriculum, save=rank == 0)
     if rank == 0:
         dist.barrier(group=group)  # the others find the table in the cache
-    loader = BatchLoader(order, store, "train", world_size, rank, recipe.execution.micro_batch)
+    # What is compiled sees one size for each row length: the most pieces there are in the whole run.
+    max_pieces = order.max_pieces(plan.num_steps) if recipe.execution.compile != "none" else None
+    loader = BatchLoader(order, store, "train", world_size, rank, recipe.execution.micro_batch, max_pieces)
     num_matmul = count_parameters(engine.module, min_dims=2)
     config = engine.module.config.to_dict()
 
