@@ -1,10 +1,12 @@
 # One command for each thing one does with this repository. `make` alone lists them and changes nothing.
 .DEFAULT_GOAL := help
-.PHONY: help setup train test chaos lint lock clean
+.PHONY: help setup train test test-slow chaos lint lock clean
 PYTHON_VENV := .venv/bin/python
+# Set-up leaves it to the first import to compile a module: without a cache every process would do that again.
+unexport PYTHONDONTWRITEBYTECODE
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: ## make .venv with the pinned packages (PYTHON=python3.12 chooses the Python)
 	@sh launch/setup.sh
@@ -13,10 +15,13 @@ train: setup ## train recipes/quickstart (ARGS='train.budget=1M' overrides the r
 	@.venv/bin/turbolm train recipes/quickstart/config.yaml $(ARGS)
 
 test: setup lint ## lint, then run the tests (ARGS='-k packing' selects)
-	@$(PYTHON_VENV) -m pytest -n 2 --dist loadgroup $(ARGS)
+	@$(PYTHON_VENV) -m pytest -n 2 $(ARGS)
+
+test-slow: setup ## run the tests marked slow, which `make test` leaves out
+	@$(PYTHON_VENV) -m pytest -n 2 -m slow $(ARGS)
 
 chaos: setup ## kill runs, fill disks, damage checkpoints for longer (CHAOS_KILLS=30 CHAOS_SEED=n)
-	@CHAOS_KILLS=$${CHAOS_KILLS:-30} CHAOS_SEED=$${CHAOS_SEED:-$$(date +%s)} $(PYTHON_VENV) -m pytest -s tests/chaos $(ARGS)
+	@CHAOS_KILLS=$${CHAOS_KILLS:-30} CHAOS_SEED=$${CHAOS_SEED:-$$(date +%s)} $(PYTHON_VENV) -m pytest -s -m "" tests/chaos $(ARGS)
 
 lint: setup ## ruff, mypy and the import contracts
 	@$(PYTHON_VENV) -m ruff check .

@@ -1,9 +1,38 @@
-"""Settings of all tests."""
+"""Settings of all tests, and how tests are dealt to the processes of `pytest -n`."""
 
 from __future__ import annotations
 
+import os
+from typing import Any
+
+import pytest
 from hypothesis import settings
+
+# Before anything imports torch: models are tiny, and on a busy machine threads mostly wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # The machine that runs them may be busy: how long an example takes says nothing about the code.
 settings.register_profile("no deadline", deadline=None)
 settings.load_profile("no deadline")
+
+# One unit each: their tests share what takes long to make, such as a training run or a Slurm. The largest goes first.
+TOGETHER = (
+    "tests/test_end_to_end.py", "tests/slurm/", "tests/train/", "tests/checkpoint/", "tests/chaos/", "tests/gpu/",
+)  # fmt: skip
+
+
+def unit_of(nodeid: str) -> str:
+    """Tests of one unit run in one process, one after the other."""
+    return next((prefix for prefix in TOGETHER if nodeid.startswith(prefix)), nodeid)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Deal out whole units. `--dist loadgroup` would, but pytest-xdist 3.8 ignores its marks under pytest 9.2."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class UnitScheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return unit_of(nodeid)
+
+    return UnitScheduling(config, log)

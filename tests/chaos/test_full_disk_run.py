@@ -14,7 +14,7 @@ from tests.chaos.test_full_disk import fill
 from tests.chaos.test_kills import Run, make_folder
 from turbolm.checkpoint.verify import find_newest_valid
 
-pytestmark = [pytest.mark.chaos, pytest.mark.slow, pytest.mark.xdist_group("kills")]
+pytestmark = [pytest.mark.chaos, pytest.mark.slow]
 
 
 def read_until(process: subprocess.Popen[str], text: str) -> str:

@@ -27,7 +27,7 @@ from turbolm.plan.plan import build_plan
 from turbolm.recipe.load import dump_recipe, load_recipe
 
 ROOT = Path(__file__).parents[2]
-pytestmark = [pytest.mark.chaos, pytest.mark.slow, pytest.mark.xdist_group("kills")]
+pytestmark = [pytest.mark.chaos, pytest.mark.slow]
 SEED = int(os.environ.get("CHAOS_SEED", "0"))
 LONGER = int(os.environ.get("CHAOS_KILLS", "0"))  # `make chaos`
 STEPS = 200

@@ -17,10 +17,7 @@ from turbolm.data.store import open_store
 from turbolm.models.attention import choose_attention
 from turbolm.models.isolation import measure_leak
 
-pytestmark = [
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
-    pytest.mark.xdist_group("gpu"),
-]
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
 
 def test_every_stage_and_precision_follows_plain_pytorch(tmp_path: Path) -> None:

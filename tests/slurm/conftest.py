@@ -1,4 +1,4 @@
-"""One Slurm of three nodes for all tests of this folder; they run one after the other (`pytest -m slurm`)."""
+"""One Slurm of three nodes for all tests of this folder; they run one after the other."""
 
 from __future__ import annotations
 
@@ -11,16 +11,10 @@ import pytest
 from .cluster import SlurmCluster, missing_requirements, slurm_cluster
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "slurm: needs a real Slurm, which the tests start as root")
-
-
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the group
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.is_relative_to(Path(__file__).parent):
             item.add_marker(pytest.mark.slurm)
-            item.add_marker(pytest.mark.xdist_group("slurm"))  # holds with `--dist loadgroup`
 
 
 @pytest.fixture(scope="session")

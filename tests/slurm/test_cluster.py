@@ -76,6 +76,7 @@ def test_tasks_have_own_names_and_addresses_and_reach_each_other_by_name(cluster
     assert reports == [[rank, node.name, node.address, names] for rank, node in enumerate(cluster.nodes)]
 
 
+@pytest.mark.slow
 def test_gloo_all_reduce_goes_over_the_nodes_interfaces(cluster: SlurmCluster) -> None:
     program = cluster.root / "all_reduce.py"
     program.write_text(ALL_REDUCE)
@@ -96,6 +97,7 @@ def test_gloo_all_reduce_goes_over_the_nodes_interfaces(cluster: SlurmCluster) -
     assert sent[2] < 100_000
 
 
+@pytest.mark.slow
 def test_links_carry_one_gigabit(cluster: SlurmCluster) -> None:
     receive = (
         "import socket; server = socket.create_server(('', 29600)); connection, _ = server.accept()\n"
@@ -111,6 +113,7 @@ def test_links_carry_one_gigabit(cluster: SlurmCluster) -> None:
     assert time.monotonic() - start > 0.7  # 0.8 s at 1 Gbit/s, less what the bucket passes at once
 
 
+@pytest.mark.slow
 def test_scontrol_requeue_restarts_the_job_within_seconds(cluster: SlurmCluster) -> None:
     lines = script("echo restarts ${SLURM_RESTART_COUNT:-0}", '[ "$SLURM_RESTART_COUNT" = 1 ] || sleep 100')
     job_id = cluster.sbatch("--open-mode=append", script=lines)
@@ -123,6 +126,7 @@ def test_scontrol_requeue_restarts_the_job_within_seconds(cluster: SlurmCluster)
     assert cluster.job(job_id)["Restarts"] == "1"
 
 
+@pytest.mark.slow
 def test_a_job_can_requeue_itself(cluster: SlurmCluster) -> None:
     lines = script(
         "echo restarts ${SLURM_RESTART_COUNT:-0}",
@@ -145,6 +149,7 @@ def test_scancel_sends_a_signal_to_the_batch_shell_alone(cluster: SlurmCluster) 
     assert "got USR2" in cluster.output(job_id)
 
 
+@pytest.mark.slow
 def test_the_time_limit_sends_usr2_ahead(cluster: SlurmCluster) -> None:
     # Limits are in whole minutes, and the controller may send the signal up to 60 s early (sbatch(1)), so the
     # shortest wait has a limit of one minute and nearly as much notice.
@@ -159,6 +164,7 @@ def test_gpus_can_be_asked_for_although_there_are_none(cluster: SlurmCluster) ->
     assert cluster.output(job_id) == "gpus: 8\n"
 
 
+@pytest.mark.slow
 def test_a_node_declared_down_has_its_job_requeued_within_seconds(cluster: SlurmCluster) -> None:
     lines = script('[ "$SLURM_RESTART_COUNT" = 1 ] || { echo ready; srun sleep 100; }')
     job_id = cluster.sbatch("--nodes=3", "--open-mode=append", script=lines)
@@ -168,6 +174,7 @@ def test_a_node_declared_down_has_its_job_requeued_within_seconds(cluster: Slurm
     assert cluster.job(job_id)["Restarts"] == "1"
 
 
+@pytest.mark.slow
 def test_a_job_is_requeued_from_a_node_that_died(cluster: SlurmCluster) -> None:
     dead = cluster.nodes[2]
     lines = script("srun hostname", '[ "$SLURM_RESTART_COUNT" = 1 ] || sleep 100')
@@ -182,6 +189,7 @@ def test_a_job_is_requeued_from_a_node_that_died(cluster: SlurmCluster) -> None:
     assert cluster.job(job_id)["Restarts"] == "1"
 
 
+@pytest.mark.slow
 def test_a_killed_slurmd_leaves_its_tasks_running(cluster: SlurmCluster) -> None:
     node = cluster.nodes[1]
     job_id = cluster.sbatch(f"--nodelist={node.name}", "--no-requeue", script=script("echo ready", "sleep 1234"))

@@ -1,10 +1,9 @@
-"""One rank of `harness.run_cells`: trains every cell with the project's own engine, step and checkpoints."""
+"""What a rank of `harness.run_cells` does: trains a cell with the project's own engine, step and checkpoints."""
 
 from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -70,18 +69,3 @@ def save(folder: str, engine: Any, step: int) -> None:
     """Save a checkpoint of an engine after `step` steps."""
     state = {"step": step}
     save_checkpoint(Path(folder), engine, step=step, trainer_state=state, contract_fingerprint="test", keep_last=9)
-
-
-def main() -> None:
-    folder, jobs, results = (Path(argument) for argument in sys.argv[1:4])
-    cells = [Cell(**job) for job in json.loads(jobs.read_text(encoding="utf-8"))]
-    trained = {cell.name: train_cell(folder, cell) for cell in cells}
-    if int(os.environ["RANK"]) == 0:
-        results.write_text(json.dumps(trained), encoding="utf-8")
-    dist.barrier()
-    sys.stdout.flush()
-    os._exit(0)  # as the trainer ends, and for its reason
-
-
-if __name__ == "__main__":
-    main()

@@ -1,16 +1,14 @@
-"""Launch many small trainings as cells of one process group, so that a launch is paid once for each world size."""
+"""Launch many small trainings as cells of one world of ranks."""
 
 from __future__ import annotations
 
 import json
-import os
 import random
-import subprocess
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tests.world import run_world
 from turbolm.data.prepare import prepare
 from turbolm.recipe.schema import Recipe
 
@@ -109,25 +107,31 @@ def cell_recipe(folder: Path, cell: Cell) -> Recipe:
 
 
 def run_cells(folder: Path, world_size: int, cells: list[Cell]) -> dict[str, list[list[float]]]:
-    """Train every cell on `world_size` processes of one launch; returns (loss, grad_norm) by step for each name."""
+    """Train every cell on `world_size` ranks of one world; returns (loss, grad_norm) by step for each name."""
     prepare(cell_recipe(folder, cells[0]))
-    jobs, results = folder / f"cells-{world_size}.json", folder / f"results-{world_size}.json"
-    jobs.write_text(json.dumps([vars(cell) for cell in cells]), encoding="utf-8")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(world_size), "--master-port", "0"]
-    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m", "tests.train.cells"]
-    done = subprocess.run(
-        [*command, str(folder), str(jobs), str(results)],
-        cwd=Path(__file__).parents[2],
-        env={
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
-        },
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    trained: dict[str, list[list[float]]] = json.loads(results.read_text(encoding="utf-8"))
+    trained: dict[str, list[list[float]]] = run_world(
+        world_size, _train_cells, folder, cells, device=cells[0].device, timeout_sec=600
+    )[0]
     return trained
+
+
+def _train_cells(folder: Path, cells: list[Cell]) -> dict[str, list[list[float]]]:
+    from tests.train.cells import train_cell  # the trainer: only its ranks need to import it
+
+    return {cell.name: train_cell(folder, cell) for cell in cells}
+
+
+def train_in_world(recipe: Recipe, world_size: int = 2) -> int | str:
+    """Train prepared data as `turbolm train` does, without its launcher: the exit code, or why the ranks refused."""
+    answer: int | str = run_world(world_size, _train_recipe, recipe)[0]
+    return answer
+
+
+def _train_recipe(recipe: Recipe) -> int | str:
+    from turbolm.errors import UserError
+    from turbolm.train.worker import run_worker
+
+    try:
+        return run_worker(recipe)
+    except UserError as error:
+        return str(error)
