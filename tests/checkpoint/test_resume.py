@@ -25,8 +25,14 @@ SAVED, END = 4, 8
 def read_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint, assembled from whoever wrote it: `<state>/<parameter>`."""
     with CheckpointReader(checkpoint) as reader:
-        names = [(state, name) for state in ("weight", *sorted(reader.states)) for name in reader.shapes]
-        return {f"{state}/{name}": reader.read(state, name, 0, math.prod(reader.shapes[name])) for state, name in names}
+        shapes = reader.shapes.items()
+        names = [(state, name) for name, _ in shapes for state in ("weight", *sorted(reader.states_of.get(name, ())))]
+        tensors = {
+            f"{state}/{name}": reader.read(state, name, 0, math.prod(reader.shapes[name])) for state, name in names
+        }
+        for (name, layout), (_, states) in reader.whole.items():
+            tensors |= {f"{state}/{name}/{layout}": reader.read_bound(state, name, layout) for state in states}
+        return tensors
 
 
 def saved(folder: Path, name: str, step: int) -> Path:
