@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from tests.models.test_compile import LENGTHS, batches
 from tests.models.test_isolation import CONFIGS, SEQ_LEN, VOCAB, make_model
+from tests.models.test_loss import by_hand, problem
 from tests.train.harness import Cell, cell_recipe, run_cells
 from tests.train.reference import train_reference
 from tests.train.test_equivalence import learning_rates
 from turbolm.data.prepare import prepare
 from turbolm.data.store import open_store
-from turbolm.models.attention import choose_attention
+from turbolm.models.attention import choose_attention, model_inputs
+from turbolm.models.compile import apply_compile, compilations
 from turbolm.models.isolation import measure_leak
+from turbolm.models.loss import chunked_linear_loss
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
@@ -53,3 +58,58 @@ def test_auto_takes_varlen_in_half_precision() -> None:
     if torch.cuda.get_device_capability() >= (8, 0):
         assert choose_attention("auto", "cuda", "bf16", kind) == "varlen"
     assert choose_attention("auto", "cuda", "fp32", kind) == "sdpa"
+
+
+EXECUTION = {
+    "chunked": {"loss": "chunked"},
+    "full": {"loss": "full"},
+    "compiled-layers": {"compile": "layers"},
+    "compiled-layers-zero3": {"compile": "layers", "zero_stage": 3},
+    "compiled-model": {"compile": "model"},
+    "compiled-model-recomputed": {"compile": "model", "activation_checkpointing": "selective"},
+    "recomputed": {"activation_checkpointing": "full"},
+    "selective-zero3": {"activation_checkpointing": "selective", "zero_stage": 3},
+    "offloaded": {"activation_checkpointing": "offloaded"},
+    "overlapping": {"overlap_communication": True, "communication_bucket": 1000},
+}
+
+
+def test_execution_tricks_follow_plain_pytorch(tmp_path: Path) -> None:
+    if importlib.util.find_spec("liger_kernel") is not None:
+        EXECUTION["liger"] = {"loss": "liger"}
+    cells = [
+        Cell(name=f"{name}-{precision}", device="cuda", precision=precision, execution={"zero_stage": 1, **execution})
+        for name, execution in EXECUTION.items()
+        for precision in ("fp32", "bf16")
+    ]
+    trained = run_cells(tmp_path, 1, cells)
+    recipe = cell_recipe(tmp_path, Cell(name="reference"))
+    expected = np.array(train_reference(recipe, open_store(prepare(recipe)), learning_rates()))
+    for name, values in trained.items():
+        losses = np.array([step[0] for step in values])
+        rtol = 1e-4 if "fp32" in name else 2e-2
+        np.testing.assert_allclose(losses, expected[:, 0], rtol=rtol, err_msg=name)
+
+
+@pytest.mark.parametrize("mode", ["model", "layers"])
+def test_varlen_compiles_once_for_each_length(mode: str) -> None:
+    """However many documents the rows hold."""
+    model = make_model(CONFIGS["llama"], "varlen").cuda().to(torch.bfloat16)
+    apply_compile(model, mode)
+    for seq_len in (*LENGTHS, *LENGTHS):
+        for batch in batches(seq_len):
+            model(**model_inputs(batch, "varlen", torch.device("cuda"))).logits.sum().backward()
+    assert compilations.count == len(LENGTHS)
+
+
+def test_chunked_loss_on_a_gpu() -> None:
+    values = {name: value.cuda() for name, value in problem().items()}
+    leaves = [values[name].clone().requires_grad_() for name in ("hidden", "weight", "bias")]
+    objective, _ = chunked_linear_loss(*leaves, values["targets"], z_loss=0.3, chunk_tokens=7)
+    objective.backward()
+    exact = [values[name].double().requires_grad_() for name in ("hidden", "weight", "bias")]
+    expected, _ = by_hand(*exact, values["targets"], 0.3, None)
+    expected.backward()
+    torch.testing.assert_close(objective.double(), expected, rtol=1e-3, atol=1e-3)
+    for leaf, reference in zip(leaves, exact, strict=True):
+        torch.testing.assert_close(leaf.grad.double(), reference.grad, rtol=1e-2, atol=1e-2)

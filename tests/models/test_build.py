@@ -182,3 +182,15 @@ def test_padded_tokens_lose_their_probability() -> None:
         optimizer.step()
         optimizer.zero_grad()
     assert padded_mass() < 0.01
+
+
+@pytest.mark.parametrize("kind", ["full", 2, "selective", "offloaded"])
+def test_recomputation_is_bitwise_equal(kind: str | int) -> None:
+    tokens = torch.arange(16)[None]
+    gradients = []
+    for chosen in ("none", kind):
+        model = build_model(Model(config=LLAMA), complete(Model(config=LLAMA)), seed=0, attention="sdpa").train()
+        apply_activation_checkpointing(model, chosen)
+        model(input_ids=tokens, use_cache=False).logits.square().mean().backward()
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
+    assert torch.equal(*gradients)
