@@ -12,6 +12,7 @@ import pytest
 from tests.checkpoint.toy import CONTRACT, Engine, build_saver, one_process
 from turbolm.checkpoint.manifest import list_checkpoints
 from turbolm.checkpoint.verify import find_newest_valid, verify_checkpoint
+from turbolm.plan.curriculum import Curriculum, Segment
 from turbolm.train.metrics import MetricsLog
 
 pytestmark = pytest.mark.chaos
@@ -86,7 +87,8 @@ def test_the_folder_turns_read_only(disk: Path) -> None:
 
 def test_metrics_of_the_time_without_space_are_written_later(disk: Path, tmp_path: Path) -> None:
     terminal = (tmp_path / "terminal").open("w")
-    log = MetricsLog(disk / "metrics.jsonl", 1, 10, 100, None, None, terminal)
+    curriculum = Curriculum((Segment(0, 0, (10,), 100),), (1000,))
+    log = MetricsLog(disk / "metrics.jsonl", 1, curriculum, None, None, terminal)
     log.add_evaluation(1, 1.0, 1.0)
     ballast = fill(disk, 0)
     whole = (disk / "metrics.jsonl").stat().st_size

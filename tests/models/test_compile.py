@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch._inductor import config as inductor_config
 
 from tests.models.test_isolation import CONFIGS, VOCAB, make_model, packed_row
 from turbolm.errors import UserError
@@ -122,7 +123,8 @@ def test_a_model_that_is_not_one_graph_is_refused() -> None:
         model(**model_inputs(packed_row(1), "sdpa", CPU))
 
 
-def test_a_cpu_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
-    with pytest.raises(UserError, match=r"needs a C\+\+ compiler"):
+def test_a_cpu_without_a_compiler_is_refused() -> None:
+    # Not through monkeypatch, which would leave torch without the setting afterwards.
+    without = inductor_config.patch({"cpp.cxx": ("no-such-compiler",)})
+    with without, pytest.raises(UserError, match=r"needs a C\+\+ compiler"):
         apply_compile(make_model(CONFIGS["llama"], "sdpa"), "model")
