@@ -87,7 +87,7 @@ def load_or_refuse(content: bytes, overrides: tuple[str, ...] = ()) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "a.yaml"
         path.write_bytes(content)
-        start_sec = time.monotonic()
+        start_sec = time.process_time()
         refusal = None
         try:
             recipe = load_recipe(path, overrides)
@@ -98,7 +98,7 @@ def load_or_refuse(content: bytes, overrides: tuple[str, ...] = ()) -> None:
             assert load_recipe(path) == recipe
         else:
             assert len(str(refusal).splitlines()) == len(refusal.problems) > 0
-        assert time.monotonic() - start_sec < 2
+        assert time.process_time() - start_sec < 2
 
 
 @quick
