@@ -107,7 +107,7 @@ class LargestTensor(TorchDispatchMode):
 
 @pytest.mark.parametrize(("kind", "holds_logits"), [("full", True), ("chunked", False)])
 def test_logits_are_never_held(kind: str, holds_logits: bool) -> None:
-    num_rows, vocab_size = 512, 20_000
+    num_rows, vocab_size = 1024, 20_000
     hidden, weight = torch.randn(num_rows, 4, requires_grad=True), torch.randn(vocab_size, 4, requires_grad=True)
     targets = torch.zeros(num_rows, dtype=torch.int64)
     with LargestTensor() as largest:
@@ -166,12 +166,13 @@ def test_liger_falls_back_where_there_is_no_gpu(capfd: pytest.CaptureFixture[str
     assert "liger needs a GPU" in capfd.readouterr().out
 
 
-@pytest.mark.parametrize("kind", ["full", pytest.param("chunked", marks=pytest.mark.slow)])
-def test_the_loss_is_part_of_the_compiled_graph(kind: str) -> None:
+@pytest.mark.parametrize("z_loss", [0.0, pytest.param(0.1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["chunked", pytest.param("full", marks=pytest.mark.slow)])
+def test_the_loss_is_part_of_the_compiled_graph(kind: str, z_loss: float) -> None:
     targets = torch.from_numpy(np.random.default_rng(0).integers(0, VOCAB, (1, 32)))
     plain, compiled = make_model(CONFIGS["llama"], "sdpa"), make_model(CONFIGS["llama"], "sdpa")
-    attach_loss(plain, kind, z_loss=0.1)
-    attach_loss(compiled, kind, z_loss=0.1)
+    attach_loss(plain, kind, z_loss=z_loss)
+    attach_loss(compiled, kind, z_loss=z_loss)
     apply_compile(compiled, "model", backend="aot_eager")
     assert loss_of(compiled, targets) == pytest.approx(loss_of(plain, targets), rel=1e-5)
     assert compilations.count == 1

@@ -60,15 +60,19 @@ def chunked_linear_loss(
     with_gradients = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     if chunk_tokens is None:
         chunk_tokens = _chunk_tokens(len(rows), weight)
-    objective, nll = _ChunkedLinearLoss.apply(
+    objective, squares = _ChunkedLinearLoss.apply(
         rows, weight, bias, targets, z_loss, softcap, chunk_tokens, with_gradients
     )
-    return objective, nll
+    nll = objective.detach()
+    return objective, nll - z_loss * squares if z_loss else nll
 
 
 def _chunk_tokens(num_rows: int, weight: torch.Tensor) -> int:
-    """Rows of a chunk: equal chunks, of at most so many logits, and of at least 64 rows to keep matrix products big."""
-    most = max(64, _CHUNK_LOGITS.get(weight.device.type, _CHUNK_LOGITS["cuda"]) // weight.shape[0])
+    """Rows of a chunk: equal chunks, of at most so many logits, but of 256 rows where that is more.
+
+    Every chunk reads and writes the gradient of the whole head, which would take longer than the rest of a small one.
+    """
+    most = max(256, _CHUNK_LOGITS.get(weight.device.type, _CHUNK_LOGITS["cuda"]) // weight.shape[0])
     num_chunks = -(-num_rows // most)
     return -(-num_rows // num_chunks)
 
@@ -85,7 +89,7 @@ class _ChunkedLinearLoss(torch.autograd.Function):
         softcap: float | None,
         chunk_tokens: int,
         with_gradients: bool,
-    ) -> Loss:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         nll = torch.zeros((), dtype=torch.float32, device=rows.device)
         squares = torch.zeros_like(nll)
         grad_rows = []
@@ -120,9 +124,9 @@ class _ChunkedLinearLoss(torch.autograd.Function):
                 grad_weight.add_(gradient.t() @ part)
         if with_gradients:
             ctx.save_for_backward(torch.cat(grad_rows), grad_weight, grad_bias)
-        ctx.mark_non_differentiable(nll)
+        ctx.mark_non_differentiable(squares)
         ctx.dtype = weight.dtype
-        return nll + z_loss * squares, nll
+        return nll + z_loss * squares, squares
 
     @staticmethod
     def backward(ctx: Any, grad_objective: torch.Tensor, _: torch.Tensor) -> tuple[Any, ...]:
