@@ -72,7 +72,7 @@ class Shim:
         return counted
 
     def die(self) -> None:
-        for path in self.dirty if self.power_cut else ():
+        for path in list(self.dirty) if self.power_cut else ():  # other threads go on writing
             renamed = path.replace(".tmp-", "")
             os.truncate(path if os.path.exists(path) else renamed, 0)
         os._exit(DIED)
