@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import random
 import sys
 import sysconfig
 from pathlib import Path
@@ -96,6 +97,19 @@ def test_jsonl_plain_and_compressed(tmp_path: Path) -> None:
 def test_parquet(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "a.parquet", {"n": [1, 2, 3, 4, 5, 6], "body": [*TEXTS, None]})
     assert read(type="parquet", path=str(path), field="body") == [*TEXTS, ""]
+
+
+def test_a_parquet_file_is_read_a_row_group_at_a_time(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    texts = [random.Random(number).randbytes(100_000).hex() for number in range(180)]
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet", row_group_size=15)
+    del texts
+    allocated = []
+    for _ in iter_documents([source(type="parquet", path=str(tmp_path / "a.parquet"))]):
+        allocated.append(pyarrow.total_allocated_bytes())
+    assert max(allocated) < 20e6  # of 36 MB in 12 row groups; read all at once they are taken apart to 78 MB
 
 
 def test_datasets_folders(tmp_path: Path) -> None:

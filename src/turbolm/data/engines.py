@@ -25,7 +25,7 @@ Ids = tuple[np.ndarray, np.ndarray]  # ids of all texts, one after the other, ui
 
 _GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # what ByteLevel means
 _CACHE_BYTES = 64 * 10**6  # of the words that Words remembers
-_RENEW_BYTES = 64 * 10**6  # gigatoken 0.10 remembers every word it has seen: forget them after this much text
+_RENEW_BYTES = 32 * 10**6  # gigatoken 0.10 remembers every word it has seen: forget them after this much text
 _SAMPLE_EVERY = 500  # documents
 _SAMPLE_CHARS = 10_000
 _NASTY = (
@@ -135,6 +135,7 @@ class Gigatoken:
 
     def encode(self, texts: Sequence[bytes]) -> Ids:
         if self._encoded_bytes > _RENEW_BYTES:
+            self._tokenizer = None  # the old one goes before the new one comes
             self._tokenizer, self._encoded_bytes = self._build(), 0
         self._encoded_bytes += sum(map(len, texts))
         rows = self._tokenizer.encode_batch(list(texts), parallel=False).layout  # an awkward ListOffsetArray

@@ -4,9 +4,10 @@ What a store holds is decided by its key, and its bytes depend on nothing else: 
 engine tokenized, nor on how often it was interrupted. The manifest is written last, so a store with a manifest is
 complete.
 
-Memory does not grow with the corpus: a shard of text for each worker and two more in this process, one in each worker
-beside what its tokenizer needs, the sample the tokenizer is trained on (`tokenizer.train.sample_bytes`), and 23 to 46
-bytes for each different document if duplicates are left out (`data.deduplicate`).
+Memory does not grow with the corpus: texts on their way to a worker lie in files, so what it takes is what a row group
+of the source needs, what each worker's tokenizer needs, the sample the tokenizer is trained on
+(`tokenizer.train.sample_bytes`), and 23 to 46 bytes for each different document if duplicates are left out
+(`data.deduplicate`).
 """
 
 from __future__ import annotations

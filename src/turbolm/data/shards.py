@@ -28,6 +28,8 @@ from turbolm.data.engines import Engine, EngineName, Plain, check_sample, load_e
 from turbolm.data.store import SPLITS, TOKENIZER_FOLDER, check_file, file_record
 
 if TYPE_CHECKING:
+    from io import BufferedWriter
+
     from turbolm.data.sources import Place, Reader, SourceSizes
     from turbolm.recipe.schema import Recipe
 
@@ -47,25 +49,50 @@ class Layout:
 
 
 class Texts:
-    """UTF-8 texts in one piece of memory, which goes to a worker without an object for each text."""
+    """UTF-8 texts, one after the other in a file of their own: memory holds only where each of them ends.
 
-    def __init__(self) -> None:
-        self._content = bytearray()
-        self.ends = array("q")  # where each ends, in bytes
+    A worker gets the file's name. Through a pipe each text in flight would be in memory several times.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.ends = array("q")  # in bytes
+        self._file: BufferedWriter | None = None
 
     def append(self, text: bytes) -> None:
-        self._content += text
-        self.ends.append(len(self._content))
+        if self._file is None:
+            self._file = self.path.open("wb")
+        self._file.write(text)
+        self.ends.append(len(text) + (self.ends[-1] if self.ends else 0))
+
+    def close(self) -> None:
+        """Nothing is appended any more."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def remove(self) -> None:
+        """Remove the file, if there is one."""
+        self.close()
+        self.path.unlink(missing_ok=True)
 
     def __len__(self) -> int:
         return len(self.ends)
 
     def __getitem__(self, number: int) -> bytes:
         start = self.ends[number - 1] if number else 0
-        return bytes(memoryview(self._content)[start : self.ends[number]])
+        with self.path.open("rb") as file:
+            file.seek(start)
+            return file.read(self.ends[number] - start)
 
     def __iter__(self) -> Iterator[bytes]:
-        return map(self.__getitem__, range(len(self)))
+        if not self.ends:
+            return
+        start = 0
+        with self.path.open("rb") as file:
+            for end in self.ends:
+                yield file.read(end - start)
+                start = end
 
 
 @dataclass
@@ -76,7 +103,7 @@ class Shard:
     source: int  # its place in data.sources
     start: Place
     end: Place
-    texts: dict[str, Texts] = field(default_factory=lambda: {split: Texts() for split in SPLITS})
+    texts: dict[str, Texts]  # by split
     text_bytes: int = 0
     empty: int = 0  # documents without text, which are left out
     duplicates: int = 0  # documents that came before, which are left out
@@ -97,6 +124,11 @@ class Shard:
             "duplicates": self.duplicates,
             "text_sha256": self.digest.hexdigest(),
         }
+
+    def remove_texts(self) -> None:
+        """Remove the files of its texts."""
+        for texts in self.texts.values():
+            texts.remove()
 
 
 @dataclass
@@ -148,9 +180,12 @@ def cut_shards(
                 if reader is None or documents is None:
                     reader = Reader(settings, start)
                     documents = iter(reader)
-                shard = Shard(number, source, start, start)
+                paths = {split: unfinished(folder / f"{_name(number)}.{split}.text") for split in SPLITS}
+                shard = Shard(number, source, start, start, {split: Texts(path) for split, path in paths.items()})
                 _fill(shard, reader, documents, seen, recipe.data.validation, _limit(number, shard_text_bytes))
                 part = _find(folder, number, shard.record(), None) if not known and shard.num_documents else None
+                if part:
+                    shard.remove_texts()
             rest = part.record if part else shard.record()
             dropped.empty += rest["empty"]
             dropped.duplicates += rest["duplicates"]
@@ -186,7 +221,9 @@ def _fill(
         shard.text_bytes += len(content)
         shard.digest.update(digest)
         if shard.text_bytes >= limit:
-            return
+            break
+    for texts in shard.texts.values():
+        texts.close()
 
 
 def _find(folder: Path, number: int, expected: dict[str, Any], seen: DigestSet | None) -> Finished | None:
@@ -241,7 +278,6 @@ def write_shards(
             texts = (shard.texts[split] for split in SPLITS)
             job = pool.submit(_write_shard, layout, shard.number, shard.record(), bytes(shard.digests), *texts)
             running[job] = (shard.number, share)
-            del shard, texts
             if len(running) > num_workers:  # one waits, so that no worker does; more would only fill the memory
                 for job in wait(running, return_when=FIRST_COMPLETED).done:
                     finish(job)
@@ -285,7 +321,7 @@ def _write_shard(
     train: Texts,
     validation: Texts,
 ) -> dict[str, Any]:
-    """Tokenize documents and write the files of one shard; `record` with its files and counts."""
+    """Tokenize the texts, write the files of one shard and remove the texts; `record` with its files and counts."""
     folder, name = Path(layout.folder), _name(number)
     engine, plain = _engines(layout)
     if layout.engine != "tokenizers":
@@ -315,6 +351,8 @@ def _write_shard(
     ):
         record[split] = {"documents": len(rows), "tokens": num_tokens, "text_bytes": int(rows[:, 1].sum())}
     write_json(folder / f"{name}.json", record)
+    for texts in (train, validation):
+        texts.remove()
     return record
 
 

@@ -245,12 +245,14 @@ def _read_parquet(source: ParquetSource, path: Path, skip: int, gauge: _Gauge) -
                 group, row = group + 1, row + counts[group]
             num_rows = max(1, sum(counts))
             gauge.share = lambda: row / num_rows
-            groups = list(range(group, len(counts)))
-            for batch in file.iter_batches(_PARQUET_ROWS, row_groups=groups, columns=[source.field], use_threads=False):
-                for value in batch.column(0).to_pylist():
-                    row += 1
-                    if row > skip:
-                        yield _text(value, f"{path}: row {row}", source.field)
+            for number in range(group, len(counts)):  # one call for all of them would keep what it has read of each
+                for batch in file.iter_batches(
+                    _PARQUET_ROWS, row_groups=[number], columns=[source.field], use_threads=False
+                ):
+                    for value in batch.column(0).to_pylist():
+                        row += 1
+                        if row > skip:
+                            yield _text(value, f"{path}: row {row}", source.field)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read as parquet: {error}") from None
 
