@@ -409,7 +409,9 @@ def test_files_that_are_no_recipe(tmp_path: Path) -> None:
     assert problems(tmp_path, "# nothing\n") == ["a.yaml:1: the file is empty"]
     assert problems(tmp_path, "- a\n") == ["a.yaml:1: expected a mapping of keys at the top, got a list of 1"]
     assert problems(tmp_path, "just text\n") == ["a.yaml:1: expected a mapping of keys at the top, got 'just text'"]
-    assert problems(tmp_path, "x: 1\n" * 30_000) == ["a.yaml: the file is larger than 128 KiB, which no recipe is"]
+    assert problems(tmp_path, "x: 1\n" * 30_000) == [
+        "a.yaml:26215: the file is larger than 128 KiB, which no recipe is"
+    ]
 
 
 def test_paths_that_are_no_file(tmp_path: Path) -> None:
@@ -418,7 +420,7 @@ def test_paths_that_are_no_file(tmp_path: Path) -> None:
     cases = {
         "nowhere.yaml": "nowhere.yaml: no such file",
         "": f"is a directory, not a file; did you mean {tmp_path / 'config.yaml'}?",
-        "latin.yaml": "latin.yaml: the file is not UTF-8 text (line 2)",
+        "latin.yaml": "latin.yaml:2: the file is not UTF-8 text",
         "nul\0.yaml": "cannot be read: embedded null byte",
     }
     for name, message in cases.items():

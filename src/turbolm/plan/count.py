@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import difflib
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import subprocess
@@ -70,6 +73,7 @@ def size_model(config: Mapping[str, Any], cache_dir: str | Path) -> ModelSize:
         raise UserError(str(error)) from None
     if counts is not None:
         return ModelSize(counts.total, counts.embedding, counts.head, "formula")
+    _check_model_type(str(config.get("model_type")))
     text = canonical_json(config)
     version = importlib.metadata.version("transformers")
     key = hashlib.sha256(f"{version} {text}".encode()).hexdigest()
@@ -80,6 +84,35 @@ def size_model(config: Mapping[str, Any], cache_dir: str | Path) -> ModelSize:
         size = ModelSize(**_count(text), source="counted")
         _keep(cache, size)
         return size
+
+
+def _check_model_type(model_type: str) -> None:
+    """Refuse at once what transformers has no causal language model for: importing it to ask takes seconds."""
+    spec = importlib.util.find_spec("transformers")
+    if spec is None or not spec.submodule_search_locations:
+        return
+    known = _causal_model_types(Path(spec.submodule_search_locations[0]) / "models/auto/modeling_auto.py")
+    if known and model_type not in known:
+        near = difflib.get_close_matches(model_type[:100], known, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise UserError(
+            f"model.config.model_type: transformers knows no causal language model {model_type[:100]!r}{hint}"
+        )
+
+
+def _causal_model_types(source: Path) -> list[str]:
+    """The keys of transformers' own table, read without running it; none where it is not as expected."""
+    try:
+        statements = ast.parse(source.read_text(encoding="utf-8")).body
+        for statement in statements:
+            if isinstance(statement, ast.Assign) and "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES" in map(
+                ast.unparse, statement.targets
+            ):
+                assert isinstance(statement.value, ast.Call)
+                return [str(name) for name, _ in ast.literal_eval(statement.value.args[0])]
+    except (OSError, ValueError, SyntaxError, TypeError, IndexError, AssertionError):
+        pass
+    return []
 
 
 def _count(config_text: str) -> dict[str, int]:

@@ -14,6 +14,7 @@ from functools import cached_property
 from itertools import pairwise
 from typing import TypeVar
 
+from turbolm.errors import UserError
 from turbolm.recipe.schema import BatchRamp, LengthBuckets, LengthGrowth, LengthStages, Recipe
 from turbolm.units import Span
 
@@ -247,6 +248,8 @@ def _weight_changes(recipe: Recipe, budget_tokens: int) -> list[tuple[float, tup
     changes: list[tuple[float, tuple[float, ...] | None]] = []
     for at in sorted({at for changes_of_one in by_source for at, _ in changes_of_one}):
         values = [_value_at(changes_of_one, at) for changes_of_one in by_source]
+        if not sum(values):
+            raise UserError(f"data.sources: every weight is 0 from {at:.0f} tokens on; give one of them more")
         changes.append((at, tuple(value / sum(values) for value in values)))
     return changes
 
@@ -259,7 +262,8 @@ def _cycles(recipe: Recipe, budget_tokens: int) -> list[tuple[float, int]]:
 
 
 def _value_at(changes: Sequence[tuple[float, _Value]], tokens: float) -> _Value:
-    return [value for place, value in changes if place <= tokens][-1]
+    """What holds at `tokens`; the places ascend from 0."""
+    return changes[bisect_right(changes, tokens, key=lambda change: change[0]) - 1][1]
 
 
 def _settings(segment: Segment) -> tuple[object, ...]:

@@ -18,6 +18,7 @@ Values = Mapping[str, Any]  # by dotted key; a value that is missing or not vali
 
 _GPUS_WITHOUT_BF16 = ("V100-16GB", "V100-32GB")
 _GPT2_POSITIONS = 1024  # its default; the one model type here with a table of positions
+_MAX_REMIX_PERIODS = 1000
 _KEYS = (
     "model.config",
     "tokenizer.train",
@@ -77,7 +78,8 @@ def too_few_sequences(batch_tokens: int, seq_len: int, world_size: int) -> str |
     num_sequences = batch_tokens // seq_len
     if num_sequences >= world_size:
         return None
-    longest = next((n for n in range(batch_tokens // world_size, 7, -1) if batch_tokens % n == 0), None)
+    counts = range(world_size, min(batch_tokens // 8, 100 * world_size) + 1)  # of sequences; more is no advice
+    longest = next((batch_tokens // count for count in counts if batch_tokens % count == 0), None)
     shorter = f", or a seq_len of at most {longest}" if longest else ""
     return (
         f"{batch_tokens} tokens are {num_sequences} sequences of data.seq_len {seq_len}, too few for {world_size} "
@@ -155,6 +157,17 @@ def _row_lengths(values: Values) -> Iterator[tuple[str, str]]:
         for length in lengths:
             if batch % length:
                 yield key, f"every row length must divide {batch_key} ({batch}), got {length}"
+
+
+def _remix(values: Values) -> Iterator[tuple[str, str]]:
+    """Short rows do not come back so often that the plan of it is longer than the run."""
+    schedule, budget, batch = (values[k] for k in ("data.length_schedule", "train.budget", "train.global_batch"))
+    if schedule is None or schedule.name != "growth" or not schedule.remix or not budget or not batch:
+        return
+    num_periods = budget / schedule.remix_every.tokens(budget, batch)
+    if num_periods > _MAX_REMIX_PERIODS:
+        most = f"at most {_MAX_REMIX_PERIODS} times in train.budget, as with {100 / _MAX_REMIX_PERIODS:g}%"
+        yield "data.length_schedule.remix_every", f"short rows may come back {most}, got {num_periods:.4g} times"
 
 
 def _batch_ramp(values: Values) -> Iterator[tuple[str, str]]:
@@ -331,6 +344,7 @@ _RULES: tuple[Callable[[Values], Iterator[tuple[str, str]]], ...] = (
     _whole_bins,
     _sizes,
     _row_lengths,
+    _remix,
     _batch_ramp,
     _zero_stage,
     _optimizer,

@@ -49,7 +49,7 @@ Beta = Annotated[Number, Field(ge=0, lt=1)]
 TrainingSpan = Annotated[
     Any, BeforeValidator(Span.parse), PlainSerializer(str, return_type=str), WithJsonSchema(UNIT_TEXT)
 ]
-Weight = Annotated[Number, Field(ge=0)]
+Weight = Annotated[Number, Field(ge=0, le=1e12)]
 
 
 def _staged(value: object) -> object:

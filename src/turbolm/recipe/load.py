@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -102,7 +103,10 @@ class _Reader:
             if self.num_files == _MAX_FILES + 1:
                 self._refuse(asked, f"more than {_MAX_FILES} files are extended")
             return None
-        text, trouble = _read_text(path)
+        text, trouble, line = _read_text(path)
+        if line is not None:
+            self._refuse(Problem(shown, line, "", ""), trouble)
+            return None
         if trouble:
             self._refuse(asked, f"{trouble}: {shown}" if asked.key else trouble)
             return None
@@ -129,6 +133,9 @@ class _Reader:
                 self._refuse(asked, "expected a path or a list of paths, relative to this file")
                 continue
             name = os.path.normpath(os.path.join(os.path.dirname(shown), entry.value))
+            if not entry.value.endswith((".yaml", ".yml")):  # what a message quotes is never of another kind of file
+                self._refuse(asked, f"expected a file whose name ends with .yaml or .yml, got {describe(entry.value)}")
+                continue
             base = self.read(path.parent / entry.value, name, chain, asked)
             if base is not None:
                 merged = base if merged is None else _merge(merged, base)
@@ -140,24 +147,27 @@ class _Reader:
         self.problems.append(Problem(asked.file, asked.line, asked.key, message))
 
 
-def _read_text(path: Path) -> tuple[str, str]:
-    """The text of a file and "", or "" and what is wrong with the file."""
+def _read_text(path: Path) -> tuple[str, str, int | None]:
+    """The text of a file, what is wrong with the file (or ""), and the line where it goes wrong if it has one."""
     try:
+        # A pipe or a device may never answer, and opening one can act on it.
+        if not stat.S_ISREG(path.stat().st_mode) and not path.is_dir():
+            return "", "not a regular file", None
         with open(path, "rb") as file:
             content = file.read(MAX_FILE_BYTES + 1)
         if len(content) > MAX_FILE_BYTES:
-            return "", f"the file is larger than {MAX_FILE_BYTES // 1024} KiB, which no recipe is"
-        return content.decode("utf-8-sig"), ""
+            at = content.count(b"\n") + 1
+            return "", f"the file is larger than {MAX_FILE_BYTES // 1024} KiB, which no recipe is", at
+        return content.decode("utf-8-sig"), "", None
     except FileNotFoundError:
-        return "", "no such file"
+        return "", "no such file", None
     except IsADirectoryError:
         inside = path / "config.yaml"
-        return "", "is a directory, not a file" + (f"; did you mean {inside}?" if inside.is_file() else "")
+        return "", "is a directory, not a file" + (f"; did you mean {inside}?" if inside.is_file() else ""), None
     except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        return "", f"the file is not UTF-8 text (line {line})"
+        return "", "the file is not UTF-8 text", error.object.count(b"\n", 0, error.start) + 1
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        return "", f"cannot be read: {getattr(error, 'strerror', None) or error}"
+        return "", f"cannot be read: {getattr(error, 'strerror', None) or error}", None
 
 
 def _merge(base: Tree, child: Tree) -> Tree:

@@ -131,7 +131,9 @@ def _refusal(branches: list[ErrorDetails], path: Path) -> str:
     for details in branches:  # right in kind, wrong in size: the other alternatives are beside the point
         if details["type"] in _BOUNDS:
             words, name = _BOUNDS[details["type"]]
-            return f"must be {words} {details['ctx'][name]:g}, got {describe(details['input'])}"
+            bound = details["ctx"][name]
+            shown = bound if isinstance(bound, int) else f"{bound:g}"
+            return f"must be {words} {shown}, got {describe(details['input'])}"
     if len(branches) == 1:
         return _single(branches[0], path)
     value = branches[0]["input"]

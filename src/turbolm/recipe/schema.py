@@ -242,7 +242,7 @@ class LengthGrowth(Section):
     shape: Literal["linear", "exponential"] = Field(
         "exponential", description="linear: short rows are left early; exponential: as long at each length"
     )
-    num_lengths: Annotated[int, Field(ge=2)] = Field(5, description="different lengths, at most")
+    num_lengths: Annotated[int, Field(ge=2, le=100)] = Field(5, description="different lengths, at most")
     remix: Annotated[Share, Field(lt=1)] = Field(
         0.0, description="share of the tokens after the growth that use the shorter lengths again, now and then"
     )
@@ -259,7 +259,9 @@ class LengthBuckets(Section):
     order: Literal["grow", "shuffled"] = Field(
         "grow", description="grow: each cycle over the lengths begins with mostly short rows; shuffled: no order"
     )
-    cycles: Annotated[int, Field(ge=1)] = Field(8, description="cycles over the lengths in the budget, with `grow`")
+    cycles: Annotated[int, Field(ge=1, le=1000)] = Field(
+        8, description="cycles over the lengths in the budget, with `grow`"
+    )
 
 
 LengthSchedule = Annotated[LengthStages | LengthGrowth | LengthBuckets, Field(discriminator="name")]
@@ -271,7 +273,9 @@ class Data(Section):
     sources: Annotated[tuple[Source, ...], BeforeValidator(list_is_tuple), Field(min_length=1)] = Field(
         (StdlibSource(type="stdlib"),), description="where the documents come from, read in this order"
     )
-    seq_len: Annotated[Positive, Field(ge=8)] = Field(description="tokens of one sequence, the model's context")
+    seq_len: Annotated[Positive, Field(ge=8, le=2**24)] = Field(
+        description="tokens of one sequence, the model's context"
+    )
     packing: Literal["best_fit", "concat", "single"] = Field(
         "best_fit",
         description="best_fit: several documents a row, kept apart; concat: the same, cut wherever a row is full; "
@@ -308,7 +312,7 @@ class BatchRamp(Section):
     over: Annotated[TrainingSpan, AfterValidator(positive_span)] = Field(
         Span(0.1, "share"), description="where train.global_batch is reached, with `start`"
     )
-    num_levels: Annotated[int, Field(ge=2)] = Field(4, description="different batches, with `start`")
+    num_levels: Annotated[int, Field(ge=2, le=1000)] = Field(4, description="different batches, with `start`")
     lr_scaling: Literal["none", "sqrt", "linear"] = Field(
         "sqrt", description="the learning rate is scaled by this power of the batch's share of train.global_batch"
     )
@@ -528,7 +532,7 @@ class Execution(Section):
     adam_kernel: Literal["auto", "torch", "deepspeed"] = Field(
         "auto", description="auto: DeepSpeed's CPUAdam when offloaded, else torch's fused kernel"
     )
-    process_group_timeout: Annotated[Seconds, Field(gt=0)] = Field(
+    process_group_timeout: Annotated[Seconds, Field(gt=0, le=365 * 86400)] = Field(
         1800, description="a collective operation that takes longer ends the run"
     )
     threads_per_process: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
