@@ -96,14 +96,22 @@ def _muon(groups: Groups, recipe: Recipe) -> torch.optim.Optimizer:
 def _sgd(groups: Groups, recipe: Recipe) -> torch.optim.Optimizer:
     optimizer = recipe.optimizer
     assert isinstance(optimizer, kinds.Sgd)
-    return torch.optim.SGD(groups, lr=optimizer.lr, momentum=optimizer.momentum, nesterov=optimizer.nesterov)
+    return torch.optim.SGD(groups, lr=optimizer.lr, momentum=_momentum(recipe), nesterov=optimizer.nesterov)
 
 
 def _rmsprop(groups: Groups, recipe: Recipe) -> torch.optim.Optimizer:
     optimizer = recipe.optimizer
     assert isinstance(optimizer, kinds.RMSprop)
-    settings = {"alpha": optimizer.alpha, "eps": optimizer.eps, "momentum": optimizer.momentum}
+    settings = {"alpha": optimizer.alpha, "eps": optimizer.eps, "momentum": _momentum(recipe)}
     return torch.optim.RMSprop(groups, lr=optimizer.lr, **settings)
+
+
+def _momentum(recipe: Recipe) -> float:
+    """What torch decides by whether there is a momentum at all: the largest of a schedule, which sets it every step."""
+    ramp = recipe.schedule.momentum
+    optimizer = recipe.optimizer
+    assert isinstance(optimizer, (kinds.Sgd, kinds.RMSprop))
+    return optimizer.momentum if ramp is None else max(ramp.start, ramp.end)
 
 
 def _lion(groups: Groups, recipe: Recipe) -> torch.optim.Optimizer:
