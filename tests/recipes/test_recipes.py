@@ -100,7 +100,7 @@ def test_the_first_line_leads_editors_to_the_schema(path: Path) -> None:
 def test_a_piece_says_what_it_is_and_is_no_more_than_a_part_of_a_recipe(path: Path) -> None:
     text = path.read_text()
     assert text.startswith("# ")
-    known = set(Recipe.model_fields) - {"name"}
+    known = set(Recipe.model_fields) - {"name"} | {"extends"}
     assert set(yaml.safe_load(text)) <= known
     if path.parent.name == "_clusters":
         assert set(yaml.safe_load(text)) == {"cluster"}

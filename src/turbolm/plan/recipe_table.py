@@ -1,9 +1,10 @@
-"""The table of recipes/README.md, from the recipes themselves. Torch-free."""
+"""The tables of recipes/README.md, from the recipes and tricks themselves. Torch-free."""
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from turbolm.plan.count import read_model_config, size_model
@@ -24,9 +25,25 @@ Days are estimated from the FLOPs and {ASSUMED_MFU:.0%} of the GPUs' dense bf16 
 by `turbolm recipes --write`.
 
 """
+_TRICKS = """
+## Tricks
+
+Each file of `_tricks/` is one speed-up. A recipe takes it with `extends:`, after what it builds on:
+
+```yaml
+extends: [../quickstart/config.yaml, ../_tricks/muon.yaml, ../_tricks/growth.yaml]
+name: quickstart-fast
+```
+
+`turbolm ablate RECIPE --tricks muon,growth` measures what tricks are worth for a recipe on this machine \
+([how](../src/turbolm/ablate/README.md)). What was measured here is in [RESULTS.md](../benchmarks/RESULTS.md); the \
+column below is what the source claims. *Same result* means the loss curve of the recipe without it.
+
+"""
+_TRICK_COLUMNS = ("trick", "family", "changes", "works", "claimed", "source")
 _CONCLUSION = """
-`extends:` builds a recipe from pieces: `_clusters/` describes machines, `_base/` models, data and optimizers. \
-`schema.json` tells editors what each key means; `turbolm schema --write` writes it.
+`extends:` builds a recipe from pieces: `_clusters/` describes machines, `_base/` models, data and optimizers, \
+`_tricks/` speed-ups. `schema.json` tells editors what each key means; `turbolm schema --write` writes it.
 """
 _COLUMNS = ("recipe", "model", "parameters", "cluster", "tokens", "steps", "estimated days", "measured")
 
@@ -42,8 +59,13 @@ def recipe_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("config.yaml") if not path.relative_to(folder).parts[0].startswith("_"))
 
 
+def trick_files(folder: Path) -> list[Path]:
+    """Every trick of the `folder` of recipes, by name."""
+    return sorted((folder / "_tricks").glob("*.yaml"))
+
+
 def read_header(path: Path) -> dict[str, str]:
-    """The fields of a recipe's opening comment: command, hardware, runtime, loss."""
+    """The fields of an opening comment: command, hardware, runtime and loss of a recipe, or those of a trick."""
     lines = []
     for line in path.read_text(encoding="utf-8").splitlines():
         if not line.startswith("#"):
@@ -54,9 +76,18 @@ def read_header(path: Path) -> dict[str, str]:
 
 def render_readme(folder: Path) -> str:
     """The text of recipes/README.md."""
-    rows = [_COLUMNS, ("---",) * len(_COLUMNS), *(_row(path, folder) for path in recipe_files(folder))]
-    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    return f"{_INTRODUCTION}{table}\n{_CONCLUSION}"
+    recipes = _table(_COLUMNS, [_row(path, folder) for path in recipe_files(folder)])
+    tricks = _table(_TRICK_COLUMNS, [_trick_row(path) for path in trick_files(folder)])
+    return f"{_INTRODUCTION}{recipes}{_CONCLUSION}{_TRICKS}{tricks}"
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "".join(f"| {' | '.join(row)} |\n" for row in (columns, ["---"] * len(columns), *rows))
+
+
+def _trick_row(path: Path) -> tuple[str, ...]:
+    header = read_header(path)
+    return (f"[{path.stem}](_tricks/{path.name})", *(header.get(name, "") for name in _TRICK_COLUMNS[1:]))
 
 
 def _row(path: Path, folder: Path) -> tuple[str, ...]:

@@ -25,15 +25,22 @@ from turbolm.recipe.document import (
 from turbolm.recipe.messages import Finding, describe, validation_findings
 from turbolm.recipe.schema import Recipe
 
-__all__ = ["Problem", "RecipeError", "dump_recipe", "load_recipe"]
+__all__ = ["Problem", "RecipeError", "dump_recipe", "load_piece", "load_recipe"]
 
 _MAX_FILES = 64
+# Sections whose `name` chooses the settings that there are, and the settings that every choice has.
+_CHOICES: dict[tuple[str, ...], tuple[str, ...]] = {
+    ("optimizer",): ("lr", "weight_decay", "lr_multipliers"),
+    ("data", "length_schedule"): (),
+}
+_DEFAULT_CHOICES: dict[tuple[str, ...], str] = {("optimizer",): "adamw"}
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe in the file `path`, on top of the files that it extends, with `key.path=value` overrides on top.
+def load_recipe(path: str | Path, overrides: Sequence[str | Path] = ()) -> Recipe:
+    """The recipe in the file `path`, on top of the files that it extends, with overrides on top, in their order.
 
-    Raises RecipeError with every problem of every file, override and value.
+    An override is `key.path=value`, or the path of a piece (a file as in recipes/_tricks). Raises RecipeError with
+    every problem of every file, override and value.
     """
     problems: list[Problem] = []
     shown = os.path.normpath(path) if str(path) else "recipe"
@@ -42,7 +49,11 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     complete = tree is not None
     tree = tree or Tree({}, shown, None)
     for override in overrides:
-        tree = _override(tree, override, problems)
+        if isinstance(override, Path):
+            piece = reader.read(override, str(override), (), Problem(str(override), None, "", ""))
+            tree = tree if piece is None else _lay_over(tree, piece)
+        else:
+            tree = _override(tree, override, problems)
     recipe, findings = _validate(tree.plain())
     told = {(problem.file, problem.line, problem.key) for problem in problems}
     for finding in findings:
@@ -56,6 +67,19 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         files = list(dict.fromkeys(problem.file for problem in problems))
         raise RecipeError(sorted(problems, key=lambda problem: (files.index(problem.file), problem.line or 0)))
     return recipe
+
+
+def load_piece(path: Path) -> dict[str, Any]:
+    """The plain values of a part of a recipe, on top of what it extends; whether they are valid shows in a recipe.
+
+    Raises RecipeError.
+    """
+    problems: list[Problem] = []
+    tree = _Reader(problems).read(path, str(path), (), Problem(str(path), None, "", ""))
+    if problems or tree is None:
+        raise RecipeError(problems)
+    values: dict[str, Any] = tree.plain()
+    return values
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -138,8 +162,8 @@ class _Reader:
                 continue
             base = self.read(path.parent / entry.value, name, chain, asked)
             if base is not None:
-                merged = base if merged is None else _merge(merged, base)
-        return own if merged is None else _merge(merged, own)
+                merged = base if merged is None else _lay_over(merged, base)
+        return own if merged is None else _lay_over(merged, own)
 
     def _refuse(self, asked: Problem, message: str) -> None:
         """Notes the problem at the place where the file was asked for."""
@@ -168,6 +192,27 @@ def _read_text(path: Path) -> tuple[str, str, int | None]:
         return "", "the file is not UTF-8 text", error.object.count(b"\n", 0, error.start) + 1
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         return "", f"cannot be read: {getattr(error, 'strerror', None) or error}", None
+
+
+def _lay_over(base: Tree, child: Tree) -> Tree:
+    """`child` merged over `base`; where it chooses another optimizer, the settings of the one before do not stay."""
+    for path, common in _CHOICES.items():
+        base = _without_other_choice(base, child, path, common, _DEFAULT_CHOICES.get(path))
+    return _merge(base, child)
+
+
+def _without_other_choice(base: Tree, child: Tree, path: tuple[str, ...], common: Sequence[str], default: Any) -> Tree:
+    old, new = (tree.value.get(path[0]) if isinstance(tree.value, dict) else None for tree in (base, child))
+    if old is None or new is None or not isinstance(old.value, dict) or not isinstance(new.value, dict):
+        return base
+    if len(path) > 1:
+        kept = _without_other_choice(old, new, path[1:], common, default)
+    else:
+        before, after = (section.value["name"].value if "name" in section.value else None for section in (old, new))
+        if after is None or after == (before or default):
+            return base
+        kept = Tree({key: value for key, value in old.value.items() if key in common}, old.file, old.line)
+    return Tree({**base.value, path[0]: kept}, base.file, base.line)
 
 
 def _merge(base: Tree, child: Tree) -> Tree:
