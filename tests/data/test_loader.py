@@ -224,6 +224,11 @@ def test_evaluation_set_takes_whole_documents(store: TokenStore) -> None:
         assert (part.num_targets, part.text_bytes) == (sum(lengths[:count]), sum(text_bytes[:count]))
 
 
+def test_held_out_documents_are_cut_alike_however_training_packs(store: TokenStore) -> None:
+    best_fit, concat = (evaluation_set(store, SEQ_LEN, 10**9, packing).bins for packing in ("best_fit", "concat"))
+    assert np.array_equal(best_fit.length, concat.length) and np.array_equal(best_fit.offsets, concat.offsets)
+
+
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_evaluation_batches_hold_every_target_once(store: TokenStore, world_size: int) -> None:
     ranks = [

@@ -140,7 +140,11 @@ class EvaluationSet:
 
 
 def evaluation_set(store: TokenStore, seq_len: int, max_tokens: int, packing: Packing = "best_fit") -> EvaluationSet:
-    """The first validation documents, whole, of at most `max_tokens` positions; always at least one document."""
+    """The first validation documents, whole, of at most `max_tokens` positions; always at least one document.
+
+    They are packed by best fit unless documents must stand alone: a run that trains on documents cut anywhere is
+    measured as any other.
+    """
     num_documents = store.num_documents("validation")
     if not num_documents:
         raise UserError(
@@ -151,7 +155,7 @@ def evaluation_set(store: TokenStore, seq_len: int, max_tokens: int, packing: Pa
     while (lengths := store.lengths("validation", 0, read)).sum() <= max_tokens and read < num_documents:
         read = min(2 * read, num_documents)
     count = max(1, int(np.searchsorted(np.cumsum(lengths), max_tokens, side="right")))
-    bins = pack(lengths[:count], seq_len, packing)
+    bins = pack(lengths[:count], seq_len, "single" if packing == "single" else "best_fit")
     return EvaluationSet(bins, bins.num_positions, int(store.text_bytes("validation", 0, count).sum()))
 
 

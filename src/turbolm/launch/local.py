@@ -19,7 +19,6 @@ from turbolm.plan.plan import Plan
 from turbolm.reliability.failures import read_rank_ends
 from turbolm.reliability.orphans import END_WITH_PARENT, end_with_parent
 from turbolm.reliability.run_lock import RunLock
-from turbolm.reliability.watchdog import HUNG
 from turbolm.train.run_directory import RunDirectory, open_attempt, read_json
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
@@ -43,8 +42,6 @@ def launch(plan: Plan, machine: Machine, run: RunDirectory, recipe_file: str, ov
     run.stop_file.unlink(missing_ok=True)
     outcome = read_json(folder / "outcome.json")
     if outcome is not None:
-        if outcome["status"] == HUNG:
-            print(f"turbolm: {outcome['message']}", file=sys.stderr)
         return int(outcome["exit_code"])
     return _explain_failure(process.returncode, folder)
 
@@ -162,4 +159,6 @@ def _explain_failure(returncode: int, folder: Path) -> int:
     if not failed:  # killed, or never started: the launcher's last words
         failed = (folder / "launcher.log").read_text(encoding="utf-8", errors="replace").splitlines()[-15:]
     print("\n".join(["turbolm: training failed", *failed, f"logs: {folder}"]), file=sys.stderr)
-    return returncode if returncode > EXIT_OK and returncode != EXIT_BAD_INPUT else 1
+    if returncode < 0:
+        return 128 - returncode  # as a shell tells of a signal
+    return returncode if returncode not in (EXIT_OK, EXIT_BAD_INPUT) else 1

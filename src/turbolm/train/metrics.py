@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import resource
 import sys
 import time
 from dataclasses import dataclass, field
@@ -78,9 +79,12 @@ class MetricsLog:
             return
         losses = torch.stack([result.loss_sum for _, result in self._pending]).double().cpu()
         dist.all_reduce(losses, group=self.group)
+        peak = torch.tensor(peak_memory_bytes(self._pending[0][1].loss_sum.device))
+        dist.all_reduce(peak, dist.ReduceOp.MAX, group=self.group)
         lines = []
         for (line, result), loss_sum in zip(self._pending, losses.tolist(), strict=True):
             norm = None if result.grad_norm is None else float(result.grad_norm)
+            line["memory/peak_bytes"] = int(peak)
             lines.append({**line, "train/loss": loss_sum / line["train/targets"], "train/grad_norm": norm})
         self._pending.clear()
         if dist.get_rank() == 0:
@@ -151,6 +155,13 @@ class MetricsLog:
         else:
             self.terminal.write(text + "\n")
         self.terminal.flush()
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most this process has held so far: tensors on a GPU, else its whole resident memory."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
 
 
 def measure_peak_flops(device: torch.device, dtype: torch.dtype) -> float:

@@ -44,10 +44,8 @@ from turbolm.plan.machine import Machine, check_machine, detect_machine
 from turbolm.plan.plan import Plan, build_plan
 from turbolm.recipe.contract import contract_of, fingerprint
 from turbolm.recipe.schema import Recipe
-from turbolm.reliability import heartbeat
 from turbolm.reliability.run_lock import RunLock
 from turbolm.reliability.stop import StopRequest
-from turbolm.train.compiling import tell_of_compiling
 from turbolm.train.engine import build_accelerator, clip_by_value, control_group
 from turbolm.train.finish import finish_run, summary
 from turbolm.train.loop import Session, train
@@ -81,7 +79,6 @@ def run_worker(recipe: Recipe, attempt: int | None = None) -> int:
 
 def _run_locked(recipe: Recipe, attempt: int | None, lock: RunLock) -> int:
     """`run_worker`; rank 0 takes the lock."""
-    heartbeat.advance()  # all is imported
     machine = detect_machine()
     check_machine(recipe, machine)
     plan = build_plan(recipe, machine, int(os.environ.get("WORLD_SIZE", "1")))
@@ -97,9 +94,7 @@ def _run_locked(recipe: Recipe, attempt: int | None, lock: RunLock) -> int:
         timeout_sec=recipe.execution.process_group_timeout,
     )
     group = control_group()
-    heartbeat.advance()
     attempt, plan = _open_run(run, plan, machine, store, attempt, group, lock)
-    heartbeat.set_attempt(attempt)
     terminal = redirect_output(run.attempt(attempt) / f"log.rank{dist.get_rank()}.txt")
     if is_finished(run, recipe.train.budget):
         if dist.get_rank() == 0:
@@ -108,9 +103,7 @@ def _run_locked(recipe: Recipe, attempt: int | None, lock: RunLock) -> int:
         return EXIT_OK
     session = _build_session(accelerator, plan, run, store, stop, attempt, terminal, group, machine)
     session.saver.before_commit = lock.check
-    heartbeat.advance()
     _resume(session)
-    heartbeat.advance()
     num_parameters = count_parameters(session.engine.module)
     try:
         evaluation = train(session)
@@ -121,8 +114,7 @@ def _run_locked(recipe: Recipe, attempt: int | None, lock: RunLock) -> int:
     dist.barrier(group=group)
     if dist.get_rank() == 0 and evaluation is not None:
         session.log.say("exporting the model")
-        with heartbeat.phase(heartbeat.EXPORTING):
-            results = finish_run(run, plan, store, evaluation, num_parameters)
+        results = finish_run(run, plan, store, evaluation, num_parameters)
         write_outcome(run, attempt, "finished", EXIT_OK)
         session.log.say(summary(results))
     elif dist.get_rank() == 0:
@@ -324,8 +316,6 @@ def build_engine(accelerator: Any, plan: Plan, store: TokenStore, run: RunDirect
     loss = choose_loss(execution.loss, engine, engine.module, probe, plan.precision)
     attach_loss(engine.module, loss, z_loss=recipe.train.z_loss)
     apply_compile(engine.module, execution.compile)
-    tell_of_compiling()
-    heartbeat.advance()
     seed_for_rank(recipe.train.seed, dist.get_rank())
     engine.train()
     return engine, attention
