@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 import shlex
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from turbolm.errors import EXIT_BAD_INPUT, EXIT_REQUEUE, UserError
+from turbolm.errors import EXIT_BAD_INPUT, EXIT_OK, EXIT_REQUEUE, UserError
 
 if TYPE_CHECKING:
     from turbolm.data.progress import Progress
@@ -99,32 +102,9 @@ def schema(write: Annotated[bool, typer.Option("--write", help="write recipes/sc
 @app.command()
 def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Prepare the data if needed, then train on this machine; resumes by itself."""
-    from turbolm.launch.local import launch
-    from turbolm.plan.machine import check_machine, detect_machine
-    from turbolm.plan.plan import build_plan
     from turbolm.recipe.load import load_recipe
-    from turbolm.train.run_directory import is_finished, run_directory
 
-    loaded = load_recipe(recipe, overrides or ())
-    run = run_directory(loaded)
-    machine = detect_machine()
-    check_machine(loaded, machine)
-    plan = build_plan(loaded, machine)
-    store = _prepare_store(loaded)
-    if is_finished(run, loaded.train.budget):
-        from turbolm.data.store import open_store
-        from turbolm.train.run_directory import settle_contract
-
-        settle_contract(run, plan.recipe, open_store(store).fingerprint)
-        print(f"{run.path} is complete. Results: {run.results}, report: {run.path / 'report.html'}")
-        print("Raise train.budget to train on, or give a new run a `name` of its own.")
-        return
-    print(
-        f"{loaded.name}: {plan.world_size} processes on {plan.device}, {plan.precision}, "
-        f"ZeRO-{loaded.execution.zero_stage}, {plan.num_steps} steps of {plan.batch.global_batch_tokens} tokens",
-        flush=True,
-    )
-    raise typer.Exit(launch(plan, machine, run, recipe, overrides or ()))
+    raise typer.Exit(_train_here(load_recipe(recipe, overrides or ()), recipe, overrides or ()))
 
 
 @app.command()
@@ -267,11 +247,112 @@ def fork(
 
 
 @app.command()
+def ablate(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    tricks: Annotated[
+        list[str] | None,
+        typer.Option("--tricks", help="names from recipes/_tricks, paths of pieces, or NAME:KEY=VALUE+KEY=VALUE"),
+    ] = None,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, max=100, help="runs of each arm")] = 1,
+    target_loss: Annotated[
+        float | None,
+        typer.Option("--target-loss", help="held-out loss to reach; default: 0.5% above the baseline's final one"),
+    ] = None,
+    sweep_lr: Annotated[
+        str | None,
+        typer.Option("--sweep-lr", help="lo,hi,n: first find the learning rate of each arm that may want its own"),
+    ] = None,
+    alone: Annotated[bool, typer.Option("--alone", help="each trick by itself: no combinations")] = False,
+    noise: Annotated[str, typer.Option("--noise", help="differences that are taken for chance")] = "5%",
+    name: Annotated[str | None, typer.Option("--name", help="of the folder; default: the recipe's")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="check and list the arms; train nothing")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="results as one JSON object; progress on stderr")] = False,
+) -> None:
+    """Measure what each trick is worth: train with and without it. Resumes by itself."""
+    import json
+
+    from turbolm.ablate.design import describe_arms
+    from turbolm.ablate.render import render_table
+    from turbolm.ablate.run import Ablation, Sweep, check_folder, collect_results, run_ablation
+    from turbolm.plan.machine import detect_machine
+
+    ablation = Ablation.prepare(
+        recipe,
+        overrides or (),
+        tricks or (),
+        machine=detect_machine(),
+        name=name,
+        alone=alone,
+        num_seeds=seeds,
+        noise=noise,
+        target_loss=target_loss,
+        sweep=Sweep.parse(sweep_lr) if sweep_lr else None,
+        command=shlex.join(["turbolm", *sys.argv[1:]]),
+    )
+    check_folder(ablation)
+    with _standard_output_as_error() if as_json or dry_run else contextlib.nullcontext():
+        say = functools.partial(print, flush=True)
+        say(describe_arms(ablation.arms))
+        code = EXIT_OK if dry_run else run_ablation(ablation, lambda one, file: _train_here(one, str(file), ()), say)
+    results = collect_results(ablation)
+    if as_json:
+        print(json.dumps(results, indent=1))
+    elif not dry_run:
+        print(f"\n{render_table(results)}\n{ablation.folder}: report.html, ablation.json, ablation.csv")
+    if code == EXIT_REQUEUE:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+    raise typer.Exit(code)
+
+
+@app.command()
 def report(run: RunFolder) -> None:
     """Write the run's report.html."""
     from turbolm.report.html import write_report
 
     print(write_report(run))
+
+
+def _train_here(recipe: Recipe, recipe_file: str, overrides: Sequence[str]) -> int:
+    """Prepare and train on this machine; returns the run's exit code."""
+    from turbolm.launch.local import launch
+    from turbolm.plan.machine import check_machine, detect_machine
+    from turbolm.plan.plan import build_plan
+    from turbolm.train.run_directory import is_finished, run_directory
+
+    run = run_directory(recipe)
+    machine = detect_machine()
+    check_machine(recipe, machine)
+    plan = build_plan(recipe, machine)
+    store = _prepare_store(recipe)
+    if is_finished(run, recipe.train.budget):
+        from turbolm.data.store import open_store
+        from turbolm.train.run_directory import settle_contract
+
+        settle_contract(run, plan.recipe, open_store(store).fingerprint)
+        print(f"{run.path} is complete. Results: {run.results}, report: {run.path / 'report.html'}")
+        print("Raise train.budget to train on, or give a new run a `name` of its own.")
+        return EXIT_OK
+    print(
+        f"{recipe.name}: {plan.world_size} processes on {plan.device}, {plan.precision}, "
+        f"ZeRO-{recipe.execution.zero_stage}, {plan.num_steps} steps of {plan.batch.global_batch_tokens} tokens",
+        flush=True,
+    )
+    return launch(plan, machine, run, recipe_file, overrides)
+
+
+@contextlib.contextmanager
+def _standard_output_as_error() -> Iterator[None]:
+    """What this process and its children print goes to standard error."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _store_size(recipe: Recipe) -> StoreSize | None:

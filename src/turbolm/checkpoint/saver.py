@@ -20,7 +20,6 @@ from turbolm.checkpoint.retention import Retention
 from turbolm.checkpoint.save import gather_over, write_checkpoint
 from turbolm.checkpoint.snapshot import HostCopy, Snapshot, take_snapshot
 from turbolm.errors import RunError
-from turbolm.reliability import heartbeat
 from turbolm.units import format_bytes
 
 
@@ -93,7 +92,7 @@ class CheckpointSaver:
     def wait(self, timeout_sec: float | None = None) -> None:
         """Wait until nothing is being written."""
         if self._thread is not None:
-            heartbeat.join(self._thread, timeout_sec)
+            self._thread.join(timeout_sec)
             if not self._thread.is_alive():
                 self._thread = None
 

@@ -31,14 +31,14 @@ def write_report(run_dir: Path) -> Path:
     body = [
         _header(run_dir, metrics, attempts),
         _curves(metrics, results),
-        _section("Results", _table(_rows(results)) if results else ""),
-        _section("Attempts", _attempts_table(attempts)),
-        _section("Recipe", _recipe(run_dir)),
-        _section("Environment of the last attempt", _environment(run_dir, attempts)),
+        section("Results", table(_rows(results)) if results else ""),
+        section("Attempts", _attempts_table(attempts)),
+        section("Recipe", _recipe(run_dir)),
+        section("Environment of the last attempt", _environment(run_dir, attempts)),
     ]
     path = run_dir / "report.html"
     unfinished = path.with_name(f".report.{os.getpid()}.html")
-    unfinished.write_text(_page(run_dir.resolve().name, body), encoding="utf-8")
+    unfinished.write_text(page(run_dir.resolve().name, body), encoding="utf-8")
     os.replace(unfinished, path)
     return path
 
@@ -77,7 +77,7 @@ def _curves(metrics: Sequence[Line], results: dict[str, Any]) -> str:
         series = [Series("each step", style, points)]
         if options.pop("smoothed", False) and len(points) >= _SMOOTHED_FROM:
             series = [Series("each step", f"{style} faint", points), Series("smoothed", style, smooth(points))]
-        return _card(line_chart(title, series, restarts=_restarts(metrics), width=560, height=260, **options))
+        return card(line_chart(title, series, restarts=_restarts(metrics), width=560, height=260, **options))
 
     charts = [
         small("Learning rate", "train/lr", "violet", from_zero=True),
@@ -89,7 +89,7 @@ def _curves(metrics: Sequence[Line], results: dict[str, Any]) -> str:
     elif values(metrics, "data/padding_fraction"):
         charts.append(small("Padding, share of all positions", "data/padding_fraction", "blue", from_zero=True))
     loss = _loss_chart(metrics, results.get("unigram_entropy"), width=1140, height=380)
-    return f'{_card(loss)}<div class="charts">{"".join(charts)}</div>'
+    return f'{card(loss)}<div class="charts">{"".join(charts)}</div>'
 
 
 def _loss_chart(metrics: Sequence[Line], unigram_entropy: Any, *, title: str = "Loss", **options: Any) -> str:
@@ -152,7 +152,7 @@ def _attempts_table(attempts: Sequence[dict[str, int | None]]) -> str:
         return "none logged" if step is None else f"{step:,}"
 
     rows = [[str(one["attempt"]), text(one["first_step"]), text(one["last_step"])] for one in attempts]
-    return _table(rows, ["attempt", "first step", "last step"]) if rows else ""
+    return table(rows, ["attempt", "first step", "last step"]) if rows else ""
 
 
 def _recipe(run_dir: Path) -> str:
@@ -164,7 +164,7 @@ def _environment(run_dir: Path, attempts: Sequence[dict[str, int | None]]) -> st
     for one in reversed(attempts):
         environment = _read_json(run_dir / "attempts" / str(one["attempt"]) / "environment.json")
         if environment:
-            return _table(_rows(environment))
+            return table(_rows(environment))
     return ""
 
 
@@ -197,15 +197,19 @@ def _text(key: str, value: object) -> str:
 # --------------------------------------------------------------------------------------------------------------- page
 
 
-def _card(content: str) -> str:
+def card(content: str) -> str:
+    """A frame around finished markup."""
     return f'<div class="card">{content}</div>'
 
 
-def _section(title: str, content: str) -> str:
-    return f"<section><h2>{escape(title)}</h2>{_card(content)}</section>" if content else ""
+def section(title: str, content: str) -> str:
+    """Finished markup in a frame under a heading, or nothing where there is none."""
+    return f"<section><h2>{escape(title)}</h2>{card(content)}</section>" if content else ""
 
 
-def _table(rows: Rows, head: Sequence[str] = ()) -> str:
+def table(rows: Rows, head: Sequence[str] = ()) -> str:
+    """Texts, which are escaped here."""
+
     def line(cells: Sequence[str], tag: str) -> str:
         return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 
@@ -213,7 +217,8 @@ def _table(rows: Rows, head: Sequence[str] = ()) -> str:
     return f"<table>{top}<tbody>{''.join(line(row, 'td') for row in rows)}</tbody></table>"
 
 
-def _page(title: str, body: Iterable[str]) -> str:
+def page(title: str, body: Iterable[str]) -> str:
+    """A whole page of finished markup, which loads nothing."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'

@@ -19,10 +19,12 @@ MAX_POINTS = 1200  # more than a screen has columns
 # Colours by role, for both themes; the report's page uses them too.
 THEME_CSS = """
 {root} { --ink: #1c2128; --muted: #667080; --grid: #e4e7ec; --page: #f6f7f9; --card: #ffffff; --line: #dfe3e8;
-  --blue: #2563eb; --orange: #d9730d; --green: #0d8a5f; --violet: #7c3aed; }
+  --blue: #2563eb; --orange: #d9730d; --green: #0d8a5f; --violet: #7c3aed;
+  --red: #d1293d; --teal: #0891b2; --pink: #c2268f; --brown: #8a5a2b; }
 @media (prefers-color-scheme: dark) {
   {root} { --ink: #e6e9ee; --muted: #98a2b0; --grid: #2b313a; --page: #14171c; --card: #1c2027; --line: #2f353f;
-    --blue: #6ea0ff; --orange: #f0a04b; --green: #4cc79a; --violet: #b191ff; }
+    --blue: #6ea0ff; --orange: #f0a04b; --green: #4cc79a; --violet: #b191ff;
+    --red: #ff7b86; --teal: #4fc3dc; --pink: #f58ad0; --brown: #cfa377; }
 }
 """
 CHART_CSS = """
@@ -36,6 +38,8 @@ CHART_CSS = """
 .chart path, .chart .key { fill: none; stroke-width: 1.8; stroke-linejoin: round; stroke-linecap: round; }
 .chart .blue { stroke: var(--blue); } .chart .orange { stroke: var(--orange); }
 .chart .green { stroke: var(--green); } .chart .violet { stroke: var(--violet); }
+.chart .red { stroke: var(--red); } .chart .teal { stroke: var(--teal); }
+.chart .pink { stroke: var(--pink); } .chart .brown { stroke: var(--brown); }
 .chart .muted { stroke: var(--muted); }
 .chart .faint { stroke-opacity: .3; stroke-width: 1.1; } .chart .dashed { stroke-dasharray: 6 4; stroke-width: 1.3; }
 .chart .key.faint { stroke-opacity: .45; }
@@ -51,6 +55,15 @@ class Series:
     style: str
     points: Sequence[Point]
     markers: bool = False
+
+
+@dataclass(frozen=True)
+class Dots:
+    """One row of a dot chart: a value for each run."""
+
+    name: str
+    style: str
+    values: Sequence[float]
 
 
 @dataclass(frozen=True)
@@ -97,11 +110,15 @@ def line_chart(
     left = 26 + 7 * max(len(label) for label in labels)
     legend_width = sum(_legend_width(one) for one in drawn) if len(drawn) > 1 else 0
     beside_title = 16 + 8.2 * len(title) + legend_width < width
-    top = 46 if beside_title else 68
+    legend = _legend_lines(drawn, width - 36)
+    top = 46 if beside_title else 50 + 18 * len(legend)
     frame = _Frame(_x_range(drawn), (y_ticks[0], y_ticks[-1]), left, top, width - 20, height - 42)
     body += _axes(frame, y_ticks, labels, x_label)
-    if legend_width:
-        body += _legend(drawn, width - 20 - legend_width if beside_title else 16, top - 22)
+    if legend_width and beside_title:
+        body += _legend(drawn, width - 20 - legend_width, top - 22)
+    elif legend_width:
+        for index, line in enumerate(legend):
+            body += _legend(line, 16, 46 + 18 * index)
     identity = f"clip-{zlib.crc32(title.encode()):08x}"  # the charts of one page have different titles
     body.append(
         f'<clipPath id="{identity}"><rect x="{frame.left:.1f}" y="{frame.top - 3}" '
@@ -118,6 +135,44 @@ def line_chart(
         body += _curve(one, frame)
     body.append("</g>")
     return _document(title, body, width, height, standalone, None if standalone else _hover_data(drawn, frame, x_label))
+
+
+def dot_chart(title: str, rows: Sequence[Dots], *, x_label: str, width: int = 560) -> str:
+    """A row of dots for each name with a bar at their mean, and a line down from the first row's mean."""
+    height, left = 92 + 26 * len(rows), 30 + 7 * max((len(row.name) for row in rows), default=0)
+    body = [f'<text class="title" x="16" y="24">{escape(title)}</text>']
+    every = [value for row in rows for value in row.values]
+    if not every:
+        body.append(f'<text x="{width / 2}" y="{height / 2}" text-anchor="middle">no run got there yet</text>')
+        return _document(title, body, width, height, False, None)
+    low, high = min(every), max(every)
+    margin = (high - low) * 0.08 or abs(low) * 0.05 or 1
+    ticks = _ticks(low - margin, high + margin, 4)
+    frame = _Frame((ticks[0], ticks[-1]), (0, len(rows)), left, 40, width - 24, height - 46)
+    for tick, label in zip(ticks, tick_labels(ticks), strict=True):
+        across = frame.place((tick, 0))[0]
+        body.append(
+            f'<line class="grid" x1="{across:.1f}" x2="{across:.1f}" y1="{frame.top}" y2="{frame.bottom}"/>'
+            f'<text x="{across:.1f}" y="{frame.bottom + 17:.1f}" text-anchor="middle">{label}</text>'
+        )
+    if rows[0].values:
+        across = frame.place((statistics.fmean(rows[0].values), 0))[0]
+        body.append(f'<line class="restart" x1="{across:.1f}" x2="{across:.1f}" y1="{frame.top}" y2="{frame.bottom}"/>')
+    for index, row in enumerate(rows):
+        level = frame.place((0, len(rows) - index - 0.5))[1]
+        body.append(f'<text x="{left - 12}" y="{level + 4:.1f}" text-anchor="end">{escape(row.name)}</text>')
+        if row.values:
+            mean = frame.place((statistics.fmean(row.values), 0))[0]
+            ends = f'x1="{mean:.1f}" x2="{mean:.1f}" y1="{level - 9:.1f}" y2="{level + 9:.1f}"'
+            body.append(f'<line class="key {row.style}" {ends}/>')
+        for value in row.values:
+            body.append(
+                f'<circle class="{row.style}" cx="{frame.place((value, 0))[0]:.1f}" cy="{level:.1f}" r="4">'
+                f"<title>{escape(row.name)} {value:.5g}</title></circle>"
+            )
+    middle = (frame.left + frame.right) / 2
+    body.append(f'<text x="{middle:.1f}" y="{frame.bottom + 36}" text-anchor="middle">{escape(x_label)}</text>')
+    return _document(title, body, width, height, False, None)
 
 
 def thin(points: Sequence[Point], limit: int = MAX_POINTS) -> list[Point]:
@@ -223,6 +278,16 @@ def _legend(series: Sequence[Series], start: float, level: float) -> list[str]:
         )
         start += _legend_width(one)
     return parts
+
+
+def _legend_lines(series: Sequence[Series], width: float) -> list[list[Series]]:
+    """As many in a line as there is room for."""
+    lines: list[list[Series]] = [[]]
+    for one in series:
+        if lines[-1] and sum(map(_legend_width, [*lines[-1], one])) > width:
+            lines.append([])
+        lines[-1].append(one)
+    return lines
 
 
 def _legend_width(one: Series) -> float:

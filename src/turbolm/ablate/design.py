@@ -1,0 +1,180 @@
+"""The arms of an ablation: which tricks each one has, and that nothing else sets it apart from the baseline."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from turbolm.ablate.tricks import Trick
+from turbolm.errors import UserError
+from turbolm.plan.machine import Machine, check_machine
+from turbolm.plan.plan import build_plan
+from turbolm.recipe.contract import changed_keys, contract_of
+from turbolm.recipe.load import load_recipe
+from turbolm.recipe.schema import Recipe
+
+# What every arm has in common, or its losses could not be compared with the baseline's.
+_COMMON = {
+    "name": "is the run's name",
+    "tokenizer": "decides what a token is",
+    "data.sources": "is what is learned from",
+    "data.validation": "is what is evaluated on",
+    "data.deduplicate": "is what is learned from",
+    "data.seq_len": "is how much context the evaluation gives; a schedule of lengths is data.length_schedule",
+    "train.budget": "is what each arm is given",
+    "train.seed": "is chosen by --seeds",
+    "evaluation": "is how each arm is measured",
+    "execution.runs_dir": "is where the arms' runs lie",
+    "execution.cache_dir": "is where the data lies",
+}
+_MAX_NAME = 70
+
+
+@dataclass(frozen=True)
+class Arm:
+    """The recipe with some of the tricks, its precision settled. `name` is what tables call it."""
+
+    name: str
+    tricks: tuple[Trick, ...]
+    recipe: Recipe
+
+    @property
+    def run_name(self) -> str:
+        """The start of its runs' names: the same for the same tricks, whatever else is measured."""
+        names = sorted(trick.name for trick in self.tricks)
+        name = "-".join(["with", *names]) if names else "baseline"
+        if len(name) > _MAX_NAME:
+            name = f"with-{len(names)}-tricks-{hashlib.sha256(','.join(names).encode()).hexdigest()[:10]}"
+        return name
+
+    @property
+    def changes_rate(self) -> bool:
+        """Whether its best learning rate may well be another than the baseline's."""
+        sections = ("optimizer", "schedule", "train.batch_ramp", "train.global_batch")
+        return any(_overlap(key, section) for trick in self.tricks for key in trick.keys for section in sections)
+
+
+def design(
+    recipe_file: str, overrides: Sequence[str], tricks: Sequence[Trick], machine: Machine, *, alone: bool = False
+) -> list[Arm]:
+    """The baseline, each trick alone, all together, and all but one, each set of tricks once.
+
+    `alone` leaves out the combinations. Raises UserError with every reason why this cannot be compared: tricks that
+    cannot work here, change nothing, change more than they say or what all arms must have in common, or contradict
+    each other.
+    """
+    problems = [] if alone else _contradictions(tricks)
+    for trick in tricks:
+        for key in trick.keys:
+            for common, reason in _COMMON.items():
+                if _overlap(key, common):
+                    problems.append(f"{trick.name}: sets {key}, but {common} {reason}; it must be the same in all arms")
+    baseline = _arm("baseline", recipe_file, overrides, (), machine)
+    groups: dict[str, tuple[Trick, ...]] = {"+" + trick.name: (trick,) for trick in tricks}
+    arms = [baseline]
+    for name, group in groups.items():
+        try:
+            arm = _arm(name, recipe_file, overrides, group, machine)
+            problems += _excess(arm, baseline)
+            arms.append(arm)
+        except UserError as error:
+            problems += [f"{name[1:]}: {line}" for line in str(error).splitlines()]
+    if problems:
+        raise UserError("\n".join(problems))
+    if not alone:
+        for name, group in _combinations(tricks).items():
+            try:
+                arm = _arm(name, recipe_file, overrides, group, machine)
+                problems += _excess(arm, baseline)
+                arms.append(arm)
+            except UserError as error:
+                problems += [f"{name}: {line}" for line in str(error).splitlines()]
+    if problems:
+        raise UserError("\n".join([*problems, "measure them apart, or with --alone"]))
+    return arms
+
+
+def _arm(name: str, recipe_file: str, overrides: Sequence[str], group: tuple[Trick, ...], machine: Machine) -> Arm:
+    layers = [override for trick in group for override in trick.overrides]
+    recipe = load_recipe(recipe_file, [*overrides, *layers])
+    check_machine(recipe, machine)
+    return Arm(name, group, build_plan(recipe, machine).recipe)
+
+
+def _combinations(tricks: Sequence[Trick]) -> dict[str, tuple[Trick, ...]]:
+    """All together and all but one, by name, as far as they are not arms already."""
+    if len(tricks) < 2:
+        return {}
+    groups = {"all": tuple(tricks)}
+    if len(tricks) > 2:
+        for left_out in tricks:
+            groups[f"all -{left_out.name}"] = tuple(trick for trick in tricks if trick is not left_out)
+    return groups
+
+
+def _contradictions(tricks: Sequence[Trick]) -> list[str]:
+    problems = []
+    for one, other in combinations(tricks, 2):
+        shared = [key for key in one.keys if any(_overlap(key, theirs) for theirs in other.keys)]
+        if shared:
+            problems.append(
+                f"{one.name} and {other.name} both set {', '.join(shared)}, so they cannot be combined; leave one out, "
+                "or measure each one against the baseline only, with --alone"
+            )
+    return problems
+
+
+def _excess(arm: Arm, baseline: Arm) -> list[str]:
+    """What sets the arm apart from the baseline besides its tricks; or that nothing does."""
+    said = [key for trick in arm.tricks for key in trick.keys]
+    # With another optimizer its settings are others as well.
+    said += [key.removesuffix(".name") for key in said if key in ("optimizer.name", "data.length_schedule.name")]
+    name = arm.name.removeprefix("+")
+    problems = [
+        f"{name}: would also change {key} from {_shown(before)} to {_shown(after)}, so it would not be measured alone; "
+        f"give all arms one value, such as {key}={_shown(after)} on the command line"
+        for key, before, after in changed_keys(contract_of(baseline.recipe), contract_of(arm.recipe))
+        if not any(_overlap(key, own) for own in said)
+    ]
+    if arm.recipe == baseline.recipe:
+        problems.append(f"{name}: changes nothing; the recipe, as planned on this machine, already says that")
+    return problems
+
+
+def _overlap(one: str, other: str) -> bool:
+    """Whether one dotted key is the other, or a part of it."""
+    return one == other or one.startswith(other + ".") or other.startswith(one + ".")
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def describe_arms(arms: Sequence[Arm]) -> str:
+    """A line for each arm: its tricks, or what its one trick sets."""
+    width = max(len(arm.name) for arm in arms)
+    lines = []
+    for arm in arms:
+        if len(arm.tricks) == 1:
+            values = arm.recipe.model_dump(mode="json")
+            said = " ".join(f"{key}={_shown(_value(values, key))}" for key in arm.tricks[0].keys)
+        else:
+            said = ", ".join(trick.name for trick in arm.tricks) or "the recipe as it is"
+        lines.append(f"{arm.name.ljust(width)}  {said}")
+    return "\n".join(lines)
+
+
+def _value(values: Any, key: str) -> Any:
+    for part in key.split("."):
+        values = values.get(part) if isinstance(values, Mapping) else None
+    return values
+
+
+def recipe_path(folder: Path, run_name: str) -> Path:
+    """Where the recipe of one run stands."""
+    return folder / "recipes" / f"{run_name}.yaml"

@@ -1,0 +1,126 @@
+"""What one run of an arm shows: its loss by tokens, steps and training time, and what it took."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from turbolm.report.metrics import Line, is_number, read_metrics
+
+TIMING = "timing.json"  # in a run directory: what each start of an ablation's run took, as seen from outside
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """An evaluation, and what training had used until then. `sec` is the time of the steps alone."""
+
+    tokens: float
+    steps: float
+    sec: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class RunMeasures:
+    """One finished run.
+
+    `training_sec` is the time of its steps (`compile_sec` of it compiling), `whole_sec` that of the whole command with
+    start, evaluation, checkpoints and export, and `cpu_sec` the processor time of all its processes.
+    `tokens_per_sec` leaves compilation out. `mfu` is weighted by time. `peak_bytes` is the most that one process held.
+    """
+
+    seed: int
+    lr: float
+    path: str
+    final_loss: float
+    tokens: int
+    steps: int
+    training_sec: float
+    compile_sec: float
+    tokens_per_sec: float
+    mfu: float | None
+    peak_bytes: int | None
+    whole_sec: float | None
+    cpu_sec: float | None
+    evaluations: tuple[Evaluation, ...]
+
+    def to_target(self, target_loss: float) -> Evaluation | None:
+        """Tokens, steps and time at which the loss was first at or below the target, or None.
+
+        Between two evaluations the loss is taken to fall linearly. A first evaluation below the target is taken as it
+        is: it was reached there or sooner.
+        """
+        before = None
+        for after in self.evaluations:
+            if after.loss <= target_loss:
+                if before is None or not math.isfinite(before.loss):
+                    return after
+                share = (before.loss - target_loss) / (before.loss - after.loss)
+                tokens, steps, sec = (
+                    old + share * (new - old)
+                    for old, new in (
+                        (before.tokens, after.tokens),
+                        (before.steps, after.steps),
+                        (before.sec, after.sec),
+                    )
+                )
+                return Evaluation(tokens, steps, sec, target_loss)
+            before = after
+        return None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return asdict(self)
+
+
+def measure_run(path: Path, *, seed: int, lr: float) -> RunMeasures:
+    """Read the run directory of a finished run."""
+    metrics = read_metrics(path / "metrics.jsonl")
+    steps = [line for line in metrics if "train/loss" in line]
+    evaluations, sec, weighted_mfu, timed_mfu = [], 0.0, 0.0, 0.0
+    for line in metrics:
+        if "train/loss" in line:
+            sec += _step_sec(line)
+            if is_number(line.get("perf/mfu")):
+                weighted_mfu += line["perf/mfu"] * _step_sec(line)
+                timed_mfu += _step_sec(line)
+        elif "eval/loss" in line:
+            loss = line["eval/loss"]
+            loss = float(loss) if is_number(loss) else math.inf  # written as text where it is not finite
+            evaluations.append(Evaluation(line["tokens_seen"], line["step"], sec, loss))
+    compile_sec = sum(line.get("perf/compile_sec", 0.0) for line in steps)
+    tokens = sum(line["data/batch_tokens"] for line in steps)
+    peaks = [line["memory/peak_bytes"] for line in steps if is_number(line.get("memory/peak_bytes"))]
+    timing = read_timing(path)
+    return RunMeasures(
+        seed=seed,
+        lr=lr,
+        path=str(path),
+        final_loss=evaluations[-1].loss,
+        tokens=steps[-1]["tokens_seen"],
+        steps=steps[-1]["step"],
+        training_sec=sec,
+        compile_sec=compile_sec,
+        tokens_per_sec=tokens / (sec - compile_sec),
+        mfu=weighted_mfu / timed_mfu if timed_mfu else None,
+        peak_bytes=max(peaks, default=None),
+        whole_sec=sum(one["whole_sec"] for one in timing) if timing else None,
+        cpu_sec=sum(one["cpu_sec"] for one in timing) if timing else None,
+        evaluations=tuple(evaluations),
+    )
+
+
+def read_timing(path: Path) -> list[dict[str, float]]:
+    """What the starts of a run took, oldest first."""
+    try:
+        found = json.loads((path / TIMING).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    return found if isinstance(found, list) else []
+
+
+def _step_sec(line: Line) -> float:
+    return float(line["data/batch_tokens"] / line["perf/tokens_per_sec"])

@@ -1,0 +1,314 @@
+"""Ablations with a runner that writes what a training would leave behind."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.launch.harness import RECIPE
+from turbolm.ablate.measure import Evaluation, RunMeasures, measure_run
+from turbolm.ablate.render import render_table
+from turbolm.ablate.run import Ablation, Sweep, collect_results, run_ablation
+from turbolm.errors import UserError
+from turbolm.plan.machine import Machine
+from turbolm.recipe.schema import Recipe
+from turbolm.train.run_directory import run_directory, write_json
+
+CPUS = Machine(0, None, None, num_cpus=2, cpu_has_bf16=True, memory_bytes=2**34)
+NUM_EVALUATIONS = 10
+
+
+class FakeRunner:
+    """Trains nothing: leaves a straight loss curve from 6 to `losses[...]`, at `speeds[...]` tokens a second."""
+
+    def __init__(self, losses: dict[str, float] | None = None, speeds: dict[str, float] | None = None) -> None:
+        self.losses, self.speeds = losses or {}, speeds or {}
+        self.codes: dict[str, int] = {}
+        self.names: list[str] = []
+
+    def __call__(self, recipe: Recipe, file: Path) -> int:
+        self.names.append(recipe.name)
+        path = run_directory(recipe).path
+        path.mkdir(parents=True, exist_ok=True)
+        assert yaml.safe_load(file.read_text())["name"] == recipe.name
+        if code := self.codes.pop(recipe.name, 0):
+            return code
+        arm = recipe.name.partition("-seed")[0]
+        speed = self.speeds.get(arm, 1000.0) * (1 + 0.001 * recipe.train.seed)
+        end = self.losses.get(arm, 4.0) + 0.001 * recipe.train.seed
+        batch, lines = recipe.train.global_batch, []
+        steps = recipe.train.budget // batch
+        every = steps // NUM_EVALUATIONS
+        for step in range(1, steps + 1):
+            common = {"step": step, "attempt": 1, "tokens_seen": step * batch}
+            perf = {"perf/tokens_per_sec": speed, "data/batch_tokens": batch, "perf/mfu": 0.25}
+            lines.append({**common, **perf, "train/loss": 5.0, "memory/peak_bytes": 2**30 + step})
+            if step % every == 0:
+                lines.append({**common, "eval/loss": 6 + (end - 6) * step / steps})
+        (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        write_json(path / "results.json", {"budget_tokens": recipe.train.budget, "eval_loss": end})
+        return 0
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "recipe.yaml"
+    train = {"budget": 1024 * 50, "global_batch": 1024}
+    path.write_text(yaml.safe_dump({**RECIPE, "train": train, "data": {"seq_len": 128}}))
+    return str(path)
+
+
+def prepare(recipe_file: str, *tricks: str, overrides: tuple[str, ...] = (), **options: Any) -> Ablation:
+    return Ablation.prepare(recipe_file, overrides, tricks, machine=CPUS, **options)
+
+
+def arms_of(ablation: Ablation) -> dict[str, list[str]]:
+    return {arm.name: [trick.name for trick in arm.tricks] for arm in ablation.arms}
+
+
+# ----------------------------------------------------------------------------------------------------------------- arms
+
+
+def test_the_arms_are_each_set_of_tricks_once(recipe_file: str) -> None:
+    assert arms_of(prepare(recipe_file, "muon")) == {"baseline": [], "+muon": ["muon"]}
+    assert list(arms_of(prepare(recipe_file, "muon,z_loss"))) == ["baseline", "+muon", "+z_loss", "all"]
+    three = arms_of(prepare(recipe_file, "muon,z_loss", "wsd"))
+    assert list(three) == ["baseline", "+muon", "+z_loss", "+wsd", "all", "all -muon", "all -z_loss", "all -wsd"]
+    assert three["all -z_loss"] == ["muon", "wsd"]
+    assert list(arms_of(prepare(recipe_file, "muon,z_loss,lion", alone=True)))[-1] == "+lion"
+
+
+def test_an_arm_is_the_recipe_with_the_trick_over_it(recipe_file: str) -> None:
+    ablation = prepare(recipe_file, "lion", overrides=("optimizer.lr=2e-3", "optimizer.eps=1e-6"))
+    optimizer = ablation.arms[1].recipe.optimizer
+    assert (optimizer.name, optimizer.lr, optimizer.betas) == ("lion", 2e-3, (0.9, 0.99))
+    assert ablation.arms[0].recipe.optimizer.eps == 1e-6
+
+
+def test_tricks_may_be_files_and_settings(recipe_file: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("schedule: {warmup: 10%}\n")
+    ablation = prepare(recipe_file, f"{tmp_path}/mine.yaml,beta:optimizer.betas=[0.8, 0.9]+train.z_loss=1e-5")
+    assert list(arms_of(ablation)) == ["baseline", "+mine", "+beta", "all"]
+    both = ablation.arms[3].recipe
+    assert (str(both.schedule.warmup), both.optimizer.betas, both.train.z_loss) == ("10%", (0.8, 0.9), 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("tricks", "overrides", "messages"),
+    [
+        ("mun,what", (), ["unknown trick 'mun'; did you mean muon?", "unknown trick 'what'"]),
+        ("muon,muon", (), ["muon is there twice"]),
+        ("muon,lion", (), ["muon and lion both set optimizer.name"]),
+        ("more:train.budget=1M", (), ["more: sets train.budget, but train.budget is what each arm is given"]),
+        ("other:data.sources=[{type: text, path: a}]", (), ["other: sets data.sources"]),
+        ("vocab:tokenizer.train.vocab_size=512", (), ["vocab: sets tokenizer.train.vocab_size"]),
+        ("longer:data.seq_len=256", (), ["longer: sets data.seq_len"]),
+        ("often:evaluation.every=1%", (), ["often: sets evaluation.every"]),
+        ("soap", (), ["soap: would also change train.precision from bf16 to fp32", "such as train.precision=fp32"]),
+        ("best_fit", (), ["best_fit: changes nothing"]),
+        ("fp16,zeropp", (), ["fp16: train.precision=fp16 needs a GPU", "zeropp: execution.quantized_weights"]),
+        ("typo:optimizer.lrr=1", (), ["typo: command line: optimizer.lrr=1: optimizer.lrr: unknown key; did you mean"]),
+        ("compile_model,zero3", (), ["all: ", "model does not work with execution.zero_stage 3", "or with --alone"]),
+        ("", (), ["name the tricks to measure with --tricks"]),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_before_anything_runs(
+    recipe_file: str, tricks: str, overrides: tuple[str, ...], messages: list[str]
+) -> None:
+    with pytest.raises(UserError) as refused:
+        prepare(recipe_file, tricks, overrides=overrides)
+    for message in messages:
+        assert message in str(refused.value)
+
+
+def test_what_all_arms_share_may_be_given_to_all(recipe_file: str) -> None:
+    ablation = prepare(recipe_file, "soap", overrides=("train.precision=fp32", "train.budget=2048"))
+    assert ablation.arms[1].recipe.optimizer.name == "soap"
+
+
+# ----------------------------------------------------------------------------------------------------------- measuring
+
+
+def measures(*points: tuple[float, float, float]) -> RunMeasures:
+    evaluations = tuple(Evaluation(tokens, tokens / 10, sec, loss) for tokens, sec, loss in points)
+    return RunMeasures(0, 1e-3, "", points[-1][2], 0, 0, 0, 0, 0, None, None, None, None, evaluations)
+
+
+def test_the_target_is_reached_between_two_evaluations() -> None:
+    run = measures((100, 10, 6.0), (200, 30, 5.0), (300, 40, 4.0), (400, 50, 4.5))
+    reached = run.to_target(4.25)
+    assert reached is not None
+    assert (reached.tokens, reached.steps, reached.sec) == (275, 27.5, 37.5)
+    assert run.to_target(6.5) == run.evaluations[0]
+    assert run.to_target(3.9) is None
+    after_infinity = measures((100, 10, float("inf")), (200, 30, 5.0)).to_target(5.5)
+    assert after_infinity is not None and after_infinity.tokens == 200
+
+
+def test_a_run_is_measured_over_its_attempts(tmp_path: Path) -> None:
+    """The second attempt does steps 3 and 4 again, faster; compilation is not the model's speed."""
+    lines: list[dict[str, Any]] = []
+    for attempt, steps, rate in ((1, (1, 2, 3), 100.0), (2, (3, 4), 200.0)):
+        for step in steps:
+            line = {"step": step, "attempt": attempt, "tokens_seen": step * 100, "train/loss": 5.0}
+            lines.append({**line, "data/batch_tokens": 100, "perf/tokens_per_sec": rate, "perf/mfu": rate / 1000})
+    lines[0]["perf/compile_sec"] = 0.5
+    lines[1]["memory/peak_bytes"] = 77
+    lines.append({"step": 2, "attempt": 1, "tokens_seen": 200, "eval/loss": 5.0})
+    lines.append({"step": 4, "attempt": 2, "tokens_seen": 400, "eval/loss": "nan"})
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run = measure_run(tmp_path, seed=1, lr=0.1)
+    assert run.training_sec == 1 + 1 + 0.5 + 0.5
+    assert run.tokens_per_sec == 400 / 2.5
+    assert run.mfu == pytest.approx((0.1 * 2 + 0.2 * 1) / 3)
+    assert (run.tokens, run.steps, run.peak_bytes, run.whole_sec) == (400, 4, 77, None)
+    assert run.evaluations[0] == Evaluation(200, 2, 2.0, 5.0)
+    assert run.final_loss == float("inf")
+
+
+# ------------------------------------------------------------------------------------------------------------- running
+
+
+def test_runs_go_seed_by_seed_and_their_results_are_compared(recipe_file: str) -> None:
+    ablation = prepare(recipe_file, "muon,zero1", num_seeds=3)
+    runner = FakeRunner({"with-muon": 3.0, "with-muon-zero1": 3.0}, {"with-zero1": 500.0, "with-muon-zero1": 500.0})
+    lines: list[str] = []
+    assert run_ablation(ablation, runner, lines.append) == 0
+    arms = ["baseline", "with-muon", "with-zero1", "with-muon-zero1"]
+    assert runner.names == [f"{arm}-seed{seed}" for seed in range(3) for arm in arms]
+    assert lines[0].startswith("[1/12] baseline-seed0") and "left" in lines[-1]
+    results = json.loads((ablation.folder / "ablation.json").read_text())
+    assert results == json.loads(json.dumps(collect_results(ablation)))
+    assert results["complete"] and results["seeds"] == [0, 1, 2]
+    assert results["target_loss"] == pytest.approx(4.002 * 1.005)
+    muon, zero1, both = results["arms"][1:]
+    assert [arm["verdict"] for arm in (muon, zero1, both)] == ["gain", "loss", "loss"]
+    # From 6 to 3 it reaches 4.022 after 0.659 of the way, from 6 to 4 after 0.989.
+    assert muon["versus_baseline"]["target_tokens"]["ratio"] == pytest.approx(0.666, abs=0.002)
+    assert zero1["versus_baseline"]["target_sec"]["ratio"] == pytest.approx(2, abs=0.01)
+    assert zero1["versus_baseline"]["target_tokens"]["verdict"] == "null"
+    assert zero1["versus_baseline"]["tokens_per_sec"]["verdict"] == "loss"
+    assert muon["mean"]["peak_bytes"] == 2**30 + 50
+    rows = list(csv.DictReader((ablation.folder / "ablation.csv").open()))
+    assert len(rows) == 12 and rows[3]["tricks"] == "muon" and float(rows[3]["final_loss"]) == 3.0
+    assert not any(value.startswith(("+", "=", "-", "@")) for row in rows for value in row.values())  # as a formula
+    table = render_table(results)
+    assert "gain: 1.50x as fast (p < 0.001)" in table and "not complete" not in table
+
+
+def test_a_finished_run_is_not_done_again_and_an_interrupted_ablation_goes_on(recipe_file: str) -> None:
+    runner = FakeRunner()
+    runner.codes["with-z_loss-seed0"] = 75
+    ablation = prepare(recipe_file, "z_loss,wsd")
+    assert run_ablation(ablation, runner, lambda _: None) == 75
+    assert runner.names == ["baseline-seed0", "with-z_loss-seed0"]
+    assert not collect_results(ablation)["complete"]
+    assert "not complete" in render_table(collect_results(ablation))
+    again = FakeRunner()
+    ablation = prepare(recipe_file, "z_loss,wsd")
+    assert run_ablation(ablation, again, lambda _: None) == 0
+    assert again.names == ["with-z_loss-seed0", "with-wsd-seed0", "with-wsd-z_loss-seed0"]
+    timing = json.loads((ablation.folder / "with-z_loss-seed0" / "timing.json").read_text())
+    assert [one["exit_code"] for one in timing] == [75, 0]
+    more = FakeRunner()
+    assert run_ablation(prepare(recipe_file, "wsd,bigger:train.z_loss=1e-3"), more, lambda _: None) == 0
+    assert more.names == ["with-bigger-seed0", "with-bigger-wsd-seed0"]
+
+
+def test_a_run_that_fails_leaves_the_others(recipe_file: str) -> None:
+    runner = FakeRunner()
+    runner.codes["with-z_loss-seed0"] = 1
+    ablation = prepare(recipe_file, "z_loss,wsd")
+    assert run_ablation(ablation, runner, lambda _: None) == 1
+    results = collect_results(ablation)
+    assert [len(arm["runs"]) for arm in results["arms"]] == [1, 0, 1, 1]
+    assert any("with-z_loss-seed0 failed with exit code 1" in note for note in results["notes"])
+    assert "no run is finished" in render_table(results)
+    killed = FakeRunner()
+    killed.codes["with-z_loss-seed0"] = 137
+    assert run_ablation(prepare(recipe_file, "z_loss,wsd"), killed, lambda _: None) == 137
+    assert killed.names == ["with-z_loss-seed0"]
+
+
+def test_runs_of_another_recipe_are_not_mixed_in(recipe_file: str) -> None:
+    assert run_ablation(prepare(recipe_file, "wsd"), FakeRunner(), lambda _: None) == 0
+    runner = FakeRunner()
+    with pytest.raises(UserError, match=r"train.budget: 51200 -> 102400"):
+        run_ablation(prepare(recipe_file, "wsd", overrides=("train.budget=102400",)), runner, lambda _: None)
+    with pytest.raises(UserError, match=r"execution.micro_batch: \"auto\" -> 512"):
+        run_ablation(prepare(recipe_file, "wsd", overrides=("execution.micro_batch=512",)), runner, lambda _: None)
+    assert runner.names == []
+    other = prepare(recipe_file, "wsd", overrides=("train.budget=102400",), name="longer")
+    assert run_ablation(other, runner, lambda _: None) == 0
+
+
+def test_one_seed_says_so(recipe_file: str) -> None:
+    ablation = prepare(recipe_file, "wsd,zero1")
+    run_ablation(ablation, FakeRunner(speeds={"with-wsd": 1020.0, "with-zero1": 2000.0}), lambda _: None)
+    texts = [arm["verdict_text"] for arm in collect_results(ablation)["arms"]]
+    assert texts[1].startswith("one seed: not significant (1.02x as fast")
+    assert texts[2].startswith("gain: 2.00x as fast (one seed")
+
+
+# --------------------------------------------------------------------------------------------------------------- sweeps
+
+
+def test_a_sweep_is_even_in_logarithms_and_checked() -> None:
+    assert Sweep.parse("1e-3,1e-1,5").rates == [0.001, 0.00316, 0.01, 0.0316, 0.1]
+    for text in ("1,2", "a,b,c", "2e-3,1e-3,3", "0,1,3", "1e-3,1e-2,1", "1e-3,inf,3"):
+        with pytest.raises(UserError, match="--sweep-lr"):
+            Sweep.parse(text)
+
+
+def test_a_sweep_finds_the_rate_of_each_arm_that_may_want_its_own(recipe_file: str) -> None:
+    """The baseline's best is in the middle, muon's at the upper edge; zero1 takes the baseline's."""
+    ablation = prepare(recipe_file, "muon,zero1", num_seeds=2, sweep=Sweep(1e-3, 4e-3, 3), alone=True)
+    losses = {"baseline-lr0.001": 4.5, "baseline-lr0.002": 4.0, "baseline-lr0.004": 5.0, "with-zero1-lr0.002": 4.0}
+    losses |= {"with-muon-lr0.001": 4.5, "with-muon-lr0.002": 4.0, "with-muon-lr0.004": 3.0}
+    runner = FakeRunner(losses)
+    runner.codes["baseline-lr0.004-seed0"] = 1  # too high a rate may end a run
+    lines: list[str] = []
+    assert run_ablation(ablation, runner, lines.append) == 0
+    assert len(runner.names) == len(set(runner.names)) == 6 + 4
+    assert runner.names[:2] == ["baseline-lr0.001-seed0", "with-muon-lr0.001-seed0"]
+    assert runner.names[6:] == [
+        *("with-zero1-lr0.002-seed0", "baseline-lr0.002-seed1"),
+        *("with-muon-lr0.004-seed1", "with-zero1-lr0.002-seed1"),
+    ]
+    results = collect_results(ablation)
+    assert [arm["lr"] for arm in results["arms"]] == [0.002, 0.004, 0.002]
+    assert results["arms"][0]["sweep"] == [[0.001, 4.5], [0.002, 4.0], [0.004, None]]
+    edges = [note for note in results["notes"] if "edge of the sweep" in note]
+    assert len(edges) == 1 and edges[0].startswith("+muon: the best learning rate, 0.004")
+    assert any(line.startswith("[10/10] with-zero1-lr0.002-seed1") for line in lines)
+    assert "chosen" in (ablation.folder / "report.html").read_text()
+
+
+def test_a_trick_with_its_own_rate_is_swept_around_it(recipe_file: str) -> None:
+    sweep = Sweep(1e-3, 4e-3, 2)
+    ablation = prepare(recipe_file, "high:optimizer.lr=2e-2", overrides=("optimizer.lr=2e-3",), sweep=sweep)
+    runner = FakeRunner()
+    run_ablation(ablation, runner, lambda _: None)
+    high = [name for name in runner.names if "high" in name]
+    assert high == ["with-high-lr0.01-seed0", "with-high-lr0.04-seed0"]
+
+
+# ------------------------------------------------------------------------------------------------------------ rendering
+
+
+def test_the_page_stands_alone_and_escapes(recipe_file: str) -> None:
+    ablation = prepare(recipe_file, "wsd,zero1", num_seeds=2, command="turbolm <script>")
+    run_ablation(ablation, FakeRunner({"with-wsd": 3.5}), lambda _: None)
+    page = (ablation.folder / "report.html").read_text()
+    for text in ("Held-out loss by tokens", "Time to the target loss", "+zero1", "gain: ", "with-wsd-seed1"):
+        assert text in page
+    without_namespace = page.replace('xmlns="http://www.w3.org/2000/svg"', "")
+    assert not re.search(r"https?://|@import|url\((?!#)|<link|<img|\bsrc=|<script>(?!\nconst)", without_namespace)
+    assert page.count("<svg") == 6

@@ -1,0 +1,91 @@
+"""Statistics against tables and values worked out by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from turbolm.ablate.verdict import compare, student_p, welch_p, words
+
+
+@pytest.mark.parametrize(
+    ("t", "degrees", "p"),
+    [  # two-sided critical values of Student's distribution, from any table
+        (12.706, 1, 0.05),
+        (4.303, 2, 0.05),
+        (2.776, 4, 0.05),
+        (2.228, 10, 0.05),
+        (3.169, 10, 0.01),
+        (1.962, 1000, 0.05),
+        (0.0, 3, 1.0),
+    ],
+)
+def test_student(t: float, degrees: float, p: float) -> None:
+    assert student_p(t, degrees) == pytest.approx(p, abs=1e-4)
+    assert student_p(-t, degrees) == student_p(t, degrees)
+
+
+def test_student_has_closed_forms_for_one_and_two_degrees() -> None:
+    for t in (0.1, 0.7, 1.0, 3.0, 25.0):
+        assert student_p(t, 1) == pytest.approx(1 - 2 / math.pi * math.atan(t), rel=1e-6)
+        assert student_p(t, 2) == pytest.approx(1 - t / math.sqrt(2 + t * t), rel=1e-6)
+
+
+def test_welch_by_hand() -> None:
+    """Means 2 and 5, variances 1 and 4 of three each: t = -3 / sqrt(5/3); degrees (5/3)^2 / ((1/9 + 16/9) / 2)."""
+    p = welch_p([1, 2, 3], [3, 5, 7])
+    assert p == pytest.approx(student_p(3 / math.sqrt(5 / 3), (25 / 9) / (17 / 18)), rel=1e-12)
+    assert p == pytest.approx(0.10447888668472192, rel=1e-8)  # scipy.stats.ttest_ind(..., equal_var=False)
+    assert welch_p([101.2, 99.1, 100.4, 98.7], [95.0, 97.2, 90.1]) == pytest.approx(0.10214224363086762, rel=1e-8)
+
+
+def test_welch_without_spread() -> None:
+    assert welch_p([1.0], [1.0, 2.0]) is None
+    assert welch_p([2.0, 2.0], [2.0, 2.0]) == 1
+    assert welch_p([2.0, 2.0], [3.0, 3.0]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arm", "baseline", "verdict"),
+    [
+        ([80, 81, 82], [100, 101, 99], "gain"),
+        ([120, 121, 119], [100, 101, 99], "loss"),
+        ([100, 103, 98], [100, 101, 99], "null"),
+        ([70, 100, 130], [100, 125, 150], "not significant"),
+        ([80], [100], "gain"),
+        ([97], [100], "not significant"),
+        ([106], [100], "loss"),
+    ],
+)
+def test_verdicts(arm: list[float], baseline: list[float], verdict: str) -> None:
+    assert compare(arm, baseline, noise=0.05).verdict == verdict
+    other_way = {"gain": "loss", "loss": "gain"}.get(verdict, verdict)
+    assert compare(arm, baseline, noise=0.05, less_is_better=False).verdict == other_way
+
+
+@pytest.mark.parametrize(
+    ("seconds", "baseline", "losses", "verdict", "text"),
+    [
+        (
+            [50.0],
+            [100.0],
+            [4.0],
+            "gain",
+            "gain: 2.00x as fast (one seed)",
+        ),
+        ([98.0], [100.0], [4.0], "not significant", "one seed: not significant (1.02x as fast"),
+        ([50.0, 51.0], [100.0, 101.0], [4.0, 4.0], "gain", "gain: 1.99x as fast (p 0.0002"),
+        ([None], [100.0], [4.1], "loss", "loss: target not reached in 1 of 1 runs; final loss +2.5%"),
+        ([50.0], [None], [3.9], "gain", "gain: baseline: target not reached in 1 of 1 runs; final loss -2.5%"),
+        ([None], [None], [4.01], "not significant", "one seed: not significant (target not reached in 1 of 1 runs"),
+        ([None], [100.0], [math.inf], "loss", "loss: the loss is not finite in 1 of 1 runs"),
+    ],
+)
+def test_words(
+    seconds: list[float | None], baseline: list[float | None], losses: list[float], verdict: str, text: str
+) -> None:
+    found, sentence = words(seconds, baseline, losses, [4.0] * len(baseline), noise=0.05)
+    assert found == verdict
+    assert sentence.startswith(text.partition(" (p")[0])
+    assert ("one seed" in sentence) == (len(seconds) == 1 and math.isfinite(losses[0]))
