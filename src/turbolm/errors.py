@@ -3,7 +3,7 @@
 EXIT_OK = 0
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2  # the recipe, the data or the machine must change first: never requeue
-EXIT_REQUEUE = 75  # stopped early with everything saved (EX_TEMPFAIL): worth starting again
+EXIT_REQUEUE = 75  # ended early, what was saved is whole (EX_TEMPFAIL): worth starting again
 
 
 class UserError(Exception):

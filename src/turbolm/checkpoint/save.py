@@ -15,6 +15,7 @@ from turbolm.checkpoint import manifest
 from turbolm.checkpoint.retention import Retention, remove_old
 from turbolm.checkpoint.snapshot import Snapshot, take_snapshot
 from turbolm.checkpoint.tensor_file import write_tensors
+from turbolm.reliability import heartbeat
 
 _PART_BYTES = 512 * 2**20  # of a safetensors file, so that several threads write and hash; a larger tensor stays whole
 _MAX_THREADS = 4
@@ -104,7 +105,8 @@ def gather_over(group: dist.ProcessGroup | None) -> Agree:
 
     def agree(value: Any) -> list[Any]:
         gathered: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(gathered, value, group=group)
+        with heartbeat.awaiting_others():
+            dist.all_gather_object(gathered, value, group=group)
         return gathered
 
     return agree

@@ -20,6 +20,7 @@ from turbolm.checkpoint.retention import Retention
 from turbolm.checkpoint.save import gather_over, write_checkpoint
 from turbolm.checkpoint.snapshot import HostCopy, Snapshot, take_snapshot
 from turbolm.errors import RunError
+from turbolm.reliability import heartbeat
 from turbolm.units import format_bytes
 
 
@@ -92,7 +93,7 @@ class CheckpointSaver:
     def wait(self, timeout_sec: float | None = None) -> None:
         """Wait until nothing is being written."""
         if self._thread is not None:
-            self._thread.join(timeout_sec)
+            heartbeat.join(self._thread, timeout_sec)
             if not self._thread.is_alive():
                 self._thread = None
 

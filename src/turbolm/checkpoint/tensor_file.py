@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from turbolm.reliability import heartbeat
+
 _CHUNK_BYTES = 16 * 2**20
 _NAMES = {
     torch.float64: "F64",
@@ -47,6 +49,7 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
                 os.posix_fadvise(file, position, len(chunk), os.POSIX_FADV_DONTNEED)
             digest.update(chunk)
             position += len(chunk)
+            heartbeat.note()
         os.fsync(file)
     finally:
         os.close(file)

@@ -90,6 +90,7 @@ def settle(run: RunDirectory, recipe: Recipe, attempt: int) -> tuple[int, str]:
         write_outcome(run, attempt, status, code, message)
     else:
         code, message = int(outcome["exit_code"]), f"attempt {attempt}: {outcome['status']}"
+        message += f": {outcome['message']}" if outcome.get("message") else ""
     if code != EXIT_REQUEUE:
         return code, message
     if by_user:

@@ -19,6 +19,7 @@ from turbolm.plan.plan import Plan
 from turbolm.reliability.failures import read_rank_ends
 from turbolm.reliability.orphans import END_WITH_PARENT, end_with_parent
 from turbolm.reliability.run_lock import RunLock
+from turbolm.reliability.watchdog import HUNG
 from turbolm.train.run_directory import RunDirectory, open_attempt, read_json
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
@@ -42,6 +43,8 @@ def launch(plan: Plan, machine: Machine, run: RunDirectory, recipe_file: str, ov
     run.stop_file.unlink(missing_ok=True)
     outcome = read_json(folder / "outcome.json")
     if outcome is not None:
+        if outcome["status"] == HUNG:
+            print(f"turbolm: {outcome['message']}", file=sys.stderr)
         return int(outcome["exit_code"])
     return _explain_failure(process.returncode, folder)
 

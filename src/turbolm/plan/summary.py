@@ -20,7 +20,7 @@ from turbolm.plan.preview import SourceUse, StoreSize, constant_span, mean_span,
 from turbolm.plan.suggestions import Suggestion, suggest
 from turbolm.recipe.schema import Execution, Recipe
 from turbolm.schedules import lr_ratio
-from turbolm.units import format_bytes
+from turbolm.units import format_bytes, format_duration
 
 FLOPS_FORMULA = "6 x (matrices and output head) + 12 x layers x attention width x mean span"
 ASSUMED_MFU = 0.4  # of the GPU's dense half-precision peak; until it is measured
@@ -176,7 +176,7 @@ def collect_summary(
         raise UserError("\n".join(f"{recipe_file}: {line}" for problem in problems for line in problem.splitlines()))
     uses = source_uses(recipe, plan.curriculum, store)
     missing = missing_package(recipe)
-    notes = [*notes, *([missing] if missing else [])]
+    notes = [*notes, *([missing] if missing else []), *_hang_notes(recipe.execution)]
     return Summary(
         recipe_file=recipe_file,
         overrides=tuple(overrides),
@@ -233,3 +233,15 @@ def _learning_rate(plan: Plan) -> tuple[tuple[int, float], ...]:
         ratio = lr_ratio(recipe.schedule, tokens, [budget], full_batch)
         curve.append((tokens, recipe.optimizer.lr * ratio * lr_factor(recipe.train.batch_ramp, batch, full_batch)))
     return tuple(curve)
+
+
+def _hang_notes(execution: Execution) -> list[str]:
+    """The watchdog knows which rank hangs; a collective operation that times out on another rank does not."""
+    hang, group = execution.hang_timeout, execution.process_group_timeout
+    if hang is None or hang < group:
+        return []
+    return [
+        f"execution.hang_timeout ({format_duration(hang)}) should be shorter than execution.process_group_timeout "
+        f"({format_duration(group)}): else a run that hangs ends in an error of the ranks that wait, and the one that "
+        "hangs is not named"
+    ]

@@ -61,6 +61,10 @@ _PATHS = {"anyOf": [{"type": "string", "minLength": 1}, {"type": "array", "items
 Paths = Annotated[tuple[Text, ...], BeforeValidator(_text_is_tuple), Field(min_length=1), WithJsonSchema(_PATHS)]
 _LIMIT = {"anyOf": [{"type": "number", "exclusiveMinimum": 0}, {"const": "off"}, {"type": "null"}]}
 Limit = Annotated[PositiveNumber | None, BeforeValidator(_off_is_none), WithJsonSchema(_LIMIT)]
+_TIME_LIMIT = {"anyOf": [{"type": "number"}, {"type": "string"}, {"type": "null"}]}
+TimeLimit = Annotated[
+    Annotated[Seconds, Field(gt=0)] | None, BeforeValidator(_off_is_none), WithJsonSchema(_TIME_LIMIT)
+]
 
 
 def _slurm_value(value: str) -> str:
@@ -334,6 +338,11 @@ class Train(Section):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="auto: bf16 where the processor computes in it, else fp32; settled at the first start"
     )
+    fp8: Literal["off", "tensorwise", "rowwise"] = Field(
+        "off",
+        description="with bf16, hidden layers' matrix products in 8 bits, scaled by tensor or by row (torchao; Hopper "
+        "GPUs and later)",
+    )
     z_loss: Annotated[Number, Field(ge=0)] = Field(
         0.0,
         description="weight of the squared log of the softmax's denominator, such as 1e-4 (PaLM); keeps logits small",
@@ -534,6 +543,14 @@ class Execution(Section):
     )
     process_group_timeout: Annotated[Seconds, Field(gt=0, le=365 * 86400)] = Field(
         1800, description="a collective operation that takes longer ends the run"
+    )
+    hang_timeout: TimeLimit = Field(
+        600,
+        description="a rank that goes no further for that long, in a step, an evaluation or a save, is named and the "
+        "run ended; `off`: nobody watches",
+    )
+    startup_timeout: TimeLimit = Field(
+        3600, description="the same until the first step is done, while compiling and while exporting; `off`: no limit"
     )
     threads_per_process: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         "auto", description="CPU threads; auto: the node's cores shared by its processes"

@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from turbolm.errors import UserError
+from turbolm.reliability.processes import start_time
 
 HEARTBEAT_SEC = 10.0
 SILENT_SEC = 90.0  # longer than a network file system may show an old time (NFS: 60 s)
@@ -164,7 +165,7 @@ def this_process(environment: Mapping[str, str] = os.environ) -> Holder:
         boot=boot,
         space=space,
         pid=os.getpid(),
-        started=_start_time(os.getpid()) or "",
+        started=start_time(os.getpid()) or "",
         job=environment.get("SLURM_JOB_ID"),
         job_restarts=environment.get("SLURM_RESTART_COUNT", "0") if "SLURM_JOB_ID" in environment else None,
     )
@@ -180,16 +181,7 @@ def is_gone(holder: Holder, me: Holder) -> bool | None:
         return True  # the host was started anew
     if holder.space != me.space:
         return None  # in another container, whose processes cannot be seen from here
-    return _start_time(holder.pid) != holder.started
-
-
-def _start_time(pid: int) -> str | None:
-    """When a process started, in clock ticks since boot; None when it does not run (Linux only)."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] in "ZX" else fields[19]
+    return start_time(holder.pid) != holder.started
 
 
 def _read(path: Path) -> Holder | None:

@@ -11,8 +11,10 @@ from pathlib import Path
 
 from turbolm.errors import EXIT_BAD_INPUT, EXIT_FAILED, RunError, UserError
 from turbolm.recipe.load import load_recipe
+from turbolm.reliability import heartbeat
 from turbolm.reliability.failures import failure_kind, record_rank_end
 from turbolm.reliability.orphans import END_WITH_PARENT, end_with_parent
+from turbolm.reliability.watchdog import watch_over
 from turbolm.train.run_directory import run_directory
 
 
@@ -31,6 +33,8 @@ def main() -> int:
     try:
         recipe = load_recipe(arguments.recipe, arguments.overrides)
         folder = run_directory(recipe).attempt(arguments.attempt) if arguments.attempt else None
+        limits = recipe.execution.hang_timeout, recipe.execution.startup_timeout
+        watch_over(run_directory(recipe).path, *limits, arguments.attempt)
         from turbolm.train.worker import run_worker
 
         code = run_worker(recipe, arguments.attempt)
@@ -64,6 +68,7 @@ def _record(folder: Path | None, exit_code: int, kind: str, message: str = "") -
 
 if __name__ == "__main__":
     code = main()
+    heartbeat.advance(heartbeat.ENDED)
     sys.stdout.flush()
     sys.stderr.flush()
     # Everything is saved and synced. Python's own exit would run native destructors in an order that aborts about one

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from turbolm.data.loader import evaluation_batches, evaluation_set
 from turbolm.data.store import TokenStore
 from turbolm.plan.plan import Plan
+from turbolm.reliability import heartbeat
 from turbolm.train.step import micro_batch_loss
 
 
@@ -51,11 +52,13 @@ def evaluate(
         fixed_cu_seqlens=plan.recipe.execution.compile != "none",
         **layout,
     ):
+        heartbeat.advance()
         if should_stop():
             engine.train()
             return None
         for micro_batch in batch.micro_batches:
             loss_sum += micro_batch_loss(engine, micro_batch, attention)[1].cpu().double()
+        heartbeat.advance()
     engine.train()
     dist.all_reduce(loss_sum, group=group)
     held_out = evaluation_set(store, data.seq_len, max_tokens, data.packing)

@@ -16,6 +16,7 @@ from turbolm.data.store import TokenStore
 from turbolm.models.loss import IGNORED_TARGET
 from turbolm.plan.curriculum import lr_factor
 from turbolm.plan.plan import Plan
+from turbolm.reliability import heartbeat
 from turbolm.reliability.stop import StopRequest
 from turbolm.schedules import lr_ratio, ramp_value
 from turbolm.train.engine import set_learning_rate, set_momentum, set_weight_decay
@@ -59,6 +60,7 @@ def train(session: Session) -> EvaluationResult | None:
         set_other_schedules(session.engine, plan, session.step)
         result = train_step(session.engine, batch.micro_batches, batch.num_targets, session.attention)
         session.step += 1
+        heartbeat.advance(heartbeat.STEP, session.step)
         session.saver.prepare()
         session.log.add_step(session.step, lr, batch, result, batch_flops(session, batch))
         is_last = session.step == num_steps
@@ -107,7 +109,9 @@ def agree_to_stop(session: Session, batch: GlobalBatch) -> str | None:
     """
     valid = sum(int(np.count_nonzero(micro["targets"] != IGNORED_TARGET)) for micro in batch.micro_batches)
     message = torch.tensor([valid, session.stop.reason is not None], dtype=torch.int64)
+    heartbeat.advance()
     dist.all_reduce(message, group=session.group)
+    heartbeat.advance()
     if int(message[0]) != batch.num_targets:
         raise RuntimeError(f"the ranks hold {int(message[0])} targets of batch {batch.index}, not {batch.num_targets}")
     return (session.stop.reason or "another rank") if message[1] else None
@@ -132,14 +136,15 @@ def run_evaluation(session: Session) -> EvaluationResult | None:
     None when the run was asked to stop meanwhile, which the next step notices as well.
     """
     session.log.flush()
-    result = evaluate(
-        session.engine,
-        session.store,
-        session.plan,
-        session.attention,
-        session.group,
-        should_stop=lambda: any_rank_asked_to_stop(session),
-    )
+    with heartbeat.phase(heartbeat.EVALUATION):
+        result = evaluate(
+            session.engine,
+            session.store,
+            session.plan,
+            session.attention,
+            session.group,
+            should_stop=lambda: any_rank_asked_to_stop(session),
+        )
     if result is None:
         session.log.say(f"asked to stop while evaluating after step {session.step}")
         return None
@@ -151,6 +156,7 @@ def run_evaluation(session: Session) -> EvaluationResult | None:
     return result
 
 
+@heartbeat.phase(heartbeat.SAVING)
 def save(session: Session, *, eval_loss: float | None = None, last: bool = False) -> None:
     """Save a checkpoint of the current step, once, beside the training.
 

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from turbolm.models.attention import model_inputs
 from turbolm.models.loss import Loss
+from turbolm.reliability import heartbeat
 from turbolm.train.engine import backward_and_step
 
 
@@ -37,8 +38,10 @@ def train_step(engine: Any, micro_batches: list[dict[str, np.ndarray]], num_targ
     grad_norm = None
     for index, micro_batch in enumerate(micro_batches):
         objective, nll = micro_batch_loss(engine, micro_batch, attention)
+        heartbeat.advance()
         is_boundary = index == len(micro_batches) - 1
         grad_norm = backward_and_step(engine, objective * scale, is_boundary=is_boundary)
+        heartbeat.advance()
         loss_sum += nll
     return StepResult(loss_sum, grad_norm)
 

@@ -31,6 +31,7 @@ from turbolm.models.build import (
     model_class,
 )
 from turbolm.models.compile import apply_compile, keep_layers_whole
+from turbolm.models.fp8 import apply_fp8
 from turbolm.models.initialise import count_parameters, seed_for_rank
 from turbolm.models.isolation import check_isolation
 from turbolm.models.loss import attach_loss, choose_loss
@@ -44,8 +45,10 @@ from turbolm.plan.machine import Machine, check_machine, detect_machine
 from turbolm.plan.plan import Plan, build_plan
 from turbolm.recipe.contract import contract_of, fingerprint
 from turbolm.recipe.schema import Recipe
+from turbolm.reliability import heartbeat
 from turbolm.reliability.run_lock import RunLock
 from turbolm.reliability.stop import StopRequest
+from turbolm.train.compiling import tell_of_compiling
 from turbolm.train.engine import build_accelerator, clip_by_value, control_group
 from turbolm.train.finish import finish_run, summary
 from turbolm.train.loop import Session, train
@@ -79,6 +82,7 @@ def run_worker(recipe: Recipe, attempt: int | None = None) -> int:
 
 def _run_locked(recipe: Recipe, attempt: int | None, lock: RunLock) -> int:
     """`run_worker`; rank 0 takes the lock."""
+    heartbeat.advance()  # all is imported
     machine = detect_machine()
     check_machine(recipe, machine)
     plan = build_plan(recipe, machine, int(os.environ.get("WORLD_SIZE", "1")))
@@ -94,7 +98,9 @@ def _run_locked(recipe: Recipe, attempt: int | None, lock: RunLock) -> int:
         timeout_sec=recipe.execution.process_group_timeout,
     )
     group = control_group()
+    heartbeat.advance()
     attempt, plan = _open_run(run, plan, machine, store, attempt, group, lock)
+    heartbeat.set_attempt(attempt)
     terminal = redirect_output(run.attempt(attempt) / f"log.rank{dist.get_rank()}.txt")
     if is_finished(run, recipe.train.budget):
         if dist.get_rank() == 0:
@@ -103,7 +109,9 @@ def _run_locked(recipe: Recipe, attempt: int | None, lock: RunLock) -> int:
         return EXIT_OK
     session = _build_session(accelerator, plan, run, store, stop, attempt, terminal, group, machine)
     session.saver.before_commit = lock.check
+    heartbeat.advance()
     _resume(session)
+    heartbeat.advance()
     num_parameters = count_parameters(session.engine.module)
     try:
         evaluation = train(session)
@@ -114,7 +122,8 @@ def _run_locked(recipe: Recipe, attempt: int | None, lock: RunLock) -> int:
     dist.barrier(group=group)
     if dist.get_rank() == 0 and evaluation is not None:
         session.log.say("exporting the model")
-        results = finish_run(run, plan, store, evaluation, num_parameters)
+        with heartbeat.phase(heartbeat.EXPORTING):
+            results = finish_run(run, plan, store, evaluation, num_parameters)
         write_outcome(run, attempt, "finished", EXIT_OK)
         session.log.say(summary(results))
     elif dist.get_rank() == 0:
@@ -207,6 +216,8 @@ def _build_session(
         )
         engine.train()
         print(f"packed documents are isolated: a change moved its neighbour's logits by {leak:.1e}")
+    if recipe.train.fp8 != "off":  # after the check: a scale shared by a whole tensor is rounding that all rows share
+        print(f"products in 8 bits: {len(apply_fp8(engine.module, recipe.train.fp8))} linear layers")
     world_size, rank = dist.get_world_size(), dist.get_rank()
     if rank > 0:
         dist.barrier(group=group)
@@ -316,6 +327,8 @@ def build_engine(accelerator: Any, plan: Plan, store: TokenStore, run: RunDirect
     loss = choose_loss(execution.loss, engine, engine.module, probe, plan.precision)
     attach_loss(engine.module, loss, z_loss=recipe.train.z_loss)
     apply_compile(engine.module, execution.compile)
+    tell_of_compiling()
+    heartbeat.advance()
     seed_for_rank(recipe.train.seed, dist.get_rank())
     engine.train()
     return engine, attention

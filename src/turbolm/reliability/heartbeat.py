@@ -1,0 +1,205 @@
+"""Signs of life: every rank tells, on its own host, where it is; the watchdog beside it reads. Torch-free.
+
+A sign is written by the main thread and by no other, so that a process that is stopped, or whose interpreter is held,
+falls silent by itself. It is a record in a file mapped into memory and costs a few microseconds. A thread notes beside
+it that Python code runs at all, which tells a rank whose interpreter is held from one that waits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import mmap
+import os
+import signal
+import struct
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from turbolm.reliability.processes import start_time
+
+STARTING = "start-up"  # until the first step is done
+STEP = "step"
+EVALUATION = "evaluation"
+SAVING = "saving"
+SAVED_HERE = "waiting for the other ranks to save"
+COMPILING = "compiling"
+EXPORTING = "exporting"
+ENDED = "ended"
+
+# Writes the Python stacks of all threads. A real-time signal that nothing else uses: NCCL has USR1, Slurm USR2, and
+# glibc the first two of these.
+STACKS_SIGNAL = signal.SIGRTMIN + 11
+
+_RECORD = struct.Struct("<IIQQdI44s")
+_PYTHON_RUNS = struct.Struct("<d")  # after the record
+_PYTHON_RUNS_SEC = 0.5
+
+
+@dataclass(frozen=True)
+class Sign:
+    """The last sign of a rank. `progress` counts places that all ranks pass in the same order."""
+
+    pid: int
+    rank: int
+    progress: int
+    step: int  # finished ones
+    time_sec: float  # on the host's monotonic clock
+    attempt: int  # 0 while it is not known
+    phase: str
+    python_ran_sec: float = 0.0  # when a thread of it last ran, on the same clock
+
+
+class Heartbeat:
+    """Writes one rank's signs to `folder`, and the stacks it is asked for."""
+
+    def __init__(self, folder: Path, rank: int):
+        self._rank, self._pid = rank, os.getpid()
+        self.progress, self.step, self.attempt, self.phase = 0, 0, 0, STARTING
+        self._stacks = stacks_file(folder, rank).open("w", encoding="utf-8")
+        faulthandler.register(STACKS_SIGNAL, file=self._stacks, all_threads=True, chain=False)
+        temporary = folder / f".{rank}.{self._pid}"
+        with temporary.open("w+b") as file:
+            file.truncate(_RECORD.size + _PYTHON_RUNS.size)
+            self._memory = mmap.mmap(file.fileno(), 0)
+        self.write()
+        threading.Thread(target=self._note_that_python_runs, name="turbolm-heartbeat", daemon=True).start()
+        temporary.replace(_sign_file(folder, rank))  # whoever reads finds a whole one
+
+    def write(self) -> None:
+        """Give a sign."""
+        place = (self.progress, self.step, time.monotonic(), self.attempt, self.phase.encode())
+        _RECORD.pack_into(self._memory, 0, self._pid, self._rank, *place)
+
+    def _note_that_python_runs(self) -> None:
+        while True:
+            _PYTHON_RUNS.pack_into(self._memory, _RECORD.size, time.monotonic())
+            time.sleep(_PYTHON_RUNS_SEC)
+
+
+_own: Heartbeat | None = None  # of this process; None where nobody watches
+_notes = 0  # of threads beside the main one
+_others_awaited = False  # whether such a thread waits for other ranks
+_JOIN_SEC = 0.5
+
+
+def start(folder: Path, rank: int) -> None:
+    """Give signs from now on, and write stacks when asked."""
+    global _own
+    _own = Heartbeat(folder, rank)
+
+
+def beat() -> None:
+    """Something went forward on this rank. Call it from the main thread only."""
+    if _own is not None:
+        _own.write()
+
+
+def advance(phase: str | None = None, step: int | None = None) -> None:
+    """A place that all ranks pass in the same order; perhaps the beginning of another phase, the end of a step."""
+    if _own is not None:
+        _own.progress += 1
+        _own.phase = _own.phase if phase is None else phase
+        _own.step = _own.step if step is None else step
+        _own.write()
+
+
+def set_attempt(attempt: int) -> None:
+    """Say which attempt of the run this is."""
+    if _own is not None:
+        _own.attempt = attempt
+        _own.write()
+
+
+@contextlib.contextmanager
+def phase(name: str) -> Iterator[None]:
+    """A part of the run that may take another time; what was before goes on after it."""
+    before = change_phase(name)
+    try:
+        yield
+    finally:
+        if before is not None:
+            change_phase(before)
+
+
+def change_phase(name: str) -> str | None:
+    """Begin another phase; returns the one before."""
+    if _own is None:
+        return None
+    before, _own.phase = _own.phase, name
+    _own.write()
+    return before
+
+
+def note() -> None:
+    """What this thread does, and what the main thread may be waiting for, goes forward."""
+    global _notes
+    _notes += 1
+
+
+@contextlib.contextmanager
+def awaiting_others() -> Iterator[None]:
+    """This thread waits for other ranks, and the main thread may be waiting for it."""
+    global _others_awaited
+    _others_awaited = True
+    try:
+        yield
+    finally:
+        _others_awaited = False
+
+
+def join(thread: threading.Thread, timeout_sec: float | None = None) -> None:
+    """Wait for a thread that saves, with a sign of life whenever it has noted that it goes forward."""
+    end = None if timeout_sec is None else time.monotonic() + timeout_sec
+    seen, waited = _notes, _others_awaited
+    with phase(SAVED_HERE if waited else SAVING):
+        while thread.is_alive() and (end is None or time.monotonic() < end):
+            thread.join(_JOIN_SEC if end is None else min(_JOIN_SEC, max(end - time.monotonic(), 0)))
+            if (seen, waited) != (_notes, _others_awaited):
+                seen, waited = _notes, _others_awaited
+                change_phase(SAVED_HERE if waited else SAVING)
+
+
+def host_folder() -> Path:
+    """Where the ranks that one launcher started on this host leave their signs; private to the user.
+
+    They have their parent in common, and nothing needs to be passed on to them; one that is alone needs nobody to find
+    it. Raises OSError.
+    """
+    parent = os.getpid() if os.environ.get("WORLD_SIZE", "1") == "1" else os.getppid()
+    base = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else Path(tempfile.gettempdir())
+    name = f"turbolm-{os.geteuid()}-{parent}-{start_time(parent) or 0}-{os.environ.get('MASTER_PORT', '0')}"
+    folder = base / name
+    folder.mkdir(mode=0o700, exist_ok=True)
+    about = folder.lstat()
+    if folder.is_symlink() or about.st_uid != os.geteuid() or about.st_mode & 0o077:
+        raise PermissionError(f"{folder} belongs to somebody else")
+    return folder
+
+
+def read_signs(folder: Path) -> list[Sign]:
+    """The last sign of every rank on this host, by rank."""
+    signs = []
+    for path in folder.glob("*.sign"):
+        try:
+            content = path.read_bytes()
+            pid, rank, progress, step, time_sec, attempt, text = _RECORD.unpack_from(content)
+            (python_ran_sec,) = _PYTHON_RUNS.unpack_from(content, _RECORD.size)
+        except (OSError, struct.error):
+            continue
+        phase = text.rstrip(b"\0").decode()
+        signs.append(Sign(pid, rank, progress, step, time_sec, attempt, phase, python_ran_sec))
+    return sorted(signs, key=lambda sign: sign.rank)
+
+
+def stacks_file(folder: Path, rank: int) -> Path:
+    """Where a rank writes its stacks."""
+    return folder / f"{rank}.stacks"
+
+
+def _sign_file(folder: Path, rank: int) -> Path:
+    return folder / f"{rank}.sign"

@@ -1,0 +1,55 @@
+"""What the kernel tells of processes (Linux only; elsewhere nothing is known). Torch-free."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def start_time(pid: int) -> str | None:
+    """When a process started, in clock ticks since boot; None when it does not run."""
+    fields = _fields(pid)
+    return None if fields is None or fields[0] in "ZX" else fields[19]
+
+
+def process_state(pid: int) -> str:
+    """The letter that `ps` shows: R runs, S sleeps, D waits for a device, T is stopped; "" when it does not run."""
+    fields = _fields(pid)
+    return "" if fields is None else fields[0]
+
+
+def descendants(pids: set[int]) -> set[int]:
+    """The processes that these have started, and those that they have, as far as they run."""
+    parents = {int(path.name): _parent(int(path.name)) for path in Path("/proc").glob("[0-9]*")}
+    found: set[int] = set()
+    while more := {pid for pid, parent in parents.items() if parent in pids | found} - found - pids:
+        found |= more
+    return found
+
+
+def has_open(path: Path) -> bool:
+    """Whether a process of this user holds the file open, as far as this one may look."""
+    try:
+        wanted = path.stat()
+    except OSError:
+        return False
+    for entry in Path("/proc").glob("[0-9]*/fd/*"):
+        try:
+            if os.path.samestat(entry.stat(), wanted):
+                return True
+        except OSError:
+            continue
+    return False
+
+
+def _parent(pid: int) -> int | None:
+    fields = _fields(pid)
+    return None if fields is None else int(fields[1])
+
+
+def _fields(pid: int) -> list[str] | None:
+    """The fields of /proc/PID/stat after the name, which may hold anything."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return None
