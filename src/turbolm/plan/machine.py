@@ -21,6 +21,7 @@ Device = str  # "cpu" or "cuda"
 Precision = str  # "fp32", "bf16" or "fp16"
 
 _NVIDIA_SMI_TIMEOUT_SEC = 30  # the first call on an idle machine loads the driver
+_FP8_CAPABILITY = (9, 0)  # Hopper is the first that scales by rows as well
 _BF16_CAPABILITY = (8, 0)  # Ampere is the first generation that multiplies in bf16
 _FP16_CAPABILITY = (7, 0)  # DeepSpeed refuses fp16 below Volta
 _BF16_CPU_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # x86, x86, aarch64
@@ -73,12 +74,15 @@ def described_machine(recipe: Recipe) -> Machine | None:
 
 
 def missing_package(recipe: Recipe) -> str | None:
-    """What to say when the optimizer's package is not installed here, or None."""
+    """What to say when a package that the recipe needs is not installed here, or None."""
     name = recipe.optimizer.name
-    package = OPTIMIZERS[name].package
-    if package is None or importlib.util.find_spec(package) is not None:
-        return None
-    return f"optimizer.name {name} needs the package {package}; install it with: pip install 'turbolm[optimizers]'"
+    needed = [(OPTIMIZERS[name].package, f"optimizer.name {name}")]
+    if recipe.train.fp8 != "off":
+        needed.append(("torchao", f"train.fp8 {recipe.train.fp8}"))
+    for package, what in needed:
+        if package is not None and importlib.util.find_spec(package) is None:
+            return f"{what} needs the package {package}; install it with: pip install 'turbolm[optimizers]'"
+    return None
 
 
 def check_machine(recipe: Recipe, machine: Machine) -> None:
@@ -149,6 +153,22 @@ def resolve_precision(recipe: Recipe, machine: Machine, device: Device) -> Preci
             f"but {machine.gpu_name} has {capability[0]}.{capability[1]}"
         )
     return wanted
+
+
+def check_fp8(recipe: Recipe, machine: Machine, device: Device, precision: Precision) -> None:
+    """Raises UserError where `train.fp8` cannot work."""
+    fp8, capability = recipe.train.fp8, machine.gpu_compute_capability
+    if fp8 == "off":
+        return
+    if device == "cpu":
+        raise UserError(f"train.fp8={fp8} needs a GPU, and this run is on the CPU; set train.fp8=off")
+    if precision != "bf16":
+        raise UserError(f"train.fp8={fp8} stands beside bf16, and this run is in {precision}; set train.fp8=off")
+    if capability is not None and capability < _FP8_CAPABILITY:
+        raise UserError(
+            f"train.fp8={fp8} needs a GPU of compute capability {_FP8_CAPABILITY[0]}.{_FP8_CAPABILITY[1]} (Hopper) or "
+            f"later, but {machine.gpu_name} has {capability[0]}.{capability[1]}; set train.fp8=off, which leaves bf16"
+        )
 
 
 def _computes_in_bf16(machine: Machine, device: Device) -> bool:

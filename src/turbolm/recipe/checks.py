@@ -17,6 +17,7 @@ from turbolm.recipe.schema import Recipe, Section
 Values = Mapping[str, Any]  # by dotted key; a value that is missing or not valid is None
 
 _GPUS_WITHOUT_BF16 = ("V100-16GB", "V100-32GB")
+_GPUS_WITH_FP8 = ("B200-180GB", "H100-80GB", "H200-141GB")
 _GPT2_POSITIONS = 1024  # its default; the one model type here with a table of positions
 _MAX_REMIX_PERIODS = 1000
 _KEYS = (
@@ -29,6 +30,7 @@ _KEYS = (
     "train.global_batch",
     "train.batch_ramp",
     "train.precision",
+    "train.fp8",
     "optimizer.name",
     "schedule.momentum",
     "cluster.num_nodes",
@@ -292,6 +294,29 @@ def _described_cluster(values: Values) -> Iterator[tuple[str, str]]:
         )
 
 
+def _fp8(values: Values) -> Iterator[tuple[str, str]]:
+    """Where products in 8 bits work; the GPU of an undescribed machine is seen at the start."""
+    fp8, precision, gpu = values["train.fp8"], values["train.precision"], values["cluster.gpu"]
+    if fp8 in (None, "off"):
+        return
+    if precision in ("fp32", "fp16"):
+        yield "train.fp8", f"{fp8} stands beside train.precision bf16, got {precision}; set precision: bf16"
+    if values["execution.zero_stage"] in (0, 3):
+        yield (
+            "train.fp8",
+            f"{fp8} works with execution.zero_stage 1 and 2, got {values['execution.zero_stage']}: stage 0 trains in "
+            "fp32, and stage 3 takes away the weights that the backward pass scales again; set zero_stage: 2",
+        )
+    if values["cluster.device"] == "cpu":
+        yield "train.fp8", f"{fp8} needs a GPU, but cluster.device is cpu; set fp8: off"
+    elif gpu is not None and gpu not in _GPUS_WITH_FP8:
+        yield (
+            "train.fp8",
+            f"{fp8} needs one of {', '.join(_GPUS_WITH_FP8)}, but cluster.gpu is {gpu}; set fp8: off, which "
+            "leaves bf16",
+        )
+
+
 def _world_size(values: Values) -> Iterator[tuple[str, str]]:
     """Where the number of processes is known, each has a sequence and a place in its group."""
     processes = values["cluster.processes_per_node"]
@@ -352,6 +377,7 @@ _RULES: tuple[Callable[[Values], Iterator[tuple[str, str]]], ...] = (
     _communication,
     _compile,
     _described_cluster,
+    _fp8,
     _world_size,
     _positions,
     _vocabulary,
