@@ -22,7 +22,8 @@ train:
   global_batch: 4096
 """
 SECTIONS = (
-    "name, model, tokenizer, data, train, optimizer, schedule, cluster, execution, evaluation, checkpoint, logging"
+    "name, model, tokenizer, data, train, optimizer, schedule, anomalies, "
+    "cluster, execution, evaluation, checkpoint, logging"
 )
 OPTIMIZER = "name, lr, weight_decay, lr_multipliers, betas, eps"
 

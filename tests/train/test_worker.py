@@ -11,6 +11,9 @@ from tests.train.harness import make_recipe
 from turbolm.data.prepare import prepare
 from turbolm.data.store import open_store
 from turbolm.errors import UserError
+from turbolm.recipe.contract import contract_of, fingerprint
+from turbolm.recipe.schema import Anomalies
+from turbolm.train.run_directory import RunDirectory, known_fingerprints, settle_contract
 from turbolm.train.worker import _open_prepared_store
 
 
@@ -29,3 +32,19 @@ def test_a_pretrained_model_with_another_tokenizer_is_refused(tmp_path: Path) ->
 def test_data_that_is_not_prepared_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="run `turbolm prepare RECIPE` once"):
         _open_prepared_store(make_recipe(tmp_path))
+
+
+def test_what_follows_from_anomalies_may_change_at_a_start_and_nothing_else(tmp_path: Path) -> None:
+    run, first = RunDirectory(tmp_path / "run"), make_recipe(tmp_path)
+    second = first.model_copy(update={"anomalies": Anomalies(spikes="skip")})
+    third = first.model_copy(update={"anomalies": Anomalies(spikes="rollback")})
+    budget = first.train.budget
+    for recipe in (first, second, second, third):
+        assert settle_contract(run, recipe, "store") == [budget]
+    known = known_fingerprints(run, third, [budget])
+    assert {fingerprint(contract_of(recipe)) for recipe in (first, second, third)} == set(known)
+    other = third.model_copy(update={"optimizer": third.optimizer.model_copy(update={"lr": 1.0})})
+    with pytest.raises(UserError, match="optimizer.lr"):
+        settle_contract(run, other.model_copy(update={"anomalies": Anomalies()}), "store")
+    with pytest.raises(UserError, match="token store"):
+        settle_contract(run, first, "another store")

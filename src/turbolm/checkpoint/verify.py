@@ -72,13 +72,15 @@ def find_newest_valid(
     contracts: Collection[str] | None = None,
     share: tuple[int, int] = (0, 1),
     agree: Callable[[Any], list[Any]] = lambda value: [value],
+    below_step: int | None = None,
 ) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that passes verification, and why each newer one was rejected.
 
     With n processes each hashes its share of the files; `agree` returns what every process gave, by rank, so that all
-    come to the same answer even where a shared file system shows them different folders.
+    come to the same answer even where a shared file system shows them different folders. Only checkpoints of fewer
+    than `below_step` steps are looked at, where it is given.
     """
-    steps = agree([step for step, _ in list_checkpoints(folder)])[0]
+    steps = agree([step for step, _ in list_checkpoints(folder) if below_step is None or step < below_step])[0]
     rejected: list[str] = []
     for step in reversed(steps):
         path = folder / checkpoint_name(step)

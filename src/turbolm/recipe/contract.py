@@ -11,14 +11,19 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from turbolm.recipe.schema import CONTRACT_SECTIONS, Recipe
+from turbolm.recipe.schema import CONTRACT_SECTIONS, Anomalies, Recipe
 
 _MAX_EXACT = 2**53  # beyond it a float no longer names one whole number
 
 
 def contract_of(recipe: Recipe) -> dict[str, Any]:
-    """The contract sections of a recipe in plain JSON types, every default filled in."""
-    contract = _plain(recipe.model_dump(mode="json", include=set(CONTRACT_SECTIONS)))
+    """The contract sections of a recipe in plain JSON types, every default filled in.
+
+    `anomalies` is left out where it is all default: most runs never meet one, and those from before there was such a
+    section keep their fingerprint.
+    """
+    left_out = {"anomalies"} if recipe.anomalies == Anomalies() else set()
+    contract = _plain(recipe.model_dump(mode="json", include=set(CONTRACT_SECTIONS) - left_out))
     assert isinstance(contract, dict)
     return contract
 

@@ -1,7 +1,8 @@
 """What a recipe may say: frozen, strict pydantic models with every default in one place. Torch-free.
 
-The learning contract is `model`, `tokenizer`, `data`, `train`, `optimizer` and `schedule`: what is learned. The rest is
-the execution plan: where and how it runs. The plan may change at every restart; the contract may not.
+The learning contract is `model`, `tokenizer`, `data`, `train`, `optimizer`, `schedule` and `anomalies`: what is
+learned. The rest is the execution plan: where and how it runs. The plan may change at every restart; the contract may
+not, but for `anomalies`, which says what is done from now on.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from turbolm.recipe.fields import (
 from turbolm.recipe.optimizers import AdamW, Optimizer
 from turbolm.units import Span
 
-CONTRACT_SECTIONS = ("model", "tokenizer", "data", "train", "optimizer", "schedule")
+CONTRACT_SECTIONS = ("model", "tokenizer", "data", "train", "optimizer", "schedule", "anomalies")
 
 
 def _off_is_none(value: object) -> object:
@@ -408,6 +409,31 @@ class Schedule(Section):
     )
 
 
+class Anomalies(Section):
+    """What a step does whose loss or gradient is not finite, or far above what it was: it never updates the weights."""
+
+    non_finite: Literal["skip", "rollback", "stop"] = Field(
+        "skip",
+        description="a NaN or infinite loss or gradient: skip the update; or go back to the last good checkpoint and "
+        "leave out the batches since; or stop",
+    )
+    spikes: Literal["off", "skip", "rollback"] = Field(
+        "off", description="a loss or gradient norm far above the recent ones: train on it, skip the update, or go back"
+    )
+    threshold: PositiveNumber = Field(
+        6.0, description="a spike is so many standard deviations (from the median deviation) above the median"
+    )
+    window: Annotated[int, Field(ge=8)] = Field(
+        128, description="steps that spikes are measured against; until there are so many, nothing is a spike"
+    )
+    max_in_a_row: Annotated[int, Field(ge=0)] = Field(
+        3, description="updates skipped in a row; with one more the run goes back to the last good checkpoint"
+    )
+    max_rollbacks: Annotated[int, Field(ge=0)] = Field(
+        2, description="times the run goes back by itself; where it would once more, it stops"
+    )
+
+
 # ------------------------------------------------------------------------------------------------- execution plan
 
 
@@ -552,6 +578,11 @@ class Execution(Section):
     startup_timeout: TimeLimit = Field(
         3600, description="the same until the first step is done, while compiling and while exporting; `off`: no limit"
     )
+    replica_check: Annotated[int, Field(ge=1)] | Literal["checkpoint", "off"] = Field(
+        "checkpoint",
+        description="compare the weights that every process holds a copy of, by checksum: before each checkpoint, or "
+        "after every so many steps as well; a difference stops the run",
+    )
     threads_per_process: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         "auto", description="CPU threads; auto: the node's cores shared by its processes"
     )
@@ -614,6 +645,7 @@ class Recipe(Section):
     train: Train
     optimizer: Optimizer = Field(AdamW(), description="how gradients become updates; AdamW when it does not say")
     schedule: Schedule = Schedule()
+    anomalies: Anomalies = Anomalies()
     cluster: Cluster = Cluster()
     execution: Execution = Execution()
     evaluation: Evaluation = Evaluation()

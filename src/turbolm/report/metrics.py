@@ -15,7 +15,8 @@ def read_metrics(path: Path) -> list[Line]:
     """The lines that tell the run's one history, by step; a step's training line comes before its evaluation.
 
     An attempt that resumed from a checkpoint does again what the one before it had done since, so the last attempt
-    wins: from its first step on, the lines of earlier attempts are dropped.
+    wins: from its first step on, the lines of earlier attempts are dropped. So are those of steps that a rollback took
+    back. Anomalies are events, not part of this history.
     """
     lines = read_lines(path)
     first_steps: dict[int, int] = {}
@@ -26,7 +27,10 @@ def read_metrics(path: Path) -> list[Line]:
     kept: dict[tuple[int, bool], Line] = {}
     for line in lines:
         redone = any(attempt > line["attempt"] and step <= line["step"] for attempt, step in first_steps.items())
-        if not redone:
+        if "anomaly" in line:
+            back_to = line.get("anomaly/to_step")
+            kept = {key: one for key, one in kept.items() if not isinstance(back_to, int) or key[0] <= back_to}
+        elif not redone:
             kept[line["step"], "train/loss" not in line] = line
     return [kept[key] for key in sorted(kept)]
 

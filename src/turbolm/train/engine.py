@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -60,11 +61,18 @@ def clip_by_value(optimizer: torch.optim.Optimizer, max_grad_value: float) -> No
     optimizer.register_step_pre_hook(clamp)
 
 
-def backward_and_step(engine: Any, loss: torch.Tensor, *, is_boundary: bool) -> torch.Tensor | float | None:
+def backward_and_step(
+    engine: Any,
+    loss: torch.Tensor,
+    *,
+    is_boundary: bool,
+    refuses_whole: Callable[[torch.Tensor], bool] = lambda norm: False,
+) -> torch.Tensor | float | None:
     """Backward of one micro-batch; at the boundary also clip and update. Returns the gradient norm before clipping.
 
     What `accelerator.backward` does, taken apart because ZeRO-0 in fp32 keeps no norm: it is computed between the two
-    calls there. None within an accumulation, and when an overflow made DeepSpeed skip the update.
+    calls there, and `refuses_whole` may say that it must not be applied. None within an accumulation; infinite when
+    DeepSpeed skipped the update.
     """
     engine.set_gradient_accumulation_boundary(is_boundary=is_boundary)
     engine.backward(loss, scale_wrt_gas=False)
@@ -74,6 +82,9 @@ def backward_and_step(engine: Any, loss: torch.Tensor, *, is_boundary: bool) -> 
     if engine.zero_optimization_stage() == 0:
         gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
+        if refuses_whole(norm):
+            engine.zero_grad()
+            engine.set_gradient_accumulation_boundary(is_boundary=False)  # it counts the micro-batch, and no more
     engine.step()
     return engine.get_global_grad_norm() if norm is None else norm
 

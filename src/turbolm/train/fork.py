@@ -36,7 +36,7 @@ def fork(checkpoint: Path, decay: Span, name: str | None = None, changes: Mappin
     record = read_json(origin.contract)
     if record is None:
         raise UserError(f"{checkpoint}: expected a checkpoint inside a run directory; {origin.contract} cannot be read")
-    problems = verify_checkpoint(checkpoint, {record["fingerprint"]})
+    problems = verify_checkpoint(checkpoint, {record["fingerprint"], *record.get("former_fingerprints", ())})
     if problems:
         raise UserError("\n".join(f"{checkpoint}: {problem}" for problem in problems))
     manifest = read_manifest(checkpoint)

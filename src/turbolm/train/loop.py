@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +19,15 @@ from turbolm.models.loss import IGNORED_TARGET
 from turbolm.plan.curriculum import lr_factor
 from turbolm.plan.plan import Plan
 from turbolm.reliability import heartbeat
+from turbolm.reliability.anomalies import SkippedBatches
+from turbolm.reliability.replicas import check_replicas
 from turbolm.reliability.stop import StopRequest
 from turbolm.schedules import lr_ratio, ramp_value
 from turbolm.train.engine import set_learning_rate, set_momentum, set_weight_decay
 from turbolm.train.evaluation import EvaluationResult, evaluate
+from turbolm.train.gate import UpdateGate
 from turbolm.train.metrics import MetricsLog
+from turbolm.train.recover import settle_anomaly
 from turbolm.train.run_directory import RunDirectory
 from turbolm.train.step import train_step
 
@@ -40,7 +46,10 @@ class Session:
     group: dist.ProcessGroup | None
     stop: StopRequest
     log: MetricsLog
+    gate: UpdateGate
+    contracts: frozenset[str]  # the fingerprints that this run's checkpoints may have
     flops_per_target: Any  # mean attended keys per target -> training FLOPs
+    skipped: SkippedBatches = SkippedBatches()
     step: int = 0
     saved_step: int = -1
     best_eval_loss: float = math.inf
@@ -49,20 +58,26 @@ class Session:
 def train(session: Session) -> EvaluationResult | None:
     """Train to the end of the budget and evaluate; None when the run was asked to stop (everything is saved)."""
     plan, recipe, num_steps = session.plan, session.plan.recipe, session.plan.num_steps
-    for batch in session.loader.iterate(session.step, num_steps):
+    for batch in batches_to_train(session):
         reason = agree_to_stop(session, batch)
         if reason:
             session.log.say(f"asked to stop by {reason}: saving after step {session.step}")
             save(session, last=True)
             return None
-        lr = learning_rate(plan, session.step)
+        lr = learning_rate(plan, session.step, batch.index)
         set_learning_rate(session.engine, lr)
         set_other_schedules(session.engine, plan, session.step)
-        result = train_step(session.engine, batch.micro_batches, batch.num_targets, session.attention)
+        segment = plan.curriculum.segment(batch.index).first_step
+        result = train_step(
+            session.engine, batch.micro_batches, batch.num_targets, session.attention, session.gate, segment
+        )
         session.step += 1
         heartbeat.advance(heartbeat.STEP, session.step)
         session.saver.prepare()
         session.log.add_step(session.step, lr, batch, result, batch_flops(session, batch))
+        if settle_anomaly(session, batch, result.anomaly) == "rollback":
+            continue
+        check_replicas_when_due(session)
         is_last = session.step == num_steps
         if session.step % recipe.logging.every_steps == 0 or is_last:
             session.log.flush(show=True)
@@ -77,14 +92,34 @@ def train(session: Session) -> EvaluationResult | None:
     return evaluation
 
 
-def learning_rate(plan: Plan, step: int) -> float:
-    """The rate of the step after `step` finished ones.
+def batches_to_train(session: Session) -> Iterator[GlobalBatch]:
+    """The batches of the steps that are left; from another place in the data on after a rollback."""
+    num_steps = session.plan.num_steps
+    while session.step < num_steps:
+        first = session.skipped.batch_index(session.step)
+        with closing(session.loader.iterate(first, first + num_steps - session.step)) as batches:
+            for batch in batches:
+                yield batch
+                if session.skipped.batch_index(session.step) != batch.index + 1:
+                    break
+
+
+def check_replicas_when_due(session: Session, *, before_save: bool = False) -> None:
+    """Compare the ranks' copies of the weights, as often as the recipe asks for."""
+    every = session.plan.recipe.execution.replica_check
+    if every != "off" and (before_save or (isinstance(every, int) and session.step % every == 0)):
+        check_replicas(session.engine, session.step, session.group)
+
+
+def learning_rate(plan: Plan, step: int, batch_index: int | None = None) -> float:
+    """The rate of the step after `step` finished ones; of its batch, which a rollback may have moved.
 
     It is read from the schedule at the middle of the tokens the step covers: neither the first step of a warmup nor the
     last of a decay to zero is wasted.
     """
     recipe, curriculum = plan.recipe, plan.curriculum
-    batch, full_batch = curriculum.segment(step).global_batch_tokens, recipe.train.global_batch
+    segment = curriculum.segment(step if batch_index is None else batch_index)
+    batch, full_batch = segment.global_batch_tokens, recipe.train.global_batch
     tokens = curriculum.tokens_seen(step) + batch / 2
     ratio = lr_ratio(recipe.schedule, tokens, curriculum.whole_budgets_tokens, full_batch)
     return float(recipe.optimizer.lr * ratio * lr_factor(recipe.train.batch_ramp, batch, full_batch))
@@ -167,12 +202,14 @@ def save(session: Session, *, eval_loss: float | None = None, last: bool = False
         session.saver.wait()  # then all ranks know alike whether it failed
     is_saved = session.saved_step == session.step and not (last and session.saver.failure)
     if not is_saved and session.step > 0:
+        check_replicas_when_due(session, before_save=True)
         best = session.best_eval_loss
         state = {
             "step": session.step,
             "tokens_seen": session.plan.curriculum.tokens_seen(session.step),
-            "order_digest": session.loader.order.digest(session.step),
+            "order_digest": session.loader.order.digest(session.skipped.batch_index(session.step)),
             "best_eval_loss": best if math.isfinite(best) else None,
+            "anomalies": {**session.gate.watch.state(), "skipped_batches": session.skipped.windows},
         }
         session.saver.save(session.step, state, eval_loss)
         session.saved_step = session.step

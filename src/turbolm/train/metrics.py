@@ -55,6 +55,7 @@ class MetricsLog:
             "train/lr": lr,
             "perf/tokens_per_sec": tokens / seconds,
             "perf/mfu": flops / seconds / self.peak_flops if self.peak_flops else None,
+            "data/batch": batch.index,
             "data/seq_len": batch.bins.seq_len,
             "data/batch_tokens": tokens,
             "data/padding_fraction": batch.padding_fraction,
@@ -99,6 +100,12 @@ class MetricsLog:
             tokens_seen = self.curriculum.tokens_seen(step)
             self._append([{"step": step, "attempt": self.attempt, "tokens_seen": tokens_seen, **values}])
             self.say(f"step {step}  eval loss {loss:.4f}  bits per byte {bits_per_byte:.4f}")
+
+    def add_event(self, step: int, values: dict[str, Any]) -> None:
+        """Write a line about something that happened at `step`."""
+        if dist.get_rank() == 0:
+            tokens_seen = self.curriculum.tokens_seen(step)
+            self._append([{"step": step, "attempt": self.attempt, "tokens_seen": tokens_seen, **values}])
 
     def say(self, text: str) -> None:
         """A lasting line on the terminal and in the log. Rank 0 only."""

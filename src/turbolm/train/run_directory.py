@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,8 @@ def settle_contract(run: RunDirectory, recipe: Recipe, store_fingerprint: str) -
     """Compare the recipe with what this run has learned so far, and record it at the first start.
 
     Returns the token budgets of the run, oldest first: one, or several once a finished run was extended. Raises
-    UserError with every changed key when the contract differs in anything but a larger budget of a finished run.
+    UserError with every changed key when the contract differs in anything but a larger budget of a finished run, or
+    `anomalies`, which say what is done from now on.
     """
     contract = contract_of(recipe)
     recorded = {
@@ -117,12 +119,17 @@ def settle_contract(run: RunDirectory, recipe: Recipe, store_fingerprint: str) -
         write_json(run.contract, recorded)
         return [recipe.train.budget]
     old = json.loads(run.contract.read_text(encoding="utf-8"))
+    recorded["former_fingerprints"] = [*old.get("former_fingerprints", ()), old["fingerprint"]]
     changes = changed_keys(old["contract"], contract)
     budgets = [int(budget) for budget in old["budgets_tokens"]]
     extended = [key for key, *_ in changes] == ["train.budget"] and recipe.train.budget > budgets[-1]
     if extended and store_fingerprint == old["store_fingerprint"]:
         _check_extension(run, recipe)
         budgets.append(recipe.train.budget)
+        write_json(run.contract, {**old, **recorded, "budgets_tokens": budgets})
+        return budgets
+    is_policy = all(key.partition(".")[0] == "anomalies" for key, *_ in changes)
+    if changes and is_policy and store_fingerprint == old["store_fingerprint"]:
         write_json(run.contract, {**old, **recorded, "budgets_tokens": budgets})
         return budgets
     lines = [f"  {key}: {_shown(before)} -> {_shown(after)}" for key, before, after in changes]
@@ -134,6 +141,15 @@ def settle_contract(run: RunDirectory, recipe: Recipe, store_fingerprint: str) -
             "Restore these values, or give the new run a `name` of its own."
         )
     return budgets
+
+
+def known_fingerprints(run: RunDirectory, recipe: Recipe, budgets: Sequence[int]) -> list[str]:
+    """The fingerprints under which this run has saved checkpoints: of each budget, and of former `anomalies`."""
+    record = read_json(run.contract) or {}
+    return [
+        *(fingerprint(contract_of(with_budget(recipe, budget))) for budget in budgets),
+        *record.get("former_fingerprints", ()),
+    ]
 
 
 def with_budget(recipe: Recipe, budget_tokens: int) -> Recipe:

@@ -12,38 +12,54 @@ import torch.distributed as dist
 from turbolm.models.attention import model_inputs
 from turbolm.models.loss import Loss
 from turbolm.reliability import heartbeat
+from turbolm.reliability.anomalies import Anomaly
 from turbolm.train.engine import backward_and_step
+from turbolm.train.gate import UpdateGate
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """This rank's summed loss in nats, and the global gradient norm before clipping (None: the update was skipped).
+    """This rank's summed loss in nats, and the global gradient norm before clipping (not finite: no update).
 
-    Both may still be on their way on the device; reading them waits for it.
+    Both may still be on their way on the device; reading them waits for it. With an `anomaly` no rank has updated.
     """
 
     loss_sum: torch.Tensor
     grad_norm: torch.Tensor | float | None
+    anomaly: Anomaly | None = None
 
 
-def train_step(engine: Any, micro_batches: list[dict[str, np.ndarray]], num_targets: int, attention: str) -> StepResult:
+def train_step(
+    engine: Any,
+    micro_batches: list[dict[str, np.ndarray]],
+    num_targets: int,
+    attention: str,
+    gate: UpdateGate | None = None,
+    segment: int = 0,
+) -> StepResult:
     """Forward and backward of this rank's micro-batches of one global batch, then the update.
 
     `num_targets` counts the valid targets of the whole global batch, over all ranks and micro-batches. Each
     micro-batch's summed loss is divided by it, so that the gradient is that of the mean over the global batch whatever
-    the split: DeepSpeed averages over ranks, hence the factor `world_size`.
+    the split: DeepSpeed averages over ranks, hence the factor `world_size`. `gate` keeps anomalies from being applied;
+    `segment` is the curriculum's.
     """
     scale = dist.get_world_size() / num_targets
     loss_sum = torch.zeros((), device=engine.device)
     grad_norm = None
+    refuses_whole = gate.refuses_whole if gate else lambda norm: False
     for index, micro_batch in enumerate(micro_batches):
         objective, nll = micro_batch_loss(engine, micro_batch, attention)
         heartbeat.advance()
-        is_boundary = index == len(micro_batches) - 1
-        grad_norm = backward_and_step(engine, objective * scale, is_boundary=is_boundary)
-        heartbeat.advance()
         loss_sum += nll
-    return StepResult(loss_sum, grad_norm)
+        is_boundary = index == len(micro_batches) - 1
+        if gate and is_boundary:
+            gate.open(loss_sum, num_targets, segment)
+        # A loss that is not finite makes every gradient so, whatever its own would be: the norm tells all ranks.
+        weighted = objective * (nll.detach() * 0 + scale)
+        grad_norm = backward_and_step(engine, weighted, is_boundary=is_boundary, refuses_whole=refuses_whole)
+        heartbeat.advance()
+    return StepResult(loss_sum, grad_norm, gate.close(engine) if gate else None)
 
 
 def micro_batch_loss(engine: Any, micro_batch: dict[str, np.ndarray], attention: str) -> Loss:

@@ -12,12 +12,9 @@ import torch
 import torch.distributed as dist
 
 from turbolm.checkpoint.fragments import own_fragments, stepped_partitions
-from turbolm.checkpoint.load import load_checkpoint
 from turbolm.checkpoint.manifest import clear_leftovers
 from turbolm.checkpoint.retention import Retention
-from turbolm.checkpoint.save import gather_over
 from turbolm.checkpoint.saver import CheckpointSaver
-from turbolm.checkpoint.verify import find_newest_valid
 from turbolm.data.loader import BatchLoader
 from turbolm.data.order import recipe_order
 from turbolm.data.prepare import find_store
@@ -46,20 +43,23 @@ from turbolm.plan.plan import Plan, build_plan
 from turbolm.recipe.contract import contract_of, fingerprint
 from turbolm.recipe.schema import Recipe
 from turbolm.reliability import heartbeat
+from turbolm.reliability.anomalies import AnomalyWatch
 from turbolm.reliability.run_lock import RunLock
 from turbolm.reliability.stop import StopRequest
 from turbolm.train.compiling import tell_of_compiling
 from turbolm.train.engine import build_accelerator, clip_by_value, control_group
 from turbolm.train.finish import finish_run, summary
+from turbolm.train.gate import UpdateGate
 from turbolm.train.loop import Session, train
 from turbolm.train.metrics import MetricsLog, measure_peak_flops
+from turbolm.train.recover import newest_valid, restore
 from turbolm.train.run_directory import (
     RunDirectory,
     is_finished,
+    known_fingerprints,
     open_attempt,
     run_directory,
     settle_contract,
-    with_budget,
     write_attempt,
     write_outcome,
 )
@@ -99,7 +99,7 @@ def _run_locked(recipe: Recipe, attempt: int | None, lock: RunLock) -> int:
     )
     group = control_group()
     heartbeat.advance()
-    attempt, plan = _open_run(run, plan, machine, store, attempt, group, lock)
+    attempt, plan, contracts = _open_run(run, plan, machine, store, attempt, group, lock)
     heartbeat.set_attempt(attempt)
     terminal = redirect_output(run.attempt(attempt) / f"log.rank{dist.get_rank()}.txt")
     if is_finished(run, recipe.train.budget):
@@ -107,7 +107,7 @@ def _run_locked(recipe: Recipe, attempt: int | None, lock: RunLock) -> int:
             terminal.write(f"{run.path} is complete; see {run.results}\n")
             write_outcome(run, attempt, "complete", EXIT_OK)
         return EXIT_OK
-    session = _build_session(accelerator, plan, run, store, stop, attempt, terminal, group, machine)
+    session = _build_session(accelerator, plan, run, store, stop, attempt, terminal, group, machine, contracts)
     session.saver.before_commit = lock.check
     heartbeat.advance()
     _resume(session)
@@ -166,8 +166,9 @@ def _open_run(
     attempt: int | None,
     group: Any,
     lock: RunLock,
-) -> tuple[int, Plan]:
-    """Rank 0 settles contract and attempt; every rank gets the attempt's number and the plan with the run's budgets.
+) -> tuple[int, Plan, frozenset[str]]:
+    """Rank 0 settles contract and attempt; every rank gets the attempt's number, the plan with the run's budgets, and
+    the fingerprints its checkpoints may have.
 
     Every rank raises the UserError of rank 0.
     """
@@ -179,14 +180,14 @@ def _open_run(
             budgets = settle_contract(run, plan.recipe, store.fingerprint)
             number = attempt or open_attempt(run)
             write_attempt(run, number, plan.with_budgets(budgets), machine)
-            answer = [(number, budgets)]
+            answer = [(number, budgets, known_fingerprints(run, plan.recipe, budgets))]
         except (UserError, OSError) as error:
             answer = [str(error)]
     dist.broadcast_object_list(answer, src=0, group=group)
     if isinstance(answer[0], str):
         raise UserError(answer[0])
-    number, budgets = answer[0]
-    return number, plan.with_budgets(budgets)
+    number, budgets, contracts = answer[0]
+    return number, plan.with_budgets(budgets), frozenset(contracts)
 
 
 def _build_session(
@@ -199,6 +200,7 @@ def _build_session(
     terminal: TextIO,
     group: Any,
     machine: Machine,
+    contracts: frozenset[str],
 ) -> Session:
     """Model, engine, data and logging of a run that is about to train or resume."""
     recipe = plan.recipe
@@ -242,6 +244,7 @@ def _build_session(
         group=group,
         terminal=terminal,
     )
+    gate = UpdateGate(engine, AnomalyWatch(recipe.anomalies))
     return Session(
         plan=plan,
         run=run,
@@ -253,6 +256,8 @@ def _build_session(
         group=group,
         stop=stop,
         log=log,
+        gate=gate,
+        contracts=contracts,
         flops_per_target=flops_per_target,
     )
 
@@ -336,13 +341,10 @@ def build_engine(accelerator: Any, plan: Plan, store: TokenStore, run: RunDirect
 
 def _resume(session: Session) -> None:
     """Continue from the newest valid checkpoint, which all ranks verify and choose together."""
-    run, recipe = session.run, session.plan.recipe
+    run = session.run
     if dist.get_rank() == 0:
         clear_leftovers(run.checkpoints)
-    budgets = session.plan.curriculum.budgets_tokens
-    contracts = {fingerprint(contract_of(with_budget(recipe, budget))) for budget in budgets}
-    agree = gather_over(session.group)
-    newest, rejected = find_newest_valid(run.checkpoints, contracts, (dist.get_rank(), dist.get_world_size()), agree)
+    newest, rejected = newest_valid(session)
     for reason in rejected:
         session.log.say(f"rejected checkpoint {reason}")
     if newest is None and rejected:
@@ -351,15 +353,7 @@ def _resume(session: Session) -> None:
         )
     if newest is None:
         return
-    state = load_checkpoint(newest, session.engine)
-    session.step = session.saved_step = int(state["step"])
-    if state["order_digest"] != session.loader.order.digest(session.step):
-        raise UserError(
-            f"the order of the data is another than the one {newest} was trained with, so it cannot go on exactly: "
-            "another version of turbolm has written it. Use that version, or start a run with a new `name`"
-        )
-    if state.get("best_eval_loss") is not None:
-        session.best_eval_loss = float(state["best_eval_loss"])
+    restore(session, newest)
     session.log.say(f"resumed from {newest}")
     session.log.restart_clock()
 

@@ -1,0 +1,147 @@
+"""Where a run goes on from: the newest valid checkpoint at a start, the last good one after too many anomalies."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+
+from turbolm.checkpoint.load import load_checkpoint
+from turbolm.checkpoint.manifest import TRAINER_STATE, discard
+from turbolm.checkpoint.save import gather_over
+from turbolm.checkpoint.verify import find_newest_valid
+from turbolm.errors import RunError, UserError
+from turbolm.reliability import heartbeat
+from turbolm.reliability.anomalies import Anomaly, Decision, SkippedBatches
+
+if TYPE_CHECKING:
+    from turbolm.data.loader import GlobalBatch
+    from turbolm.train.loop import Session
+
+
+def newest_valid(session: Session, below_step: int | None = None) -> tuple[Path | None, list[str]]:
+    """The newest valid checkpoint of the run, and why newer ones were rejected. Collective; all ranks verify it."""
+    share = (dist.get_rank(), dist.get_world_size())
+    agree = gather_over(session.group)
+    return find_newest_valid(session.run.checkpoints, session.contracts, share, agree, below_step)
+
+
+def restore(session: Session, checkpoint: Path) -> None:
+    """Put the session where `checkpoint` was saved. Collective; the checkpoint has been verified."""
+    state = load_checkpoint(checkpoint, session.engine)
+    session.step = session.saved_step = int(state["step"])
+    anomalies = state.get("anomalies", {})
+    windows = anomalies.get("skipped_batches", ())
+    set_skipped(session, SkippedBatches(tuple((int(first), int(end)) for first, end in windows)))
+    if state["order_digest"] != session.loader.order.digest(session.skipped.batch_index(session.step)):
+        raise UserError(
+            f"the order of the data is another than the one {checkpoint} was trained with, so it cannot go on exactly: "
+            "another version of turbolm has written it. Use that version, or start a run with a new `name`"
+        )
+    session.gate.watch.restore(anomalies)
+    if state.get("best_eval_loss") is not None:
+        session.best_eval_loss = float(state["best_eval_loss"])
+
+
+def set_skipped(session: Session, skipped: SkippedBatches) -> None:
+    """Leave these batches out. The run then reaches further into the data, where rows may hold more documents."""
+    session.skipped = skipped
+    loader = session.loader
+    if loader.max_pieces is not None and skipped.windows:
+        most = loader.order.max_pieces(session.plan.num_steps + skipped.num_batches)
+        session.loader = replace(loader, max_pieces=most)
+
+
+def settle_anomaly(session: Session, batch: GlobalBatch, anomaly: Anomaly | None) -> Decision | None:
+    """Log an anomaly of the step just done and do what the policy says. Collective; the same on every rank.
+
+    After a rollback the session stands at the last good checkpoint, and every batch from there to this one is left
+    out. Raises RunError where the run must stop.
+    """
+    watch, step = session.gate.watch, session.step
+    decision = watch.decide(anomaly)
+    if anomaly is None or decision is None:
+        return None
+    session.log.flush()
+    event: dict[str, Any] = {
+        "anomaly": anomaly.kind,
+        "anomaly/loss": anomaly.loss,
+        "anomaly/grad_norm": anomaly.grad_norm,
+        "anomaly/limit": anomaly.limit,
+        "anomaly/policy": session.plan.recipe.anomalies.model_dump(mode="json"),
+        "anomaly/in_a_row": watch.in_a_row,
+        "anomaly/decision": decision,
+        "data/batch": batch.index,
+        "data/samples": batch.samples_digest,
+    }
+    what = f"step {step}, batch {batch.index}: {anomaly}"
+    try:
+        if decision == "rollback":
+            with heartbeat.phase(heartbeat.STARTING):  # as long as a start may take to verify and load
+                checkpoint = roll_back(session, batch)
+            heartbeat.advance(step=session.step)
+            event |= {"anomaly/to_step": session.step, "anomaly/skipped_batches": session.skipped.windows[-1]}
+            first, end = session.skipped.windows[-1]
+            what += f"; back to {checkpoint}, leaving out batches {first} to {end - 1}"
+        elif decision == "skip":
+            what += f"; the update is skipped ({watch.in_a_row} in a row)"
+        else:
+            raise RunError(f"stopped at {what}. {_why_stopped(session, anomaly)}")
+    except RunError:
+        session.log.add_event(step, {**event, "anomaly/decision": "stop"})
+        raise
+    session.log.add_event(step, event)
+    session.log.say(what)
+    return decision
+
+
+def roll_back(session: Session, batch: GlobalBatch) -> Path:
+    """Go back to the last good checkpoint, and leave out the batches from there to `batch`. Collective.
+
+    A checkpoint saved within a row of anomalies holds what led to them, and is removed. Raises RunError where there is
+    no good one.
+    """
+    session.saver.wait()
+    rollbacks, given_up, below_step = session.gate.watch.num_rollbacks, [], None
+    while True:
+        checkpoint, rejected = newest_valid(session, below_step)
+        for reason in rejected:
+            session.log.say(f"rejected checkpoint {reason}")
+        if checkpoint is None:
+            raise RunError(
+                f"stopped after step {session.step}: too many anomalies, and there is no earlier checkpoint to go back "
+                "to. Nothing was updated in these steps. Save more often (checkpoint.every), or start with a lower "
+                "learning rate or a longer warmup"
+            )
+        state = json.loads((checkpoint / TRAINER_STATE).read_text(encoding="utf-8"))
+        if not state.get("anomalies", {}).get("in_a_row", 0):
+            break
+        given_up.append(checkpoint)
+        below_step = int(state["step"])
+    restore(session, checkpoint)
+    if dist.get_rank() == 0:
+        for later in given_up:
+            discard(later)
+    dist.barrier(group=session.group)
+    watch = session.gate.watch
+    watch.in_a_row, watch.num_rollbacks = 0, rollbacks + 1
+    first = session.skipped.batch_index(session.step)
+    set_skipped(session, session.skipped.without(first, batch.index + 1))
+    session.log.restart_clock()
+    return checkpoint
+
+
+def _why_stopped(session: Session, anomaly: Anomaly) -> str:
+    policy = session.plan.recipe.anomalies
+    if anomaly.kind == "non_finite" and policy.non_finite == "stop":
+        why = "anomalies.non_finite is `stop`; with `skip` or `rollback` the same command goes on"
+    else:
+        count = session.gate.watch.num_rollbacks
+        why = (
+            f"The run has gone back {count} times, and anomalies go on. A lower learning rate or other data may help; "
+            "anomalies.max_rollbacks allows more"
+        )
+    return f"{why}. The update was not applied; checkpoints are as they were, and the event is in {session.run.metrics}"

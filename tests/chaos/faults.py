@@ -1,0 +1,117 @@
+"""What the ranks of test_anomalies do: train with faults put in, and the reference that is given no faulty batch."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from accelerate.state import AcceleratorState, GradientState, PartialState
+
+from turbolm.checkpoint.save import save_checkpoint
+from turbolm.data.loader import BatchLoader
+from turbolm.data.order import recipe_order
+from turbolm.data.prepare import find_store
+from turbolm.data.store import open_store
+from turbolm.errors import RunError
+from turbolm.plan.machine import detect_machine
+from turbolm.plan.plan import build_plan
+from turbolm.recipe.schema import Recipe
+from turbolm.train import loop, step
+from turbolm.train.engine import build_accelerator, set_learning_rate
+from turbolm.train.loop import learning_rate
+from turbolm.train.run_directory import RunDirectory
+from turbolm.train.step import train_step
+from turbolm.train.worker import build_engine, run_worker
+
+Fault = tuple[str, float, Sequence[int]]  # where (loss or gradient), what it is multiplied by, on which ranks
+CRASH = "crash"
+
+
+class Crash(Exception):
+    """The run dies here."""
+
+
+def train_with_faults(recipe: Recipe, faults: Mapping[int, Fault | str]) -> int | str:
+    """Train as the worker does, with the faults of some global batches; its exit code, or what it stopped with."""
+    _fresh_process()
+    current: list[Fault | None] = [None]
+    clean_loss = step.micro_batch_loss
+    clean_batches = loop.batches_to_train
+
+    def batches(session: loop.Session) -> Any:
+        for batch in clean_batches(session):
+            fault = faults.get(batch.index)
+            if isinstance(fault, str):
+                session.saver.wait()
+                raise Crash(f"before batch {batch.index}")
+            current[0] = fault if fault and dist.get_rank() in fault[2] else None
+            yield batch
+
+    def loss(*arguments: Any) -> Any:
+        objective, nll = clean_loss(*arguments)
+        if current[0] is None:
+            return objective, nll
+        where, factor, _ = current[0]
+        if where == "loss":
+            return objective * factor, nll * factor
+        if where == "reported loss":  # whose gradient is finite
+            return objective, nll * factor
+        objective.register_hook(lambda gradient: gradient * factor)
+        return objective, nll
+
+    try:
+        with patch.object(loop, "batches_to_train", batches), patch.object(step, "micro_batch_loss", loss):
+            return run_worker(recipe)
+    except (Crash, RunError) as error:
+        return str(error)
+
+
+def train_on(recipe: Recipe, steps: Sequence[tuple[int, int | None]], save_at: Sequence[int], folder: Path) -> None:
+    """The reference: for each (step, batch) one plain training step, none where the batch is None."""
+    _fresh_process()
+    plan = build_plan(recipe, detect_machine(), int(os.environ["WORLD_SIZE"]))
+    store = open_store(find_store(recipe) or "missing")
+    accelerator = build_accelerator(plan.ds_config, device=plan.device, precision=plan.precision, timeout_sec=120)
+    engine, attention = build_engine(accelerator, plan, store, RunDirectory(folder / "run"))
+    order = recipe_order(recipe, store, plan.curriculum, save=False)
+    loader = BatchLoader(order, store, "train", dist.get_world_size(), dist.get_rank(), recipe.execution.micro_batch)
+    for index, batch_index in steps:
+        if batch_index is not None:
+            batch = loader.global_batch(batch_index)
+            set_learning_rate(engine, learning_rate(plan, index))
+            train_step(engine, batch.micro_batches, batch.num_targets, attention)
+        if index + 1 in save_at:
+            state = {"step": index + 1}
+            save_checkpoint(
+                folder, engine, step=index + 1, trainer_state=state, contract_fingerprint="test", keep_last=9
+            )
+
+
+def flip_a_bit(recipe: Recipe, at_batch: int, name: str, on_rank: int) -> int | str:
+    """Train, and let one bit of a weight flip on one rank before a batch."""
+    _fresh_process()
+    clean_check = loop.check_replicas
+
+    def check(engine: Any, finished: int, group: Any) -> None:
+        if finished == at_batch and dist.get_rank() == on_rank:
+            weight = dict(engine.module.named_parameters())[name].data.view(-1)
+            weight[-1:].view(torch.int32)[0] ^= 1
+        clean_check(engine, finished, group)
+
+    try:
+        with patch.object(loop, "check_replicas", check):
+            return run_worker(recipe)
+    except RunError as error:
+        return str(error)
+
+
+def _fresh_process() -> None:
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._shared_state.clear()
+    gc.collect()
