@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -40,18 +41,34 @@ class Crash(Exception):
 def train_with_faults(recipe: Recipe, faults: Mapping[int, Fault | str]) -> int | str:
     """Train as the worker does, with the faults of some global batches; its exit code, or what it stopped with."""
     _fresh_process()
-    current: list[Fault | None] = [None]
-    clean_loss = step.micro_batch_loss
     clean_batches = loop.batches_to_train
 
-    def batches(session: loop.Session) -> Any:
-        for batch in clean_batches(session):
-            fault = faults.get(batch.index)
-            if isinstance(fault, str):
-                session.saver.wait()
-                raise Crash(f"before batch {batch.index}")
-            current[0] = fault if fault and dist.get_rank() in fault[2] else None
-            yield batch
+    with faulty_losses(faults) as before_batch:
+
+        def batches(session: loop.Session) -> Any:
+            for batch in clean_batches(session):
+                if faults.get(batch.index) == CRASH:
+                    session.saver.wait()
+                    raise Crash(f"before batch {batch.index}")
+                before_batch(batch.index)
+                yield batch
+
+        try:
+            with patch.object(loop, "batches_to_train", batches):
+                return run_worker(recipe)
+        except (Crash, RunError) as error:
+            return str(error)
+
+
+@contextmanager
+def faulty_losses(faults: Mapping[int, Fault | str]) -> Iterator[Callable[[int], None]]:
+    """Put the faults into the losses; yields what is to be told the index of each batch before it is trained on."""
+    current: list[Fault | None] = [None]
+    clean_loss = step.micro_batch_loss
+
+    def before_batch(index: int) -> None:
+        fault = faults.get(index)
+        current[0] = fault if isinstance(fault, tuple) and dist.get_rank() in fault[2] else None
 
     def loss(*arguments: Any) -> Any:
         objective, nll = clean_loss(*arguments)
@@ -60,19 +77,22 @@ def train_with_faults(recipe: Recipe, faults: Mapping[int, Fault | str]) -> int 
         where, factor, _ = current[0]
         if where == "loss":
             return objective * factor, nll * factor
-        if where == "reported loss":  # whose gradient is finite
+        if where == "reported loss":  # whose gradient is as ever
             return objective, nll * factor
         objective.register_hook(lambda gradient: gradient * factor)
         return objective, nll
 
-    try:
-        with patch.object(loop, "batches_to_train", batches), patch.object(step, "micro_batch_loss", loss):
-            return run_worker(recipe)
-    except (Crash, RunError) as error:
-        return str(error)
+    with patch.object(step, "micro_batch_loss", loss):
+        yield before_batch
 
 
-def train_on(recipe: Recipe, steps: Sequence[tuple[int, int | None]], save_at: Sequence[int], folder: Path) -> None:
+def train_on(
+    recipe: Recipe,
+    steps: Sequence[tuple[int, int | None]],
+    save_at: Sequence[int],
+    folder: Path,
+    faults: Mapping[int, Fault] | None = None,
+) -> None:
     """The reference: for each (step, batch) one plain training step, none where the batch is None."""
     _fresh_process()
     plan = build_plan(recipe, detect_machine(), int(os.environ["WORLD_SIZE"]))
@@ -81,16 +101,22 @@ def train_on(recipe: Recipe, steps: Sequence[tuple[int, int | None]], save_at: S
     engine, attention = build_engine(accelerator, plan, store, RunDirectory(folder / "run"))
     order = recipe_order(recipe, store, plan.curriculum, save=False)
     loader = BatchLoader(order, store, "train", dist.get_world_size(), dist.get_rank(), recipe.execution.micro_batch)
-    for index, batch_index in steps:
-        if batch_index is not None:
-            batch = loader.global_batch(batch_index)
-            set_learning_rate(engine, learning_rate(plan, index))
-            train_step(engine, batch.micro_batches, batch.num_targets, attention)
-        if index + 1 in save_at:
-            state = {"step": index + 1}
-            save_checkpoint(
-                folder, engine, step=index + 1, trainer_state=state, contract_fingerprint="test", keep_last=9
-            )
+    with faulty_losses(faults or {}) as before_batch:
+        for index, batch_index in steps:
+            if batch_index is not None:
+                batch = loader.global_batch(batch_index)
+                before_batch(batch_index)
+                set_learning_rate(engine, learning_rate(plan, index))
+                train_step(engine, batch.micro_batches, batch.num_targets, attention)
+            if index + 1 in save_at:
+                save_checkpoint(
+                    folder,
+                    engine,
+                    step=index + 1,
+                    trainer_state={"step": index + 1},
+                    contract_fingerprint="test",
+                    keep_last=9,
+                )
 
 
 def flip_a_bit(recipe: Recipe, at_batch: int, name: str, on_rank: int) -> int | str:

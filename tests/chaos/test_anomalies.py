@@ -96,6 +96,19 @@ def test_a_faulty_batch_is_as_if_it_had_not_been_there(stage: int, tmp_path: Pat
     check_skips(tmp_path, stage)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stage", "execution"),
+    [
+        (1, {"precision": "bf16"}), (2, {"precision": "bf16"}), (3, {"precision": "bf16"}), (1, {}),
+        (2, {"offload_optimizer": True}), (3, {"offload_optimizer": True}),
+        (2, {"offload_optimizer": True, "precision": "bf16"}),
+    ],
+)  # fmt: skip
+def test_a_faulty_batch_at_other_layouts(stage: int, execution: dict[str, Any], tmp_path: Path) -> None:
+    check_skips(tmp_path, stage, **execution)
+
+
 def _rolls_back(folder: Path, stage: int) -> list[int | str]:
     policy = {"max_in_a_row": 2, "max_rollbacks": 1}
     recipe = recipe_of(folder, f"back{stage}", anomalies=policy, zero_stage=stage)
@@ -109,7 +122,7 @@ def _rolls_back(folder: Path, stage: int) -> list[int | str]:
     return [stopped, finished]
 
 
-@pytest.mark.parametrize("stage", [2])
+@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_too_many_in_a_row_go_back_leave_the_batches_out_and_at_last_stop(stage: int, tmp_path: Path) -> None:
     prepare(recipe_of(tmp_path, "any"))
     answers = run_world(2, _rolls_back, tmp_path, stage)
@@ -132,12 +145,50 @@ def test_too_many_in_a_row_go_back_leave_the_batches_out_and_at_last_stop(stage:
     assert [line["data/batch"] for line in steps] == [0, 1, 6, 7, 8, 9, 10, 11, 12, 13]
 
 
-def _meets_spikes(folder: Path, stage: int, precision: str) -> list[int | str]:
-    """A gradient, and a loss, a thousand times too large, once the window of 8 steps is full."""
-    policy = {"spikes": "skip", "window": 8, "threshold": 6}
-    recipe = recipe_of(folder, "spikes", anomalies=policy, zero_stage=stage, precision=precision)
-    answer = train_with_faults(recipe, {3: ("gradient", 1000.0, EVERYWHERE), 9: ("gradient", 1000.0, EVERYWHERE)})
-    return [answer]
+def _meets_spikes(folder: Path, layouts: list[dict[str, Any]]) -> list[int | str]:
+    """A gradient a thousand times too large, once the window of 8 steps is full and once before."""
+    answers = []
+    for layout in layouts:
+        recipe = spiky(folder, layout)
+        early: Fault = ("gradient", 1000.0, EVERYWHERE)
+        # A loss that is reported a hundred times too large has a gradient as ever.
+        faults = {2: early, 8: ("gradient", 1000.0, [1]), 10: ("reported loss", 100.0, [0])}
+        answers.append(train_with_faults(recipe, faults))
+        plain = [(step, None if step in (8, 10) else step) for step in range(12)]
+        train_on(recipe, plain, [12], folder / f"{recipe.name}-reference", {2: early})
+    return answers
+
+
+def spiky(folder: Path, layout: dict[str, Any]) -> Recipe:
+    name = "-".join(str(value) for value in layout.values())
+    recipe = recipe_of(folder, name, anomalies={"spikes": "skip", "window": 8, "threshold": 25}, **layout)
+    return recipe.model_copy(
+        update={"train": recipe.train.model_copy(update={"budget": 12 * BINS_PER_BATCH * SEQ_LEN})}
+    )
+
+
+def check_spikes(folder: Path, layouts: list[dict[str, Any]]) -> None:
+    prepare(spiky(folder, layouts[0]))
+    for answers in run_world(2, _meets_spikes, folder, layouts):
+        assert answers == [0] * len(layouts)
+    for layout in layouts:
+        recipe = spiky(folder, layout)
+        found = [(event["step"], event["anomaly"], event["anomaly/decision"]) for event in events(recipe)]
+        assert found == [(9, "norm_spike", "skip"), (11, "loss_spike", "skip")]
+        reference = folder / f"{recipe.name}-reference"
+        assert_same(checkpoint(run_path(recipe) / "checkpoints", 12), checkpoint(reference, 12))
+
+
+def test_a_spike_of_the_norm_or_of_the_loss_is_not_applied(tmp_path: Path) -> None:
+    check_spikes(tmp_path, [{"zero_stage": 2}, {"zero_stage": 1, "precision": "bf16"}])
+
+
+@pytest.mark.slow
+def test_a_spike_is_not_applied_at_any_stage(tmp_path: Path) -> None:
+    check_spikes(tmp_path, [
+        {"zero_stage": 0}, {"zero_stage": 3}, {"zero_stage": 3, "precision": "bf16"},
+        {"zero_stage": 2, "offload_optimizer": True}, {"zero_stage": 3, "offload_optimizer": True},
+    ])  # fmt: skip
 
 
 def _flips(folder: Path, stage: int, name: str) -> list[int | str]:
@@ -145,7 +196,7 @@ def _flips(folder: Path, stage: int, name: str) -> list[int | str]:
     return [flip_a_bit(recipe, 5, name, on_rank=1)]
 
 
-@pytest.mark.parametrize("stage", [2])
+@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_bit_flipped_in_one_copy_of_the_weights_is_found_and_stops_the_run(stage: int, tmp_path: Path) -> None:
     name = "model.norm.weight"
     prepare(recipe_of(tmp_path, "any"))

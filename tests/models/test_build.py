@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from turbolm.errors import UserError
-from turbolm.models.build import build_config, build_model
+from turbolm.models.build import build_config, build_model, check_all_trained
 from turbolm.models.recompute import apply_activation_checkpointing
 from turbolm.recipe.schema import Model
 
@@ -54,6 +54,19 @@ def test_the_tokenizer_completes_the_configuration() -> None:
 def test_a_wrong_configuration_is_refused(config: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         complete(Model(config=config))
+
+
+def test_a_parameter_that_is_not_trained_is_refused() -> None:
+    roformer = {
+        "model_type": "roformer", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "is_decoder": True,
+    }  # fmt: skip
+    models = [
+        build_model(Model(config=c), complete(Model(config=c)), seed=0, attention="eager") for c in (LLAMA, roformer)
+    ]
+    check_all_trained(models[0])
+    with pytest.raises(UserError, match=r"encoder.embed_positions.weight are parameters that are not trained"):
+        check_all_trained(models[1])
 
 
 def test_weights_depend_on_the_seed_alone() -> None:

@@ -98,6 +98,16 @@ def build_model(
     return built
 
 
+def check_all_trained(model: PreTrainedModel) -> None:
+    """Raise UserError for a parameter that is not trained: no optimizer holds it, so no checkpoint would."""
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    if frozen:
+        raise UserError(
+            f"model: {frozen[0]}{f' and {len(frozen) - 1} others' if frozen[1:] else ''} are parameters that are not "
+            "trained (requires_grad is False), which checkpoints cannot hold; choose a model type without such"
+        )
+
+
 def _sharding(ds_config: dict[str, Any] | None) -> AbstractContextManager[Any]:
     if ds_config is None:
         return nullcontext()

@@ -25,6 +25,7 @@ from turbolm.models.build import (
     build_config,
     build_model,
     carries_state_across_documents,
+    check_all_trained,
     model_class,
 )
 from turbolm.models.compile import apply_compile, keep_layers_whole
@@ -307,6 +308,7 @@ def build_engine(accelerator: Any, plan: Plan, store: TokenStore, run: RunDirect
     attention = choose_attention(recipe.execution.attention, plan.device, plan.precision, kind)
     sharded_by = plan.ds_config if recipe.execution.zero_stage == 3 else None
     model = build_model(recipe.model, config, seed=recipe.train.seed, attention=attention, sharded_by=sharded_by)
+    check_all_trained(model)
     if dist.get_rank() == 0:
         config.save_pretrained(run.model)
         from turbolm.checkpoint.export import tokenizer
