@@ -91,7 +91,7 @@ def check_skips(folder: Path, stage: int, **execution: Any) -> None:
     assert clean == [2, 3, 4, 7, 9, 10], "no later clean step is skipped"
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("stage", [0, pytest.param(2, marks=pytest.mark.slow), 3])
 def test_a_faulty_batch_is_as_if_it_had_not_been_there(stage: int, tmp_path: Path) -> None:
     check_skips(tmp_path, stage)
 
