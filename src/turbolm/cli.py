@@ -274,7 +274,9 @@ def ablate(
 
     from turbolm.ablate.design import describe_arms
     from turbolm.ablate.render import render_table
-    from turbolm.ablate.run import Ablation, Sweep, check_folder, collect_results, run_ablation
+    from turbolm.ablate.results import collect_results
+    from turbolm.ablate.run import check_folder, run_ablation
+    from turbolm.ablate.settings import Ablation, Sweep
     from turbolm.plan.machine import detect_machine
 
     ablation = Ablation.prepare(

@@ -14,7 +14,9 @@ import yaml
 from tests.launch.harness import RECIPE
 from turbolm.ablate.measure import Evaluation, RunMeasures, measure_run
 from turbolm.ablate.render import render_table
-from turbolm.ablate.run import Ablation, Sweep, collect_results, run_ablation
+from turbolm.ablate.results import collect_results
+from turbolm.ablate.run import run_ablation
+from turbolm.ablate.settings import Ablation, Sweep
 from turbolm.errors import UserError
 from turbolm.plan.machine import Machine
 from turbolm.recipe.schema import Recipe
@@ -90,6 +92,7 @@ def test_an_arm_is_the_recipe_with_the_trick_over_it(recipe_file: str) -> None:
     optimizer = ablation.arms[1].recipe.optimizer
     assert (optimizer.name, optimizer.lr, optimizer.betas) == ("lion", 2e-3, (0.9, 0.99))
     assert ablation.arms[0].recipe.optimizer.eps == 1e-6
+    assert prepare(recipe_file, "lion").arms[1].recipe.optimizer.lr == 3e-4  # AdamW's default, not Lion's
 
 
 def test_tricks_may_be_files_and_settings(recipe_file: str, tmp_path: Path) -> None:
@@ -210,6 +213,7 @@ def test_a_finished_run_is_not_done_again_and_an_interrupted_ablation_goes_on(re
     assert run_ablation(ablation, runner, lambda _: None) == 75
     assert runner.names == ["baseline-seed0", "with-z_loss-seed0"]
     assert not collect_results(ablation)["complete"]
+    assert not any("failed" in note for note in collect_results(ablation)["notes"])
     assert "not complete" in render_table(collect_results(ablation))
     again = FakeRunner()
     ablation = prepare(recipe_file, "z_loss,wsd")

@@ -101,6 +101,8 @@ def design(
 
 def _arm(name: str, recipe_file: str, overrides: Sequence[str], group: tuple[Trick, ...], machine: Machine) -> Arm:
     layers = [override for trick in group for override in trick.overrides]
+    if layers:  # an optimizer's own default rate is not the baseline's
+        layers.insert(0, f"optimizer.lr={load_recipe(recipe_file, overrides).optimizer.lr!r}")
     recipe = load_recipe(recipe_file, [*overrides, *layers])
     check_machine(recipe, machine)
     return Arm(name, group, build_plan(recipe, machine).recipe)

@@ -6,6 +6,7 @@ import csv
 import io
 from collections.abc import Sequence
 from html import escape
+from pathlib import Path
 from typing import Any
 
 from turbolm.report.html import card, page, section, table
@@ -81,8 +82,8 @@ def render_page(results: Results) -> str:
         *(f'<div class="charts">{card(chart)}</div>' for chart in charts),
         f'<div class="charts">{"".join(card(chart) for chart in dots)}</div>',
         section("Learning rates tried", _sweep_table(results)),
-        section("Runs", table(_run_rows(results), ["arm", "seed", *(name.replace("_", " ") for name in _RUN_COLUMNS)])),
-        section("Environment", table([[key, str(value)] for key, value in results["versions"].items()])),
+        section("Runs", table(_run_rows(results), ["arm", "seed", *(_heading(name) for name in _RUN_COLUMNS)])),
+        section("Environment", table(_environment(results))),
     ]
     return page(f"{results['name']}: ablation", body)
 
@@ -146,9 +147,16 @@ def _run_rows(results: Results) -> list[list[str]]:
     ]
 
 
+def _heading(key: str) -> str:
+    """`tokens_per_sec` as `tokens/sec`, `target_sec` as `target sec`."""
+    return key.removesuffix("_bytes").replace("_per_", "/").replace("_", " ")
+
+
 def _text(key: str, value: object) -> str:
     if value is None:
         return "–"
+    if key == "path":
+        return Path(str(value)).name
     if not is_number(value):
         return str(value)
     if key.endswith("_bytes"):
@@ -156,6 +164,11 @@ def _text(key: str, value: object) -> str:
     if key == "mfu":
         return f"{value:.1%}"
     return f"{value:,}" if isinstance(value, int) else f"{value:.5g}" if abs(value) < 10_000 else f"{value:,.0f}"
+
+
+def _environment(results: Results) -> list[list[str]]:
+    rows = {"command": results["command"], **results["versions"]}
+    return [[key, str(value)] for key, value in rows.items() if value not in (None, "")]
 
 
 def _sweep_table(results: Results) -> str:

@@ -20,6 +20,7 @@ from turbolm.units import format_bytes, format_count, format_duration
 
 Rows = Sequence[Sequence[str]]
 
+_MANY_COLUMNS = 4  # more do not break their words, but scroll
 _SMOOTHED_FROM = 40  # points below which a smoothed curve says nothing more
 
 
@@ -214,7 +215,8 @@ def table(rows: Rows, head: Sequence[str] = ()) -> str:
         return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 
     top = f"<thead>{line(head, 'th')}</thead>" if head else ""
-    return f"<table>{top}<tbody>{''.join(line(row, 'td') for row in rows)}</tbody></table>"
+    kind = ' class="wide"' if len(head) > _MANY_COLUMNS else ""
+    return f"<table{kind}>{top}<tbody>{''.join(line(row, 'td') for row in rows)}</tbody></table>"
 
 
 def page(title: str, body: Iterable[str]) -> str:
@@ -262,6 +264,9 @@ th, td { padding: 7px 16px; text-align: left; vertical-align: top; border-top: 1
 tr:first-child > * { border-top: 0; } thead + tbody tr:first-child > * { border-top: 1px solid var(--grid); }
 th { color: var(--muted); font-size: 12px; font-weight: 500; }
 td { white-space: pre-wrap; } td:first-child { width: 34%; color: var(--muted); }
+.wide :is(th, td) { padding: 7px 10px; overflow-wrap: normal; }
+.wide td:first-child { width: auto; color: var(--ink); }
+.wide td:last-child { min-width: 200px; }
 pre { margin: 0; padding: 14px 16px; font: 12.5px/1.55 ui-monospace, SFMono-Regular, Menlo, monospace; }
 #tip { position: fixed; z-index: 1; padding: 6px 10px; pointer-events: none; background: var(--card);
   border: 1px solid var(--line); border-radius: 6px; box-shadow: 0 2px 8px #0003; font-size: 12px;

@@ -44,6 +44,7 @@ CHART_CSS = """
 .chart .faint { stroke-opacity: .3; stroke-width: 1.1; } .chart .dashed { stroke-dasharray: 6 4; stroke-width: 1.3; }
 .chart .key.faint { stroke-opacity: .45; }
 .chart circle { fill: var(--card); stroke-width: 1.8; }
+.chart circle.dashed { stroke-dasharray: none; }
 """
 
 
@@ -160,14 +161,15 @@ def dot_chart(title: str, rows: Sequence[Dots], *, x_label: str, width: int = 56
         body.append(f'<line class="restart" x1="{across:.1f}" x2="{across:.1f}" y1="{frame.top}" y2="{frame.bottom}"/>')
     for index, row in enumerate(rows):
         level = frame.place((0, len(rows) - index - 0.5))[1]
+        style = row.style.replace("dashed", "")  # a dot is too small for it, and has its name beside it
         body.append(f'<text x="{left - 12}" y="{level + 4:.1f}" text-anchor="end">{escape(row.name)}</text>')
         if row.values:
             mean = frame.place((statistics.fmean(row.values), 0))[0]
             ends = f'x1="{mean:.1f}" x2="{mean:.1f}" y1="{level - 9:.1f}" y2="{level + 9:.1f}"'
-            body.append(f'<line class="key {row.style}" {ends}/>')
+            body.append(f'<line class="key {style}" {ends}/>')
         for value in row.values:
             body.append(
-                f'<circle class="{row.style}" cx="{frame.place((value, 0))[0]:.1f}" cy="{level:.1f}" r="4">'
+                f'<circle class="{style}" cx="{frame.place((value, 0))[0]:.1f}" cy="{level:.1f}" r="4">'
                 f"<title>{escape(row.name)} {value:.5g}</title></circle>"
             )
     middle = (frame.left + frame.right) / 2
@@ -291,7 +293,7 @@ def _legend_lines(series: Sequence[Series], width: float) -> list[list[Series]]:
 
 
 def _legend_width(one: Series) -> float:
-    return 42 + 6.6 * len(one.name)  # the mean width of a letter at this size; there is nothing to measure it with
+    return 44 + 7 * len(one.name)  # the mean width of a letter at this size; there is nothing to measure it with
 
 
 def _curve(one: Series, frame: _Frame) -> list[str]:
