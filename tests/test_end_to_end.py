@@ -23,13 +23,18 @@ from turbolm.recipe.load import dump_recipe, load_recipe
 ROOT = Path(__file__).parents[1]
 TURBOLM = [sys.executable, "-m", "turbolm.cli"]
 STEPS = 120
-CHILD_ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+CANARY = "c4n4ry-5d1f0c7e9b"
+SECRETS = dict.fromkeys(("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "MY_PASSWORD"), CANARY)
+CHILD_ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", **SECRETS}
+PRINTED: list[str] = []
 
 
 def run(*arguments: str, **settings: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
+    done = subprocess.run(
         arguments, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False, env=CHILD_ENVIRONMENT, **settings
     )
+    PRINTED.append(done.stdout + done.stderr)
+    return done
 
 
 def train(folder: Path, *overrides: str) -> int | str:
@@ -264,6 +269,15 @@ def test_bad_input_is_one_message_and_exit_code_2(overrides: list[str], message:
     assert "Traceback" not in done.stderr + done.stdout
 
 
+def test_no_secret_of_the_environment_is_written_or_printed(folder: Path, uninterrupted: Path, resumed: Path) -> None:
+    """Logs, recipes, environment.json, metrics, checkpoints, the export with its model card, the report, the store."""
+    written = [path for path in folder.rglob("*") if path.is_file()]
+    for name in ("environment.json", "launcher.log", "log.rank1.txt", "manifest.json", "README.md", "report.html"):
+        assert name in {path.name for path in written}
+    assert not [path for path in written if CANARY.encode() in path.read_bytes()]
+    assert PRINTED and not any(CANARY in text for text in PRINTED)
+
+
 def test_a_model_with_dropout_is_not_taken_for_one_that_leaks(folder: Path) -> None:
     """The isolation check compares two forward passes, which dropout would tell apart."""
     assert train(folder, "name=dropout", "model.dropout=0.2", "train.budget=1600") == 0
@@ -272,3 +286,20 @@ def test_a_model_with_dropout_is_not_taken_for_one_that_leaks(folder: Path) -> N
 
 def test_ranks_refuse_what_only_they_can_see(folder: Path) -> None:
     assert "flex attention cannot train on a CPU" in str(train(folder, "execution.attention=flex", "name=flex"))
+
+
+@pytest.mark.slow
+def test_what_ranks_refuse_comes_through_the_launcher(folder: Path) -> None:
+    """As exit code 2 and one message; each start imports torch, so there are two of one process."""
+    broken = folder / "runs" / "broken" / "checkpoints" / "step-00000010"
+    broken.mkdir(parents=True)
+    (broken / "manifest.json").write_text("{")
+    command = [*TURBOLM, "train", str(folder / "recipe.yaml"), "cluster.processes_per_node=1"]
+    for overrides, message in (
+        (["execution.attention=flex", "name=flex-launched"], "flex attention cannot train on a CPU"),
+        (["name=broken"], "no checkpoint of"),
+    ):
+        done = run(*command, *overrides)
+        assert done.returncode == 2, done.stdout + done.stderr
+        assert message in done.stderr and "Traceback" not in done.stderr + done.stdout
+    assert (broken / "manifest.json").read_text() == "{"

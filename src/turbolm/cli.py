@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from turbolm.errors import EXIT_BAD_INPUT, EXIT_OK, EXIT_REQUEUE, UserError
+from turbolm.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_OK, EXIT_REQUEUE, UserError
 
 if TYPE_CHECKING:
     from turbolm.data.progress import Progress
@@ -205,15 +205,15 @@ def export(
 ) -> None:
     """Write a checkpoint in the Hugging Face layout."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, which Transformers imports, need not look for GPUs
-    from turbolm.checkpoint.export import export_checkpoint
+    from turbolm.checkpoint.export import export_checkpoint, is_export
     from turbolm.train.run_directory import RunDirectory, read_json
 
     run = RunDirectory(checkpoint.resolve().parent.parent)
     contract = read_json(run.contract)
     if contract is None:
         raise UserError(f"{checkpoint}: expected a checkpoint inside a run directory; {run.contract} cannot be read")
-    if out.exists() and not (out / "config.json").is_file():
-        raise UserError(f"{out} exists and is not an exported model; choose another folder")
+    if os.path.lexists(out) and not is_export(out):
+        raise UserError(f"{out} exists and is not a model that turbolm exported; choose another folder")
     card = f"# {run.path.name}\n\nExported from {checkpoint.name} with turbolm.\n"
     precision = contract["contract"]["train"]["precision"]
     print(f"exported to {export_checkpoint(checkpoint, run.model, out, precision=precision, card=card)}")
@@ -448,6 +448,13 @@ def main() -> None:
     except UserError as error:
         print(f"turbolm: {error}" if "\n" not in str(error) else str(error), file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
+    except Exception:  # a mistake of ours; what it quotes must not tell secrets
+        import traceback
+
+        from turbolm.redaction import redact
+
+        print(redact(traceback.format_exc()), file=sys.stderr, end="")
+        sys.exit(EXIT_FAILED)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

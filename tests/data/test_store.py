@@ -170,10 +170,12 @@ def test_exchanged_shards(sharded: TokenStore, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(sharded.folder, tmp_path / "copy"))
     manifest = json.loads((folder / "manifest.json").read_text())
     one, two = (folder / manifest["shards"][number]["tokens"]["file"] for number in (1, 3))
-    size = min(one.stat().st_size, two.stat().st_size)
-    for number, path in ((1, one), (3, two)):  # as if both files had the same size
-        path.write_bytes(path.read_bytes()[:size])
-        manifest["shards"][number]["tokens"] |= file_record(path)
+    # Another shard with documents of the same lengths: as large, and sound.
+    two.write_bytes(np.fromfile(one, manifest["dtype"])[::-1].tobytes())
+    shutil.copy(one.with_suffix(".index"), two.with_suffix(".index"))
+    files = {part: {"file": two.with_suffix(f".{part}").name} for part in ("tokens", "index")}
+    files = {part: name | file_record(folder / name["file"]) for part, name in files.items()}
+    manifest["shards"][3] = manifest["shards"][1] | files
     (folder / "manifest.json").write_text(json.dumps(manifest | {"manifest_sha256": manifest_sha256(manifest)}))
     open_store(folder, verify="full")
     one.rename(folder / "other"), two.rename(one), (folder / "other").rename(two)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from turbolm.checkpoint.load import CheckpointReader
+from turbolm.checkpoint.manifest import remove_folder
 from turbolm.checkpoint.verify import verify_checkpoint
 from turbolm.errors import UserError
 
@@ -25,9 +25,12 @@ def export_checkpoint(checkpoint: Path, model_folder: Path, out: Path, *, precis
     problems = verify_checkpoint(checkpoint)
     if problems:
         raise UserError(f"{checkpoint} cannot be exported: {problems[0]}")
-    config = AutoConfig.from_pretrained(model_folder, local_files_only=True, trust_remote_code=False)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    try:
+        config = AutoConfig.from_pretrained(model_folder, local_files_only=True, trust_remote_code=False)
+        with torch.device("meta"):  # the attention is named, so that the folder cannot name a kernel to download
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, attn_implementation="eager")
+    except (OSError, ValueError, TypeError, ImportError, RecursionError) as error:
+        raise UserError(f"{model_folder}: no model can be built from its config.json: {error}") from None
     with CheckpointReader(checkpoint) as reader:
         weights = {name: reader.read_whole(name).to(_DTYPES[precision]) for name in reader.shapes}
         weights.update({name: buffer.clone() for name, buffer in reader.buffers().items()})
@@ -38,14 +41,23 @@ def export_checkpoint(checkpoint: Path, model_folder: Path, out: Path, *, precis
         raise UserError(f"{checkpoint}: parameters do not fit {model_folder}: {(unexpected or unset or missing)[0]}")
     model.config.dtype = _DTYPES[precision]
     temporary = out.with_name(f".tmp-{out.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
+    remove_folder(temporary)
     model.generation_config = GenerationConfig.from_model_config(model.config)
     model.save_pretrained(temporary)
     tokenizer(model_folder).save_pretrained(temporary)
     (temporary / "README.md").write_text(card, encoding="utf-8")
-    shutil.rmtree(out, ignore_errors=True)
+    remove_folder(out)
     temporary.rename(out)
     return out
+
+
+def is_export(folder: Path) -> bool:
+    """Whether a folder holds a model that was exported here, so that it may be replaced; a link is not one."""
+    try:
+        card = (folder / "README.md").read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return False
+    return not folder.is_symlink() and (folder / "config.json").is_file() and "turbolm" in card
 
 
 def generate_sample(model_folder: Path, num_tokens: int, *, seed: int = 0, prompt: str = "") -> str:
@@ -71,5 +83,8 @@ def generate_sample(model_folder: Path, num_tokens: int, *, seed: int = 0, promp
 
 
 def tokenizer(folder: Path) -> Any:
-    """The tokenizer saved in a folder; no code is taken from there."""
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    """The tokenizer saved in a folder; no code is taken from there. Raises UserError."""
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # of many kinds, as many as there are tokenizers
+        raise UserError(f"{folder}: Transformers cannot read the tokenizer: {error}") from None

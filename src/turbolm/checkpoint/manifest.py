@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -75,7 +76,9 @@ def commit(temporary: Path, final: Path, manifest: Mapping[str, Any]) -> None:
     """Write the manifest and rename the folder into place; everything else in it must be on disk already."""
     write_json(temporary / MANIFEST, {"format_version": FORMAT_VERSION, **manifest})
     sync_folder(temporary)
-    if final.exists():  # found invalid by the resume that led here again: it went back to an older one, still there
+    if os.path.lexists(
+        final
+    ):  # found invalid by the resume that led here again: it went back to an older one, still there
         discard(final)
     os.rename(temporary, final)
     sync_folder(final.parent)
@@ -84,16 +87,25 @@ def commit(temporary: Path, final: Path, manifest: Mapping[str, Any]) -> None:
 def discard(checkpoint: Path) -> None:
     """Remove a checkpoint. It loses its name first, so that a half-removed one is never taken for one."""
     unnamed = checkpoint.with_name(_DISCARDED + checkpoint.name)
-    shutil.rmtree(unnamed, ignore_errors=True)
+    remove_folder(unnamed)
     os.rename(checkpoint, unnamed)
-    shutil.rmtree(unnamed, ignore_errors=True)
+    remove_folder(unnamed)
 
 
 def clear_leftovers(folder: Path) -> None:
     """Remove what interrupted saves left behind. Nobody else may be saving there."""
     for prefix in (_TEMPORARY, _DISCARDED):
         for leftover in folder.glob(f"{prefix}*"):
-            shutil.rmtree(leftover, ignore_errors=True)
+            remove_folder(leftover)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder, or the link in its place: never what the link leads to. What cannot be removed stays."""
+    if path.is_symlink():
+        with contextlib.suppress(OSError):
+            path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)  # which follows no link inside either
 
 
 def write_json(path: Path, value: object) -> dict[str, Any]:

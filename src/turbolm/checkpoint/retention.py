@@ -50,7 +50,7 @@ def remove_old(folder: Path, retention: Retention, newest_step: int) -> list[Pat
 
     `newest_step` is the one just put in place. Later ones are of a future that was given up because they were not
     valid: they count for nothing and stay to be looked at, until the run reaches their step and replaces them. One
-    without a readable manifest, or whose manifest is of another step, counts for nothing either.
+    without a readable manifest, or whose manifest is of another step, counts for nothing either, nor does a link.
     """
     known = []
     for step, path in list_checkpoints(folder):
@@ -58,7 +58,7 @@ def remove_old(folder: Path, retention: Retention, newest_step: int) -> list[Pat
             manifest = read_manifest(path)
         except UserError:
             continue
-        if step <= newest_step and manifest["step"] == step:
+        if step <= newest_step and manifest["step"] == step and not path.is_symlink():
             known.append(Kept(step, manifest["tokens_seen"], manifest.get("eval_loss"), path))
     kept = retention.keeps(known)
     removed = [one.path for one in known if one.path not in kept]

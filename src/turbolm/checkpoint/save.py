@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -78,7 +77,7 @@ def write_checkpoint(
         _in_step(agree, commit if is_first else None)
     except RuntimeError:
         if is_first:
-            shutil.rmtree(temporary, ignore_errors=True)
+            manifest.remove_folder(temporary)
         raise
     return final
 
@@ -113,7 +112,7 @@ def gather_over(group: dist.ProcessGroup | None) -> Agree:
 
 
 def _open_folder(temporary: Path) -> None:
-    shutil.rmtree(temporary, ignore_errors=True)
+    manifest.remove_folder(temporary)
     temporary.mkdir(parents=True)
 
 

@@ -191,7 +191,7 @@ def _build(
 
     (folder / MANIFEST).unlink(missing_ok=True)
     for leftover in folder.glob("*.tmp"):
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        shutil.rmtree(leftover) if leftover.is_dir() and not leftover.is_symlink() else leftover.unlink()
     tokenizer_files = _place_tokenizer(recipe, folder, on_progress)
     tokenizer = load_tokenizer(folder / TOKENIZER_FOLDER)
     bos_id, eos_id = special_ids(folder / TOKENIZER_FOLDER)
@@ -312,7 +312,7 @@ def _tokenizer_files(folder: Path) -> list[dict[str, Any]]:
     """What an earlier run wrote down of the tokenizer's files; nothing if it did not come so far."""
     try:
         return list(json.loads((folder / _TOKENIZER_RECORD).read_text(encoding="utf-8"))["files"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return []
 
 

@@ -60,5 +60,5 @@ class Sample:
                 for text in map(json.loads, file):
                     self.add(hashlib.sha256(text.encode()).digest(), text)
                 return dict(state)
-        except (OSError, ValueError, TypeError):
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError):
             return None

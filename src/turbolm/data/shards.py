@@ -233,6 +233,8 @@ def _find(folder: Path, number: int, expected: dict[str, Any], seen: DigestSet |
         parts = ["tokens", "index"] + ["digests"] * (seen is not None)
         if any(record[name] != value for name, value in expected.items()):
             return None
+        if any(record[part]["file"] != f"{_name(number)}.{part}" for part in parts):
+            return None
         if any(check_file(folder, record[part], full=True) for part in parts):
             return None
         if seen is not None:
@@ -240,7 +242,7 @@ def _find(folder: Path, number: int, expected: dict[str, Any], seen: DigestSet |
             for at in range(0, len(digests), DIGEST_BYTES):
                 seen.add(digests[at : at + DIGEST_BYTES])
         return Finished(number, dict(record))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 

@@ -23,6 +23,7 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 
 from turbolm.data.packing import IntArray
+from turbolm.data.store_manifest import manifest_problem
 from turbolm.errors import UserError
 
 FORMAT_VERSION = 2  # part of every store's key: raise it when the files change
@@ -160,6 +161,19 @@ class TokenStore:
                 break
         return counts
 
+    def content_problem(self, shard: int) -> str | None:
+        """What makes no sense in a shard of the right size, or None. Reads all of it."""
+        record, index, tokens = self.manifest["shards"][shard], self._index(shard), self.tokens(shard)
+        counts = [record[split]["documents"] for split in SPLITS]
+        ends = _boundaries(index, slice(0, sum(counts)))
+        wanted = [record["train"]["tokens"], len(tokens)]
+        if np.any(np.diff(ends) < 2) or [ends[counts[0]], ends[-1]] != wanted or np.any(index[:, 1] < 0):
+            return f"{record['index']['file']} is not an index of the documents of {record['tokens']['file']}"
+        for begin in range(0, len(tokens), 1 << 24):
+            if tokens[begin : begin + (1 << 24)].max() >= self.vocab_size:
+                return f"{record['tokens']['file']} holds tokens beyond the vocabulary of {self.vocab_size}"
+        return None
+
     @cached_property
     def _first_document(self) -> dict[Split, IntArray]:
         """Of each split, the first document of each shard and the one after the last: int64 [num_shards + 1]."""
@@ -250,13 +264,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise UserError(
             f"{folder} holds no complete token store (no {MANIFEST}); run `turbolm prepare` first"
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{folder / MANIFEST} cannot be read: {error}") from None
     version = manifest.get("format_version") if isinstance(manifest, dict) else None
     if version != FORMAT_VERSION:
         raise UserError(f"{folder} is a token store of format {version}, not {FORMAT_VERSION}; run `turbolm prepare`")
     if manifest.get("manifest_sha256") != manifest_sha256(manifest):
         raise UserError(f"{folder / MANIFEST} has changed since it was written; run `turbolm prepare` again")
+    if problem := manifest_problem(manifest):
+        raise UserError(f"{folder / MANIFEST} is not the manifest of a token store: {problem}")
     return dict(manifest)
 
 
@@ -267,16 +283,26 @@ def manifest_sha256(manifest: dict[str, Any]) -> str:
 
 
 def find_damage(folder: Path, manifest: dict[str, Any], *, full: bool) -> Iterator[tuple[str, str]]:
-    """(`shard 3` or `the tokenizer`, what is wrong with a file of it) for each file that is not as it was written."""
+    """(`shard 3` or `the tokenizer`, what is wrong with a file of it) for each file that is not as it was written.
+
+    With `full`, also for each shard whose content makes no sense, though it is as its manifest says.
+    """
     parts = [("the tokenizer", part) for part in manifest["tokenizer_files"]]
     for number, shard in enumerate(manifest["shards"]):
         parts += [(f"shard {number}", shard[part]) for part in ("tokens", "index")]
     with ThreadPoolExecutor(_CHECK_THREADS) as pool:  # on a network file system each check waits for answers
         problems = pool.map(lambda part: check_file(folder, part[1], full=full), parts)
+        found = False
         try:
             for (name, _), problem in zip(parts, problems, strict=True):
                 if problem:
+                    found = True
                     yield name, problem
+            if full and not found:
+                store = TokenStore(folder, manifest)
+                for number, problem in enumerate(pool.map(store.content_problem, range(len(manifest["shards"])))):
+                    if problem:
+                        yield f"shard {number}", problem
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -293,6 +319,8 @@ def check_file(folder: Path, part: dict[str, Any], *, full: bool) -> str | None:
     """What is wrong with a file of a store (`file` and the fields of `file_record`), or None."""
     path = folder / part["file"]
     try:
+        if path.is_symlink():
+            return f"{part['file']} is a link, not a file of the store"
         with path.open("rb") as file:
             num_bytes = os.fstat(file.fileno()).st_size
             if num_bytes != part["bytes"]:

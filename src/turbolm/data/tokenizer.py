@@ -161,11 +161,15 @@ def _special_tokens(path: Path) -> tuple[str | None, str | None]:
             if (path / name).is_file():
                 try:
                     content = json.loads((path / name).read_text(encoding="utf-8"))
-                except ValueError as error:
+                except (OSError, ValueError, RecursionError) as error:
                     raise UserError(f"{path / name} is not valid JSON: {error}") from None
+                if not isinstance(content, dict):
+                    raise UserError(f"{path / name} is not a JSON object")
                 named |= {key: content[key] for key in _SPECIAL if content.get(key)}
     if named:
-        texts = [value["content"] if isinstance(value, dict) else value for value in map(named.get, _SPECIAL)]
+        texts = [value.get("content") if isinstance(value, dict) else value for value in map(named.get, _SPECIAL)]
+        if not all(isinstance(text, str | None) for text in texts):
+            raise UserError(f"{path}: bos_token and eos_token must be text, got {texts}")
         return texts[0], texts[1]
     added = {token.content for token in load_tokenizer(path).get_added_tokens_decoder().values() if token.special}
     return next((t for t in _BOS_NAMES if t in added), None), next((t for t in _EOS_NAMES if t in added), None)

@@ -28,6 +28,7 @@ from turbolm.train.run_directory import (
     list_attempts,
     open_attempt,
     read_json,
+    refuse_links_out,
     run_directory,
     write_json,
     write_outcome,
@@ -46,6 +47,7 @@ def open_job_attempt(run: RunDirectory, recipe: Recipe, recipe_file: Path, hosts
     if restarts and asked_by_user(run.stop_file):
         run.stop_file.unlink(missing_ok=True)
         raise UserError(f"{run.path} was asked to stop while job {job_id} was waiting; not started again")
+    refuse_links_out(run)
     RunLock(run.path).wait_until_free()
     refuse_without_progress(run, recipe, job_id)
     attempt = open_attempt(run)

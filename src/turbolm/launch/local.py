@@ -16,11 +16,12 @@ import yaml
 from turbolm.errors import EXIT_BAD_INPUT, EXIT_OK
 from turbolm.plan.machine import Machine
 from turbolm.plan.plan import Plan
+from turbolm.redaction import redact
 from turbolm.reliability.failures import read_rank_ends
 from turbolm.reliability.orphans import END_WITH_PARENT, end_with_parent
 from turbolm.reliability.run_lock import RunLock
 from turbolm.reliability.watchdog import HUNG
-from turbolm.train.run_directory import RunDirectory, open_attempt, read_json
+from turbolm.train.run_directory import RunDirectory, open_attempt, read_json, refuse_links_out
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 
@@ -32,6 +33,7 @@ def launch(plan: Plan, machine: Machine, run: RunDirectory, recipe_file: str, ov
     the ranks notice together. Asked a second time, it ends them at once; what was saved before stays.
     """
     run.path.mkdir(parents=True, exist_ok=True)
+    refuse_links_out(run)
     RunLock(run.path).wait_until_free()
     attempt = open_attempt(run)
     folder = run.attempt(attempt)
@@ -161,7 +163,7 @@ def _explain_failure(returncode: int, folder: Path) -> int:
     failed = [f"rank {end.rank}: {end.message}" for end in ends if end.exit_code != EXIT_OK]
     if not failed:  # killed, or never started: the launcher's last words
         failed = (folder / "launcher.log").read_text(encoding="utf-8", errors="replace").splitlines()[-15:]
-    print("\n".join(["turbolm: training failed", *failed, f"logs: {folder}"]), file=sys.stderr)
+    print(redact("\n".join(["turbolm: training failed", *failed, f"logs: {folder}"])), file=sys.stderr)
     if returncode < 0:
         return 128 - returncode  # as a shell tells of a signal
     return returncode if returncode not in (EXIT_OK, EXIT_BAD_INPUT) else 1

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.integrations import unset_hf_deepspeed_config
@@ -78,6 +80,7 @@ def build_model(
     implementation = ATTENTION_NAMES[attention]
     try:
         if model.pretrained is not None:
+            _check_weights(Path(model.pretrained))
             return AutoModelForCausalLM.from_pretrained(
                 model.pretrained,
                 config=config,
@@ -148,10 +151,39 @@ def _config_from_mapping(mapping: dict[str, Any]) -> PreTrainedConfig:
         raise UserError(f"model.config: {model_type} refuses these settings: {error}") from error
 
 
+def _check_weights(folder: Path) -> None:
+    """Only safetensors are read, and only those of the folder. Raises UserError."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise UserError(
+            f"model.pretrained: {folder} has no *.safetensors, the only weights that are read: other formats can run "
+            "code; convert them where you trust them"
+        )
+    for file in files:
+        try:
+            with safe_open(file, framework="pt"):  # reads the header
+                pass
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"model.pretrained: {file} cannot be read: {error}") from None
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"model.pretrained: {index} is no index of weights: {error!r}") from None
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise UserError(f"model.pretrained: {index} names {name!r}, which is no safetensors file of its folder")
+
+
 def _config_from_folder(folder: Path) -> PreTrainedConfig:
     if not (folder / "config.json").is_file():
         raise UserError(f"model.pretrained: {folder} has no config.json; expected a local Hugging Face model folder")
-    return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"model.pretrained: {folder / 'config.json'} is no configuration: {error}") from None
 
 
 def _is_dropout(key: str) -> bool:

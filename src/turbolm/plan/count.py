@@ -80,7 +80,7 @@ def size_model(config: Mapping[str, Any], cache_dir: str | Path) -> ModelSize:
     cache = Path(cache_dir) / "parameters" / f"{key[:32]}.json"
     try:
         return ModelSize(**json.loads(cache.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         size = ModelSize(**_count(text), source="counted")
         _keep(cache, size)
         return size
@@ -147,7 +147,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError:
         raise UserError(f"model.pretrained: {path} is missing; expected a local Hugging Face model folder") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"model.pretrained: {path} is not JSON: {error}") from None
     if not isinstance(content, dict) or not isinstance(content.get("model_type"), str):
         raise UserError(f"model.pretrained: {path} names no model_type")

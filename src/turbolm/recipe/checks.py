@@ -12,7 +12,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from turbolm.recipe.messages import Finding, describe
 from turbolm.recipe.optimizers import OPTIMIZERS
-from turbolm.recipe.schema import Recipe, Section
+from turbolm.recipe.schema import RECIPES_ARE_COPIED, Recipe, Section
+from turbolm.redaction import holds_secret
 
 Values = Mapping[str, Any]  # by dotted key; a value that is missing or not valid is None
 
@@ -66,6 +67,18 @@ def check_recipe(recipe: Recipe) -> list[Finding]:
 def check_values(data: Mapping[str, Any]) -> list[Finding]:
     """The findings of every rule on what is valid of `data`, a recipe as plain values."""
     return _findings({key: _valid_value(data, key) for key in _KEYS})
+
+
+def find_secrets(data: object, path: tuple[str | int, ...] = ()) -> Iterator[Finding]:
+    """Passwords, tokens and keys anywhere in a recipe as plain values: it is copied to the run and the model card."""
+    if isinstance(data, Mapping):
+        for key, value in data.items():
+            yield from find_secrets(value, (*path, str(key)))
+    elif isinstance(data, (list, tuple)):
+        for number, value in enumerate(data):
+            yield from find_secrets(value, (*path, number))
+    elif isinstance(data, str) and holds_secret(data):
+        yield Finding(path, f"spells out a password, token or key, but {RECIPES_ARE_COPIED}")
 
 
 def not_whole_bins(tokens: int, seq_len: int) -> str:

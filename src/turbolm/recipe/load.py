@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import yaml
 from pydantic import ValidationError
 
-from turbolm.recipe.checks import check_recipe, check_values
+from turbolm.recipe.checks import check_recipe, check_values, find_secrets
 from turbolm.recipe.document import (
     MAX_DEPTH,
     MAX_FILE_BYTES,
@@ -92,8 +92,8 @@ def _validate(data: Any) -> tuple[Recipe | None, list[Finding]]:
     try:
         recipe = Recipe.model_validate(data)
     except ValidationError as error:
-        return None, validation_findings(error) + check_values(data)
-    return recipe, check_recipe(recipe)
+        return None, validation_findings(error) + check_values(data) + list(find_secrets(data))
+    return recipe, check_recipe(recipe) + list(find_secrets(data))
 
 
 def _problem(tree: Tree, finding: Finding) -> Problem:

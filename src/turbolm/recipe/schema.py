@@ -33,6 +33,7 @@ from turbolm.recipe.fields import (
     positive_span,
 )
 from turbolm.recipe.optimizers import AdamW, Optimizer
+from turbolm.redaction import is_secret_name
 from turbolm.units import Span
 
 CONTRACT_SECTIONS = ("model", "tokenizer", "data", "train", "optimizer", "schedule", "anomalies")
@@ -97,7 +98,15 @@ def _mount(value: str) -> str:
     return value
 
 
+RECIPES_ARE_COPIED = (
+    "a recipe is copied to the run directory, the job's script and the model card; set it in the environment, which "
+    "`turbolm train` and sbatch pass on, or read it from a file"
+)
+
+
 def _environment_name(value: str) -> str:
+    if is_secret_name(value):
+        raise ValueError(f"{value} looks like a secret, but {RECIPES_ARE_COPIED}")
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", value):
         raise ValueError(f"expected the name of an environment variable, got {value!r}")
     if value.startswith(("SLURM_", "BASH_FUNC_")) or value in ("BASH_ENV", "ENV", "SHELLOPTS", "BASHOPTS"):

@@ -11,6 +11,8 @@ import platform
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from turbolm.redaction import redact
+
 # What gloo, NCCL and the rendezvous store say when a peer is gone or silent.
 _COMMUNICATION_TEXTS = (
     "Timed out waiting",
@@ -51,7 +53,7 @@ def failure_kind(error: BaseException) -> str:
 def record_rank_end(attempt_folder: Path, exit_code: int, kind: str, message: str = "") -> None:
     """Leave this rank's end where the launchers of all nodes find it."""
     rank = int(os.environ.get("RANK", "0"))
-    end = RankEnd(rank, platform.node(), exit_code, kind, message[:2000])
+    end = RankEnd(rank, platform.node(), exit_code, kind, redact(message)[:2000])
     folder = attempt_folder / "ranks"
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".{rank}.{os.getpid()}"
@@ -65,6 +67,6 @@ def read_rank_ends(attempt_folder: Path) -> list[RankEnd]:
     for path in (attempt_folder / "ranks").glob("[0-9]*.json"):
         try:
             ends.append(RankEnd(**json.loads(path.read_text(encoding="utf-8"))))
-        except (OSError, ValueError, TypeError):
+        except (OSError, ValueError, TypeError, RecursionError):
             continue
     return sorted(ends, key=lambda end: end.rank)

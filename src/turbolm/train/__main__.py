@@ -11,6 +11,7 @@ from pathlib import Path
 
 from turbolm.errors import EXIT_BAD_INPUT, EXIT_FAILED, RunError, UserError
 from turbolm.recipe.load import load_recipe
+from turbolm.redaction import redact
 from turbolm.reliability import heartbeat
 from turbolm.reliability.failures import failure_kind, record_rank_end
 from turbolm.reliability.orphans import END_WITH_PARENT, end_with_parent
@@ -52,7 +53,7 @@ def main() -> int:
         return EXIT_FAILED
     except BaseException as error:
         _record(folder, 1, failure_kind(error), f"{type(error).__name__}: {error}".partition("\n")[0])
-        text = f"rank {os.environ.get('RANK', '0')}:\n{traceback.format_exc()}"
+        text = redact(f"rank {os.environ.get('RANK', '0')}:\n{traceback.format_exc()}")
         print(text, file=sys.stderr, flush=True)  # the rank's log
         with contextlib.suppress(OSError):
             print(text, file=terminal, flush=True)

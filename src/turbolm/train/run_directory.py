@@ -88,6 +88,21 @@ def open_attempt(run: RunDirectory) -> int:
     return number
 
 
+def refuse_links_out(run: RunDirectory) -> None:
+    """Raises UserError where a link of the run directory leads out of it: what is behind it would be written to.
+
+    The run directory itself may be a link. A checkpoint that is one is passed over when a run resumes.
+    """
+    inside = run.path.resolve()
+    for folder in (run.path, run.attempt(0).parent, run.model, run.path / "export"):
+        for entry in sorted(folder.iterdir()) if folder.is_dir() else ():
+            if entry.is_symlink() and not Path(os.path.realpath(entry)).is_relative_to(inside):
+                raise UserError(
+                    f"{entry} is a link that leads out of the run directory; move what it leads to into its place, or "
+                    "link the whole run directory instead"
+                )
+
+
 def write_attempt(run: RunDirectory, number: int, plan: Plan, machine: Machine) -> None:
     """Record what this attempt runs with."""
     folder = run.attempt(number)
@@ -181,7 +196,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
     """A JSON mapping, or None when the file is missing or damaged."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
 

@@ -59,6 +59,7 @@ from turbolm.train.run_directory import (
     is_finished,
     known_fingerprints,
     open_attempt,
+    refuse_links_out,
     run_directory,
     settle_contract,
     write_attempt,
@@ -177,6 +178,7 @@ def _open_run(
     if dist.get_rank() == 0:
         try:
             run.path.mkdir(parents=True, exist_ok=True)
+            refuse_links_out(run)
             lock.acquire()
             budgets = settle_contract(run, plan.recipe, store.fingerprint)
             number = attempt or open_attempt(run)
