@@ -14,6 +14,7 @@ from turbolm.checkpoint.manifest import list_checkpoints
 from turbolm.checkpoint.verify import find_newest_valid, verify_checkpoint
 from turbolm.plan.curriculum import Curriculum, Segment
 from turbolm.train.metrics import MetricsLog
+from turbolm.train.pace import Pace
 
 pytestmark = pytest.mark.chaos
 DISK_BYTES = 256 * 1024
@@ -88,7 +89,7 @@ def test_the_folder_turns_read_only(disk: Path) -> None:
 def test_metrics_of_the_time_without_space_are_written_later(disk: Path, tmp_path: Path) -> None:
     terminal = (tmp_path / "terminal").open("w")
     curriculum = Curriculum((Segment(0, 0, (10,), 100),), (1000,))
-    log = MetricsLog(disk / "metrics.jsonl", 1, curriculum, None, None, terminal)
+    log = MetricsLog(disk / "metrics.jsonl", 1, curriculum, None, None, terminal, Pace(["here"]))
     log.add_evaluation(1, 1.0, 1.0)
     ballast = fill(disk, 0)
     whole = (disk / "metrics.jsonl").stat().st_size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -145,7 +146,9 @@ def agree_to_stop(session: Session, batch: GlobalBatch) -> str | None:
     valid = sum(int(np.count_nonzero(micro["targets"] != IGNORED_TARGET)) for micro in batch.micro_batches)
     message = torch.tensor([valid, session.stop.reason is not None], dtype=torch.int64)
     heartbeat.advance()
+    arrived = time.perf_counter()
     dist.all_reduce(message, group=session.group)
+    session.log.pace.add_wait(time.perf_counter() - arrived)
     heartbeat.advance()
     if int(message[0]) != batch.num_targets:
         raise RuntimeError(f"the ranks hold {int(message[0])} targets of batch {batch.index}, not {batch.num_targets}")

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from turbolm.data.loader import GlobalBatch
 from turbolm.models.compile import compilations
 from turbolm.plan.curriculum import Curriculum
+from turbolm.train.pace import Pace
 from turbolm.train.step import StepResult
 from turbolm.units import format_count, format_duration
 
@@ -36,6 +37,7 @@ class MetricsLog:
     peak_flops: float | None
     group: dist.ProcessGroup | None
     terminal: TextIO
+    pace: Pace
     _pending: list[tuple[dict[str, Any], StepResult]] = field(default_factory=list)
     _last_time: float = field(default_factory=time.perf_counter)
     _tokens_per_sec: float | None = None
@@ -69,6 +71,7 @@ class MetricsLog:
             counts = f"{num_graphs} graphs in {compile_seconds:.0f} s, {compilations.count} so far"
             self.say(f"step {step}: torch.compile made {counts}")
         self._pending.append((line, result))
+        self.pace.add_step(result.forward, seconds)
 
     def restart_clock(self) -> None:
         """Leave out of the next step's time what was not training: evaluation, saving."""
@@ -79,7 +82,9 @@ class MetricsLog:
         if not self._pending:
             return
         losses = torch.stack([result.loss_sum for _, result in self._pending]).double().cpu()
-        dist.all_reduce(losses, group=self.group)
+        summed = torch.cat([losses, self.pace.take()])
+        dist.all_reduce(summed, group=self.group)
+        losses, times = summed.tensor_split([len(losses)])
         peak = torch.tensor(peak_memory_bytes(self._pending[0][1].loss_sum.device))
         dist.all_reduce(peak, dist.ReduceOp.MAX, group=self.group)
         lines = []
@@ -88,6 +93,10 @@ class MetricsLog:
             line["memory/peak_bytes"] = int(peak)
             lines.append({**line, "train/loss": loss_sum / line["train/targets"], "train/grad_norm": norm})
         self._pending.clear()
+        slowest, message = self.pace.report(times)
+        lines[-1] |= slowest
+        if message:
+            self.say(f"step {lines[-1]['step']}  {message}")
         if dist.get_rank() == 0:
             self._append(lines)
             if show:

@@ -15,6 +15,7 @@ from turbolm.reliability import heartbeat
 from turbolm.reliability.anomalies import Anomaly
 from turbolm.train.engine import backward_and_step
 from turbolm.train.gate import UpdateGate
+from turbolm.train.pace import ForwardTime
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class StepResult:
 
     loss_sum: torch.Tensor
     grad_norm: torch.Tensor | float | None
+    forward: ForwardTime
     anomaly: Anomaly | None = None
 
 
@@ -48,8 +50,10 @@ def train_step(
     loss_sum = torch.zeros((), device=engine.device)
     grad_norm = None
     refuses_whole = gate.refuses_whole if gate else lambda norm: False
+    forward = ForwardTime(engine)
     for index, micro_batch in enumerate(micro_batches):
-        objective, nll = micro_batch_loss(engine, micro_batch, attention)
+        with forward:
+            objective, nll = micro_batch_loss(engine, micro_batch, attention)
         heartbeat.advance()
         loss_sum += nll
         is_boundary = index == len(micro_batches) - 1
@@ -59,7 +63,7 @@ def train_step(
         weighted = objective * (nll.detach() * 0 + scale)
         grad_norm = backward_and_step(engine, weighted, is_boundary=is_boundary, refuses_whole=refuses_whole)
         heartbeat.advance()
-    return StepResult(loss_sum, grad_norm, gate.close(engine) if gate else None)
+    return StepResult(loss_sum, grad_norm, forward, gate.close(engine) if gate else None)
 
 
 def micro_batch_loss(engine: Any, micro_batch: dict[str, np.ndarray], attention: str) -> Loss:

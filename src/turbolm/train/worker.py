@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import sys
 from pathlib import Path
 from typing import Any, TextIO
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from turbolm.checkpoint.fragments import own_fragments, stepped_partitions
 from turbolm.checkpoint.manifest import clear_leftovers
 from turbolm.checkpoint.retention import Retention
+from turbolm.checkpoint.save import gather_over
 from turbolm.checkpoint.saver import CheckpointSaver
 from turbolm.data.loader import BatchLoader
 from turbolm.data.order import recipe_order
@@ -53,6 +55,7 @@ from turbolm.train.finish import finish_run, summary
 from turbolm.train.gate import UpdateGate
 from turbolm.train.loop import Session, train
 from turbolm.train.metrics import MetricsLog, measure_peak_flops
+from turbolm.train.pace import Pace
 from turbolm.train.recover import newest_valid, restore
 from turbolm.train.run_directory import (
     RunDirectory,
@@ -246,6 +249,7 @@ def _build_session(
         peak_flops=_peak_flops(engine, plan, machine),
         group=group,
         terminal=terminal,
+        pace=Pace(gather_over(group)(platform.node())),
     )
     gate = UpdateGate(engine, AnomalyWatch(recipe.anomalies))
     return Session(
