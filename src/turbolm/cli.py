@@ -8,6 +8,7 @@ import os
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -39,6 +40,13 @@ RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="a run directory,
 CheckpointFolder = Annotated[
     Path, typer.Argument(metavar="CHECKPOINT", help="such as runs/quickstart/checkpoints/step-00000120")
 ]
+
+
+class Clock(StrEnum):
+    """What `turbolm ablate` measures time by."""
+
+    wall = "wall"
+    cpu = "cpu"
 
 
 @app.command()
@@ -265,6 +273,10 @@ def ablate(
     ] = None,
     alone: Annotated[bool, typer.Option("--alone", help="each trick by itself: no combinations")] = False,
     noise: Annotated[str, typer.Option("--noise", help="differences that are taken for chance")] = "5%",
+    clock: Annotated[
+        Clock,
+        typer.Option("--clock", help="wall, or cpu: processor time, for a machine that is shared"),
+    ] = Clock.wall,
     name: Annotated[str | None, typer.Option("--name", help="of the folder; default: the recipe's")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="check and list the arms; train nothing")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="results as one JSON object; progress on stderr")] = False,
@@ -290,6 +302,7 @@ def ablate(
         noise=noise,
         target_loss=target_loss,
         sweep=Sweep.parse(sweep_lr) if sweep_lr else None,
+        clock=clock.value,
         command=shlex.join(["turbolm", *sys.argv[1:]]),
     )
     check_folder(ablation)

@@ -49,7 +49,7 @@ class FakeRunner:
         every = steps // NUM_EVALUATIONS
         for step in range(1, steps + 1):
             common = {"step": step, "attempt": 1, "tokens_seen": step * batch}
-            perf = {"perf/tokens_per_sec": speed, "data/batch_tokens": batch, "perf/mfu": 0.25}
+            perf = {"perf/cpu_sec": 0.5, "perf/tokens_per_sec": speed, "data/batch_tokens": batch, "perf/mfu": 0.25}
             lines.append({**common, **perf, "train/loss": 5.0, "memory/peak_bytes": 2**30 + step})
             if step % every == 0:
                 lines.append({**common, "eval/loss": 6 + (end - 6) * step / steps})
@@ -169,11 +169,13 @@ def test_a_run_is_measured_over_its_attempts(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     run = measure_run(tmp_path, seed=1, lr=0.1)
     assert run.training_sec == 1 + 1 + 0.5 + 0.5
-    assert run.tokens_per_sec == 400 / 2.5
+    assert run.tokens_per_sec == 300 / 2
     assert run.mfu == pytest.approx((0.1 * 2 + 0.2 * 1) / 3)
     assert (run.tokens, run.steps, run.peak_bytes, run.whole_sec) == (400, 4, 77, None)
     assert run.evaluations[0] == Evaluation(200, 2, 2.0, 5.0)
     assert run.final_loss == float("inf")
+    with pytest.raises(UserError, match="before processor time was recorded"):
+        measure_run(tmp_path, seed=1, lr=0.1, clock="cpu")
 
 
 # ------------------------------------------------------------------------------------------------------------- running
@@ -224,6 +226,16 @@ def test_a_finished_run_is_not_done_again_and_an_interrupted_ablation_goes_on(re
     more = FakeRunner()
     assert run_ablation(prepare(recipe_file, "wsd,bigger:train.z_loss=1e-3"), more, lambda _: None) == 0
     assert more.names == ["with-bigger-seed0", "with-bigger-wsd-seed0"]
+
+
+def test_the_same_runs_are_read_by_another_clock(recipe_file: str) -> None:
+    """Each step takes half a second of the processor, however busy the machine was."""
+    runner = FakeRunner(speeds={"with-zero1": 500.0})
+    assert run_ablation(prepare(recipe_file, "zero1"), runner, lambda _: None) == 0
+    results = collect_results(prepare(recipe_file, "zero1", clock="cpu"))
+    assert [arm["mean"]["training_sec"] for arm in results["arms"]] == [25, 25]
+    assert results["arms"][1]["verdict_text"] == "one seed: not significant (1.00x as fast)"
+    assert "processor time" in render_table(results)
 
 
 def test_a_run_that_fails_leaves_the_others(recipe_file: str) -> None:

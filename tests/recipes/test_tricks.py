@@ -20,11 +20,11 @@ CPUS = Machine(0, None, None, num_cpus=2, cpu_has_bf16=True, memory_bytes=2**34)
 GPUS = Machine(8, "NVIDIA H100 80GB HBM3", (9, 0), num_cpus=64, cpu_has_bf16=False, memory_bytes=2**40)
 
 PROMISED = """muon lion ademamix soap adafactor cautious_adamw adamw_8bit wsd wsd_sqrt cosine inverse_sqrt restarts
-    weight_decay_ramp strong_weight_decay momentum_ramp best_fit concat growth stages remix buckets batch_ramp bf16
+    weight_decay_ramp strong_weight_decay momentum_ramp best_fit concat growth stages remix buckets batch_ramp bf16 fp8
     compile_layers compile_model chunked_loss recompute_full recompute_selective z_loss depth_scaled_init padded_vocab
     no_clip clip_by_value zero0 zero2 zero3 offload_optimizer overlap""".split()
 # On two CPUs: where it cannot work, and what is said then.
-REFUSED = {"fp16": "fp16 needs a GPU", "zeropp": "need CUDA"}
+REFUSED = {"fp16": "fp16 needs a GPU", "zeropp": "need CUDA", "fp8": "needs a GPU"}
 # What it changes of the quickstart's contract: the first of the keys is enough. Nothing where it is missing.
 LEARNED = {
     **dict.fromkeys("muon lion ademamix soap adafactor cautious_adamw adamw_8bit".split(), "optimizer.name"),

@@ -6,16 +6,19 @@ import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from turbolm.errors import UserError
 from turbolm.report.metrics import Line, is_number, read_metrics
 
+Clock = Literal["wall", "cpu"]  # of the world, or the processor time of rank 0's process
 TIMING = "timing.json"  # in a run directory: what each start of an ablation's run took, as seen from outside
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """An evaluation, and what training had used until then. `sec` is the time of the steps alone."""
+    """An evaluation, and what training had used until then. `sec` is the time of the steps alone, by the clock asked
+    for."""
 
     tokens: float
     steps: float
@@ -27,9 +30,10 @@ class Evaluation:
 class RunMeasures:
     """One finished run.
 
-    `training_sec` is the time of its steps (`compile_sec` of it compiling), `whole_sec` that of the whole command with
-    start, evaluation, checkpoints and export, and `cpu_sec` the processor time of all its processes.
-    `tokens_per_sec` leaves compilation out. `mfu` is weighted by time. `peak_bytes` is the most that one process held.
+    `training_sec` is the time of its steps by the clock asked for, `compile_sec` that of compiling in them on the wall.
+    `whole_sec` is the wall-clock time of the whole command with start, evaluation, checkpoints and export, and
+    `cpu_sec` the processor time of all its processes. `tokens_per_sec` leaves steps out that compiled something. `mfu`
+    is weighted by time. `peak_bytes` is the most that one process held.
     """
 
     seed: int
@@ -76,23 +80,24 @@ class RunMeasures:
         return asdict(self)
 
 
-def measure_run(path: Path, *, seed: int, lr: float) -> RunMeasures:
-    """Read the run directory of a finished run."""
+def measure_run(path: Path, *, seed: int, lr: float, clock: Clock = "wall") -> RunMeasures:
+    """Read the run directory of a finished run. Raises UserError when it does not tell the time by this clock."""
     metrics = read_metrics(path / "metrics.jsonl")
     steps = [line for line in metrics if "train/loss" in line]
     evaluations, sec, weighted_mfu, timed_mfu = [], 0.0, 0.0, 0.0
     for line in metrics:
         if "train/loss" in line:
-            sec += _step_sec(line)
+            sec += _step_sec(line, clock, path)
             if is_number(line.get("perf/mfu")):
-                weighted_mfu += line["perf/mfu"] * _step_sec(line)
-                timed_mfu += _step_sec(line)
+                weighted_mfu += line["perf/mfu"] * _step_sec(line, "wall", path)
+                timed_mfu += _step_sec(line, "wall", path)
         elif "eval/loss" in line:
             loss = line["eval/loss"]
             loss = float(loss) if is_number(loss) else math.inf  # written as text where it is not finite
             evaluations.append(Evaluation(line["tokens_seen"], line["step"], sec, loss))
     compile_sec = sum(line.get("perf/compile_sec", 0.0) for line in steps)
-    tokens = sum(line["data/batch_tokens"] for line in steps)
+    timed = [line for line in steps if not line.get("perf/compile_sec")] or steps
+    tokens_per_sec = sum(line["data/batch_tokens"] for line in timed) / sum(_step_sec(o, clock, path) for o in timed)
     peaks = [line["memory/peak_bytes"] for line in steps if is_number(line.get("memory/peak_bytes"))]
     timing = read_timing(path)
     return RunMeasures(
@@ -104,7 +109,7 @@ def measure_run(path: Path, *, seed: int, lr: float) -> RunMeasures:
         steps=steps[-1]["step"],
         training_sec=sec,
         compile_sec=compile_sec,
-        tokens_per_sec=tokens / (sec - compile_sec),
+        tokens_per_sec=tokens_per_sec,
         mfu=weighted_mfu / timed_mfu if timed_mfu else None,
         peak_bytes=max(peaks, default=None),
         whole_sec=sum(one["whole_sec"] for one in timing) if timing else None,
@@ -122,5 +127,9 @@ def read_timing(path: Path) -> list[dict[str, float]]:
     return found if isinstance(found, list) else []
 
 
-def _step_sec(line: Line) -> float:
-    return float(line["data/batch_tokens"] / line["perf/tokens_per_sec"])
+def _step_sec(line: Line, clock: Clock, path: Path) -> float:
+    if clock == "wall":
+        return float(line["data/batch_tokens"] / line["perf/tokens_per_sec"])
+    if "perf/cpu_sec" not in line:
+        raise UserError(f"{path} was trained before processor time was recorded; use --clock wall")
+    return float(line["perf/cpu_sec"])

@@ -16,6 +16,7 @@ from turbolm.units import format_bytes, format_count, format_duration
 
 Results = dict[str, Any]
 
+_CLOCKS = {"wall": "wall-clock time", "cpu": "processor time of rank 0's process"}
 _STYLES = ["blue", "orange", "green", "violet", "red", "teal", "pink", "brown"]
 _HEAD = (
     "arm", "lr", "final loss", "tokens to target", "time to target", "tokens/s", "MFU", "peak memory", "verdict",
@@ -56,23 +57,23 @@ def render_page(results: Results) -> str:
     """One page that loads nothing."""
     arms = [arm for arm in results["arms"] if arm["runs"]]
     styles = {arm["arm"]: _style(index) for index, arm in enumerate(results["arms"])}
-    target = results["target_loss"]
+    target, clock = results["target_loss"], _CLOCKS[results["clock"]]
     by_tokens = [Series(arm["arm"], styles[arm["arm"]], _curve(arm, "tokens"), markers=True) for arm in arms]
     by_time = [Series(arm["arm"], styles[arm["arm"]], _curve(arm, "sec"), markers=True) for arm in arms]
     charts = [
         line_chart(title, _with_target(curves, target), x_label=label, width=1140, height=400, clip_spikes=True)
         for title, curves, label in (
             ("Held-out loss by tokens", by_tokens, "tokens seen"),
-            ("Held-out loss by training time", by_time, "seconds of training (steps alone)"),
+            ("Held-out loss by training time", by_time, f"seconds of training (steps alone, {clock})"),
         )
     ]
     dots = [
         dot_chart(title, [Dots(arm["arm"], styles[arm["arm"]], _values(arm, key)) for arm in arms], x_label=label)
         for title, key, label in (
-            ("Time to the target loss", "target_sec", "seconds of training"),
+            ("Time to the target loss", "target_sec", f"seconds of training, {clock}"),
             ("Tokens to the target loss", "target_tokens", "tokens"),
             ("Final loss", "final_loss", "nats per token"),
-            ("Speed", "tokens_per_sec", "tokens a second"),
+            ("Speed", "tokens_per_sec", f"tokens a second, {clock}"),
         )
     ]
     body = [
@@ -126,6 +127,7 @@ def _remarks(results: Results) -> list[str]:
     lines = []
     if results["target_loss"] is not None:
         lines.append(f"target: a held-out loss of {results['target_loss']:.4f}, {results['target_source']}")
+    lines.append(f"time is that of the training steps: {_CLOCKS[results['clock']]}")
     seeds = results["seeds"]
     many = f"{len(seeds)} seeds ({seeds[0]} to {seeds[-1]})" if len(seeds) > 1 else f"one seed ({seeds[0]})"
     test = "Welch's t-test at 0.05 on the time to the target, spread is the standard deviation over seeds"

@@ -10,7 +10,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from turbolm.ablate.design import Arm
-from turbolm.ablate.measure import RunMeasures, measure_run
+from turbolm.ablate.measure import Clock, RunMeasures, measure_run
 from turbolm.ablate.render import render_csv, render_page
 from turbolm.ablate.settings import Ablation
 from turbolm.ablate.verdict import LOSS_NOISE, compare, words
@@ -36,7 +36,7 @@ def collect_results(ablation: Ablation) -> dict[str, Any]:
         arm.name: [
             measures
             for seed in ablation.seeds
-            if (measures := measured(ablation.recipe(arm, seed, ablation.rate(arm)))) is not None
+            if (measures := measured(ablation.recipe(arm, seed, ablation.rate(arm)), ablation.clock)) is not None
         ]
         for arm in ablation.arms
     }
@@ -51,6 +51,7 @@ def collect_results(ablation: Ablation) -> dict[str, Any]:
         "seeds": ablation.seeds,
         "target_loss": target,
         "target_source": source,
+        "clock": ablation.clock,
         "noise": {"relative": ablation.noise, "loss": LOSS_NOISE},
         "sweep": asdict(ablation.sweep) if ablation.sweep else None,
         "machine": asdict(ablation.machine) if ablation.machine else None,
@@ -165,9 +166,9 @@ def _versions(runs: dict[str, list[RunMeasures]]) -> dict[str, Any]:
     return {}
 
 
-def measured(recipe: Recipe) -> RunMeasures | None:
+def measured(recipe: Recipe, clock: Clock = "wall") -> RunMeasures | None:
     """The measures of a run, or None before it is finished."""
     run = run_directory(recipe)
     if not is_finished(run, recipe.train.budget):
         return None
-    return measure_run(run.path, seed=recipe.train.seed, lr=recipe.optimizer.lr)
+    return measure_run(run.path, seed=recipe.train.seed, lr=recipe.optimizer.lr, clock=clock)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from turbolm.ablate.design import Arm, design
+from turbolm.ablate.measure import Clock
 from turbolm.ablate.tricks import parse_tricks
 from turbolm.errors import UserError
 from turbolm.plan.machine import Machine
@@ -54,6 +55,7 @@ class Ablation:
     noise: float  # relative
     target_loss: float | None = None
     sweep: Sweep | None = None
+    clock: Clock = "wall"
     command: str = ""
     machine: Machine | None = None
     swept: dict[str, list[tuple[float, float]]] = field(default_factory=dict)  # by arm: (rate, final loss)
@@ -73,6 +75,7 @@ class Ablation:
         noise: str = "5%",
         target_loss: float | None = None,
         sweep: Sweep | None = None,
+        clock: Clock = "wall",
         command: str = "",
     ) -> Ablation:
         """What a command line asks for. Raises UserError with all that cannot be compared."""
@@ -88,7 +91,7 @@ class Ablation:
         except ValueError as error:
             raise UserError(f"--noise: {error}") from None
         folder = Path(recipe.execution.runs_dir) / "ablations" / name
-        return Ablation(name, folder, arms, num_seeds, share, target_loss, sweep, command, machine)
+        return Ablation(name, folder, arms, num_seeds, share, target_loss, sweep, clock, command, machine)
 
     @property
     def seeds(self) -> list[int]:

@@ -40,6 +40,7 @@ class MetricsLog:
     pace: Pace
     _pending: list[tuple[dict[str, Any], StepResult]] = field(default_factory=list)
     _last_time: float = field(default_factory=time.perf_counter)
+    _last_cpu_time: float = field(default_factory=time.process_time)
     _tokens_per_sec: float | None = None
     _unwritten: list[str] = field(default_factory=list)
     _is_told: bool = False
@@ -48,6 +49,8 @@ class MetricsLog:
         """Note a finished step. `flops` is the training work of its global batch."""
         now = time.perf_counter()
         seconds, self._last_time = now - self._last_time, now
+        cpu_now = time.process_time()
+        cpu_seconds, self._last_cpu_time = cpu_now - self._last_cpu_time, cpu_now
         tokens = len(batch.bins) * batch.bins.seq_len
         line = {
             "step": step,
@@ -56,6 +59,7 @@ class MetricsLog:
             "train/targets": batch.num_targets,
             "train/lr": lr,
             "perf/tokens_per_sec": tokens / seconds,
+            "perf/cpu_sec": cpu_seconds,  # of this process and all its threads
             "perf/mfu": flops / seconds / self.peak_flops if self.peak_flops else None,
             "data/batch": batch.index,
             "data/seq_len": batch.bins.seq_len,
@@ -75,7 +79,7 @@ class MetricsLog:
 
     def restart_clock(self) -> None:
         """Leave out of the next step's time what was not training: evaluation, saving."""
-        self._last_time = time.perf_counter()
+        self._last_time, self._last_cpu_time = time.perf_counter(), time.process_time()
 
     def flush(self, *, show: bool = False) -> None:
         """Write the pending steps and, if asked, show the last of them as progress. Collective."""
