@@ -14,6 +14,7 @@ from turbolm.checkpoint.retention import Retention, remove_old
 from turbolm.checkpoint.save import _open_folder
 from turbolm.errors import UserError
 from turbolm.recipe.load import dump_recipe, load_recipe
+from turbolm.train.fork import _write
 from turbolm.train.run_directory import RunDirectory, refuse_links_out
 
 
@@ -59,6 +60,18 @@ def test_a_link_in_the_place_of_a_checkpoint_is_replaced(tmp_path: Path, preciou
     assert sorted(path.name for path in run.iterdir()) == ["step-00000005"]
     assert not (run / "step-00000005").is_symlink()
     assert [path.name for path in precious.iterdir()] == ["file"]
+
+
+def test_a_fork_takes_only_what_the_manifest_names(tmp_path: Path, precious: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path / "step-00000003", 3)
+    (checkpoint / "trainer.json").write_text("{}")
+    (checkpoint / "link").symlink_to(precious / "file")
+    (checkpoint / "folder").mkdir()
+    (checkpoint / "evil.pkl").touch()
+    content = {**manifest.read_manifest(checkpoint), "files": {"trainer.json": {"bytes": 2, "sha256": ""}}}
+    _write(tmp_path / "fork", checkpoint, make_recipe(tmp_path), content)
+    made = sorted(path.name for path in (tmp_path / "fork/checkpoints/step-00000003").iterdir())
+    assert made == ["manifest.json", "trainer.json"]
 
 
 @pytest.mark.parametrize("name", ["../../x", "/etc/x", "..", ".", "a/b", "-x", "", "a" * 101, "x\n"])

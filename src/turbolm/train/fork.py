@@ -139,11 +139,10 @@ def _write(folder: Path, checkpoint: Path, recipe: Recipe, manifest: dict[str, A
     """The new run's recipe and its first checkpoint, whose large files are shared with the old run where they can."""
     target = folder / "checkpoints" / checkpoint.name
     target.mkdir(parents=True)
-    for file in checkpoint.iterdir():
-        if file.name != MANIFEST:
-            try:
-                os.link(file, target / file.name)
-            except OSError:  # another file system, or one without hard links
-                shutil.copy2(file, target / file.name)
+    for name in manifest["files"]:  # all that was verified, and nothing else that lies there
+        try:
+            os.link(checkpoint / name, target / name)
+        except OSError:  # another file system, or one without hard links
+            shutil.copy2(checkpoint / name, target / name)
     write_json(target / MANIFEST, manifest)
     (folder / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
