@@ -11,6 +11,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
@@ -18,7 +19,8 @@ from tests.chaos.fake_rank import HANG_AFTER
 from tests.chaos.test_kills import Run, make_folder
 from turbolm.errors import EXIT_REQUEUE
 from turbolm.reliability.hang import RankState, judge, main_thread_frames
-from turbolm.reliability.heartbeat import SAVED_HERE, SAVING
+from turbolm.reliability.heartbeat import COMPILING, EXPORTING, SAVED_HERE, SAVING, STARTING, STEP, Sign
+from turbolm.reliability.watchdog import Watchdog
 
 ROOT = Path(__file__).parents[2]
 HANG_SEC, STARTUP_SEC = 2, 3
@@ -30,6 +32,7 @@ CASES = {
     "evaluation": ("it has not come as far as the others", "evaluate_for_ever", HANG_SEC),
     "saving": ("it is saving, and the others wait for it", "write_to_a_dead_disk", HANG_SEC),
     "start-up": ("it has not come as far as the others", "import_for_ever", STARTUP_SEC),
+    "two hosts": ("it has not come as far as the others", "evaluate_for_ever", HANG_SEC),
 }
 
 
@@ -59,17 +62,23 @@ class Job:
         return found
 
 
-def start_job(folder: Path, where: str, port: int, world_size: int = WORLD_SIZE) -> Job:
+def start_job(folder: Path, case: str, port: int) -> Job:
+    """Two ranks of one host; or each with a watchdog of its own, which share the run directory as two hosts do."""
     (folder / "run" / "attempts" / "1").mkdir(parents=True)
-    shared = {**os.environ, "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
+    is_split = case == "two hosts"
+    where = "evaluation" if is_split else case
+    shared = {**os.environ, "WORLD_SIZE": str(WORLD_SIZE), "LOCAL_WORLD_SIZE": str(1 if is_split else WORLD_SIZE)}
     command = [sys.executable, "-m", "tests.chaos.fake_rank", str(folder), where, "1", str(HANG_SEC), str(STARTUP_SEC)]
     with (folder / "log").open("wb") as log:
         ranks = [
             subprocess.Popen(
                 command, cwd=ROOT, stderr=log, stdout=log,
-                env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_PORT": str(port)},
+                env={
+                    **shared, "RANK": str(rank), "LOCAL_RANK": str(0 if is_split else rank),
+                    "MASTER_PORT": str(port + rank * is_split),
+                },
             )
-            for rank in range(world_size)
+            for rank in range(WORLD_SIZE)
         ]  # fmt: skip
     return Job(folder, ranks)
 
@@ -145,6 +154,30 @@ def test_nobody_is_blamed_without_a_sign_of_guilt() -> None:
     assert judge([state(0), state(1)]).culprits == ()
     assert judge([state(0, phase=SAVED_HERE), state(1, phase=SAVING)]).culprits == (1,)
     assert judge([state(5)]).culprits == (5,)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "is_hang"),
+    [
+        ([(STEP, 5), (STEP, 5)], False),
+        ([(STEP, 5), (STEP, 15)], True),
+        ([(COMPILING, 50), (STEP, 55)], False),  # it waits for one that compiles
+        ([(COMPILING, 150), (STEP, 155)], True),
+        ([(COMPILING, 50), (STARTING, 101)], True),
+        ([(SAVING, 5), (SAVED_HERE, 55)], False),  # it waits for one that goes on writing
+        ([(SAVING, 15), (SAVED_HERE, 55)], True),
+        ([(EXPORTING, 50)], False),
+        ([(EXPORTING, 150)], True),
+    ],
+)
+def test_a_rank_that_takes_long_does_not_hang(ranks: list[tuple[str, float]], is_hang: bool, tmp_path: Path) -> None:
+    """Limits of 10 s, and 100 s where it may take longer; by rank the phase and the seconds of silence."""
+    dog = Watchdog(tmp_path, tmp_path, hang_sec=10, startup_sec=100, num_ranks=len(ranks), world_size=len(ranks))
+    dog._watched_since = 0.0
+    now = time.monotonic() + 1000
+    signs = [Sign(1, rank, 0, 0, now - silent_sec, 1, phase) for rank, (phase, silent_sec) in enumerate(ranks)]
+    with patch("turbolm.reliability.watchdog.time.monotonic", lambda: now):
+        assert dog._overdue(signs) == is_hang
 
 
 def test_the_main_thread_is_the_last_one_that_faulthandler_writes() -> None:

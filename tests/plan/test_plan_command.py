@@ -226,3 +226,13 @@ def test_a_recipe_that_names_no_vocabulary_takes_that_of_its_tokenizer() -> None
     assert isinstance(summary.recipe, Recipe)
     assert summary.size is not None
     assert summary.size.embedding == 4096 * 128
+
+
+def test_a_hang_time_out_that_comes_too_late_is_noted() -> None:
+    recipe = "recipes/quickstart/config.yaml"
+    assert not [note for note in summary_of(recipe).notes if "hang_timeout" in note]
+    assert not [note for note in summary_of(recipe, "execution.hang_timeout=off").notes if "hang_timeout" in note]
+    (note,) = [note for note in summary_of(recipe, "execution.hang_timeout=30m").notes if "hang_timeout" in note]
+    assert note.startswith(
+        "execution.hang_timeout (30m00s) should be shorter than execution.process_group_timeout (30m"
+    )

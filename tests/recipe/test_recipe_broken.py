@@ -73,6 +73,7 @@ ADDED = {
     "execution: {activation_checkpointing: 0}": (
         "a.yaml:11: execution.activation_checkpointing: must be at least 1, got 0"
     ),
+    "execution: {hang_timeout: 0}": "a.yaml:11: execution.hang_timeout: must be greater than 0, got 0",
     "execution: {process_group_timeout: soon}": (
         "a.yaml:11: execution.process_group_timeout: expected a duration such as 1h30m, 45s or 01:30:00, got 'soon'"
     ),

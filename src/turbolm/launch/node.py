@@ -35,6 +35,7 @@ from turbolm.plan.machine import check_machine, detect_machine
 from turbolm.plan.plan import Plan, build_plan
 from turbolm.recipe.load import load_recipe
 from turbolm.recipe.schema import Recipe
+from turbolm.reliability.build_locks import clear_stale_locks, extensions_root
 from turbolm.reliability.failures import read_rank_ends
 from turbolm.train.run_directory import RunDirectory, read_json, run_directory, write_json
 
@@ -175,6 +176,8 @@ def build_extensions(plan: Plan, environment: dict[str, str]) -> None:
         return
     on_host = execution.offload_optimizer or plan.device == "cpu"
     builder = "CPUAdamBuilder" if on_host else "FusedAdamBuilder"
+    for message in clear_stale_locks(extensions_root(environment)):
+        print(f"turbolm: {message}", file=sys.stderr)
     code = f"from deepspeed.ops.op_builder import {builder}; {builder}().load()"
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     if done.returncode:

@@ -27,19 +27,20 @@ def descendants(pids: set[int]) -> set[int]:
     return found
 
 
-def has_open(path: Path) -> bool:
-    """Whether a process of this user holds the file open, as far as this one may look."""
+def holders(path: Path) -> set[int]:
+    """The processes that have the file open, as far as this user may look."""
     try:
         wanted = path.stat()
     except OSError:
-        return False
+        return set()
+    found = set()
     for entry in Path("/proc").glob("[0-9]*/fd/*"):
         try:
             if os.path.samestat(entry.stat(), wanted):
-                return True
+                found.add(int(entry.parts[2]))
         except OSError:
             continue
-    return False
+    return found
 
 
 def _parent(pid: int) -> int | None:

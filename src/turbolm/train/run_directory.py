@@ -3,7 +3,8 @@
 runs/<name>/
   recipe.yaml     as resolved          contract.json   fingerprint and canonical form
   model/          Hugging Face configuration and tokenizer of the run
-  attempts/<n>/   plan.json, ds_config.json, accelerate.yaml, environment.json, log.rank<k>.txt, outcome.json
+  attempts/<n>/   plan.json, ds_config.json, accelerate.yaml, environment.json, log.rank<k>.txt, outcome.json,
+                  hung/ (ranks and their stacks, of an attempt that hung)
   metrics.jsonl   one line a step      checkpoints/    results.json, report.html, export/
   stop            its presence asks the run to save and stop
 """

@@ -47,6 +47,7 @@ from turbolm.recipe.contract import contract_of, fingerprint
 from turbolm.recipe.schema import Recipe
 from turbolm.reliability import heartbeat
 from turbolm.reliability.anomalies import AnomalyWatch
+from turbolm.reliability.build_locks import clear_stale_locks, extensions_root
 from turbolm.reliability.run_lock import RunLock
 from turbolm.reliability.stop import StopRequest
 from turbolm.train.compiling import tell_of_compiling
@@ -104,6 +105,9 @@ def _run_locked(recipe: Recipe, attempt: int | None, lock: RunLock) -> int:
     )
     group = control_group()
     heartbeat.advance()
+    if os.environ["LOCAL_RANK"] == "0":  # the other ranks come to building only after this one has opened the run
+        for message in clear_stale_locks(extensions_root(os.environ)):
+            print(f"turbolm: {message}", flush=True)
     attempt, plan, contracts = _open_run(run, plan, machine, store, attempt, group, lock)
     heartbeat.set_attempt(attempt)
     terminal = redirect_output(run.attempt(attempt) / f"log.rank{dist.get_rank()}.txt")

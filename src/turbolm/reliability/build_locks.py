@@ -1,0 +1,83 @@
+"""Locks that a killed build of a C++ extension left behind, for which later starts would wait for ever. Torch-free.
+
+torch builds an extension under a file `lock` in its folder (torch/utils/file_baton.py): the builder creates it, keeps
+it open and removes it; all others wait until it is gone. A killed builder removes nothing, and the file names nobody.
+But a live one has it open, which the kernel tells of processes of this host.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from turbolm.reliability.processes import holders
+from turbolm.units import format_duration
+
+_LOCK = "lock"
+_RELEASE_SEC = 1.0  # a builder closes the file just before it removes it
+_SILENT_SEC = 900.0  # longer than one file takes to compile; for builders that cannot be seen from here
+_SHARED = ("nfs", "lustre", "gpfs", "beegfs", "ceph", "cifs", "smb", "fuse", "9p", "afs", "orangefs", "pvfs", "wekafs")
+
+
+def extensions_root(environment: Mapping[str, str]) -> Path:
+    """Where torch builds extensions."""
+    if "TORCH_EXTENSIONS_DIR" in environment:
+        return Path(environment["TORCH_EXTENSIONS_DIR"])
+    return Path(environment.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torch_extensions"
+
+
+def clear_stale_locks(root: Path) -> list[str]:
+    """Remove the locks whose builders are gone; says which, and whom a start will wait for otherwise.
+
+    On a file system that other hosts share, or in another user's folder, a builder may be out of sight: there a lock
+    is left until nothing was written beside it for a quarter of an hour.
+    """
+    messages = []
+    for lock in [*root.glob(f"*/{_LOCK}"), *root.glob(f"*/*/{_LOCK}")]:
+        try:
+            found = lock.stat()
+            builders = holders(lock)
+            if not builders:
+                time.sleep(_RELEASE_SEC)
+                if not os.path.samestat(found, lock.stat()) or holders(lock):
+                    continue  # released, and perhaps taken by another builder, meanwhile
+            silent_sec = time.time() - _last_write(lock.parent)
+            if builders:
+                pids = ", ".join(map(str, sorted(builders)))
+                messages.append(f"waiting while process {pids} builds {lock.parent}")
+            elif (_is_shared(lock) or found.st_uid != os.geteuid()) and silent_sec < _SILENT_SEC:
+                messages.append(
+                    f"{lock} says that {lock.parent.name} is being built, perhaps on another host: waiting. If nobody "
+                    f"builds it, remove that file; a start does so {format_duration(_SILENT_SEC - silent_sec)} from now"
+                )
+            else:
+                lock.unlink()
+                messages.append(f"removed {lock}: the process that was building there has ended without it")
+        except OSError:
+            continue  # gone meanwhile, or not ours to look at
+    return messages
+
+
+def _last_write(folder: Path) -> float:
+    return max((path.stat().st_mtime for path in folder.iterdir()), default=0.0)
+
+
+def _is_shared(path: Path) -> bool:
+    """Whether the path is on a network file system, or one that cannot be told."""
+    device = f"{os.major(path.stat().st_dev)}:{os.minor(path.stat().st_dev)}"
+    kinds = list(_file_systems(device))
+    return not kinds or any(kind.startswith(_SHARED) for kind in kinds)
+
+
+def _file_systems(device: str) -> Iterator[str]:
+    """The types of what is mounted from a device, see proc_pid_mountinfo(5)."""
+    try:
+        lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return
+    for line in lines:
+        before, _, after = line.partition(" - ")
+        if before.split()[2] == device:
+            yield after.split()[0]
