@@ -48,3 +48,13 @@ def test_what_follows_from_anomalies_may_change_at_a_start_and_nothing_else(tmp_
         settle_contract(run, other.model_copy(update={"anomalies": Anomalies()}), "store")
     with pytest.raises(UserError, match="token store"):
         settle_contract(run, first, "another store")
+
+
+@pytest.mark.parametrize("content", ["", "[" * 100_000, "[]", "{}", '{"contract": {}, "fingerprint": 3}', "\x80\x04."])
+def test_a_damaged_contract_is_named(content: str, tmp_path: Path) -> None:
+    run, recipe = RunDirectory(tmp_path / "run"), make_recipe(tmp_path)
+    settle_contract(run, recipe, "store")
+    run.contract.write_text(content, encoding="latin-1")
+    with pytest.raises(UserError, match=r"contract\.json is damaged"):
+        settle_contract(run, recipe, "store")
+    assert run.contract.read_text(encoding="latin-1") == content

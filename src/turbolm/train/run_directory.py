@@ -134,7 +134,7 @@ def settle_contract(run: RunDirectory, recipe: Recipe, store_fingerprint: str) -
     if not run.contract.exists():
         write_json(run.contract, recorded)
         return [recipe.train.budget]
-    old = json.loads(run.contract.read_text(encoding="utf-8"))
+    old = _read_contract(run)
     recorded["former_fingerprints"] = [*old.get("former_fingerprints", ()), old["fingerprint"]]
     changes = changed_keys(old["contract"], contract)
     budgets = [int(budget) for budget in old["budgets_tokens"]]
@@ -202,8 +202,21 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
+def _read_contract(run: RunDirectory) -> dict[str, Any]:
+    """What `settle_contract` recorded. Raises UserError when it is damaged."""
+    record = read_json(run.contract) or {}
+    kinds = {"fingerprint": str, "contract": dict, "store_fingerprint": str, "budgets_tokens": list}
+    whole = all(isinstance(record.get(key), kind) for key, kind in kinds.items())
+    if not whole or not record["budgets_tokens"] or not all(isinstance(b, int) for b in record["budgets_tokens"]):
+        raise UserError(
+            f"{run.contract} is damaged, so what this run has learned cannot be compared with the recipe; restore the "
+            "file from a copy, or give the run a new `name`"
+        )
+    return record
+
+
 def _check_extension(run: RunDirectory, recipe: Recipe) -> None:
-    old_budget = json.loads(run.contract.read_text(encoding="utf-8"))["budgets_tokens"][-1]
+    old_budget = _read_contract(run)["budgets_tokens"][-1]
     if recipe.schedule.on_extend == "refuse":
         raise UserError(f"train.budget: schedule.on_extend is `refuse`, and {run.path} has a budget of {old_budget}")
     if not is_finished(run, old_budget):
