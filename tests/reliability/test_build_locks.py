@@ -51,7 +51,7 @@ def test_the_lock_of_a_killed_build_is_removed_and_that_of_a_live_one_kept(tmp_p
     lock.parent.mkdir(parents=True)
     builder = build(lock, "hold it")
     assert acquires(builder)
-    assert clear_stale_locks(tmp_path) == [f"waiting while process {builder.pid} builds {lock.parent}"]
+    assert clear_stale_locks(tmp_path) == [f"process {builder.pid} builds {lock.parent} just now; what needs it waits"]
     assert lock.exists()
     builder.kill()
     builder.wait()

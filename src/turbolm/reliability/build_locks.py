@@ -46,11 +46,12 @@ def clear_stale_locks(root: Path) -> list[str]:
             silent_sec = time.time() - _last_write(lock.parent)
             if builders:
                 pids = ", ".join(map(str, sorted(builders)))
-                messages.append(f"waiting while process {pids} builds {lock.parent}")
+                messages.append(f"process {pids} builds {lock.parent} just now; what needs it waits")
             elif (_is_shared(lock) or found.st_uid != os.geteuid()) and silent_sec < _SILENT_SEC:
+                left = format_duration(_SILENT_SEC - silent_sec)
                 messages.append(
-                    f"{lock} says that {lock.parent.name} is being built, perhaps on another host: waiting. If nobody "
-                    f"builds it, remove that file; a start does so {format_duration(_SILENT_SEC - silent_sec)} from now"
+                    f"{lock} says that {lock.parent.name} is being built, perhaps on another host; what needs it waits. "
+                    f"If nobody builds it, remove that file; a start does so {left} from now"
                 )
             else:
                 lock.unlink()
