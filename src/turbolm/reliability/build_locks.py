@@ -50,7 +50,7 @@ def clear_stale_locks(root: Path) -> list[str]:
             elif (_is_shared(lock) or found.st_uid != os.geteuid()) and silent_sec < _SILENT_SEC:
                 left = format_duration(_SILENT_SEC - silent_sec)
                 messages.append(
-                    f"{lock} says that {lock.parent.name} is being built, perhaps on another host; what needs it waits. "
+                    f"{lock} says that {lock.parent.name} is being built, maybe on another host; what needs it waits. "
                     f"If nobody builds it, remove that file; a start does so {left} from now"
                 )
             else:
