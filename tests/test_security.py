@@ -6,6 +6,7 @@ import ast
 import re
 import tomllib
 from collections.abc import Iterator
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -22,21 +23,26 @@ FORBIDDEN = {
 }  # fmt: skip
 
 
+@cache
+def nodes() -> list[tuple[str, ast.AST]]:
+    """(file:line, node) of everything in the package."""
+    return [
+        (f"{path.relative_to(REPOSITORY)}:{getattr(node, 'lineno', 0)}", node)
+        for path in sorted((REPOSITORY / "src").rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    ]
+
+
 def calls() -> Iterator[tuple[str, ast.Call]]:
-    """(file:line, call) of every call in the package."""
-    for path in sorted((REPOSITORY / "src").rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call):
-                yield f"{path.relative_to(REPOSITORY)}:{node.lineno}", node
+    return ((where, node) for where, node in nodes() if isinstance(node, ast.Call))
 
 
 def test_nothing_unpickles_evaluates_or_calls_a_shell() -> None:
     found = []
-    for path in sorted((REPOSITORY / "src").rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Import | ast.ImportFrom):
-                names = {alias.name for alias in node.names} | {getattr(node, "module", None)}
-                found += [f"{path}:{node.lineno}" for name in names & FORBIDDEN if name]
+    for where, node in nodes():
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = {alias.name for alias in node.names} | {getattr(node, "module", None)}
+            found += [where for name in names & FORBIDDEN]
     for where, call in calls():
         if ast.unparse(call.func) in FORBIDDEN:
             found.append(where)

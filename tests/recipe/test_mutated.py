@@ -181,9 +181,9 @@ def test_only_recipes_are_extended(tmp_path: Path) -> None:
 
 
 def test_broken_recipes(folder: Path) -> None:
-    check(range(300), folder)
+    check(range(200), folder)
 
 
 @pytest.mark.slow
 def test_broken_recipes_all(folder: Path) -> None:
-    check(range(300, 2000), folder)
+    check(range(200, 2000), folder)
