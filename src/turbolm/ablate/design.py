@@ -96,6 +96,8 @@ def design(
                 problems += [f"{name}: {line}" for line in str(error).splitlines()]
     if problems:
         raise UserError("\n".join([*problems, "measure them apart, or with --alone"]))
+    if len({arm.run_name for arm in arms}) < len(arms):
+        raise UserError("--tricks: names such as a-b beside a and b leave two arms with one name; rename one of them")
     return arms
 
 
