@@ -262,6 +262,10 @@ def test_runs_of_another_recipe_are_not_mixed_in(recipe_file: str) -> None:
     with pytest.raises(UserError, match=r"execution.micro_batch: \"auto\" -> 512"):
         run_ablation(prepare(recipe_file, "wsd", overrides=("execution.micro_batch=512",)), runner, lambda _: None)
     assert runner.names == []
+    file = prepare(recipe_file, "wsd").folder / "recipes" / "with-wsd-seed0.yaml"
+    file.write_text(file.read_text().replace("  z_loss: 0.0\n", ""))  # as an older version would have written it
+    assert run_ablation(prepare(recipe_file, "wsd"), runner, lambda _: None) == 0
+    assert runner.names == []
     other = prepare(recipe_file, "wsd", overrides=("train.budget=102400",), name="longer")
     assert run_ablation(other, runner, lambda _: None) == 0
 

@@ -14,15 +14,13 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from statistics import fmean
 
-import yaml
-
 from turbolm.ablate.design import Arm, recipe_path
 from turbolm.ablate.measure import TIMING, read_timing
 from turbolm.ablate.results import measured, write_results
 from turbolm.ablate.settings import Ablation, three_digits
 from turbolm.errors import EXIT_FAILED, EXIT_OK, EXIT_REQUEUE, UserError
 from turbolm.recipe.contract import changed_keys
-from turbolm.recipe.load import dump_recipe
+from turbolm.recipe.load import RecipeError, dump_recipe, load_recipe
 from turbolm.recipe.schema import Recipe
 from turbolm.train.run_directory import is_finished, run_directory
 from turbolm.units import format_duration
@@ -69,12 +67,13 @@ def _check_runs(ablation: Ablation, runs: Iterable[tuple[Recipe, Arm]]) -> None:
     for recipe, _ in runs:
         if not run_directory(recipe).path.exists():
             continue
+        path = recipe_path(ablation.folder, recipe.name)
         try:
-            old = yaml.safe_load(recipe_path(ablation.folder, recipe.name).read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError):
+            old = load_recipe(path)  # so that keys which are new since then have their defaults
+        except RecipeError as error:
+            changes[recipe.name] = f"  {error}"
             continue
-        new = yaml.safe_load(dump_recipe(recipe))
-        for key, before, after in changed_keys(old, new):
+        for key, before, after in changed_keys(old.model_dump(mode="json"), recipe.model_dump(mode="json")):
             if not key.startswith("logging."):
                 changes[key] = f"  {key}: {json.dumps(before)} -> {json.dumps(after)}"
     if changes:
