@@ -67,6 +67,13 @@ def test_an_outcome_decides(run: RunDirectory, recipe: Recipe) -> None:
         assert settle(run, recipe, attempt)[0] == code
 
 
+def test_a_job_that_hung_starts_again_and_says_on_which_rank(run: RunDirectory, recipe: Recipe) -> None:
+    attempt = start(run, recipe)
+    write_outcome(run, attempt, "hung", 75, "rank 1 hangs: it is stopped")
+    add_checkpoint(run, attempt)
+    assert settle(run, recipe, attempt) == (75, "attempt 1: hung: rank 1 hangs: it is stopped")
+
+
 def test_turbolm_stop_ends_the_job(run: RunDirectory, recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     attempt = start(run, recipe)
     ask_to_stop(run.stop_file)
