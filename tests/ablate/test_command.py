@@ -65,3 +65,5 @@ def test_two_tricks_are_measured(folder: Path) -> None:
     again = ablate(folder, *tricks)
     assert again.returncode == 0 and "[1/4]" not in again.stderr
     assert json.loads(again.stdout)["arms"] == results["arms"]
+    by_processor = json.loads(ablate(folder, *tricks, "--clock", "cpu").stdout)["arms"][0]["runs"][0]
+    assert 0 < by_processor["training_sec"] < arms["baseline"]["runs"][0]["cpu_sec"]
