@@ -25,13 +25,15 @@ pytestmark = pytest.mark.chaos
 STEPS = 10
 NAN, INF = math.nan, math.inf
 EVERYWHERE = (0, 1)
+OFFLOADED = {"offload_optimizer": True, "adam_kernel": "torch"}
 
 
 def recipe_of(folder: Path, name: str, *, anomalies: Mapping[str, Any] | None = None, **execution: Any) -> Recipe:
-    precision = execution.pop("precision", "fp32")
+    precision, optimizer = execution.pop("precision", "fp32"), execution.pop("optimizer", {})
     recipe = make_recipe(
         folder,
         train={"budget": STEPS * BINS_PER_BATCH * SEQ_LEN, "precision": precision},
+        optimizer=optimizer,
         checkpoint={"every": "2 steps", "keep_last": 9},
         evaluation={"tokens": 2 * SEQ_LEN},
         logging={"sample_tokens": 0},
@@ -101,8 +103,9 @@ def test_a_faulty_batch_is_as_if_it_had_not_been_there(stage: int, tmp_path: Pat
     ("stage", "execution"),
     [
         (1, {"precision": "bf16"}), (2, {"precision": "bf16"}), (3, {"precision": "bf16"}), (1, {}),
-        (2, {"offload_optimizer": True}), (3, {"offload_optimizer": True}),
-        (2, {"offload_optimizer": True, "precision": "bf16"}),
+        (2, OFFLOADED), (3, OFFLOADED),
+        (2, {**OFFLOADED, "precision": "bf16"}), (3, {**OFFLOADED, "precision": "bf16"}),
+        (2, {"optimizer": {"name": "muon"}}),
     ],
 )  # fmt: skip
 def test_a_faulty_batch_at_other_layouts(stage: int, execution: dict[str, Any], tmp_path: Path) -> None:
@@ -187,7 +190,7 @@ def test_a_spike_of_the_norm_or_of_the_loss_is_not_applied(tmp_path: Path) -> No
 def test_a_spike_is_not_applied_at_any_stage(tmp_path: Path) -> None:
     check_spikes(tmp_path, [
         {"zero_stage": 0}, {"zero_stage": 3}, {"zero_stage": 3, "precision": "bf16"},
-        {"zero_stage": 2, "offload_optimizer": True}, {"zero_stage": 3, "offload_optimizer": True},
+        {"zero_stage": 2, **OFFLOADED}, {"zero_stage": 3, **OFFLOADED},
     ])  # fmt: skip
 
 

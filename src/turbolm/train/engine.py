@@ -86,7 +86,18 @@ def backward_and_step(
             engine.zero_grad()
             engine.set_gradient_accumulation_boundary(is_boundary=False)  # it counts the micro-batch, and no more
     engine.step()
+    if engine.zero_optimization_stage() in (1, 2) and engine.optimizer.overflow:
+        _forget_offloaded_gradients(engine.optimizer)
     return engine.get_global_grad_norm() if norm is None else norm
+
+
+def _forget_offloaded_gradients(zero: Any) -> None:
+    """After a skipped update: DeepSpeed (0.19.8) clears what it sums gradients in, but not where the optimizer is
+    offloaded and they are summed in fp32. The next step would add to what was not finite, and all after it."""
+    if getattr(zero, "cpu_offload", False):
+        for sums in (zero.averaged_gradients, zero.all_grad_tensors):
+            for group in sums:
+                sums[group] = None
 
 
 def set_learning_rate(engine: Any, lr: float) -> None:
