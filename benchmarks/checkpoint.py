@@ -128,7 +128,7 @@ class Worker:
 
     def save(self, saver: Any) -> None:
         self.saved += 1
-        saver.save(self.saved, {"step": self.saved})
+        saver.save(self.saved, {"step": self.saved, "order_digest": ""})
 
     def load(self, parts: dict[str, float] | None = None) -> None:
         from turbolm.checkpoint.load import load_checkpoint

@@ -113,7 +113,7 @@ def train_on(
                     folder,
                     engine,
                     step=index + 1,
-                    trainer_state={"step": index + 1},
+                    trainer_state={"step": index + 1, "order_digest": ""},
                     contract_fingerprint="test",
                     keep_last=9,
                 )

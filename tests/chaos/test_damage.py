@@ -99,6 +99,26 @@ def garble_the_trainer_state(checkpoint: Path) -> None:
     recompute_manifest(checkpoint)
 
 
+def forget_the_trainer_state(checkpoint: Path) -> None:
+    (checkpoint / "trainer.json").write_text('{"step": 2}')
+    recompute_manifest(checkpoint)
+
+
+def forget_the_order_of_the_data(checkpoint: Path) -> None:
+    edit_json(checkpoint / "trainer.json", order_digest=None)
+    recompute_manifest(checkpoint)
+
+
+def forge_the_anomalies(checkpoint: Path) -> None:
+    edit_json(checkpoint / "trainer.json", anomalies={"skipped_batches": [3]})
+    recompute_manifest(checkpoint)
+
+
+def forge_the_best_loss(checkpoint: Path) -> None:
+    edit_json(checkpoint / "trainer.json", best_eval_loss="low")
+    recompute_manifest(checkpoint)
+
+
 def change_the_contract(checkpoint: Path) -> None:
     edit_json(checkpoint / "manifest.json", contract="f" * 64)
 
@@ -171,6 +191,10 @@ def link_the_folder(checkpoint: Path) -> None:
         (garble_the_manifest, "manifest.json: cannot be read"),
         (nest_the_manifest, "manifest.json: cannot be read"),
         (garble_the_trainer_state, "trainer.json: "),
+        (forget_the_trainer_state, "trainer.json: lacks scaler, or has it of another type"),
+        (forget_the_order_of_the_data, "trainer.json: lacks order_digest"),
+        (forge_the_anomalies, "trainer.json: not a trainer's state: "),
+        (forge_the_best_loss, "trainer.json: not a trainer's state: "),
         (change_the_contract, "another learning contract"),
         (remove_the_random_state, f"{INDEX}: the random state of rank 0 is missing"),
         (remove_a_rank, "fragments-00001.json: missing"),

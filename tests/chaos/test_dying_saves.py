@@ -100,7 +100,7 @@ def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 def save(folder: Path, engine: Engine, step: int, keep_last: int = 1) -> None:
     """What the trainer's thread does. Without the process group, whose threads a fork does not copy."""
-    snapshot = take_snapshot(engine, step, {"step": step, "tokens_seen": step})
+    snapshot = take_snapshot(engine, step, {"step": step, "tokens_seen": step, "order_digest": ""})
     about = {"contract": CONTRACT, "eval_loss": None}
     write_checkpoint(folder, snapshot, about, Retention(keep_last), agree=lambda value: [value])
 

@@ -52,18 +52,18 @@ def test_the_disk_is_full_at_any_point_of_a_save(left_bytes: int, disk: Path) ->
     engine, folder = Engine(), disk / "checkpoints"
     saver = build_saver(folder, engine, report=reported.append)
     engine.train(1)
-    saver.save(1, {"step": 1})
+    saver.save(1, {"step": 1, "order_digest": ""})
     saver.finish()
     ballast = fill(disk, left_bytes)
     engine.train(1, first=1)
-    saver.save(2, {"step": 2})
+    saver.save(2, {"step": 2, "order_digest": ""})
     saver.wait()
     assert len(reported) == 1 and "No space left on device" in reported[0] and "step 2" in reported[0]
     assert [path.name for path in folder.iterdir()] == ["step-00000001"]
     assert verify_checkpoint(folder / "step-00000001", {CONTRACT}) == []
     ballast.unlink()
     losses = engine.train(2, first=2)
-    saver.save(4, {"step": 4})
+    saver.save(4, {"step": 4, "order_digest": ""})
     saver.finish()
     assert find_newest_valid(folder, {CONTRACT}) == (folder / "step-00000004", [])
     assert losses == Engine().train(4)[2:], "training was not disturbed"
@@ -73,15 +73,15 @@ def test_the_folder_turns_read_only(disk: Path) -> None:
     reported: list[str] = []
     engine, folder = Engine(), disk / "checkpoints"
     saver = build_saver(folder, engine, report=reported.append)
-    saver.save(1, {"step": 1})
+    saver.save(1, {"step": 1, "order_digest": ""})
     saver.finish()
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-    saver.save(2, {"step": 2})
+    saver.save(2, {"step": 2, "order_digest": ""})
     saver.wait()
     assert len(reported) == 1 and "Read-only file system" in reported[0]
     assert [step for step, _ in list_checkpoints(folder)] == [1]
     subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
-    saver.save(3, {"step": 3})
+    saver.save(3, {"step": 3, "order_digest": ""})
     saver.finish()
     assert find_newest_valid(folder, {CONTRACT}) == (folder / "step-00000003", [])
 

@@ -91,7 +91,7 @@ def test_a_resumed_run_goes_on_bit_for_bit(name: str, tmp_path: Path) -> None:
     engine = Engine(OPTIMIZERS[name])
     engine.train(4)
     saver = build_saver(tmp_path, engine)
-    saver.save(4, {"step": 4})
+    saver.save(4, {"step": 4, "order_digest": ""})
     saver.finish()
     assert verify_checkpoint(tmp_path / "step-00000004") == []
     resumed = Engine(OPTIMIZERS[name], seed=5)
@@ -103,7 +103,7 @@ def test_states_that_are_not_of_the_parameters_shape_are_kept_whole(tmp_path: Pa
     engine = Engine(OPTIMIZERS["adafactor"])
     engine.train(1)
     saver = build_saver(tmp_path, engine)
-    saver.save(1, {"step": 1})
+    saver.save(1, {"step": 1, "order_digest": ""})
     saver.finish()
     with CheckpointReader(tmp_path / "step-00000001") as reader:
         rank, states = reader.whole["inner.weight", "parameter"]
@@ -117,7 +117,7 @@ def test_what_cannot_be_kept_is_refused_by_name(tmp_path: Path) -> None:
     engine.train(1)
     engine.optimizer.state[engine.module.gain]["memo"] = object()
     saver = build_saver(tmp_path, engine)
-    saver.save(1, {"step": 1})
+    saver.save(1, {"step": 1, "order_digest": ""})
     with pytest.raises(RunError, match="'memo' is a object, which cannot be saved"):
         saver.finish()
     assert not list(tmp_path.glob("step-*"))
@@ -128,7 +128,7 @@ def test_another_optimizer_is_refused(saved: str, loaded: str, tmp_path: Path) -
     engine = Engine(OPTIMIZERS[saved])
     engine.train(1)
     saver = build_saver(tmp_path, engine)
-    saver.save(1, {"step": 1})
+    saver.save(1, {"step": 1, "order_digest": ""})
     saver.finish()
     with pytest.raises(UserError, match="optimizer"):
         load_checkpoint(tmp_path / "step-00000001", Engine(OPTIMIZERS[loaded]))
@@ -137,7 +137,7 @@ def test_another_optimizer_is_refused(saved: str, loaded: str, tmp_path: Path) -
 def test_random_numbers_go_on_where_they_were(tmp_path: Path) -> None:
     engine = Engine()
     saver = build_saver(tmp_path, engine)
-    saver.save(1, {"step": 1})
+    saver.save(1, {"step": 1, "order_digest": ""})
     saver.finish()
     expected = [torch.rand(3).tolist(), random.random(), np.random.rand(), np.random.randn()]
     engine.train(1)

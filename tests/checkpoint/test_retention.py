@@ -39,7 +39,7 @@ def test_milestones_and_the_best_stay_along_a_run(tmp_path: Path, process_group:
     engine, losses = Engine(), {2: 3.0, 4: 1.0, 6: 2.0}
     saver = build_saver(tmp_path, engine, retention=Retention(2, keep_every_tokens=300, keep_best=True))
     for step in range(1, 10):
-        saver.save(step, {"step": step, "tokens_seen": 100 * step}, losses.get(step))
+        saver.save(step, {"step": step, "order_digest": "", "tokens_seen": 100 * step}, losses.get(step))
         saver.wait()
         assert tmp_path / f"step-{step:08d}" in [path for _, path in manifest.list_checkpoints(tmp_path)]
     assert [step for step, _ in manifest.list_checkpoints(tmp_path)] == [3, 4, 6, 8, 9]

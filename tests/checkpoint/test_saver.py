@@ -55,7 +55,7 @@ def test_training_goes_on_and_the_state_at_the_step_is_saved(tmp_path: Path, mon
     saver = build_saver(tmp_path, engine)
     engine.train(3)
     expected = everything(engine)
-    saver.save(3, {"step": 3})
+    saver.save(3, {"step": 3, "order_digest": ""})
     assert gate.reached.wait(30)
     engine.train(2, first=3)
     assert list_checkpoints(tmp_path) == [], "nothing counts before it is complete"
@@ -79,7 +79,7 @@ def test_a_second_save_waits_for_the_first(tmp_path: Path, monkeypatch: pytest.M
         if step == 2:
             threading.Timer(0.3, gate.opened.set).start()
         start = time.monotonic()
-        saver.save(step, {"step": step})
+        saver.save(step, {"step": step, "order_digest": ""})
         assert (time.monotonic() - start > 0.25) == (step == 2)
     saver.finish()
     for step, tensors in expected.items():
@@ -96,7 +96,7 @@ def test_a_failed_write_is_reported_and_the_next_one_counts(
     engine = Engine()
     saver = build_saver(tmp_path, engine, asynchronous=asynchronous, report=reported.append)
     engine.train(1)
-    saver.save(1, {"step": 1})
+    saver.save(1, {"step": 1, "order_digest": ""})
     saver.finish()
 
     def fail(*_: object) -> None:
@@ -105,14 +105,14 @@ def test_a_failed_write_is_reported_and_the_next_one_counts(
     with monkeypatch.context() as broken:
         broken.setattr(tensor_file, "_write_all", fail)
         engine.train(1, first=1)
-        saver.save(2, {"step": 2})
+        saver.save(2, {"step": 2, "order_digest": ""})
         saver.wait()
     assert len(reported) == 1
     assert "step 2 was not written" in reported[0] and "No space left on device" in reported[0]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001"], "nothing is left of it"
     with pytest.raises(RunError, match="No space left"):
         saver.finish()
-    saver.save(2, {"step": 2})
+    saver.save(2, {"step": 2, "order_digest": ""})
     saver.finish()
     assert saver.failure is None
     assert find_newest_valid(tmp_path) == (tmp_path / "step-00000002", [])
@@ -123,7 +123,7 @@ def test_a_checkpoint_is_not_put_in_place_when_another_writer_took_over(tmp_path
         raise RuntimeError("the run is locked by another process")
 
     saver = build_saver(tmp_path, Engine(), before_commit=taken_over)
-    saver.save(1, {"step": 1})
+    saver.save(1, {"step": 1, "order_digest": ""})
     with pytest.raises(RunError, match="locked by another process"):
         saver.finish()
     assert list(tmp_path.iterdir()) == []

@@ -86,6 +86,6 @@ def write_checkpoint(folder: Path, step: int, **state: Any) -> Path:
     engine = Engine()
     engine.train(step)
     saver = build_saver(folder, engine, retention=Retention(keep_last=99), asynchronous=False)
-    saver.save(step, {"step": step, "tokens_seen": 100 * step, "next_batch": step, **state})
+    saver.save(step, {"step": step, "tokens_seen": 100 * step, "order_digest": "", **state})
     saver.finish()
     return folder / f"step-{step:08d}"

@@ -67,5 +67,5 @@ def train_cell(folder: Path, cell: Cell) -> list[list[float]]:
 
 def save(folder: str, engine: Any, step: int) -> None:
     """Save a checkpoint of an engine after `step` steps."""
-    state = {"step": step}
+    state = {"step": step, "order_digest": ""}
     save_checkpoint(Path(folder), engine, step=step, trainer_state=state, contract_fingerprint="test", keep_last=9)

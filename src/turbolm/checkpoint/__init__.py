@@ -5,7 +5,7 @@
       fragments-<rank>.<n>.safetensors   more of them, so that large ones are written and hashed in parallel
       fragments-<rank>.json            first element and number of each, scalar optimizer state, random state
       buffers.safetensors              the model's persistent buffers, if it has any
-      trainer.json                     step, tokens seen, next batch, loss scaler
+      trainer.json                     step, tokens seen, order of the data, loss scaler, anomalies
       manifest.json                    size and SHA-256 of every file; written last
 
 `<state>` is `weight` (fp32) or the name of an optimizer state tensor. Tensors that are not of the parameter's shape are

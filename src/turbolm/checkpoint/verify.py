@@ -133,8 +133,10 @@ def _file_problem(checkpoint: Path, name: str, expected: Mapping[str, Any]) -> s
 def _check_structure(checkpoint: Path, manifest: Mapping[str, Any]) -> None:
     """Every rank's files are there, of this step, and cover every parameter once; raises _Unfit."""
     step, files = manifest["step"], manifest["files"]
-    if _read_mapping(checkpoint, TRAINER_STATE, files).get("step") != step:
+    trainer_state = _read_mapping(checkpoint, TRAINER_STATE, files)
+    if trainer_state.get("step") != step:
         raise _Unfit(f"{TRAINER_STATE}: not of step {step}")
+    _check_trainer_state(trainer_state)
     if BUFFERS in files:
         _read_header(checkpoint, BUFFERS)
     places: dict[str, list[tuple[int, int]]] = {name: [] for name in manifest["parameters"]}
@@ -158,6 +160,24 @@ def _check_structure(checkpoint: Path, manifest: Mapping[str, Any]) -> None:
             end = start + numel
         if end != math.prod(shape):
             raise _Unfit(f"{end} of {math.prod(shape)} elements of {parameter} are there")
+
+
+def _check_trainer_state(state: Mapping[str, Any]) -> None:
+    """All that a run reads there to go on, of the right kind."""
+    for key, kind in {"scaler": dict, "order_digest": str}.items():
+        if not isinstance(state.get(key), kind):
+            raise _Unfit(f"{TRAINER_STATE}: lacks {key}, or has it of another type")
+    best, anomalies, restarts = state.get("best_eval_loss"), state.get("anomalies", {}), state.get("restarts")
+    try:
+        windows = [(int(first), int(end)) for first, end in anomalies.get("skipped_batches", ())]
+        counts = [int(anomalies.get(key, 0)) for key in ("in_a_row", "num_rollbacks", "segment")]
+        recent = [float(value) for key in ("losses", "norms") for value in anomalies.get(key, ())]
+        is_sound = (best is None or math.isfinite(best)) and (restarts is None or isinstance(restarts, dict))
+        is_sound = is_sound and all(0 <= first < end for first, end in windows) and min(counts) >= 0
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise _Unfit(f"{TRAINER_STATE}: not a trainer's state: {error}") from None
+    if not is_sound or not all(map(math.isfinite, recent)):
+        raise _Unfit(f"{TRAINER_STATE}: not a trainer's state")
 
 
 def _fragments(name: str, index: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
