@@ -15,7 +15,7 @@ from turbolm.plan.batch import plan_batch
 from turbolm.plan.deepspeed import resolve_ds_config
 from turbolm.plan.memory import estimate_model_state
 from turbolm.plan.summary import Summary, collect_summary
-from turbolm.plan.text import plot
+from turbolm.plan.text import plot, render_summary
 from turbolm.recipe.load import load_recipe
 from turbolm.recipe.schema import Execution, Recipe
 
@@ -44,6 +44,22 @@ def plan(*arguments: str, code: int = 0, folder: Path = REPOSITORY) -> tuple[str
 def summary_of(recipe: str, *overrides: str) -> Summary:
     path = str(REPOSITORY / recipe)
     return collect_summary(load_recipe(path, overrides), path, overrides, lambda *_: {})
+
+
+def test_random_restarts_show_what_they_cost() -> None:
+    """Of 8 candidates that take 10% of the budget each, 7 come on top."""
+    plain = summary_of(LLAMA_8B, "train.budget=100B")
+    with_restarts = summary_of(LLAMA_8B, "train.budget=100B", "train.restarts.seeds=8", "train.restarts.over=10%")
+    schedule, batch = with_restarts.as_dict()["schedule"], with_restarts.batch.global_batch_tokens
+    assert schedule["restart_steps"] == 2385 == -(-(10**10) // batch)
+    assert schedule["restart_tokens"] == 7 * 2385 * batch
+    assert schedule["tokens"] == plain.as_dict()["schedule"]["tokens"], "the budget is as it was"
+    flops, plain_flops = with_restarts.cost.total_flops, plain.cost.total_flops
+    assert flops is not None and plain_flops is not None
+    assert flops / plain_flops == pytest.approx(1 + 7 * 2385 / 23842)
+    text = render_summary(with_restarts)
+    assert "random restarts: 8 candidates of 2385 steps each; those not chosen take 70" in text
+    assert "tokens on top (70.0%)" in text and "random restarts" not in render_summary(plain)
 
 
 def test_the_text_has_everything() -> None:

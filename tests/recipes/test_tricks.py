@@ -22,7 +22,7 @@ GPUS = Machine(8, "NVIDIA H100 80GB HBM3", (9, 0), num_cpus=64, cpu_has_bf16=Fal
 PROMISED = """muon lion ademamix soap adafactor cautious_adamw adamw_8bit wsd wsd_sqrt cosine inverse_sqrt restarts
     weight_decay_ramp strong_weight_decay momentum_ramp best_fit concat growth stages remix buckets batch_ramp bf16 fp8
     compile_layers compile_model chunked_loss recompute_full recompute_selective z_loss depth_scaled_init padded_vocab
-    no_clip clip_by_value zero0 zero2 zero3 offload_optimizer overlap""".split()
+    random_restarts no_clip clip_by_value zero0 zero2 zero3 offload_optimizer overlap""".split()
 # On two CPUs: where it cannot work, and what is said then.
 REFUSED = {"fp16": "fp16 needs a GPU", "zeropp": "need CUDA", "fp8": "needs a GPU"}
 # What it changes of the quickstart's contract: the first of the keys is enough. Nothing where it is missing.
@@ -39,6 +39,7 @@ LEARNED = {
     "batch_ramp": "train.batch_ramp",
     "z_loss": "train.z_loss",
     "depth_scaled_init": "model.init",
+    "random_restarts": "train.restarts",
     "padded_vocab": "model.pad_vocab_to_multiple",
     **dict.fromkeys("no_clip clip_by_value".split(), "train.max_grad_norm"),
     "zero0": "train.precision",  # fp32 only

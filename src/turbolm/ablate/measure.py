@@ -33,7 +33,8 @@ class RunMeasures:
     `training_sec` is the time of its steps by the clock asked for, `compile_sec` that of compiling in them on the wall.
     `whole_sec` is the wall-clock time of the whole command with start, evaluation, checkpoints and export, and
     `cpu_sec` the processor time of all its processes. `tokens_per_sec` leaves steps out that compiled something. `mfu`
-    is weighted by time. `peak_bytes` is the most that one process held.
+    is weighted by time. `peak_bytes` is the most that one process held. Tokens and time of random restarts' other
+    candidates count as if they came first; steps are those of the run.
     """
 
     seed: int
@@ -84,7 +85,10 @@ def measure_run(path: Path, *, seed: int, lr: float, clock: Clock = "wall") -> R
     """Read the run directory of a finished run. Raises UserError when it does not tell the time by this clock."""
     metrics = read_metrics(path / "metrics.jsonl")
     steps = [line for line in metrics if "train/loss" in line]
-    evaluations, sec, weighted_mfu, timed_mfu = [], 0.0, 0.0, 0.0
+    lost = [line for file in sorted((path / "restarts").glob("*.jsonl")) for line in read_metrics(file)]
+    lost_tokens = sum(line["data/batch_tokens"] for line in lost)
+    sec = sum(_step_sec(line, clock, path) for line in lost)
+    evaluations, weighted_mfu, timed_mfu = [], 0.0, 0.0
     for line in metrics:
         if "train/loss" in line:
             sec += _step_sec(line, clock, path)
@@ -94,7 +98,7 @@ def measure_run(path: Path, *, seed: int, lr: float, clock: Clock = "wall") -> R
         elif "eval/loss" in line:
             loss = line["eval/loss"]
             loss = float(loss) if is_number(loss) else math.inf  # written as text where it is not finite
-            evaluations.append(Evaluation(line["tokens_seen"], line["step"], sec, loss))
+            evaluations.append(Evaluation(line["tokens_seen"] + lost_tokens, line["step"], sec, loss))
     compile_sec = sum(line.get("perf/compile_sec", 0.0) for line in steps)
     timed = [line for line in steps if not line.get("perf/compile_sec")] or steps
     tokens_per_sec = sum(line["data/batch_tokens"] for line in timed) / sum(_step_sec(o, clock, path) for o in timed)
@@ -105,7 +109,7 @@ def measure_run(path: Path, *, seed: int, lr: float, clock: Clock = "wall") -> R
         lr=lr,
         path=str(path),
         final_loss=evaluations[-1].loss,
-        tokens=steps[-1]["tokens_seen"],
+        tokens=steps[-1]["tokens_seen"] + lost_tokens,
         steps=steps[-1]["step"],
         training_sec=sec,
         compile_sec=compile_sec,

@@ -75,9 +75,11 @@ def refuse_without_progress(run: RunDirectory, recipe: Recipe, job_id: str) -> N
 
 
 def newest_step(run: RunDirectory) -> int:
-    """The step of the newest complete checkpoint, or 0."""
+    """The step of the newest complete checkpoint, or 0; in random restarts, how many candidates are done."""
     checkpoints = list_checkpoints(run.checkpoints)
-    return checkpoints[-1][0] if checkpoints else 0
+    if not checkpoints:
+        return len((read_json(run.restarts / "candidates.json") or {}).get("losses", ()))
+    return checkpoints[-1][0]
 
 
 def settle(run: RunDirectory, recipe: Recipe, attempt: int) -> tuple[int, str]:

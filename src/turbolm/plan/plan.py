@@ -42,6 +42,21 @@ class Plan:
         """Optimizer steps of the whole run."""
         return self.curriculum.num_steps
 
+    @property
+    def restart_steps(self) -> int:
+        """Steps of each candidate of train.restarts; 0 without. They are the first steps of the run as well."""
+        restarts, train = self.recipe.train.restarts, self.recipe.train
+        if restarts is None:
+            return 0
+        tokens = restarts.over.tokens(self.curriculum.budgets_tokens[0], train.global_batch)
+        return max(1, self.curriculum.steps_for(math.ceil(tokens)))
+
+    @property
+    def restart_tokens(self) -> int:
+        """Tokens that the candidates take that are not trained on: what restarts cost on top of the budget."""
+        restarts = self.recipe.train.restarts
+        return (restarts.seeds - 1) * self.curriculum.tokens_seen(self.restart_steps) if restarts else 0
+
     def with_budgets(self, budgets_tokens: Sequence[int]) -> Plan:
         """The plan of a run that had these budgets, the first one and each extension."""
         return replace(self, curriculum=build_curriculum(self.recipe, budgets_tokens))

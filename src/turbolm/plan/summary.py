@@ -119,6 +119,8 @@ class Summary:
                 "num_steps": plan.num_steps,
                 "budget_tokens": recipe.train.budget,
                 "tokens": plan.curriculum.tokens_seen(plan.num_steps),
+                "restart_steps": plan.restart_steps,
+                "restart_tokens": plan.restart_tokens,
                 "evaluate_every_steps": plan.evaluate_every_steps,
                 "checkpoint_every_steps": plan.checkpoint_every_steps,
                 "learning_rate": [list(point) for point in self.learning_rate],
@@ -216,7 +218,8 @@ def _too_large(plan: Plan, memory: ModelState, gpu_bytes: int, num_parameters: i
 def _cost(plan: Plan, machine: Machine, config: Mapping[str, Any] | None, store: StoreSize | None) -> Cost:
     span = mean_span(plan.curriculum, store)
     per_token = training_flops_per_token(config, span) if config is not None else None
-    total = None if per_token is None else per_token * plan.curriculum.tokens_seen(plan.num_steps)
+    num_tokens = plan.curriculum.tokens_seen(plan.num_steps) + plan.restart_tokens
+    total = None if per_token is None else per_token * num_tokens
     half = plan.device == "cuda" and plan.precision != "fp32"
     peak = peak_half_flops(machine.gpu_name) if half else None
     seconds = None if total is None or peak is None else total / (plan.world_size * peak * ASSUMED_MFU)

@@ -79,6 +79,12 @@ def _schedule(summary: Summary) -> Iterator[str]:
     schedule = recipe.schedule
     tokens = plan.curriculum.tokens_seen(plan.num_steps)
     yield f"{plan.num_steps} steps, {format_count(tokens)} tokens (budget {recipe.train.budget})"
+    if recipe.train.restarts is not None:
+        extra = plan.restart_tokens
+        yield (
+            f"random restarts: {recipe.train.restarts.seeds} candidates of {plan.restart_steps} steps each; those not "
+            f"chosen take {format_count(extra)} tokens on top ({extra / tokens:.1%})"
+        )
     yield f"evaluate every {plan.evaluate_every_steps} steps, checkpoint every {plan.checkpoint_every_steps}"
     shape = f"{schedule.name}, decay {schedule.decay}" if schedule.name == "wsd" else schedule.name
     yield f"learning rate: {shape}, warmup {schedule.warmup}"

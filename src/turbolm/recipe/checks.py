@@ -23,6 +23,7 @@ _GPT2_POSITIONS = 1024  # its default; the one model type here with a table of p
 _MAX_REMIX_PERIODS = 1000
 _KEYS = (
     "model.config",
+    "model.pretrained",
     "tokenizer.train",
     "data.seq_len",
     "data.packing",
@@ -30,6 +31,7 @@ _KEYS = (
     "train.budget",
     "train.global_batch",
     "train.batch_ramp",
+    "train.restarts",
     "train.precision",
     "train.fp8",
     "optimizer.name",
@@ -210,6 +212,16 @@ def _batches(values: Values) -> Iterator[tuple[str, int]]:
             yield "train.batch_ramp.start", ramp.start
 
 
+def _restarts(values: Values) -> Iterator[tuple[str, str]]:
+    restarts, budget, batch = (values[k] for k in ("train.restarts", "train.budget", "train.global_batch"))
+    if restarts is None:
+        return
+    if values["model.pretrained"] is not None:
+        yield "train.restarts", "has no initial weights to draw: model.pretrained gives them; remove one of the two"
+    if budget and batch and restarts.over.tokens(budget, batch) >= budget:
+        yield "train.restarts.over", f"must be less than train.budget ({budget}), got {restarts.over}"
+
+
 def _zero_stage(values: Values) -> Iterator[tuple[str, str]]:
     stage, precision = values["execution.zero_stage"], values["train.precision"]
     if stage == 0 and precision in ("bf16", "fp16"):
@@ -384,6 +396,7 @@ _RULES: tuple[Callable[[Values], Iterator[tuple[str, str]]], ...] = (
     _row_lengths,
     _remix,
     _batch_ramp,
+    _restarts,
     _zero_stage,
     _optimizer,
     _stage_3_only,

@@ -20,11 +20,13 @@ def contract_of(recipe: Recipe) -> dict[str, Any]:
     """The contract sections of a recipe in plain JSON types, every default filled in.
 
     `anomalies` is left out where it is all default: most runs never meet one, and those from before there was such a
-    section keep their fingerprint.
+    section keep their fingerprint. So is `train.restarts` where there are none.
     """
     left_out = {"anomalies"} if recipe.anomalies == Anomalies() else set()
     contract = _plain(recipe.model_dump(mode="json", include=set(CONTRACT_SECTIONS) - left_out))
     assert isinstance(contract, dict)
+    if recipe.train.restarts is None:
+        del contract["train"]["restarts"]
     return contract
 
 

@@ -338,6 +338,17 @@ class BatchRamp(Section):
         return self
 
 
+class Restarts(Section):
+    """Several initial weights are trained for a few steps, and the best is trained on (arXiv 2002.06305)."""
+
+    seeds: Annotated[int, Field(ge=2, le=1000)] = Field(4, description="different initial weights that are tried")
+    over: Annotated[TrainingSpan, AfterValidator(positive_span)] = Field(
+        Span(0.02, "share"),
+        description="tokens, steps or a share of the budget that each is tried for; judged by the training loss of its "
+        "last quarter",
+    )
+
+
 class Train(Section):
     """How long, how much at once, and the numerics that change the result."""
 
@@ -345,6 +356,9 @@ class Train(Section):
     global_batch: Positive = Field(description="tokens of one optimizer step over all processes")
     batch_ramp: BatchRamp | None = Field(None, description="smaller batches at the start of the run")
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(0, description="of initial weights, data order and dropout")
+    restarts: Restarts | None = Field(
+        None, description="choose among several initial weights first; those not chosen cost tokens beside the budget"
+    )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="auto: bf16 where the processor computes in it, else fp32; settled at the first start"
     )

@@ -7,13 +7,13 @@ import math
 from typing import Any
 
 from turbolm.checkpoint.export import export_checkpoint, generate_sample
-from turbolm.checkpoint.manifest import list_checkpoints
+from turbolm.checkpoint.manifest import TRAINER_STATE, list_checkpoints
 from turbolm.data.loader import evaluation_set
 from turbolm.data.store import TokenStore, unigram_entropy
 from turbolm.plan.plan import Plan
 from turbolm.report.html import write_report
 from turbolm.train.evaluation import EvaluationResult
-from turbolm.train.run_directory import RunDirectory, write_json
+from turbolm.train.run_directory import RunDirectory, read_json, write_json
 from turbolm.units import format_count
 
 _CARD = """---
@@ -60,6 +60,9 @@ def finish_run(
         "checkpoint": str(checkpoint),
         "export": str(run.path / "export"),
     }
+    restarts = (read_json(checkpoint / TRAINER_STATE) or {}).get("restarts")
+    if restarts:
+        results["restarts"] = restarts
     card = model_card(run, results, store)
     export = export_checkpoint(checkpoint, run.model, run.path / "export", precision=plan.precision, card=card)
     if recipe.logging.sample_tokens:
@@ -108,6 +111,12 @@ def summary(results: dict[str, Any]) -> str:
         f"  checkpoint       {results['checkpoint']}",
         f"  export           {results['export']}",
     ]
+    if results.get("restarts"):
+        restarts = results["restarts"]
+        lines.append(
+            f"  random restarts  candidate {restarts['chosen'] + 1} of {len(restarts['losses'])}; the others took "
+            f"{format_count(restarts['extra_tokens'])} tokens on top"
+        )
     if results.get("report"):
         lines.append(f"  report           {results['report']}")
     if results.get("sample"):

@@ -30,7 +30,7 @@ from turbolm.train.gate import UpdateGate
 from turbolm.train.metrics import MetricsLog
 from turbolm.train.recover import settle_anomaly
 from turbolm.train.run_directory import RunDirectory
-from turbolm.train.step import train_step
+from turbolm.train.step import StepResult, train_step
 
 
 @dataclass
@@ -54,6 +54,7 @@ class Session:
     step: int = 0
     saved_step: int = -1
     best_eval_loss: float = math.inf
+    restarts: dict[str, Any] | None = None  # which candidate the run goes on from, and how all of them did
 
 
 def train(session: Session) -> EvaluationResult | None:
@@ -65,17 +66,7 @@ def train(session: Session) -> EvaluationResult | None:
             session.log.say(f"asked to stop by {reason}: saving after step {session.step}")
             save(session, last=True)
             return None
-        lr = learning_rate(plan, session.step, batch.index)
-        set_learning_rate(session.engine, lr)
-        set_other_schedules(session.engine, plan, session.step)
-        segment = plan.curriculum.segment(batch.index).first_step
-        result = train_step(
-            session.engine, batch.micro_batches, batch.num_targets, session.attention, session.gate, segment
-        )
-        session.step += 1
-        heartbeat.advance(heartbeat.STEP, session.step)
-        session.saver.prepare()
-        session.log.add_step(session.step, lr, batch, result, batch_flops(session, batch))
+        result = take_step(session, batch)
         if settle_anomaly(session, batch, result.anomaly) == "rollback":
             continue
         check_replicas_when_due(session)
@@ -91,6 +82,23 @@ def train(session: Session) -> EvaluationResult | None:
     evaluation = run_evaluation(session)
     save(session, last=True)
     return evaluation
+
+
+def take_step(session: Session, batch: GlobalBatch) -> StepResult:
+    """The next step, at the rates of its place in the run; an anomaly is left to the caller. Collective."""
+    plan = session.plan
+    lr = learning_rate(plan, session.step, batch.index)
+    set_learning_rate(session.engine, lr)
+    set_other_schedules(session.engine, plan, session.step)
+    segment = plan.curriculum.segment(batch.index).first_step
+    result = train_step(
+        session.engine, batch.micro_batches, batch.num_targets, session.attention, session.gate, segment
+    )
+    session.step += 1
+    heartbeat.advance(heartbeat.STEP, session.step)
+    session.saver.prepare()
+    session.log.add_step(session.step, lr, batch, result, batch_flops(session, batch))
+    return result
 
 
 def batches_to_train(session: Session) -> Iterator[GlobalBatch]:
@@ -194,6 +202,19 @@ def run_evaluation(session: Session) -> EvaluationResult | None:
     return result
 
 
+def trainer_state(session: Session) -> dict[str, Any]:
+    """What a checkpoint holds beside the tensors, and `recover.restore` reads."""
+    best = session.best_eval_loss
+    return {
+        "step": session.step,
+        "tokens_seen": session.plan.curriculum.tokens_seen(session.step),
+        "order_digest": session.loader.order.digest(session.skipped.batch_index(session.step)),
+        "best_eval_loss": best if math.isfinite(best) else None,
+        "anomalies": {**session.gate.watch.state(), "skipped_batches": session.skipped.windows},
+        **({"restarts": session.restarts} if session.restarts else {}),
+    }
+
+
 @heartbeat.phase(heartbeat.SAVING)
 def save(session: Session, *, eval_loss: float | None = None, last: bool = False) -> None:
     """Save a checkpoint of the current step, once, beside the training.
@@ -206,15 +227,7 @@ def save(session: Session, *, eval_loss: float | None = None, last: bool = False
     is_saved = session.saved_step == session.step and not (last and session.saver.failure)
     if not is_saved and session.step > 0:
         check_replicas_when_due(session, before_save=True)
-        best = session.best_eval_loss
-        state = {
-            "step": session.step,
-            "tokens_seen": session.plan.curriculum.tokens_seen(session.step),
-            "order_digest": session.loader.order.digest(session.skipped.batch_index(session.step)),
-            "best_eval_loss": best if math.isfinite(best) else None,
-            "anomalies": {**session.gate.watch.state(), "skipped_batches": session.skipped.windows},
-        }
-        session.saver.save(session.step, state, eval_loss)
+        session.saver.save(session.step, trainer_state(session), eval_loss)
         session.saved_step = session.step
         session.log.restart_clock()
     if last:

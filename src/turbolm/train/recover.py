@@ -42,6 +42,7 @@ def restore(session: Session, checkpoint: Path) -> None:
             "another version of turbolm has written it. Use that version, or start a run with a new `name`"
         )
     session.gate.watch.restore(anomalies)
+    session.restarts = state.get("restarts")
     if state.get("best_eval_loss") is not None:
         session.best_eval_loss = float(state["best_eval_loss"])
 

@@ -6,6 +6,7 @@ runs/<name>/
   attempts/<n>/   plan.json, ds_config.json, accelerate.yaml, environment.json, log.rank<k>.txt, outcome.json,
                   hung/ (ranks and their stacks, of an attempt that hung)
   metrics.jsonl   one line a step      checkpoints/    results.json, report.html, export/
+  restarts/       the candidates of train.restarts and the steps of those not chosen
   stop            its presence asks the run to save and stop
 """
 
@@ -44,6 +45,10 @@ class RunDirectory:
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
+
+    @property
+    def restarts(self) -> Path:
+        return self.path / "restarts"
 
     @property
     def metrics(self) -> Path:
@@ -95,7 +100,7 @@ def refuse_links_out(run: RunDirectory) -> None:
     The run directory itself may be a link. A checkpoint that is one is passed over when a run resumes.
     """
     inside = run.path.resolve()
-    for folder in (run.path, run.attempt(0).parent, run.model, run.path / "export"):
+    for folder in (run.path, run.attempt(0).parent, run.model, run.restarts, run.path / "export"):
         for entry in sorted(folder.iterdir()) if folder.is_dir() else ():
             if entry.is_symlink() and not Path(os.path.realpath(entry)).is_relative_to(inside):
                 raise UserError(

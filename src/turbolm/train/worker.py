@@ -58,6 +58,7 @@ from turbolm.train.loop import Session, train
 from turbolm.train.metrics import MetricsLog, measure_peak_flops
 from turbolm.train.pace import Pace
 from turbolm.train.recover import newest_valid, restore
+from turbolm.train.restarts import choose_start
 from turbolm.train.run_directory import (
     RunDirectory,
     is_finished,
@@ -123,7 +124,7 @@ def _run_locked(recipe: Recipe, attempt: int | None, lock: RunLock) -> int:
     heartbeat.advance()
     num_parameters = count_parameters(session.engine.module)
     try:
-        evaluation = train(session)
+        evaluation = train(session) if choose_start(session) else None
     except BaseException:
         session.saver.wait(_LAST_WRITE_SEC)  # what is being written is a good state
         raise

@@ -1,0 +1,188 @@
+"""Random restarts: a few steps from several initial weights, of which the best is trained on.
+
+Start many, stop early, continue some (Dodge et al. 2020, arXiv 2002.06305, of fine-tuning). Only
+the initial weights differ: the data come in one order and dropout draws the same numbers, so that the losses compare
+like with like. A candidate is judged by its mean training loss over the last quarter of its steps. All candidates see
+the same batches there, most often for the first time, so that an evaluation would say little more and cost more.
+
+The candidates are trained one after the other in the engine of the run, which goes back to its beginning in between by
+way of a checkpoint of step 0. In runs/<name>/restarts/:
+  candidates.json     the losses of those that are done      candidate-<n>.jsonl  the steps of each, but of the best
+  start/, <n>/        checkpoints of step 0 and of the best so far, until the run has one of its own
+"""
+
+from __future__ import annotations
+
+import copy
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from turbolm.checkpoint.fragments import own_fragments, publish_weights
+from turbolm.checkpoint.manifest import checkpoint_name, remove_folder
+from turbolm.checkpoint.save import gather_over, save_checkpoint
+from turbolm.checkpoint.verify import find_newest_valid
+from turbolm.errors import RunError
+from turbolm.models.build import build_model
+from turbolm.reliability import heartbeat
+from turbolm.train.loop import Session, agree_to_stop, save, take_step, trainer_state
+from turbolm.train.recover import restore
+from turbolm.train.run_directory import read_json, write_json
+
+_SEED_STRIDE = 1_000_003  # far from the seeds that people choose next to each other
+
+
+def candidate_seed(seed: int, candidate: int) -> int:
+    """Of a candidate's initial weights; those of the first are the ones a run without restarts has."""
+    return (seed + _SEED_STRIDE * candidate) % 2**32
+
+
+def choose_start(session: Session) -> bool:
+    """Train the candidates of a run that begins and leave the session where the best of them is; False when asked to
+    stop. Collective.
+
+    Does nothing for a run that has begun. What an earlier attempt has finished is not done again; a candidate it was
+    stopped or killed at is. Raises RunError when no candidate gets through without an anomaly, or none can be saved.
+    """
+    settings = session.plan.recipe.train.restarts
+    if settings is None or session.step > 0:
+        return True
+    folder, num_steps, seed = session.run.restarts, session.plan.restart_steps, session.plan.recipe.train.seed
+    losses = _finished(session)
+    _save(session, folder / "start")
+    for candidate in range(len(losses), settings.seeds):
+        with heartbeat.phase(heartbeat.STARTING):
+            restore(session, folder / "start" / checkpoint_name(0))
+            if candidate > 0:
+                _draw_again(session, candidate_seed(seed, candidate))
+        name = f"candidate {candidate + 1} of {settings.seeds}"
+        session.log.say(f"{name}: {num_steps} steps from initial weights of seed {candidate_seed(seed, candidate)}")
+        stopped, loss = _train_candidate(session, _metrics(folder, candidate), num_steps)
+        if stopped:
+            session.log.say(f"asked to stop by {stopped}: {name} will be trained anew")
+            session.step = 0
+            return False
+        before, losses = _best(losses), [*losses, loss]
+        if _best(losses) == candidate:
+            _save(session, folder / str(candidate))
+        session.log.say(f"{name}: " + ("given up for its anomaly" if loss is None else f"loss {loss:.4f}"))
+        if dist.get_rank() == 0:
+            write_json(folder / "candidates.json", {"steps": num_steps, "losses": losses})
+            if before is not None and _best(losses) == candidate:
+                remove_folder(folder / str(before))
+    best = _best(losses)
+    if best is None:
+        raise RunError(
+            "every candidate of train.restarts met an anomaly; try a lower learning rate or a longer warmup, and move "
+            f"{folder} away"
+        )
+    with heartbeat.phase(heartbeat.STARTING):
+        restore(session, folder / str(best) / checkpoint_name(num_steps))
+    session.restarts = {
+        "steps": num_steps,
+        "seeds": [candidate_seed(seed, candidate) for candidate in range(settings.seeds)],
+        "losses": losses,
+        "chosen": best,
+        "extra_tokens": session.plan.restart_tokens,
+    }
+    session.saved_step = -1  # not among the run's own checkpoints yet
+    if dist.get_rank() == 0 and _metrics(folder, best).exists():
+        _metrics(folder, best).replace(session.run.metrics)  # its steps are the run's first
+    save(session, last=True)
+    if dist.get_rank() == 0:
+        for name in ("start", str(best)):
+            remove_folder(folder / name)
+    session.log.say(f"going on with candidate {best + 1}: initial weights of seed {candidate_seed(seed, best)}")
+    return True
+
+
+def _train_candidate(session: Session, metrics: Path, num_steps: int) -> tuple[str | None, float | None]:
+    """(by what it was asked to stop, its loss in nats per target); no loss with an anomaly: it is given up there."""
+    session.log.path, run_metrics = metrics, session.log.path
+    if dist.get_rank() == 0:
+        metrics.unlink(missing_ok=True)  # of an attempt that ended within this candidate
+    session.log.restart_clock()
+    stopped: str | None = None
+    judged, num_targets, is_sound = torch.zeros((), dtype=torch.float64), 0, True
+    with closing(session.loader.iterate(0, num_steps)) as batches:
+        for batch in batches:
+            stopped = agree_to_stop(session, batch)
+            if stopped:
+                break
+            result = take_step(session, batch)
+            is_sound = result.anomaly is None
+            if not is_sound:
+                break
+            if session.step > num_steps - max(1, num_steps // 4):
+                judged += result.loss_sum.double().cpu()
+                num_targets += batch.num_targets
+            if session.step % session.plan.recipe.logging.every_steps == 0:
+                session.log.flush(show=True)
+    session.log.flush()
+    session.log.path = run_metrics
+    dist.all_reduce(judged, group=session.group)
+    return stopped, float(judged) / num_targets if is_sound and not stopped else None
+
+
+@torch.no_grad()
+def _draw_again(session: Session, seed: int) -> None:
+    """Give the engine, which has not trained a step, the initial weights of another seed. Collective.
+
+    As at its building, they are drawn in fp32, or at ZeRO-3 already cut into the parts that each rank holds, and the
+    optimizer's copy has what the type that the model computes in leaves of them.
+    """
+    engine, plan = session.engine, session.plan
+    sharded_by = plan.ds_config if plan.recipe.execution.zero_stage == 3 else None
+    dtype = next(engine.module.parameters()).dtype
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices):  # dropout goes on as if nothing had been drawn
+        config = copy.deepcopy(engine.module.config)
+        drawn = build_model(plan.recipe.model, config, seed=seed, attention=session.attention, sharded_by=sharded_by)
+    parameters = dict(drawn.named_parameters())
+    for fragment in own_fragments(engine):
+        values = parameters[fragment.name]
+        own = values.ds_tensor.view(-1) if sharded_by else values.view(-1)[fragment.start :]
+        fragment.view(fragment.flat).copy_(own[: fragment.numel].to(dtype))
+    publish_weights(engine)
+
+
+def _finished(session: Session) -> list[float | None]:
+    """The losses of the candidates that earlier attempts have finished; none where the best one's checkpoint is gone.
+
+    Collective.
+    """
+    folder, agree = session.run.restarts, gather_over(session.group)
+    record = agree(read_json(folder / "candidates.json"))[0] or {}
+    losses = record.get("losses")
+    if not isinstance(losses, list) or record.get("steps") != session.plan.restart_steps:
+        return []
+    best = _best(losses)
+    share = (dist.get_rank(), dist.get_world_size())
+    if best is not None and find_newest_valid(folder / str(best), session.contracts, share, agree)[0] is None:
+        session.log.say(f"no valid checkpoint of the best candidate in {folder}: all candidates are trained anew")
+        return []
+    return losses
+
+
+def _best(losses: list[float | None]) -> int | None:
+    """The candidate with the lowest loss, the first of several."""
+    sound = [(loss, candidate) for candidate, loss in enumerate(losses) if loss is not None]
+    return min(sound)[1] if sound else None
+
+
+@heartbeat.phase(heartbeat.SAVING)
+def _save(session: Session, folder: Path) -> None:
+    """Save the session as it is, now. Collective. Raises RunError."""
+    contract, state = session.saver.contract_fingerprint, trainer_state(session)
+    about: dict[str, Any] = {"step": session.step, "trainer_state": state, "contract_fingerprint": contract}
+    try:
+        save_checkpoint(folder, session.engine, **about, keep_last=1, group=session.group)
+    except RuntimeError as error:
+        raise RunError(f"a candidate of train.restarts was not saved: {error}; the same command tries again") from error
+
+
+def _metrics(folder: Path, candidate: int) -> Path:
+    return folder / f"candidate-{candidate}.jsonl"
