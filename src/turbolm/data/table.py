@@ -209,12 +209,15 @@ def _row_digest(row: Row, segment: Segment, window: Window, before: str) -> str:
 def save_table(path: Path, key: str, rows: Sequence[Row]) -> None:
     """Write the rows to `path` (.npz without pickles), through a temporary file."""
     pieces = [rows[0].carried, *(row.carried_on for row in rows)]
+    joined = np.stack(list(vars(Pieces.join(pieces)).values()))
+    if joined.max(initial=0) < 2**31:  # nearly all of the file, which every start reads and checks
+        joined = joined.astype(np.int32)
     arrays: dict[str, IntArray] = {
         "numbers": np.array([[row.first_step, row.end_step, row.segment] for row in rows], np.int64),
         "ranges": np.array([row.ranges for row in rows], np.int64),
         "owed": np.array([row.owed for row in rows], np.int64),
         "piece_counts": np.array([len(part.length) for part in pieces], np.int64),
-        "pieces": np.stack(list(vars(Pieces.join(pieces)).values())),
+        "pieces": joined,
         "max_pieces_counts": np.array([len(row.max_pieces) for row in rows], np.int64),
         "max_pieces": np.array([most for row in rows for most in row.max_pieces], np.int64),
         "digests": np.array([row.digest for row in rows]),
