@@ -10,10 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.checkpoint.toy import Engine, build_saver, write_checkpoint
 from turbolm.checkpoint import manifest
 from turbolm.checkpoint.retention import Kept, Retention, remove_old
-from turbolm.checkpoint.verify import find_newest_valid, verify_checkpoint, verify_files
+from turbolm.checkpoint.verify import find_newest_valid, hash_ahead, verify_checkpoint, verify_files
 
 
 def kept(retention: Retention, checkpoints: list[tuple[int, int, float | None]]) -> list[int]:
@@ -128,3 +130,23 @@ class Meeting:
             return everything
 
         return agree
+
+
+def test_what_was_hashed_ahead_is_not_hashed_again(
+    tmp_path: Path, process_group: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    older, newer = write_checkpoint(tmp_path, 1), write_checkpoint(tmp_path, 2)
+    hashed = hash_ahead(tmp_path, (0, 1))
+    files = json.loads((newer / "manifest.json").read_text())["files"]
+    assert hashed(newer, files) == []
+    assert hashed(older, files) is None, "only the newest is looked at"
+    assert hashed(newer, {**files, "other": {}}) is None, "not what the manifest says now"
+    with monkeypatch.context() as patch:
+        patch.setattr("turbolm.checkpoint.verify._hash_files", lambda *_: pytest.fail("hashed again"))
+        assert find_newest_valid(tmp_path, hashed=hashed) == (newer, [])
+    content = (newer / "trainer.json").read_bytes()
+    (newer / "trainer.json").write_bytes(content.replace(b"2", b"3"))
+    found, rejected = find_newest_valid(tmp_path, hashed=hash_ahead(tmp_path, (0, 1)))
+    assert found == older
+    assert rejected == [f"{newer}: trainer.json: content changed (SHA-256 differs)"]
+    assert hash_ahead(tmp_path / "nothing", (0, 1))(newer, files) is None

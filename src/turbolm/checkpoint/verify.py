@@ -6,8 +6,10 @@ import hashlib
 import json
 import math
 import os
+import threading
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +35,22 @@ def verify_checkpoint(checkpoint: Path, contracts: Collection[str] | None = None
     return verify_files(checkpoint, contracts) or verify_structure(checkpoint)
 
 
+Hashed = Callable[[Path, Mapping[str, Any]], list[str] | None]  # what `hash_ahead` found, or None where it did not look
+
+
+def not_hashed(checkpoint: Path, files: Mapping[str, Any]) -> None:
+    """Nothing was hashed ahead."""
+
+
 def verify_files(
-    checkpoint: Path, contracts: Collection[str] | None = None, share: tuple[int, int] = (0, 1)
+    checkpoint: Path,
+    contracts: Collection[str] | None = None,
+    share: tuple[int, int] = (0, 1),
+    hashed: Hashed = not_hashed,
 ) -> list[str]:
     """What is wrong with the manifest, or with files by themselves.
 
-    With `share` (k, n) only the k-th part of the files in n is hashed.
+    With `share` (k, n) only the k-th part of the files in n is hashed; none where that has been done ahead.
     """
     try:
         manifest = read_manifest(checkpoint)
@@ -50,8 +62,39 @@ def verify_files(
         return [f"its manifest is of step {manifest['step']}"]
     if contracts is not None and manifest["contract"] not in contracts:
         return ["saved under another learning contract than the run's"]
+    found = hashed(checkpoint, manifest["files"])
+    return _hash_files(checkpoint, manifest["files"], share) if found is None else found
+
+
+def hash_ahead(folder: Path, share: tuple[int, int]) -> Hashed:
+    """Begin to hash this process's share of the newest checkpoint in a thread; waits for it when it is asked.
+
+    For a start, whose processors have little else to do while the ranks meet and build the model. Nobody writes
+    checkpoints then: whoever starts has the run to itself, or is sent away.
+    """
+    newest = max(list_checkpoints(folder), default=None)
+    if newest is None:
+        return not_hashed
+    done: list[tuple[Mapping[str, Any], list[str]]] = []
+
+    def hash_share() -> None:
+        with suppress(Exception):  # met again, and told, where the checkpoint is verified
+            files = read_manifest(newest[1])["files"]
+            done.append((files, _hash_files(newest[1], files, share)))
+
+    thread = threading.Thread(target=hash_share, name="turbolm-hash-ahead", daemon=True)
+    thread.start()
+
+    def found(checkpoint: Path, files: Mapping[str, Any]) -> list[str] | None:
+        thread.join()
+        return done[0][1] if done and checkpoint == newest[1] and files == done[0][0] else None
+
+    return found
+
+
+def _hash_files(checkpoint: Path, records: Mapping[str, Any], share: tuple[int, int]) -> list[str]:
     part, parts = share
-    files = sorted(manifest["files"].items(), key=lambda item: (-item[1]["bytes"], item[0]))[part::parts]
+    files = sorted(records.items(), key=lambda item: (-item[1]["bytes"], item[0]))[part::parts]
     threads = min(8, max(1, (os.cpu_count() or 1) // parts))
     with ThreadPoolExecutor(threads) as pool:
         found = pool.map(lambda item: _file_problem(checkpoint, *item), files)
@@ -73,6 +116,7 @@ def find_newest_valid(
     share: tuple[int, int] = (0, 1),
     agree: Callable[[Any], list[Any]] = lambda value: [value],
     below_step: int | None = None,
+    hashed: Hashed = not_hashed,
 ) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that passes verification, and why each newer one was rejected.
 
@@ -85,7 +129,7 @@ def find_newest_valid(
     for step in reversed(steps):
         path = folder / checkpoint_name(step)
         try:
-            own = verify_files(path, contracts, share)
+            own = verify_files(path, contracts, share, hashed)
         except OSError as error:
             own = [str(error)]
         problems = [problem for part in agree(own) for problem in part]

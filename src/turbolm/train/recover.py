@@ -12,7 +12,7 @@ import torch.distributed as dist
 from turbolm.checkpoint.load import load_checkpoint
 from turbolm.checkpoint.manifest import TRAINER_STATE, discard
 from turbolm.checkpoint.save import gather_over
-from turbolm.checkpoint.verify import find_newest_valid
+from turbolm.checkpoint.verify import Hashed, find_newest_valid, not_hashed
 from turbolm.errors import RunError, UserError
 from turbolm.reliability import heartbeat
 from turbolm.reliability.anomalies import Anomaly, Decision, SkippedBatches
@@ -22,11 +22,13 @@ if TYPE_CHECKING:
     from turbolm.train.loop import Session
 
 
-def newest_valid(session: Session, below_step: int | None = None) -> tuple[Path | None, list[str]]:
+def newest_valid(
+    session: Session, below_step: int | None = None, hashed: Hashed = not_hashed
+) -> tuple[Path | None, list[str]]:
     """The newest valid checkpoint of the run, and why newer ones were rejected. Collective; all ranks verify it."""
     share = (dist.get_rank(), dist.get_world_size())
     agree = gather_over(session.group)
-    return find_newest_valid(session.run.checkpoints, session.contracts, share, agree, below_step)
+    return find_newest_valid(session.run.checkpoints, session.contracts, share, agree, below_step, hashed)
 
 
 def restore(session: Session, checkpoint: Path) -> None:

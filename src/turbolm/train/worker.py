@@ -17,6 +17,7 @@ from turbolm.checkpoint.manifest import clear_leftovers
 from turbolm.checkpoint.retention import Retention
 from turbolm.checkpoint.save import gather_over
 from turbolm.checkpoint.saver import CheckpointSaver
+from turbolm.checkpoint.verify import Hashed, hash_ahead
 from turbolm.data.loader import BatchLoader
 from turbolm.data.order import recipe_order
 from turbolm.data.prepare import find_store
@@ -98,6 +99,7 @@ def _run_locked(recipe: Recipe, attempt: int | None, lock: RunLock) -> int:
     run = run_directory(recipe)
     stop = StopRequest(run.stop_file)
     stop.listen()
+    hashed = hash_ahead(run.checkpoints, (int(os.environ.get("RANK", "0")), plan.world_size))
     accelerator = build_accelerator(
         plan.ds_config,
         device=plan.device,
@@ -120,7 +122,7 @@ def _run_locked(recipe: Recipe, attempt: int | None, lock: RunLock) -> int:
     session = _build_session(accelerator, plan, run, store, stop, attempt, terminal, group, machine, contracts)
     session.saver.before_commit = lock.check
     heartbeat.advance()
-    _resume(session)
+    _resume(session, hashed)
     heartbeat.advance()
     num_parameters = count_parameters(session.engine.module)
     try:
@@ -352,12 +354,12 @@ def build_engine(accelerator: Any, plan: Plan, store: TokenStore, run: RunDirect
     return engine, attention
 
 
-def _resume(session: Session) -> None:
+def _resume(session: Session, hashed: Hashed) -> None:
     """Continue from the newest valid checkpoint, which all ranks verify and choose together."""
     run = session.run
     if dist.get_rank() == 0:
         clear_leftovers(run.checkpoints)
-    newest, rejected = newest_valid(session)
+    newest, rejected = newest_valid(session, hashed=hashed)
     for reason in rejected:
         session.log.say(f"rejected checkpoint {reason}")
     if newest is None and rejected:
