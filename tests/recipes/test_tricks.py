@@ -27,7 +27,7 @@ PROMISED = """muon lion ademamix soap adafactor cautious_adamw adamw_8bit wsd ws
 REFUSED = {"fp16": "fp16 needs a GPU", "zeropp": "need CUDA", "fp8": "needs a GPU"}
 # What it changes of the quickstart's contract: the first of the keys is enough. Nothing where it is missing.
 LEARNED = {
-    **dict.fromkeys("muon lion ademamix soap adafactor cautious_adamw adamw_8bit".split(), "optimizer.name"),
+    **dict.fromkeys("muon lion ademamix soap adafactor cautious_adamw adamw_8bit speedrun".split(), "optimizer.name"),
     "wsd": "schedule.decay",
     "wsd_sqrt": "schedule.decay_shape",
     **dict.fromkeys("cosine linear_to_zero inverse_sqrt restarts".split(), "schedule.name"),
