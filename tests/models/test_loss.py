@@ -139,6 +139,9 @@ def test_a_model_with_its_loss_inside(config: dict[str, Any]) -> None:
         model = make_model(config, "eager" if config is GEMMA else "sdpa")
         logits = model(**inputs).logits
         assert choose_loss("auto", model, model, inputs, "bf16") == "chunked"
+        few = 2**26 // model.config.vocab_size
+        assert choose_loss("auto", model, model, inputs, "bf16", few) == "full"
+        assert choose_loss("auto", model, model, inputs, "bf16", few + 1) == "chunked"
         attach_loss(model, kind, z_loss=0.1)
         assert torch.equal(model(**inputs).logits, logits), "without targets it is the model that it was"
         losses.append(loss_of(model, targets))

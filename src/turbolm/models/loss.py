@@ -22,6 +22,7 @@ IGNORED_TARGET = -100
 Loss = tuple[torch.Tensor, torch.Tensor]
 """What is minimised, and the negative log likelihood alone, without its gradient: both summed over targets, in fp32."""
 
+_FEW_LOGITS = 2**26  # 256 MB in fp32; a tenth of a step's time faster at once, on 2 CPU cores
 _CHUNK_LOGITS = {"cpu": 2**20, "cuda": 2**27}  # logits held at once: 4 MB stay in a core's cache, 512 MB fill a GPU
 
 
@@ -170,15 +171,23 @@ def attach_loss(model: PreTrainedModel, kind: str, *, z_loss: float = 0.0) -> No
 
 
 def choose_loss(
-    requested: str, forward: Callable[..., Any], model: PreTrainedModel, inputs: dict[str, Any], precision: str
+    requested: str,
+    forward: Callable[..., Any],
+    model: PreTrainedModel,
+    inputs: dict[str, Any],
+    precision: str,
+    micro_batch_tokens: int | None = None,
 ) -> str:
     """full, chunked or liger. `auto` is chunked wherever the model's logits are a linear head's, and not in fp16.
+
+    Logits of `micro_batch_tokens` that take little memory are all made at once, which is faster.
 
     Runs `forward` (the engine) once on `inputs` to see whether they are; every rank must call it. Raises UserError
     when another kind was asked for than can work.
     """
-    if requested == "full":
-        return requested
+    is_small = micro_batch_tokens is not None and micro_batch_tokens * model.config.vocab_size <= _FEW_LOGITS
+    if requested == "full" or (requested == "auto" and is_small):
+        return "full"
     if precision == "fp16":  # gradients are made before DeepSpeed's loss scale is known, and would vanish in fp16
         problem: str | None = "not with train.precision fp16; set bf16"
     else:

@@ -344,7 +344,7 @@ def build_engine(accelerator: Any, plan: Plan, store: TokenStore, run: RunDirect
         optimizer.distribute(stepped_partitions(engine), own_fragments(engine), engine.device)
     tokens = np.arange(8)[None]
     probe = model_inputs({"input_ids": tokens, "position_ids": tokens}, attention, engine.device)
-    loss = choose_loss(execution.loss, engine, engine.module, probe, plan.precision)
+    loss = choose_loss(execution.loss, engine, engine.module, probe, plan.precision, plan.batch.micro_batch_tokens)
     attach_loss(engine.module, loss, z_loss=recipe.train.z_loss)
     apply_compile(engine.module, execution.compile)
     tell_of_compiling()
