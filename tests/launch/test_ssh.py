@@ -42,6 +42,8 @@ def start(checkout: Path, hosts: str, *arguments: str) -> subprocess.Popen[str]:
         env=os.environ | {"PATH": f"{checkout}/.venv/bin:/usr/bin:/bin", "NUM_PROCESSES": "4"},
         stderr=subprocess.PIPE,
         text=True,
+        # A shell cannot trap what was ignored when it began, as it is under `nohup` or `&`.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
