@@ -577,7 +577,7 @@ class Execution(Section):
     loss: Literal["auto", "full", "chunked", "liger"] = Field(
         "auto",
         description="chunked: logits are never held all at once; liger: the same in one GPU kernel (package "
-        "liger-kernel); auto: full where the logits of a micro-batch are few, else chunked where the model allows it",
+        "liger-kernel); auto: chunked where the model allows it, but full in fp32 where logits are few",
     )
     compile: Literal["none", "model", "layers"] = Field(
         "none",
