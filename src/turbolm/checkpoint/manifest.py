@@ -76,9 +76,7 @@ def commit(temporary: Path, final: Path, manifest: Mapping[str, Any]) -> None:
     """Write the manifest and rename the folder into place; everything else in it must be on disk already."""
     write_json(temporary / MANIFEST, {"format_version": FORMAT_VERSION, **manifest})
     sync_folder(temporary)
-    if os.path.lexists(
-        final
-    ):  # found invalid by the resume that led here again: it went back to an older one, still there
+    if os.path.lexists(final):  # found invalid by the resume that led here again, which went back to an older one
         discard(final)
     os.rename(temporary, final)
     sync_folder(final.parent)
