@@ -15,9 +15,28 @@ from tests.world import run_world
 from turbolm.data.prepare import prepare
 from turbolm.recipe.schema import Recipe
 from turbolm.reliability.stragglers import Slowest, StragglerWatch, find_slowest
+from turbolm.train.pace import Pace
 
 HOSTS = ["a", "a", "b", "b"]
 STEPS = 16
+
+
+def test_a_rank_alone_keeps_no_times() -> None:
+    """They would only be let go after a comparison, which never comes."""
+    gone = []
+
+    class Forward:
+        def __del__(self) -> None:
+            gone.append(1)
+
+        def seconds(self) -> float:
+            return 1.0
+
+    pace = Pace(["here"])
+    for _ in range(100):
+        pace.add_step(Forward(), 2.0)  # type: ignore[arg-type]
+    assert len(gone) == 100
+    assert len(pace.take()) == 0
 
 
 def test_the_slowest_is_compared_with_the_median_of_the_others() -> None:

@@ -65,16 +65,17 @@ class Pace:
         self._waited_sec += seconds
 
     def add_step(self, forward: ForwardTime, step_sec: float) -> None:
-        """Note a finished step."""
-        self._forwards.append(forward)
-        self._stretch_sec += step_sec
+        """Note a finished step. One rank has nobody to be compared with, and would keep its notes for ever."""
+        if self._world_size > 1:
+            self._forwards.append(forward)
+            self._stretch_sec += step_sec
 
     def take(self) -> torch.Tensor:
         """This rank's times at its place, to be summed over all ranks; empty when it is too early for a report.
 
         (2 * world_size,): seconds of the forward passes by rank, then seconds waited.
         """
-        if self._world_size == 1 or len(self._forwards) < _MIN_STEPS:
+        if len(self._forwards) < _MIN_STEPS:
             return torch.zeros(0, dtype=torch.float64)
         times = torch.zeros(2, self._world_size, dtype=torch.float64)
         times[0, dist.get_rank()] = sum(forward.seconds() for forward in self._forwards)
