@@ -75,25 +75,22 @@ def design(
                 if _overlap(key, common):
                     problems.append(f"{trick.name}: sets {key}, but {common} {reason}; it must be the same in all arms")
     baseline = _arm("baseline", recipe_file, overrides, (), machine)
-    groups: dict[str, tuple[Trick, ...]] = {"+" + trick.name: (trick,) for trick in tricks}
     arms = [baseline]
-    for name, group in groups.items():
+
+    def add(name: str, group: tuple[Trick, ...]) -> None:
         try:
             arm = _arm(name, recipe_file, overrides, group, machine)
-            problems += _excess(arm, baseline)
+            problems.extend(_excess(arm, baseline))
             arms.append(arm)
         except UserError as error:
-            problems += [f"{name[1:]}: {line}" for line in str(error).splitlines()]
+            problems.extend(f"{name.removeprefix('+')}: {line}" for line in str(error).splitlines())
+
+    for trick in tricks:
+        add("+" + trick.name, (trick,))
     if problems:
         raise UserError("\n".join(problems))
-    if not alone:
-        for name, group in _combinations(tricks).items():
-            try:
-                arm = _arm(name, recipe_file, overrides, group, machine)
-                problems += _excess(arm, baseline)
-                arms.append(arm)
-            except UserError as error:
-                problems += [f"{name}: {line}" for line in str(error).splitlines()]
+    for name, group in ({} if alone else _combinations(tricks)).items():
+        add(name, group)
     if problems:
         raise UserError("\n".join([*problems, "measure them apart, or with --alone"]))
     if len({arm.run_name for arm in arms}) < len(arms):
