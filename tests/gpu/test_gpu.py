@@ -25,6 +25,15 @@ from turbolm.models.loss import chunked_linear_loss
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
 
+def check_against_plain_pytorch(folder: Path, trained: dict[str, list[list[float]]]) -> None:
+    recipe = cell_recipe(folder, Cell(name="reference"))
+    expected = np.array(train_reference(recipe, open_store(prepare(recipe)), learning_rates()))
+    for name, values in trained.items():
+        losses = np.array([step[0] for step in values])
+        rtol = 1e-4 if "fp32" in name else 2e-2
+        np.testing.assert_allclose(losses, expected[:, 0], rtol=rtol, err_msg=name)
+
+
 def test_every_stage_and_precision_follows_plain_pytorch(tmp_path: Path) -> None:
     fp32 = [Cell(name=f"zero{stage}-fp32", zero_stage=stage, device="cuda") for stage in (0, 1, 2, 3)]
     half = [
@@ -36,12 +45,7 @@ def test_every_stage_and_precision_follows_plain_pytorch(tmp_path: Path) -> None
     ]  # fmt: skip
     deepspeed = [Cell(name="fused-fp32", zero_stage=2, device="cuda", adam_kernel="deepspeed")]
     trained = run_cells(tmp_path, 1, [*fp32, *half, *deepspeed])
-    recipe = cell_recipe(tmp_path, Cell(name="reference"))
-    expected = np.array(train_reference(recipe, open_store(prepare(recipe)), learning_rates()))
-    for name, values in trained.items():
-        losses = np.array([step[0] for step in values])
-        rtol = 1e-4 if "fp32" in name else 2e-2
-        np.testing.assert_allclose(losses, expected[:, 0], rtol=rtol, err_msg=name)
+    check_against_plain_pytorch(tmp_path, trained)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -83,12 +87,7 @@ def test_execution_tricks_follow_plain_pytorch(tmp_path: Path) -> None:
         for precision in ("fp32", "bf16")
     ]
     trained = run_cells(tmp_path, 1, cells)
-    recipe = cell_recipe(tmp_path, Cell(name="reference"))
-    expected = np.array(train_reference(recipe, open_store(prepare(recipe)), learning_rates()))
-    for name, values in trained.items():
-        losses = np.array([step[0] for step in values])
-        rtol = 1e-4 if "fp32" in name else 2e-2
-        np.testing.assert_allclose(losses, expected[:, 0], rtol=rtol, err_msg=name)
+    check_against_plain_pytorch(tmp_path, trained)
 
 
 @pytest.mark.parametrize("mode", ["model", "layers"])
