@@ -17,6 +17,7 @@ from turbolm.ablate.render import render_table
 from turbolm.ablate.results import collect_results
 from turbolm.ablate.run import run_ablation
 from turbolm.ablate.settings import Ablation, Sweep
+from turbolm.ablate.tricks import parse_tricks
 from turbolm.errors import UserError
 from turbolm.plan.machine import Machine
 from turbolm.recipe.schema import Recipe
@@ -101,6 +102,9 @@ def test_tricks_may_be_files_and_settings(recipe_file: str, tmp_path: Path) -> N
     assert list(arms_of(ablation)) == ["baseline", "+mine", "+beta", "all"]
     both = ablation.arms[3].recipe
     assert (str(both.schedule.warmup), both.optimizer.betas, both.train.z_loss) == ("10%", (0.8, 0.9), 1e-5)
+    staged = "stages:data.length_schedule={name: stages, at: {0%: 32, 50%: 64}}+train.z_loss=1e-5,beta:train.seed=1"
+    assert [trick.name for trick in parse_tricks([staged])] == ["stages", "beta"]
+    assert parse_tricks([staged])[0].keys == ("data.length_schedule", "train.z_loss")
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,6 @@ from turbolm.plan.recipe_table import recipes_folder, trick_files
 from turbolm.recipe.load import load_piece
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,49}")
-_COMMA = re.compile(r",(?![^\[{]*[\]}])")  # not inside [...] or {...}
 _PLUS = re.compile(r"\+(?=[a-z_]+(?:\.[\w]+)*=)")
 
 
@@ -32,7 +31,7 @@ def parse_tricks(texts: Sequence[str]) -> list[Trick]:
 
     Raises UserError with everything that is wrong.
     """
-    entries = [entry.strip() for text in texts for entry in _COMMA.split(text) if entry.strip()]
+    entries = [entry.strip() for text in texts for entry in _split(text) if entry.strip()]
     known = {path.stem: path for path in trick_files(recipes_folder())}
     if not entries:
         raise UserError(f"name the tricks to measure with --tricks a,b,c; known: {', '.join(known)}")
@@ -50,6 +49,18 @@ def parse_tricks(texts: Sequence[str]) -> list[Trick]:
     if problems:
         raise UserError("\n".join(problems))
     return tricks
+
+
+def _split(text: str) -> list[str]:
+    """Between the commas that are not inside of [...] or {...}."""
+    entries, depth = [""], 0
+    for char in text:
+        depth += (char in "[{") - (char in "]}")
+        if char == "," and depth == 0:
+            entries.append("")
+        else:
+            entries[-1] += char
+    return entries
 
 
 def _parse(entry: str, known: Mapping[str, Path]) -> Trick:
