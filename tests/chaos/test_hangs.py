@@ -114,7 +114,9 @@ def test_a_hang_is_found_in_time_and_explained(case: str, jobs: dict[str, Job]) 
     assert limit_sec <= job.found_at - job.hung_at + 0.6 <= limit_sec + 5.6  # a sign may be as old as a wait is long
     stacks = job.outcome.with_name("hung") / "stacks.rank1.txt"
     assert function in stacks.read_text(), stacks.read_text()
-    assert "wait_for_all" in stacks.with_name("stacks.rank0.txt").read_text()
+    # Only of a thread that stands still is the stack exact: the main one, in which the signal's handler runs.
+    waiting = main_thread_frames(stacks.with_name("stacks.rank0.txt").read_text())
+    assert any(frame.startswith(("wait_for_all ", "join ")) for frame in waiting), waiting
     assert str(stacks.parent) in outcome["message"]
 
 
