@@ -44,7 +44,7 @@ def check(folder: Path, world_size: int, cells: list[Cell]) -> None:
     store = open_store(prepare(cell_recipe(folder, cells[0])))
     expected: dict[tuple[str, str], np.ndarray] = {}
     for cell in cells:
-        name, key = cell.optimizer["name"], (cell.optimizer["name"], cell.model)
+        key = (cell.optimizer["name"], cell.model)
         if key not in expected:
             expected[key] = np.array(train_reference(cell_recipe(folder, cell), store, rates_of(cell)))
             assert expected[key][0, 0] - expected[key][-1, 0] > 0.05, f"{key} must learn"
