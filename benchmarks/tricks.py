@@ -1,0 +1,163 @@
+"""What every trick that works on a CPU is worth: `turbolm ablate` on a small Llama, and one table of all tricks.
+
+    python benchmarks/tricks.py [--corpus corpus.parquet] [--seeds 3 --only muon,best_fit] [--studies NAME ...]
+
+Each study is one ablation of `benchmarks/speedrun.yaml` (AdamW, cosine, fixed rows cut from the stream): the baseline
+and each trick alone, one process of one thread, at the baseline's learning rate unless the trick has its own; compared
+by processor time, which other work on the machine disturbs less than the clock. Runs lie in `runs/ablations/tricks*`
+below the working directory, and the same command goes on where an interrupted one was. With `--seeds` and `--only`
+the tricks named get more seeds. Tricks that need a GPU are listed as not measured: `benchmarks/gpu.sh` has those.
+Without a corpus, the source files of the running Python are learned. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from turbolm.plan.recipe_table import read_header, recipes_folder, trick_files
+
+HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Study:
+    """Tricks with a baseline in common."""
+
+    about: str
+    settings: tuple[str, ...]
+    tricks: tuple[str, ...]
+
+
+STUDIES = {
+    "tricks": Study(
+        "bf16, 400k tokens in batches of 2,048",
+        ("train.budget=400k", "evaluation.every=10%", "evaluation.tokens=40k"),
+        (
+            "muon_at_1e-2:optimizer.name=muon+optimizer.lr=1e-2", "muon", "best_fit", "linear_to_zero", "growth",
+            "remix", "stages:data.length_schedule={name: stages, at: {0%: 128, 25%: 256, 50%: 512}}", "buckets",
+            "lion", "ademamix", "cautious_adamw", "adamw_8bit", "rmsprop:optimizer.name=rmsprop",
+            "sgd:optimizer.name=sgd+optimizer.lr=0.3", "z_loss", "depth_scaled_init", "strong_weight_decay", "wsd",
+            "wsd_sqrt", "restarts", "inverse_sqrt", "momentum_ramp", "weight_decay_ramp", "no_clip", "clip_by_value",
+            "random_restarts", "full_loss", "fp32:train.precision=fp32",
+        ),
+    ),
+    "tricks-unsharded": Study(
+        "fp32, for optimizers that need ZeRO 0; else as above",
+        ("train.budget=400k", "evaluation.every=10%", "evaluation.tokens=40k", "train.precision=fp32"),
+        ("soap", "adafactor"),
+    ),
+    "tricks-batch": Study(
+        "bf16, 800k tokens in batches of 8,192",
+        ("train.budget=800k", "evaluation.every=10%", "evaluation.tokens=40k", "train.global_batch=8192"),
+        ("batch_ramp",),
+    ),
+    "tricks-execution": Study(
+        "fp32, 100k tokens, ZeRO 1: the result is the same, only time and memory count",
+        ("train.budget=100k", "evaluation.every=10%", "evaluation.tokens=8k", "train.precision=fp32"),
+        (
+            "zero0", "zero2", "zero3", "recompute_full", "recompute_selective", "recompute_offloaded", "chunked_loss",
+            "compile_layers", "compile_model", "offload_optimizer", "overlap",
+        ),
+    ),
+}  # fmt: skip
+WHY_NOT = {
+    "adamw_8bit": "torchao was missing",
+    "bf16": "the baseline has it: see fp32 and the speedrun",
+    "concat": "the baseline",
+    "cosine": "the baseline",
+    "fp16": "needs a GPU",
+    "fp8": "needs a Hopper GPU",
+    "liger_loss": "needs a GPU",
+    "padded_vocab": "the vocabulary is such a multiple",
+    "speedrun": "see the speedrun",
+    "zero1": "the baseline",
+    "zeropp": "needs nodes of 8 GPUs",
+}
+
+
+def ablate(name: str, study: Study, corpus: Path | None, seeds: int, only: list[str]) -> dict[str, Any] | None:
+    """Run one study, or go on with it; its results as `turbolm ablate --json` prints them."""
+    tricks = [trick for trick in study.tricks if not only or trick.partition(":")[0] in only]
+    if not tricks:
+        return None
+    settings = [*study.settings, "cluster.processes_per_node=1", "execution.threads_per_process=1"]
+    settings.append("logging.sample_tokens=0")
+    if corpus:
+        settings.append(f'data.sources=[{{"type":"parquet","path":{json.dumps(str(corpus))}}}]')
+    options = ["--tricks", ",".join(tricks), "--alone", "--clock", "cpu", "--seeds", str(seeds)]
+    command = [str(Path(sys.executable).with_name("turbolm")), "ablate", str(HERE / "speedrun.yaml"), *settings]
+    done = subprocess.run([*command, *options, "--name", name, "--json"], stdout=subprocess.PIPE)
+    if done.returncode:
+        raise SystemExit(done.returncode)
+    return json.loads(done.stdout)  # type: ignore[no-any-return]
+
+
+def figures_of(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """By trick: what it changed, as ratios to the baseline's means."""
+    baseline = results["arms"][0]["mean"]
+    found = {}
+    for arm in results["arms"][1:]:
+        mean = arm["mean"]
+        ratios = {
+            key: mean[key] / baseline[key] if mean.get(key) and baseline.get(key) else None
+            for key in ("target_tokens", "target_sec", "tokens_per_sec", "peak_bytes")
+        }
+        found[arm["arm"].removeprefix("+")] = {
+            "baseline_loss": baseline["final_loss"],
+            "final_loss": mean["final_loss"],
+            **ratios,
+            "seeds": len(arm["runs"]),
+            "verdict": arm["verdict"],
+        }
+    return found
+
+
+def measured_cell(found: dict[str, Any]) -> str:
+    """The figures of a trick in words; what it never reached is said."""
+    loss = f"loss {found['baseline_loss']:.3f} → {found['final_loss']:.3f}"
+    ratios = (("tokens", "target_tokens"), ("time", "target_sec"), ("tokens/s", "tokens_per_sec"))
+    parts = [f"{word} {found[key]:.2f}x" for word, key in ratios if found[key]]
+    if not found["target_tokens"]:
+        parts.insert(0, "target not reached")
+    seeds = f"{found['seeds']} seed{'s' * (found['seeds'] > 1)}"
+    return f"**{found['verdict'] or '-'}**: {loss}; {', '.join(parts)}; memory {found['peak_bytes']:.2f}x ({seeds})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--corpus", type=Path, help="a parquet file with a column `text`")
+    parser.add_argument("--studies", nargs="+", choices=STUDIES, default=list(STUDIES))
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--only", default="", help="names of tricks, with commas between; those of --seeds")
+    arguments = parser.parse_args()
+    corpus = arguments.corpus.resolve() if arguments.corpus else None
+    only = [name for name in arguments.only.split(",") if name]
+    measured: dict[str, dict[str, Any]] = {}
+    for name in arguments.studies:
+        study = STUDIES[name]
+        first = ablate(name, study, corpus, 1, [])
+        more = ablate(name, study, corpus, arguments.seeds, only) if arguments.seeds > 1 else None
+        for results in (first, more):
+            for trick, found in figures_of(results).items() if results else ():
+                measured[trick] = {"study": name, **found}
+    for name in arguments.studies:
+        print(f"{name}: {STUDIES[name].about}")
+    files = {path.stem: path for path in trick_files(recipes_folder())}
+    columns = ("trick", "family", "changes", "works", "claimed", "source", "measured")
+    print("\n| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
+    for trick in [*files, *(name for name in measured if name not in files)]:
+        header = read_header(files[trick]) if trick in files else {}
+        found = measured.get(trick)
+        cell = f"{found['study']}: {measured_cell(found)}" if found else WHY_NOT.get(trick, "not measured")
+        print(f"| {trick} | " + " | ".join(header.get(column, "") for column in columns[1:-1]) + f" | {cell} |")
+    print(json.dumps({"bench": "tricks", "figures": measured, "rivals": {}, "targets": {}, "met": {}}))
+
+
+if __name__ == "__main__":
+    main()
