@@ -69,9 +69,9 @@ class Worker:
         from turbolm.plan.machine import detect_machine
         from turbolm.plan.plan import build_plan
         from turbolm.recipe.load import load_recipe
+        from turbolm.train.build import build_engine
         from turbolm.train.engine import build_accelerator
         from turbolm.train.run_directory import RunDirectory
-        from turbolm.train.worker import build_engine
 
         self.torch, self.dist = torch, dist
         recipe = load_recipe(RECIPE, overrides(arguments))

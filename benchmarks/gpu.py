@@ -152,10 +152,10 @@ def turbolm_trainer(row: Settings, plan: Any, store: Any, folder: Path) -> Conte
     import torch
 
     from turbolm.models.fp8 import apply_fp8
+    from turbolm.train.build import build_engine
     from turbolm.train.engine import build_accelerator, set_learning_rate
     from turbolm.train.run_directory import RunDirectory
     from turbolm.train.step import micro_batch_loss, train_step
-    from turbolm.train.worker import build_engine
 
     accelerator = build_accelerator(plan.ds_config, device=plan.device, precision=plan.precision, timeout_sec=600)
     engine, attention = build_engine(accelerator, plan, store, RunDirectory(folder))

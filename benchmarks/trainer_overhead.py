@@ -33,10 +33,10 @@ from turbolm.optim.build import build_optimizer
 from turbolm.plan.machine import detect_machine
 from turbolm.plan.plan import Plan, build_plan
 from turbolm.recipe.load import load_recipe
+from turbolm.train.build import build_engine
 from turbolm.train.engine import build_accelerator, set_learning_rate
 from turbolm.train.run_directory import RunDirectory
 from turbolm.train.step import train_step
-from turbolm.train.worker import build_engine
 
 RECIPE = Path(__file__).parents[1] / "recipes/quickstart/config.yaml"
 Contender = Callable[[list[list[dict[str, Any]]], list[int]], None]

@@ -69,6 +69,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         logging={"every_steps": 1, "sample_tokens": 8},
         checkpoint={"every": "25 steps"},
         execution={"zero_stage": 2},
+        cluster={"device": "cpu", "processes_per_node": 2},
     )
     (folder / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
     return folder

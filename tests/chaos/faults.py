@@ -24,11 +24,12 @@ from turbolm.plan.machine import detect_machine
 from turbolm.plan.plan import build_plan
 from turbolm.recipe.schema import Recipe
 from turbolm.train import loop, step
+from turbolm.train.build import build_engine
 from turbolm.train.engine import build_accelerator, set_learning_rate
 from turbolm.train.loop import learning_rate
 from turbolm.train.run_directory import RunDirectory
 from turbolm.train.step import train_step
-from turbolm.train.worker import build_engine, run_worker
+from turbolm.train.worker import run_worker
 
 Fault = tuple[str, float, Sequence[int]]  # where (loss or gradient), what it is multiplied by, on which ranks
 CRASH = "crash"

@@ -20,11 +20,11 @@ from turbolm.data.prepare import find_store
 from turbolm.data.store import open_store
 from turbolm.plan.machine import detect_machine
 from turbolm.plan.plan import build_plan
+from turbolm.train.build import build_engine
 from turbolm.train.engine import build_accelerator, set_learning_rate
 from turbolm.train.loop import learning_rate, set_other_schedules
 from turbolm.train.run_directory import RunDirectory
 from turbolm.train.step import micro_batch_loss, train_step
-from turbolm.train.worker import build_engine
 
 
 def train_cell(folder: Path, cell: Cell) -> list[list[float]]:

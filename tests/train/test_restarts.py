@@ -87,17 +87,18 @@ def _restarted(recipe: Recipe, faults: list[str]) -> list[Any]:
 
 def _plain(recipe: Recipe, initial_seeds: list[int]) -> None:
     """The reference: whole plain runs, whose weights, and nothing else, are drawn from other seeds than their own."""
-    from turbolm.train import worker
+    import turbolm.train.build as build_module
+    from turbolm.train.worker import run_worker
 
-    clean_build = worker.build_model
+    clean_build = build_module.build_model
     for seed in initial_seeds:
 
         def build(*arguments: Any, initial_seed: int = seed, **keywords: Any) -> Any:
             return clean_build(*arguments, **{**keywords, "seed": initial_seed})
 
         _start_over()
-        with patch.object(worker, "build_model", build):
-            assert worker.run_worker(recipe.model_copy(update={"name": f"{recipe.name}-{seed}"})) == 0
+        with patch.object(build_module, "build_model", build):
+            assert run_worker(recipe.model_copy(update={"name": f"{recipe.name}-{seed}"})) == 0
 
 
 def _both(recipe: Recipe, plain: Recipe, faults: list[str], initial_seeds: list[int]) -> list[Any]:

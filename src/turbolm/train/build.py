@@ -1,0 +1,216 @@
+"""What an attempt trains with, made from its plan: the engine around the model, the data, the log, the saver."""
+
+from __future__ import annotations
+
+import platform
+from typing import Any, TextIO
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from turbolm.checkpoint.fragments import own_fragments, stepped_partitions
+from turbolm.checkpoint.retention import Retention
+from turbolm.checkpoint.save import gather_over
+from turbolm.checkpoint.saver import CheckpointSaver
+from turbolm.data.loader import BatchLoader
+from turbolm.data.order import recipe_order
+from turbolm.data.store import TokenStore
+from turbolm.errors import UserError
+from turbolm.models.attention import choose_attention, model_inputs
+from turbolm.models.build import (
+    build_config,
+    build_model,
+    carries_state_across_documents,
+    check_all_trained,
+    model_class,
+)
+from turbolm.models.compile import apply_compile, keep_layers_whole
+from turbolm.models.fp8 import apply_fp8
+from turbolm.models.initialise import count_parameters, seed_for_rank
+from turbolm.models.isolation import check_isolation
+from turbolm.models.loss import attach_loss, choose_loss
+from turbolm.models.recompute import apply_activation_checkpointing
+from turbolm.optim.build import build_optimizer, eight_bit_share
+from turbolm.optim.cautious import CautiousAdamW
+from turbolm.optim.groups import group_table
+from turbolm.optim.muon import Muon
+from turbolm.plan.flops import peak_half_flops, training_flops_per_token
+from turbolm.plan.machine import Machine
+from turbolm.plan.plan import Plan
+from turbolm.recipe.contract import contract_of, fingerprint
+from turbolm.reliability import heartbeat
+from turbolm.reliability.anomalies import AnomalyWatch
+from turbolm.reliability.stop import StopRequest
+from turbolm.train.compiling import tell_of_compiling
+from turbolm.train.engine import clip_by_value
+from turbolm.train.gate import UpdateGate
+from turbolm.train.loop import Session
+from turbolm.train.metrics import MetricsLog, measure_peak_flops
+from turbolm.train.pace import Pace
+from turbolm.train.run_directory import (
+    RunDirectory,
+)
+
+
+def build_session(
+    accelerator: Any,
+    plan: Plan,
+    run: RunDirectory,
+    store: TokenStore,
+    stop: StopRequest,
+    attempt: int,
+    terminal: TextIO,
+    group: Any,
+    machine: Machine,
+    contracts: frozenset[str],
+) -> Session:
+    """Model, engine, data and logging of a run that is about to train or resume."""
+    recipe = plan.recipe
+    engine, attention = build_engine(accelerator, plan, store, run)
+    data = recipe.data
+    if data.packing != "single":
+        engine.eval()  # dropout would move the logits by itself
+        leak = check_isolation(
+            engine,
+            vocab_size=store.vocab_size,
+            seq_len=min(data.seq_len, 64),
+            attention=attention,
+            device=engine.device,
+            precision=plan.precision,
+        )
+        engine.train()
+        print(f"packed documents are isolated: a change moved its neighbour's logits by {leak:.1e}")
+    if recipe.train.fp8 != "off":  # after the check: a scale shared by a whole tensor is rounding that all rows share
+        print(f"products in 8 bits: {len(apply_fp8(engine.module, recipe.train.fp8))} linear layers")
+    world_size, rank = dist.get_world_size(), dist.get_rank()
+    if rank > 0:
+        dist.barrier(group=group)
+    order = recipe_order(recipe, store, plan.curriculum, save=rank == 0)
+    if rank == 0:
+        dist.barrier(group=group)  # the others find the table in the cache
+    # What is compiled sees one size for each row length: the most pieces there are in the whole run.
+    max_pieces = order.max_pieces(plan.num_steps) if recipe.execution.compile != "none" else None
+    loader = BatchLoader(order, store, "train", world_size, rank, recipe.execution.micro_batch, max_pieces)
+    num_matmul = count_parameters(engine.module, min_dims=2)
+    config = engine.module.config.to_dict()
+
+    def flops_per_target(mean_span: float) -> float:
+        known = training_flops_per_token(config, mean_span)
+        return 6.0 * num_matmul if known is None else known
+
+    log = MetricsLog(
+        path=run.metrics,
+        attempt=attempt,
+        curriculum=plan.curriculum,
+        peak_flops=_peak_flops(engine, plan, machine),
+        group=group,
+        terminal=terminal,
+        pace=Pace(gather_over(group)(platform.node())),
+    )
+    gate = UpdateGate(engine, AnomalyWatch(recipe.anomalies))
+    return Session(
+        plan=plan,
+        run=run,
+        engine=engine,
+        store=store,
+        loader=loader,
+        attention=attention,
+        saver=_build_saver(plan, run, engine, stop, log),
+        group=group,
+        stop=stop,
+        log=log,
+        gate=gate,
+        contracts=contracts,
+        flops_per_target=flops_per_target,
+    )
+
+
+def build_engine(accelerator: Any, plan: Plan, store: TokenStore, run: RunDirectory) -> tuple[Any, str]:
+    """The DeepSpeed engine around a freshly initialised model, and the attention kernel it was built with.
+
+    Rank 0 saves configuration and tokenizer to the run.
+    """
+    recipe = plan.recipe
+    config = build_config(
+        recipe.model,
+        seq_len=recipe.data.seq_len,
+        vocab_size=store.vocab_size,
+        bos_token_id=store.manifest["bos_id"],
+        eos_token_id=store.manifest["eos_id"],
+    )
+    kind = model_class(config)
+    reason = carries_state_across_documents(config, kind)
+    if reason and recipe.data.packing != "single":
+        raise UserError(f"data.packing: {reason}, so packed documents cannot be kept apart; set data.packing: single")
+    attention = choose_attention(recipe.execution.attention, plan.device, plan.precision, kind)
+    sharded_by = plan.ds_config if recipe.execution.zero_stage == 3 else None
+    model = build_model(recipe.model, config, seed=recipe.train.seed, attention=attention, sharded_by=sharded_by)
+    check_all_trained(model)
+    if dist.get_rank() == 0:
+        config.save_pretrained(run.model)
+        from turbolm.checkpoint.export import tokenizer
+
+        tokenizer(store.tokenizer_dir).save_pretrained(run.model)
+    apply_activation_checkpointing(model, recipe.execution.activation_checkpointing)
+    execution = recipe.execution
+    needs_layers_whole = execution.compile == "layers" or execution.activation_checkpointing == "selective"
+    if execution.zero_stage == 3 and needs_layers_whole:
+        keep_layers_whole(model)
+    optimizer = build_optimizer(model, recipe)
+    print(group_table(recipe.optimizer.name, optimizer.param_groups))
+    if recipe.train.max_grad_value is not None:
+        clip_by_value(optimizer, recipe.train.max_grad_value)
+    engine, _ = accelerator.prepare(model, optimizer)
+    if recipe.optimizer.name == "adamw_8bit":
+        share = eight_bit_share(stepped_partitions(engine) or list(engine.module.parameters()))
+        print(f"moments in 8 bits for {share:.1%} of the parameters here; the others' are not in whole blocks: fp32")
+    if isinstance(optimizer, (Muon, CautiousAdamW)) and execution.zero_stage > 0:
+        optimizer.distribute(stepped_partitions(engine), own_fragments(engine), engine.device)
+    tokens = np.arange(8)[None]
+    probe = model_inputs({"input_ids": tokens, "position_ids": tokens}, attention, engine.device)
+    loss = choose_loss(execution.loss, engine, engine.module, probe, plan.precision, plan.batch.micro_batch_tokens)
+    attach_loss(engine.module, loss, z_loss=recipe.train.z_loss)
+    apply_compile(engine.module, execution.compile)
+    tell_of_compiling()
+    heartbeat.advance()
+    seed_for_rank(recipe.train.seed, dist.get_rank())
+    engine.train()
+    return engine, attention
+
+
+def _build_saver(plan: Plan, run: RunDirectory, engine: Any, stop: StopRequest, log: MetricsLog) -> CheckpointSaver:
+    """Collective: the threads that write agree over a process group of their own."""
+    settings, batch_tokens = plan.recipe.checkpoint, plan.batch.global_batch_tokens
+
+    def report(text: str) -> None:
+        log.say(text)
+        if settings.on_failure == "stop":
+            stop.request("a checkpoint that was not written")
+
+    every = settings.keep_every
+    return CheckpointSaver(
+        folder=run.checkpoints,
+        engine=engine,
+        retention=Retention(
+            keep_last=settings.keep_last,
+            keep_every_tokens=every.tokens(plan.recipe.train.budget, batch_tokens) if every else None,
+            keep_best=settings.keep_best,
+        ),
+        contract_fingerprint=fingerprint(contract_of(plan.recipe)),
+        asynchronous=settings.asynchronous,
+        group=dist.new_group(backend="gloo"),
+        report=report,
+    )
+
+
+def _peak_flops(engine: Any, plan: Plan, machine: Machine) -> float | None:
+    """Peak of all devices together: from the data sheet, else measured as a matrix product on every rank at once."""
+    known = peak_half_flops(machine.gpu_name) if plan.device == "cuda" and plan.precision != "fp32" else None
+    if known is not None:
+        return known * plan.world_size
+    peak = torch.tensor([measure_peak_flops(engine.device, next(engine.module.parameters()).dtype)])
+    if plan.device == "cuda":
+        return None  # an unlisted GPU: kernel launches are not finished when torch returns, so do not guess
+    dist.all_reduce(peak)
+    return float(peak)
