@@ -44,7 +44,10 @@ STUDIES = {
             "lion", "ademamix", "cautious_adamw", "adamw_8bit", "rmsprop:optimizer.name=rmsprop",
             "sgd:optimizer.name=sgd+optimizer.lr=0.3", "z_loss", "depth_scaled_init", "strong_weight_decay", "wsd",
             "wsd_sqrt", "restarts", "inverse_sqrt", "momentum_ramp", "weight_decay_ramp", "no_clip", "clip_by_value",
-            "random_restarts", "full_loss", "fp32:train.precision=fp32",
+            "random_restarts", "full_loss", "fp32:train.precision=fp32", "adamw_at_4e-3:optimizer.lr=4e-3",
+            "lion_at_1e-3:optimizer.name=lion+optimizer.lr=1e-3+optimizer.weight_decay=0.5",
+            "ademamix_at_4e-3:optimizer.name=ademamix+optimizer.betas=[0.9, 0.95, 0.999]+optimizer.lr=4e-3",
+            "cautious_adamw_at_4e-3:optimizer.name=cautious_adamw+optimizer.lr=4e-3",
         ),
     ),
     "tricks-unsharded": Study(
