@@ -59,6 +59,26 @@ def test_the_page_shows_the_whole_run_and_loads_nothing(run_dir):
     assert not re.search(r"https?://|@import|url\((?!#)|<link|<img|\bsrc=", without_namespace)
 
 
+def test_anomalies_are_shown_even_of_steps_that_were_taken_back(run_dir):
+    path = run_dir / "metrics.jsonl"
+    assert "Anomalies" not in write_report(run_dir).read_text()
+    events = [
+        {"step": 57, "anomaly": "nan", "anomaly/loss": None, "anomaly/decision": "skip"},
+        {
+            "step": 60, "anomaly": "spike", "anomaly/loss": 12.5, "anomaly/grad_norm": 3.0, "anomaly/limit": 7.25,
+            "anomaly/decision": "rollback", "anomaly/to_step": 50, "anomaly/skipped_batches": [50, 60],
+        },
+        {"step": 61, "anomaly": EVIL, "anomaly/skipped_batches": EVIL},
+    ]  # fmt: skip
+    path.write_text("\n".join([path.read_text(), *(json.dumps({"attempt": 1, **event}) for event in events)]))
+    page = write_report(run_dir).read_text()
+    row = ("<td>60</td><td>1</td><td>spike</td><td>12.5</td><td>3</td><td>7.25</td><td>rollback</td>"
+           "<td>50 to 59</td>")  # fmt: skip
+    assert row in page
+    assert "<td>57</td><td>1</td><td>nan</td><td>–</td><td>–</td><td>–</td><td>skip</td><td>–</td>" in page
+    assert "<script>alert" not in page
+
+
 def test_everything_that_a_user_named_is_escaped(run_dir):
     (run_dir / "results.json").write_text(json.dumps({EVIL: EVIL, "nested": {EVIL: [EVIL, 1]}}))
     (run_dir / "recipe.yaml").write_text(f"name: {EVIL}\n")

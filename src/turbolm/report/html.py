@@ -33,6 +33,7 @@ def write_report(run_dir: Path) -> Path:
         _header(run_dir, metrics, attempts),
         _curves(metrics, results),
         section("Results", table(_rows(results)) if results else ""),
+        section("Anomalies", _anomalies(read_lines(run_dir / "metrics.jsonl"))),
         section("Attempts", _attempts_table(attempts)),
         section("Recipe", _recipe(run_dir)),
         section("Environment of the last attempt", _environment(run_dir, attempts)),
@@ -154,6 +155,25 @@ def _attempts_table(attempts: Sequence[dict[str, int | None]]) -> str:
 
     rows = [[str(one["attempt"]), text(one["first_step"]), text(one["last_step"])] for one in attempts]
     return table(rows, ["attempt", "first step", "last step"]) if rows else ""
+
+
+def _anomalies(lines: Sequence[Line]) -> str:
+    """Every anomaly there was, those of steps that a rollback took back as well."""
+    keys = ("anomaly", "anomaly/loss", "anomaly/grad_norm", "anomaly/limit", "anomaly/decision")
+    rows = [
+        [f"{line['step']:,}", str(line["attempt"]), *(_text(key, line.get(key)) for key in keys), _left_out(line)]
+        for line in lines
+        if "anomaly" in line
+    ]
+    head = ["step", "attempt", "anomaly", "loss", "gradient norm", "limit", "decision", "batches left out"]
+    return table(rows, head) if rows else ""
+
+
+def _left_out(line: Line) -> str:
+    window = line.get("anomaly/skipped_batches")
+    if not isinstance(window, list) or len(window) != 2 or not all(isinstance(index, int) for index in window):
+        return "–"
+    return f"{window[0]:,} to {window[1] - 1:,}"
 
 
 def _recipe(run_dir: Path) -> str:
