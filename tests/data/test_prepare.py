@@ -16,6 +16,7 @@ import pytest
 from turbolm.data import prepare as prepare_module
 from turbolm.data import shards as shards_module
 from turbolm.data import sources as sources_module
+from turbolm.data.digests import DIGEST_BYTES, DigestSet
 from turbolm.data.engines import Plain
 from turbolm.data.prepare import find_store, finished_shards, prepare, store_folder, store_key
 from turbolm.data.progress import Meter, Progress
@@ -413,6 +414,18 @@ def test_duplicates_are_left_out(
     (store_folder(recipes[1]) / "shard-00002.tokens").unlink()
     (store_folder(recipes[1]) / "shard-00004.digests").unlink()
     assert contents(prepare(recipes[1], num_workers=1)) == contents(folder)
+
+
+def test_digests_are_a_set_in_little_memory() -> None:
+    random = np.random.default_rng(0)
+    digests = [random.bytes(DIGEST_BYTES) for _ in range(40_000)]
+    digests += [bytes(7) + random.bytes(DIGEST_BYTES - 7) for _ in range(300)]  # all for the same places
+    seen, expected = DigestSet(), set()
+    for digest in (*digests, *digests[::7], *digests[-300:]):
+        assert seen.add(digest) == (digest not in expected)
+        expected.add(digest)
+    assert len(seen) == len(expected) == len(digests)
+    assert 16 * len(seen) <= seen.num_bytes <= 23 * len(seen)
 
 
 def test_progress_says_what_is_left(tmp_path: Path, texts: list[str]) -> None:

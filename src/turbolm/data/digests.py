@@ -2,45 +2,68 @@
 
 from __future__ import annotations
 
-DIGEST_BYTES = 16  # two of 10^12 different texts share one with a probability of 10^-15
-_EMPTY = bytes(DIGEST_BYTES)
+from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
+
+DIGEST_BYTES = 16  # as files hold them
+_HELD_BYTES = 12  # as memory does: two of 10^9 different texts share one with a probability of 10^-11
+_EMPTY = bytes(_HELD_BYTES)
+_TABLES = 64
+_FIRST_SLOTS = 341  # a page of memory
+_FULL, _GROWTH = 0.75, 1.4
 
 
 class DigestSet:
-    """Digests of 16 bytes, in 23 to 46 bytes of memory each, half as much again while it grows.
+    """Digests, of which the first 12 bytes count, in 16 to 23 bytes of memory each. A `set` of `bytes` needs about 110.
 
-    A `set` of `bytes` needs about 110. One table with linear probing: a digest is its own hash.
+    A digest is its own hash, in one of 64 tables with linear probing. Each grows on its own, so that neither memory nor
+    time makes a leap, and lies in pages of its own, which go back to the system then.
     """
 
     def __init__(self) -> None:
-        self._table = bytearray(DIGEST_BYTES << 10)
-        self._count = 0
+        self._tables = [_new_table(_FIRST_SLOTS) for _ in range(_TABLES)]
+        self._counts = [0] * _TABLES
 
     def __len__(self) -> int:
-        return self._count
+        return sum(self._counts)
+
+    @property
+    def num_bytes(self) -> int:
+        """What its tables take."""
+        return sum(map(len, self._tables))
 
     def add(self, digest: bytes) -> bool:
         """Whether the digest was not there yet; it is there now."""
-        if not self._place(digest):
+        held = digest[:_HELD_BYTES]
+        number = held[-1] % _TABLES
+        table = self._tables[number]
+        if not _place(table, held):
             return False
-        self._count += 1
-        if self._count * DIGEST_BYTES > 0.7 * len(self._table):
-            self._grow()
+        self._counts[number] += 1
+        if self._counts[number] * _HELD_BYTES > _FULL * len(table):
+            self._tables[number] = _grown(table)
         return True
 
-    def _place(self, digest: bytes) -> bool:
-        table = self._table
-        at = int.from_bytes(digest[:8], "little") * DIGEST_BYTES % len(table)
-        while (held := table[at : at + DIGEST_BYTES]) != _EMPTY:
-            if held == digest:
-                return False
-            at = (at + DIGEST_BYTES) % len(table)
-        table[at : at + DIGEST_BYTES] = digest
-        return True
 
-    def _grow(self) -> None:
-        old, self._table = self._table, bytearray(2 * len(self._table))
-        for at in range(0, len(old), DIGEST_BYTES):
-            digest = bytes(old[at : at + DIGEST_BYTES])
-            if digest != _EMPTY:
-                self._place(digest)
+def _new_table(slots: int) -> mmap:
+    return mmap(-1, slots * _HELD_BYTES, flags=MAP_PRIVATE | MAP_ANONYMOUS)
+
+
+def _place(table: mmap, digest: bytes) -> bool:
+    size = len(table)
+    at = int.from_bytes(digest[:7], "little") * _HELD_BYTES % size
+    while (held := table[at : at + _HELD_BYTES]) != _EMPTY:
+        if held == digest:
+            return False
+        at = (at + _HELD_BYTES) % size
+    table[at : at + _HELD_BYTES] = digest
+    return True
+
+
+def _grown(old: mmap) -> mmap:
+    table = _new_table(int(len(old) // _HELD_BYTES * _GROWTH))
+    for at in range(0, len(old), _HELD_BYTES):
+        digest = old[at : at + _HELD_BYTES]
+        if digest != _EMPTY:
+            _place(table, digest)
+    old.close()
+    return table

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from array import array
 from collections.abc import Callable, Sequence
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -24,7 +23,7 @@ EngineName = Literal["tokenizers", "words", "gigatoken"]
 Ids = tuple[np.ndarray, np.ndarray]  # ids of all texts, one after the other, uint32; how many each text has, int64
 
 _GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # what ByteLevel means
-_CACHE_BYTES = 64 * 10**6  # of the words that Words remembers
+_CACHE_BYTES = 32 * 10**6  # of the words that Words remembers; more gains no speed, and half of it costs a tenth
 _RENEW_BYTES = 32 * 10**6  # gigatoken 0.10 remembers every word it has seen: forget them after this much text
 _SAMPLE_EVERY = 500  # documents
 _SAMPLE_CHARS = 10_000
@@ -61,6 +60,14 @@ class Plain:
     def __init__(self, folder: Path):
         self._tokenizer = load_tokenizer(folder)
 
+    def content(self) -> dict[str, Any]:
+        """What tokenizer.json holds."""
+        return dict(json.loads(self._tokenizer.to_str()))
+
+    def added_tokens(self) -> list[str]:
+        """The texts of the tokens that are not the model's own."""
+        return [token.content for token in self._tokenizer.get_added_tokens_decoder().values()]
+
     def encode(self, texts: Sequence[bytes]) -> Ids:
         encodings = self._tokenizer.encode_batch_fast([text.decode() for text in texts], add_special_tokens=False)
         ids = [encoding.ids for encoding in encodings]
@@ -74,12 +81,11 @@ class Words:
     depend on what is around them.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, plain: Plain):
         import regex
         from tokenizers import Tokenizer
 
-        self._plain = Plain(folder)
-        content = json.loads(load_tokenizer(folder).to_str())
+        self._plain, content = plain, plain.content()
         pattern = _split_pattern(content)
         content |= {"post_processor": None, "pre_tokenizer": _byte_level(use_regex=False)}
         self._words: Tokenizer = Tokenizer.from_str(json.dumps(content))
@@ -88,7 +94,9 @@ class Words:
         if compiled.groups:
             raise EngineMismatch("its pattern has groups")
         self._split: Callable[[str], list[str]] = compiled.findall
-        self._unsure = frozenset(_other_characters(pattern))
+        self._classes = _classes(pattern)
+        self._sure: set[str] = set()  # characters that `regex` and `tokenizers` split alike, and those they do not
+        self._unsure: set[str] = set()
         self._known: dict[str, bytes] = {}
         self._known_bytes = 0
 
@@ -111,8 +119,14 @@ class Words:
 
     def _split_text(self, text: str) -> list[str] | None:
         """The words, or None where only the tokenizer itself can tell."""
-        if not text.isascii() and not self._unsure.isdisjoint(text):
-            return None
+        if not text.isascii() and not self._sure.issuperset(text):
+            # Only the characters that come: to compare all there are takes 1.6 seconds and 200 MB.
+            if new := set(text) - self._sure - self._unsure:
+                other = _classed_differently(self._classes, new)
+                self._sure |= new - other
+                self._unsure |= other
+            if not self._sure.issuperset(text):
+                return None
         words = self._split(text)
         return words if sum(map(len, words)) == len(text) else None
 
@@ -120,35 +134,36 @@ class Words:
 class Gigatoken:
     """The `gigatoken` library. Raises ImportError without it, and EngineMismatch for a tokenizer it cannot read."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, plain: Plain):
         import gigatoken
 
-        content = json.loads(load_tokenizer(folder).to_str())
+        content = plain.content()
         # It would find them in a text.
         content["added_tokens"] = [token for token in content["added_tokens"] if not token["special"]]
-        self._build: Callable[[], Any] = lambda: gigatoken.Tokenizer.from_json(json.dumps(content))
+        self._content = json.dumps(content)
+        self._build: Callable[[str], Any] = gigatoken.Tokenizer.from_json
         self._encoded_bytes = 0
         try:
-            self._tokenizer = self._build()
+            self._tokenizer = self._build(self._content)
         except Exception as error:  # bare ones of several kinds
             raise EngineMismatch(f"it cannot read this tokenizer: {error}") from None
 
     def encode(self, texts: Sequence[bytes]) -> Ids:
         if self._encoded_bytes > _RENEW_BYTES:
             self._tokenizer = None  # the old one goes before the new one comes
-            self._tokenizer, self._encoded_bytes = self._build(), 0
+            self._tokenizer, self._encoded_bytes = self._build(self._content), 0
         self._encoded_bytes += sum(map(len, texts))
-        rows = self._tokenizer.encode_batch(list(texts), parallel=False).layout  # an awkward ListOffsetArray
-        offsets = np.asarray(rows.offsets.data)
-        return np.asarray(rows.content.data)[offsets[0] : offsets[-1]], np.diff(offsets)
+        # One by one is as fast, and encode_batch imports awkward: half a second and 42 MB in each process.
+        rows = [self._tokenizer.encode(text) for text in texts]
+        return np.concatenate([*rows, np.empty(0, np.uint32)]), np.array([len(row) for row in rows], np.int64)
 
 
-_ENGINES: dict[str, Callable[[Path], Engine]] = {"tokenizers": Plain, "words": Words, "gigatoken": Gigatoken}
+_ENGINES: dict[str, Callable[[Plain], Engine]] = {"words": Words, "gigatoken": Gigatoken}
 
 
-def load_engine(name: EngineName, folder: Path) -> Engine:
-    """An engine for the tokenizer in `folder`."""
-    return _ENGINES[name](folder)
+def load_engine(name: EngineName, plain: Plain) -> Engine:
+    """An engine for the tokenizer of `plain`."""
+    return plain if name == "tokenizers" else _ENGINES[name](plain)
 
 
 def choose_engine(
@@ -159,7 +174,7 @@ def choose_engine(
     candidates: list[EngineName] = ["words"] if wanted == "tokenizers" else ["gigatoken", "words"]
     for name in candidates:
         try:
-            check_sample(load_engine(name, folder), plain, [text.encode() for text in _nasty_strings(folder)], every=1)
+            check_sample(load_engine(name, plain), plain, _nasty_texts(plain), every=1)
             return name
         except ImportError:
             if wanted == "gigatoken":
@@ -188,9 +203,9 @@ def check_sample(engine: Engine, plain: Engine, texts: _Texts, every: int = _SAM
             )
 
 
-def _nasty_strings(folder: Path) -> list[str]:
-    added = load_tokenizer(folder).get_added_tokens_decoder().values()
-    return [*_NASTY, *(f"a{token.content}b {token.content}" for token in list(added)[:50])]
+def _nasty_texts(plain: Plain) -> list[bytes]:
+    texts = [*_NASTY, *(f"a{token}b {token}" for token in plain.added_tokens()[:50])]
+    return [text.encode() for text in texts]
 
 
 def _split_pattern(tokenizer: dict[str, Any]) -> str:
@@ -221,26 +236,22 @@ def _same(step: dict[str, Any], expected: dict[str, Any]) -> bool:
     return all(step.get(name) == value for name, value in expected.items() if name != "trim_offsets")
 
 
-def _other_characters(pattern: str) -> str:
-    r"""Characters that `regex` and `tokenizers` class differently, being of different versions of Unicode.
-
-    Of the classes that the pattern names, such as \p{L} and \s.
-    """
+def _classes(pattern: str) -> list[str]:
+    r"""The classes of characters that a pattern names, such as \p{L} and \s."""
     import regex
 
-    names = sorted(set(regex.findall(r"\\[pP]\{\^?\w+\}|\\[sdw]", pattern.replace(r"\S", r"\s"))))
-    return "".join(sorted(set().union(*map(_classed_differently, names))))
+    return sorted(set(regex.findall(r"\\[pP]\{\^?\w+\}|\\[sdw]", pattern.replace(r"\S", r"\s"))))
 
 
-@cache
-def _classed_differently(name: str) -> str:
+def _classed_differently(classes: Sequence[str], characters: set[str]) -> set[str]:
+    """Those that one of `regex` and `tokenizers` finds in such a class and not the other: their Unicodes differ."""
     import regex
     from tokenizers import PreTokenizedString, Regex, pre_tokenizers
 
-    everything = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x110000)]))
-    pieces = PreTokenizedString(everything)
-    pre_tokenizers.Split(Regex(f"{name}+"), behavior="removed").pre_tokenize(pieces)
-    theirs = "".join(piece for piece, *_ in pieces.get_splits("original", "byte"))
-    ours = regex.sub(f"{name}+", "", everything)
-    codes = [np.frombuffer(text.encode("utf-32-le"), "<u4") for text in (ours, theirs)]
-    return "".join(map(chr, np.setxor1d(codes[0], codes[1], assume_unique=True).tolist()))
+    text, different = "".join(sorted(characters)), set()
+    for name in classes:
+        pieces = PreTokenizedString(text)
+        pre_tokenizers.Split(Regex(f"{name}+"), behavior="removed").pre_tokenize(pieces)
+        theirs = "".join(piece for piece, *_ in pieces.get_splits("original", "byte"))
+        different |= set(theirs) ^ set(regex.sub(f"{name}+", "", text))
+    return different

@@ -6,7 +6,7 @@ complete.
 
 Memory does not grow with the corpus: texts on their way to a worker lie in files, so what it takes is what a row group
 of the source needs, what each worker's tokenizer needs, the sample the tokenizer is trained on
-(`tokenizer.train.sample_bytes`), and 23 to 46 bytes for each different document if duplicates are left out
+(`tokenizer.train.sample_bytes`), and 16 to 23 bytes for each different document if duplicates are left out
 (`data.deduplicate`).
 """
 
@@ -114,6 +114,12 @@ def store_key(recipe: Recipe) -> str:
     """SHA-256 over everything that decides the content of a store."""
     from turbolm.data.tokenizer import special_ids, tokenizer_fingerprint
 
+    path = recipe.tokenizer.path
+    return _key(recipe, [tokenizer_fingerprint(path), *special_ids(path)] if path is not None else [])
+
+
+def _key(recipe: Recipe, tokenizer: list[str | int]) -> str:
+    """The same, where fingerprint, bos and eos of the tokenizer are known already."""
     content: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "shard_text_bytes": SHARD_TEXT_BYTES,
@@ -122,11 +128,7 @@ def store_key(recipe: Recipe) -> str:
         "validation": recipe.data.validation,
         "deduplicate": recipe.data.deduplicate,
     }
-    if recipe.tokenizer.path is not None:
-        path = recipe.tokenizer.path
-        content["tokenizer"] = [tokenizer_fingerprint(path), *special_ids(path)]
-    else:
-        content["tokenizer"] = recipe.tokenizer.model_dump(mode="json")
+    content["tokenizer"] = recipe.tokenizer.model_dump(mode="json") if recipe.tokenizer.path is None else tokenizer
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -209,16 +211,20 @@ def _build(
         for split in SPLITS
     }
     _check_counts(recipe, totals["train"]["documents"], totals["validation"]["documents"], dropped)
-    key = store_key(recipe)
+    fingerprint = tokenizer_fingerprint(tokenizer)
+    key = _key(recipe, [fingerprint, bos_id, eos_id])
     if not key.startswith(folder.name):
-        raise UserError("The files of data.sources changed while they were read. Run `turbolm prepare RECIPE` again.")
+        raise UserError(
+            "The files of data.sources or the tokenizer changed while they were read. "
+            "Run `turbolm prepare RECIPE` again."
+        )
     internal = ("text_sha256", "start", "end", "empty", "duplicates", "digests")  # for going on after an interruption
     manifest = {
         "format_version": FORMAT_VERSION,
         "key": key,
         "dtype": layout.dtype,
         "vocab_size": vocab_size,
-        "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
+        "tokenizer_fingerprint": fingerprint,
         "tokenizer_files": tokenizer_files,
         "bos_id": bos_id,
         "eos_id": eos_id,

@@ -311,8 +311,8 @@ def _end_with_parent() -> None:
 @cache
 def _engines(layout: Layout) -> tuple[Engine, Engine]:
     """The engine to use and the reference, once in each worker."""
-    folder = Path(layout.folder) / TOKENIZER_FOLDER
-    return load_engine(layout.engine, folder), Plain(folder)
+    plain = Plain(Path(layout.folder) / TOKENIZER_FOLDER)
+    return load_engine(layout.engine, plain), plain
 
 
 def _write_shard(

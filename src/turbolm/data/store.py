@@ -23,7 +23,6 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 
 from turbolm.data.packing import IntArray
-from turbolm.data.store_manifest import manifest_problem
 from turbolm.errors import UserError
 
 FORMAT_VERSION = 2  # part of every store's key: raise it when the files change
@@ -271,6 +270,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder} is a token store of format {version}, not {FORMAT_VERSION}; run `turbolm prepare`")
     if manifest.get("manifest_sha256") != manifest_sha256(manifest):
         raise UserError(f"{folder / MANIFEST} has changed since it was written; run `turbolm prepare` again")
+    from turbolm.data.store_manifest import manifest_problem  # pydantic: the workers of prepare do without
+
     if problem := manifest_problem(manifest):
         raise UserError(f"{folder / MANIFEST} is not the manifest of a token store: {problem}")
     return dict(manifest)
