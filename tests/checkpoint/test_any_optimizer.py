@@ -13,6 +13,7 @@ import transformers
 
 from tests.checkpoint.toy import BuildOptimizer, Engine, build_saver
 from turbolm.checkpoint.load import CheckpointReader, load_checkpoint
+from turbolm.checkpoint.optimizer_state import materialise_state
 from turbolm.checkpoint.verify import verify_checkpoint
 from turbolm.errors import RunError, UserError
 
@@ -97,6 +98,41 @@ def test_a_resumed_run_goes_on_bit_for_bit(name: str, tmp_path: Path) -> None:
     resumed = Engine(OPTIMIZERS[name], seed=5)
     load_checkpoint(tmp_path / "step-00000004", resumed)
     assert resumed.train(4, first=4) == expected[4:]
+
+
+def cpu_adam(parameters: Any) -> torch.optim.Optimizer:
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    return DeepSpeedCPUAdam(list(parameters), lr=1e-2)  # type: ignore[no-any-return]
+
+
+def form(optimizer: torch.optim.Optimizer) -> Any:
+    """All of the state but its values."""
+    return {
+        (number, name): (value.shape, value.dtype, value.stride()) if torch.is_tensor(value) else type(value)
+        for number, state in optimizer.state_dict()["state"].items()
+        for name, value in state.items()
+    }
+
+
+@pytest.mark.parametrize("name", ["adamw", "fused", pytest.param("cpu_adam", marks=pytest.mark.slow)])  # compiled
+def test_state_is_made_in_the_form_that_the_optimizer_gives_it(name: str) -> None:
+    build = {**OPTIMIZERS, "cpu_adam": cpu_adam}[name]
+    stepped, made = Engine(build), Engine(build)
+    stepped.train(1)
+    for parameter in made.module.parameters():
+        parameter.grad = torch.full_like(parameter, 2.0)
+    before = [parameter.detach().clone() for parameter in made.module.parameters()]
+    materialise_state(made)
+    assert form(made.optimizer) == form(stepped.optimizer) != {}
+    assert list(made.optimizer.state) == list(made.module.parameters())
+    for parameter, value in zip(made.module.parameters(), before, strict=True):
+        assert torch.equal(parameter, value) and bool((parameter.grad == 2).all())
+        assert all(not value.any() for key, value in made.optimizer.state[parameter].items() if key != "step")
+    kept = {id(value) for state in made.optimizer.state.values() for value in state.values() if torch.is_tensor(value)}
+    materialise_state(made)  # as at a rollback
+    again = {id(value) for state in made.optimizer.state.values() for value in state.values() if torch.is_tensor(value)}
+    assert again == kept
 
 
 def test_states_that_are_not_of_the_parameters_shape_are_kept_whole(tmp_path: Path) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -14,6 +16,8 @@ import torch
 from tests.train.harness import Cell, cell_recipe, run_cells
 from tests.train.reference import train_reference
 from tests.train.test_equivalence import learning_rates
+from tests.world import run_world
+from turbolm.checkpoint import load
 from turbolm.checkpoint.load import CheckpointReader
 from turbolm.data.prepare import prepare
 from turbolm.data.store import open_store
@@ -119,6 +123,45 @@ def test_loading_restores_every_element_before_the_next_step(tmp_path: Path) -> 
                 again = read_tensors(folder / f"{world_size}-{stage}" / "step-00000003")
                 assert again.keys() == written.keys()
                 assert all(torch.equal(again[name], written[name]) for name in written), (precision, world_size, stage)
+
+
+def test_the_model_computes_with_the_weights_that_were_saved(tmp_path: Path) -> None:
+    """ZeRO 1 and 2 keep them whole beside the optimizer's fp32 copy: read, or gathered where hosts are several."""
+    source = Cell(
+        name="source", zero_stage=2, micro_batch_bins=1, precision="bf16", steps=2, save_at=[2],
+        save_in=str(tmp_path / "saved" / "source"),
+    )  # fmt: skip
+    run_cells(tmp_path, 2, [source])
+    settings: dict[str, Any] = {"micro_batch_bins": 1, "load": str(saved(tmp_path, "source", 2))}
+    cells = [
+        Cell(name=f"{precision}-{stage}", zero_stage=stage, precision=precision, **settings)
+        for precision, stage in (("bf16", 1), ("bf16", 2))
+    ]
+    assert run_world(2, check_weights, tmp_path, cells) == [2 * ["read", "gathered"]] * 2
+
+
+def check_weights(folder: Path, cells: list[Cell]) -> list[str]:
+    from tests.train.cells import build_cell
+
+    ways = []
+    for cell in cells:
+        checkpoint = Path(cell.load or "missing")
+        weights = read_tensors(checkpoint)
+        *_, engine, _ = build_cell(folder, cell)
+        for ranks_of_this_host in ("2", "1"):
+            parameters = dict(engine.module.named_parameters())
+            for parameter in parameters.values():
+                parameter.detach().fill_(7)
+            with (
+                patch.dict(os.environ, LOCAL_WORLD_SIZE=ranks_of_this_host),
+                patch.object(load, "publish_weights", wraps=load.publish_weights) as gather,
+            ):
+                load.load_checkpoint(checkpoint, engine)
+            ways.append("gathered" if gather.called else "read")
+            for name, parameter in parameters.items():
+                expected = weights[f"weight/{name}"].view(parameter.shape).to(parameter.dtype)
+                assert torch.equal(parameter, expected), (cell.name, ranks_of_this_host, name)
+    return ways
 
 
 @pytest.mark.slow

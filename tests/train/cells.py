@@ -17,9 +17,9 @@ from turbolm.checkpoint.save import save_checkpoint
 from turbolm.data.loader import BatchLoader
 from turbolm.data.order import recipe_order
 from turbolm.data.prepare import find_store
-from turbolm.data.store import open_store
+from turbolm.data.store import TokenStore, open_store
 from turbolm.plan.machine import detect_machine
-from turbolm.plan.plan import build_plan
+from turbolm.plan.plan import Plan, build_plan
 from turbolm.train.build import build_engine
 from turbolm.train.engine import build_accelerator, set_learning_rate
 from turbolm.train.loop import learning_rate, set_other_schedules
@@ -27,15 +27,21 @@ from turbolm.train.run_directory import RunDirectory
 from turbolm.train.step import micro_batch_loss, train_step
 
 
-def train_cell(folder: Path, cell: Cell) -> list[list[float]]:
-    """(loss, gradient norm) of every step."""
+def build_cell(folder: Path, cell: Cell) -> tuple[Plan, TokenStore, Any, str]:
+    """The plan, the data, the engine and its attention kernel."""
     for state in (AcceleratorState, GradientState, PartialState):
         state._shared_state.clear()
     recipe = cell_recipe(folder, cell)
     plan = build_plan(recipe, detect_machine(), int(os.environ["WORLD_SIZE"]))
     store = open_store(find_store(recipe) or "missing")
     accelerator = build_accelerator(plan.ds_config, device=plan.device, precision=plan.precision, timeout_sec=120)
-    engine, attention = build_engine(accelerator, plan, store, RunDirectory(folder / "runs" / cell.name))
+    return plan, store, *build_engine(accelerator, plan, store, RunDirectory(folder / "runs" / cell.name))
+
+
+def train_cell(folder: Path, cell: Cell) -> list[list[float]]:
+    """(loss, gradient norm) of every step."""
+    plan, store, engine, attention = build_cell(folder, cell)
+    recipe = plan.recipe
     order = recipe_order(recipe, store, plan.curriculum, save=False)
     loader = BatchLoader(order, store, "train", dist.get_world_size(), dist.get_rank(), recipe.execution.micro_batch)
     if cell.load:  # after a forward pass, as in the trainer, which checks first that packed documents are isolated

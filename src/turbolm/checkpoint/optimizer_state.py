@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ from turbolm.errors import UserError
 _HYPERPARAMETERS = {"lr", "initial_lr", "lr_scale", "weight_decay", "eps", "momentum"}
 _HYPERPARAMETERS |= {"base_weight_decay", "orthogonal", "ns_steps"}
 _HYPERPARAMETERS |= {"fused", "foreach", "capturable", "differentiable", "maximize", "amsgrad", "nesterov"}
+# Whose state tensors have the parameter's shape, whatever its size; by name, because DeepSpeed's compile on import.
+_ELEMENT_WISE = {"torch.optim.adamw.AdamW", "deepspeed.ops.adam.cpu_adam.DeepSpeedCPUAdam"}
 
 
 @dataclass
@@ -106,15 +109,32 @@ def set_group_numbers(
                 group[name] = value
 
 
-@torch.no_grad()
 def materialise_state(engine: Any) -> None:
-    """Make the optimizer create its state tensors, by one update with zero gradients at rate 0.
+    """Make the optimizer have its state tensors. Weights and state are the caller's to overwrite. Collective.
 
-    Every optimizer gets its state in the form it makes itself. Weights and state are the caller's to overwrite.
+    It makes them itself, in the form that is its own, by one update with zero gradients at rate 0: of all it steps on;
+    or, where every tensor of its state is known to be like the parameter, of one element in place of each tensor that
+    has no state yet, whose state is then made as large. That saves the memory of a gradient, and most of the time.
     """
     optimizer = inner_optimizer(engine)
     # Those without a fragment of this rank too: a step may be collective.
     by_group = [flats_of_group(engine, index) for index in range(len(optimizer.param_groups))]
+    if f"{type(optimizer).__module__}.{type(optimizer).__name__}" not in _ELEMENT_WISE:
+        _step_without_change(optimizer, by_group)
+        return
+    bare = [[flat for flat in flats if not optimizer.state.get(flat)] for flats in by_group]
+    stand_ins = [[torch.zeros(1, dtype=flat.dtype, device=flat.device) for flat in flats] for flats in bare]
+    _step_without_change(optimizer, stand_ins)
+    for flat, stand_in in zip(chain(*bare), chain(*stand_ins), strict=True):
+        optimizer.state[flat] = {
+            name: torch.zeros_like(flat, dtype=value.dtype) if torch.is_tensor(value) and value.dim() == 1 else value
+            for name, value in optimizer.state.pop(stand_in).items()
+        }
+
+
+@torch.no_grad()
+def _step_without_change(optimizer: torch.optim.Optimizer, by_group: list[list[torch.Tensor]]) -> None:
+    """One update of these tensors in place of the groups' own, with zero gradients at rate 0."""
     flats = {id(flat): flat for flats in by_group for flat in flats}
     gradients = {key: flat.grad for key, flat in flats.items()}
     for flat in flats.values():

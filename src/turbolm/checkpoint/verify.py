@@ -24,6 +24,8 @@ from turbolm.checkpoint.manifest import (
 )
 from turbolm.errors import UserError
 
+_CHUNK_BYTES = 2**20  # stays in the processor's cache between reading and hashing
+_AHEAD_BYTES = 64 * 2**20
 _MAX_HEADER_BYTES = 100 * 2**20  # the safetensors library takes no larger one either
 
 
@@ -70,32 +72,52 @@ def hash_ahead(folder: Path, share: tuple[int, int]) -> Hashed:
     """Begin to hash this process's share of the newest checkpoint in a thread; waits for it when it is asked.
 
     For a start, whose processors have little else to do while the ranks meet and build the model. Nobody writes
-    checkpoints then: whoever starts has the run to itself, or is sent away.
+    checkpoints then: whoever starts has the run to itself, or is sent away. A file that has been touched since counts
+    as not looked at.
     """
     newest = max(list_checkpoints(folder), default=None)
     if newest is None:
         return not_hashed
-    done: list[tuple[Mapping[str, Any], list[str]]] = []
+    done: list[tuple[Mapping[str, Any], list[Any], list[str]]] = []
 
     def hash_share() -> None:
         with suppress(Exception):  # met again, and told, where the checkpoint is verified
             files = read_manifest(newest[1])["files"]
-            done.append((files, _hash_files(newest[1], files, share)))
+            done.append((files, _versions(newest[1], files, share), _hash_files(newest[1], files, share)))
 
     thread = threading.Thread(target=hash_share, name="turbolm-hash-ahead", daemon=True)
     thread.start()
 
     def found(checkpoint: Path, files: Mapping[str, Any]) -> list[str] | None:
         thread.join()
-        return done[0][1] if done and checkpoint == newest[1] and files == done[0][0] else None
+        if not done or checkpoint != newest[1]:
+            return None
+        hashed, versions, problems = done[0]
+        return problems if files == hashed and _versions(checkpoint, files, share) == versions else None
 
     return found
 
 
-def _hash_files(checkpoint: Path, records: Mapping[str, Any], share: tuple[int, int]) -> list[str]:
+def _share_of(records: Mapping[str, Any], share: tuple[int, int]) -> list[tuple[str, Any]]:
     part, parts = share
-    files = sorted(records.items(), key=lambda item: (-item[1]["bytes"], item[0]))[part::parts]
-    threads = min(8, max(1, (os.cpu_count() or 1) // parts))
+    return sorted(records.items(), key=lambda item: (-item[1]["bytes"], item[0]))[part::parts]
+
+
+def _versions(checkpoint: Path, records: Mapping[str, Any], share: tuple[int, int]) -> list[Any]:
+    """What is another for a file of the share after anybody has written to it; None for one that is not there."""
+    versions: list[Any] = []
+    for name, _ in _share_of(records, share):
+        try:
+            status = (checkpoint / name).lstat()
+            versions.append((status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
+        except OSError:
+            versions.append(None)
+    return versions
+
+
+def _hash_files(checkpoint: Path, records: Mapping[str, Any], share: tuple[int, int]) -> list[str]:
+    files = _share_of(records, share)
+    threads = min(8, max(1, (os.cpu_count() or 1) // share[1]))
     with ThreadPoolExecutor(threads) as pool:
         found = pool.map(lambda item: _file_problem(checkpoint, *item), files)
         return sorted(f"{name}: {problem}" for (name, _), problem in zip(files, found, strict=True) if problem)
@@ -169,9 +191,23 @@ def _file_problem(checkpoint: Path, name: str, expected: Mapping[str, Any]) -> s
         return "missing"
     if path.stat().st_size != expected["bytes"]:
         return f"{path.stat().st_size} bytes instead of {expected['bytes']}"
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return None if digest == expected["sha256"] else "content changed (SHA-256 differs)"
+    return None if _sha256(path) == expected["sha256"] else "content changed (SHA-256 differs)"
+
+
+def _sha256(path: Path) -> str:
+    """Of a file's content, while the disk reads what comes next."""
+    digest, chunk = hashlib.sha256(), memoryview(bytearray(_CHUNK_BYTES))
+    position = announced = 0
+    with path.open("rb", buffering=0) as file:
+        while True:
+            if position + _AHEAD_BYTES > announced and hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(file.fileno(), announced, _AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
+                announced += _AHEAD_BYTES
+            num_bytes = file.readinto(chunk)
+            if not num_bytes:
+                return digest.hexdigest()
+            digest.update(chunk[:num_bytes])
+            position += num_bytes
 
 
 def _check_structure(checkpoint: Path, manifest: Mapping[str, Any]) -> None:
