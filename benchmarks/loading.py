@@ -11,6 +11,7 @@ last line of the output is a JSON object.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import statistics
@@ -28,7 +29,15 @@ import numpy as np
 from turbolm.data.loader import BatchLoader
 from turbolm.data.order import recipe_order
 from turbolm.data.prepare import prepare
-from turbolm.data.store import FORMAT_VERSION, MANIFEST, TokenStore, _ends_sha256, manifest_sha256, open_store
+from turbolm.data.store import (
+    FORMAT_VERSION,
+    MANIFEST,
+    TokenStore,
+    _ends_sha256,
+    file_record,
+    manifest_sha256,
+    open_store,
+)
 from turbolm.plan.curriculum import build_curriculum
 from turbolm.recipe.schema import Recipe
 
@@ -80,8 +89,9 @@ def batch_loader(recipe: Recipe, store: TokenStore) -> BatchLoader:
     return BatchLoader(order, store, "train", world_size=1, rank=0, micro_batch=recipe.train.global_batch)
 
 
-def ours(loader: BatchLoader, num_batches: int) -> Loader:
+def ours(recipe: Recipe, store: TokenStore, num_batches: int) -> Loader:
     def batches() -> Batches:
+        loader = batch_loader(recipe, store)  # a new one: each pass packs its windows itself
         for index in range(num_batches):
             yield loader.global_batch(index).micro_batches[0]
 
@@ -208,10 +218,10 @@ def percentile(values: list[float], share: float) -> float:
 
 
 def compare(
-    arguments: argparse.Namespace, folder: Path, loader: BatchLoader, num_batches: int
+    arguments: argparse.Namespace, folder: Path, recipe: Recipe, store: TokenStore
 ) -> tuple[list[Loader], list[dict[str, Any]]]:
     """Our loader and every rival, having taken turns; and the rivals that are not installed."""
-    loaders = [ours(loader, num_batches)]
+    loaders = [ours(recipe, store, arguments.rows // arguments.batch_rows)]
     rows, missing = rows_of(loaders[0]), []
     for name, build in (("datasets", datasets_loaders), ("litdata", litdata_loaders), ("streaming", streaming_loaders)):
         try:
@@ -233,8 +243,11 @@ def compare(
 
 def large_store(folder: Path, corpus_lengths: np.ndarray, num_documents: int) -> Path:
     """A store of so many documents whose lengths are drawn from the corpus; its tokens are holes in sparse files."""
+    folder = folder / f"store-{num_documents}"
+    if (folder / MANIFEST).exists():  # kept from another run; its manifest is written last
+        return folder
     rng = np.random.default_rng(0)
-    (folder / "large").mkdir()
+    folder.mkdir(exist_ok=True)
     shards = []
     for number, first in enumerate(range(0, num_documents, DOCUMENTS_PER_SHARD)):
         num_tokens = rng.choice(corpus_lengths, min(DOCUMENTS_PER_SHARD, num_documents - first)) + 1
@@ -242,28 +255,31 @@ def large_store(folder: Path, corpus_lengths: np.ndarray, num_documents: int) ->
         shard: dict[str, Any] = {"source": 0, "validation": {"documents": 0, "tokens": 0, "text_bytes": 0}}
         shard["train"] = {"documents": len(index), "tokens": int(index[-1, 0]), "text_bytes": int(index[:, 1].sum())}
         for part, num_bytes in (("index", index.nbytes), ("tokens", 2 * int(index[-1, 0]))):
-            path = folder / "large" / f"shard-{number:05d}.{part}"
+            path = folder / f"shard-{number:05d}.{part}"
             with path.open("w+b") as file:
                 file.write(index.tobytes() if part == "index" else b"")
                 file.truncate(num_bytes)
                 ends_sha256 = _ends_sha256(file, num_bytes)
-            shard[part] = {"file": path.name, "bytes": num_bytes, "ends_sha256": ends_sha256, "sha256": path.name}
+            sha256 = hashlib.sha256(path.name.encode()).hexdigest()  # only a full check would read all of it
+            shard[part] = {"file": path.name, "bytes": num_bytes, "ends_sha256": ends_sha256, "sha256": sha256}
         shards.append(shard)
+    (folder / "tokenizer.json").write_text("{}")
     manifest = {
         "format_version": FORMAT_VERSION,
+        "key": "none",
         "dtype": "<u2",
         "vocab_size": 8192,
         "bos_id": 0,
         "eos_id": 0,
         "tokenizer_fingerprint": "none",
-        "tokenizer_files": [],
+        "tokenizer_files": [{"file": "tokenizer.json", **file_record(folder / "tokenizer.json")}],
         "validation": 0.0,
         "sources": [{}],
         "shards": shards,
     }
     manifest["manifest_sha256"] = manifest_sha256(manifest)
-    (folder / "large" / MANIFEST).write_text(json.dumps(manifest))
-    return folder / "large"
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    return folder
 
 
 def private_bytes() -> int:
@@ -277,7 +293,7 @@ def resume(folder: Path, store_folder: Path, arguments: argparse.Namespace) -> d
     began, before_bytes = time.perf_counter(), private_bytes()
     store = open_store(store_folder)
     open_sec, tokens = time.perf_counter() - began, store.source_positions()[0]
-    recipe = recipe_of(folder / "large-cache", arguments, tokens)
+    recipe = recipe_of(folder / "cache", arguments, tokens)
     curriculum = build_curriculum(recipe)
     peak_bytes = 0
 
@@ -286,9 +302,10 @@ def resume(folder: Path, store_folder: Path, arguments: argparse.Namespace) -> d
         peak_bytes = max(peak_bytes, private_bytes())
 
     began = time.perf_counter()
-    recipe_order(recipe, store, curriculum, save=True, on_progress=watch)
+    order = recipe_order(recipe, store, curriculum, save=True, on_progress=watch)
     build_sec = time.perf_counter() - began
-    table = next((folder / "large-cache" / "orders").iterdir())
+    table = folder / "cache" / "orders" / f"{order.key[:16]}.npz"
+    del order
     steps = np.linspace(0, curriculum.num_steps - 1, arguments.resumes).astype(int).tolist()
     times_ms, cpu_ms = [], []
     for step in [step for step in steps for _ in range(2)]:
@@ -304,9 +321,9 @@ def resume(folder: Path, store_folder: Path, arguments: argparse.Namespace) -> d
         "tokens": tokens,
         "steps": curriculum.num_steps,
         "open_store_ms": open_sec * 1e3,
-        "table_build_s": build_sec,
+        "table_build_s": build_sec if peak_bytes else None,  # None: kept from another run
         "table_bytes": table.stat().st_size,
-        "build_private_bytes": peak_bytes - before_bytes,
+        "build_private_bytes": peak_bytes - before_bytes if peak_bytes else None,
         "resume_ms": {"median": percentile(warm_ms, 50), "slowest": max(warm_ms), "slowest_cpu": max(cpu_ms[1::2])},
     }
 
@@ -356,7 +373,7 @@ def report(loaders: list[Loader]) -> list[dict[str, Any]]:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpus", type=Path, help="Parquet file with a column `text`; else Python's standard library")
-    parser.add_argument("--folder", type=Path, help="where to write (default: a temporary folder); the store is kept")
+    parser.add_argument("--folder", type=Path, help="keep stores and tables here for the next run")
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--batch-rows", type=int, default=64)
     parser.add_argument("--rows", type=int, default=6400, help="rows of a pass")
@@ -371,21 +388,19 @@ def main(argv: list[str] | None = None) -> None:
     import torch
 
     torch.set_num_threads(1)
-    num_batches = arguments.rows // arguments.batch_rows
     figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
-        folder = Path(name)
-        recipe = recipe_of(folder / "cache", arguments, arguments.rows * arguments.seq_len)
+        folder, kept = Path(name), arguments.folder or Path(name)
+        recipe = recipe_of(kept / "cache", arguments, arguments.rows * arguments.seq_len)
         store = open_store(prepare(recipe))
-        loader = batch_loader(recipe, store)
-        contenders, missing = compare(arguments, folder, loader, num_batches)
+        contenders, missing = compare(arguments, folder, recipe, store)
         rows = report(contenders)
-        waits = stalls_ms(loader, num_batches, busy_ms=20.0)
+        waits = stalls_ms(batch_loader(recipe, store), arguments.rows // arguments.batch_rows, busy_ms=20.0)
         figures["wait_ms"] = {"median": percentile(waits, 50), "p99": percentile(waits, 99)}
         print(f"a step of 20 ms waits for its batch (ms): {figures['wait_ms']}", flush=True)
         if arguments.documents:
-            store_folder = large_store(folder, store.lengths("train"), arguments.documents)
-            figures["resume"] = resume(folder, store_folder, arguments)
+            store_folder = large_store(kept, store.lengths("train"), arguments.documents)
+            figures["resume"] = resume(kept, store_folder, arguments)
             print(f"resume: {figures['resume']}")
     figures["tokens_per_s"] = rows[0]["tokens_per_s"]
     figures["ratio"] = min((row["ratio"] for row in rows if row["is_rival"]), default=None)

@@ -165,6 +165,10 @@ def test_every_bin_is_dealt_once(cost: list[int], world_size: int, micro_batch_b
     assert empty.max() - empty.min() <= 1  # and spread over the ranks
 
 
+def test_a_rank_alone_gets_the_bins_from_dear_to_cheap() -> None:
+    assert deal_bins(np.array([3, 9, 5, 9, 1]), 1, 2).tolist() == [[[1, 3]], [[2, 0]], [[4, -1]]]
+
+
 def test_ranks_get_nearly_the_same_work() -> None:
     lengths = np.random.default_rng(0).lognormal(6, 1.3, 3000).astype(np.int64)
     cost = pack_best_fit(lengths, 2048).attention_cost[:512]
@@ -186,6 +190,19 @@ def test_iterate_equals_random_access_and_ends(store: TokenStore, order: BatchOr
             assert all(np.array_equal(one[name], two[name]) for name in one)
     assert list(loader.iterate(3, 3)) == []
     assert no_reader_left()
+
+
+def test_a_batch_stays_as_it_was_while_others_are_drawn(store: TokenStore, order: BatchOrder) -> None:
+    """No memory is used again while somebody holds a batch of it (a copy to a GPU may still be under way)."""
+    loader = BatchLoader(order, store, "train", 1, 0, 2 * SEQ_LEN)
+    held, copies = [], []
+    for batch in loader.iterate(0, 6):
+        held.append(batch)
+        copies.append([{name: array.copy() for name, array in micro.items()} for micro in batch.micro_batches])
+        loader.global_batch(batch.index + 20)
+    for batch, expected in zip(held, copies, strict=True):
+        for micro, copied in zip(batch.micro_batches, expected, strict=True):
+            assert all(np.array_equal(micro[name], copied[name]) for name in copied)
 
 
 def test_closing_stops_the_reader(store: TokenStore, order: BatchOrder) -> None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from turbolm.data import packing
+from turbolm.data import sorting
 from turbolm.data.packing import (
     Bins,
     concatenate,
@@ -160,5 +160,11 @@ def test_more_bins_than_16_bits_sort_right() -> None:
 def test_sorting_in_blocks(bound: int, count: int, seed: int) -> None:
     keys = np.random.default_rng(seed).integers(0, bound + 1, count)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(packing, "_SORT_BLOCK", 64)
-        np.testing.assert_array_equal(packing._stable_argsort(keys, bound), np.argsort(keys, kind="stable"))
+        patch.setattr(sorting, "_BLOCK", 64)
+        np.testing.assert_array_equal(sorting.stable_argsort(keys, bound), np.argsort(keys, kind="stable"))
+
+
+@given(st.lists(st.integers(0, 2**64 - 1) | st.sampled_from([0, 1, 2**16, 2**16 + 1, 2**63]), max_size=60))
+def test_random_numbers_sort_right_when_some_are_alike(numbers: list[int]) -> None:
+    raw = np.array(numbers, np.uint64)
+    np.testing.assert_array_equal(sorting.argsort_random(raw), np.argsort(raw, kind="stable"))

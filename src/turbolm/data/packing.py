@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from turbolm.data.sorting import stable_argsort
+
 IntArray = np.ndarray  # int64 unless said otherwise
-_SORT_BLOCK = 2**16
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def pack_best_fit(lengths: IntArray, seq_len: int) -> Bins:
     full_start = (np.arange(len(full_document)) - np.repeat(_cumulative(num_full[long])[:-1], num_full[long])) * seq_len
 
     # Longest first, then by number; those without a rest come last and are left out.
-    document = _stable_argsort(seq_len - rest, seq_len)[: np.count_nonzero(rest)]
+    document = stable_argsort(seq_len - rest, seq_len)[: np.count_nonzero(rest)]
     histogram = np.bincount(rest, minlength=seq_len)
     histogram[0] = 0
     bin_sizes, position = _arrange(*_place(histogram, seq_len))
@@ -195,33 +196,6 @@ def _place(histogram: IntArray, seq_len: int) -> tuple[IntArray, IntArray, IntAr
                     with_room |= 1 << room_now
     table = np.array(actions, dtype=np.int64).reshape(-1, 4)
     return table[:, 0], table[:, 1], table[:, 2], table[:, 3]
-
-
-def _stable_argsort(keys: IntArray, bound: int) -> IntArray:
-    """Stable argsort of keys from 0 to `bound`, in linear time: block by block, so that each fits in a core's cache."""
-    if len(keys) <= _SORT_BLOCK:
-        return _radix_argsort(keys, bound)
-    order = np.empty(len(keys), dtype=np.int64)
-    next_place = _cumulative(np.bincount(keys, minlength=bound + 1))[:-1]  # of each key
-    for first in range(0, len(keys), _SORT_BLOCK):
-        block = keys[first : first + _SORT_BLOCK]
-        counts = np.bincount(block, minlength=bound + 1)
-        place = np.repeat(next_place - _cumulative(counts)[:-1], counts)
-        place += np.arange(len(block))
-        order[place] = _radix_argsort(block, bound) + first
-        next_place += counts
-    return order
-
-
-def _radix_argsort(keys: IntArray, bound: int) -> IntArray:
-    """Stable argsort of keys from 0 to `bound`, 16 bits at a time: NumPy sorts those by radix."""
-    order = np.argsort(keys.astype(np.uint16), kind="stable")  # the cast keeps the lowest 16 bits
-    shift = 16
-    while bound >> shift:
-        digits = (keys[order] >> shift).astype(np.uint16)
-        order = order[np.argsort(digits, kind="stable")]
-        shift += 16
-    return order
 
 
 def _cumulative(counts: IntArray) -> IntArray:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import numpy as np
 
 from turbolm.data.packing import IntArray
+from turbolm.data.sorting import argsort_random
 
 BLOCK_DOCUMENTS = 1024  # at most; a small source has that many blocks in a window
 WINDOW_DOCUMENTS = 65536
@@ -132,4 +133,4 @@ def random_raw(count: int, seed: int, epoch: int, source: int, stream: int) -> I
 
 def order_by(raw: IntArray) -> IntArray:
     """The permutation, int64, that sorts these numbers."""
-    return np.argsort(raw, kind="stable").astype(np.int64, copy=False)
+    return argsort_random(raw)

@@ -14,6 +14,7 @@ import os
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -237,22 +238,27 @@ def load_table(path: Path, key: str) -> list[Row]:
             arrays = dict(file)
         if str(arrays["key"]) != key:
             return []
-        ends = np.cumsum(arrays["piece_counts"])
-        pieces = [Pieces(*part) for part in np.split(arrays["pieces"], ends[:-1], axis=1)]
+        ends = np.cumsum(arrays["piece_counts"]).tolist()
+        pieces = [Pieces(*arrays["pieces"][:, begin:end]) for begin, end in pairwise([0, *ends])]
         most = np.split(arrays["max_pieces"], np.cumsum(arrays["max_pieces_counts"])[:-1])
+        columns = (arrays["ranges"], arrays["owed"], arrays["digests"])
+        # Lists first: there are thousands of rows, and asking an array for one number costs ten times as much.
+        rows = zip(arrays["numbers"].tolist(), *(column.tolist() for column in columns), most, strict=True)
         return [
             Row(
-                first_step=int(arrays["numbers"][i, 0]),
-                end_step=int(arrays["numbers"][i, 1]),
-                segment=int(arrays["numbers"][i, 2]),
-                ranges=tuple((begin, end) for begin, end in arrays["ranges"][i].tolist()),
-                owed=tuple(arrays["owed"][i].tolist()),
-                carried=pieces[i],
-                carried_on=pieces[i + 1],
-                max_pieces=tuple(most[i].tolist()),
-                digest=str(arrays["digests"][i]),
+                first_step=first_step,
+                end_step=end_step,
+                segment=segment,
+                ranges=tuple((begin, end) for begin, end in ranges),
+                owed=tuple(owed),
+                carried=carried,
+                carried_on=carried_on,
+                max_pieces=tuple(its_most.tolist()),
+                digest=digest,
             )
-            for i in range(len(arrays["numbers"]))
+            for ((first_step, end_step, segment), ranges, owed, digest, its_most), (carried, carried_on) in zip(
+                rows, pairwise(pieces), strict=True
+            )
         ]
     except Exception:  # whatever is wrong with it (it is a cache), it is made anew
         return []
