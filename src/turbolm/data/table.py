@@ -239,8 +239,10 @@ def load_table(path: Path, key: str) -> list[Row]:
         if str(arrays["key"]) != key:
             return []
         ends = np.cumsum(arrays["piece_counts"]).tolist()
-        pieces = [Pieces(*arrays["pieces"][:, begin:end]) for begin, end in pairwise([0, *ends])]
-        most = np.split(arrays["max_pieces"], np.cumsum(arrays["max_pieces_counts"])[:-1])
+        documents, starts, lengths = arrays["pieces"]
+        pieces = [Pieces(documents[i:j], starts[i:j], lengths[i:j]) for i, j in pairwise([0, *ends])]
+        most, most_ends = arrays["max_pieces"].tolist(), np.cumsum(arrays["max_pieces_counts"]).tolist()
+        most = [most[begin:end] for begin, end in pairwise([0, *most_ends])]
         columns = (arrays["ranges"], arrays["owed"], arrays["digests"])
         # Lists first: there are thousands of rows, and asking an array for one number costs ten times as much.
         rows = zip(arrays["numbers"].tolist(), *(column.tolist() for column in columns), most, strict=True)
@@ -253,7 +255,7 @@ def load_table(path: Path, key: str) -> list[Row]:
                 owed=tuple(owed),
                 carried=carried,
                 carried_on=carried_on,
-                max_pieces=tuple(its_most.tolist()),
+                max_pieces=tuple(its_most),
                 digest=digest,
             )
             for ((first_step, end_step, segment), ranges, owed, digest, its_most), (carried, carried_on) in zip(
