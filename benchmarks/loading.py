@@ -11,6 +11,7 @@ last line of the output is a JSON object.
 from __future__ import annotations
 
 import argparse
+import gc
 import hashlib
 import json
 import os
@@ -62,6 +63,7 @@ class Loader:
     arrays: Callable[[Any], list[np.ndarray]]
     note: str = ""
     is_rival: bool = True
+    order: np.ndarray | None = None  # of the rows, where it is not ours
     rates: list[float] = field(default_factory=list)
     latencies_ms: list[float] = field(default_factory=list)
 
@@ -117,8 +119,8 @@ def datasets_loaders(rows: np.ndarray, folder: Path, batch_rows: int) -> list[Lo
     datasets.Dataset(pa.table(dict(zip(COLUMNS, columns, strict=True)))).save_to_disk(str(folder))
     data = datasets.load_from_disk(str(folder))
 
-    def ways(kind: str) -> Callable[[], Batches]:
-        formatted = data.with_format(kind)
+    def ways(kind: str, rows_of: Any = data) -> Callable[[], Batches]:
+        formatted = rows_of.with_format(kind)
         return lambda: (formatted[i : i + batch_rows] for i in range(0, len(formatted), batch_rows))
 
     def views(table: Any) -> list[np.ndarray]:
@@ -131,8 +133,12 @@ def datasets_loaders(rows: np.ndarray, folder: Path, batch_rows: int) -> list[Lo
         "torch": lambda batch: [batch[c].numpy() for c in COLUMNS],
     }
     loaders = [Loader(f"{name}, {kind} format", ways(kind), arrays[kind]) for kind in arrays]
+    order = np.random.default_rng(0).permutation(len(data))
+    note = "not compared: rows in a new order each epoch, as ours are, by a list of row numbers (`Dataset.shuffle`)"
+    ways_shuffled = ways("numpy", data.select(order))
+    shuffled = Loader(f"{name}, numpy format, shuffled", ways_shuffled, arrays["numpy"], note, False, order)
     note = "not a rival: hands out the memory map itself, 24 bytes a token, rows for ever in this order"
-    return [*loaders, Loader(f"{name}, arrow format", ways("arrow"), views, note, is_rival=False)]
+    return [*loaders, shuffled, Loader(f"{name}, arrow format", ways("arrow"), views, note, is_rival=False)]
 
 
 def litdata_loaders(rows: np.ndarray, folder: Path, batch_rows: int) -> list[Loader]:
@@ -230,7 +236,8 @@ def compare(
             missing.append({"name": name, "note": f"not measured: {error}"[:200]})
     for contender in loaders:  # the first batches of each are ours
         for index, batch in zip(range(3), contender.batches(), strict=False):
-            expected = rows[index * arguments.batch_rows : (index + 1) * arguments.batch_rows]
+            places = np.arange(index * arguments.batch_rows, (index + 1) * arguments.batch_rows)
+            expected = rows[places if contender.order is None else contender.order[places]]
             np.testing.assert_array_equal(np.stack(contender.arrays(batch), axis=1), expected)
     for _ in range(arguments.rounds):
         for contender in loaders:
@@ -310,6 +317,7 @@ def resume(folder: Path, store_folder: Path, arguments: argparse.Namespace) -> d
     times_ms, cpu_ms = [], []
     for step in [step for step in steps for _ in range(2)]:
         store = open_store(store_folder)  # checked before the ranks start and by each of them; reported by itself
+        gc.collect()  # a run opens one store, not one after the other
         began, cpu_began = time.perf_counter(), time.process_time()
         batch = batch_loader(recipe, store).global_batch(step)
         times_ms.append((time.perf_counter() - began) * 1e3)
@@ -324,7 +332,8 @@ def resume(folder: Path, store_folder: Path, arguments: argparse.Namespace) -> d
         "table_build_s": build_sec if peak_bytes else None,  # None: kept from another run
         "table_bytes": table.stat().st_size,
         "build_private_bytes": peak_bytes - before_bytes if peak_bytes else None,
-        "resume_ms": {"median": percentile(warm_ms, 50), "slowest": max(warm_ms), "slowest_cpu": max(cpu_ms[1::2])},
+        "resume_ms": {"median": percentile(warm_ms, 50), "slowest": max(warm_ms)},
+        "resume_cpu_ms": {"median": percentile(cpu_ms[1::2], 50), "slowest": max(cpu_ms[1::2])},
     }
 
 
@@ -376,7 +385,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, help="keep stores and tables here for the next run")
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--batch-rows", type=int, default=64)
-    parser.add_argument("--rows", type=int, default=6400, help="rows of a pass")
+    parser.add_argument("--rows", type=int, default=17_408, help="of a pass: an epoch of the corpus")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--documents", type=int, default=100_000_000, help="of the store to resume on; 0: leave it out")
     parser.add_argument("--resumes", type=int, default=20, help="steps to resume at")
@@ -389,6 +398,8 @@ def main(argv: list[str] | None = None) -> None:
 
     torch.set_num_threads(1)
     figures: dict[str, Any] = {}
+    if arguments.folder:
+        arguments.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         folder, kept = Path(name), arguments.folder or Path(name)
         recipe = recipe_of(kept / "cache", arguments, arguments.rows * arguments.seq_len)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from turbolm.data.packing import Bins, IntArray
 from turbolm.data.stream import WINDOW_DOCUMENTS, DocumentStream
-from turbolm.data.table import OrderSettings, Row, Sources, build_row, load_table, open_window, save_table
+from turbolm.data.table import OrderSettings, Rows, Sources, build_row, load_table, open_window, save_table
 from turbolm.data.window import Grouping, Packing, Window
 from turbolm.errors import UserError
 from turbolm.plan.curriculum import Curriculum, Segment
@@ -32,11 +32,10 @@ class BatchOrder:
     a table is kept. `rows` are those of a table built before.
     """
 
-    def __init__(self, sources: Sources, settings: OrderSettings, *, documents: str = "", rows: Sequence[Row] = ()):
+    def __init__(self, sources: Sources, settings: OrderSettings, *, documents: str = "", rows: Rows | None = None):
         self.sources, self.settings = sources, settings
         self.key, self._first_digest = settings.key(documents), settings.digest(documents)
-        self.rows = list(rows)
-        self._ends = [row.end_step for row in self.rows]
+        self.rows = Rows() if rows is None else rows
         self._windows: OrderedDict[int, Window] = OrderedDict()
         self._lock = threading.RLock()
 
@@ -49,14 +48,13 @@ class BatchOrder:
     @property
     def num_steps(self) -> int:
         """The batches that the table holds by now; others are added when they are asked for."""
-        return self._ends[-1] if self._ends else 0
+        return self.rows.end_steps[-1] if self.rows else 0
 
     def build(self, num_steps: int, on_progress: Callable[[int], None] = lambda num_steps: None) -> None:
         """Extend the table to at least `num_steps` batches; `on_progress` is told how many there are after each row."""
         with self._lock:
             while self.num_steps < num_steps:
                 self.rows.append(build_row(self.rows, self.sources, self.settings, self._first_digest))
-                self._ends.append(self.rows[-1].end_step)
                 on_progress(self.num_steps)
 
     def digest(self, num_steps: int) -> str:
@@ -77,7 +75,7 @@ class BatchOrder:
     def _row_of(self, index: int) -> int:
         assert index >= 0
         self.build(index + 1)
-        return bisect_right(self._ends, index)
+        return bisect_right(self.rows.end_steps, index)
 
     def _window(self, number: int) -> Window:
         if number not in self._windows:

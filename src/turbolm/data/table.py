@@ -12,10 +12,10 @@ import hashlib
 import json
 import os
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
 from pathlib import Path
+from typing import overload
 
 import numpy as np
 
@@ -231,36 +231,66 @@ def save_table(path: Path, key: str, rows: Sequence[Row]) -> None:
     temporary.replace(path)
 
 
-def load_table(path: Path, key: str) -> list[Row]:
+class Rows(Sequence[Row]):
+    """The rows of a table: those of its file, each made when it is asked for (a step needs one of thousands), and more.
+
+    `arrays` are the file's.
+    """
+
+    def __init__(self, arrays: Mapping[str, np.ndarray] | None = None):
+        self._arrays = arrays or {"numbers": np.zeros((0, 3), np.int64)}
+        self._num_stored = len(self._arrays["numbers"])
+        self._added: list[Row] = []
+        self.end_steps: list[int] = self._arrays["numbers"][:, 1].tolist()
+        if arrays:
+            self._piece_ends, self._max_pieces_ends = (
+                np.cumsum(arrays[name]) for name in ("piece_counts", "max_pieces_counts")
+            )
+
+    def append(self, row: Row) -> None:
+        """Add a row behind the others."""
+        self._added.append(row)
+        self.end_steps.append(row.end_step)
+
+    def __len__(self) -> int:
+        return self._num_stored + len(self._added)
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Row]: ...
+    def __getitem__(self, index: int | slice) -> Row | list[Row]:
+        places = range(len(self))[index]
+        return self._row(places) if isinstance(places, int) else [self._row(place) for place in places]
+
+    def _row(self, place: int) -> Row:
+        if place >= self._num_stored:
+            return self._added[place - self._num_stored]
+        arrays = self._arrays
+        first_step, end_step, segment = arrays["numbers"][place].tolist()
+        end = self._max_pieces_ends[place]
+        return Row(
+            first_step=first_step,
+            end_step=end_step,
+            segment=segment,
+            ranges=tuple((begin, end) for begin, end in arrays["ranges"][place].tolist()),
+            owed=tuple(arrays["owed"][place].tolist()),
+            carried=self._pieces(place),
+            carried_on=self._pieces(place + 1),
+            max_pieces=tuple(arrays["max_pieces"][end - arrays["max_pieces_counts"][place] : end].tolist()),
+            digest=str(arrays["digests"][place]),
+        )
+
+    def _pieces(self, part: int) -> Pieces:
+        end = self._piece_ends[part]
+        return Pieces(*self._arrays["pieces"][:, end - self._arrays["piece_counts"][part] : end])
+
+
+def load_table(path: Path, key: str) -> Rows:
     """The rows that `save_table` wrote under this key; none when there is no such file, or a damaged one."""
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = dict(file)
-        if str(arrays["key"]) != key:
-            return []
-        ends = np.cumsum(arrays["piece_counts"]).tolist()
-        documents, starts, lengths = arrays["pieces"]
-        pieces = [Pieces(documents[i:j], starts[i:j], lengths[i:j]) for i, j in pairwise([0, *ends])]
-        most, most_ends = arrays["max_pieces"].tolist(), np.cumsum(arrays["max_pieces_counts"]).tolist()
-        most = [most[begin:end] for begin, end in pairwise([0, *most_ends])]
-        columns = (arrays["ranges"], arrays["owed"], arrays["digests"])
-        # Lists first: there are thousands of rows, and asking an array for one number costs ten times as much.
-        rows = zip(arrays["numbers"].tolist(), *(column.tolist() for column in columns), most, strict=True)
-        return [
-            Row(
-                first_step=first_step,
-                end_step=end_step,
-                segment=segment,
-                ranges=tuple((begin, end) for begin, end in ranges),
-                owed=tuple(owed),
-                carried=carried,
-                carried_on=carried_on,
-                max_pieces=tuple(its_most),
-                digest=digest,
-            )
-            for ((first_step, end_step, segment), ranges, owed, digest, its_most), (carried, carried_on) in zip(
-                rows, pairwise(pieces), strict=True
-            )
-        ]
+        return Rows(arrays if str(arrays["key"]) == key else None)
     except Exception:  # whatever is wrong with it (it is a cache), it is made anew
-        return []
+        return Rows()
