@@ -145,6 +145,7 @@ def make_folder(folder: Path, zero_stage: int) -> Path:
         train={"budget": STEPS * BINS_PER_BATCH * SEQ_LEN},
         logging={"every_steps": 1, "sample_tokens": 0},
         checkpoint={"every": f"{SAVE_EVERY} steps"},
+        cluster={"processes_per_node": 2},
         execution={"zero_stage": zero_stage},
     )
     (folder / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
