@@ -38,7 +38,7 @@ BYTES_PER_TOKEN = 4  # usual for English text and a vocabulary of some ten thous
 WINDOW_DOCUMENTS = 65536  # BatchOrder's default: what a recipe packs at a time
 # The launcher sets these for every rank: freed memory is kept instead of being mapped anew for each batch.
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
-WARM_UPS = 4  # so often until the heap has room for all arrays at once, beside the last result
+LARGE_WARM_UPS = 4  # calls until the heap has room for all large arrays at once, beside the last result
 TARGETS = {
     "utilisation": 0.9995,  # of best_fit, all documents packed at once
     "planning_docs_per_s": 5e6,  # best_fit with the assignment of documents, on one core
@@ -62,10 +62,10 @@ class Timing:
         return num_documents / self.cpu_s
 
 
-def measure(work: Callable[[], Any], repeats: int) -> tuple[Timing, Any]:
-    """Median time of `work` over `repeats` calls, after `WARM_UPS` that do not count unless `repeats` is 1."""
+def measure(work: Callable[[], Any], repeats: int, warm_ups: int = 1) -> tuple[Timing, Any]:
+    """Median time of `work` over `repeats` calls, after `warm_ups` that do not count unless `repeats` is 1."""
     result, seconds = None, []
-    for _ in range(repeats + (WARM_UPS if repeats > 1 else 0)):
+    for _ in range(repeats + (warm_ups if repeats > 1 else 0)):
         before = (time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_utime, time.perf_counter())
         result = work()
         after = (time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_utime, time.perf_counter())
@@ -119,7 +119,7 @@ class Plan:
 def plan(lengths: np.ndarray, seq_len: int, packing: Packing, repeats: int) -> Plan:
     count = {"best_fit": count_best_fit, "concat": count_concat, "single": count_single}[packing]
     counting, num_bins = measure(lambda: count(lengths, seq_len), repeats)
-    assigning, bins = measure(lambda: pack(lengths, seq_len, packing), repeats)
+    assigning, bins = measure(lambda: pack(lengths, seq_len, packing), repeats, LARGE_WARM_UPS)
     assert len(bins) == num_bins
     windows = [lengths[i : i + WINDOW_DOCUMENTS] for i in range(0, len(lengths), WINDOW_DOCUMENTS)]
     by_window, num_window_bins = measure(
