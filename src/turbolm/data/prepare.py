@@ -112,10 +112,13 @@ def store_folder(recipe: Recipe) -> Path:
 
 def store_key(recipe: Recipe) -> str:
     """SHA-256 over everything that decides the content of a store."""
-    from turbolm.data.tokenizer import special_ids, tokenizer_fingerprint
+    from turbolm.data.tokenizer import load_tokenizer, special_ids, tokenizer_fingerprint
 
     path = recipe.tokenizer.path
-    return _key(recipe, [tokenizer_fingerprint(path), *special_ids(path)] if path is not None else [])
+    if path is None:
+        return _key(recipe, [])
+    tokenizer = load_tokenizer(path)
+    return _key(recipe, [tokenizer_fingerprint(tokenizer), *special_ids(path, tokenizer)])
 
 
 def _key(recipe: Recipe, tokenizer: list[str | int]) -> str:
@@ -196,7 +199,7 @@ def _build(
         shutil.rmtree(leftover) if leftover.is_dir() and not leftover.is_symlink() else leftover.unlink()
     tokenizer_files = _place_tokenizer(recipe, folder, on_progress)
     tokenizer = load_tokenizer(folder / TOKENIZER_FOLDER)
-    bos_id, eos_id = special_ids(folder / TOKENIZER_FOLDER)
+    bos_id, eos_id = special_ids(folder / TOKENIZER_FOLDER, tokenizer)
     vocab_size = vocabulary_size(tokenizer)
     layout = Layout(str(folder), "<u2" if vocab_size <= 2**16 else "<u4", bos_id, eos_id, _engine(recipe, folder, warn))
     try:

@@ -93,10 +93,13 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     return tokenizer
 
 
-def special_ids(path: str | Path) -> tuple[int, int]:
-    """Token ids (bos, eos) that begin and end a document; a tokenizer with one of the two uses it for both."""
+def special_ids(path: str | Path, tokenizer: Tokenizer | None = None) -> tuple[int, int]:
+    """Token ids (bos, eos) that begin and end a document; a tokenizer with one of the two uses it for both.
+
+    `tokenizer` is that of `path`, where it is loaded already.
+    """
     bos, eos = _special_tokens(Path(path))
-    tokenizer = load_tokenizer(path)
+    tokenizer = tokenizer or load_tokenizer(path)
     ids = []
     for token in (bos or eos, eos or bos):
         token_id = tokenizer.token_to_id(token) if token else None
