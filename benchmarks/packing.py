@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_args
@@ -60,6 +60,10 @@ class Timing:
     def rate(self, num_documents: int) -> float:
         """Documents per second of processor time."""
         return num_documents / self.cpu_s
+
+    def times(self, factor: float) -> Timing:
+        """The medians of so many times the work."""
+        return replace(self, cpu_s=factor * self.cpu_s, user_s=factor * self.user_s, wall_s=factor * self.wall_s)
 
 
 def measure(work: Callable[[], Any], repeats: int, warm_ups: int = 1) -> tuple[Timing, Any]:
@@ -170,15 +174,16 @@ def token_store(lengths: np.ndarray) -> Iterator[TokenStore]:
         yield TokenStore(Path(name), {"dtype": "<u2", "vocab_size": 50_000, "sources": [{}], "shards": [shard]})
 
 
-def move_tokens(store: TokenStore, seq_len: int, packing: Packing, bins_per_batch: int = 64) -> int:
-    """As many batches as an epoch fills, as the arrays a model takes; returns their bins. Planning included."""
+def move_tokens(store: TokenStore, seq_len: int, packing: Packing, bins_per_batch: int = 64) -> tuple[int, int]:
+    """An epoch's batches as the arrays a model takes; returns their bins and positions. Planning included.
+
+    The last window carries some documents on, which the next epoch would draw.
+    """
     order = constant_order(store.lengths("train"), seq_len, bins_per_batch, 0, packing)
     loader = BatchLoader(order, store, "train", world_size=1, rank=0, micro_batch=8 * seq_len)
-    # What the windows carry on fills less than one more.
-    num_steps = steps_of_an_epoch(order, store.num_documents("train")) + 1
-    for index in range(num_steps):
-        loader.global_batch(index)
-    return num_steps * bins_per_batch
+    num_steps = steps_of_an_epoch(order, store.num_documents("train"))
+    num_positions = sum(int(loader.global_batch(index).bins.length.sum()) for index in range(num_steps))
+    return num_steps * bins_per_batch, num_positions
 
 
 # Rivals.
@@ -337,10 +342,13 @@ def compare(lengths: np.ndarray, arguments: argparse.Namespace) -> tuple[list[Ri
     with token_store(lengths) as store:
         moves = {packing: measure(lambda p=packing: move_tokens(store, seq_len, p), repeats)
                  for packing in get_args(Packing) if packing != "single"}  # fmt: skip
-    setting = Setting(lengths, seq_len, repeats, {"plan": planning, "move": moves["best_fit"][0]})
+    # As long as all documents would take: the last window carries a few on.
+    whole = {packing: timing.times(lengths.sum() / moved) for packing, (timing, (_, moved)) in moves.items()}
+    setting = Setting(lengths, seq_len, repeats, {"plan": planning, "move": whole["best_fit"]})
     ours = [rival_row("turbolm best_fit", "plan", planning, len(bins), setting)]
-    for packing, (timing, num_bins) in moves.items():
+    for packing, timing in whole.items():
         note = "batches of inputs, positions and targets"
+        num_bins = round(moves[packing][1][0] * lengths.sum() / moves[packing][1][1])
         ours.append(rival_row(f"turbolm {packing}", "move", timing, num_bins, setting, note=note))
     return ours, axolotl_rows(setting) + trl_rows(setting)
 
