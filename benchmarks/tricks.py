@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from typing import Any
 from turbolm.plan.recipe_table import read_header, recipes_folder, trick_files
 
 HERE = Path(__file__).parent
+CLEAR = 2.5  # standard deviations
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ def ablate(name: str, study: Study, corpus: Path | None, seeds: int, only: list[
     done = subprocess.run([*command, *options, "--name", name, "--json"], stdout=subprocess.PIPE)
     if done.returncode:
         raise SystemExit(done.returncode)
-    return json.loads(done.stdout)  # type: ignore[no-any-return]
+    return json.loads(done.stdout)
 
 
 def figures_of(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -115,21 +117,36 @@ def figures_of(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
             "baseline_loss": baseline["final_loss"],
             "final_loss": mean["final_loss"],
             **ratios,
+            "p_loss": arm["versus_baseline"]["final_loss"]["p"],
             "seeds": len(arm["runs"]),
             "verdict": arm["verdict"],
+            "loss_verdict": arm["versus_baseline"]["final_loss"]["verdict"],
         }
     return found
 
 
-def measured_cell(found: dict[str, Any]) -> str:
+def judge(found: dict[str, Any], spread: float | None) -> str:
+    """In a word: what is learned by the final loss, where one seed's difference is none unless it is larger than what
+    seeds do to the baseline; what leaves it alone by time."""
+    if found["study"] == "tricks-execution":
+        return {"loss": "slower", "gain": "faster"}.get(found["verdict"], "null")
+    difference = found["final_loss"] - found["baseline_loss"]
+    if found["seeds"] == 1 and spread is not None and abs(difference) < CLEAR * spread:
+        return "null"
+    return {"loss": "worse"}.get(found["loss_verdict"], found["loss_verdict"])
+
+
+def measured_cell(found: dict[str, Any], spread: float | None) -> str:
     """The figures of a trick in words; what it never reached is said."""
     loss = f"loss {found['baseline_loss']:.3f} → {found['final_loss']:.3f}"
+    if found["p_loss"] is not None:
+        loss += f" (p {found['p_loss']:.2g})"
     ratios = (("tokens", "target_tokens"), ("time", "target_sec"), ("tokens/s", "tokens_per_sec"))
     parts = [f"{word} {found[key]:.2f}x" for word, key in ratios if found[key]]
     if not found["target_tokens"]:
         parts.insert(0, "target not reached")
     seeds = f"{found['seeds']} seed{'s' * (found['seeds'] > 1)}"
-    return f"**{found['verdict'] or '-'}**: {loss}; {', '.join(parts)}; memory {found['peak_bytes']:.2f}x ({seeds})"
+    return f"**{judge(found, spread)}**: {loss}; {', '.join(parts)}; memory {found['peak_bytes']:.2f}x ({seeds})"
 
 
 def main() -> None:
@@ -142,10 +159,15 @@ def main() -> None:
     corpus = arguments.corpus.resolve() if arguments.corpus else None
     only = [name for name in arguments.only.split(",") if name]
     measured: dict[str, dict[str, Any]] = {}
+    spread = None
     for name in arguments.studies:
         study = STUDIES[name]
         first = ablate(name, study, corpus, 1, [])
         more = ablate(name, study, corpus, arguments.seeds, only) if arguments.seeds > 1 else None
+        if more:
+            losses = [run["final_loss"] for run in more["arms"][0]["runs"]]
+            spread = statistics.stdev(losses)
+            print(f"{name}: the baseline's seeds end at {', '.join(f'{loss:.3f}' for loss in losses)}")
         for results in (first, more):
             for trick, found in figures_of(results).items() if results else ():
                 measured[trick] = {"study": name, **found}
@@ -157,7 +179,7 @@ def main() -> None:
     for trick in [*files, *(name for name in measured if name not in files)]:
         header = read_header(files[trick]) if trick in files else {}
         found = measured.get(trick)
-        cell = f"{found['study']}: {measured_cell(found)}" if found else WHY_NOT.get(trick, "not measured")
+        cell = f"{found['study']}: {measured_cell(found, spread)}" if found else WHY_NOT.get(trick, "not measured")
         print(f"| {trick} | " + " | ".join(header.get(column, "") for column in columns[1:-1]) + f" | {cell} |")
     print(json.dumps({"bench": "tricks", "figures": measured, "rivals": {}, "targets": {}, "met": {}}))
 
