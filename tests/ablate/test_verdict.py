@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from turbolm.ablate.verdict import compare, student_p, welch_p, words
+from turbolm.ablate.verdict import compare, paired_p, student_p, words
 
 
 @pytest.mark.parametrize(
@@ -32,18 +32,24 @@ def test_student_has_closed_forms_for_one_and_two_degrees() -> None:
         assert student_p(t, 2) == pytest.approx(1 - t / math.sqrt(2 + t * t), rel=1e-6)
 
 
-def test_welch_by_hand() -> None:
-    """Means 2 and 5, variances 1 and 4 of three each: t = -3 / sqrt(5/3); degrees (5/3)^2 / ((1/9 + 16/9) / 2)."""
-    p = welch_p([1, 2, 3], [3, 5, 7])
-    assert p == pytest.approx(student_p(3 / math.sqrt(5 / 3), (25 / 9) / (17 / 18)), rel=1e-12)
-    assert p == pytest.approx(0.10447888668472192, rel=1e-8)  # scipy.stats.ttest_ind(..., equal_var=False)
-    assert welch_p([101.2, 99.1, 100.4, 98.7], [95.0, 97.2, 90.1]) == pytest.approx(0.10214224363086762, rel=1e-8)
+def test_pairs_by_hand() -> None:
+    """Differences -2, -3, -4: mean -3, deviation 1, t = -3 sqrt(3) with 2 degrees."""
+    t = 3 * math.sqrt(3)
+    assert paired_p([1, 2, 3], [3, 5, 7]) == pytest.approx(1 - t / math.sqrt(2 + t * t), rel=1e-6)
+    assert paired_p([101.2, 99.1, 100.4, 98.7], [95.0, 97.2, 90.1, 96.0]) == pytest.approx(
+        0.07069504922580423, rel=1e-6
+    )  # scipy.stats.ttest_rel
 
 
-def test_welch_without_spread() -> None:
-    assert welch_p([1.0], [1.0, 2.0]) is None
-    assert welch_p([2.0, 2.0], [2.0, 2.0]) == 1
-    assert welch_p([2.0, 2.0], [3.0, 3.0]) == 0
+def test_what_seeds_do_to_both_arms_alike_is_no_spread() -> None:
+    assert compare([70, 100, 130], [100, 125, 150], noise=0.05).verdict == "gain"  # 30, 25 and 20 less
+    assert compare([130, 100, 70], [100, 125, 150], noise=0.05).verdict == "not significant"  # the same, of other seeds
+
+
+def test_pairs_without_spread() -> None:
+    assert paired_p([1.0], [2.0]) is None
+    assert paired_p([2.0, 3.0], [2.0, 3.0]) == 1
+    assert paired_p([2.0, 4.0], [3.0, 5.0]) == 0
 
 
 @pytest.mark.parametrize(
@@ -52,7 +58,7 @@ def test_welch_without_spread() -> None:
         ([80, 81, 82], [100, 101, 99], "gain"),
         ([120, 121, 119], [100, 101, 99], "loss"),
         ([100, 103, 98], [100, 101, 99], "null"),
-        ([70, 100, 130], [100, 125, 150], "not significant"),
+        ([130, 100, 70], [100, 125, 150], "not significant"),
         ([80], [100], "gain"),
         ([97], [100], "not significant"),
         ([106], [100], "loss"),

@@ -78,7 +78,6 @@ def _arm_results(
     ablation: Ablation, arm: Arm, runs: Sequence[RunMeasures], baseline: Sequence[RunMeasures], target: float | None
 ) -> dict[str, Any]:
     rows = [_figures(measures, target) for measures in runs]
-    references = [_figures(measures, target) for measures in baseline]
     found: dict[str, Any] = {
         "arm": arm.name,
         "tricks": [trick.name for trick in arm.tricks],
@@ -91,18 +90,21 @@ def _arm_results(
         "verdict": None,
         "verdict_text": "the baseline" if arm is ablation.arms[0] else "no run is finished",
     }
-    if arm is ablation.arms[0] or not rows or not references:
+    by_seed = {measures.seed: measures for measures in baseline}
+    pairs = [(measures, by_seed[measures.seed]) for measures in runs if measures.seed in by_seed]
+    if arm is ablation.arms[0] or not pairs:
         return found
+    rows, references = ([_figures(one, target) for one in side] for side in zip(*pairs, strict=True))
     for key, (noise, less_is_better) in _MEASURES.items():
         ours, theirs = _values(rows, key), _values(references, key)
-        if len(ours) == len(rows) and len(theirs) == len(references):
+        if len(ours) == len(theirs) == len(pairs):
             noise = ablation.noise if noise is None else noise
             found["versus_baseline"][key] = asdict(compare(ours, theirs, noise, less_is_better=less_is_better))
     found["verdict"], found["verdict_text"] = words(
         [row["target_sec"] for row in rows],
         [row["target_sec"] for row in references],
-        [measures.final_loss for measures in runs],
-        [measures.final_loss for measures in baseline],
+        [measures.final_loss for measures, _ in pairs],
+        [reference.final_loss for _, reference in pairs],
         ablation.noise,
     )
     return found

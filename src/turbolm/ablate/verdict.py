@@ -1,11 +1,11 @@
-"""Whether a difference between two arms is one: Welch's test over the seeds, and plain words for what it says."""
+"""Whether a difference between two arms is one: a paired t-test over the seeds, and plain words for what it says."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import fmean, variance
+from statistics import fmean, stdev
 
 SIGNIFICANCE = 0.05
 LOSS_NOISE = 0.005  # relative; smaller differences of a loss between two runs are taken for chance
@@ -28,11 +28,11 @@ class Comparison:
 def compare(
     arm: Sequence[float], baseline: Sequence[float], noise: float, *, less_is_better: bool = True
 ) -> Comparison:
-    """Compare two sets of runs; both have at least one. `noise` is a relative difference."""
+    """Compare the runs of an arm with the baseline's of the same seeds; at least one. `noise` is relative."""
     mean, reference = fmean(arm), fmean(baseline)
     ratio = mean / reference if reference else (1.0 if mean == reference else math.inf)
     direction = "gain" if (mean < reference) == less_is_better else "loss"
-    p = welch_p(arm, baseline)
+    p = paired_p(arm, baseline)
     if p is None:
         verdict = direction if abs(ratio - 1) > noise else "not significant"
     elif p < SIGNIFICANCE:
@@ -42,18 +42,18 @@ def compare(
     return Comparison(ratio, p, verdict)
 
 
-def welch_p(one: Sequence[float], other: Sequence[float]) -> float | None:
-    """Two-sided p of Welch's t-test (Welch 1947) for equal means; None when a sample has a single value."""
-    if min(len(one), len(other)) < 2:
+def paired_p(one: Sequence[float], other: Sequence[float]) -> float | None:
+    """Two-sided p of Student's t-test for differences whose mean is 0; None for a single pair.
+
+    A seed gives all arms the same initial weights and the same data, and so moves them together.
+    """
+    differences = [first - second for first, second in zip(one, other, strict=True)]
+    if len(differences) < 2:
         return None
-    difference = fmean(one) - fmean(other)
-    parts = [variance(sample) / len(sample) for sample in (one, other)]
-    if sum(parts) == 0:
-        return 1.0 if difference == 0 else 0.0
-    degrees = sum(parts) ** 2 / sum(
-        part**2 / (len(sample) - 1) for part, sample in zip(parts, (one, other), strict=True)
-    )
-    return student_p(difference / math.sqrt(sum(parts)), degrees)
+    spread = stdev(differences)
+    if spread == 0:
+        return 1.0 if differences[0] == 0 else 0.0
+    return student_p(fmean(differences) * math.sqrt(len(differences)) / spread, len(differences) - 1)
 
 
 def student_p(t: float, degrees: float) -> float:
@@ -82,6 +82,7 @@ def words(
 ) -> tuple[str, str]:
     """(verdict, sentence) on an arm, from each run's time to the target loss (None: not reached) and final loss.
 
+    The baseline's are of the same seeds.
     Where a run does not reach the target, the final losses decide.
     """
     diverged = sum(not math.isfinite(loss) for loss in losses)
