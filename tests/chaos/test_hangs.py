@@ -199,6 +199,7 @@ def hold_the_interpreter():
     while not pathlib.Path(os.environ["HOLD_WHEN"]).exists():
         time.sleep(0.02)
     libc = ctypes.PyDLL(None)
+    pathlib.Path(os.environ["HOLD_WHEN"] + "ing").touch()
     while True:
         libc.sleep(600)
 
@@ -227,6 +228,7 @@ def test_a_run_that_hangs_ends_and_goes_on_as_if_it_had_not(tmp_path: Path, monk
         else:
             (tmp_path / "hold").touch()
         output = process.communicate(timeout=120)[0]
+        assert how == "stopped" or (tmp_path / "holding").exists(), f"the fault did not take: {output}"
         assert process.returncode == EXIT_REQUEUE, output
         assert f"turbolm: rank 1 hangs: it {'is stopped' if how == 'stopped' else 'runs no Python code'}" in output
         folder = run.path / "attempts" / str(attempt)
