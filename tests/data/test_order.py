@@ -192,6 +192,14 @@ def test_a_table_is_read_back(tmp_path: Path) -> None:
     assert [pieces(again.batch(i)) for i in range(60)] == [pieces(order.batch(i)) for i in range(60)]
     assert again.max_pieces(60) == order.max_pieces(60)
     assert not load_table(path, "another key")
+    whole = dict(np.load(path))
+    for name in whole:
+        np.savez(path, **{other: array for other, array in whole.items() if other != name})
+        assert not load_table(path, order.key), f"without {name}"
+    for name in ("ranges", "owed", "digests", "max_pieces_counts"):
+        np.savez(path, **{**whole, name: whole[name][:-1]})
+        assert not load_table(path, order.key), f"{name} cut short"
+    save_table(path, order.key, order.rows)
     path.write_bytes(path.read_bytes()[:-50])
     assert not load_table(path, order.key)
     assert not load_table(tmp_path / "missing.npz", order.key)

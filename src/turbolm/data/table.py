@@ -291,6 +291,8 @@ def load_table(path: Path, key: str) -> Rows:
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = dict(file)
-        return Rows(arrays if str(arrays["key"]) == key else None)
+        rows = Rows(arrays if str(arrays["key"]) == key else None)
+        rows[-1:]  # made later as the others are, it would fail in the middle of a run
+        return rows
     except Exception:  # whatever is wrong with it (it is a cache), it is made anew
         return Rows()
