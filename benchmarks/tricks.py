@@ -72,7 +72,6 @@ STUDIES = {
     ),
 }  # fmt: skip
 WHY_NOT = {
-    "adamw_8bit": "torchao was missing",
     "bf16": "the baseline has it: see fp32 and the speedrun",
     "concat": "the baseline",
     "cosine": "the baseline",
