@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from turbolm.data.collate import IGNORED, collate, fill_cu_seqlens
+from turbolm.data.collate import collate, fill_cu_seqlens
 from turbolm.data.packing import Bins
+from turbolm.data.rows import IGNORED
 from turbolm.data.store import Split, TokenStore
 from turbolm.data.window import Packing, pack
 

@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from turbolm.data.packing import Bins, IntArray
+from turbolm.data.rows import fill_rows
 
 if TYPE_CHECKING:
     from turbolm.data.store import Split, TokenStore
-
-IGNORED = -100  # the target that no loss counts, torch's default `ignore_index`
 
 
 def deal_bins(attention_cost: IntArray, world_size: int, micro_batch_bins: int) -> IntArray:
@@ -78,23 +77,7 @@ def collate(
     # All arrays in one block: the C library keeps freed memory in proportion to the largest block, and memory that is
     # new to the process costs more than what is written to it here.
     block = np.empty((3, num_micro, micro_batch_bins, bins.seq_len), np.int64)
-    shards, begins, lengths = _pieces(bins, indices.ravel(), store, split)
-    ends = np.cumsum(lengths)  # positions of all rows, end to end
-    after = ends + np.arange(len(ends))  # where in `tokens` the token after each piece lies
-    tokens = _read(store, shards, begins, lengths + 1, bins.seq_len)
-    is_input = np.ones(len(tokens), bool)
-    is_input[after] = False
-    inputs, positions, targets = block.reshape(3, -1)
-    inputs_narrow = tokens[is_input]  # still in the cache when it is read for the second time
-    inputs[:] = inputs_narrow
-    targets[:-1] = inputs_narrow[1:]
-    targets[ends - 1] = tokens[after]
-    for piece in np.flatnonzero(shards < 0).tolist():
-        targets[ends[piece] - lengths[piece] : ends[piece]] = IGNORED
-    positions[:] = 1
-    positions[0] = 0
-    positions[ends[:-1]] = 1 - lengths[:-1]
-    np.cumsum(positions, out=positions)
+    ends = fill_rows(block.reshape(3, -1, bins.seq_len), bins, indices.ravel(), store, split)
     names = ("input_ids", "position_ids", "targets")
     micro_batches = [dict(zip(names, block[:, i], strict=True)) for i in range(num_micro)]
     if max_pieces is not None:
@@ -113,32 +96,6 @@ def fill_cu_seqlens(ends: IntArray, max_pieces: int) -> np.ndarray:
     boundaries[0] = 0
     boundaries[1 : len(ends) + 1] = ends
     return boundaries
-
-
-def _pieces(bins: Bins, rows: IntArray, store: TokenStore, split: Split) -> tuple[IntArray, IntArray, IntArray]:
-    """Shard (-1: padding), first token there and length of every piece of these rows, in their order."""
-    real = np.flatnonzero(rows >= 0)
-    part = bins.select(rows[real])
-    shards, begins = store.locate(split, part.document)
-    counts, padding = np.zeros(len(rows), np.int64), np.full(len(rows), bins.seq_len)
-    counts[real] = np.diff(part.offsets)
-    padding[real] -= part.used
-    padded = np.flatnonzero(padding)
-    at = np.cumsum(counts)[padded]
-    lengths = np.insert(part.length, at, padding[padded])
-    return np.insert(shards, at, -1), np.insert(begins + part.start, at, 0), lengths
-
-
-def _read(store: TokenStore, shards: IntArray, begins: IntArray, counts: IntArray, seq_len: int) -> np.ndarray:
-    """So many tokens of each shard (-1: zeros) from where they begin, one after the other, in the store's dtype."""
-    # Joining views of bytes does in C what a loop over arrays or `np.concatenate` does at twice the cost.
-    dtype = np.dtype(store.manifest["dtype"])
-    numbers = shards.tolist()
-    memory = {shard: store.token_bytes(shard) for shard in set(numbers) - {-1}}
-    memory[-1] = memoryview(bytes((seq_len + 1) * dtype.itemsize))
-    begins, ends = begins * dtype.itemsize, (begins + counts) * dtype.itemsize
-    columns = zip(numbers, begins.tolist(), ends.tolist(), strict=True)
-    return np.frombuffer(b"".join([memory[shard][begin:end] for shard, begin, end in columns]), dtype)
 
 
 def _split(ends: IntArray, num_micro: int) -> list[IntArray]:

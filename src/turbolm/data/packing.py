@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from turbolm.data import native
 from turbolm.data.sorting import stable_argsort
 
 IntArray = np.ndarray  # int64 unless said otherwise
@@ -156,7 +157,7 @@ def _arrange(first_bin: IntArray, num_bins: IntArray, each: IntArray, before: In
     return bin_sizes, position
 
 
-def _place(histogram: IntArray, seq_len: int) -> tuple[IntArray, IntArray, IntArray, IntArray]:
+def _place(histogram: IntArray, seq_len: int) -> tuple[IntArray, ...]:
     """Best fit decreasing over `histogram[length]` pieces, as actions in the order of the pieces, longest first.
 
     Action i puts `each[i]` pieces of one length into each of the bins `first_bin[i] + range(num_bins[i])`, which hold
@@ -164,13 +165,19 @@ def _place(histogram: IntArray, seq_len: int) -> tuple[IntArray, IntArray, IntAr
     Strict best fit keeps filling the bin it has just used: what is left there is smaller than in any other bin with
     room, so long as another piece of the same length goes in. That is why a bin takes `room // length` at once.
     """
+    sizes = np.flatnonzero(histogram)[::-1]
+    place = native.place if native.library() else _place_in_python
+    return tuple(place(np.ascontiguousarray(sizes), histogram[sizes], seq_len).T)
+
+
+def _place_in_python(lengths: IntArray, counts: IntArray, seq_len: int) -> IntArray:
+    """The actions of `_place`, int64 [num_actions, 4], for `counts` pieces of these lengths, longest first."""
     actions: list[tuple[int, int, int, int]] = []
     # By room: (first bin, number of bins, pieces in each).
     runs: list[list[tuple[int, int, int]]] = [[] for _ in range(seq_len + 1)]
     with_room = 0  # bit r is set where runs[r] is not empty
     next_bin = 0
-    sizes = np.flatnonzero(histogram)[::-1]
-    for length, count in zip(sizes.tolist(), histogram[sizes].tolist(), strict=True):
+    for length, count in zip(lengths.tolist(), counts.tolist(), strict=True):
         while count:
             fitting = with_room >> length
             if fitting:
@@ -194,8 +201,7 @@ def _place(histogram: IntArray, seq_len: int) -> tuple[IntArray, IntArray, IntAr
                 if room_now and run[1]:
                     runs[room_now].append(run)
                     with_room |= 1 << room_now
-    table = np.array(actions, dtype=np.int64).reshape(-1, 4)
-    return table[:, 0], table[:, 1], table[:, 2], table[:, 3]
+    return np.array(actions, dtype=np.int64).reshape(-1, 4)
 
 
 def _cumulative(counts: IntArray) -> IntArray:

@@ -17,14 +17,14 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
+from turbolm.data import native
 from turbolm.data.packing import IntArray
-from turbolm.data.sorting import stable_argsort
+from turbolm.data.sorting import argsort_integers
 from turbolm.errors import UserError
 
 FORMAT_VERSION = 2  # part of every store's key: raise it when the files change
@@ -43,10 +43,10 @@ class TokenStore:
     def __init__(self, folder: Path, manifest: dict[str, Any]):
         self.folder, self.manifest = folder, manifest
         self._maps: dict[tuple[int, str], np.ndarray] = {}
-        self._views: dict[int, memoryview] = {}
+        self._mapped: tuple[np.ndarray, list[np.ndarray]] = np.zeros(len(manifest["shards"]), native.SHARD), []
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"folder": self.folder, "manifest": self.manifest, "_maps": {}, "_views": {}}
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TokenStore, (self.folder, self.manifest)
 
     @property
     def tokenizer_dir(self) -> Path:
@@ -93,48 +93,70 @@ class TokenStore:
 
     def lengths_of(self, split: Split, documents: IntArray) -> IntArray:
         """Positions of each of these documents, int64 [len(documents)]."""
-        shards, rows = self._places(split, documents)
-        begins, ends = self._document_ends(shards, np.stack([rows - 1, rows]))
+        if native.library():
+            try:
+                return native.lengths(self.shards(split), documents)
+            except native.NotOpen:
+                return native.lengths(self.shards(split, documents), documents)
+        _, (begins, ends) = self._find(split, documents, (-1, 0))
         return ends - begins - 1
 
     def locate(self, split: Split, documents: IntArray) -> tuple[IntArray, IntArray]:
         """The shard of each of these documents, and where in it they begin, in tokens: int64 [len(documents)] each."""
-        shards, rows = self._places(split, documents)
-        return shards, self._document_ends(shards, rows[None] - 1)[0]  # it begins where the one before it ends
+        shards, (begins,) = self._find(split, documents, (-1,))  # it begins where the one before it ends
+        return shards, begins
 
-    def _places(self, split: Split, documents: IntArray) -> tuple[IntArray, IntArray]:
-        """The shard and the row of its index of each of these documents."""
-        documents = np.asarray(documents, dtype=np.int64)
+    def shards(self, split: Split, documents: IntArray | None = None) -> native.Shards:
+        """The shards as compiled code reads them: those with these documents are open, others may be."""
         first_document = self._first_document[split]
-        shards = np.searchsorted(first_document, documents, side="right") - 1
-        return shards, documents - first_document[shards] + self._first_row[split][shards]
+        places, files = self._mapped
+        if documents is not None:
+            self._check_exist(split, documents)
+            needed = np.unique(np.searchsorted(first_document, documents, side="right") - 1)
+            if len(files) + 2 * len(needed) > _MAX_OPEN_FILES:  # those in use elsewhere stay open
+                places, files = self._mapped = np.zeros_like(places), []
+            for shard in needed[places["tokens"][needed] == 0].tolist():
+                index, tokens = self._map(shard, "index", "<i8"), self.tokens(shard)
+                files += [index, tokens]
+                addresses = [array.__array_interface__["data"][0] for array in (index, tokens)]
+                places[shard] = (*addresses, len(tokens))
+        return native.Shards(places, files, first_document, self._first_row[split])
 
-    def _document_ends(self, shards: IntArray, rows: IntArray) -> IntArray:
-        """Where the documents in these rows [k, n] of the indexes of `shards` [n] end, in tokens; 0 for row -1."""
-        # Shard by shard, with as few calls as can be: there may be hundreds of shards with a few documents each.
-        order = stable_argsort(shards, len(self.manifest["shards"]))
-        bounds = [0, *(np.flatnonzero(np.diff(shards[order])) + 1).tolist(), len(order)]
-        ends = 2 * rows[:, order]
-        for begin, end in pairwise(bounds if len(order) else []):
-            index = self._map(int(shards[order[begin]]), "index", "<i8")
-            ends[:, begin:end] = index[ends[:, begin:end]]
-        found = np.empty_like(rows)
+    def _find(self, split: Split, documents: IntArray, offsets: tuple[int, ...]) -> tuple[IntArray, IntArray]:
+        """The shard of each of these documents, and where those so many rows further in its index end, in tokens.
+
+        int64 [n] and [len(offsets), n]; the row before a shard's first ends at 0.
+        """
+        documents = np.asarray(documents, dtype=np.int64)
+        self._check_exist(split, documents)
+        first_document = self._first_document[split]
+        # In the order of the store: shard by shard with as few calls as can be (there may be hundreds with a few
+        # documents each), and each index read forward.
+        order = argsort_integers(documents, int(first_document[-1]))
+        in_order = documents[order]
+        bounds = np.searchsorted(in_order, first_document)
+        counts = np.diff(bounds)
+        rows = in_order + np.repeat(self._first_row[split] - first_document[:-1], counts)
+        ends = rows + np.array(offsets)[:, None]
+        is_start = ends < 0
+        ends[is_start] = 0
+        ends *= 2  # an index has two columns
+        used = np.flatnonzero(counts)
+        for shard, begin, end in zip(used.tolist(), bounds[used].tolist(), bounds[used + 1].tolist(), strict=True):
+            ends[:, begin:end] = self._map(shard, "index", "<i8")[ends[:, begin:end]]
+        ends[is_start] = 0
+        shards, found = np.empty_like(order), np.empty_like(ends)
+        shards[order] = np.repeat(np.arange(len(counts)), counts)
         found[:, order] = ends
-        found[rows < 0] = 0
-        return found
+        return shards, found
+
+    def _check_exist(self, split: Split, documents: IntArray) -> None:
+        if documents.min(initial=0) < 0 or documents.max(initial=-1) >= self.num_documents(split):
+            raise IndexError(f"{self.folder} has {self.num_documents(split)} documents for {split}, none beyond")
 
     def tokens(self, shard: int) -> np.ndarray:
         """All tokens of a shard, those of its training documents first; mapped, in the store's dtype."""
         return self._map(shard, "tokens", self.manifest["dtype"])
-
-    def token_bytes(self, shard: int) -> memoryview:
-        """The bytes of `tokens`."""
-        view = self._views.get(shard)
-        if view is None:
-            if len(self._views) >= _MAX_OPEN_FILES:  # each keeps a file mapped
-                self._views = {}
-            view = self._views[shard] = self.tokens(shard).view(np.uint8).data
-        return view
 
     def read(self, split: Split, document: int, start: int, length: int) -> np.ndarray:
         """The `length` inputs from position `start` on, and the target of the last: a view of length + 1 tokens."""

@@ -1,0 +1,149 @@
+"""`native.c`, compiled at its first use on a machine that has a C compiler.
+
+What is in it is written in NumPy as well, which takes its place where it cannot be compiled.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from turbolm.data.packing import Bins
+
+IntArray = np.ndarray  # int64
+# Where a shard's files lie in memory, zero while they are not open: `struct shard` of native.c.
+SHARD = np.dtype([("index", np.uint64), ("tokens", np.uint64), ("num_tokens", np.int64)])
+_SOURCE = Path(__file__).with_name("native.c")
+_FLAGS = ("-O3", "-shared", "-fPIC")
+_COMPILE_SEC = 60
+_FILL = {"<u2": "turbolm_fill_u2", "<u4": "turbolm_fill_u4"}
+_NOT_OPEN, _OUTSIDE = -1, -2
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled file, or None: without a compiler or a place to write, or where its libraries do not fit."""
+    if sys.byteorder != "little":  # as the store's files are
+        return None
+    try:
+        loaded = ctypes.CDLL(str(_compiled(_folder())))
+        for name in ("turbolm_lengths", *_FILL.values(), "turbolm_place", "turbolm_argsort_random"):
+            getattr(loaded, name).restype = ctypes.c_int64
+        return loaded
+    except (OSError, AttributeError, RuntimeError, subprocess.SubprocessError):  # RuntimeError: there is no home
+        return None
+
+
+@dataclass(frozen=True)
+class Shards:
+    """The shards of a store, for the documents of one split; their files stay mapped as long as this is held.
+
+    `places` is `SHARD` [num_shards]; `first_document`, int64 [num_shards + 1], and `first_row`, int64 [num_shards], say
+    which documents each shard holds and in which rows of its index.
+    """
+
+    places: np.ndarray
+    files: list[np.ndarray]
+    first_document: IntArray
+    first_row: IntArray
+
+    def as_struct(self) -> IntArray:
+        """`struct shards` of native.c."""
+        arrays = (self.places, self.first_document, self.first_row)
+        return np.array([*(array.ctypes.data for array in arrays), len(self.places)])
+
+
+class NotOpen(Exception):
+    """A shard that is needed has its files not mapped yet."""
+
+
+def lengths(shards: Shards, documents: IntArray) -> IntArray:
+    """Positions of these documents, int64 [len(documents)]. Raises NotOpen."""
+    documents = np.ascontiguousarray(documents, np.int64)
+    found = np.empty_like(documents)
+    if _call("turbolm_lengths", shards.as_struct(), len(documents), documents, found):
+        raise NotOpen
+    return found
+
+
+def fill(block: IntArray, shards: Shards, dtype: str, bins: Bins, rows: IntArray) -> tuple[IntArray, int | None]:
+    """Write inputs, positions and targets of the bins `rows`, -1 for none, to `block`, int64 [3, len(rows), seq_len].
+
+    Tokens are of the store's `dtype`. Other threads run meanwhile. Returns where the pieces, and the padding that ends
+    a row, end when all rows are laid end to end; and the first piece that is not in its shard or does not fit in its
+    row (then nothing else means anything), or None. Raises NotOpen.
+    """
+    columns = (rows, bins.offsets, bins.document, bins.start, bins.length)
+    assert all(array.dtype == np.int64 and array.flags.c_contiguous for array in (block, *columns))
+    assert block.shape == (3, len(rows), bins.seq_len) and rows.max(initial=-1) < len(bins)
+    num_pieces = int(np.diff(bins.offsets)[rows[rows >= 0]].sum())
+    addresses, ends = np.empty(num_pieces, np.uint64), np.empty(num_pieces + len(rows), np.int64)
+    count = _call(_FILL[dtype], shards.as_struct(), bins.seq_len, len(rows), *columns, addresses, *block, ends)
+    if count == _NOT_OPEN:
+        raise NotOpen
+    return ends[: max(count, 0)], _OUTSIDE - count if count < 0 else None
+
+
+def place(lengths: IntArray, counts: IntArray, seq_len: int) -> IntArray:
+    """The actions of `packing.place`, int64 [num_actions, 4], for `counts` pieces of these lengths, longest first."""
+    assert lengths.dtype == counts.dtype == np.int64 and len(lengths) == len(counts)
+    assert all(array.flags.c_contiguous for array in (lengths, counts))
+    most = int(counts.sum()) + 1  # an action places a piece at least; what is not used is not touched either
+    actions, runs = np.empty((most, 4), np.int64), np.empty((most, 4), np.int64)
+    stacks, with_room = np.full(seq_len + 1, -1), np.zeros(seq_len // 64 + 1, np.uint64)
+    count = _call("turbolm_place", seq_len, len(lengths), lengths, counts, actions, runs, stacks, with_room)
+    return actions[:count]
+
+
+def argsort_random(numbers: np.ndarray) -> IntArray:
+    """Stable argsort, int64, of random uint64."""
+    numbers = np.ascontiguousarray(numbers, np.uint64)
+    bits = min(max(len(numbers).bit_length(), 1), 16)  # as many numbers as places to sort them into, in a core's cache
+    starts, order = np.zeros(2**bits + 1, np.int64), np.empty(len(numbers), np.int64)
+    _call("turbolm_argsort_random", len(numbers), bits, numbers, starts, order)
+    return order
+
+
+def _call(name: str, *arguments: np.ndarray | int) -> int:
+    """An array is given by its address."""
+    places = [
+        ctypes.c_int64(argument) if isinstance(argument, int) else ctypes.c_void_p(argument.ctypes.data)
+        for argument in arguments
+    ]
+    return int(getattr(library(), name)(*places))
+
+
+def _folder() -> Path:
+    """Beside what torch compiles, which the launcher keeps apart for each node."""
+    root = os.environ.get("TORCH_EXTENSIONS_DIR")
+    return Path(root) if root else Path.home() / ".cache" / "turbolm"
+
+
+def _compiled(folder: Path) -> Path:
+    """The library's file; compiled where there is none of this source and compiler yet."""
+    compiler = shlex.split(os.environ.get("CC") or "cc")
+    made_of = repr((compiler, _FLAGS, platform.machine(), platform.libc_ver())).encode() + _SOURCE.read_bytes()
+    path = folder / f"turbolm-{hashlib.sha256(made_of).hexdigest()[:16]}.so"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".turbolm-") as place:  # ranks may compile at once
+            compiled = Path(place) / path.name
+            command = [*compiler, *_FLAGS, "-o", str(compiled), str(_SOURCE)]
+            subprocess.run(command, capture_output=True, check=True, timeout=_COMPILE_SEC)
+            with compiled.open("rb") as file:  # half a library, after a power cut, would kill the process that loads it
+                os.fsync(file.fileno())
+            compiled.replace(path)
+    return path

@@ -1,0 +1,192 @@
+"""Compiled code against the NumPy that takes its place, and what happens where it cannot be compiled."""
+
+from __future__ import annotations
+
+import pickle
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from turbolm.data import native, packing, rows, store
+from turbolm.data.packing import pack_best_fit
+from turbolm.data.sorting import argsort_random
+from turbolm.data.store import TokenStore
+from turbolm.errors import UserError
+
+from .test_collate import store_in_memory
+
+DOCUMENTS = [([5, 0, 9], [2]), ([], []), ([30, 1], []), ([], [4, 4])]
+
+
+@pytest.fixture
+def fresh() -> Iterator[None]:
+    """Compiled code is looked for anew, in the test and after it."""
+    native.library.cache_clear()
+    yield
+    native.library.cache_clear()
+
+
+@pytest.fixture
+def without(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "library", lambda: None)
+
+
+def filled(tokens: TokenStore, seq_len: int, only_numpy: bool) -> list[np.ndarray]:
+    bins = pack_best_fit(tokens.lengths("train"), seq_len)
+    chosen = np.array([-1, *range(len(bins)), -1])
+    block = np.full((3, len(chosen), seq_len), 77)
+    fill = rows._fill_numpy if only_numpy else rows.fill_rows
+    return [block, fill(block, bins, chosen, tokens, "train")]
+
+
+def test_it_is_compiled_here() -> None:
+    """Or else none of the others means anything; the tests' machine has a compiler."""
+    assert native.library() is not None
+
+
+@given(
+    counts=st.lists(st.integers(0, 60), min_size=1, max_size=70),
+    seq_len=st.integers(1, 70),
+)
+def test_pieces_go_where_python_puts_them(counts: list[int], seq_len: int) -> None:
+    histogram = np.zeros(seq_len, np.int64)
+    histogram[1 : len(counts) + 1] = counts[: seq_len - 1]
+    lengths = np.ascontiguousarray(np.flatnonzero(histogram)[::-1])
+    arguments = lengths, histogram[lengths], seq_len
+    np.testing.assert_array_equal(native.place(*arguments), packing._place_in_python(*arguments))
+
+
+def test_a_long_row_has_room_in_its_last_word() -> None:
+    lengths, counts = np.array([4097, 4095, 63, 1]), np.array([3, 5, 700, 9000])
+    np.testing.assert_array_equal(native.place(lengths, counts, 8192), packing._place_in_python(lengths, counts, 8192))
+
+
+@given(numbers=st.lists(st.integers(0, 2**64 - 1) | st.sampled_from([0, 1 << 63, 2**64 - 1]), max_size=300))
+def test_random_numbers_are_sorted_stably(numbers: list[int]) -> None:
+    array = np.array(numbers, np.uint64)
+    np.testing.assert_array_equal(native.argsort_random(array), np.argsort(array, kind="stable"))
+
+
+def test_without_a_library_random_numbers_are_sorted_too(without: None) -> None:
+    raw = np.random.Philox(3).random_raw(70_000)
+    np.testing.assert_array_equal(argsort_random(raw), np.argsort(raw, kind="stable"))
+
+
+@pytest.mark.parametrize("dtype", ["<u2", "<u4"])
+@pytest.mark.parametrize("seq_len", [1, 7, 64])
+def test_rows_are_the_same_without_it(seq_len: int, dtype: str) -> None:
+    tokens = store_in_memory(DOCUMENTS, dtype)
+    for compiled, plain in zip(filled(tokens, seq_len, False), filled(tokens, seq_len, True), strict=True):
+        np.testing.assert_array_equal(compiled, plain)
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_lengths_are_the_same_without_it(split: store.Split, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = store_in_memory(DOCUMENTS, "<u2")
+    some = np.array([2, 0, 1, 2])
+    compiled = tokens.lengths_of(split, some).tolist()
+    monkeypatch.setattr(native, "library", lambda: None)
+    assert compiled == tokens.lengths_of(split, some).tolist() == tokens.lengths(split)[some].tolist()
+
+
+@pytest.mark.parametrize("only_numpy", [False, True])
+@pytest.mark.parametrize(("row", "end"), [(0, -3), (1, 2**40), (4, 1000)])
+def test_an_index_that_points_outside_its_shard_is_refused(row: int, end: int, only_numpy: bool) -> None:
+    """Its file is as the manifest says, but what it says is wrong: compiled code would read any memory."""
+    tokens = store_in_memory([([3, 5, 4, 6, 2, 7], [])], "<u2")
+    tokens.manifest["shards"][0]["index"] = {"file": "shard-00000.index"}
+    tokens._maps[0, "index"][2 * row] = end
+    bins = packing.Bins(8, np.arange(7), np.arange(6), np.zeros(6, np.int64), np.full(6, 2))
+    block = np.empty((3, 6, 8), np.int64)
+    fill = rows._fill_numpy if only_numpy else rows.fill_rows
+    with pytest.raises(UserError, match=r"shard-00000\.index has documents beyond .*turbolm verify"):
+        fill(block, bins, np.arange(6), tokens, "train")
+
+
+def test_a_piece_without_room_in_its_row_is_refused() -> None:
+    tokens = store_in_memory([([30, 30], [])], "<u2")
+    bins = packing.Bins(32, np.array([0, 2]), np.array([0, 1]), np.zeros(2, np.int64), np.array([20, 20]))
+    block = np.empty((3, 1, 32), np.int64)
+    shards = tokens.shards("train", bins.document)
+    assert native.fill(block, shards, "<u2", bins, np.array([0]))[1] == 1
+
+
+@pytest.mark.parametrize("document", [-1, 3])
+def test_documents_that_do_not_exist_are_refused(document: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = store_in_memory([([3, 5, 4], [])], "<u2")
+    for _ in range(2):
+        with pytest.raises(IndexError, match="3 documents for train"):
+            tokens.lengths_of("train", np.array([0, document]))
+        monkeypatch.setattr(native, "library", lambda: None)
+
+
+def test_files_in_use_stay_mapped_when_others_are_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "_MAX_OPEN_FILES", 4)
+    tokens = store_in_memory([([n + 1, 9], []) for n in range(5)], "<u2")
+    maps = tokens._maps
+    monkeypatch.setattr(TokenStore, "_map", lambda self, shard, part, dtype: maps[shard, part].view(dtype))
+    held = tokens.shards("train", np.array([0, 2]))
+    assert np.flatnonzero(held.places["tokens"]).tolist() == [0, 1]
+    later = tokens.shards("train", np.array([5, 8]))  # more files than may be open: those of before are let go
+    assert np.flatnonzero(later.places["tokens"]).tolist() == [2, 4]
+    assert np.flatnonzero(held.places["tokens"]).tolist() == [0, 1]
+    assert [len(shards.files) for shards in (held, later)] == [4, 4]
+    everything = filled(tokens, 6, False)  # all five at once
+    np.testing.assert_array_equal(everything[0], filled(tokens, 6, True)[0])
+
+
+def test_a_store_that_is_sent_to_another_process_opens_its_files_anew() -> None:
+    tokens = store_in_memory(DOCUMENTS, "<u2")
+    tokens.lengths_of("train", np.arange(3))
+    sent = pickle.loads(pickle.dumps(tokens))  # noqa: S301
+    assert not sent._maps and not sent.shards("train").places["tokens"].any()
+
+
+def test_it_is_compiled_once_by_many(fresh: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
+    threads = [threading.Thread(target=native._compiled, args=[native._folder()]) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    (made,) = (tmp_path / "extensions").iterdir()  # and nothing else is left
+    written = made.stat().st_mtime_ns
+    assert native.library() is not None
+    assert made.stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize(
+    "obstacle",
+    ["no compiler", "a compiler that fails", "a compiler that hangs", "no folder", "a damaged file", "no home"],
+)
+def test_where_it_cannot_be_compiled_numpy_does_it(
+    obstacle: str, fresh: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
+    if obstacle == "no compiler":
+        monkeypatch.setenv("CC", "no-such-compiler")
+    elif obstacle == "a compiler that fails":
+        monkeypatch.setenv("CC", "false")
+    elif obstacle == "a compiler that hangs":
+        monkeypatch.setenv("CC", "sh -c 'sleep 60'")
+        monkeypatch.setattr(native, "_COMPILE_SEC", 0.2)
+    elif obstacle == "no folder":
+        (tmp_path / "extensions").write_text("a file")
+    elif obstacle == "a damaged file":
+        native._compiled(native._folder()).write_bytes(b"\x7fELF but nothing more")
+    else:
+        monkeypatch.delenv("TORCH_EXTENSIONS_DIR")
+
+        def no_home() -> Path:
+            raise RuntimeError("Could not determine home directory.")
+
+        monkeypatch.setattr(Path, "home", no_home)
+    assert native.library() is None
+    tokens = store_in_memory(DOCUMENTS, "<u2")
+    np.testing.assert_array_equal(filled(tokens, 16, False)[0], filled(tokens, 16, True)[0])
+    assert tokens.lengths_of("train", np.arange(5)).tolist() == [5, 0, 9, 30, 1]
