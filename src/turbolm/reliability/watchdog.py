@@ -152,12 +152,11 @@ class Watchdog:
             for number in (heartbeat.STACKS_SIGNAL, signal.SIGCONT):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(sign.pid, number)
-        deadline, sizes = time.monotonic() + _STACKS_SEC, [-1]
-        while time.monotonic() < deadline:
+        deadline, sizes, unchanged = time.monotonic() + _STACKS_SEC, [-1], 0
+        while time.monotonic() < deadline and unchanged < 3:  # a rank on a busy host may pause between two lines
             time.sleep(0.2)
             before, sizes = sizes, [stacks_file(self.folder, sign.rank).stat().st_size for sign in living]
-            if all(sizes) and sizes == before:
-                break
+            unchanged = unchanged + 1 if all(sizes) and sizes == before else 0
         found = []
         for sign in signs:
             frames = main_thread_frames(self._stacks(sign))
