@@ -173,9 +173,9 @@ int64_t turbolm_place(int64_t seq_len, int64_t num_lengths, const int64_t *lengt
 }
 
 /* Stable argsort of random numbers: their first `bits` bits bring nearly all of them to their places, which are counted
- * in `starts`, all 0, with room for 2^bits + 1. */
-void turbolm_argsort_random(int64_t count, int64_t bits, const uint64_t *restrict numbers, int64_t *restrict starts,
-                            int64_t *restrict order) {
+ * in `starts`, all 0, with room for 2^bits + 1. Returns 0. */
+int64_t turbolm_argsort_random(int64_t count, int64_t bits, const uint64_t *restrict numbers,
+                               int64_t *restrict starts, int64_t *restrict order) {
     const int64_t shift = 64 - bits;
     for (int64_t i = 0; i < count; i++)
         starts[(numbers[i] >> shift) + 1]++;
@@ -190,4 +190,5 @@ void turbolm_argsort_random(int64_t count, int64_t bits, const uint64_t *restric
             order[place] = order[place - 1];
         order[place] = here;
     }
+    return 0;
 }

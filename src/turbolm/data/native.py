@@ -30,6 +30,13 @@ _SOURCE = Path(__file__).with_name("native.c")
 _FLAGS = ("-O3", "-shared", "-fPIC")
 _COMPILE_SEC = 60
 _FILL = {"<u2": "turbolm_fill_u2", "<u4": "turbolm_fill_u4"}
+_NUM_ARGUMENTS = {
+    "turbolm_lengths": 4,
+    "turbolm_fill_u2": 13,
+    "turbolm_fill_u4": 13,
+    "turbolm_place": 8,
+    "turbolm_argsort_random": 5,
+}
 _NOT_OPEN, _OUTSIDE = -1, -2
 
 
@@ -40,8 +47,9 @@ def library() -> ctypes.CDLL | None:
         return None
     try:
         loaded = ctypes.CDLL(str(_compiled(_folder())))
-        for name in ("turbolm_lengths", *_FILL.values(), "turbolm_place", "turbolm_argsort_random"):
-            getattr(loaded, name).restype = ctypes.c_int64
+        for name, count in _NUM_ARGUMENTS.items():
+            function = getattr(loaded, name)
+            function.argtypes, function.restype = [ctypes.c_int64] * count, ctypes.c_int64
         return loaded
     except (OSError, AttributeError, RuntimeError, subprocess.SubprocessError):  # RuntimeError: there is no home
         return None
@@ -63,7 +71,7 @@ class Shards:
     def as_struct(self) -> IntArray:
         """`struct shards` of native.c."""
         arrays = (self.places, self.first_document, self.first_row)
-        return np.array([*(array.ctypes.data for array in arrays), len(self.places)])
+        return np.array([*(array.__array_interface__["data"][0] for array in arrays), len(self.places)])
 
 
 class NotOpen(Exception):
@@ -119,11 +127,8 @@ def argsort_random(numbers: np.ndarray) -> IntArray:
 
 def _call(name: str, *arguments: np.ndarray | int) -> int:
     """An array is given by its address."""
-    places = [
-        ctypes.c_int64(argument) if isinstance(argument, int) else ctypes.c_void_p(argument.ctypes.data)
-        for argument in arguments
-    ]
-    return int(getattr(library(), name)(*places))
+    numbers = [a if isinstance(a, int) else a.__array_interface__["data"][0] for a in arguments]
+    return int(getattr(library(), name)(*numbers))
 
 
 def _folder() -> Path:
