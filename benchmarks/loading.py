@@ -239,9 +239,12 @@ def compare(
             places = np.arange(index * arguments.batch_rows, (index + 1) * arguments.batch_rows)
             expected = rows[places if contender.order is None else contender.order[places]]
             np.testing.assert_array_equal(np.stack(contender.arrays(batch), axis=1), expected)
-    for _ in range(arguments.rounds):
+    for number in range(-1, arguments.rounds):
         for contender in loaders:
             one_pass(contender, rows.shape[0] * rows.shape[2])
+            if number < 0:  # not counted: threads that the others have begun are still busy
+                contender.rates.clear()
+                contender.latencies_ms.clear()
     return loaders, missing
 
 
