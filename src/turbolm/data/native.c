@@ -72,10 +72,11 @@ int64_t turbolm_lengths(const struct shards *shards, int64_t num_documents, cons
                 const struct shard *shard = find(shards, document[p], &row);                                          \
                 if (!shard->tokens)                                                                                   \
                     return NOT_OPEN;                                                                                  \
-                const int64_t begin = begin_of(shard, row) + start[p];                                                \
-                if (begin < 0 || length[p] <= 0 || begin >= shard->num_tokens - length[p])                            \
+                const int64_t first = begin_of(shard, row), most = shard->num_tokens;                                 \
+                if (first < 0 || first > most || start[p] < 0 || start[p] > most || length[p] <= 0 ||                 \
+                    first + start[p] >= most - length[p])                                                             \
                     return OUTSIDE - p;                                                                               \
-                from[num_pieces++] = (const token_t *)shard->tokens + begin;                                          \
+                from[num_pieces++] = (const token_t *)shard->tokens + first + start[p];                               \
             }                                                                                                         \
         const token_t **next = from, **const last = from + num_pieces - 1;                                            \
         for (int64_t r = 0; r < num_rows; r++) {                                                                      \
@@ -124,8 +125,9 @@ static int64_t first_with_room(const uint64_t *with_room, int64_t room, int64_t 
 }
 
 /* Best fit decreasing of counts[i] pieces of lengths[i], longest first: see `_place` in packing.py, which does the same.
- * `actions` and `runs` have room for one entry for each piece, and one more; `stacks`, all -1, and the bits
- * `with_room`, all 0, for the rooms 0 to seq_len. Returns the number of actions.
+ * `actions` and `runs` have room for an entry for each piece (an action places one at least; a run has a bin at least,
+ * and no bin stays empty); `stacks`, all -1, and the bits `with_room`, all 0, for the rooms 0 to seq_len. Returns the
+ * number of actions.
  */
 int64_t turbolm_place(int64_t seq_len, int64_t num_lengths, const int64_t *lengths, const int64_t *counts,
                       int64_t (*actions)[4], struct run *runs, int64_t *stacks, uint64_t *with_room) {

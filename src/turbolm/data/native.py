@@ -71,7 +71,7 @@ class Shards:
     def as_struct(self) -> IntArray:
         """`struct shards` of native.c."""
         arrays = (self.places, self.first_document, self.first_row)
-        return np.array([*(array.__array_interface__["data"][0] for array in arrays), len(self.places)])
+        return np.array([*map(address, arrays), len(self.places)])
 
 
 class NotOpen(Exception):
@@ -106,10 +106,10 @@ def fill(block: IntArray, shards: Shards, dtype: str, bins: Bins, rows: IntArray
 
 
 def place(lengths: IntArray, counts: IntArray, seq_len: int) -> IntArray:
-    """The actions of `packing.place`, int64 [num_actions, 4], for `counts` pieces of these lengths, longest first."""
+    """The actions of `packing._place`, int64 [num_actions, 4], for `counts` pieces of these lengths, longest first."""
     assert lengths.dtype == counts.dtype == np.int64 and len(lengths) == len(counts)
     assert all(array.flags.c_contiguous for array in (lengths, counts))
-    most = int(counts.sum()) + 1  # an action places a piece at least; what is not used is not touched either
+    most = int(counts.sum())  # far fewer are used, and the rest is not touched
     actions, runs = np.empty((most, 4), np.int64), np.empty((most, 4), np.int64)
     stacks, with_room = np.full(seq_len + 1, -1), np.zeros(seq_len // 64 + 1, np.uint64)
     count = _call("turbolm_place", seq_len, len(lengths), lengths, counts, actions, runs, stacks, with_room)
@@ -125,9 +125,14 @@ def argsort_random(numbers: np.ndarray) -> IntArray:
     return order
 
 
+def address(array: np.ndarray) -> int:
+    """Where the array's first value lies in memory."""
+    return int(array.__array_interface__["data"][0])  # a third of the time that `array.ctypes.data` takes
+
+
 def _call(name: str, *arguments: np.ndarray | int) -> int:
     """An array is given by its address."""
-    numbers = [a if isinstance(a, int) else a.__array_interface__["data"][0] for a in arguments]
+    numbers = [argument if isinstance(argument, int) else address(argument) for argument in arguments]
     return int(getattr(library(), name)(*numbers))
 
 

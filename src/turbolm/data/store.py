@@ -118,8 +118,9 @@ class TokenStore:
             for shard in needed[places["tokens"][needed] == 0].tolist():
                 index, tokens = self._map(shard, "index", "<i8"), self.tokens(shard)
                 files += [index, tokens]
-                addresses = [array.__array_interface__["data"][0] for array in (index, tokens)]
-                places[shard] = (*addresses, len(tokens))
+                places["num_tokens"][shard] = len(tokens)
+                # The addresses last: other threads may be reading.
+                places["index"][shard], places["tokens"][shard] = native.address(index), native.address(tokens)
         return native.Shards(places, files, first_document, self._first_row[split])
 
     def _find(self, split: Split, documents: IntArray, offsets: tuple[int, ...]) -> tuple[IntArray, IntArray]:
