@@ -48,9 +48,7 @@ from turbolm.train.gate import UpdateGate
 from turbolm.train.loop import Session
 from turbolm.train.metrics import MetricsLog, measure_peak_flops
 from turbolm.train.pace import Pace
-from turbolm.train.run_directory import (
-    RunDirectory,
-)
+from turbolm.train.run_directory import RunDirectory
 
 
 def build_session(
@@ -68,30 +66,11 @@ def build_session(
     """Model, engine, data and logging of a run that is about to train or resume."""
     recipe = plan.recipe
     engine, attention = build_engine(accelerator, plan, store, run)
-    data = recipe.data
-    if data.packing != "single":
-        engine.eval()  # dropout would move the logits by itself
-        leak = check_isolation(
-            engine,
-            vocab_size=store.vocab_size,
-            seq_len=min(data.seq_len, 64),
-            attention=attention,
-            device=engine.device,
-            precision=plan.precision,
-        )
-        engine.train()
-        print(f"packed documents are isolated: a change moved its neighbour's logits by {leak:.1e}")
+    if recipe.data.packing != "single":
+        _check_packing(engine, plan, store, attention)
     if recipe.train.fp8 != "off":  # after the check: a scale shared by a whole tensor is rounding that all rows share
         print(f"products in 8 bits: {len(apply_fp8(engine.module, recipe.train.fp8))} linear layers")
-    world_size, rank = dist.get_world_size(), dist.get_rank()
-    if rank > 0:
-        dist.barrier(group=group)
-    order = recipe_order(recipe, store, plan.curriculum, save=rank == 0)
-    if rank == 0:
-        dist.barrier(group=group)  # the others find the table in the cache
-    # What is compiled sees one size for each row length: the most pieces there are in the whole run.
-    max_pieces = order.max_pieces(plan.num_steps) if recipe.execution.compile != "none" else None
-    loader = BatchLoader(order, store, "train", world_size, rank, recipe.execution.micro_batch, max_pieces)
+    loader = _build_loader(plan, store, group)
     num_matmul = count_parameters(engine.module, min_dims=2)
     config = engine.module.config.to_dict()
 
@@ -177,6 +156,34 @@ def build_engine(accelerator: Any, plan: Plan, store: TokenStore, run: RunDirect
     seed_for_rank(recipe.train.seed, dist.get_rank())
     engine.train()
     return engine, attention
+
+
+def _check_packing(engine: Any, plan: Plan, store: TokenStore, attention: str) -> None:
+    """Raise UserError where a document of a packed row changes what the model makes of its neighbours."""
+    engine.eval()  # dropout would move the logits by itself
+    leak = check_isolation(
+        engine,
+        vocab_size=store.vocab_size,
+        seq_len=min(plan.recipe.data.seq_len, 64),
+        attention=attention,
+        device=engine.device,
+        precision=plan.precision,
+    )
+    engine.train()
+    print(f"packed documents are isolated: a change moved its neighbour's logits by {leak:.1e}")
+
+
+def _build_loader(plan: Plan, store: TokenStore, group: Any) -> BatchLoader:
+    """Collective: rank 0 makes the plan table, the others find it in the cache."""
+    recipe, world_size, rank = plan.recipe, dist.get_world_size(), dist.get_rank()
+    if rank > 0:
+        dist.barrier(group=group)
+    order = recipe_order(recipe, store, plan.curriculum, save=rank == 0)
+    if rank == 0:
+        dist.barrier(group=group)
+    # What is compiled sees one size for each row length: the most pieces there are in the whole run.
+    max_pieces = order.max_pieces(plan.num_steps) if recipe.execution.compile != "none" else None
+    return BatchLoader(order, store, "train", world_size, rank, recipe.execution.micro_batch, max_pieces)
 
 
 def _build_saver(plan: Plan, run: RunDirectory, engine: Any, stop: StopRequest, log: MetricsLog) -> CheckpointSaver:
