@@ -13,10 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from turbolm.data import native, packing, rows, store
+from turbolm.data.order import order_of_lengths
 from turbolm.data.packing import pack_best_fit
 from turbolm.data.sorting import argsort_random
 from turbolm.data.store import TokenStore
 from turbolm.errors import UserError
+from turbolm.plan.curriculum import Segment
 
 from .test_collate import store_in_memory
 
@@ -74,7 +76,24 @@ def test_random_numbers_are_sorted_stably(numbers: list[int]) -> None:
 
 def test_without_a_library_random_numbers_are_sorted_too(without: None) -> None:
     raw = np.random.Philox(3).random_raw(70_000)
+    raw[:100] = raw[-100:] ^ 1  # alike in all bits that are looked at first
     np.testing.assert_array_equal(argsort_random(raw), np.argsort(raw, kind="stable"))
+
+
+def test_the_order_of_a_run_is_the_same_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks of one run may be on machines with and without a compiler."""
+    lengths = np.random.default_rng(0).geometric(1 / 150, 4000) + 1
+
+    def batches() -> list[object]:
+        segments = [Segment(0, 0, (256,), 4096), Segment(20, 0, (512,), 4096), Segment(60, 0, (128, 256, 512), 2048)]
+        order = order_of_lengths(lengths, segments, seed=3, window_documents=900)
+        bins = [order.batch(index) for index in range(100)]
+        columns = [(b.seq_len, b.offsets, b.document, b.start, b.length) for b in bins]
+        return [[np.asarray(column).tolist() for column in batch] for batch in columns] + [order.digest(100)]
+
+    compiled = batches()
+    monkeypatch.setattr(native, "library", lambda: None)
+    assert compiled == batches()
 
 
 @pytest.mark.parametrize("dtype", ["<u2", "<u4"])
