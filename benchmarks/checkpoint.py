@@ -267,8 +267,10 @@ class Worker:
             disk = (disk + self.dd(num_bytes)) / 2
             note("write_over_dd", rate / disk)
             self.flushed()
+            beside.prepare(save_is_next=True)  # as the trainer does before the step that a save follows
+            self.step(2 + 2 * index)
             note("stall_sec", self.timed(lambda: self.save(beside)))
-            note("step_beside_a_save_sec", self.step(2 + index))
+            note("step_beside_a_save_sec", self.step(3 + 2 * index))
             beside.finish()
             for source in SOURCES:
                 if source == "disk":

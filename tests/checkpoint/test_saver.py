@@ -16,6 +16,7 @@ from turbolm.checkpoint import save as save_module
 from turbolm.checkpoint import tensor_file
 from turbolm.checkpoint.load import load_checkpoint
 from turbolm.checkpoint.manifest import list_checkpoints
+from turbolm.checkpoint.snapshot import HostCopy
 from turbolm.checkpoint.verify import find_newest_valid
 from turbolm.errors import RunError
 
@@ -127,3 +128,38 @@ def test_a_checkpoint_is_not_put_in_place_when_another_writer_took_over(tmp_path
     with pytest.raises(RunError, match="locked by another process"):
         saver.finish()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_memory_for_copies_is_fetched_before_a_save_and_not_while_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A virtual or swapping machine takes it away between saves; then the training would wait for it to come back."""
+    touched: list[int] = []
+    monkeypatch.setattr(HostCopy, "touch", lambda copy: touched.append(len(copy._memory)))
+    engine = Engine()
+    saver = build_saver(tmp_path, engine)
+    engine.train(1)
+    saver.prepare(save_is_next=True)  # for the first time it is filled anyway
+    saver.wait()
+    saver.prepare()
+    assert touched == []
+    saver.prepare(save_is_next=True)
+    saver.wait()
+    assert len(touched) == 1 and touched[0] > 0
+    gate = Gate(monkeypatch)
+    saver.save(1, {"step": 1, "order_digest": ""})
+    assert gate.reached.wait(30)
+    saver.prepare(save_is_next=True)
+    gate.opened.set()
+    saver.finish()
+    assert len(touched) == 1
+    assert len(list_checkpoints(tmp_path)) == 1
+
+
+def test_fetching_memory_leaves_a_copy_as_it_is() -> None:
+    copy = HostCopy()
+    copy.touch()  # of nothing yet
+    copy.reserve(20_000)
+    copy._memory.fill_(7)
+    copy.touch()
+    assert len(copy._memory) == 20_000 and torch.all(copy._memory == 7)

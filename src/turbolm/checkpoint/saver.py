@@ -49,12 +49,16 @@ class CheckpointSaver:
         self._thread: threading.Thread | None = None
         self._is_prepared = False
 
-    def prepare(self) -> None:
-        """After a step, when the optimizer has its state: get the memory for copies ready beside the training, once.
+    def prepare(self, *, save_is_next: bool = False) -> None:
+        """After a step, when the optimizer has its state: get the memory for copies ready beside the training.
 
+        That is done once, and again where a save follows the next step.
         Raises RunError for a state that no checkpoint can hold, rather than at the first save.
         """
         if self._is_prepared:
+            if save_is_next and self.asynchronous and not (self._thread and self._thread.is_alive()):
+                self._thread = threading.Thread(target=self._copy.touch, daemon=True)
+                self._thread.start()
             return
         self._is_prepared = True
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -102,6 +103,10 @@ class HostCopy:
             self._memory = torch.empty(0, dtype=torch.uint8)  # let go of it first
             self._memory = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
             self._memory.fill_(0)
+
+    def touch(self) -> None:
+        """Read a byte of each page: a virtual or a swapping machine takes away memory that lies idle between saves."""
+        self._memory[:: mmap.PAGESIZE].sum()
 
     @torch.no_grad()
     def fill(self, snapshot: Snapshot) -> Snapshot:
