@@ -365,7 +365,9 @@ def measure_restarts(arguments: argparse.Namespace) -> dict[str, list[Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--restarts", type=int, default=3, help="rounds of restarts, eight in each")
+    parser.add_argument(
+        "--restarts", type=int, default=3, choices=range(1, 101), metavar="N", help="rounds of restarts, eight in each"
+    )
     parser.add_argument("--folder", help="where to write; default: a temporary folder")
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--hidden", type=int, default=768)
