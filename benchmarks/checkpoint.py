@@ -365,15 +365,15 @@ def measure_restarts(arguments: argparse.Namespace) -> dict[str, list[Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument(
-        "--restarts", type=int, default=3, choices=range(1, 101), metavar="N", help="rounds of restarts, eight in each"
-    )
+    parser.add_argument("--restarts", type=int, default=3, help="rounds of restarts, eight in each")
     parser.add_argument("--folder", help="where to write; default: a temporary folder")
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--hidden", type=int, default=768)
     for hidden in ("worker", "contender", "source"):
         parser.add_argument(f"--{hidden}", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if min(arguments.rounds, arguments.restarts) < 1:
+        parser.error("--rounds and --restarts: at least 1")
     if arguments.worker:
         work(arguments)
     from turbolm.data.prepare import prepare
