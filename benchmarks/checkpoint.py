@@ -4,7 +4,9 @@
 
 Two processes, ZeRO-2, fp32, AdamW, a model of 100M parameters: 1.2 GB of weights and moments. Each round saves and
 loads with everything in turn, on the same disk, with `dd` before each. The rivals do not wait for the disk, so `dd`
-with fsync is the measure of writing. Then each is started anew and loads what it saved, as a run does that goes on:
+with fsync is the measure of writing. What training waits for a save beside it is measured in a step: until the call
+returns, and before the update until the state is copied; `copy_sec` is that without a step's forward and backward pass
+to copy beside. Then each is started anew and loads what it saved, as a run does that goes on:
 that is what loading is judged by. Loads are measured twice: from the disk, and from the page cache. Last, the time
 from turbolm's restart to its first step is taken apart. The last line is one JSON object.
 
@@ -143,6 +145,12 @@ class Worker:
         self.dist.barrier()
         return time.perf_counter() - start
 
+    def slowest(self, seconds: float) -> float:
+        """The most that any rank has."""
+        most = self.torch.tensor(seconds)
+        self.dist.all_reduce(most, op=self.dist.ReduceOp.MAX)
+        return float(most)
+
     def saver(self, asynchronous: bool) -> Any:
         from turbolm.checkpoint.retention import Retention
         from turbolm.checkpoint.saver import CheckpointSaver
@@ -252,7 +260,6 @@ class Worker:
         self.step(0)
         waiting, beside = self.saver(False), self.saver(True)
         beside.prepare()  # as the trainer does after its first step
-        note("step_sec", self.step(1))
         dcp_group = self.dist.new_group(backend="gloo")  # its thread's messages would meet the others
         paths, ours = self.paths, self.paths["turbolm"]
         for index in range(rounds):
@@ -267,10 +274,13 @@ class Worker:
             disk = (disk + self.dd(num_bytes)) / 2
             note("write_over_dd", rate / disk)
             self.flushed()
-            beside.prepare(save_is_next=True)  # as the trainer does before the step that a save follows
-            self.step(2 + 2 * index)
-            note("stall_sec", self.timed(lambda: self.save(beside)))
-            note("step_beside_a_save_sec", self.step(3 + 2 * index))
+            note("step_sec", self.step(2 * index + 1))
+            self.save(beside)
+            note("step_beside_a_save_sec", self.step(2 * index + 2))
+            note("stall_sec", self.slowest(beside.waited_sec))
+            beside.finish()
+            self.flushed()
+            note("copy_sec", self.timed(lambda: (self.save(beside), beside.wait_for_copy())))
             beside.finish()
             for source in SOURCES:
                 if source == "disk":

@@ -94,6 +94,34 @@ def test_resuming_is_bitwise_at_the_same_layout_and_close_at_another(tmp_path: P
             np.testing.assert_allclose(values, expected[SAVED:], rtol=1e-5, err_msg=name)
 
 
+def test_a_copy_made_when_the_next_update_waits_is_that_of_the_step(tmp_path: Path) -> None:
+    """Nothing saved changes before the optimizer steps, at any stage; and every optimizer waits there."""
+    layouts: dict[str, dict[str, Any]] = {f"zero{stage}": {"zero_stage": stage} for stage in (0, 1, 2, 3)}
+    layouts |= {f"bf16-zero{stage}": {"zero_stage": stage, "precision": "bf16"} for stage in (1, 2, 3)}
+    layouts |= {f"offloaded{stage}": {"zero_stage": stage, "offload_optimizer": True} for stage in (2, 3)}
+    layouts |= {
+        name: {"zero_stage": 2 if traits.works_sharded else 0, "optimizer": {"name": name}}
+        for name, traits in OPTIMIZERS.items()
+    }
+    check_late_copies(tmp_path, 2, layouts, micro_batch_bins=1)
+
+
+def check_late_copies(folder: Path, world_size: int, layouts: dict[str, dict[str, Any]], **settings: Any) -> None:
+    """Copied as late as may be, a checkpoint has what one that was written at once has."""
+    cells = [
+        Cell(
+            name=name, steps=4, save_at=[3], save_in=str(folder / "saved" / name),
+            save_late_in=str(folder / "saved" / f"{name}-late"), **settings, **layout,
+        )
+        for name, layout in layouts.items()
+    ]  # fmt: skip
+    run_cells(folder, world_size, cells)
+    for name in layouts:
+        at_once, late = (read_tensors(saved(folder, name + suffix, 3)) for suffix in ("", "-late"))
+        assert at_once.keys() == late.keys()
+        assert [key for key in late if not torch.equal(late[key], at_once[key])] == [], name
+
+
 def reference(folder: Path) -> np.ndarray:
     recipe = cell_recipe(folder, Cell(name="reference"))
     return np.array(train_reference(recipe, open_store(prepare(recipe)), learning_rates()[:END]))

@@ -16,7 +16,7 @@ from turbolm.checkpoint import save as save_module
 from turbolm.checkpoint import tensor_file
 from turbolm.checkpoint.load import load_checkpoint
 from turbolm.checkpoint.manifest import list_checkpoints
-from turbolm.checkpoint.snapshot import HostCopy
+from turbolm.checkpoint.snapshot import HostCopy, Snapshot
 from turbolm.checkpoint.verify import find_newest_valid
 from turbolm.errors import RunError
 
@@ -67,6 +67,54 @@ def test_training_goes_on_and_the_state_at_the_step_is_saved(tmp_path: Path, mon
     assert load_checkpoint(tmp_path / "step-00000003", loaded)["step"] == 3
     assert_equal(everything(loaded), expected)
     assert loaded.train(2, first=3) == Engine().train(5)[3:]
+
+
+def test_an_update_waits_until_the_state_before_it_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    may_copy, fill = threading.Event(), HostCopy.fill
+
+    def late(copy: HostCopy, snapshot: Snapshot) -> Snapshot:
+        assert may_copy.wait(30)
+        return fill(copy, snapshot)
+
+    monkeypatch.setattr(HostCopy, "fill", late)
+    engine = Engine()
+    saver = build_saver(tmp_path, engine)
+    engine.train(3)
+    expected = everything(engine)
+    saver.save(3, {"step": 3, "order_digest": ""})
+    assert saver.waited_sec < 0.3
+    training = threading.Thread(target=engine.train, args=(1, 3))
+    training.start()
+    training.join(0.5)
+    assert training.is_alive(), "it waits"
+    assert engine.module.steps == 4, "its forward pass, which changes a buffer, is done"
+    may_copy.set()
+    training.join(30)
+    saver.finish()
+    assert saver.waited_sec > 0.3
+    assert not torch.equal(engine.module.inner.weight, expected["inner.weight"])
+    loaded = Engine(seed=9)
+    load_checkpoint(tmp_path / "step-00000003", loaded)
+    assert_equal(everything(loaded), expected)
+
+
+def test_a_copy_that_fails_is_reported_and_training_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError("no memory for the copy")
+
+    reported: list[str] = []
+    engine = Engine()
+    saver = build_saver(tmp_path, engine, report=reported.append)
+    engine.train(1)
+    with monkeypatch.context() as broken:
+        broken.setattr(HostCopy, "fill", fail)
+        saver.save(1, {"step": 1, "order_digest": ""})
+        engine.train(1, first=1)
+        saver.wait()
+    assert len(reported) == 1 and "no memory for the copy" in reported[0]
+    saver.save(2, {"step": 2, "order_digest": ""})
+    saver.finish()
+    assert find_newest_valid(tmp_path) == (tmp_path / "step-00000002", [])
 
 
 def test_a_second_save_waits_for_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,38 +176,3 @@ def test_a_checkpoint_is_not_put_in_place_when_another_writer_took_over(tmp_path
     with pytest.raises(RunError, match="locked by another process"):
         saver.finish()
     assert list(tmp_path.iterdir()) == []
-
-
-def test_memory_for_copies_is_fetched_before_a_save_and_not_while_it_is_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A virtual or swapping machine takes it away between saves; then the training would wait for it to come back."""
-    touched: list[int] = []
-    monkeypatch.setattr(HostCopy, "touch", lambda copy: touched.append(len(copy._memory)))
-    engine = Engine()
-    saver = build_saver(tmp_path, engine)
-    engine.train(1)
-    saver.prepare(save_is_next=True)  # for the first time it is filled anyway
-    saver.wait()
-    saver.prepare()
-    assert touched == []
-    saver.prepare(save_is_next=True)
-    saver.wait()
-    assert len(touched) == 1 and touched[0] > 0
-    gate = Gate(monkeypatch)
-    saver.save(1, {"step": 1, "order_digest": ""})
-    assert gate.reached.wait(30)
-    saver.prepare(save_is_next=True)
-    gate.opened.set()
-    saver.finish()
-    assert len(touched) == 1
-    assert len(list_checkpoints(tmp_path)) == 1
-
-
-def test_fetching_memory_leaves_a_copy_as_it_is() -> None:
-    copy = HostCopy()
-    copy.touch()  # of nothing yet
-    copy.reserve(20_000)
-    copy._memory.fill_(7)
-    copy.touch()
-    assert len(copy._memory) == 20_000 and torch.all(copy._memory == 7)

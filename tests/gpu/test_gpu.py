@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.checkpoint.test_resume import check_late_copies
 from tests.models.test_compile import LENGTHS, batches
 from tests.models.test_isolation import CONFIGS, SEQ_LEN, VOCAB, make_model
 from tests.models.test_loss import by_hand, problem
@@ -46,6 +47,13 @@ def test_every_stage_and_precision_follows_plain_pytorch(tmp_path: Path) -> None
     deepspeed = [Cell(name="fused-fp32", zero_stage=2, device="cuda", adam_kernel="deepspeed")]
     trained = run_cells(tmp_path, 1, [*fp32, *half, *deepspeed])
     check_against_plain_pytorch(tmp_path, trained)
+
+
+def test_checkpoints_are_copied_beside_the_next_step(tmp_path: Path) -> None:
+    layouts = {f"zero{stage}": {"zero_stage": stage} for stage in (0, 1, 2, 3)}
+    layouts |= {"bf16": {"zero_stage": 2, "precision": "bf16"}, "fused": {"zero_stage": 2, "adam_kernel": "deepspeed"}}
+    layouts |= {"offloaded": {"zero_stage": 2, "offload_optimizer": True}}
+    check_late_copies(tmp_path, 1, layouts, device="cuda")
 
 
 @pytest.mark.parametrize("name", CONFIGS)

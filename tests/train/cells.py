@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,10 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from tests.train.harness import Cell, cell_recipe
 from turbolm.checkpoint.load import load_checkpoint
+from turbolm.checkpoint.retention import Retention
 from turbolm.checkpoint.save import save_checkpoint
+from turbolm.checkpoint.saver import CheckpointSaver
+from turbolm.checkpoint.snapshot import Snapshot
 from turbolm.data.loader import BatchLoader
 from turbolm.data.order import recipe_order
 from turbolm.data.prepare import find_store
@@ -66,6 +70,11 @@ def train_cell(folder: Path, cell: Cell) -> list[list[float]]:
         trained.append([float(loss) / batch.num_targets, norm])
         if step in cell.save_at:
             save(cell.save_in or "missing", engine, step)
+            if cell.save_late_in:
+                late = late_saver(cell.save_late_in, engine)
+                late.save(step, {"step": step, "order_digest": ""})
+    if cell.save_late_in:
+        late.finish()
     engine.destroy()
     (folder / f"{cell.name}.ledger.json").write_text(json.dumps(ledger), encoding="utf-8")
     return trained
@@ -75,3 +84,29 @@ def save(folder: str, engine: Any, step: int) -> None:
     """Save a checkpoint of an engine after `step` steps."""
     state = {"step": step, "order_digest": ""}
     save_checkpoint(Path(folder), engine, step=step, trainer_state=state, contract_fingerprint="test", keep_last=9)
+
+
+def late_saver(folder: str, engine: Any) -> CheckpointSaver:
+    """A saver that copies as late as it may: when the next update waits for it."""
+    saver = CheckpointSaver(
+        folder=Path(folder),
+        engine=engine,
+        retention=Retention(9),
+        contract_fingerprint="test",
+        asynchronous=True,
+        group=dist.new_group(backend="gloo"),
+        report=print,
+    )
+    update_waits, wait, fill = threading.Event(), saver.wait_for_copy, saver._copy.fill
+
+    def noted_wait() -> None:
+        update_waits.set()
+        wait()
+
+    def late_fill(snapshot: Snapshot) -> Snapshot:
+        if not update_waits.wait(60):
+            raise TimeoutError("no update has waited for the copy")
+        return fill(snapshot)
+
+    saver.wait_for_copy, saver._copy.fill = noted_wait, late_fill  # type: ignore[method-assign]
+    return saver

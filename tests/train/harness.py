@@ -81,6 +81,7 @@ class Cell:
     load: str | None = None  # a checkpoint folder to start from
     save_at: list[int] = field(default_factory=list)
     save_in: str | None = None
+    save_late_in: str | None = None  # once more, beside the training, copied only when the next update waits for it
     save_loaded_in: str | None = None  # save what was loaded again, before any step
 
 

@@ -1,7 +1,9 @@
-"""Save beside the training: a step waits only until the state is copied to the host's memory.
+"""Save beside the training: an update waits only until the state before it is copied to the host's memory.
 
-One thread of each rank writes while training goes on. The ranks' threads agree over a process group of their own, so
-that their messages and the training's never meet.
+One thread of each rank copies the state, while the next step computes its gradients, and then writes it. Weights and
+optimizer state change in the optimizer's step alone, which waits where the copy is not done yet; CheckFreq (Mohan et
+al., FAST 2021) calls this a pipelined snapshot. The ranks' threads agree over a process group of their own, so that
+their messages and the training's never meet.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from turbolm.checkpoint.fragments import inner_optimizer
 from turbolm.checkpoint.retention import Retention
 from turbolm.checkpoint.save import gather_over, write_checkpoint
 from turbolm.checkpoint.snapshot import HostCopy, Snapshot, take_snapshot
@@ -42,23 +45,22 @@ class CheckpointSaver:
     report: Callable[[str], None]
     before_commit: Callable[[], None] = lambda: None
     failure: str | None = None
-    waited_sec: float = 0.0  # what the last save cost the training
+    waited_sec: float = 0.0  # what the last save cost the training, the wait of the update after it included
 
     def __post_init__(self) -> None:
         self._copy = HostCopy()
+        self._copied = threading.Event()
+        self._copied.set()
         self._thread: threading.Thread | None = None
         self._is_prepared = False
+        inner_optimizer(self.engine).register_step_pre_hook(lambda *_: self.wait_for_copy())
 
-    def prepare(self, *, save_is_next: bool = False) -> None:
-        """After a step, when the optimizer has its state: get the memory for copies ready beside the training.
+    def prepare(self) -> None:
+        """After a step, when the optimizer has its state: get the memory for copies ready beside the training, once.
 
-        That is done once, and again where a save follows the next step.
         Raises RunError for a state that no checkpoint can hold, rather than at the first save.
         """
         if self._is_prepared:
-            if save_is_next and self.asynchronous and not (self._thread and self._thread.is_alive()):
-                self._thread = threading.Thread(target=self._copy.touch, daemon=True)
-                self._thread.start()
             return
         self._is_prepared = True
         try:
@@ -70,29 +72,36 @@ class CheckpointSaver:
             self._thread.start()
 
     def save(self, step: int, trainer_state: Mapping[str, Any], eval_loss: float | None = None) -> None:
-        """Save the state as it is now; returns once it may change. Waits for the save before. Never raises."""
+        """Save the state as it is now, which only an optimizer's step may change. Waits for the save before.
+
+        Never raises.
+        """
         start = time.perf_counter()
         self.wait()
         about = {"contract": self.contract_fingerprint, "eval_loss": eval_loss}
         snapshot, failure = None, None
         try:
             snapshot = take_snapshot(self.engine, step, trainer_state)
-            if self.asynchronous:
-                snapshot = self._copy.fill(snapshot)
+            self._copy.follow()
         except Exception as error:  # told to the other ranks, who would wait for this one
-            failure = f"{type(error).__name__}: {error}"
-        waited_sec = time.perf_counter() - start
-        write = threading.Thread(
-            target=self._write,
-            args=(step, snapshot, about, failure, waited_sec),
+            failure = _described(error)
+        self._copied.clear()
+        self._thread = threading.Thread(
+            target=self._copy_and_write,
+            args=(step, snapshot, about, failure),
             name="turbolm-checkpoint",
             daemon=True,
         )
-        write.start()
-        self._thread = write
+        self._thread.start()
         if not self.asynchronous:
             self.wait()
         self.waited_sec = time.perf_counter() - start
+
+    def wait_for_copy(self) -> None:
+        """Until the state that is being saved may change; every step of the optimizer begins with it."""
+        start = time.perf_counter()
+        self._copied.wait()
+        self.waited_sec += time.perf_counter() - start
 
     def wait(self, timeout_sec: float | None = None) -> None:
         """Wait until nothing is being written."""
@@ -107,10 +116,15 @@ class CheckpointSaver:
         if self.failure is not None:
             raise RunError(self.failure)
 
-    def _write(
-        self, step: int, snapshot: Snapshot | None, about: dict[str, Any], failure: str | None, waited_sec: float
-    ) -> None:
+    def _copy_and_write(self, step: int, snapshot: Snapshot | None, about: dict[str, Any], failure: str | None) -> None:
         start = time.perf_counter()
+        try:
+            if snapshot is not None and self.asynchronous:
+                snapshot = self._copy.fill(snapshot)
+        except Exception as error:
+            failure = _described(error)
+        finally:
+            self._copied.set()
         try:
             final = write_checkpoint(
                 self.folder,
@@ -134,6 +148,10 @@ class CheckpointSaver:
         with contextlib.suppress(OSError):  # the log may be on the full disk that the next save will meet
             print(
                 f"saved {final}: {format_bytes(snapshot.num_bytes)} of this rank in {seconds:.2f} s, for which "
-                f"training waited {waited_sec:.2f} s",
+                f"training waited {self.waited_sec:.2f} s",
                 flush=True,
             )
+
+
+def _described(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import mmap
 import random
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ _ALIGNMENT_BYTES = 64
 
 @dataclass
 class Snapshot:
-    """What this rank saves of `step`. The tensors may be the live ones, which the next step changes."""
+    """What this rank saves of `step`. The tensors may be the live ones, which the next update changes."""
 
     step: int
     rank: int
@@ -38,7 +38,7 @@ class Snapshot:
 
 
 def take_snapshot(engine: Any, step: int, trainer_state: Mapping[str, Any]) -> Snapshot:
-    """References to everything this rank saves; nothing is copied.
+    """Everything this rank saves: references to what only an update changes, copies of the rest, which is small.
 
     Raises RuntimeError for an optimizer state that the format cannot hold.
     """
@@ -92,10 +92,14 @@ def take_snapshot(engine: Any, step: int, trainer_state: Mapping[str, Any]) -> S
 
 
 class HostCopy:
-    """Memory on the host that snapshots are copied to, kept from one to the next because fresh memory is slow."""
+    """Memory on the host that snapshots are copied to, kept from one to the next because fresh memory is slow.
+
+    `follow` is for the thread that trains, the rest for one beside it.
+    """
 
     def __init__(self) -> None:
         self._memory = torch.empty(0, dtype=torch.uint8)
+        self._stream: torch.cuda.Stream | None = None  # the device copies on it beside the training's
 
     def reserve(self, num_bytes: int) -> None:
         """Have so much memory, touched, so that `fill` finds it."""
@@ -104,25 +108,28 @@ class HostCopy:
             self._memory = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
             self._memory.fill_(0)
 
-    def touch(self) -> None:
-        """Read a byte of each page: a virtual or a swapping machine takes away memory that lies idle between saves."""
-        self._memory[:: mmap.PAGESIZE].sum()
+    def follow(self) -> None:
+        """What `fill` copies is the state once the device has done all that it has been given until now."""
+        if torch.cuda.is_available():
+            self._stream = self._stream or torch.cuda.Stream()
+            self._stream.wait_stream(torch.cuda.current_stream())
 
     @torch.no_grad()
     def fill(self, snapshot: Snapshot) -> Snapshot:
-        """The same snapshot with its tensors copied; valid until the next call."""
+        """The same snapshot with its tensors copied; valid until the next call. They must not change meanwhile."""
         groups = (snapshot.tensors, snapshot.buffers)
         self.reserve(snapshot.num_bytes)
         copies: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]] = ({}, {})
         start = 0
-        for group, copied in zip(groups, copies, strict=True):
-            for name, tensor in group.items():
-                size = tensor.numel() * tensor.element_size()
-                copied[name] = self._memory[start : start + size].view(tensor.dtype).view(tensor.shape)
-                copied[name].copy_(tensor, non_blocking=True)
-                start += _padded_bytes(tensor)
-        if torch.cuda.is_available():
-            torch.cuda.current_stream().synchronize()
+        with torch.cuda.stream(self._stream) if self._stream else nullcontext():
+            for group, copied in zip(groups, copies, strict=True):
+                for name, tensor in group.items():
+                    size = tensor.numel() * tensor.element_size()
+                    copied[name] = self._memory[start : start + size].view(tensor.dtype).view(tensor.shape)
+                    copied[name].copy_(tensor, non_blocking=True)
+                    start += _padded_bytes(tensor)
+        if self._stream:
+            self._stream.synchronize()
         return Snapshot(**{**vars(snapshot), "tensors": copies[0], "buffers": copies[1]})
 
 
@@ -153,7 +160,7 @@ def set_host_rng_state(saved: Mapping[str, Any]) -> None:
 
 def _persistent_buffers(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     names = {name for name, _ in module.named_buffers()} & set(module.state_dict().keys())
-    return {name: buffer for name, buffer in module.named_buffers() if name in names}
+    return {name: buffer.clone() for name, buffer in module.named_buffers() if name in names}
 
 
 def _padded_bytes(tensor: torch.Tensor) -> int:

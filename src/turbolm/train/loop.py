@@ -96,7 +96,7 @@ def take_step(session: Session, batch: GlobalBatch) -> StepResult:
     )
     session.step += 1
     heartbeat.advance(heartbeat.STEP, session.step)
-    session.saver.prepare(save_is_next=(session.step + 1) % plan.checkpoint_every_steps == 0)
+    session.saver.prepare()
     session.log.add_step(session.step, lr, batch, result, batch_flops(session, batch))
     return result
 
