@@ -13,6 +13,7 @@ works and measures nothing. The last line is one JSON object.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import platform
@@ -43,6 +44,7 @@ TINY = {
 
 # Ours at its best known settings. Micro-batches in rows; a global batch of 16 of them keeps the update's share small.
 BEST = {"compile": "model", "loss": "auto", "attention": "auto"}
+EAGER = {"compile": "none"}  # where the shapes vary, each of which would be compiled
 SMALL = {"model": GPT2, "seq_len": 1024, "rows": 32, "accumulation": 8, "execution": BEST}
 LARGE = {"model": LLAMA_1B, "seq_len": 4096, "rows": 4, "accumulation": 8, "execution": BEST}
 
@@ -57,12 +59,12 @@ ROWS: dict[str, Settings] = {
     "gpt2-124m turbolm": _row("rate", SMALL),
     "gpt2-124m Trainer, defaults": _row("rate", SMALL, who="trainer", rows=8, accumulation=1),
     "llama-1b turbolm": _row("rate", LARGE),
-    "llama-1b Trainer, defaults": _row("rate", LARGE, who="trainer", rows=8, accumulation=1),
-    "128k vocabulary, largest micro-batch, turbolm": _row("largest", SMALL, model=GPT2_128K),
+    "llama-1b Trainer, defaults": _row("rate", LARGE, who="trainer", rows=8, accumulation=1, steps=2),
+    "128k vocabulary, largest micro-batch, turbolm": _row("largest", SMALL, model=GPT2_128K, execution=EAGER),
     "128k vocabulary, largest micro-batch, Trainer": _row("largest", SMALL, model=GPT2_128K, who="trainer"),
     "gpt2-124m Trainer, tuned": _row("rate", SMALL, who="trainer_tuned", rows=16, accumulation=16),
     "llama-1b Trainer, tuned": _row("rate", LARGE, who="trainer_tuned", rows=2, accumulation=16),
-    "gpt2-124m without compile": _row("rate", SMALL, execution={"compile": "none"}),
+    "gpt2-124m without compile": _row("rate", SMALL, execution=EAGER),
     "gpt2-124m with all logits at once": _row("rate", SMALL, rows=16, accumulation=16, execution={"loss": "full"}),
     "gpt2-124m with sdpa and a dense mask": _row("rate", SMALL, execution={"attention": "sdpa"}),
     "llama-1b in fp8, tensorwise": _row("rate", LARGE, fp8="tensorwise"),
@@ -140,12 +142,15 @@ Batches = list[tuple[list[Settings], int]]  # the micro-batches of each global b
 
 @dataclass
 class Contender:
-    """`run` trains on global batches, `loss` sums the held-out loss of a micro-batch, `use_rows` sets their size."""
+    """`run` trains on global batches, `loss` sums the held-out loss of a micro-batch.
+
+    `use_rows` sets the rows of a micro-batch, and how many of them make a global batch.
+    """
 
     model: Any
     run: Callable[[Batches], None]
     loss: Callable[[Settings], float]
-    use_rows: Callable[[int], None]
+    use_rows: Callable[[int, int], None]
 
 
 def turbolm_trainer(row: Settings, plan: Any, store: Any, folder: Path) -> Contender:
@@ -172,7 +177,7 @@ def turbolm_trainer(row: Settings, plan: Any, store: Any, folder: Path) -> Conte
         with torch.no_grad():
             return float(micro_batch_loss(engine, micro_batch, attention)[1])
 
-    return Contender(engine.module, run, loss, use_rows=lambda rows: None)  # what it is given says it
+    return Contender(engine.module, run, loss, use_rows=lambda *_: None)  # what it is given says it
 
 
 def hf_trainer(row: Settings, plan: Any, store: Any, folder: Path) -> Contender:
@@ -218,8 +223,8 @@ def hf_trainer(row: Settings, plan: Any, store: Any, folder: Path) -> Contender:
         trainers[0].train_dataset = dataset
         trainers[0].train()
 
-    def use_rows(rows: int) -> None:
-        arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps = rows, 1
+    def use_rows(rows: int, accumulation: int) -> None:
+        arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps = rows, accumulation
         trainers.clear()
 
     def loss(micro_batch: Settings) -> float:
@@ -235,13 +240,21 @@ def hf_trainer(row: Settings, plan: Any, store: Any, folder: Path) -> Contender:
 
 
 def rate(row: Settings, build: Callable[[], Contender], loader: Any, plan: Any, store: Any) -> Settings:
-    """Tokens/s, MFU and peak memory after the first steps, which compile."""
+    """Tokens/s, MFU and peak memory after the first steps, which compile.
+
+    A rival whose micro-batch does not fit gets half of it twice: eight rows, Trainer's default, are many for 1B.
+    """
     from turbolm.plan.flops import peak_half_flops, training_flops_per_token
     from turbolm.plan.machine import detect_machine
 
     contender, num_steps = build(), row.get("steps", 5)
     batches = [loader.global_batch(index) for index in range(2 * num_steps + 2)]
-    contender.run(arrays(batches[:2]))
+    rows, accumulation = plan.batch.micro_batch_bins, plan.batch.gradient_accumulation_steps
+    while not fits_in_memory(lambda: contender.run(arrays(batches[:2]))):
+        if row["who"] == "turbolm" or rows == 1:
+            raise MemoryError(f"{rows} rows do not fit")
+        rows, accumulation = rows // 2, 2 * accumulation
+        contender.use_rows(rows, accumulation)
     reset_peak()
     seconds = []
     for first in (2, 2 + num_steps):
@@ -259,10 +272,26 @@ def rate(row: Settings, build: Callable[[], Contender], loader: Any, plan: Any, 
         "tokens_per_sec": plan.batch.global_batch_tokens / best,
         "mfu": flops * num_targets / best / peak if flops and peak else None,
         "peak_bytes": peak_bytes(),
-        "micro_batch_rows": plan.batch.micro_batch_bins,
+        "micro_batch_rows": rows,
         "mean_span": span,
         "num_parameters": sum(parameter.numel() for parameter in contender.model.parameters()),
     }
+
+
+def fits_in_memory(work: Callable[[], None]) -> bool:
+    """Whether the device's memory does for `work`; if not, what it took is given back."""
+    import torch
+
+    try:
+        work()
+        synchronize()
+        return True
+    except torch.OutOfMemoryError:
+        pass  # the tensors are held by the exception until here
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return False
 
 
 def arrays(batches: list[Any]) -> Batches:
@@ -281,14 +310,8 @@ def largest(row: Settings, build: Callable[[], Contender], loader: Any, plan: An
         positions = np.broadcast_to(np.arange(seq_len), tokens.shape).copy()
         ends = np.arange(rows + 1, dtype=np.int32) * seq_len
         micro = {"input_ids": tokens, "position_ids": positions, "targets": tokens, "cu_seqlens": ends}
-        contender.use_rows(rows)
-        try:
-            contender.run([([micro], tokens.size)])
-            synchronize()
-        except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
-            return False
-        return True
+        contender.use_rows(rows, 1)
+        return fits_in_memory(lambda: contender.run([([micro], tokens.size)]))
 
     fitting, too_many = 0, 1
     while fits(too_many) and too_many < (4096 if torch.cuda.is_available() else 4):
