@@ -142,13 +142,14 @@ Batches = list[tuple[list[Settings], int]]  # the micro-batches of each global b
 
 @dataclass
 class Contender:
-    """`run` trains on global batches, `loss` sums the held-out loss of a micro-batch.
+    """`run` trains on global batches and returns the seconds of the steps, the device's work included.
 
-    `use_rows` sets the rows of a micro-batch, and how many of them make a global batch.
+    `loss` sums the held-out loss of a micro-batch; `use_rows` sets the rows of a micro-batch, and how many of them make
+    a global batch.
     """
 
     model: Any
-    run: Callable[[Batches], None]
+    run: Callable[[Batches], float]
     loss: Callable[[Settings], float]
     use_rows: Callable[[int, int], None]
 
@@ -168,9 +169,12 @@ def turbolm_trainer(row: Settings, plan: Any, store: Any, folder: Path) -> Conte
         apply_fp8(engine.module, plan.recipe.train.fp8)
     set_learning_rate(engine, 6e-4)
 
-    def run(batches: Batches) -> None:
+    def run(batches: Batches) -> float:
+        start = time.perf_counter()
         for micro_batches, num_targets in batches:
             train_step(engine, micro_batches, num_targets, attention)
+        synchronize()
+        return time.perf_counter() - start
 
     def loss(micro_batch: Settings) -> float:
         engine.eval()
@@ -186,7 +190,7 @@ def hf_trainer(row: Settings, plan: Any, store: Any, folder: Path) -> Contender:
     It sees the same packed rows, without their documents kept apart, which is how it is used and costs it no mask.
     """
     import torch
-    from transformers import Trainer, TrainingArguments
+    from transformers import Trainer, TrainerCallback, TrainingArguments
 
     from turbolm.models.build import build_config, build_model
 
@@ -214,14 +218,31 @@ def hf_trainer(row: Settings, plan: Any, store: Any, folder: Path) -> Contender:
     )
     trainers: list[Any] = []
 
-    def run(batches: Batches) -> None:
+    class Clock(TrainerCallback):  # type: ignore[misc]
+        """The time of the steps alone: a call sets up much before them, which a long run pays once."""
+
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            self.start = 0.0
+
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            self.start = self.start or time.perf_counter()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            if trainers[0].state.global_step == arguments.max_steps:
+                synchronize()
+                self.seconds = time.perf_counter() - self.start
+
+    clock = Clock()
+
+    def run(batches: Batches) -> float:
         arguments.max_steps = len(batches)  # one call for all of them: it sets up its loop in each
         tokens = [row for micro_batches, _ in batches for micro in micro_batches for row in micro["input_ids"]]
         dataset = [{"input_ids": row, "labels": row} for row in tokens]
         if not trainers:
-            trainers.append(Trainer(model=model, args=arguments, train_dataset=dataset))
+            trainers.append(Trainer(model=model, args=arguments, train_dataset=dataset, callbacks=[clock]))
         trainers[0].train_dataset = dataset
         trainers[0].train()
+        return clock.seconds
 
     def use_rows(rows: int, accumulation: int) -> None:
         arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps = rows, accumulation
@@ -259,10 +280,7 @@ def rate(row: Settings, build: Callable[[], Contender], loader: Any, plan: Any, 
     seconds = []
     for first in (2, 2 + num_steps):
         part = batches[first : first + num_steps]
-        start = time.perf_counter()
-        contender.run(arrays(part))
-        synchronize()
-        seconds.append((time.perf_counter() - start) / len(part))
+        seconds.append(contender.run(arrays(part)) / len(part))
     best = min(seconds)
     num_targets = statistics.mean(batch.num_targets for batch in batches[2:])
     span = sum(batch.attention_pairs for batch in batches[2:]) / sum(batch.num_targets for batch in batches[2:])
@@ -278,13 +296,12 @@ def rate(row: Settings, build: Callable[[], Contender], loader: Any, plan: Any, 
     }
 
 
-def fits_in_memory(work: Callable[[], None]) -> bool:
+def fits_in_memory(work: Callable[[], Any]) -> bool:
     """Whether the device's memory does for `work`; if not, what it took is given back."""
     import torch
 
     try:
         work()
-        synchronize()
         return True
     except torch.OutOfMemoryError:
         pass  # the tensors are held by the exception until here
@@ -328,14 +345,10 @@ def time_to_loss(row: Settings, build: Callable[[], Contender], loader: Any, pla
 
     contender, seconds = build(), 2 if "steps" in row else TRAINING_SEC
     contender.run(arrays([loader.global_batch(0)]))
-    synchronize()
     chunk, index, spent = 1 if "steps" in row else 8, 1, 0.0
     while spent < seconds:
         batches = arrays([loader.global_batch(index + number) for number in range(chunk)])
-        start = time.perf_counter()
-        contender.run(batches)
-        synchronize()
-        spent += time.perf_counter() - start
+        spent += contender.run(batches)
         index += chunk
     held_out = evaluation_batches(store, plan.batch.seq_len, 200_000, micro_batch_bins=plan.batch.micro_batch_bins,
                                   fixed_cu_seqlens=plan.recipe.execution.compile != "none")  # fmt: skip
