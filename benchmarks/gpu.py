@@ -190,7 +190,8 @@ def hf_trainer(row: Settings, plan: Any, store: Any, folder: Path) -> Contender:
     It sees the same packed rows, without their documents kept apart, which is how it is used and costs it no mask.
     """
     import torch
-    from transformers import Trainer, TrainerCallback, TrainingArguments
+    from step_clock import StepClock
+    from transformers import Trainer, TrainingArguments
 
     from turbolm.models.build import build_config, build_model
 
@@ -218,21 +219,7 @@ def hf_trainer(row: Settings, plan: Any, store: Any, folder: Path) -> Contender:
     )
     trainers: list[Any] = []
 
-    class Clock(TrainerCallback):  # type: ignore[misc]
-        """The time of the steps alone: a call sets up much before them, which a long run pays once."""
-
-        def on_train_begin(self, *_: Any, **__: Any) -> None:
-            self.start = 0.0
-
-        def on_step_begin(self, *_: Any, **__: Any) -> None:
-            self.start = self.start or time.perf_counter()
-
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            if trainers[0].state.global_step == arguments.max_steps:
-                synchronize()
-                self.seconds = time.perf_counter() - self.start
-
-    clock = Clock()
+    clock = StepClock()
 
     def run(batches: Batches) -> float:
         arguments.max_steps = len(batches)  # one call for all of them: it sets up its loop in each
