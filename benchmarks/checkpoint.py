@@ -169,6 +169,12 @@ class Worker:
         self.saved += 1
         saver.save(self.saved, {"step": self.saved, "order_digest": ""})
 
+    def step_beside(self, saver: Any, index: int) -> None:
+        """A step beside which a checkpoint is saved, until both are done."""
+        self.save(saver)
+        self.step(index)
+        saver.finish()
+
     def load(self, parts: dict[str, float] | None = None) -> None:
         """As the trainer does it; `parts` gets the seconds, by the clock and of the processor, of both halves."""
         from turbolm.checkpoint.load import load_checkpoint
@@ -274,11 +280,9 @@ class Worker:
             disk = (disk + self.dd(num_bytes)) / 2
             note("write_over_dd", rate / disk)
             self.flushed()
-            note("step_sec", self.step(2 * index + 1))
-            self.save(beside)
-            note("step_beside_a_save_sec", self.step(2 * index + 2))
+            note_timed("step_sec", lambda i=index: self.step(2 * i + 1))
+            note_timed("step_and_save_sec", lambda i=index: self.step_beside(beside, 2 * i + 2))
             note("stall_sec", self.slowest(beside.waited_sec))
-            beside.finish()
             self.flushed()
             note("copy_sec", self.timed(lambda: (self.save(beside), beside.wait_for_copy())))
             beside.finish()

@@ -218,7 +218,6 @@ def hf_trainer(row: Settings, plan: Any, store: Any, folder: Path) -> Contender:
         **(tuned if is_tuned else {}),
     )
     trainers: list[Any] = []
-
     clock = StepClock()
 
     def run(batches: Batches) -> float:
