@@ -32,7 +32,7 @@ from turbolm.data.packing import count_best_fit, count_concat, count_single, pac
 from turbolm.data.sources import iter_documents
 from turbolm.data.store import TokenStore
 from turbolm.data.window import Packing, pack
-from turbolm.recipe.schema import StdlibSource
+from turbolm.recipe.data import StdlibSource
 
 BYTES_PER_TOKEN = 4  # usual for English text and a vocabulary of some ten thousand tokens
 WINDOW_DOCUMENTS = 65536  # BatchOrder's default: what a recipe packs at a time

@@ -33,7 +33,7 @@ DATASETS_MAP, WORDS, GIGATOKEN, PLAIN = "datasets.map", "tokenizers", "gigatoken
 def corpus_texts(path: Path | None) -> list[str]:
     if path is None:
         from turbolm.data.sources import Reader
-        from turbolm.recipe.schema import StdlibSource
+        from turbolm.recipe.data import StdlibSource
 
         return [text for text in Reader(StdlibSource(type="stdlib")) if text]
     import pyarrow.parquet

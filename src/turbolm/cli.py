@@ -40,6 +40,7 @@ RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="a run directory,
 CheckpointFolder = Annotated[
     Path, typer.Argument(metavar="CHECKPOINT", help="such as runs/quickstart/checkpoints/step-00000120")
 ]
+Fresh = Annotated[bool, typer.Option("--fresh", help="move an old run of this name aside, and start over")]
 
 
 class Clock(StrEnum):
@@ -108,11 +109,15 @@ def schema(write: Annotated[bool, typer.Option("--write", help="write recipes/sc
 
 
 @app.command()
-def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
+def train(recipe: RecipeFile, overrides: Overrides = None, fresh: Fresh = False) -> None:
     """Prepare the data if needed, then train on this machine; resumes by itself."""
     from turbolm.recipe.load import load_recipe
+    from turbolm.train.run_contract import start_fresh
 
-    raise typer.Exit(_train_here(load_recipe(recipe, overrides or ()), recipe, overrides or ()))
+    loaded = load_recipe(recipe, overrides or ())
+    if fresh:
+        start_fresh(loaded)
+    raise typer.Exit(_train_here(loaded, recipe, overrides or ()))
 
 
 @app.command()
@@ -120,12 +125,13 @@ def submit(
     recipe: RecipeFile,
     overrides: Overrides = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="write and print the script; submit nothing")] = False,
+    fresh: Fresh = False,
 ) -> None:
     """Train on a Slurm cluster: render the job's script into the run directory and submit it."""
     from turbolm.launch.slurm import submit as submit_script
     from turbolm.launch.slurm import write_submission
 
-    submission = write_submission(recipe, overrides or ())
+    submission = write_submission(recipe, overrides or (), fresh=fresh and not dry_run)
     if dry_run:
         print(submission.text, end="")
         return
@@ -330,21 +336,22 @@ def report(run: RunFolder) -> None:
 
 def _train_here(recipe: Recipe, recipe_file: str, overrides: Sequence[str]) -> int:
     """Prepare and train on this machine; returns the run's exit code."""
+    from turbolm.data.store import open_store
     from turbolm.launch.local import launch
     from turbolm.plan.machine import check_machine, detect_machine
     from turbolm.plan.plan import build_plan
+    from turbolm.train.run_contract import as_started, check_contract
     from turbolm.train.run_directory import is_finished, run_directory
 
     run = run_directory(recipe)
     machine = detect_machine()
     check_machine(recipe, machine)
+    recipe, _ = as_started(recipe)
     plan = build_plan(recipe, machine)
-    store = _prepare_store(recipe)
+    check_contract(run, plan.recipe, None)  # what data say is compared once they are prepared
+    store = open_store(_prepare_store(recipe))
+    check_contract(run, plan.recipe, store.fingerprint)
     if is_finished(run, recipe.train.budget):
-        from turbolm.data.store import open_store
-        from turbolm.train.run_directory import settle_contract
-
-        settle_contract(run, plan.recipe, open_store(store).fingerprint)
         print(f"{run.path} is complete. Results: {run.results}, report: {run.path / 'report.html'}")
         print("Raise train.budget to train on, or give a new run a `name` of its own.")
         return EXIT_OK

@@ -16,7 +16,7 @@ from pydantic import TypeAdapter
 
 from turbolm.data.sources import iter_documents, list_files
 from turbolm.errors import UserError
-from turbolm.recipe.schema import Source
+from turbolm.recipe.data import Source
 
 TEXTS = ["first", "zwei über\r\nlines", "", "猫 🙂", " "]
 

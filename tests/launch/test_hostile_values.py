@@ -41,8 +41,8 @@ _SLURM = {
 LAYOUTS: dict[str, dict[str, Any]] = {
     "files": {
         "name": "n",
-        "model": {"config": _MODEL},
-        "tokenizer": {"path": "t"},
+        "model": {"config": _MODEL, "config_file": "m", "revision": "v"},
+        "tokenizer": {"path": "t", "revision": "v"},
         "data": {
             "seq_len": 64,
             "sources": [

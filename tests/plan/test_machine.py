@@ -19,7 +19,8 @@ from turbolm.plan.machine import (
     resolve_precision,
     resolve_processes_per_node,
 )
-from turbolm.recipe.schema import GpuName, Recipe
+from turbolm.recipe.execution import GpuName
+from turbolm.recipe.schema import Recipe
 
 CPU = Machine(num_gpus=0, gpu_name=None, gpu_compute_capability=None, num_cpus=8, cpu_has_bf16=True, memory_bytes=2**34)
 H100 = replace(CPU, num_gpus=8, gpu_name="NVIDIA H100", gpu_compute_capability=(9, 0))

@@ -276,7 +276,8 @@ REPLACED = [
     (
         "config: {model_type: llama}",
         "config: {model_type: llama}\n  pretrained: x",
-        "a.yaml:2: model: expected exactly one of `config` (a mapping with model_type) and `pretrained` (a path)",
+        "a.yaml:2: model: expected either `config` (a mapping with model_type) or `config_file` (a path), or else "
+        "`pretrained` (a path)",
     ),
     (
         "model_type: llama",

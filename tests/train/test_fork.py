@@ -16,7 +16,8 @@ from turbolm.recipe.load import dump_recipe, load_recipe
 from turbolm.recipe.schema import Recipe
 from turbolm.schedules import lr_ratio
 from turbolm.train.fork import _check_plateau, _check_same_past, _decaying, fork
-from turbolm.train.run_directory import RunDirectory, settle_contract
+from turbolm.train.run_contract import settle_contract
+from turbolm.train.run_directory import RunDirectory
 from turbolm.units import Span
 
 BATCH = BINS_PER_BATCH * SEQ_LEN  # 160 tokens

@@ -13,7 +13,8 @@ from turbolm.data.store import open_store
 from turbolm.errors import UserError
 from turbolm.recipe.contract import contract_of, fingerprint
 from turbolm.recipe.schema import Anomalies
-from turbolm.train.run_directory import RunDirectory, known_fingerprints, settle_contract
+from turbolm.train.run_contract import known_fingerprints, settle_contract
+from turbolm.train.run_directory import RunDirectory
 from turbolm.train.worker import _open_prepared_store
 
 
@@ -39,6 +40,8 @@ def test_what_follows_from_anomalies_may_change_at_a_start_and_nothing_else(tmp_
     second = first.model_copy(update={"anomalies": Anomalies(spikes="skip")})
     third = first.model_copy(update={"anomalies": Anomalies(spikes="rollback")})
     budget = first.train.budget
+    run.path.mkdir()
+    run.metrics.write_text("{}\n")  # a step was trained
     for recipe in (first, second, second, third):
         assert settle_contract(run, recipe, "store") == [budget]
     known = known_fingerprints(run, third, [budget])
@@ -54,6 +57,7 @@ def test_what_follows_from_anomalies_may_change_at_a_start_and_nothing_else(tmp_
 def test_a_damaged_contract_is_named(content: str, tmp_path: Path) -> None:
     run, recipe = RunDirectory(tmp_path / "run"), make_recipe(tmp_path)
     settle_contract(run, recipe, "store")
+    run.metrics.write_text("{}\n")  # a step was trained
     run.contract.write_text(content, encoding="latin-1")
     with pytest.raises(UserError, match=r"contract\.json is damaged"):
         settle_contract(run, recipe, "store")

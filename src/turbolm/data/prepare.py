@@ -41,10 +41,12 @@ from turbolm.data.store import (
     open_store,
 )
 from turbolm.errors import UserError
+from turbolm.recipe.contract import comparable_section
+from turbolm.recipe.schema import Recipe
 
 if TYPE_CHECKING:
     from turbolm.data.sources import Place
-    from turbolm.recipe.schema import Recipe
+
 
 # Shards grow up to this size from a sixteenth of it, so that a small corpus has work for several processes as well.
 SHARD_TEXT_BYTES = 32 * 10**6
@@ -131,13 +133,13 @@ def _key(recipe: Recipe, tokenizer: list[str | int]) -> str:
         "validation": recipe.data.validation,
         "deduplicate": recipe.data.deduplicate,
     }
-    content["tokenizer"] = recipe.tokenizer.model_dump(mode="json") if recipe.tokenizer.path is None else tokenizer
+    content["tokenizer"] = comparable_section(recipe.tokenizer) if recipe.tokenizer.path is None else tokenizer
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _content(source: Any) -> dict[str, Any]:
     """A source without what only a mixture needs: other weights are no reason to prepare anew."""
-    return dict(source.model_dump(mode="json", exclude={"label", "weight"}))
+    return {key: value for key, value in comparable_section(source).items() if key not in ("label", "weight")}
 
 
 def _listing(source: Any) -> list[tuple[str, int, int]]:

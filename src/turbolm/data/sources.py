@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from turbolm.errors import UserError
-from turbolm.recipe.schema import (
+from turbolm.recipe.data import (
     DatasetsSource,
     JsonlSource,
     ParquetSource,

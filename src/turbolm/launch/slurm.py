@@ -18,8 +18,10 @@ from pathlib import Path
 
 from turbolm.errors import UserError
 from turbolm.plan.batch import plan_batch
+from turbolm.recipe.execution import Slurm
 from turbolm.recipe.load import dump_recipe, load_recipe
-from turbolm.recipe.schema import Recipe, Slurm
+from turbolm.recipe.schema import Recipe
+from turbolm.train.run_contract import as_started, check_contract, start_fresh
 from turbolm.train.run_directory import RunDirectory, run_directory
 
 SCRIPT = "submit.slurm"
@@ -40,8 +42,11 @@ class Submission:
         return self.script.read_text(encoding="utf-8")
 
 
-def write_submission(recipe_file: str | Path, overrides: Sequence[str] = ()) -> Submission:
-    """Write the job's script and each run's resolved recipe into new folders of the run directories."""
+def write_submission(recipe_file: str | Path, overrides: Sequence[str] = (), *, fresh: bool = False) -> Submission:
+    """Write the job's script and each run's resolved recipe into new folders of the run directories.
+
+    With `fresh` runs of these names are moved aside. Raises UserError where a run was started with another contract.
+    """
     recipe = load_recipe(recipe_file, overrides)
     if recipe.cluster.slurm is None:
         raise UserError(
@@ -49,6 +54,12 @@ def write_submission(recipe_file: str | Path, overrides: Sequence[str] = ()) -> 
         )
     _check_batch(recipe)
     recipes = _recipes_of_seeds(recipe, recipe.cluster.slurm.seeds)
+    if fresh:
+        for one in recipes:
+            start_fresh(one)
+    recipes = [as_started(one)[0] for one in recipes]
+    for one in recipes:
+        check_contract(run_directory(one), one, None)
     runs = tuple(RunDirectory(Path.cwd() / run_directory(one).path) for one in recipes)
     for run in runs:
         if not str(run.path).isprintable() or "\\" in str(run.path):

@@ -15,7 +15,8 @@ from itertools import pairwise
 from typing import TypeVar
 
 from turbolm.errors import UserError
-from turbolm.recipe.schema import BatchRamp, LengthBuckets, LengthGrowth, LengthStages, Recipe
+from turbolm.recipe.data import LengthBuckets, LengthGrowth, LengthStages
+from turbolm.recipe.schema import BatchRamp, Recipe
 from turbolm.units import Span
 
 _Value = TypeVar("_Value")

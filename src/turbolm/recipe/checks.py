@@ -10,9 +10,11 @@ from typing import Annotated, Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from turbolm.recipe.execution import RECIPES_ARE_COPIED
+from turbolm.recipe.fields import Section
 from turbolm.recipe.messages import Finding, describe
 from turbolm.recipe.optimizers import OPTIMIZERS
-from turbolm.recipe.schema import RECIPES_ARE_COPIED, Recipe, Section
+from turbolm.recipe.schema import Recipe
 from turbolm.redaction import holds_secret
 
 Values = Mapping[str, Any]  # by dotted key; a value that is missing or not valid is None

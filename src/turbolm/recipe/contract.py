@@ -2,32 +2,132 @@
 
 Two runs with one fingerprint follow one loss curve. How a recipe spells a number, orders its keys or is carried out
 does not change the fingerprint.
+
+Recipes grow: a key that older runs do not know is marked in the schema with the value that means "as before"
+(`fields.Before`). A contract holds every key; comparisons and fingerprints leave out the keys that have that value, and
+a run that is older than a key, or than a key's present default, keeps what it was trained with (`pin_to`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, get_args
 
-from turbolm.recipe.schema import CONTRACT_SECTIONS, Anomalies, Recipe
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from turbolm.recipe.fields import Before, FormerDefault, Section
+from turbolm.recipe.schema import CONTRACT_SECTIONS, RENAMED, Recipe
 
 _MAX_EXACT = 2**53  # beyond it a float no longer names one whole number
+_TAGS = ("name", "type")  # the keys that choose among the classes of a union
 
 
 def contract_of(recipe: Recipe) -> dict[str, Any]:
-    """The contract sections of a recipe in plain JSON types, every default filled in.
-
-    `anomalies` is left out where it is all default: most runs never meet one, and those from before there was such a
-    section keep their fingerprint. So is `train.restarts` where there are none.
-    """
-    left_out = {"anomalies"} if recipe.anomalies == Anomalies() else set()
-    contract = _plain(recipe.model_dump(mode="json", include=set(CONTRACT_SECTIONS) - left_out))
+    """The contract sections of a recipe in plain JSON types, every default filled in."""
+    contract = _plain(recipe.model_dump(mode="json", include=set(CONTRACT_SECTIONS)))
     assert isinstance(contract, dict)
-    if recipe.train.restarts is None:
-        del contract["train"]["restarts"]
     return contract
+
+
+def comparable(contract: Mapping[str, Any], schema: type[Section] = Recipe) -> dict[str, Any]:
+    """A contract under today's names, without the keys that are as they were before they existed."""
+    return dict(_without_unchanged(schema, _with_new_names(contract)))
+
+
+def comparable_section(section: Section) -> dict[str, Any]:
+    """One section in plain JSON types, without the keys that are as they were before they existed."""
+    return dict(_without_unchanged(type(section), section.model_dump(mode="json")))
+
+
+def _with_new_names(contract: Mapping[str, Any]) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads(json.dumps(contract))
+    for old, new in RENAMED.items():
+        *path, last = old.split(".")
+        place: Any = result
+        for part in path:
+            place = place.get(part) if isinstance(place, dict) else None
+        if isinstance(place, dict) and last in place:
+            place[new] = place.pop(last)
+    return result
+
+
+def _without_unchanged(section: type[Section], values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        field = section.model_fields.get(name)
+        if field is None:
+            yield name, value
+        elif not any(_same(value, marker.value) for marker in _markers(field, Before)):
+            yield name, _inner(field.annotation, value)
+
+
+def _inner(annotation: Any, value: Any) -> Any:
+    if isinstance(value, list):
+        return [_inner(annotation, entry) for entry in value]
+    if isinstance(value, dict):
+        for section in _sections(annotation):
+            if _is_chosen(section, value):
+                return dict(_without_unchanged(section, value))
+    return value
+
+
+def _sections(annotation: Any) -> Iterator[type[Section]]:
+    """The section classes that an annotation allows."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _sections(argument)
+
+
+def _is_chosen(section: type[Section], value: Mapping[str, Any]) -> bool:
+    """Whether the value's tag, if the section has one, names this section."""
+    tags = {tag: get_args(section.model_fields[tag].annotation) for tag in _TAGS if tag in section.model_fields}
+    return all(value.get(tag) in names for tag, names in tags.items() if names)
+
+
+def _markers(field: FieldInfo, kind: type[Any]) -> list[Any]:
+    return [entry for entry in field.metadata if isinstance(entry, kind)]
+
+
+def _same(plain: Any, marked: Any) -> bool:
+    marked = marked.model_dump(mode="json") if isinstance(marked, BaseModel) else marked
+    return _plain(plain) == _plain(marked) and type(_plain(plain)) is type(_plain(marked))
+
+
+def pin_to(recipe: Recipe, old: Mapping[str, Any]) -> tuple[Recipe, list[str]]:
+    """The recipe that goes on with a run of the contract `old`, and a line for each default that is not today's.
+
+    Where the recipe leaves a key to its default, a run from before the key keeps what `Before` says, and a run that
+    recorded a `FormerDefault` keeps that. What a recipe says itself is never changed.
+    """
+    pinned: list[str] = []
+    values, update = _with_new_names(old), {}
+    for name in CONTRACT_SECTIONS:
+        section = getattr(recipe, name)
+        given = values.get(name)
+        if isinstance(given, dict):
+            update[name] = _pin(section, given, name, pinned)
+    return recipe.model_copy(update=update), pinned
+
+
+def _pin(section: Any, old: Mapping[str, Any], at: str, pinned: list[str]) -> Any:
+    update: dict[str, Any] = {}
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if isinstance(value, Section) and isinstance(old.get(name), dict):
+            update[name] = _pin(value, old[name], f"{at}.{name}", pinned)
+            continue
+        if name in section.model_fields_set:
+            continue
+        former = [m.value for m in _markers(field, FormerDefault) if name in old and _same(old[name], m.value)]
+        before = [m.value for m in _markers(field, Before) if name not in old]
+        for wanted in (former + before)[:1]:
+            if wanted != value:
+                update[name] = wanted
+                pinned.append(f"{at}.{name}: {wanted} (the default is {value} now)")
+    return section.model_copy(update=update)
 
 
 def canonical_json(obj: object) -> str:
@@ -39,8 +139,8 @@ def canonical_json(obj: object) -> str:
 
 
 def fingerprint(contract: Mapping[str, Any]) -> str:
-    """SHA-256 of the contract's canonical form, in hexadecimal."""
-    return hashlib.sha256(canonical_json(_plain(contract)).encode()).hexdigest()
+    """SHA-256 of the canonical form of what is comparable of the contract, in hexadecimal."""
+    return hashlib.sha256(canonical_json(_plain(comparable(contract))).encode()).hexdigest()
 
 
 def changed_keys(old: object, new: object, key: str = "") -> list[tuple[str, Any, Any]]:

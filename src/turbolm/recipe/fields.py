@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Annotated, Any
 
@@ -15,6 +16,25 @@ class Section(BaseModel):
     """Base of every part of a recipe: frozen, strict, and closed to unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+@dataclass(frozen=True)
+class Before:
+    """Marks a key of the learning contract with the value that means "as before this key existed".
+
+    Write it into the annotation: `Annotated[bool, Before(False)]`. That value, and no other, is left out of
+    fingerprints, and a run from before the key keeps it (`turbolm.recipe.contract`).
+    """
+
+    value: Any
+
+
+@dataclass(frozen=True)
+class FormerDefault:
+    """Marks a key of the learning contract with a default it had: runs that recorded it keep it, if the recipe leaves
+    the key out."""
+
+    value: Any
 
 
 def _number(value: object) -> object:
@@ -39,6 +59,21 @@ def positive_span(value: Span) -> Span:
     return value
 
 
+def off_is_none(value: object) -> object:
+    return None if value == "off" else value
+
+
+def _text_is_tuple(value: object) -> object:
+    return (value,) if isinstance(value, str) else list_is_tuple(value)
+
+
+def whole(value: object) -> object:
+    """A Literal of integers takes `true` for 1 and `2.0` for 2."""
+    if isinstance(value, (bool, float)):
+        raise ValueError(f"expected a whole number, got {value!r}")
+    return value
+
+
 UNIT_TEXT = {"anyOf": [{"type": "number"}, {"type": "string"}]}
 
 Count = Annotated[int, BeforeValidator(units.parse_count), WithJsonSchema(UNIT_TEXT)]
@@ -49,6 +84,17 @@ Beta = Annotated[Number, Field(ge=0, lt=1)]
 TrainingSpan = Annotated[
     Any, BeforeValidator(Span.parse), PlainSerializer(str, return_type=str), WithJsonSchema(UNIT_TEXT)
 ]
+Bytes = Annotated[int, BeforeValidator(units.parse_bytes), WithJsonSchema(UNIT_TEXT)]
+Share = Annotated[float, BeforeValidator(units.parse_share), WithJsonSchema(UNIT_TEXT)]
+Seconds = Annotated[int, BeforeValidator(units.parse_duration), WithJsonSchema(UNIT_TEXT)]
+Text = Annotated[str, Field(min_length=1, pattern=r"^[^\x00-\x1f\x7f]+$")]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+_PATHS = {"anyOf": [{"type": "string", "minLength": 1}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]}
+Paths = Annotated[tuple[Text, ...], BeforeValidator(_text_is_tuple), Field(min_length=1), WithJsonSchema(_PATHS)]
+_LIMIT = {"anyOf": [{"type": "number", "exclusiveMinimum": 0}, {"const": "off"}, {"type": "null"}]}
+Limit = Annotated[PositiveNumber | None, BeforeValidator(off_is_none), WithJsonSchema(_LIMIT)]
+_TIME_LIMIT = {"anyOf": [{"type": "number"}, {"type": "string"}, {"type": "null"}]}
+TimeLimit = Annotated[Annotated[Seconds, Field(gt=0)] | None, BeforeValidator(off_is_none), WithJsonSchema(_TIME_LIMIT)]
 Weight = Annotated[Number, Field(ge=0, le=1e12)]
 
 

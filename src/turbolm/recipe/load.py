@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,7 +24,7 @@ from turbolm.recipe.document import (
     parse_document,
 )
 from turbolm.recipe.messages import Finding, describe, validation_findings
-from turbolm.recipe.schema import Recipe
+from turbolm.recipe.schema import RENAMED, Recipe
 
 __all__ = ["Problem", "RecipeError", "dump_recipe", "load_piece", "load_recipe"]
 
@@ -147,6 +148,8 @@ class _Reader:
 
     def _extend(self, tree: Tree, path: Path, shown: str, chain: tuple[tuple[str, str], ...]) -> Tree:
         own = Tree({key: value for key, value in tree.value.items() if key != "extends"}, tree.file, tree.line)
+        for old, new in RENAMED.items():
+            own = _rename(own, old.split("."), old, new, self.problems)
         extends = tree.value.get("extends")
         if extends is None:
             return own
@@ -225,6 +228,30 @@ def _merge(base: Tree, child: Tree) -> Tree:
     return Tree(merged, child.file, child.line)
 
 
+# ---------------------------------------------------------------------------------------------------- renamed keys
+
+
+def _rename(tree: Tree, parts: Sequence[str], old: str, new: str, problems: list[Problem]) -> Tree:
+    """The tree of one file with the renamed key `old` under its new name, which is told on standard error."""
+    if not isinstance(tree.value, dict) or parts[0] not in tree.value:
+        return tree
+    children = dict(tree.value)
+    if len(parts) > 1:
+        children[parts[0]] = _rename(children[parts[0]], parts[1:], old, new, problems)
+    elif new in children:
+        at = children.pop(parts[0])
+        problems.append(Problem(at.file, at.line, old, f"is called {new} now, and {new} stands here too; remove one"))
+    else:
+        children[new] = children.pop(parts[0])
+        _tell_of_new_name(children[new], old, new)
+    return Tree(children, tree.file, tree.line)
+
+
+def _tell_of_new_name(value: Tree, old: str, new: str) -> None:
+    where = value.file if value.line is None else f"{value.file}:{value.line}"
+    print(f"turbolm: warning: {where}: {old} is called {new} now", file=sys.stderr)
+
+
 # -------------------------------------------------------------------------------------------------------- overrides
 
 
@@ -245,6 +272,9 @@ def _override(tree: Tree, override: str, problems: list[Problem]) -> Tree:
     value = parse_document(text, origin, problems, show_lines=False)
     if value is None:
         return tree
+    if (old := ".".join(parts)) in RENAMED:
+        _tell_of_new_name(value, old, RENAMED[old])
+        parts[-1] = RENAMED[old]
     return _set(tree, parts, value, "", problems)
 
 

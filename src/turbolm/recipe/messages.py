@@ -13,7 +13,8 @@ from typing import Annotated, Any, Union, get_args, get_origin
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from turbolm.recipe.schema import Recipe, Section
+from turbolm.recipe.fields import Section
+from turbolm.recipe.schema import Recipe
 
 Path = tuple[str | int, ...]
 

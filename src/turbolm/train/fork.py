@@ -12,7 +12,7 @@ from turbolm.checkpoint.manifest import MANIFEST, read_manifest, write_json
 from turbolm.checkpoint.verify import verify_checkpoint
 from turbolm.errors import UserError
 from turbolm.plan.curriculum import build_curriculum
-from turbolm.recipe.contract import contract_of, fingerprint
+from turbolm.recipe.contract import comparable, contract_of, fingerprint, pin_to
 from turbolm.recipe.fields import Section
 from turbolm.recipe.load import dump_recipe, load_recipe
 from turbolm.recipe.schema import Recipe
@@ -40,8 +40,8 @@ def fork(checkpoint: Path, decay: Span, name: str | None = None, changes: Mappin
     if problems:
         raise UserError("\n".join(f"{checkpoint}: {problem}" for problem in problems))
     manifest = read_manifest(checkpoint)
-    old = load_recipe(origin.path / "recipe.yaml")
-    if len(record["budgets_tokens"]) > 1 or contract_of(old) != record["contract"]:
+    old, _ = pin_to(load_recipe(origin.path / "recipe.yaml"), record["contract"])
+    if len(record["budgets_tokens"]) > 1 or comparable(contract_of(old)) != comparable(record["contract"]):
         raise UserError(f"{origin.path} was extended, or its recipe.yaml changed; only a run as planned can be forked")
     branch_tokens = int(manifest["tokens_seen"])
     _check_plateau(old, branch_tokens)

@@ -17,7 +17,6 @@ import json
 import os
 import platform
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,6 @@ from typing import Any
 from turbolm.errors import UserError
 from turbolm.plan.machine import Machine
 from turbolm.plan.plan import Plan
-from turbolm.recipe.contract import changed_keys, contract_of, fingerprint
 from turbolm.recipe.load import dump_recipe
 from turbolm.recipe.schema import Recipe
 
@@ -122,62 +120,6 @@ def write_attempt(run: RunDirectory, number: int, plan: Plan, machine: Machine) 
     (run.path / "recipe.yaml").write_text(dump_recipe(plan.recipe), encoding="utf-8")
 
 
-def settle_contract(run: RunDirectory, recipe: Recipe, store_fingerprint: str) -> list[int]:
-    """Compare the recipe with what this run has learned so far, and record it at the first start.
-
-    Returns the token budgets of the run, oldest first: one, or several once a finished run was extended. Raises
-    UserError with every changed key when the contract differs in anything but a larger budget of a finished run, or
-    `anomalies`, which say what is done from now on.
-    """
-    contract = contract_of(recipe)
-    recorded = {
-        "fingerprint": fingerprint(contract),
-        "contract": contract,
-        "store_fingerprint": store_fingerprint,
-        "budgets_tokens": [recipe.train.budget],
-    }
-    if not run.contract.exists():
-        write_json(run.contract, recorded)
-        return [recipe.train.budget]
-    old = _read_contract(run)
-    recorded["former_fingerprints"] = [*old.get("former_fingerprints", ()), old["fingerprint"]]
-    changes = changed_keys(old["contract"], contract)
-    budgets = [int(budget) for budget in old["budgets_tokens"]]
-    extended = [key for key, *_ in changes] == ["train.budget"] and recipe.train.budget > budgets[-1]
-    if extended and store_fingerprint == old["store_fingerprint"]:
-        _check_extension(run, recipe)
-        budgets.append(recipe.train.budget)
-        write_json(run.contract, {**old, **recorded, "budgets_tokens": budgets})
-        return budgets
-    is_policy = all(key.partition(".")[0] == "anomalies" for key, *_ in changes)
-    if changes and is_policy and store_fingerprint == old["store_fingerprint"]:
-        write_json(run.contract, {**old, **recorded, "budgets_tokens": budgets})
-        return budgets
-    lines = [f"  {key}: {_shown(before)} -> {_shown(after)}" for key, before, after in changes]
-    if store_fingerprint != old["store_fingerprint"]:
-        lines.append("  the token store: its documents or its tokenizer are not those this run was started with")
-    if lines:
-        raise UserError(
-            f"{run.path} was started with another learning contract; changed:\n" + "\n".join(lines) + "\n"
-            "Restore these values, or give the new run a `name` of its own."
-        )
-    return budgets
-
-
-def known_fingerprints(run: RunDirectory, recipe: Recipe, budgets: Sequence[int]) -> list[str]:
-    """The fingerprints under which this run has saved checkpoints: of each budget, and of former `anomalies`."""
-    record = read_json(run.contract) or {}
-    return [
-        *(fingerprint(contract_of(with_budget(recipe, budget))) for budget in budgets),
-        *record.get("former_fingerprints", ()),
-    ]
-
-
-def with_budget(recipe: Recipe, budget_tokens: int) -> Recipe:
-    """The recipe with another budget, such as that of a run before it was extended."""
-    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"budget": budget_tokens})})
-
-
 def is_finished(run: RunDirectory, budget_tokens: int) -> bool:
     """Whether the run has trained its whole budget and left its results."""
     results = read_json(run.results)
@@ -205,31 +147,3 @@ def read_json(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
-
-
-def _read_contract(run: RunDirectory) -> dict[str, Any]:
-    """What `settle_contract` recorded. Raises UserError when it is damaged."""
-    record = read_json(run.contract) or {}
-    kinds = {"fingerprint": str, "contract": dict, "store_fingerprint": str, "budgets_tokens": list}
-    whole = all(isinstance(record.get(key), kind) for key, kind in kinds.items())
-    if not whole or not record["budgets_tokens"] or not all(isinstance(b, int) for b in record["budgets_tokens"]):
-        raise UserError(
-            f"{run.contract} is damaged, so what this run has learned cannot be compared with the recipe; restore the "
-            "file from a copy, or give the run a new `name`"
-        )
-    return record
-
-
-def _check_extension(run: RunDirectory, recipe: Recipe) -> None:
-    old_budget = _read_contract(run)["budgets_tokens"][-1]
-    if recipe.schedule.on_extend == "refuse":
-        raise UserError(f"train.budget: schedule.on_extend is `refuse`, and {run.path} has a budget of {old_budget}")
-    if not is_finished(run, old_budget):
-        raise UserError(
-            f"train.budget: {run.path} has not finished its budget of {old_budget} tokens; only a finished run can be "
-            "extended, because the learning-rate schedule of the first budget is under way"
-        )
-
-
-def _shown(value: object) -> str:
-    return "(not set)" if value is None else json.dumps(value)

@@ -29,14 +29,13 @@ from turbolm.train.finish import finish_run, summary
 from turbolm.train.loop import Session, train
 from turbolm.train.recover import newest_valid, restore
 from turbolm.train.restarts import choose_start
+from turbolm.train.run_contract import as_started, known_fingerprints, settle_contract
 from turbolm.train.run_directory import (
     RunDirectory,
     is_finished,
-    known_fingerprints,
     open_attempt,
     refuse_links_out,
     run_directory,
-    settle_contract,
     write_attempt,
     write_outcome,
 )
@@ -62,6 +61,7 @@ def _run_locked(recipe: Recipe, attempt: int | None, lock: RunLock) -> int:
     heartbeat.advance()  # all is imported
     machine = detect_machine()
     check_machine(recipe, machine)
+    recipe, pinned = as_started(recipe)
     plan = build_plan(recipe, machine, int(os.environ.get("WORLD_SIZE", "1")))
     torch.set_num_threads(plan.threads_per_process)
     store = _open_prepared_store(recipe)
@@ -83,6 +83,8 @@ def _run_locked(recipe: Recipe, attempt: int | None, lock: RunLock) -> int:
     attempt, plan, contracts = _open_run(run, plan, machine, store, attempt, group, lock)
     heartbeat.set_attempt(attempt)
     terminal = redirect_output(run.attempt(attempt) / f"log.rank{dist.get_rank()}.txt")
+    for line in pinned:
+        print(f"as this run was started: {line}")
     if is_finished(run, recipe.train.budget):
         if dist.get_rank() == 0:
             terminal.write(f"{run.path} is complete; see {run.results}\n")

@@ -1,0 +1,278 @@
+"""The execution plan's sections: where and how a recipe runs. They may change at every start. Torch-free."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+
+from turbolm.recipe.fields import (
+    Positive,
+    Seconds,
+    Section,
+    Text,
+    TimeLimit,
+    TrainingSpan,
+    list_is_tuple,
+    positive_span,
+    whole,
+)
+from turbolm.redaction import is_secret_name
+from turbolm.units import Span
+
+
+def _slurm_value(value: str) -> str:
+    """Slurm's own grammar for lists and expressions needs no blank, quote or backslash: none of it means a shell."""
+    if not re.fullmatch(r"[\w\[(~!@%/][\w.,:+*%@=/\[\]()|&!~^?{}-]*", value, re.ASCII):
+        raise ValueError(
+            "expected letters, digits and any of _.,:+*%@=/[]()|&!~^?{}- without blanks and quotes, "
+            f"not starting with '-', got {value!r}"
+        )
+    return value
+
+
+def _slurm_memory(value: str) -> str:
+    if not re.fullmatch(r"[0-9]+[KMGT]?", value, re.ASCII):
+        raise ValueError(f"expected a size as Slurm writes it, such as 64G, got {value!r}")
+    return value
+
+
+def _argument(value: str) -> str:
+    """What becomes an argument of a program must not look like one of its options."""
+    if value.startswith("-"):
+        raise ValueError(f"expected text that does not start with '-', got {value!r}")
+    return value
+
+
+def _mount(value: str) -> str:
+    if "," in value:
+        raise ValueError(f"expected one mount such as /data:/data, without commas, got {value!r}")
+    return value
+
+
+RECIPES_ARE_COPIED = (
+    "a recipe is copied to the run directory, the job's script and the model card; set it in the environment, which "
+    "`turbolm train` and sbatch pass on, or read it from a file"
+)
+
+
+def _environment_name(value: str) -> str:
+    if is_secret_name(value):
+        raise ValueError(f"{value} looks like a secret, but {RECIPES_ARE_COPIED}")
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", value):
+        raise ValueError(f"expected the name of an environment variable, got {value!r}")
+    if value.startswith(("SLURM_", "BASH_FUNC_")) or value in ("BASH_ENV", "ENV", "SHELLOPTS", "BASHOPTS"):
+        raise ValueError(f"expected a variable that neither Slurm nor the shell sets itself, got {value!r}")
+    return value
+
+
+SlurmValue = Annotated[Text, AfterValidator(_slurm_value)]
+SlurmMemory = Annotated[Text, AfterValidator(_slurm_memory)]
+Argument = Annotated[Text, AfterValidator(_argument)]
+Mount = Annotated[Argument, AfterValidator(_mount)]
+EnvironmentName = Annotated[Text, AfterValidator(_environment_name)]
+
+
+GpuName = Literal[
+    "A10-24GB", "A10G-24GB", "A100-40GB", "A100-80GB", "B200-180GB", "H100-80GB", "H200-141GB", "L4-24GB", "L40S-48GB",
+    "RTX4090-24GB", "V100-16GB", "V100-32GB",
+]  # fmt: skip
+
+
+class Container(Section):
+    """The container that Python runs in on every node; turbolm is installed in its image."""
+
+    runtime: Literal["pyxis", "apptainer"] = Field(description="pyxis: a plugin of srun; apptainer: apptainer exec")
+    image: Argument = Field(description="as `srun --container-image` or `apptainer exec` takes it")
+    mounts: Annotated[tuple[Mount, ...], BeforeValidator(list_is_tuple)] = Field(
+        (), description="SOURCE:TARGET; the folders of the run, the cache and the working directory belong here"
+    )
+    python: Argument = Field("python3", description="the Python of the image")
+
+
+class Slurm(Section):
+    """What `turbolm submit` asks Slurm for."""
+
+    partition: SlurmValue | None = Field(None, description="where the job queues")
+    account: SlurmValue | None = Field(None, description="who is charged")
+    qos: SlurmValue | None = Field(None, description="quality of service")
+    time: Annotated[Seconds, Field(gt=0)] | None = Field(None, description="limit of one start; a requeue gets it anew")
+    mem: SlurmMemory | None = Field(None, description="memory of each node, such as 64G; 0: all of it")
+    cpus_per_task: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="CPUs of each node: there is one task a node"
+    )
+    gpu_request: Literal["gres", "gpus_per_node"] = Field(
+        "gres", description="how cluster.gpus_per_node is asked for: --gres=gpu:N or --gpus-per-node=N"
+    )
+    gpu_type: SlurmValue | None = Field(None, description="Slurm's name of the GPU, such as h100")
+    constraint: SlurmValue | None = Field(None, description="features the nodes need, such as ib&ssd")
+    exclude: SlurmValue | None = Field(None, description="nodes to avoid, such as node[03,07-09]")
+    nodelist: SlurmValue | None = Field(None, description="nodes that must be among those given")
+    reservation: SlurmValue | None = Field(None, description="a reservation to run in")
+    dependency: SlurmValue | None = Field(None, description="jobs to wait for, such as afterok:1234")
+    exclusive: bool = Field(False, description="share the nodes with no other job")
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**32)], ...], BeforeValidator(list_is_tuple)] = Field(
+        (), description="a job array: one run for each, named NAME-seedN, with train.seed N"
+    )
+    container: Container | None = Field(None, description="none: the Python that runs `turbolm submit`")
+    modules: Annotated[tuple[SlurmValue, ...], BeforeValidator(list_is_tuple)] = Field(
+        (), description="environment modules to load, such as cuda/12.8"
+    )
+    setup: Annotated[tuple[Text, ...], BeforeValidator(list_is_tuple)] = Field(
+        (), description="lines of bash, run on the first node before anything else; the one place for shell code"
+    )
+    environment: dict[EnvironmentName, Text] = Field({}, description="variables exported to every process")
+    requeue: bool = Field(True, description="start again after a time limit, a preemption or a lost node")
+    stop_grace: Annotated[Seconds, Field(gt=0, le=65535)] = Field(
+        300, description="how long before the time limit the run is asked to save and stop"
+    )
+    max_attempts_without_progress: Annotated[int, Field(ge=1)] = Field(
+        3, description="starts that end without a new checkpoint before the job gives up"
+    )
+
+    @model_validator(mode="after")
+    def _coherent(self) -> Slurm:
+        if self.time is not None and self.time <= self.stop_grace:
+            raise ValueError(f"expected `time` ({self.time} s) to be longer than `stop_grace` ({self.stop_grace} s)")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError("expected every seed once in `seeds`")
+        return self
+
+
+class Cluster(Section):
+    """Which machines. With `gpu` and `gpus_per_node` a recipe is planned for them anywhere."""
+
+    num_nodes: Annotated[int, Field(ge=1)] = Field(1, description="machines that train together")
+    gpus_per_node: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="GPUs of each node; training stops with a message on a node with another number"
+    )
+    gpu: GpuName | None = Field(None, description="the GPU of each node, for its memory, peak FLOP/s and precisions")
+    processes_per_node: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        "auto", description="auto: one for each GPU; without a GPU two, or one on a single core"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is a GPU")
+    slurm: Slurm | None = Field(None, description="how `turbolm submit` asks for the nodes")
+
+    @model_validator(mode="after")
+    def _whole_description(self) -> Cluster:
+        if (self.gpu is None) != (self.gpus_per_node is None):
+            raise ValueError("expected `gpu` and `gpus_per_node` together, such as gpu: H100-80GB, gpus_per_node: 8")
+        return self
+
+
+class Execution(Section):
+    """How the contract is carried out. Nothing here changes what is learned, but that quantized traffic rounds."""
+
+    zero_stage: Annotated[Literal[0, 1, 2, 3], BeforeValidator(whole)] = Field(
+        2, description="what each process holds only a part of: 1 optimizer state, 2 gradients too, 3 weights too"
+    )
+    offload_optimizer: bool = Field(False, description="optimizer state in the host's memory (zero_stage 1 to 3)")
+    offload_parameters: bool = Field(False, description="weights in the host's memory (zero_stage 3)")
+    hierarchical_partition: Annotated[int, Field(ge=2)] | None = Field(
+        None,
+        description="processes that hold a second whole copy of the weights, best those of one node, so that the "
+        "backward pass gathers within the node (zero_stage 3; hpZ of ZeRO++)",
+    )
+    quantized_weights: bool = Field(
+        False, description="gather weights in 8 bits (zero_stage 3, CUDA; qwZ of ZeRO++); changes the result"
+    )
+    quantized_gradients: bool = Field(
+        False, description="reduce gradients in 4 and 8 bits (zero_stage 3, CUDA; qgZ of ZeRO++); changes the result"
+    )
+    micro_batch: Positive | Literal["auto"] = Field(
+        "auto", description="tokens of one forward on one process; auto: a process's share, 16k tokens at most"
+    )
+    activation_checkpointing: Literal["none", "full", "selective", "offloaded"] | Annotated[int, Field(ge=1)] = Field(
+        "none",
+        description="what is recomputed in the backward pass: full: every layer; n: every n-th; selective: all but "
+        "matrix products and attention; offloaded: every layer, from inputs kept in the host's memory",
+    )
+    overlap_communication: bool | Literal["auto"] = Field(
+        "auto", description="reduce gradients while the backward pass goes on (zero_stage 1 to 3); auto: on a GPU"
+    )
+    communication_bucket: Positive | Literal["auto"] = Field(
+        "auto", description="elements sent at once (zero_stage 1 to 3); auto: 100M on a GPU, 25M on a CPU"
+    )
+    loss: Literal["auto", "full", "chunked", "liger"] = Field(
+        "auto",
+        description="chunked: logits are never held all at once; liger: the same in one GPU kernel (package "
+        "liger-kernel); auto: chunked where the model allows it, but full in fp32 where logits are few",
+    )
+    compile: Literal["none", "model", "layers"] = Field(
+        "none",
+        description="torch.compile of the whole model, or of each layer: quicker to compile, and at zero_stage 3 too; "
+        "one compilation for each row length, another where it evaluates",
+    )
+    attention: Literal["auto", "eager", "sdpa", "flex", "flash", "varlen"] = Field(
+        "auto", description="auto: the fastest kernel here that keeps packed documents apart"
+    )
+    adam_kernel: Literal["auto", "torch", "deepspeed"] = Field(
+        "auto", description="auto: DeepSpeed's CPUAdam when offloaded, else torch's fused kernel"
+    )
+    process_group_timeout: Annotated[Seconds, Field(gt=0, le=365 * 86400)] = Field(
+        1800, description="a collective operation that takes longer ends the run"
+    )
+    hang_timeout: TimeLimit = Field(
+        600,
+        description="a rank that goes no further for that long, in a step, an evaluation or a save, is named and the "
+        "run ended; `off`: nobody watches",
+    )
+    startup_timeout: TimeLimit = Field(
+        3600, description="the same until the first step is done, while compiling and while exporting; `off`: no limit"
+    )
+    replica_check: Annotated[int, Field(ge=1)] | Literal["checkpoint", "off"] = Field(
+        "checkpoint",
+        description="compare the weights that every process holds a copy of, by checksum: before each checkpoint, or "
+        "after every so many steps as well; a difference stops the run",
+    )
+    threads_per_process: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        "auto", description="CPU threads; auto: the node's cores shared by its processes"
+    )
+    prepare_workers: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        "auto", description="processes that tokenize; auto: one for each core"
+    )
+    tokenizer_engine: Literal["auto", "tokenizers", "gigatoken"] = Field(
+        "auto", description="auto: gigatoken where it is installed and gives the same ids as tokenizers"
+    )
+    cache_dir: Text = Field(".cache/turbolm", description="folder of prepared data, which runs share")
+    runs_dir: Text = Field("runs", description="folder of run directories")
+
+
+class Evaluation(Section):
+    """Loss and bits per byte on the held-out documents."""
+
+    every: Annotated[TrainingSpan, AfterValidator(positive_span)] = Field(
+        Span(0.1, "share"), description="tokens, steps or a share of the budget between evaluations"
+    )
+    tokens: Positive = Field(1_000_000, description="at most this many held-out tokens")
+
+
+class Checkpoint(Section):
+    """When the state is saved. A stopping run and a finished one always save."""
+
+    every: Annotated[TrainingSpan, AfterValidator(positive_span)] = Field(
+        Span(0.25, "share"), description="tokens, steps or a share of the budget between checkpoints"
+    )
+    asynchronous: bool = Field(
+        True, description="write beside the training, from a copy in the host's memory; false: training waits"
+    )
+    on_failure: Literal["stop", "continue"] = Field(
+        "stop",
+        description="when one cannot be written (a full disk): stop, which tries once more, or train on to the next; "
+        "earlier ones are kept either way",
+    )
+    keep_last: Annotated[int, Field(ge=1)] = Field(3, description="older ones are deleted, but for those below")
+    keep_every: Annotated[TrainingSpan, AfterValidator(positive_span)] | None = Field(
+        None, description="tokens, steps or a share of the budget: the first checkpoint of each such span is kept"
+    )
+    keep_best: bool = Field(
+        False, description="save after an evaluation with the lowest loss so far, and keep that checkpoint"
+    )
+
+
+class Logging(Section):
+    """What is shown while it runs; metrics.jsonl always has every step."""
+
+    every_steps: Annotated[int, Field(ge=1)] = Field(10, description="steps between lines on the terminal")
+    sample_tokens: Annotated[int, Field(ge=0)] = Field(64, description="length of the sample generated at the end")

@@ -1,0 +1,152 @@
+"""What a run has learned so far, and what its recipe asks for now: contract.json in the run directory. Torch-free."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from turbolm.errors import UserError
+from turbolm.recipe.contract import changed_keys, comparable, contract_of, fingerprint, pin_to
+from turbolm.recipe.schema import Recipe
+from turbolm.reliability.run_lock import RunLock
+from turbolm.train.run_directory import RunDirectory, is_finished, read_json, run_directory, write_json
+
+
+def has_learned(run: RunDirectory) -> bool:
+    """Whether a step was trained: a start that ended before its first one leaves nothing to be kept."""
+    try:
+        logged = run.metrics.stat().st_size > 0
+    except OSError:
+        logged = False
+    folders = (run.checkpoints, run.restarts)
+    return logged or any(folder.is_dir() and any(folder.iterdir()) for folder in folders)
+
+
+def as_started(recipe: Recipe) -> tuple[Recipe, list[str]]:
+    """The recipe with the defaults its run was started with, and a line for each that is another one now.
+
+    Raises UserError for a damaged contract.json.
+    """
+    run = run_directory(recipe)
+    if not run.contract.exists() or not has_learned(run):
+        return recipe, []
+    return pin_to(recipe, _read_contract(run)["contract"])
+
+
+def settle_contract(run: RunDirectory, recipe: Recipe, store_fingerprint: str) -> list[int]:
+    """Compare the recipe with what this run has learned so far, and record it where nothing was learned yet.
+
+    Returns the token budgets of the run, oldest first: one, or several once a finished run was extended. Raises
+    UserError with every changed key when the contract differs in anything but a larger budget of a finished run, or
+    `anomalies`, which say what is done from now on.
+    """
+    contract = contract_of(recipe)
+    recorded: dict[str, Any] = {
+        "fingerprint": fingerprint(contract),
+        "contract": contract,
+        "store_fingerprint": store_fingerprint,
+        "budgets_tokens": [recipe.train.budget],
+    }
+    if not run.contract.exists() or not has_learned(run):
+        write_json(run.contract, recorded)
+        return [recipe.train.budget]
+    changes = check_contract(run, recipe, store_fingerprint)
+    old = _read_contract(run)
+    budgets = [int(budget) for budget in old["budgets_tokens"]]
+    if "train.budget" in changes:
+        budgets.append(recipe.train.budget)
+    if changes:
+        recorded["former_fingerprints"] = [*old.get("former_fingerprints", ()), old["fingerprint"]]
+        write_json(run.contract, {**old, **recorded, "budgets_tokens": budgets})
+    return budgets
+
+
+def check_contract(run: RunDirectory, recipe: Recipe, store_fingerprint: str | None) -> list[str]:
+    """The changed keys that a run may go on with: a larger budget of a finished run, or `anomalies`; often none.
+
+    Without `store_fingerprint` (the data is not prepared yet) the token store is not compared. Raises UserError with
+    every changed key that it may not go on with.
+    """
+    if not run.contract.exists() or not has_learned(run):
+        return []
+    old = _read_contract(run)
+    changes = changed_keys(comparable(old["contract"]), comparable(contract_of(recipe)))
+    # Which precision `auto` means shows on the machine that trains, and submitting needs no such machine.
+    changes = [change for change in changes if change[0] != "train.precision" or change[2] != "auto"]
+    keys = [key for key, *_ in changes]
+    same_store = store_fingerprint in (None, old["store_fingerprint"])
+    if same_store and keys == ["train.budget"] and recipe.train.budget > old["budgets_tokens"][-1]:
+        _check_extension(run, recipe)
+        return keys
+    if same_store and all(key.partition(".")[0] == "anomalies" for key in keys):
+        return keys
+    lines = [f"  {key}: {_shown(before)} -> {_shown(after)}" for key, before, after in changes]
+    if not same_store:
+        lines.append("  the token store: its documents or its tokenizer are not those this run was started with")
+    raise UserError(
+        f"{run.path} was started with another learning contract; changed:\n" + "\n".join(lines) + "\n"
+        "Restore these values, give the new run a `name` of its own, or start over with --fresh, which moves this run "
+        "aside."
+    )
+
+
+def start_fresh(recipe: Recipe) -> None:
+    """Rename the folder of the recipe's run, if there is one, so that the next start begins anew.
+
+    Raises UserError while a process trains the run.
+    """
+    run = run_directory(recipe)
+    if not run.path.is_dir():
+        return
+    RunLock(run.path).wait_until_free()
+    stamp, number = time.strftime("%Y%m%d-%H%M%S"), 1
+    aside = run.path.with_name(f"{run.path.name}.{stamp}")
+    while aside.exists():
+        number += 1
+        aside = run.path.with_name(f"{run.path.name}.{stamp}-{number}")
+    run.path.rename(aside)
+    print(f"{run.path} is moved aside: {aside}")
+
+
+def known_fingerprints(run: RunDirectory, recipe: Recipe, budgets: Sequence[int]) -> list[str]:
+    """The fingerprints under which this run has saved checkpoints: of each budget, and of former `anomalies`."""
+    record = read_json(run.contract) or {}
+    return [
+        *(fingerprint(contract_of(with_budget(recipe, budget))) for budget in budgets),
+        *record.get("former_fingerprints", ()),
+    ]
+
+
+def with_budget(recipe: Recipe, budget_tokens: int) -> Recipe:
+    """The recipe with another budget, such as that of a run before it was extended."""
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"budget": budget_tokens})})
+
+
+def _read_contract(run: RunDirectory) -> dict[str, Any]:
+    """What `settle_contract` recorded. Raises UserError when it is damaged."""
+    record = read_json(run.contract) or {}
+    kinds = {"fingerprint": str, "contract": dict, "store_fingerprint": str, "budgets_tokens": list}
+    whole = all(isinstance(record.get(key), kind) for key, kind in kinds.items())
+    if not whole or not record["budgets_tokens"] or not all(isinstance(b, int) for b in record["budgets_tokens"]):
+        raise UserError(
+            f"{run.contract} is damaged, so what this run has learned cannot be compared with the recipe; restore the "
+            "file from a copy, or give the run a new `name`"
+        )
+    return record
+
+
+def _check_extension(run: RunDirectory, recipe: Recipe) -> None:
+    old_budget = _read_contract(run)["budgets_tokens"][-1]
+    if recipe.schedule.on_extend == "refuse":
+        raise UserError(f"train.budget: schedule.on_extend is `refuse`, and {run.path} has a budget of {old_budget}")
+    if not is_finished(run, old_budget):
+        raise UserError(
+            f"train.budget: {run.path} has not finished its budget of {old_budget} tokens; only a finished run can be "
+            "extended, because the learning-rate schedule of the first budget is under way"
+        )
+
+
+def _shown(value: object) -> str:
+    return "(not set)" if value is None else json.dumps(value)

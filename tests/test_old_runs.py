@@ -1,0 +1,136 @@
+"""Runs, stores and contracts that an earlier version wrote go on: see tests/fixtures/README.md."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Annotated, Any
+
+import pytest
+from pydantic import Field
+
+from tests.fixtures.record import CORPUS_TIME_NS, FOLDER, STOPPED_AFTER, hash_restored, train_rank
+from tests.world import run_world
+from turbolm.errors import UserError
+from turbolm.recipe import contract as contract_module
+from turbolm.recipe import schema
+from turbolm.recipe.contract import changed_keys, comparable, contract_of, fingerprint, pin_to
+from turbolm.recipe.fields import Before, FormerDefault
+from turbolm.recipe.load import load_recipe
+from turbolm.recipe.schema import Recipe, Train
+from turbolm.train.run_contract import as_started, check_contract, settle_contract, start_fresh
+from turbolm.train.run_directory import RunDirectory, run_directory
+
+CONTRACTS = json.loads((FOLDER / "contracts.json").read_text())
+EXPECTED = json.loads((FOLDER / "expected.json").read_text())
+
+
+@pytest.fixture
+def fixtures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the recorded files, as their run left them."""
+    folder = tmp_path / "recorded"
+    shutil.copytree(FOLDER, folder)
+    os.utime(folder / "corpus.jsonl", ns=(CORPUS_TIME_NS, CORPUS_TIME_NS))
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.mark.parametrize("path", CONTRACTS)
+def test_a_run_of_a_shipped_recipe_keeps_its_fingerprint(path: str) -> None:
+    old = CONTRACTS[path]
+    assert fingerprint(old["contract"]) == old["fingerprint"]
+    recipe, _ = pin_to(load_recipe(FOLDER.parent.parent / path), old["contract"])
+    assert changed_keys(comparable(old["contract"]), comparable(contract_of(recipe))) == []
+    assert fingerprint(contract_of(recipe)) == old["fingerprint"]
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_an_old_run_resumes_with_the_same_state_and_trains_on(name: str, fixtures: Path) -> None:
+    assert run_world(2, hash_restored, fixtures, name) == EXPECTED[name]["restored"]
+    assert run_world(2, train_rank, fixtures, name) == [0, 0]
+    lines = [json.loads(line) for line in Path(f"runs/{name}/metrics.jsonl").read_text().splitlines()]
+    continued = {line["step"]: line for line in lines if line["step"] > STOPPED_AFTER and "train/loss" in line}
+    recorded = {line["step"]: line for line in EXPECTED[name]["steps"] if line["step"] > STOPPED_AFTER}
+    assert continued.keys() == recorded.keys() == {7, 8, 9, 10}
+    for step, line in recorded.items():
+        for key in ("train/loss", "train/grad_norm"):
+            assert continued[step][key] == pytest.approx(line[key], rel=1e-6)
+        assert continued[step]["data/samples"] == line["data/samples"]
+
+
+class NewTrain(Train):
+    """A `train` section of some later version."""
+
+    dummy: Annotated[int, Before(3)] = 5
+    z_loss: Annotated[float, FormerDefault(0.0)] = Field(1e-4, ge=0)
+
+
+class NewRecipe(Recipe):
+    """A recipe of some later version, with a new key and another default."""
+
+    train: NewTrain
+
+
+def newer(path: str, **train: Any) -> NewRecipe:
+    values = load_recipe(path).model_dump(mode="json", exclude_unset=True)
+    values["train"] |= train
+    return NewRecipe.model_validate(values)
+
+
+def test_a_new_key_and_a_new_default_lock_nobody_out(fixtures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contract_module, "Recipe", NewRecipe)
+    monkeypatch.setattr(comparable, "__defaults__", (NewRecipe,))
+    old = json.loads(Path("runs/zero1/contract.json").read_text())
+    fresh = newer("zero1.yaml")
+    pinned, told = as_started(fresh)
+    assert isinstance(pinned, NewRecipe)
+    assert (fresh.train.dummy, fresh.train.z_loss, pinned.train.dummy, pinned.train.z_loss) == (5, 1e-4, 3, 0.0)
+    assert {"train.dummy: 3 (the default is 5 now)", "train.z_loss: 0.0 (the default is 0.0001 now)"} <= set(told)
+    assert contract_of(pinned)["train"]["dummy"] == 3  # a contract keeps all values
+    assert fingerprint(contract_of(pinned)) == old["fingerprint"] != fingerprint(contract_of(fresh))
+    assert settle_contract(RunDirectory(Path("runs/zero1")), pinned, old["store_fingerprint"]) == [2560]
+    asked = as_started(newer("zero1.yaml", dummy=4, z_loss=1e-3))[0]  # what a recipe says itself is not pinned
+    with pytest.raises(UserError, match=r"train\.dummy: \(not set\) -> 4\n.*train\.z_loss: 0 -> 0\.001"):
+        check_contract(RunDirectory(Path("runs/zero1")), asked, old["store_fingerprint"])
+
+
+def test_a_renamed_key_is_read_under_its_old_name(
+    fixtures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(schema.RENAMED, "train.random_seed", "seed")
+    path = Path("runs/zero1/contract.json")
+    path.write_text(path.read_text().replace('"seed"', '"random_seed"'))
+    recipe_file = Path("zero1.yaml")
+    recipe_file.write_text(recipe_file.read_text().replace("seed: 3", "random_seed: 3"))
+    recipe = as_started(load_recipe(recipe_file))[0]
+    assert recipe.train.seed == 3
+    assert "zero1.yaml:8: train.random_seed is called seed now" in capsys.readouterr().err
+    assert check_contract(run_directory(recipe), recipe, None) == []
+    assert load_recipe(recipe_file, ["train.random_seed=4"]).train.seed == 4
+    recipe_file.write_text(recipe_file.read_text().replace("random_seed: 3", "random_seed: 3, seed: 3"))
+    with pytest.raises(UserError, match=r"zero1.yaml:8: train.random_seed: is called seed now, and seed stands here"):
+        load_recipe(recipe_file)
+
+
+def test_a_start_that_ends_before_its_first_step_pins_nothing(tmp_path: Path, fixtures: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    settle_contract(run, load_recipe("zero1.yaml", ["optimizer.lr=6"]), "s")
+    settle_contract(run, load_recipe("zero1.yaml", ["optimizer.lr=6e-3"]), "s")
+    run.metrics.write_text('{"step": 1}\n')
+    with pytest.raises(UserError, match=r"optimizer\.lr: 0\.006 -> 6\n.*--fresh"):
+        settle_contract(run, load_recipe("zero1.yaml", ["optimizer.lr=6"]), "s")
+
+
+def test_fresh_moves_the_old_run_aside(fixtures: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = load_recipe("zero1.yaml", ["optimizer.lr=1"])
+    with pytest.raises(UserError, match="optimizer.lr"):
+        check_contract(run_directory(recipe), recipe, None)
+    start_fresh(recipe)
+    (aside,) = Path("runs").glob("zero1.2*")
+    assert (aside / "checkpoints").is_dir()
+    assert str(aside) in capsys.readouterr().out
+    assert not Path("runs/zero1").exists()
+    assert check_contract(run_directory(recipe), recipe, None) == []
+    start_fresh(recipe)  # nothing there: nothing to do
