@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,22 +16,34 @@ from turbolm.plan.curriculum import build_curriculum
 from turbolm.recipe.schema import Recipe
 
 
-def train_reference(recipe: Recipe, store: TokenStore, lrs: list[float]) -> list[list[float]]:
-    """(loss, gradient norm before clipping) of a step for each learning rate in `lrs`."""
+def train_reference(
+    recipe: Recipe,
+    store: TokenStore,
+    lrs: list[float],
+    *,
+    batches: Sequence[int] | None = None,
+    initial_seed: int | None = None,
+) -> list[list[float]]:
+    """(loss, gradient norm before clipping) of a step for each learning rate in `lrs`.
+
+    `batches` are the indices of their global batches where some are left out, `initial_seed` that of the initial
+    weights where it is not the recipe's.
+    """
     mapping: dict[str, Any] = dict(recipe.model.config or {})
     mapping |= {"vocab_size": store.vocab_size, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
     if mapping["model_type"] == "gpt2":
         mapping |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     config = AutoConfig.for_model(mapping.pop("model_type"), **mapping)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
-    initial = build_model(recipe.model, config, seed=recipe.train.seed, attention="eager")  # all that is shared
+    seed = recipe.train.seed if initial_seed is None else initial_seed
+    initial = build_model(recipe.model, config, seed=seed, attention="eager")  # all that is shared
     model.load_state_dict(initial.state_dict())
     model.train()
     optimizer = reference_optimizer(recipe, model)
     order = recipe_order(recipe, store, build_curriculum(recipe), save=False)
     trained = []
     for step, lr in enumerate(lrs):
-        batch = order.batch(step)
+        batch = order.batch(step if batches is None else batches[step])
         pieces = zip(batch.document, batch.start, batch.length, strict=True)
         loss, num_targets = torch.zeros(()), 0
         for document, start, length in pieces:

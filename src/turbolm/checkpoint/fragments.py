@@ -75,6 +75,7 @@ def publish_weights(engine: Any) -> None:
         zero.empty_partition_cache()  # whole parameters that a forward pass left gathered would stay as they were
         for sub_group in range(len(zero.fp16_groups)):
             zero._reassign_or_swap_out_partitioned_parameters(sub_group)
+        zero.invalidate_secondary_tensor()  # hpZ's second copy, which the next forward pass would gather instead
         if zero.persistent_parameters:
             zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
 

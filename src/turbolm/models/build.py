@@ -115,8 +115,13 @@ def _sharding(ds_config: dict[str, Any] | None) -> AbstractContextManager[Any]:
     if ds_config is None:
         return nullcontext()
     import deepspeed
+    from deepspeed.utils import groups
 
-    return deepspeed.zero.Init(config_dict_or_path=ds_config)
+    # DeepSpeed makes the process group of hpZ at the first model of a process and refuses to make it again; random
+    # restarts build more models.
+    is_hierarchical = ds_config["zero_optimization"].get("zero_hpz_partition_size", 1) > 1
+    existing = groups._get_zero_param_intra_parallel_group() if is_hierarchical else None
+    return deepspeed.zero.Init(config_dict_or_path=ds_config, zero_param_parallel_group=existing)
 
 
 def carries_state_across_documents(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> str | None:
