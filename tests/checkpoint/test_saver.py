@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import threading
 import time
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -176,3 +178,61 @@ def test_a_checkpoint_is_not_put_in_place_when_another_writer_took_over(tmp_path
     with pytest.raises(RunError, match="locked by another process"):
         saver.finish()
     assert list(tmp_path.iterdir()) == []
+
+
+class CudaRecorder:
+    """Stands in for torch.cuda on a machine without a GPU: notes what each thread asks of it, in order."""
+
+    def __init__(self) -> None:
+        self.calls: dict[str, list[tuple[Any, ...]]] = defaultdict(list)  # by the thread's name
+
+    def note(self, *call: Any) -> None:
+        self.calls[threading.current_thread().name].append(call)
+
+    def is_available(self) -> bool:
+        return True
+
+    def get_rng_state(self) -> torch.Tensor:
+        self.note("get_rng_state")
+        return torch.zeros(1, dtype=torch.uint8)
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*arguments: Any) -> MagicMock:
+            self.note(name, *arguments)
+            return MagicMock()  # a stream, or entering one
+
+        return call
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_every_thread_that_touches_cuda_first_chooses_its_gpu(
+    asynchronous: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread starts on GPU 0, where pinned memory and streams would leave a context of every rank."""
+    engine, recorder, empty = Engine(), CudaRecorder(), torch.empty
+    engine.device = torch.device("cuda", 3)
+    saver = build_saver(tmp_path, engine, asynchronous=asynchronous)
+    engine.train(1)
+
+    def pinned(*size: Any, pin_memory: bool = False, **options: Any) -> torch.Tensor:
+        if pin_memory:
+            recorder.note("pinned memory")
+        return empty(*size, **options)
+
+    def write(*arguments: Any) -> dict[str, Any]:
+        recorder.note("read tensors of the device")
+        return tensor_file.write_tensors(*arguments)
+
+    monkeypatch.setattr(torch, "cuda", recorder)
+    monkeypatch.setattr(torch, "empty", pinned)
+    monkeypatch.setattr(save_module, "write_tensors", write)
+    saver.prepare()
+    saver.wait()
+    saver.save(1, {"step": 1, "order_digest": ""})
+    saver.finish()
+    of_threads = {name: calls for name, calls in recorder.calls.items() if name != threading.current_thread().name}
+    assert {name: calls[0] for name, calls in of_threads.items()} == dict.fromkeys(
+        of_threads, ("set_device", engine.device)
+    )
+    used = {call[0] for calls in of_threads.values() for call in calls}
+    assert used >= {"read tensors of the device"} | ({"pinned memory", "stream"} if asynchronous else set())

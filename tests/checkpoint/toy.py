@@ -42,6 +42,7 @@ class Engine:
     def __init__(self, build_optimizer: BuildOptimizer = adamw, seed: int = 0):
         torch.manual_seed(seed)
         self.module = Toy()
+        self.device = torch.device("cpu")
         self.optimizer = build_optimizer(self.module.parameters())
 
     def zero_optimization_stage(self) -> int:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from turbolm.checkpoint import manifest
 from turbolm.checkpoint.retention import Retention, remove_old
-from turbolm.checkpoint.snapshot import Snapshot, take_snapshot
+from turbolm.checkpoint.snapshot import Snapshot, take_snapshot, use_device
 from turbolm.checkpoint.tensor_file import write_tensors
 from turbolm.reliability import heartbeat
 
@@ -88,7 +88,7 @@ def write_rank_files(folder: Path, snapshot: Snapshot) -> dict[str, Any]:
     files = {manifest.tensor_file(rank, part): tensors for part, tensors in enumerate(_parts(snapshot.tensors))}
     if snapshot.buffers:
         files[manifest.BUFFERS] = snapshot.buffers
-    with ThreadPoolExecutor(_MAX_THREADS) as pool:
+    with ThreadPoolExecutor(_MAX_THREADS, initializer=use_device, initargs=(snapshot.device,)) as pool:
         written = pool.map(lambda item: write_tensors(folder / item[0], item[1], metadata), files.items())
         described = dict(zip(files, written, strict=True))
     texts = {manifest.index_file(rank): snapshot.index}

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from turbolm.checkpoint.fragments import inner_optimizer
 from turbolm.checkpoint.retention import Retention
 from turbolm.checkpoint.save import gather_over, write_checkpoint
-from turbolm.checkpoint.snapshot import HostCopy, Snapshot, take_snapshot
+from turbolm.checkpoint.snapshot import HostCopy, Snapshot, take_snapshot, use_device
 from turbolm.errors import RunError
 from turbolm.reliability import heartbeat
 from turbolm.units import format_bytes
@@ -68,7 +68,7 @@ class CheckpointSaver:
         except RuntimeError as error:
             raise RunError(str(error)) from error
         if self.asynchronous and self._thread is None:
-            self._thread = threading.Thread(target=self._copy.reserve, args=(num_bytes,), daemon=True)
+            self._thread = threading.Thread(target=self._reserve, args=(num_bytes,), daemon=True)
             self._thread.start()
 
     def save(self, step: int, trainer_state: Mapping[str, Any], eval_loss: float | None = None) -> None:
@@ -116,9 +116,14 @@ class CheckpointSaver:
         if self.failure is not None:
             raise RunError(self.failure)
 
+    def _reserve(self, num_bytes: int) -> None:
+        use_device(self.engine.device)
+        self._copy.reserve(num_bytes)
+
     def _copy_and_write(self, step: int, snapshot: Snapshot | None, about: dict[str, Any], failure: str | None) -> None:
         start = time.perf_counter()
         try:
+            use_device(self.engine.device)
             if snapshot is not None and self.asynchronous:
                 snapshot = self._copy.fill(snapshot)
         except Exception as error:
