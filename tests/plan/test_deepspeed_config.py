@@ -88,9 +88,9 @@ def test_the_base_stays_as_it_is_and_auto_is_gone(stage):
 
 
 def test_overlap_and_pinned_memory_need_a_gpu():
-    for device in ("cpu", "cuda"):
-        zero = resolve_ds_config(recipe(2, offload=True), Batch(), device, "bf16")["zero_optimization"]
-        assert zero["overlap_comm"] == (device == "cuda")
+    for device, world_size in (("cpu", 2), ("cuda", 2), ("cuda", 1)):
+        zero = resolve_ds_config(recipe(2, offload=True), Batch(world_size), device, "bf16")["zero_optimization"]
+        assert zero["overlap_comm"] == (device == "cuda" and world_size > 1), "one process has nothing to reduce"
         assert zero["offload_optimizer"] == {"device": "cpu", "pin_memory": device == "cuda"}
     assert "offload_optimizer" not in resolve_ds_config(recipe(2), Batch(), "cpu", "fp32")["zero_optimization"]
 
@@ -166,6 +166,7 @@ for name, config in json.load(sys.stdin).items():
             assert held == value, f"{name}: {section}.{key}"
     assert read.gradient_clipping == config["gradient_clipping"]
     assert (read.grad_accum_dtype == "fp32") == (zero["stage"] > 0)
+    assert not read.timers_config.enabled and not read.timers_config.synchronized
 """
     done = subprocess.run(
         [sys.executable, "-c", script], input=json.dumps(every_config()), capture_output=True, text=True, check=False

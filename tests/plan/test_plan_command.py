@@ -244,6 +244,13 @@ def test_a_recipe_that_names_no_vocabulary_takes_that_of_its_tokenizer() -> None
     assert summary.size.embedding == 4096 * 128
 
 
+def test_options_that_no_test_has_trained_with_are_noted() -> None:
+    recipe = "recipes/llama3.1-70b/pretrain/config.yaml"
+    assert not [note for note in summary_of(recipe).notes if "not tested" in note]
+    for key in ("execution.quantized_weights", "execution.quantized_gradients"):
+        assert [note for note in summary_of(recipe, f"{key}=true").notes if note.startswith(f"{key}: not tested")]
+
+
 def test_a_hang_time_out_that_comes_too_late_is_noted() -> None:
     recipe = "recipes/quickstart/config.yaml"
     assert not [note for note in summary_of(recipe).notes if "hang_timeout" in note]

@@ -177,6 +177,10 @@ ADDED = {
         "a.yaml:11: execution.compile: model does not work with execution.zero_stage 3: weights are gathered while "
         "the model runs, which a graph of the whole model cannot hold; set compile: layers"
     ),
+    "execution: {loss: liger, compile: model}": (
+        "a.yaml:11: execution.loss: liger does not work with execution.compile model: it reads a number back from the "
+        "device, which a graph of the whole model cannot hold; set loss: chunked, or compile: layers"
+    ),
     "execution: {attention: flex, compile: layers}": (
         "a.yaml:11: execution.compile: layers does not work with execution.attention flex, which compiles its kernel "
         "itself; set attention: varlen or sdpa, or compile: none"

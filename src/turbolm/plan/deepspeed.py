@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from turbolm.errors import UserError
-from turbolm.recipe.schema import Recipe
+from turbolm.recipe.schema import Execution, Recipe
 
 # Elements of a communication bucket. DeepSpeed holds up to two in memory at the precision of the gradients: 400 MB on
 # a GPU in bf16, 100 MB on a CPU in fp32. Its own default of 5e8 would take 2 GB.
@@ -51,7 +51,9 @@ def resolve_ds_config(recipe: Recipe, batch: Batch, device: str, precision: str)
             zero[key] = _BUCKET_ELEMENTS[device] if bucket == "auto" else bucket
     if "overlap_comm" in zero:
         overlap = execution.overlap_communication
-        zero["overlap_comm"] = device == "cuda" if overlap == "auto" else overlap  # a CPU has no stream to overlap on
+        # A CPU has no stream to overlap on, and one process nothing to reduce: each bucket would only synchronize.
+        pays = device == "cuda" and batch.world_size > 1
+        zero["overlap_comm"] = pays if overlap == "auto" else overlap
     host = {"device": "cpu", "pin_memory": device == "cuda"}
     for key, asked in (
         ("offload_optimizer", execution.offload_optimizer),
@@ -68,6 +70,17 @@ def resolve_ds_config(recipe: Recipe, batch: Batch, device: str, precision: str)
     left = _paths_of_auto(config)
     assert not left, f"unresolved in ds_configs/{base}.json: {', '.join(left)}"
     return config
+
+
+def untested_note(execution: Execution) -> str | None:
+    """What a plan and a start say of options whose training no test has checked, or None.
+
+    DeepSpeed quantizes with CUDA kernels alone, so the tests, which run on CPUs, never train with them.
+    """
+    asked = [name for name in ("quantized_weights", "quantized_gradients") if getattr(execution, name)]
+    if not asked:
+        return None
+    return f"{' and '.join(f'execution.{name}' for name in asked)}: not tested; compare the loss with a run without"
 
 
 def _base_name(recipe: Recipe) -> str:

@@ -11,6 +11,7 @@ from turbolm.errors import UserError
 from turbolm.plan.batch import BatchPlan
 from turbolm.plan.count import ModelSize, read_model_config, size_model
 from turbolm.plan.curriculum import lr_factor
+from turbolm.plan.deepspeed import untested_note
 from turbolm.plan.flops import peak_half_flops, training_flops_per_token
 from turbolm.plan.gpus import GPUS
 from turbolm.plan.machine import Machine, described_machine, detect_machine, missing_package
@@ -177,8 +178,8 @@ def collect_summary(
     if problems or plan is None:
         raise UserError("\n".join(f"{recipe_file}: {line}" for problem in problems for line in problem.splitlines()))
     uses = source_uses(recipe, plan.curriculum, store)
-    missing = missing_package(recipe)
-    notes = [*notes, *([missing] if missing else []), *_hang_notes(recipe.execution)]
+    said = (missing_package(recipe), untested_note(recipe.execution))
+    notes = [*notes, *(note for note in said if note), *_hang_notes(recipe.execution)]
     return Summary(
         recipe_file=recipe_file,
         overrides=tuple(overrides),

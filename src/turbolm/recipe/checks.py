@@ -50,6 +50,7 @@ _KEYS = (
     "execution.quantized_weights",
     "execution.quantized_gradients",
     "execution.micro_batch",
+    "execution.loss",
     "execution.compile",
     "execution.activation_checkpointing",
     "execution.overlap_communication",
@@ -303,6 +304,12 @@ def _compile(values: Values) -> Iterator[tuple[str, str]]:
             "execution.compile",
             f"{mode} does not work with execution.attention flex, which compiles its kernel itself; set attention: "
             "varlen or sdpa, or compile: none",
+        )
+    if mode == "model" and values["execution.loss"] == "liger":
+        yield (
+            "execution.loss",
+            "liger does not work with execution.compile model: it reads a number back from the device, which a graph "
+            "of the whole model cannot hold; set loss: chunked, or compile: layers",
         )
 
 

@@ -175,10 +175,13 @@ class Execution(Section):
         "backward pass gathers within the node (zero_stage 3; hpZ of ZeRO++)",
     )
     quantized_weights: bool = Field(
-        False, description="gather weights in 8 bits (zero_stage 3, CUDA; qwZ of ZeRO++); changes the result"
+        False,
+        description="gather weights in 8 bits (zero_stage 3, CUDA; qwZ of ZeRO++; not tested); changes the result",
     )
     quantized_gradients: bool = Field(
-        False, description="reduce gradients in 4 and 8 bits (zero_stage 3, CUDA; qgZ of ZeRO++); changes the result"
+        False,
+        description="reduce gradients in 4 and 8 bits (zero_stage 3, CUDA; qgZ of ZeRO++; not tested); changes the "
+        "result",
     )
     micro_batch: Positive | Literal["auto"] = Field(
         "auto", description="tokens of one forward on one process; auto: a process's share, 16k tokens at most"
@@ -189,7 +192,8 @@ class Execution(Section):
         "matrix products and attention; offloaded: every layer, from inputs kept in the host's memory",
     )
     overlap_communication: bool | Literal["auto"] = Field(
-        "auto", description="reduce gradients while the backward pass goes on (zero_stage 1 to 3); auto: on a GPU"
+        "auto",
+        description="reduce gradients while the backward pass goes on (zero_stage 1 to 3); auto: on several GPUs",
     )
     communication_bucket: Positive | Literal["auto"] = Field(
         "auto", description="elements sent at once (zero_stage 1 to 3); auto: 100M on a GPU, 25M on a CPU"
@@ -197,7 +201,8 @@ class Execution(Section):
     loss: Literal["auto", "full", "chunked", "liger"] = Field(
         "auto",
         description="chunked: logits are never held all at once; liger: the same in one GPU kernel (package "
-        "liger-kernel); auto: chunked where the model allows it, but full in fp32 where logits are few",
+        "liger-kernel; not with `compile: model`); auto: chunked where the model allows it, but full in fp32 where "
+        "logits are few",
     )
     compile: Literal["none", "model", "layers"] = Field(
         "none",

@@ -16,6 +16,7 @@ from turbolm.data.prepare import find_store
 from turbolm.data.store import TokenStore, check_tokenizer, open_store
 from turbolm.errors import EXIT_OK, EXIT_REQUEUE, UserError
 from turbolm.models.initialise import count_parameters
+from turbolm.plan.deepspeed import untested_note
 from turbolm.plan.machine import Machine, check_machine, detect_machine
 from turbolm.plan.plan import Plan, build_plan
 from turbolm.recipe.schema import Recipe
@@ -92,6 +93,8 @@ def _run_locked(recipe: Recipe, attempt: int | None, lock: RunLock) -> int:
         return EXIT_OK
     session = build_session(accelerator, plan, run, store, stop, attempt, terminal, group, machine, contracts)
     session.saver.before_commit = lock.check
+    if note := untested_note(recipe.execution):
+        session.log.say(note)
     heartbeat.advance()
     _resume(session, hashed)
     heartbeat.advance()
