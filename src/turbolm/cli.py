@@ -58,13 +58,16 @@ def prepare(recipe: RecipeFile, overrides: Overrides = None) -> None:
     from turbolm.units import format_bytes, format_count
 
     folder = _prepare_store(load_recipe(recipe, overrides or ()))
-    manifest = open_store(folder).manifest
+    store = open_store(folder)
+    manifest = store.manifest
     for split, total in manifest["totals"].items():
         counts = [f"{format_count(total[name])} {name}" for name in ("documents", "tokens")]
         print(f"{split}: {', '.join(counts)}, {format_bytes(total['text_bytes'])} of text")
     for what in ("empty", "duplicate"):
         if count := manifest[f"{what}_documents"]:
             print(f"left out: {format_count(count)} {what} documents")
+    for note in store.notes:
+        print(f"turbolm: {note}", file=sys.stderr)
     print(f"token store: {folder}")
 
 
@@ -219,7 +222,7 @@ def export(
 ) -> None:
     """Write a checkpoint in the Hugging Face layout."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, which Transformers imports, need not look for GPUs
-    from turbolm.checkpoint.export import export_checkpoint, is_export
+    from turbolm.checkpoint.export import export_checkpoint, is_export, short_card
     from turbolm.train.run_directory import RunDirectory, read_json
 
     run = RunDirectory(checkpoint.resolve().parent.parent)
@@ -228,7 +231,7 @@ def export(
         raise UserError(f"{checkpoint}: expected a checkpoint inside a run directory; {run.contract} cannot be read")
     if os.path.lexists(out) and not is_export(out):
         raise UserError(f"{out} exists and is not a model that turbolm exported; choose another folder")
-    card = f"# {run.path.name}\n\nExported from {checkpoint.name} with turbolm.\n"
+    card = short_card(run.path, checkpoint)
     precision = contract["contract"]["train"]["precision"]
     print(f"exported to {export_checkpoint(checkpoint, run.model, out, precision=precision, card=card)}")
 
@@ -341,7 +344,7 @@ def _train_here(recipe: Recipe, recipe_file: str, overrides: Sequence[str]) -> i
     from turbolm.plan.machine import check_machine, detect_machine
     from turbolm.plan.plan import build_plan
     from turbolm.train.run_contract import as_started, check_contract
-    from turbolm.train.run_directory import is_finished, run_directory
+    from turbolm.train.run_directory import is_finished, lacks_export, run_directory
 
     run = run_directory(recipe)
     machine = detect_machine()
@@ -351,7 +354,7 @@ def _train_here(recipe: Recipe, recipe_file: str, overrides: Sequence[str]) -> i
     check_contract(run, plan.recipe, None)  # what data say is compared once they are prepared
     store = open_store(_prepare_store(recipe))
     check_contract(run, plan.recipe, store.fingerprint)
-    if is_finished(run, recipe.train.budget):
+    if is_finished(run, recipe.train.budget) and not lacks_export(run):
         print(f"{run.path} is complete. Results: {run.results}, report: {run.path / 'report.html'}")
         print("Raise train.budget to train on, or give a new run a `name` of its own.")
         return EXIT_OK

@@ -76,6 +76,8 @@ def design(
                     problems.append(f"{trick.name}: sets {key}, but {common} {reason}; it must be the same in all arms")
     baseline = _arm("baseline", recipe_file, overrides, (), machine)
     arms = [baseline]
+    if not baseline.recipe.data.validation:
+        problems.append("data.validation: 0 leaves no held-out loss to compare the arms by; set data.validation=1%")
 
     def add(name: str, group: tuple[Trick, ...]) -> None:
         try:

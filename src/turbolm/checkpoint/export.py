@@ -12,6 +12,7 @@ from turbolm.checkpoint.load import CheckpointReader
 from turbolm.checkpoint.manifest import remove_folder
 from turbolm.checkpoint.verify import verify_checkpoint
 from turbolm.errors import UserError
+from turbolm.models.positions import num_positions
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -40,15 +41,23 @@ def export_checkpoint(checkpoint: Path, model_folder: Path, out: Path, *, precis
     if unexpected or unset:
         raise UserError(f"{checkpoint}: parameters do not fit {model_folder}: {(unexpected or unset or missing)[0]}")
     model.config.dtype = _DTYPES[precision]
+    model.generation_config = GenerationConfig.from_model_config(model.config)
     temporary = out.with_name(f".tmp-{out.name}")
     remove_folder(temporary)
-    model.generation_config = GenerationConfig.from_model_config(model.config)
-    model.save_pretrained(temporary)
-    tokenizer(model_folder).save_pretrained(temporary)
-    (temporary / "README.md").write_text(card, encoding="utf-8")
-    remove_folder(out)
-    temporary.rename(out)
+    try:
+        model.save_pretrained(temporary)
+        tokenizer(model_folder).save_pretrained(temporary)
+        (temporary / "README.md").write_text(card, encoding="utf-8")
+        remove_folder(out)
+        temporary.rename(out)
+    finally:
+        remove_folder(temporary)  # of an export that failed; a full disk needs the room
     return out
+
+
+def short_card(run: Path, checkpoint: Path) -> str:
+    """A model card that says only where the model comes from."""
+    return f"# {run.name}\n\nExported from {checkpoint.name} with turbolm.\n"
 
 
 def is_export(folder: Path) -> bool:
@@ -61,13 +70,21 @@ def is_export(folder: Path) -> bool:
 
 
 def generate_sample(model_folder: Path, num_tokens: int, *, seed: int = 0, prompt: str = "") -> str:
-    """Text sampled from an exported model (top-k 50, temperature 0.8), from the start of a document or a prompt."""
+    """Text sampled from an exported model (top-k 50, temperature 0.8), from the start of a document or a prompt.
+
+    At most `num_tokens` tokens, and no more than the model has positions for.
+    """
     vocabulary = tokenizer(model_folder)
     model = AutoModelForCausalLM.from_pretrained(
         model_folder, dtype="auto", local_files_only=True, trust_remote_code=False, use_safetensors=True
     )
     start = vocabulary.bos_token_id if vocabulary.bos_token_id is not None else vocabulary.eos_token_id
     tokens = torch.tensor([[start, *vocabulary.encode(prompt, add_special_tokens=False)]])
+    positions = num_positions(model)
+    if positions is not None:  # the last token that is sampled takes none
+        num_tokens = min(num_tokens, positions - tokens.shape[1] + 1)
+    if num_tokens <= 0:
+        return ""
     torch.manual_seed(seed)
     with torch.no_grad():
         output = model.generate(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from array import array
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -67,6 +68,20 @@ class Plain:
     def added_tokens(self) -> list[str]:
         """The texts of the tokens that are not the model's own."""
         return [token.content for token in self._tokenizer.get_added_tokens_decoder().values()]
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of these ids; without a decoder, the tokens as they are."""
+        if self._tokenizer.decoder is None:
+            return "".join(self._tokenizer.id_to_token(token) or "" for token in ids)
+        return str(self._tokenizer.decode(ids, skip_special_tokens=False))
+
+    @cached_property
+    def unknown_id(self) -> int | None:
+        """The id that stands for what the vocabulary does not have."""
+        model = self.content()["model"]
+        token = model.get("unk_token")
+        unknown = model.get("unk_id") if token is None else self._tokenizer.token_to_id(token)
+        return None if unknown is None else int(unknown)
 
     def encode(self, texts: Sequence[bytes]) -> Ids:
         encodings = self._tokenizer.encode_batch_fast([text.decode() for text in texts], add_special_tokens=False)
@@ -185,12 +200,14 @@ def choose_engine(
     return "tokenizers"
 
 
-class _Texts(Protocol):
+class Texts(Protocol):
+    """UTF-8 texts by number."""
+
     def __len__(self) -> int: ...
     def __getitem__(self, number: int, /) -> bytes: ...
 
 
-def check_sample(engine: Engine, plain: Engine, texts: _Texts, every: int = _SAMPLE_EVERY) -> None:
+def check_sample(engine: Engine, plain: Engine, texts: Texts, every: int = _SAMPLE_EVERY) -> None:
     """Raise EngineMismatch unless `engine` gives the ids of `plain` on the beginning of every so manyth text."""
     for number in range(0, len(texts), every):
         beginning = texts[number][: 4 * _SAMPLE_CHARS].decode(errors="ignore")[:_SAMPLE_CHARS].encode()

@@ -13,9 +13,8 @@ import numpy as np
 from turbolm.data.collate import collate, deal_bins
 from turbolm.data.order import BatchOrder
 from turbolm.data.packing import Bins, IntArray
-from turbolm.data.store import Split, TokenStore
+from turbolm.data.store import Split, TokenStore, check_held_out
 from turbolm.data.window import Packing, pack
-from turbolm.errors import UserError
 from turbolm.plan.batch import choose_micro_batch_bins
 
 
@@ -146,11 +145,7 @@ def evaluation_set(store: TokenStore, seq_len: int, max_tokens: int, packing: Pa
     measured as any other.
     """
     num_documents = store.num_documents("validation")
-    if not num_documents:
-        raise UserError(
-            "There are no validation documents. Raise data.validation (it is now "
-            f"{store.manifest['validation']:g}) or add documents to data.sources."
-        )
+    check_held_out(num_documents, store.manifest["validation"])
     read = min(1024, num_documents)  # the split may be far larger than what is evaluated on
     while (lengths := store.lengths("validation", 0, read)).sum() <= max_tokens and read < num_documents:
         read = min(2 * read, num_documents)

@@ -36,6 +36,7 @@ from turbolm.data.store import (
     SPLITS,
     TOKENIZER_FOLDER,
     check_file,
+    check_held_out,
     file_record,
     manifest_sha256,
     open_store,
@@ -160,13 +161,17 @@ def _listing(source: Any) -> list[tuple[str, int, int]]:
 
 
 def _is_complete(folder: Path) -> bool:
+    """Whether the store is there and sound. Raises UserError where it can never be trained on."""
     if not (folder / MANIFEST).is_file():
         return False
     try:
         store = open_store(folder)
     except UserError:
         return False  # damaged or of an older format: build again what is not sound
-    return str(store.manifest["key"]).startswith(folder.name)  # else it is another recipe's
+    if not str(store.manifest["key"]).startswith(folder.name):
+        return False  # another recipe's
+    check_held_out(store.num_documents("validation"), store.manifest["validation"])
+    return True
 
 
 def _auto_workers(recipe: Recipe) -> int:
@@ -216,6 +221,7 @@ def _build(
         for split in SPLITS
     }
     _check_counts(recipe, totals["train"]["documents"], totals["validation"]["documents"], dropped)
+    check_held_out(totals["validation"]["documents"], recipe.data.validation)
     fingerprint = tokenizer_fingerprint(tokenizer)
     key = _key(recipe, [fingerprint, bos_id, eos_id])
     if not key.startswith(folder.name):
@@ -223,7 +229,8 @@ def _build(
             "The files of data.sources or the tokenizer changed while they were read. "
             "Run `turbolm prepare RECIPE` again."
         )
-    internal = ("text_sha256", "start", "end", "empty", "duplicates", "digests")  # for going on after an interruption
+    # For going on after an interruption, and what is summed up
+    internal = ("text_sha256", "start", "end", "empty", "duplicates", "digests", "sampled_bytes", "lost_bytes")
     manifest = {
         "format_version": FORMAT_VERSION,
         "key": key,
@@ -237,6 +244,7 @@ def _build(
         "sources": [_content(source) for source in recipe.data.sources],
         "empty_documents": dropped.empty,
         "duplicate_documents": dropped.duplicates,
+        "text_loss": {name: sum(shard.get(name, 0) for shard in shards) for name in ("sampled_bytes", "lost_bytes")},
         "totals": totals,
         "shards": [{name: value for name, value in shard.items() if name not in internal} for shard in shards],
     }

@@ -25,6 +25,7 @@ import numpy as np
 
 from turbolm.data.digests import DIGEST_BYTES, DigestSet
 from turbolm.data.engines import Engine, EngineName, Plain, check_sample, load_engine
+from turbolm.data.round_trip import measure_loss
 from turbolm.data.store import SPLITS, TOKENIZER_FOLDER, check_file, file_record
 
 if TYPE_CHECKING:
@@ -309,7 +310,7 @@ def _end_with_parent() -> None:
 
 
 @cache
-def _engines(layout: Layout) -> tuple[Engine, Engine]:
+def _engines(layout: Layout) -> tuple[Engine, Plain]:
     """The engine to use and the reference, once in each worker."""
     plain = Plain(Path(layout.folder) / TOKENIZER_FOLDER)
     return load_engine(layout.engine, plain), plain
@@ -342,7 +343,8 @@ def _write_shard(
     _write(parts["index"], index.tobytes())
     if digests:
         _write(parts["digests"], digests)
-    record = dict(record)
+    sampled, lost = zip(*(measure_loss(plain, texts) for texts in (train, validation)), strict=True)
+    record = record | {"sampled_bytes": sum(sampled), "lost_bytes": sum(lost)}
     for part, path in parts.items():
         record[part] = {"file": f"{name}.{part}", **file_record(path)}
         path.rename(folder / f"{name}.{part}")

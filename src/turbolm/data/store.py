@@ -58,6 +58,25 @@ class TokenStore:
         """One more than the largest token id there can be."""
         return int(self.manifest["vocab_size"])
 
+    @property
+    def text_loss(self) -> float:
+        """Share of the bytes of a sample that the tokenizer does not give back; 0 in stores that were not measured."""
+        loss = self.manifest.get("text_loss") or {"lost_bytes": 0}
+        return float(loss["lost_bytes"] / max(1, loss["sampled_bytes"])) if loss["lost_bytes"] else 0.0
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know of the store before training on it."""
+        notes = []
+        if not self.manifest["validation"]:
+            notes.append("data.validation is 0: no document is held out, so there is no evaluation")
+        if self.text_loss:
+            notes.append(
+                f"the tokenizer does not give its text back: {100 * self.text_loss:.3g}% of the bytes of a sample are "
+                "lost or changed (unknown or normalized characters, dropped spaces); bits per byte is left out"
+            )
+        return notes
+
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over what decides the tokens: not over paths, times or the machine."""
@@ -382,6 +401,15 @@ def check_tokenizer(store: TokenStore, folder: str | Path) -> None:
         raise UserError(
             f"The tokenizer in {folder} differs from the one the token store {store.folder} was written with. "
             "Use the store's tokenizer, or run `turbolm prepare` with a recipe that names this one."
+        )
+
+
+def check_held_out(num_documents: int, share: float) -> None:
+    """Raise UserError where a share of the documents should be held out (`data.validation`), and none of them is."""
+    if share and not num_documents:
+        raise UserError(
+            f"No document is held out for evaluation. Raise data.validation (it is now {share:g}), add documents to "
+            "data.sources, or set data.validation: 0, which means no evaluation."
         )
 
 

@@ -38,6 +38,11 @@ class _Shard(_Part):
     validation: _Split
 
 
+class _TextLoss(_Part):
+    sampled_bytes: _Count
+    lost_bytes: _Count
+
+
 class _Manifest(_Part):
     key: str
     dtype: Literal["<u2", "<u4"]
@@ -48,6 +53,7 @@ class _Manifest(_Part):
     tokenizer_files: Annotated[list[_File], Field(min_length=1)]
     sources: list[dict[str, Any]]
     shards: list[_Shard]
+    text_loss: _TextLoss = _TextLoss(sampled_bytes=0, lost_bytes=0)  # not measured by earlier versions
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> _Manifest:

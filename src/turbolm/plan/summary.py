@@ -122,7 +122,7 @@ class Summary:
                 "tokens": plan.curriculum.tokens_seen(plan.num_steps),
                 "restart_steps": plan.restart_steps,
                 "restart_tokens": plan.restart_tokens,
-                "evaluate_every_steps": plan.evaluate_every_steps,
+                "evaluate_every_steps": plan.evaluate_every_steps if recipe.data.validation else None,
                 "checkpoint_every_steps": plan.checkpoint_every_steps,
                 "learning_rate": [list(point) for point in self.learning_rate],
                 "global_batch_tokens": [[s.first_token, s.global_batch_tokens] for s in plan.curriculum.segments],

@@ -85,7 +85,8 @@ def _schedule(summary: Summary) -> Iterator[str]:
             f"random restarts: {recipe.train.restarts.seeds} candidates of {plan.restart_steps} steps each; those not "
             f"chosen take {format_count(extra)} tokens on top ({extra / tokens:.1%})"
         )
-    yield f"evaluate every {plan.evaluate_every_steps} steps, checkpoint every {plan.checkpoint_every_steps}"
+    every = f"evaluate every {plan.evaluate_every_steps} steps" if recipe.data.validation else "no evaluation"
+    yield f"{every}, checkpoint every {plan.checkpoint_every_steps} steps"
     shape = f"{schedule.name}, decay {schedule.decay}" if schedule.name == "wsd" else schedule.name
     yield f"learning rate: {shape}, warmup {schedule.warmup}"
     rates = [rate for _, rate in summary.learning_rate]

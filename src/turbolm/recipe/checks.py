@@ -30,6 +30,7 @@ _KEYS = (
     "data.seq_len",
     "data.packing",
     "data.length_schedule",
+    "data.validation",
     "train.budget",
     "train.global_batch",
     "train.batch_ramp",
@@ -57,6 +58,7 @@ _KEYS = (
     "execution.communication_bucket",
     "execution.attention",
     "execution.adam_kernel",
+    "checkpoint.keep_best",
 )
 
 
@@ -367,6 +369,15 @@ def _world_size(values: Values) -> Iterator[tuple[str, str]]:
         yield "execution.hierarchical_partition", f"must divide the {world_size} processes, got {group}"
 
 
+def _no_evaluation(values: Values) -> Iterator[tuple[str, str]]:
+    if values["data.validation"] == 0 and values["checkpoint.keep_best"]:
+        yield (
+            "checkpoint.keep_best",
+            "goes by the held-out loss, but data.validation is 0: no evaluation; set keep_best: false, or raise "
+            "data.validation",
+        )
+
+
 def _positions(values: Values) -> Iterator[tuple[str, str]]:
     """A model sees no position beyond its table or its rotary range."""
     config, seq_len = values["model.config"], values["data.seq_len"]
@@ -414,6 +425,7 @@ _RULES: tuple[Callable[[Values], Iterator[tuple[str, str]]], ...] = (
     _described_cluster,
     _fp8,
     _world_size,
+    _no_evaluation,
     _positions,
     _vocabulary,
 )

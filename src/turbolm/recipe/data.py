@@ -142,7 +142,8 @@ class Data(Section):
     )
     length_schedule: LengthSchedule | None = Field(None, description="none: every row has seq_len tokens")
     validation: Annotated[Share, Field(lt=1)] = Field(
-        0.01, description="share of documents held out by content hash, so that no text is on both sides"
+        0.01,
+        description="share of documents held out by content hash, so that no text is on both sides; 0: no evaluation",
     )
     deduplicate: Literal["none", "exact"] = Field(
         "none", description="exact: of documents with the same text only the first is kept"

@@ -280,4 +280,6 @@ class Logging(Section):
     """What is shown while it runs; metrics.jsonl always has every step."""
 
     every_steps: Annotated[int, Field(ge=1)] = Field(10, description="steps between lines on the terminal")
-    sample_tokens: Annotated[int, Field(ge=0)] = Field(64, description="length of the sample generated at the end")
+    sample_tokens: Annotated[int, Field(ge=0)] = Field(
+        64, description="length of the sample generated at the end, at most the model's positions"
+    )

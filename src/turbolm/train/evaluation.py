@@ -19,10 +19,13 @@ from turbolm.train.step import micro_batch_loss
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """`loss` is in nats per target token; `bits_per_byte` counts every byte of the text and each document's end."""
+    """`loss` is in nats per target token; `bits_per_byte` counts every byte of the text and each document's end.
+
+    There are no bits per byte where the tokenizer does not give its text back: no token stands for some of the bytes.
+    """
 
     loss: float
-    bits_per_byte: float
+    bits_per_byte: float | None
     num_targets: int
 
 
@@ -64,4 +67,4 @@ def evaluate(
     held_out = evaluation_set(store, data.seq_len, max_tokens, data.packing)
     loss = float(loss_sum) / held_out.num_targets
     bits_per_byte = float(loss_sum) / math.log(2) / held_out.text_bytes
-    return EvaluationResult(loss, bits_per_byte, held_out.num_targets)
+    return EvaluationResult(loss, None if store.text_loss else bits_per_byte, held_out.num_targets)

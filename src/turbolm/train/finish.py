@@ -1,20 +1,31 @@
-"""What a finished run leaves behind: results, export with model card, sample, report."""
+"""What a finished run leaves behind: results first, then the export with its model card, a sample and a report.
+
+Once results.json is written the run is finished. Whatever fails after that costs only itself and a line in the log.
+"""
 
 from __future__ import annotations
 
 import json
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
-from turbolm.checkpoint.export import export_checkpoint, generate_sample
+from turbolm.checkpoint.export import export_checkpoint, generate_sample, short_card
 from turbolm.checkpoint.manifest import TRAINER_STATE, list_checkpoints
 from turbolm.data.loader import evaluation_set
 from turbolm.data.store import TokenStore, unigram_entropy
+from turbolm.errors import RunError, UserError
 from turbolm.plan.plan import Plan
+from turbolm.redaction import redact
 from turbolm.report.html import write_report
 from turbolm.train.evaluation import EvaluationResult
 from turbolm.train.run_directory import RunDirectory, read_json, write_json
 from turbolm.units import format_count
+
+T = TypeVar("T")
+Say = Callable[[str], None]
+_MAX_REASON = 300  # characters of an error's message
+_MAX_EXPONENT = 700.0  # math.exp raises beyond 709
 
 _CARD = """---
 library_name: transformers
@@ -32,7 +43,7 @@ A causal language model of {parameters} parameters, pretrained with turbolm on {
 ## Data
 {data}
 
-Documents were held out for evaluation by content hash; no text is on both sides.
+{held_out}
 
 ## Recipe
 ```yaml
@@ -41,9 +52,17 @@ Documents were held out for evaluation by content hash; no text is on both sides
 
 
 def finish_run(
-    run: RunDirectory, plan: Plan, store: TokenStore, evaluation: EvaluationResult, num_parameters: int
+    run: RunDirectory,
+    plan: Plan,
+    store: TokenStore,
+    evaluation: EvaluationResult | None,
+    num_parameters: int,
+    say: Say,
 ) -> dict[str, Any]:
-    """Export the last checkpoint, sample from it, write results.json and report.html; returns the results."""
+    """Write results.json, then what `add_products` adds; returns the results.
+
+    `evaluation` is None where nothing is held out. Raises RunError when results.json cannot be written.
+    """
     checkpoint = list_checkpoints(run.checkpoints)[-1][1]
     recipe = plan.recipe
     results: dict[str, Any] = {
@@ -52,24 +71,75 @@ def finish_run(
         "budget_tokens": recipe.train.budget,
         "tokens_seen": plan.curriculum.tokens_seen(plan.num_steps),
         "steps": plan.num_steps,
-        "eval_loss": evaluation.loss,
-        "bits_per_byte": evaluation.bits_per_byte,
-        "unigram_entropy": validation_entropy(plan, store),
-        "eval_targets": evaluation.num_targets,
+        **(_measured(plan, store, evaluation, say) if evaluation else {}),
         "precision": plan.precision,
         "checkpoint": str(checkpoint),
-        "export": str(run.path / "export"),
+        "export": None,
     }
     restarts = (read_json(checkpoint / TRAINER_STATE) or {}).get("restarts")
     if restarts:
         results["restarts"] = restarts
-    card = model_card(run, results, store)
-    export = export_checkpoint(checkpoint, run.model, run.path / "export", precision=plan.precision, card=card)
-    if recipe.logging.sample_tokens:
-        results["sample"] = generate_sample(export, recipe.logging.sample_tokens, seed=recipe.train.seed)
-    write_json(run.results, results)
-    results["report"] = str(write_report(run.path))
-    return results
+    try:
+        write_json(run.results, results)
+    except OSError as error:
+        raise RunError(
+            f"{run.results} cannot be written: {error}; {checkpoint} is saved, and the same command tries again"
+        ) from error
+    return add_products(run, plan, store, results, say)
+
+
+def add_products(run: RunDirectory, plan: Plan, store: TokenStore, results: dict[str, Any], say: Say) -> dict[str, Any]:
+    """Export the last checkpoint with a model card, sample from it and write report.html; returns the results.
+
+    Each that fails costs only itself, and `say` hears why. `export` of the results stays None without an export.
+    """
+    checkpoint, recipe, out = list_checkpoints(run.checkpoints)[-1][1], plan.recipe, run.path / "export"
+
+    def add(key: str, value: str) -> None:
+        results[key] = value
+        _attempt("results.json", lambda: write_json(run.results, results), say)
+
+    card = _attempt("the model card", lambda: model_card(run, results, store), say) or short_card(run.path, checkpoint)
+    advice = f"; {checkpoint} is safe: the same command tries again, as does `turbolm export {checkpoint} OUT`"
+    if out.exists():
+        advice += f"; {out} is that of an earlier budget"
+    export = _attempt(
+        "the export",
+        lambda: export_checkpoint(checkpoint, run.model, out, precision=plan.precision, card=card),
+        say,
+        advice,
+    )
+    if export is not None:
+        add("export", str(export))
+        num_tokens, seed = recipe.logging.sample_tokens, recipe.train.seed
+        sample = _attempt("the sample", lambda: generate_sample(export, num_tokens, seed=seed), say)
+        if sample:
+            add("sample", sample)
+    report = _attempt("report.html", lambda: write_report(run.path), say)
+    return results if report is None else {**results, "report": str(report)}
+
+
+def _attempt(what: str, make: Callable[[], T], say: Say, advice: str = "") -> T | None:
+    """What `make` returns, or None and a line where it fails, however it does: the run is trained and saved."""
+    try:
+        return make()
+    except Exception as error:
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        reason = " ".join(redact(str(error)).split())[:_MAX_REASON]
+        say(f"{what} failed: {kind}{reason}{advice}")
+        return None
+
+
+def _measured(plan: Plan, store: TokenStore, evaluation: EvaluationResult, say: Say) -> dict[str, Any]:
+    """The results of the last evaluation; what is not known is left out."""
+    entropy = _attempt("the unigram entropy", lambda: validation_entropy(plan, store), say)
+    found = {
+        "eval_loss": evaluation.loss,
+        "bits_per_byte": evaluation.bits_per_byte,
+        "unigram_entropy": entropy,
+        "eval_targets": evaluation.num_targets,
+    }
+    return {key: value for key, value in found.items() if value is not None}
 
 
 def validation_entropy(plan: Plan, store: TokenStore) -> float:
@@ -81,35 +151,35 @@ def validation_entropy(plan: Plan, store: TokenStore) -> float:
 
 def model_card(run: RunDirectory, results: dict[str, Any], store: TokenStore) -> str:
     """The README.md of the export."""
-    rows = {
-        "eval loss": f"{results['eval_loss']:.4f} nats per token over {results['eval_targets']:,} held-out tokens",
-        "bits per byte": f"{results['bits_per_byte']:.4f}",
-        "unigram entropy": f"{results['unigram_entropy']:.4f} nats per token",
-        "precision": results["precision"],
-        "token store": f"`{store.fingerprint}`",
-    }
+    rows = {"precision": results["precision"], "token store": f"`{store.fingerprint}`"}
+    if "unigram_entropy" in results:
+        rows = {"unigram entropy": f"{results['unigram_entropy']:.4f} nats per token", **rows}
+    if "bits_per_byte" in results:
+        rows = {"bits per byte": f"{results['bits_per_byte']:.4f}", **rows}
+    held_out = "No documents were held out for evaluation."
+    if "eval_loss" in results:
+        loss = f"{results['eval_loss']:.4f} nats per token over {results['eval_targets']:,} held-out tokens"
+        rows = {"eval loss": loss, **rows}
+        held_out = "Documents were held out for evaluation by content hash; no text is on both sides."
     return _CARD.format(
         name=results["name"],
         parameters=format_count(results["parameters"]),
         tokens=format_count(results["tokens_seen"]),
         rows="\n".join(f"| {key} | {value} |" for key, value in rows.items()),
         data="\n".join(f"- `{json.dumps(source)}`" for source in store.manifest["sources"]),
+        held_out=held_out,
         recipe=(run.path / "recipe.yaml").read_text(encoding="utf-8"),
     )
 
 
 def summary(results: dict[str, Any]) -> str:
     """What a finished run prints."""
-    below = results["unigram_entropy"] - results["eval_loss"]
-    where = "below" if below >= 0 else "above"
     lines = [
         f"finished  {format_count(results['parameters'])} parameters, {format_count(results['tokens_seen'])} tokens, "
         f"{results['steps']} steps",
-        f"  eval loss        {results['eval_loss']:.4f} nats/token (perplexity {math.exp(results['eval_loss']):.1f})",
-        f"  unigram entropy  {results['unigram_entropy']:.4f} nats/token: the model is {abs(below):.2f} {where} it",
-        f"  bits per byte    {results['bits_per_byte']:.4f}",
+        *_measured_lines(results),
         f"  checkpoint       {results['checkpoint']}",
-        f"  export           {results['export']}",
+        f"  export           {results['export'] or 'none: it failed, see above'}",
     ]
     if results.get("restarts"):
         restarts = results["restarts"]
@@ -123,3 +193,19 @@ def summary(results: dict[str, Any]) -> str:
         indented = "\n".join(f"    | {line}" for line in results["sample"].splitlines()[:20])
         lines.append(f"  a sample the model wrote:\n{indented}")
     return "\n".join(lines)
+
+
+def _measured_lines(results: dict[str, Any]) -> list[str]:
+    if "eval_loss" not in results:
+        return ["  eval loss        none: data.validation is 0"]
+    loss = results["eval_loss"]
+    perplexity = math.exp(min(loss, _MAX_EXPONENT))
+    lines = [f"  eval loss        {loss:.4f} nats/token (perplexity {perplexity:.1f})"]
+    if "unigram_entropy" in results:
+        below = results["unigram_entropy"] - loss
+        where = "below" if below >= 0 else "above"
+        entropy = results["unigram_entropy"]
+        lines.append(f"  unigram entropy  {entropy:.4f} nats/token: the model is {abs(below):.2f} {where} it")
+    if "bits_per_byte" in results:
+        lines.append(f"  bits per byte    {results['bits_per_byte']:.4f}")
+    return lines

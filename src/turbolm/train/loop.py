@@ -54,18 +54,19 @@ class Session:
     step: int = 0
     saved_step: int = -1
     best_eval_loss: float = math.inf
+    evaluation: EvaluationResult | None = None  # of the trained model; None where nothing is held out
     restarts: dict[str, Any] | None = None  # which candidate the run goes on from, and how all of them did
 
 
-def train(session: Session) -> EvaluationResult | None:
-    """Train to the end of the budget and evaluate; None when the run was asked to stop (everything is saved)."""
+def train(session: Session) -> bool:
+    """Train to the end of the budget and evaluate; False when the run was asked to stop (everything is saved)."""
     plan, recipe, num_steps = session.plan, session.plan.recipe, session.plan.num_steps
     for batch in batches_to_train(session):
         reason = agree_to_stop(session, batch)
         if reason:
             session.log.say(f"asked to stop by {reason}: saving after step {session.step}")
             save(session, last=True)
-            return None
+            return False
         result = take_step(session, batch)
         if settle_anomaly(session, batch, result.anomaly) == "rollback":
             continue
@@ -79,9 +80,9 @@ def train(session: Session) -> EvaluationResult | None:
             save(session)
     if not recipe.checkpoint.keep_best:  # else only after the evaluation it is judged by
         save(session)
-    evaluation = run_evaluation(session)
+    session.evaluation = run_evaluation(session)
     save(session, last=True)
-    return evaluation
+    return session.evaluation is not None or not recipe.data.validation
 
 
 def take_step(session: Session, batch: GlobalBatch) -> StepResult:
@@ -179,8 +180,10 @@ def any_rank_asked_to_stop(session: Session) -> bool:
 def run_evaluation(session: Session) -> EvaluationResult | None:
     """Evaluate and log, and save the best so far where the recipe says so.
 
-    None when the run was asked to stop meanwhile, which the next step notices as well.
+    None where nothing is held out, or when the run was asked to stop meanwhile, which the next step notices as well.
     """
+    if not session.plan.recipe.data.validation:
+        return None
     session.log.flush()
     with heartbeat.phase(heartbeat.EVALUATION):
         result = evaluate(

@@ -126,6 +126,11 @@ def is_finished(run: RunDirectory, budget_tokens: int) -> bool:
     return results is not None and results.get("budget_tokens") == budget_tokens
 
 
+def lacks_export(run: RunDirectory) -> bool:
+    """Whether a finished run has yet to be exported: the export failed or was interrupted."""
+    return (read_json(run.results) or {}).get("export", "") is None
+
+
 def write_outcome(run: RunDirectory, attempt: int, status: str, exit_code: int, message: str = "") -> None:
     """How an attempt ended: launchers do not pass a worker's exit code on."""
     outcome = {"status": status, "exit_code": exit_code, "message": message, "unix_time": time.time()}

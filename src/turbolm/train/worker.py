@@ -13,8 +13,8 @@ import torch.distributed as dist
 from turbolm.checkpoint.manifest import clear_leftovers
 from turbolm.checkpoint.verify import Hashed, hash_ahead
 from turbolm.data.prepare import find_store
-from turbolm.data.store import TokenStore, check_tokenizer, open_store
-from turbolm.errors import EXIT_OK, EXIT_REQUEUE, UserError
+from turbolm.data.store import TokenStore, check_held_out, check_tokenizer, open_store
+from turbolm.errors import EXIT_FAILED, EXIT_OK, EXIT_REQUEUE, UserError
 from turbolm.models.initialise import count_parameters
 from turbolm.plan.deepspeed import untested_note
 from turbolm.plan.machine import Machine, check_machine, detect_machine
@@ -26,7 +26,7 @@ from turbolm.reliability.run_lock import RunLock
 from turbolm.reliability.stop import StopRequest
 from turbolm.train.build import build_session
 from turbolm.train.engine import build_accelerator, control_group
-from turbolm.train.finish import finish_run, summary
+from turbolm.train.finish import add_products, finish_run, summary
 from turbolm.train.loop import Session, train
 from turbolm.train.recover import newest_valid, restore
 from turbolm.train.restarts import choose_start
@@ -34,7 +34,9 @@ from turbolm.train.run_contract import as_started, known_fingerprints, settle_co
 from turbolm.train.run_directory import (
     RunDirectory,
     is_finished,
+    lacks_export,
     open_attempt,
+    read_json,
     refuse_links_out,
     run_directory,
     write_attempt,
@@ -87,35 +89,57 @@ def _run_locked(recipe: Recipe, attempt: int | None, lock: RunLock) -> int:
     for line in pinned:
         print(f"as this run was started: {line}")
     if is_finished(run, recipe.train.budget):
-        if dist.get_rank() == 0:
-            terminal.write(f"{run.path} is complete; see {run.results}\n")
-            write_outcome(run, attempt, "complete", EXIT_OK)
-        return EXIT_OK
+        return _complete(run, plan, store, attempt, terminal) if dist.get_rank() == 0 else EXIT_OK
     session = build_session(accelerator, plan, run, store, stop, attempt, terminal, group, machine, contracts)
     session.saver.before_commit = lock.check
-    if note := untested_note(recipe.execution):
+    for note in filter(None, (untested_note(recipe.execution), *store.notes)):
         session.log.say(note)
     heartbeat.advance()
     _resume(session, hashed)
     heartbeat.advance()
     num_parameters = count_parameters(session.engine.module)
     try:
-        evaluation = train(session) if choose_start(session) else None
+        is_done = choose_start(session) and train(session)
     except BaseException:
         session.saver.wait(_LAST_WRITE_SEC)  # what is being written is a good state
         raise
     session.log.flush()
     dist.barrier(group=group)
-    if dist.get_rank() == 0 and evaluation is not None:
+    if dist.get_rank() == 0 and is_done:
         session.log.say("exporting the model")
         with heartbeat.phase(heartbeat.EXPORTING):
-            results = finish_run(run, plan, store, evaluation, num_parameters)
-        write_outcome(run, attempt, "finished", EXIT_OK)
+            results = finish_run(run, plan, store, session.evaluation, num_parameters, session.log.say)
+        code = _conclude(run, attempt, "finished", results)
         session.log.say(summary(results))
-    elif dist.get_rank() == 0:
+        return code
+    if dist.get_rank() == 0:
         write_outcome(run, attempt, "stopped", EXIT_REQUEUE)
         session.log.say(f"stopped after step {session.step}; the same command resumes there")
-    return EXIT_REQUEUE if evaluation is None else EXIT_OK
+    return EXIT_OK if is_done else EXIT_REQUEUE
+
+
+def _complete(run: RunDirectory, plan: Plan, store: TokenStore, attempt: int, terminal: TextIO) -> int:
+    """What is left to do of a run whose results are there: an export that failed or was interrupted. Rank 0 only."""
+
+    def say(text: str) -> None:
+        print(text, flush=True)
+        terminal.write(f"{text}\n")
+
+    results = read_json(run.results) or {}
+    if lacks_export(run):
+        say("exporting the model")
+        with heartbeat.phase(heartbeat.EXPORTING):
+            results = add_products(run, plan, store, results, say)
+        say(summary(results))
+    say(f"{run.path} is complete; see {run.results}")
+    return _conclude(run, attempt, "complete", results)
+
+
+def _conclude(run: RunDirectory, attempt: int, status: str, results: dict[str, Any]) -> int:
+    """The exit code of a trained run. One without its export is no success to whatever comes after it."""
+    code, message = (EXIT_OK, "") if results.get("export") else (EXIT_FAILED, "trained and saved; the export failed")
+    write_outcome(run, attempt, status, code, message)
+    return code
 
 
 def redirect_output(log: Path) -> TextIO:
@@ -138,6 +162,7 @@ def _open_prepared_store(recipe: Recipe) -> TokenStore:
     if folder is None:
         raise UserError("the data is not prepared; run `turbolm prepare RECIPE` once, before the ranks start")
     store = open_store(folder)
+    check_held_out(store.num_documents("validation"), store.manifest["validation"])
     pretrained = recipe.model.pretrained
     if pretrained is not None and (Path(pretrained) / "tokenizer.json").is_file():
         check_tokenizer(store, pretrained)  # a model goes on learning only in the tokens it knows
