@@ -120,6 +120,7 @@ def test_tricks_may_be_files_and_settings(recipe_file: str, tmp_path: Path) -> N
         ("often:evaluation.every=1%", (), ["often: sets evaluation.every"]),
         ("soap", (), ["soap: would also change train.precision from bf16 to fp32", "such as train.precision=fp32"]),
         ("best_fit", (), ["best_fit: changes nothing"]),
+        ("muon", ("data.validation=0",), ["data.validation: 0 leaves no held-out loss to compare the arms by"]),
         ("fp16,zeropp", (), ["fp16: train.precision=fp16 needs a GPU", "zeropp: execution.quantized_weights"]),
         ("typo:optimizer.lrr=1", (), ["typo: command line: optimizer.lrr=1: optimizer.lrr: unknown key; did you mean"]),
         ("compile_model,zero3", (), ["all: ", "model does not work with execution.zero_stage 3", "or with --alone"]),

@@ -257,6 +257,12 @@ REPLACED = [
     ("budget: 2M", "budget: 2Q", "a.yaml:9: train.budget: expected a count such as 4096, 32k or 2M, got '2Q'"),
     ("budget: 2M", "budget: -1", "a.yaml:9: train.budget: expected a count such as 4096, 32k or 2M, got -1"),
     (
+        "  seq_len: 128\n",
+        "  seq_len: 128\n  validation: 0\ncheckpoint: {keep_best: true}\n",
+        "a.yaml:9: checkpoint.keep_best: goes by the held-out loss, but data.validation is 0: no evaluation; set "
+        "keep_best: false, or raise data.validation",
+    ),
+    (
         "budget: 2M",
         "budget: 100",
         "a.yaml:9: train.budget: must be at least one step, train.global_batch (4096), got 100",

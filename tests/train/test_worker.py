@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
@@ -27,6 +28,14 @@ def test_a_pretrained_model_with_another_tokenizer_is_refused(tmp_path: Path) ->
     other = make_recipe(tmp_path, tokenizer={"train": {"vocab_size": 280}})
     shutil.copytree(open_store(prepare(other)).tokenizer_dir, pretrained, dirs_exist_ok=True)
     with pytest.raises(UserError, match="differs from the one the token store"):
+        _open_prepared_store(recipe)
+
+
+def test_a_store_of_an_earlier_version_with_nothing_held_out_is_refused(tmp_path: Path) -> None:
+    recipe = make_recipe(tmp_path, data={"validation": 1e-9})
+    with patch("turbolm.data.prepare.check_held_out"):
+        prepare(recipe)
+    with pytest.raises(UserError, match="set data.validation: 0, which means no evaluation"):
         _open_prepared_store(recipe)
 
 

@@ -1,0 +1,133 @@
+"""The end of a run: results come first, and what fails after them costs only itself."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+from tokenizers import normalizers
+
+from tests.train.harness import SEQ_LEN, make_recipe
+from tests.world import run_world
+from turbolm.data.prepare import prepare
+from turbolm.data.tokenizer import load_tokenizer, save_tokenizer
+from turbolm.recipe.schema import Recipe
+from turbolm.train.run_directory import run_directory
+
+
+def fail(*_: Any, **__: Any) -> Any:
+    raise IndexError("of the\ntest")
+
+
+def _starts(starts: list[tuple[Recipe, list[str]]]) -> list[int]:
+    """Start one run after another, each with functions of train.finish that fail; the exit codes."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    from turbolm.train.worker import run_worker
+
+    codes = []
+    for recipe, broken in starts:
+        for state in (AcceleratorState, GradientState, PartialState):
+            state._shared_state.clear()
+        gc.collect()
+        with ExitStack() as stack:
+            for name in broken:
+                stack.enter_context(patch(f"turbolm.train.finish.{name}", fail))
+            output = [os.dup(number) for number in (1, 2)]
+            codes.append(run_worker(recipe))
+            for number, before in zip((1, 2), output, strict=True):  # a run sends them to its log
+                os.dup2(before, number)
+    return codes
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The folders of runs by name, and the exit codes of all starts."""
+    folder = tmp_path_factory.mktemp("finish")
+
+    def recipe(name: str, **sections: Any) -> Recipe:
+        train, logging = {"budget": 2 * 5 * SEQ_LEN}, {"sample_tokens": 8}
+        made = make_recipe(folder, train=train, logging=logging, evaluation={"tokens": 64}, **sections)
+        return made.model_copy(update={"name": name})
+
+    ornaments = recipe("ornaments")
+    lower = load_tokenizer(prepare(ornaments) / "tokenizer")
+    lower.normalizer = normalizers.Lowercase()
+    save_tokenizer(lower, folder / "lower")
+    (folder / "Loud.jsonl").write_text("".join(json.dumps({"text": f"A B{i} c" * 9}) + "\n" for i in range(99)))
+    loud = {"sources": [{"type": "jsonl", "path": str(folder / "Loud.jsonl")}], "validation": 0.3}
+    lossy = recipe("lossy", tokenizer={"train": None, "path": str(folder / "lower")}, data=loud)
+    starts: list[tuple[Recipe, list[str]]] = [
+        (ornaments, ["model_card", "generate_sample", "write_report", "validation_entropy"]),
+        (lossy, ["export_checkpoint"]),
+        (lossy, []),
+        (recipe("unseen", data={"validation": 0}), []),
+    ]
+    for one, _ in starts:
+        prepare(one)
+    codes = run_world(1, _starts, starts)[0]
+    return {"codes": codes, **{one.name: run_directory(one).path for one, _ in starts}}
+
+
+def read(run: Path) -> tuple[dict[str, Any], list[str]]:
+    """The results and the lines of the last attempt's log."""
+    attempt = max((run / "attempts").iterdir())
+    return json.loads((run / "results.json").read_text()), (attempt / "log.rank0.txt").read_text().splitlines()
+
+
+def test_what_fails_after_the_results_costs_only_itself(runs: dict[str, Any]) -> None:
+    run = runs["ornaments"]
+    results, log = read(run)
+    assert results["eval_loss"] > 0 and results["bits_per_byte"] > 0 and results["export"] == str(run / "export")
+    assert not {"sample", "unigram_entropy"} & set(results) and not (run / "report.html").exists()
+    failed = [line for line in log if " failed: " in line]
+    names = ["the unigram entropy", "the model card", "the sample", "report.html"]
+    assert failed == [f"{name} failed: IndexError: of the test" for name in names]
+    assert not [line for line in log if "Traceback" in line]
+    assert json.loads((run / "attempts/1/outcome.json").read_text())["status"] == "finished"
+    assert "turbolm" in (run / "export/README.md").read_text()  # a short card
+
+
+def test_a_failed_export_is_told_and_done_again_by_the_same_command(runs: dict[str, Any]) -> None:
+    run = runs["lossy"]
+    first = (run / "attempts/1/log.rank0.txt").read_text()
+    line = next(line for line in first.splitlines() if line.startswith("the export failed: IndexError: of the test; "))
+    assert f"`turbolm export {run}/checkpoints/step-00000002 OUT`" in line and "Traceback" not in first
+    outcomes = [json.loads((run / f"attempts/{number}/outcome.json").read_text()) for number in (1, 2)]
+    assert [(one["status"], one["exit_code"]) for one in outcomes] == [("finished", 1), ("complete", 0)]
+    results, log = read(run)
+    assert results["export"] == str(run / "export") and results["sample"]
+    assert (run / "export/model.safetensors").is_file() and (run / "report.html").is_file()
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 1, 2, 2]  # each trained and evaluated once
+    assert runs["codes"] == [0, 1, 0, 0]
+
+
+def test_a_run_without_held_out_documents(runs: dict[str, Any]) -> None:
+    run = runs["unseen"]
+    results, log = read(run)
+    assert results["sample"] and not [line for line in log if "failed" in line]
+    assert not {"eval_loss", "eval_targets", "bits_per_byte", "unigram_entropy"} & set(results)
+    assert sum("there is no evaluation" in line for line in log) == 1
+    assert "  eval loss        none: data.validation is 0" in log
+    assert "eval/" not in (run / "metrics.jsonl").read_text()
+    assert "No documents were held out" in (run / "export/README.md").read_text()
+    assert "held-out loss" not in (run / "report.html").read_text()
+
+
+def test_bits_per_byte_are_left_out_where_text_is_lost(runs: dict[str, Any]) -> None:
+    run = runs["lossy"]
+    results, _ = read(run)
+    log = (run / "attempts/1/log.rank0.txt").read_text().splitlines()
+    assert results["eval_loss"] > 0 and results["unigram_entropy"] > 0 and "bits_per_byte" not in results
+    assert sum("does not give its text back: " in line for line in log) == 1
+    texts = [*log, (run / "metrics.jsonl").read_text(), (run / "export/README.md").read_text()]
+    shown = [text for text in texts if "bits per byte" in text or "bits_per_byte" in text]
+    assert len(shown) == 1 and shown[0].endswith("bits per byte is left out")
+    assert "<dt>bits per byte" not in (run / "report.html").read_text()
