@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
-from turbolm.data.tokenizer import load_tokenizer
+from turbolm.data.special_tokens import Finder, SpecialTokens, is_marker, load_text_tokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -49,7 +49,7 @@ class EngineMismatch(Exception):
 
 
 class Engine(Protocol):
-    """Tokenizes without special tokens; what they look like in a text is text."""
+    """Tokenizes without special tokens at the ends; those that a text spells out are as `SpecialTokens` says."""
 
     def encode(self, texts: Sequence[bytes]) -> Ids:
         """The ids of these UTF-8 texts."""
@@ -58,8 +58,9 @@ class Engine(Protocol):
 class Plain:
     """The reference."""
 
-    def __init__(self, folder: Path):
-        self._tokenizer = load_tokenizer(folder)
+    def __init__(self, folder: Path, special_tokens: SpecialTokens = "split"):
+        self.keeps_special = special_tokens == "keep"
+        self._tokenizer = load_text_tokenizer(folder, special_tokens)
 
     def content(self) -> dict[str, Any]:
         """What tokenizer.json holds."""
@@ -114,9 +115,10 @@ class Words:
         self._unsure: set[str] = set()
         self._known: dict[str, bytes] = {}
         self._known_bytes = 0
+        self._finder = Finder(plain.added_tokens() if plain.keeps_special else ())
 
     def encode(self, texts: Sequence[bytes]) -> Ids:
-        rows = [self._split_text(text.decode()) for text in texts]
+        rows = [None if self._finder.find(text) else self._split_text(text.decode()) for text in texts]
         missing = list(set().union(*(row for row in rows if row)).difference(self._known))
         for word, encoding in zip(missing, self._words.encode_batch_fast(missing), strict=True):
             ids = array("I", encoding.ids).tobytes()
@@ -153,8 +155,8 @@ class Gigatoken:
         import gigatoken
 
         content = plain.content()
-        # It would find them in a text.
-        content["added_tokens"] = [token for token in content["added_tokens"] if not token["special"]]
+        if not plain.keeps_special:  # it would find them in a text
+            content["added_tokens"] = [token for token in content["added_tokens"] if not token["special"]]
         self._content = json.dumps(content)
         self._build: Callable[[str], Any] = gigatoken.Tokenizer.from_json
         self._encoded_bytes = 0
@@ -182,10 +184,13 @@ def load_engine(name: EngineName, plain: Plain) -> Engine:
 
 
 def choose_engine(
-    wanted: Literal["auto", "tokenizers", "gigatoken"], folder: Path, warn: Callable[[str], None]
+    wanted: Literal["auto", "tokenizers", "gigatoken"],
+    folder: Path,
+    warn: Callable[[str], None],
+    special_tokens: SpecialTokens = "split",
 ) -> EngineName:
     """The fastest engine that gives the ids of `tokenizers` on the nasty strings; `warn` says why one does not."""
-    plain = Plain(folder)
+    plain = Plain(folder, special_tokens)
     candidates: list[EngineName] = ["words"] if wanted == "tokenizers" else ["gigatoken", "words"]
     for name in candidates:
         try:
@@ -221,7 +226,7 @@ def check_sample(engine: Engine, plain: Engine, texts: Texts, every: int = _SAMP
 
 
 def _nasty_texts(plain: Plain) -> list[bytes]:
-    texts = [*_NASTY, *(f"a{token}b {token}" for token in plain.added_tokens()[:50])]
+    texts = [*_NASTY, *(f"a{token}b {token} {token}{token}\n{token}" for token in plain.added_tokens()[:50])]
     return [text.encode() for text in texts]
 
 
@@ -229,7 +234,8 @@ def _split_pattern(tokenizer: dict[str, Any]) -> str:
     """The pattern that splits a text, where a word's tokens depend on nothing but the word."""
     splitter = tokenizer["pre_tokenizer"] or {}
     steps = splitter.get("pretokenizers", [splitter])
-    if tokenizer["normalizer"] or not all(token["special"] for token in tokenizer["added_tokens"]):
+    added = tokenizer["added_tokens"]
+    if tokenizer["normalizer"] or not all(token["special"] or is_marker(token["content"]) for token in added):
         raise EngineMismatch("it normalizes text, or looks for tokens before it splits")
     if tokenizer["model"].get("dropout"):
         raise EngineMismatch("it drops merges at random")

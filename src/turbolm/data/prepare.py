@@ -19,6 +19,7 @@ import os
 import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ from turbolm.data.engines import EngineMismatch, EngineName, choose_engine
 from turbolm.data.progress import Meter, OnProgress, Progress
 from turbolm.data.sample import Sample
 from turbolm.data.shards import Dropped, Layout, cut_shards, is_validation, write_json, write_shards
+from turbolm.data.special_tokens import SpecialTokens
 from turbolm.data.store import (
     FORMAT_VERSION,
     MANIFEST,
@@ -56,6 +58,7 @@ _ENGINE_BYTES = 8 * 10**6  # a corpus of fewer bytes is done before a faster eng
 _SAMPLE_STATE = "sample.jsonl"
 _TOKENIZER_RECORD = "tokenizer-files.json"
 _SAVE_EVERY_SEC = 120
+_SHARD = ("source", "tokens", "index", "train", "validation")  # the rest of its record is for going on, or summed up
 
 
 def prepare(
@@ -135,6 +138,8 @@ def _key(recipe: Recipe, tokenizer: list[str | int]) -> str:
         "deduplicate": recipe.data.deduplicate,
     }
     content["tokenizer"] = comparable_section(recipe.tokenizer) if recipe.tokenizer.path is None else tokenizer
+    if recipe.tokenizer.special_tokens_in_text != "split":
+        content["special_tokens_in_text"] = recipe.tokenizer.special_tokens_in_text
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -208,7 +213,9 @@ def _build(
     tokenizer = load_tokenizer(folder / TOKENIZER_FOLDER)
     bos_id, eos_id = special_ids(folder / TOKENIZER_FOLDER, tokenizer)
     vocab_size = vocabulary_size(tokenizer)
-    layout = Layout(str(folder), "<u2" if vocab_size <= 2**16 else "<u4", bos_id, eos_id, _engine(recipe, folder, warn))
+    special_tokens = recipe.tokenizer.special_tokens_in_text
+    dtype, engine = "<u2" if vocab_size <= 2**16 else "<u4", _engine(recipe, folder, warn)
+    layout = Layout(str(folder), dtype, bos_id, eos_id, engine, special_tokens)
     try:
         shards, dropped = _write_all(recipe, layout, num_workers, on_progress)
     except EngineMismatch as problem:
@@ -229,8 +236,8 @@ def _build(
             "The files of data.sources or the tokenizer changed while they were read. "
             "Run `turbolm prepare RECIPE` again."
         )
-    # For going on after an interruption, and what is summed up
-    internal = ("text_sha256", "start", "end", "empty", "duplicates", "digests", "sampled_bytes", "lost_bytes")
+    if spelled := sum((Counter(shard.get("spelled", {})) for shard in shards), Counter()):
+        warn(_spelled_out(spelled, special_tokens))
     manifest = {
         "format_version": FORMAT_VERSION,
         "key": key,
@@ -246,9 +253,18 @@ def _build(
         "duplicate_documents": dropped.duplicates,
         "text_loss": {name: sum(shard.get(name, 0) for shard in shards) for name in ("sampled_bytes", "lost_bytes")},
         "totals": totals,
-        "shards": [{name: value for name, value in shard.items() if name not in internal} for shard in shards],
+        "shards": [{name: shard[name] for name in _SHARD} for shard in shards],
     }
     write_json(folder / MANIFEST, manifest | {"manifest_sha256": manifest_sha256(manifest)})
+
+
+def _spelled_out(documents: Counter[str], special_tokens: SpecialTokens) -> str:
+    """What to say of the number of documents that spell each token out."""
+    most, meaning = documents.most_common(1)[0][0], "ordinary text" if special_tokens == "split" else "that token"
+    return (
+        f"{documents.total()} documents spell out a special or added token of the tokenizer (most often {most!r}); it "
+        f"counts as {meaning} there (tokenizer.special_tokens_in_text: {special_tokens})"
+    )
 
 
 def _check_counts(recipe: Recipe, num_train: int, num_validation: int, dropped: Dropped) -> None:
@@ -271,7 +287,7 @@ def _engine(recipe: Recipe, folder: Path, warn: Callable[[str], None]) -> Engine
     sizes, wanted = SourceSizes(recipe.data.sources), recipe.execution.tokenizer_engine
     if wanted != "gigatoken" and sizes.known and sizes.num_bytes < _ENGINE_BYTES:
         return "tokenizers"
-    return choose_engine(wanted, folder / TOKENIZER_FOLDER, warn)
+    return choose_engine(wanted, folder / TOKENIZER_FOLDER, warn, recipe.tokenizer.special_tokens_in_text)
 
 
 def _write_all(

@@ -12,6 +12,7 @@ import os
 import signal
 import threading
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ import numpy as np
 from turbolm.data.digests import DIGEST_BYTES, DigestSet
 from turbolm.data.engines import Engine, EngineName, Plain, check_sample, load_engine
 from turbolm.data.round_trip import measure_loss
+from turbolm.data.special_tokens import Finder, SpecialTokens
 from turbolm.data.store import SPLITS, TOKENIZER_FOLDER, check_file, file_record
 
 if TYPE_CHECKING:
@@ -47,6 +49,7 @@ class Layout:
     bos_id: int
     eos_id: int
     engine: EngineName
+    special_tokens: SpecialTokens = "split"
 
 
 class Texts:
@@ -312,8 +315,13 @@ def _end_with_parent() -> None:
 @cache
 def _engines(layout: Layout) -> tuple[Engine, Plain]:
     """The engine to use and the reference, once in each worker."""
-    plain = Plain(Path(layout.folder) / TOKENIZER_FOLDER)
+    plain = Plain(Path(layout.folder) / TOKENIZER_FOLDER, layout.special_tokens)
     return load_engine(layout.engine, plain), plain
+
+
+@cache
+def _finder(layout: Layout) -> Finder:
+    return Finder(_engines(layout)[1].added_tokens())
 
 
 def _write_shard(
@@ -344,7 +352,8 @@ def _write_shard(
     if digests:
         _write(parts["digests"], digests)
     sampled, lost = zip(*(measure_loss(plain, texts) for texts in (train, validation)), strict=True)
-    record = record | {"sampled_bytes": sum(sampled), "lost_bytes": sum(lost)}
+    found = Counter(filter(None, map(_finder(layout).find, chain(train, validation))))
+    record = record | {"sampled_bytes": sum(sampled), "lost_bytes": sum(lost), "spelled": dict(found)}
     for part, path in parts.items():
         record[part] = {"file": f"{name}.{part}", **file_record(path)}
         path.rename(folder / f"{name}.{part}")
