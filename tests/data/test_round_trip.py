@@ -70,6 +70,7 @@ KINDS: list[tuple[Callable[[], Tokenizer], str, int]] = [  # a text, and the byt
     (lambda: bpe(unk_token="<unk>"), "hexlo", 1),
     (lambda: bpe(unk_token="<unk>"), "x" * 9, 9),
     (unigram, "hello world", 0),
+    (unigram, " hello world", 0),
     (unigram, "hello  xworld", 1),
     (wordpiece, "hello world", 0),
     (wordpiece, "hello\n\nworld", 2),

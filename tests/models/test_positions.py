@@ -11,7 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from turbolm.checkpoint.export import generate_sample
 from turbolm.data.tokenizer import save_tokenizer, train_tokenizer
-from turbolm.models.positions import num_positions
+from turbolm.errors import UserError
+from turbolm.models.positions import check_positions, num_positions
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 300}
 GPT2 = {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 24, "vocab_size": 300}
@@ -34,6 +35,9 @@ def test_one_token_more_than_the_positions_fails(config: dict[str, Any]) -> None
     model = build(config)
     positions = num_positions(model)
     assert positions == 24
+    check_positions(model, 24)
+    with pytest.raises(UserError, match="data.seq_len: the model has positions for 24 tokens, fewer than 25"):
+        check_positions(model, 25)
     model(input_ids=torch.full((1, positions), 5))
     with pytest.raises((IndexError, RuntimeError)):
         model(input_ids=torch.full((1, positions + 1), 5))

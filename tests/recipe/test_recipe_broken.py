@@ -257,6 +257,11 @@ REPLACED = [
     ("budget: 2M", "budget: 2Q", "a.yaml:9: train.budget: expected a count such as 4096, 32k or 2M, got '2Q'"),
     ("budget: 2M", "budget: -1", "a.yaml:9: train.budget: expected a count such as 4096, 32k or 2M, got -1"),
     (
+        "  config: {model_type: llama}\n",
+        "  config: {model_type: llama}\n  resize_embeddings: true\n",
+        "a.yaml:4: model.resize_embeddings: needs model.pretrained: a new model has a row for every token; remove it",
+    ),
+    (
         "  seq_len: 128\n",
         "  seq_len: 128\n  validation: 0\ncheckpoint: {keep_best: true}\n",
         "a.yaml:9: checkpoint.keep_best: goes by the held-out loss, but data.validation is 0: no evaluation; set "

@@ -11,6 +11,7 @@ import pytest
 from tests.train.harness import make_recipe
 from turbolm.data.prepare import prepare
 from turbolm.data.store import open_store
+from turbolm.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from turbolm.errors import UserError
 from turbolm.recipe.contract import contract_of, fingerprint
 from turbolm.recipe.schema import Anomalies
@@ -28,6 +29,24 @@ def test_a_pretrained_model_with_another_tokenizer_is_refused(tmp_path: Path) ->
     other = make_recipe(tmp_path, tokenizer={"train": {"vocab_size": 280}})
     shutil.copytree(open_store(prepare(other)).tokenizer_dir, pretrained, dirs_exist_ok=True)
     with pytest.raises(UserError, match="differs from the one the token store"):
+        _open_prepared_store(recipe)
+
+
+def test_a_pretrained_model_may_get_more_tokens_and_no_others(tmp_path: Path) -> None:
+    more, model = tmp_path / "more", {"config": None, "pretrained": str(tmp_path / "pretrained")}
+    own = prepare(make_recipe(tmp_path)) / "tokenizer"
+    shutil.copytree(own, tmp_path / "pretrained")
+    tokenizer = load_tokenizer(own)
+    tokenizer.add_special_tokens(["<|im_end|>"])
+    save_tokenizer(tokenizer, more)
+    recipe = make_recipe(tmp_path, model=model, tokenizer={"train": None, "path": str(more)})
+    prepare(recipe)
+    with pytest.raises(UserError, match="more tokens needs model.resize_embeddings: true"):
+        _open_prepared_store(recipe)
+    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"resize_embeddings": True})})
+    assert _open_prepared_store(recipe).vocab_size == 301
+    save_tokenizer(train_tokenizer([f"x{number} zzz" for number in range(99)], 280), tmp_path / "pretrained")
+    with pytest.raises(UserError, match="have other ids or none"):
         _open_prepared_store(recipe)
 
 

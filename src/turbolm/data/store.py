@@ -392,15 +392,27 @@ def _ends_sha256(file: BinaryIO, num_bytes: int) -> str:
     return digest.hexdigest()
 
 
-def check_tokenizer(store: TokenStore, folder: str | Path) -> None:
-    """Raise UserError unless the tokenizer in `folder` is the one the store was written with."""
-    from turbolm.data.tokenizer import tokenizer_fingerprint
+def check_tokenizer(store: TokenStore, folder: str | Path, *, may_extend: bool = False) -> None:
+    """Raise UserError unless the tokenizer in `folder` is the one the store was written with.
 
+    With `may_extend` the store's may have more tokens, which the others keep their ids beside.
+    """
+    from turbolm.data.tokenizer import load_tokenizer, tokenizer_fingerprint
+
+    if may_extend:
+        known, ids = load_tokenizer(folder).get_vocab(), load_tokenizer(store.tokenizer_dir).get_vocab()
+        if moved := [token for token in sorted(known) if ids.get(token) != known[token]]:
+            raise UserError(
+                f"{len(moved)} tokens of the tokenizer in {folder}, such as {moved[0]!r}, have other ids or none in "
+                f"that of the token store {store.folder}; model.resize_embeddings is for a tokenizer with more tokens"
+            )
+        return
     # The store's own copy is hashed again: the manifest's value may come from another version of `tokenizers`.
     if tokenizer_fingerprint(folder) != tokenizer_fingerprint(store.tokenizer_dir):
         raise UserError(
             f"The tokenizer in {folder} differs from the one the token store {store.folder} was written with. "
-            "Use the store's tokenizer, or run `turbolm prepare` with a recipe that names this one."
+            "Use the store's tokenizer, or run `turbolm prepare` with a recipe that names this one; one that only has "
+            "more tokens needs model.resize_embeddings: true."
         )
 
 

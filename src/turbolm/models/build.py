@@ -18,6 +18,7 @@ from transformers.integrations import unset_hf_deepspeed_config
 from turbolm.errors import UserError
 from turbolm.models.attention import ATTENTION_NAMES
 from turbolm.models.initialise import initialise_weights
+from turbolm.models.resize import add_rows, fit_vocabulary, with_rows
 from turbolm.plan.count import padded_vocab_size
 from turbolm.recipe.schema import Model
 
@@ -47,6 +48,8 @@ def build_config(
     for key in vars(config):
         if _is_dropout(key) and key not in (model.config or {}):
             setattr(config, key, model.dropout)
+    if model.pretrained is not None:
+        fit_vocabulary(model, config, vocab_size)
     if config.vocab_size < vocab_size:
         raise UserError(
             f"model.config.vocab_size: {config.vocab_size} rows cannot hold the tokenizer's {vocab_size} tokens; "
@@ -81,15 +84,18 @@ def build_model(
     try:
         if model.pretrained is not None:
             _check_weights(Path(model.pretrained))
-            return AutoModelForCausalLM.from_pretrained(
+            num_rows = _config_from_folder(Path(model.pretrained)).vocab_size
+            loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
                 model.pretrained,
-                config=config,
+                config=with_rows(config, num_rows),
                 dtype=torch.float32,
                 attn_implementation=implementation,
                 local_files_only=True,
                 trust_remote_code=False,
                 use_safetensors=True,
             )
+            add_rows(loaded, config.vocab_size)
+            return loaded
         with no_init_weights(), _sharding(sharded_by):
             built: PreTrainedModel = AutoModelForCausalLM.from_config(
                 config, dtype=torch.float32, attn_implementation=implementation, trust_remote_code=False

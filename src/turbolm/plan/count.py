@@ -49,7 +49,8 @@ def read_model_config(recipe: Recipe, recipe_file: str | Path) -> tuple[dict[str
     folder = Path(str(model.pretrained))
     beside = Path(recipe_file).parent / MODEL_CONFIG_FILE
     if folder.is_dir():
-        return _read_json(folder / "config.json"), []
+        added = ["rows that model.resize_embeddings adds are not counted"] if model.resize_embeddings else []
+        return _read_json(folder / "config.json"), added
     if beside.is_file():
         return _read_json(beside), [f"{folder} is not on this machine: its size is taken from {beside}"]
     return None, [f"{folder} is not on this machine: the size of the model is not known"]

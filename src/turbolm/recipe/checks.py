@@ -26,6 +26,7 @@ _MAX_REMIX_PERIODS = 1000
 _KEYS = (
     "model.config",
     "model.pretrained",
+    "model.resize_embeddings",
     "tokenizer.train",
     "data.seq_len",
     "data.packing",
@@ -395,6 +396,8 @@ def _positions(values: Values) -> Iterator[tuple[str, str]]:
 
 
 def _vocabulary(values: Values) -> Iterator[tuple[str, str]]:
+    if values["model.resize_embeddings"] and values["model.config"] is not None:
+        yield "model.resize_embeddings", "needs model.pretrained: a new model has a row for every token; remove it"
     config, tokenizer = values["model.config"], values["tokenizer.train"]
     if not config or "vocab_size" not in config:
         return

@@ -30,6 +30,7 @@ from turbolm.models.fp8 import apply_fp8
 from turbolm.models.initialise import count_parameters, seed_for_rank
 from turbolm.models.isolation import check_isolation
 from turbolm.models.loss import attach_loss, choose_loss
+from turbolm.models.positions import check_positions
 from turbolm.models.recompute import apply_activation_checkpointing
 from turbolm.optim.build import build_optimizer, eight_bit_share
 from turbolm.optim.cautious import CautiousAdamW
@@ -126,6 +127,7 @@ def build_engine(accelerator: Any, plan: Plan, store: TokenStore, run: RunDirect
     sharded_by = plan.ds_config if recipe.execution.zero_stage == 3 else None
     model = build_model(recipe.model, config, seed=recipe.train.seed, attention=attention, sharded_by=sharded_by)
     check_all_trained(model)
+    check_positions(model, recipe.data.seq_len)
     if dist.get_rank() == 0:
         config.save_pretrained(run.model)
         from turbolm.checkpoint.export import tokenizer

@@ -165,7 +165,8 @@ def _open_prepared_store(recipe: Recipe) -> TokenStore:
     check_held_out(store.num_documents("validation"), store.manifest["validation"])
     pretrained = recipe.model.pretrained
     if pretrained is not None and (Path(pretrained) / "tokenizer.json").is_file():
-        check_tokenizer(store, pretrained)  # a model goes on learning only in the tokens it knows
+        # A model goes on learning only in the tokens it knows
+        check_tokenizer(store, pretrained, may_extend=recipe.model.resize_embeddings)
     return store
 
 
