@@ -351,7 +351,7 @@ def _write_shard(
     _write(parts["index"], index.tobytes())
     if digests:
         _write(parts["digests"], digests)
-    sampled, lost = zip(*(measure_loss(plain, texts) for texts in (train, validation)), strict=True)
+    sampled, lost = zip(*(measure_loss(plain, texts, number) for texts in (train, validation)), strict=True)
     found = Counter(filter(None, map(_finder(layout).find, chain(train, validation))))
     record = record | {"sampled_bytes": sum(sampled), "lost_bytes": sum(lost), "spelled": dict(found)}
     for part, path in parts.items():
