@@ -409,7 +409,9 @@ def _prepare_store(recipe: Recipe) -> Path:
     """The recipe's token store, built unless it is there. Ctrl-C and TERM stop it in good order."""
     import signal
 
+    from turbolm.data.bad import tell_left_out
     from turbolm.data.prepare import finished_shards, prepare
+    from turbolm.data.store import read_manifest
     from turbolm.units import format_bytes
 
     stopped_by = signal.SIGINT
@@ -424,7 +426,7 @@ def _prepare_store(recipe: Recipe) -> Path:
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     show = _ProgressLine()
     try:
-        return prepare(recipe, on_progress=show)
+        folder = prepare(recipe, on_progress=show)
     except KeyboardInterrupt:
         show.end()
         count, text_bytes = finished_shards(recipe)
@@ -438,6 +440,9 @@ def _prepare_store(recipe: Recipe) -> Path:
         show.end()
         for number, handler in before.items():
             signal.signal(number, handler)
+    for line in tell_left_out(read_manifest(folder)):
+        print(line)
+    return folder
 
 
 class _ProgressLine:

@@ -155,24 +155,27 @@ def test_sources_are_numbered(tmp_path: Path) -> None:
         (b'{"body": "a", "id": 1}\n', "bad.jsonl:1: there is no field 'text'; the fields are body, id"),
         (b'{"text": 3}\n', "bad.jsonl:1: field 'text' is int, not text"),
         (b'{"text": "\\ud800"}\n', "bad.jsonl:1: field 'text' has half a surrogate pair at character 0"),
-        (b'{"text": "a"}\n{"text": "\xff"}\n', "bad.jsonl: not UTF-8 at byte 24"),
+        (b'{"text": "a"}\n{"text": "\xff"}\n', r"bad.jsonl:2: byte 10 of the line \(0xff\) is not UTF-8"),
         (b"\n\n", "hold no documents at all"),
     ],
 )
 def test_bad_jsonl(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "bad.jsonl").write_bytes(content)
-    with pytest.raises(UserError, match=message.replace("[", r"\[")):
+    with pytest.raises(UserError, match=message):
         read(type="jsonl", path=str(tmp_path / "bad.jsonl"))
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
-@pytest.mark.parametrize("damage", ["cut", "other"])
+@pytest.mark.parametrize("damage", ["cut", "changed"])
 def test_bad_compression(tmp_path: Path, suffix: str, damage: str) -> None:
     content = jsonl_bytes([str(i**9) for i in range(5000)]) + b"\n" * 1_000_000  # the cut loses no line's middle
     packed = gzip.compress(content) if suffix == ".gz" else zstandard.compress(content)
     path = tmp_path / f"bad.jsonl{suffix}"
-    path.write_bytes(packed[:-20] if damage == "cut" else content)
-    with pytest.raises(UserError, match=f"bad.jsonl{suffix} cannot be read"):
+    # Of a gzip file the checksum at its end; a zstd file may have none
+    at, count = (len(packed) - 8, 8) if suffix == ".gz" else (len(packed) // 2, 100)
+    path.write_bytes(packed[:-20] if damage == "cut" else packed[:at] + bytes(count) + packed[at + count :])
+    found = f"truncated at byte {len(packed) - 20}, the end of the file" if damage == "cut" else "corrupt near byte"
+    with pytest.raises(UserError, match=f"bad.jsonl{suffix} cannot be read: its .* data is {found}.* bytes of text"):
         read(type="jsonl", path=str(path))
 
 
@@ -183,13 +186,13 @@ def test_other_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="is a folder; name its files"):
         read(type="text", path=str(tmp_path))
     (tmp_path / "bad.txt").write_bytes(b"abc\xc3(")
-    with pytest.raises(UserError, match="bad.txt: not UTF-8 at byte 3"):
+    with pytest.raises(UserError, match=r"bad.txt:1: byte 3 of the file \(0xc3\) is not UTF-8"):
         read(type="text", path="bad.txt")
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 no")
-    with pytest.raises(UserError, match="bad.parquet cannot be read as parquet"):
+    with pytest.raises(UserError, match="bad.parquet starts like a Parquet file, but has no footer"):
         read(type="parquet", path="bad.parquet")
     write_parquet(tmp_path / "n.parquet", {"text": [1, 2]})
-    with pytest.raises(UserError, match="n.parquet: row 1: field 'text' is int"):
+    with pytest.raises(UserError, match="n.parquet: field 'text' is int64, not text"):
         read(type="parquet", path="n.parquet")
     with pytest.raises(UserError, match="no field 'body'; the fields are text"):
         read(type="parquet", path="n.parquet", field="body")
@@ -198,10 +201,10 @@ def test_other_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_unreadable_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.txt").write_text("a")
 
-    def refuse(path: Path) -> bytes:
+    def refuse(path: Path, *_: Any, **__: Any) -> bytes:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "read_bytes", refuse)  # file modes do not stop root
+    monkeypatch.setattr(Path, "open", refuse)  # file modes do not stop root
     with pytest.raises(UserError, match="a.txt cannot be read: Permission denied"):
         read(type="text", path=str(tmp_path / "a.txt"))
 

@@ -58,6 +58,17 @@ def test_a_store_of_an_earlier_version_with_nothing_held_out_is_refused(tmp_path
         _open_prepared_store(recipe)
 
 
+def test_a_store_without_documents_that_the_recipe_refuses_is_refused(tmp_path: Path) -> None:
+    recipe = make_recipe(tmp_path, data={"on_bad_document": "skip"})
+    with (tmp_path / "corpus.jsonl").open("a") as file:
+        file.write("{}\n")
+    prepare(recipe)
+    assert _open_prepared_store(recipe).manifest["bad_documents"] == 1
+    refuse = recipe.model_copy(update={"data": recipe.data.model_copy(update={"on_bad_document": "refuse"})})
+    with pytest.raises(UserError, match="corpus.jsonl:151: there is no field 'text'"):
+        _open_prepared_store(refuse)
+
+
 def test_data_that_is_not_prepared_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="run `turbolm prepare RECIPE` once"):
         _open_prepared_store(make_recipe(tmp_path))

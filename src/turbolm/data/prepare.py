@@ -27,6 +27,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from turbolm.data.bad import check_left_out
 from turbolm.data.engines import EngineMismatch, EngineName, choose_engine
 from turbolm.data.progress import Meter, OnProgress, Progress
 from turbolm.data.sample import Sample
@@ -74,7 +75,7 @@ def prepare(
     after what is finished, in the tokenizer's sample too. `warn` hears why `gigatoken` is wanted and not used.
     """
     folder = store_folder(recipe)
-    if _is_complete(folder):
+    if _is_complete(folder, recipe):
         return folder
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:
         raise UserError(
@@ -84,7 +85,7 @@ def prepare(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder.with_suffix(".lock"), on_progress):
-            if not _is_complete(folder):
+            if not _is_complete(folder, recipe):
                 _build(recipe, folder, num_workers or _auto_workers(recipe), on_progress, warn)
     except OSError as error:  # errors of reading a source are UserErrors by now
         raise UserError(f"The token store {folder} cannot be written: {error}") from None
@@ -165,7 +166,7 @@ def _listing(source: Any) -> list[tuple[str, int, int]]:
     return rows
 
 
-def _is_complete(folder: Path) -> bool:
+def _is_complete(folder: Path, recipe: Recipe) -> bool:
     """Whether the store is there and sound. Raises UserError where it can never be trained on."""
     if not (folder / MANIFEST).is_file():
         return False
@@ -176,6 +177,7 @@ def _is_complete(folder: Path) -> bool:
     if not str(store.manifest["key"]).startswith(folder.name):
         return False  # another recipe's
     check_held_out(store.num_documents("validation"), store.manifest["validation"])
+    check_left_out(store.manifest, recipe.data.on_bad_document)
     return True
 
 
@@ -204,8 +206,11 @@ def _locked(path: Path, on_progress: OnProgress) -> Iterator[None]:
 def _build(
     recipe: Recipe, folder: Path, num_workers: int, on_progress: OnProgress, warn: Callable[[str], None]
 ) -> None:
+    from turbolm.data.sources import empty_files
     from turbolm.data.tokenizer import load_tokenizer, special_ids, tokenizer_fingerprint, vocabulary_size
 
+    if empty := empty_files(recipe.data.sources):
+        warn(f"{len(empty)} files of data.sources have 0 bytes and hold no documents, such as {empty[0]}")
     (folder / MANIFEST).unlink(missing_ok=True)
     for leftover in folder.glob("*.tmp"):
         shutil.rmtree(leftover) if leftover.is_dir() and not leftover.is_symlink() else leftover.unlink()
@@ -252,6 +257,7 @@ def _build(
         "empty_documents": dropped.empty,
         "duplicate_documents": dropped.duplicates,
         "text_loss": {name: sum(shard.get(name, 0) for shard in shards) for name in ("sampled_bytes", "lost_bytes")},
+        **dropped.bad.record(),
         "totals": totals,
         "shards": [{name: shard[name] for name in _SHARD} for shard in shards],
     }
@@ -375,7 +381,8 @@ def _read_sample(sample: Sample, recipe: Recipe, state_file: Path, on_progress: 
 
     try:
         for source in range(first, len(recipe.data.sources)):
-            reader = Reader(recipe.data.sources[source], start if source == first else (0, 0))
+            begin: Place = start if source == first else (0, 0)
+            reader = Reader(recipe.data.sources[source], begin, recipe.data.on_bad_document)
             for text in reader:
                 content = text.encode()
                 digest = hashlib.sha256(content).digest()

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from turbolm.data.bad import LeftOut, check_left_out
 from turbolm.data.digests import DIGEST_BYTES, DigestSet
 from turbolm.data.engines import Engine, EngineName, Plain, check_sample, load_engine
 from turbolm.data.round_trip import measure_loss
@@ -111,6 +112,7 @@ class Shard:
     text_bytes: int = 0
     empty: int = 0  # documents without text, which are left out
     duplicates: int = 0  # documents that came before, which are left out
+    bad: LeftOut = field(default_factory=LeftOut)  # documents that cannot be used
     digests: bytearray = field(default_factory=bytearray)  # of each document, where duplicates are left out
     digest: Any = field(default_factory=hashlib.sha256)  # over the documents' own digests
 
@@ -127,6 +129,7 @@ class Shard:
             "empty": self.empty,
             "duplicates": self.duplicates,
             "text_sha256": self.digest.hexdigest(),
+            **self.bad.record(),
         }
 
     def remove_texts(self) -> None:
@@ -149,6 +152,7 @@ class Dropped:
 
     empty: int = 0
     duplicates: int = 0
+    bad: LeftOut = field(default_factory=LeftOut)
 
 
 def is_validation(text_digest: bytes, share: float) -> bool:
@@ -182,7 +186,7 @@ def cut_shards(
                 reader = documents = None
             else:
                 if reader is None or documents is None:
-                    reader = Reader(settings, start)
+                    reader = Reader(settings, start, recipe.data.on_bad_document)
                     documents = iter(reader)
                 paths = {split: unfinished(folder / f"{_name(number)}.{split}.text") for split in SPLITS}
                 shard = Shard(number, source, start, start, {split: Texts(path) for split, path in paths.items()})
@@ -191,8 +195,10 @@ def cut_shards(
                 if part:
                     shard.remove_texts()
             rest = part.record if part else shard.record()
+            check_left_out(rest, recipe.data.on_bad_document)  # a run that left them out may have written the part
             dropped.empty += rest["empty"]
             dropped.duplicates += rest["duplicates"]
+            dropped.bad.extend(rest)
             if not part and not shard.num_documents:
                 break
             start = (rest["end"][0], rest["end"][1])
@@ -226,6 +232,8 @@ def _fill(
         shard.digest.update(digest)
         if shard.text_bytes >= limit:
             break
+    shard.end = reader.place  # behind bad documents at the end of the source
+    shard.bad, reader.left_out = reader.left_out, LeftOut()
     for texts in shard.texts.values():
         texts.close()
 

@@ -6,17 +6,19 @@ A null text is an empty document. Files are read as a stream wherever their form
 from __future__ import annotations
 
 import glob
-import gzip
 import io
-import json
 import os
+import stat
 import sysconfig
 import tokenize
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from turbolm.data.bad import Bad, LeftOut, OnBad, Unusable
+from turbolm.data.files import Gauge, read_utf8, split_lines, why_not_parquet
+from turbolm.data.jsonl import array_values, is_array, not_utf8, parse_line
 from turbolm.errors import UserError
 from turbolm.recipe.data import (
     DatasetsSource,
@@ -28,6 +30,7 @@ from turbolm.recipe.data import (
 )
 
 _PARQUET_ROWS = 256  # decoded at a time; a row may be megabytes
+_ALL_BAD = 1000  # documents at the beginning of a source: the recipe is wrong then, not the documents
 # Folders of the standard library that some distributions leave out, move, add, or fill with their build's settings.
 _NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
@@ -35,11 +38,11 @@ _NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idle_test", "
 Place = tuple[int, int]  # (a file of the source, how many of its documents come before): where a document begins
 
 
-def iter_documents(sources: Sequence[Source]) -> Iterator[tuple[int, str]]:
+def iter_documents(sources: Sequence[Source], on_bad: OnBad = "refuse") -> Iterator[tuple[int, str]]:
     """Every document as (index of its source, text), sources in the recipe's order and files sorted by path."""
     num_documents = 0
     for number, source in enumerate(sources):
-        for text in Reader(source):
+        for text in Reader(source, on_bad=on_bad):
             num_documents += 1
             yield number, text
     if not num_documents:
@@ -50,14 +53,18 @@ class Reader:
     """Iterates over the texts of one source, files sorted by path, from `start` on.
 
     Skipping what comes before `start` costs far less than reading it: whole files are not opened, lines are not parsed,
-    row groups are not decoded. Raises UserError where a file cannot be read.
+    row groups are not decoded. With `on_bad` skip, documents that cannot be used are left out and counted in
+    `left_out`; a place counts them like others. Raises UserError for such a document otherwise, where a file cannot be
+    read, and where a source gives bad documents and no other.
     """
 
-    def __init__(self, source: Source, start: Place = (0, 0)):
+    def __init__(self, source: Source, start: Place = (0, 0), on_bad: OnBad = "refuse"):
         self.place = start  # of the next document
-        self._source = source
+        self.left_out = LeftOut()
+        self._has_good = start != (0, 0)
+        self._source, self._on_bad = source, on_bad
         self._files = [Path(source.path)] if isinstance(source, DatasetsSource) else list_files(source)
-        self._gauge = _Gauge()
+        self._gauge = Gauge()
 
     def __iter__(self) -> Iterator[str]:
         read = _READERS[self._source.type]
@@ -68,12 +75,38 @@ class Reader:
             for text in read(self._source, self._files[number], row, self._gauge):
                 row += 1
                 self.place = number, row
-                yield text
+                if isinstance(text, Bad):
+                    self._leave_out(text)
+                else:
+                    self._has_good = True
+                    yield text
+        if self.left_out.count and not self._has_good:
+            raise self._nothing_but_bad()
+
+    def _leave_out(self, bad: Bad) -> None:
+        if self._on_bad == "refuse":
+            raise bad.refusal()
+        self.left_out.add(bad)
+        if self.left_out.count >= _ALL_BAD and not self._has_good:
+            raise self._nothing_but_bad()
+
+    def _nothing_but_bad(self) -> UserError:
+        label = self._source.label or self._source.type
+        return UserError(
+            f"data.sources: the first {self.left_out.count} documents of the source {label!r} cannot be used, and none "
+            f"before: {self.left_out.first[0]}"
+        )
 
     @property
     def share_of_file(self) -> float:
         """How much of the file at `place` has been read, 0 to 1."""
         return self._gauge.share() if self.place[1] else 0.0
+
+
+def empty_files(sources: Sequence[Source]) -> list[Path]:
+    """The files of JSON lines that have no byte: allowed, and perhaps what a failed download left."""
+    files = (path for source in sources if isinstance(source, JsonlSource) for path in list_files(source))
+    return [path for path in files if not path.stat().st_size]
 
 
 class SourceSizes:
@@ -105,12 +138,6 @@ def no_documents() -> UserError:
     return UserError("The sources hold no documents at all (data.sources)")
 
 
-class _Gauge:
-    """Tells how much of a file has been read; each reader sets `share`."""
-
-    share: Callable[[], float] = staticmethod(lambda: 0.0)
-
-
 def list_files(source: Source) -> list[Path]:
     """The files of a source, sorted by path; none for a data set that comes from the hub."""
     if isinstance(source, StdlibSource):
@@ -118,23 +145,35 @@ def list_files(source: Source) -> list[Path]:
     if isinstance(source, DatasetsSource):
         folder = Path(source.path).expanduser()
         return sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
-    files: set[Path] = set()
+    # A link, another spelling or another pattern may lead to the same file, which is read once. Size and time as well:
+    # inode numbers of some network file systems are not unique.
+    names: dict[tuple[int, ...], Path] = {}
     for pattern in source.path:
-        files |= _match(pattern)
-    return sorted(files)
+        for path, status in _match(pattern):
+            identity = status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+            others = [names[identity]] if identity in names else []
+            names[identity] = min([path, *others], key=lambda name: (len(name.parts), name))
+    return sorted(names.values())
 
 
-def _match(pattern: str) -> set[Path]:
+def _match(pattern: str) -> list[tuple[Path, os.stat_result]]:
     path = Path(pattern).expanduser()
-    if path.is_file():  # its name may hold characters that mean something in a glob
-        return {path}
     if path.is_dir():
         raise UserError(f"data.sources: {pattern} is a folder; name its files, such as {Path(pattern) / '**' / '*'}")
-    found = {Path(name) for name in glob.glob(str(path), recursive=True, include_hidden=False)}
-    files = {name for name in found if name.is_file()}
+    # The name of a file may hold characters that mean something in a glob.
+    names = [path] if path.is_file() else map(Path, glob.glob(str(path), recursive=True, include_hidden=False))
+    files = [(name, status) for name in names if stat.S_ISREG((status := _stat(name)).st_mode)]
     if not files:
         raise UserError(f"data.sources: no file matches {pattern!r} (looked in {Path.cwd()})")
     return files
+
+
+def _stat(path: Path) -> os.stat_result:
+    try:
+        return path.stat()
+    except OSError as error:
+        where = f"{path}, a link to {os.readlink(path)}," if path.is_symlink() else path
+        raise UserError(f"data.sources: {where} cannot be read: {error.strerror}") from None
 
 
 def _stdlib_files() -> list[Path]:
@@ -148,8 +187,11 @@ def _stdlib_files() -> list[Path]:
     return sorted(files, key=lambda path: path.relative_to(root).as_posix())
 
 
-def _read_stdlib(source: StdlibSource, path: Path, skip: int, gauge: _Gauge) -> Iterator[str]:
-    content = _read_bytes(path) if not skip else b""
+def _read_stdlib(source: StdlibSource, path: Path, skip: int, gauge: Gauge) -> Iterator[str]:
+    try:
+        content = path.read_bytes() if not skip else b""
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
     gauge.share = lambda: 1.0
     try:
         text = content.decode()
@@ -163,84 +205,70 @@ def _read_stdlib(source: StdlibSource, path: Path, skip: int, gauge: _Gauge) -> 
         yield text
 
 
-def _read_text(source: TextSource, path: Path, skip: int, gauge: _Gauge) -> Iterator[str]:
+def _read_text(source: TextSource, path: Path, skip: int, gauge: Gauge) -> Iterator[str | Bad]:
     gauge.share = lambda: 1.0
     if skip:
         return
+    content = b"".join(read_utf8(path, "text", gauge))
     try:
-        yield _read_bytes(path).decode()
+        yield content.decode()
     except UnicodeDecodeError as error:
-        raise _bad_encoding(path, error.start) from None
+        line = content.count(b"\n", 0, error.start) + 1
+        yield Bad(f"{path}:{line}", f"byte {error.start} of the file {not_utf8(error)}")
 
 
-def _read_jsonl(source: JsonlSource, path: Path, skip: int, gauge: _Gauge) -> Iterator[str]:
-    offset = 0
-    for number, line in enumerate(_lines(path, gauge), start=1):
-        where, start, offset = f"{path}:{number}", offset, offset + len(line)
-        if not line.strip():
+def _read_jsonl(source: JsonlSource, path: Path, skip: int, gauge: Gauge) -> Iterator[str | Bad]:
+    chunks = read_utf8(path, "JSON lines", gauge)
+    first = next(chunks, b"")
+    chunks = chain([first], chunks)
+    if is_array(first):
+        yield from _read_array(source, path, skip, chunks)
+        return
+    for number, line in enumerate(split_lines(chunks), start=1):
+        if not line or line.isspace():
             continue
         if skip:
             skip -= 1
             continue
         try:
-            row = json.loads(line.decode())
-        except UnicodeDecodeError as error:
-            raise _bad_encoding(path, start + error.start) from None
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{where}: not valid JSON: {error}") from None
-        if not isinstance(row, dict):
-            raise UserError(f"{where}: expected a JSON object, got {type(row).__name__}")
-        if source.field not in row:
-            raise _missing_field(where, source.field, row)
-        yield _text(row[source.field], where, source.field)
+            yield _json_text(parse_line(line), source.field)
+        except Unusable as reason:
+            yield Bad(f"{path}:{number}", str(reason))
 
 
-def _lines(path: Path, gauge: _Gauge) -> Iterator[bytes]:
-    from zstandard import ZstdError
+def _json_text(row: object, field: str) -> str:
+    if not isinstance(row, dict):
+        raise Unusable(f"expected a JSON object, got {type(row).__name__}")
+    if field not in row:
+        raise Unusable(_no_field(field, row))
+    return _text(row[field], field)
 
+
+def _read_array(source: JsonlSource, path: Path, skip: int, chunks: Iterator[bytes]) -> Iterator[str | Bad]:
+    number = 0
     try:
-        with path.open("rb", buffering=1 << 20) as file:
-            num_bytes = max(1, path.stat().st_size)
-            gauge.share = lambda: 1.0 if file.closed else file.tell() / num_bytes
-            if path.suffix == ".gz":
-                yield from gzip.GzipFile(fileobj=file)
-            else:
-                yield from _zstd_lines(file) if path.suffix == ".zst" else file
-    except (OSError, EOFError, zlib.error, ZstdError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
+        for row in array_values(chunks):
+            number += 1
+            if number > skip:
+                try:
+                    yield _json_text(row, source.field)
+                except Unusable as reason:
+                    yield Bad(f"{path}: document {number}", str(reason))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not a valid JSON array after document {number}: {error}") from None
 
 
-def _zstd_lines(file: Any) -> Iterator[bytes]:
-    """Lines of a file of zstd frames. The library's own reader takes a file that is cut off for a complete one."""
-    import zstandard
-
-    decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)  # as `zstd --long=31` needs
-    frame, rest = None, b""
-    while compressed := file.read(1 << 18):
-        while compressed:
-            frame = frame or decompressor.decompressobj()
-            *lines, rest = (rest + frame.decompress(compressed)).split(b"\n")
-            yield from (line + b"\n" for line in lines)
-            compressed = frame.unused_data
-            if frame.eof:
-                frame = None
-    if frame is not None:
-        raise EOFError("the file ends inside a zstd frame")
-    if rest:
-        yield rest
-
-
-def _read_parquet(source: ParquetSource, path: Path, skip: int, gauge: _Gauge) -> Iterator[str]:
+def _read_parquet(source: ParquetSource, path: Path, skip: int, gauge: Gauge) -> Iterator[str | Bad]:
     import pyarrow
     import pyarrow.parquet
 
+    row = 0
     try:
         # With a buffer a row group is read page by page, so that one which is as large as its file costs no memory.
         with pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20) as file:
-            if source.field not in file.schema_arrow.names:
-                raise _missing_field(path, source.field, file.schema_arrow.names)
+            _check_column(file.schema_arrow, source.field, path)
             counts = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
-            group, row = 0, 0  # the first row group to read, and its first row
+            group = 0  # the first row group to read; `row` is its first row
             while group < len(counts) and row + counts[group] <= skip:
                 group, row = group + 1, row + counts[group]
             num_rows = max(1, sum(counts))
@@ -249,32 +277,80 @@ def _read_parquet(source: ParquetSource, path: Path, skip: int, gauge: _Gauge) -
                 for batch in file.iter_batches(
                     _PARQUET_ROWS, row_groups=[number], columns=[source.field], use_threads=False
                 ):
-                    for value in batch.column(0).to_pylist():
+                    # `a.b` means the column of that name, and to pyarrow the field b of a column a as well.
+                    for value in _values(batch.column(batch.schema.names.index(source.field))):
                         row += 1
                         if row > skip:
-                            yield _text(value, f"{path}: row {row}", source.field)
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as parquet: {error}") from None
+                            yield value if isinstance(value, str) else Bad(f"{path}: row {row}", str(value))
+    except (pyarrow.ArrowException, OSError) as error:
+        if problem := why_not_parquet(path):
+            raise UserError(f"{path} {problem}") from None
+        raise UserError(f"{path} cannot be read as parquet after row {row}: {error}") from None
 
 
-def _read_datasets(source: DatasetsSource, path: Path, skip: int, gauge: _Gauge) -> Iterator[str]:
-    where = f"data set {source.path}"
+def _check_column(schema: Any, name: str, path: Path) -> None:
+    """Refuse a file unless one column has this name, and it holds text."""
+    from pyarrow import types
+
+    if name not in schema.names:
+        raise UserError(f"{path}: {_no_field(name, schema.names)}")
+    if schema.names.count(name) > 1:
+        raise UserError(f"{path}: {schema.names.count(name)} columns have the name {name!r}; rename all but one")
+    kind = schema.field(name).type
+    text = kind.value_type if types.is_dictionary(kind) else getattr(kind, "storage_type", kind)
+    checks = (types.is_string, types.is_large_string, types.is_string_view, types.is_null)
+    if not any(check(text) for check in checks):
+        raise UserError(f"{path}: field {name!r} is {str(kind)[:100]}, not text")
+
+
+def _values(column: Any) -> Sequence[object]:
+    """The texts of an Arrow array; for each that is not UTF-8, why."""
+    try:
+        return [value or "" for value in column.to_pylist()]
+    except UnicodeDecodeError:
+        return [_value(value) for value in column]
+
+
+def _value(value: Any) -> object:
+    try:
+        return value.as_py() or ""
+    except UnicodeDecodeError as error:
+        return Unusable(f"byte {error.start} of the text {not_utf8(error)}")
+
+
+def _read_datasets(source: DatasetsSource, path: Path, skip: int, gauge: Gauge) -> Iterator[str | Bad]:
+    where, number = f"data set {source.path}", skip
     rows: Any = _load_dataset(source, where)
     columns: list[str] | None = getattr(rows, "column_names", None)  # not known of every stream
     if columns and source.field not in columns:
-        raise _missing_field(where, source.field, columns)
-    number = skip
+        raise UserError(f"{where}: {_no_field(source.field, columns)}")
     if hasattr(rows, "__len__"):
         num_rows = max(1, len(rows))
         gauge.share = lambda: number / num_rows
     try:
+        if columns:
+            rows = rows.select_columns([source.field])  # else images and sounds beside it would be decoded
         for row in rows.skip(skip) if skip else rows:
             number += 1
             if source.field not in row:
-                raise _missing_field(where, source.field, row)
-            yield _text(row[source.field], f"{where}: row {number}", source.field)
-    except (OSError, ValueError, RuntimeError) as error:  # a stream reads as it goes
-        raise UserError(f"{where} cannot be read: {type(error).__name__}: {error}") from None
+                raise UserError(f"{where}: {_no_field(source.field, row)}")
+            try:
+                yield _text(row[source.field], source.field)
+            except Unusable as reason:
+                yield Bad(f"{where}: row {number}", str(reason))
+    except UserError:
+        raise
+    except Exception as error:  # whatever the library and those below it raise; a stream reads as it goes
+        raise UserError(f"{where} cannot be read after row {number}: {_with_cause(error)}") from None
+
+
+def _with_cause(error: BaseException) -> str:
+    """What an error says, and the one that it began with: `datasets` hides that behind one of its own."""
+    first = error
+    for _ in range(50):  # causes may go in a circle
+        first = first.__cause__ or (None if first.__suppress_context__ else first.__context__) or first
+    texts = [f"{type(one).__name__}: {' '.join(str(one).split())[:500]}" for one in (error, first)]
+    return texts[0] if first is error else f"{texts[0]} (because of {texts[1]})"
 
 
 def _load_dataset(source: DatasetsSource, where: str) -> Any:
@@ -296,38 +372,29 @@ def _load_dataset(source: DatasetsSource, where: str) -> Any:
             revision=source.revision,
             streaming=source.streaming,
         )
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(f"{where} cannot be loaded: {type(error).__name__}: {error}") from None
+    except UserError:
+        raise
+    except Exception as error:  # whatever the library and those below it raise
+        raise UserError(f"{where} cannot be loaded: {_with_cause(error)}") from None
 
 
-def _read_bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-
-
-def _text(value: object, where: str, field: str) -> str:
+def _text(value: object, field: str) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise UserError(f"{where}: field {field!r} is {type(value).__name__}, not text")
+        raise Unusable(f"field {field!r} is {type(value).__name__}, not text")
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise UserError(f"{where}: field {field!r} has half a surrogate pair at character {error.start}") from None
+        raise Unusable(f"field {field!r} has half a surrogate pair at character {error.start}") from None
     return value
 
 
-def _missing_field(where: str | Path, field: str, fields: Iterable[str]) -> UserError:
-    return UserError(f"{where}: there is no field {field!r}; the fields are {', '.join(sorted(fields)) or '(none)'}")
+def _no_field(field: str, fields: Iterable[str]) -> str:
+    return f"there is no field {field!r}; the fields are {', '.join(sorted(fields)) or '(none)'}"
 
 
-def _bad_encoding(path: Path, offset: int) -> UserError:
-    return UserError(f"{path}: not UTF-8 at byte {offset}; convert it first, for example with iconv")
-
-
-_READERS: dict[str, Callable[[Any, Path, int, _Gauge], Iterator[str]]] = {
+_READERS: dict[str, Callable[[Any, Path, int, Gauge], Iterator[str | Bad]]] = {
     "stdlib": _read_stdlib,
     "text": _read_text,
     "jsonl": _read_jsonl,

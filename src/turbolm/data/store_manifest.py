@@ -54,12 +54,16 @@ class _Manifest(_Part):
     sources: list[dict[str, Any]]
     shards: list[_Shard]
     text_loss: _TextLoss = _TextLoss(sampled_bytes=0, lost_bytes=0)  # not measured by earlier versions
+    bad_documents: _Count = 0  # not in manifests from before they could be left out
+    first_bad_documents: list[str] = []
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> _Manifest:
         if max(self.bos_id, self.eos_id) >= self.vocab_size:
             raise ValueError("bos_id and eos_id must be less than vocab_size")
         token_bytes = int(self.dtype[2:])
+        if self.bad_documents and not self.first_bad_documents:
+            raise ValueError("first_bad_documents must name some of the bad_documents")
         for shard in self.shards:
             documents = shard.train.documents + shard.validation.documents
             tokens = shard.train.tokens + shard.validation.tokens

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from turbolm.recipe.fields import (
+    Before,
     Name,
     Paths,
     Positive,
@@ -40,14 +41,14 @@ class StdlibSource(Weighted):
 
 
 class TextSource(Weighted):
-    """Plain UTF-8 text files; each file is one document."""
+    """Text files, plain or compressed (gzip, zstd, xz, bz2); each file is one document."""
 
     type: Literal["text"] = Field(description="which kind of source this is")
     path: Paths = Field(description="a path, a glob (`**` allowed) or a list of them")
 
 
 class JsonlSource(Weighted):
-    """JSON lines (.jsonl, .jsonl.gz, .jsonl.zst); each line is one document."""
+    """JSON lines, plain or compressed (gzip, zstd, xz, bz2), one document a line; or a JSON array of documents."""
 
     type: Literal["jsonl"] = Field(description="which kind of source this is")
     path: Paths = Field(description="a path, a glob (`**` allowed) or a list of them")
@@ -147,6 +148,11 @@ class Data(Section):
     )
     deduplicate: Literal["none", "exact"] = Field(
         "none", description="exact: of documents with the same text only the first is kept"
+    )
+    on_bad_document: Annotated[Literal["refuse", "skip"], Before("refuse")] = Field(
+        "refuse",
+        description="a document that is not what its source says (not JSON, not UTF-8, without the field) ends "
+        "`prepare`, or is left out and counted",
     )
 
     @model_validator(mode="after")

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from turbolm.checkpoint.manifest import clear_leftovers
 from turbolm.checkpoint.verify import Hashed, hash_ahead
+from turbolm.data.bad import check_left_out
 from turbolm.data.prepare import find_store
 from turbolm.data.store import TokenStore, check_held_out, check_tokenizer, open_store
 from turbolm.errors import EXIT_FAILED, EXIT_OK, EXIT_REQUEUE, UserError
@@ -163,6 +164,7 @@ def _open_prepared_store(recipe: Recipe) -> TokenStore:
         raise UserError("the data is not prepared; run `turbolm prepare RECIPE` once, before the ranks start")
     store = open_store(folder)
     check_held_out(store.num_documents("validation"), store.manifest["validation"])
+    check_left_out(store.manifest, recipe.data.on_bad_document)
     pretrained = recipe.model.pretrained
     if pretrained is not None and (Path(pretrained) / "tokenizer.json").is_file():
         # A model goes on learning only in the tokens it knows
