@@ -1,0 +1,1 @@
+"""What breaks runs in the field, as public reports tell it: see cases.py."""
