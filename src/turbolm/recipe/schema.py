@@ -96,7 +96,6 @@ class Model(Section):
             )
         return self
 
-
     @property
     def full_config(self) -> dict[str, Any] | None:
         """The Hugging Face configuration that is trained: `config` laid over `config_file`; None with `pretrained`."""

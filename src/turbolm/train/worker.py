@@ -15,7 +15,9 @@ from turbolm.checkpoint.verify import Hashed, hash_ahead
 from turbolm.data.prepare import find_store
 from turbolm.data.store import TokenStore, check_tokenizer, open_store
 from turbolm.errors import EXIT_OK, EXIT_REQUEUE, UserError
+from turbolm.models.count import examine
 from turbolm.models.initialise import count_parameters
+from turbolm.plan.count import check_model
 from turbolm.plan.machine import Machine, check_machine, detect_machine
 from turbolm.plan.plan import Plan, build_plan
 from turbolm.recipe.schema import Recipe
@@ -61,6 +63,8 @@ def _run_locked(recipe: Recipe, attempt: int | None, lock: RunLock) -> int:
     heartbeat.advance()  # all is imported
     machine = detect_machine()
     check_machine(recipe, machine)
+    for note in check_model(recipe, "recipe", examine):
+        print(note)
     recipe, pinned = as_started(recipe)
     plan = build_plan(recipe, machine, int(os.environ.get("WORLD_SIZE", "1")))
     torch.set_num_threads(plan.threads_per_process)
