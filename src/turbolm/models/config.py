@@ -97,7 +97,7 @@ def check_config(source: Source) -> Checked:
     for path in (*(one.path for one in refused), *(problem.path for problem in problems)):
         values = without(values, path)
     for one in refused:
-        if one.is_misspelt and one.nearest and len(one.path) == 1:
+        if one.is_misspelt and one.nearest and one.nearest not in values and len(one.path) == 1:
             values[one.nearest] = source.values[one.path[0]]
     warned: list[str] = []
     search = find_culprits(reader.kind.model_type, values, lambda tried: _make(reader, tried, warned))
@@ -152,9 +152,10 @@ def _no_such_setting(
     reader: Reader, source: Source, refused: list[Unread], made: PreTrainedConfig | None
 ) -> Iterator[Problem]:
     for one in refused:
-        value = source.values[one.path[0]]
-        if len(one.path) == 1 and one.nearest and not one.is_misspelt and getattr(made, one.nearest, None) == value:
-            continue  # another type's name of a setting, and it says what is the case
+        # A value that the class derives, or another type's name of a setting; it says what is the case.
+        names = one.path if one.is_misspelt else (*one.path, one.nearest or "")
+        if len(one.path) == 1 and any(_value(made, name) == source.values[one.path[0]] for name in names):
+            continue
         hint = f"; did you mean {one.nearest!r}?" if one.nearest else ""
         yield Problem(one.path, f"{reader.kind.model_type} has no such setting{hint}")
 
@@ -176,10 +177,10 @@ def _too_large(reader: Reader, values: Mapping[str, Any]) -> Iterator[Problem]:
 
 def _bad_sizes(reader: Reader, made: PreTrainedConfig, values: Mapping[str, Any]) -> Iterator[Problem]:
     for name in _SIZES:
-        key, size = _given(reader, values, name), getattr(made, name, None)
+        key, size = _given(reader, values, name), _value(made, name)
         if key and type(size) is int and size < 1:
             yield Problem((key,), f"expected a whole number of at least 1, got {size}")
-    heads, groups = (getattr(made, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
+    heads, groups = (_value(made, name) for name in ("num_attention_heads", "num_key_value_heads"))
     given = [_given(reader, values, name) for name in ("num_key_value_heads", "num_attention_heads")]
     key = given[0] or given[1]
     if key and type(heads) is int and type(groups) is int and heads > 0 and groups > 0 and heads % groups:
@@ -193,11 +194,19 @@ def _given(reader: Reader, values: Mapping[str, Any], name: str) -> str | None:
     return next((key for key in values if names.get(key, key) == kept), None)
 
 
+def _value(made: PreTrainedConfig | None, name: str) -> Any:
+    """A setting of the whole model; None where there is none, or each layer has its own."""
+    try:
+        return getattr(made, name, None)
+    except Exception:
+        return None
+
+
 def _bad_token_ids(made: PreTrainedConfig, source: Source) -> Iterator[Problem]:
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         ids = source.values.get(name)
         for one in ids if isinstance(ids, list) else [ids]:
-            if type(one) is int and not 0 <= one < made.vocab_size:
+            if type(one) is int and not 0 <= one < made.vocab_size and ids != getattr(type(made), name, None):
                 yield Problem((name,), f"expected a token from 0 to {made.vocab_size - 1}, got {one}")
 
 
@@ -222,22 +231,14 @@ def _without_effect(
             continue
         if source.file is None and name in declared_names(reader):
             continue
-        if getattr(made, name, None) == value or reader.reacts(values, name) or _agrees(reader, values, name):
+        is_kept = name in valid_names(reader) and _value(made, name) == value
+        if is_kept or reader.reacts(values, name) or reader.agrees(values, name):
             continue
         others = [other for other in values if other != name and reader.reacts(without(values, (other,)), name)]
         beside = f" beside {others[0]}" if others else ""
         if others and not source.is_own((others[0],)):
             beside += f" of model.config_file; set model.config.{others[0]}"
         yield Problem((name,), f"has no effect{beside}")
-
-
-def _agrees(reader: Reader, values: Mapping[str, Any], name: str) -> bool:
-    """Whether what overrules a setting says the same: what the setting does alone is the case."""
-    try:
-        alone, nothing, here = (reader.effect(given) for given in ({name: values[name]}, {}, values))
-    except Exception:
-        return False
-    return all(here.get(leaf) == value for leaf, value in alone.items() if value != nothing.get(leaf))
 
 
 def _make(reader: Reader, values: Mapping[str, Any], warned: list[str]) -> PreTrainedConfig:

@@ -47,7 +47,7 @@ class Unread:
 
     path: Path
     nearest: str | None
-    is_misspelt: bool  # looks like a misspelling of `nearest`, which is not given
+    is_misspelt: bool  # looks like a misspelling of `nearest`
     is_off: bool  # says what a model without the setting does anyway
 
 
@@ -85,6 +85,16 @@ class Reader:
             except Exception:  # it minds the value
                 return True
         return False
+
+    def agrees(self, values: Mapping[str, Any], name: str) -> bool:
+        """Whether what a setting does alone is the case with all `values`, though others decide it."""
+        try:
+            alone, here = self.effect({name: values[name]}), self.effect(values)
+            others = [self.effect({name: other}) for other in _other_values(values[name])]
+        except Exception:
+            return False
+        moved = {leaf for leaf in alone for other in others if alone[leaf] != other.get(leaf)}
+        return bool(moved) and all(here.get(leaf) == alone[leaf] for leaf in moved)
 
     def effect(self, values: Mapping[str, Any]) -> dict[str, str]:
         """What counts of the configuration made from `values`, by dotted name. Raises whatever Transformers raises."""
@@ -126,7 +136,7 @@ def unread_names(reader: Reader, values: Mapping[str, Any]) -> Iterator[Unread]:
                 if isinstance(inner, Mapping):
                     yield from _below(name, _below(str(layer), unread_names(reader, inner)))
         else:
-            keys = keys_read(reader.kind, reader.model)
+            keys = keys_read(reader.kind, reader.model) | set(reader.kind.ignore_keys_at_rope_validation or ())
             yield from _below(name, _unread_keys(value, keys, name in ROPE_NAMES))
 
 
@@ -154,8 +164,7 @@ def _unread(
     same = [other for group in _SAME_SETTING if name in group for other in sorted(group & valid)]
     if ratio < _NEAR and same:
         close = sorted(same, key=lambda other: other not in preferred)
-    misspelt = ratio >= _NEAR and close[0] not in given
-    return Unread((name,), close[0] if close else None, misspelt, _is_off(given[name]))
+    return Unread((name,), close[0] if close else None, ratio >= _NEAR, _is_off(given[name]))
 
 
 def _is_read(reader: Reader, values: Mapping[str, Any], name: str) -> bool:
