@@ -114,10 +114,13 @@ def schema(write: Annotated[bool, typer.Option("--write", help="write recipes/sc
 @app.command()
 def train(recipe: RecipeFile, overrides: Overrides = None, fresh: Fresh = False) -> None:
     """Prepare the data if needed, then train on this machine; resumes by itself."""
+    from turbolm.plan.count import check_model
     from turbolm.recipe.load import load_recipe
     from turbolm.train.run_contract import start_fresh
 
     loaded = load_recipe(recipe, overrides or ())
+    for note in check_model(loaded, recipe):
+        print(note)
     if fresh:
         start_fresh(loaded)
     raise typer.Exit(_train_here(loaded, recipe, overrides or ()))

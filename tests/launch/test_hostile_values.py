@@ -41,7 +41,7 @@ _SLURM = {
 LAYOUTS: dict[str, dict[str, Any]] = {
     "files": {
         "name": "n",
-        "model": {"config": _MODEL, "config_file": "m", "revision": "v"},
+        "model": {"config": _MODEL, "config_file": _MODEL, "revision": "v"},
         "tokenizer": {"path": "t", "revision": "v"},
         "data": {
             "seq_len": 64,
@@ -121,7 +121,7 @@ def dotted(path: tuple[Any, ...]) -> str:
 
 def test_the_layouts_have_every_string_field() -> None:
     placed = {dotted(path) for layout in LAYOUTS.values() for path in leaves(layout)}
-    placed = {path.removesuffix(".NAME").replace("config.note", "config") for path in placed}
+    placed = {path.removesuffix(".NAME").removesuffix(".note") for path in placed}
     assert set(string_fields(Recipe)) - SHELL_BY_DESIGN == placed
     assert len(PAYLOADS) == 40
 

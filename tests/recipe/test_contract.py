@@ -34,6 +34,7 @@ CANDIDATES: list[Any] = [
 ]  # fmt: skip
 # Fields that exclude one another, so that one alone cannot change.
 TOGETHER: dict[str, dict[str, Any]] = {
+    "model.config_file": {"config_file": {"model_type": "gpt2", "hidden_size": 8}},  # `config` replaces its type
     "model.pretrained": {"config": None, "pretrained": "x"},
     "tokenizer.path": {"train": None, "path": "x"},
     "train.max_grad_value": {"max_grad_norm": None, "max_grad_value": 1.0},

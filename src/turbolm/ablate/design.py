@@ -12,6 +12,7 @@ from typing import Any
 
 from turbolm.ablate.tricks import Trick
 from turbolm.errors import UserError
+from turbolm.plan.count import check_model
 from turbolm.plan.machine import Machine, check_machine
 from turbolm.plan.plan import build_plan
 from turbolm.recipe.contract import changed_keys, contract_of
@@ -106,6 +107,7 @@ def _arm(name: str, recipe_file: str, overrides: Sequence[str], group: tuple[Tri
         layers.insert(0, f"optimizer.lr={load_recipe(recipe_file, overrides).optimizer.lr!r}")
     recipe = load_recipe(recipe_file, [*overrides, *layers])
     check_machine(recipe, machine)
+    check_model(recipe, recipe_file)
     return Arm(name, group, build_plan(recipe, machine).recipe)
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from turbolm.errors import UserError
 from turbolm.plan.batch import plan_batch
+from turbolm.plan.count import check_model
 from turbolm.recipe.execution import Slurm
 from turbolm.recipe.load import dump_recipe, load_recipe
 from turbolm.recipe.schema import Recipe
@@ -53,6 +54,8 @@ def write_submission(recipe_file: str | Path, overrides: Sequence[str] = (), *, 
             f"{recipe_file} says nothing about Slurm; add a `slurm` mapping below `cluster`, if only `{{}}`"
         )
     _check_batch(recipe)
+    for note in check_model(recipe, recipe_file):
+        print(f"turbolm: {note}", file=sys.stderr)
     recipes = _recipes_of_seeds(recipe, recipe.cluster.slurm.seeds)
     if fresh:
         for one in recipes:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import json
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
@@ -17,9 +16,11 @@ from transformers.integrations import unset_hf_deepspeed_config
 
 from turbolm.errors import UserError
 from turbolm.models.attention import ATTENTION_NAMES
+from turbolm.models.config import make_config
 from turbolm.models.initialise import initialise_weights
 from turbolm.models.resize import add_rows, fit_vocabulary, with_rows
 from turbolm.plan.count import padded_vocab_size
+from turbolm.recipe.model_config import is_dropout
 from turbolm.recipe.schema import Model
 
 # Layers that carry a state from token to token, or mix positions by convolution, reach over document boundaries.
@@ -31,22 +32,21 @@ def build_config(
 ) -> PreTrainedConfig:
     """The model's configuration, completed from the tokenizer and checked against the recipe.
 
-    Every dropout probability becomes `model.dropout` unless `model.config` names it. A key that the model type does
-    not know is refused: Hugging Face would keep it silently and train something else than what was asked for.
-    Raises UserError.
+    Every dropout probability becomes `model.dropout` unless `model.config` names it, or the file one that is not 0.
+    Raises UserError with every name that nothing reads and every value that Transformers refuses.
     """
-    if model.config is not None:
-        config = _config_from_mapping(model.config)
-        for key, value in (("vocab_size", vocab_size), ("bos_token_id", bos_token_id), ("eos_token_id", eos_token_id)):
-            if key not in model.config:
-                setattr(config, key, value)
-        config.vocab_size = padded_vocab_size(model, config.vocab_size)
-        if "pad_token_id" not in model.config:
-            config.pad_token_id = None
+    named = model.full_config
+    if named is not None:
+        config = _config_of_recipe(model, named, vocab_size)
+        for key, value in (("bos_token_id", bos_token_id), ("eos_token_id", eos_token_id), ("pad_token_id", None)):
+            if key not in named:
+                with suppress(StrictDataclassFieldValidationError):  # a type that cannot do without the token
+                    setattr(config, key, value)
     else:
         config = _config_from_folder(Path(str(model.pretrained)))
+    kept = {config.attribute_map.get(key, key) for key in named or ()}
     for key in vars(config):
-        if _is_dropout(key) and key not in (model.config or {}):
+        if is_dropout(key) and key not in kept:
             setattr(config, key, model.dropout)
     if model.pretrained is not None:
         fit_vocabulary(model, config, vocab_size)
@@ -140,26 +140,10 @@ def carries_state_across_documents(config: PreTrainedConfig, model_class: type[P
     return None
 
 
-def _config_from_mapping(mapping: dict[str, Any]) -> PreTrainedConfig:
-    values = dict(mapping)
-    model_type = values.pop("model_type")
-    try:
-        blank = AutoConfig.for_model(model_type)
-    except ValueError:
-        known = sorted(AutoConfig._model_mapping) if hasattr(AutoConfig, "_model_mapping") else []
-        near = difflib.get_close_matches(model_type, known, 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise UserError(f"model.config.model_type: transformers knows no model type {model_type!r}{hint}") from None
-    allowed = {field.name for field in dataclasses.fields(blank)} | set(type(blank).attribute_map)
-    unknown = sorted(set(values) - allowed)
-    if unknown:
-        near = difflib.get_close_matches(unknown[0], sorted(allowed), 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise UserError(f"model.config.{unknown[0]}: {model_type} has no such setting{hint}")
-    try:
-        return type(blank)(**values)
-    except Exception as error:  # transformers' validators raise their own kinds
-        raise UserError(f"model.config: {model_type} refuses these settings: {error}") from error
+def _config_of_recipe(model: Model, named: dict[str, Any], vocab_size: int) -> PreTrainedConfig:
+    rows = named.get("vocab_size", vocab_size)
+    padded = {"vocab_size": padded_vocab_size(model, rows)} if isinstance(rows, int) else {}
+    return make_config(model.config_file, {**(model.config or {}), **padded})
 
 
 def _check_weights(folder: Path) -> None:
@@ -195,7 +179,3 @@ def _config_from_folder(folder: Path) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"model.pretrained: {folder / 'config.json'} is no configuration: {error}") from None
-
-
-def _is_dropout(key: str) -> bool:
-    return "dropout" in key or key.endswith(("pdrop", "_drop"))

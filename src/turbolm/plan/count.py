@@ -11,18 +11,23 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from turbolm.errors import EXIT_BAD_INPUT, UserError
+from turbolm.errors import UserError
 from turbolm.plan.parameters import estimate_parameters
+from turbolm.plan.plain_config import is_plain
 from turbolm.recipe.contract import canonical_json
+from turbolm.recipe.model_config import is_dropout, text_part
 from turbolm.recipe.schema import Model, Recipe
 
 MODEL_CONFIG_FILE = "model_config.json"  # beside a recipe: the config.json of a checkpoint that is elsewhere
 _COUNT_TIMEOUT_SEC = 300
+_EXAMINERS = tuple(
+    f"models/{name}.py" for name in ("config", "config_errors", "config_names", "config_source", "count")
+)
 
 
 @dataclass(frozen=True)
@@ -35,17 +40,86 @@ class ModelSize:
     source: str  # "formula" or "counted"
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What Transformers makes of a configuration."""
+
+    problems: tuple[str, ...]  # a line each; with any there is no size
+    notes: tuple[str, ...]
+    size: ModelSize | None = None
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Answer:
+        """Raises ValueError or TypeError for a text that `to_json` did not write."""
+        answer = json.loads(text)
+        size = answer["size"] and ModelSize(**answer["size"])
+        return cls(tuple(answer["problems"]), tuple(answer["notes"]), size)
+
+
+Examiner = Callable[[Mapping[str, Any] | None, Mapping[str, Any] | None], Answer]
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What is known about the model of a recipe; nothing where its folder is not on this machine."""
+
+    config: dict[str, Any] | None
+    size: ModelSize | None
+    assumed: tuple[str, ...] = ()  # for planning, in place of what training will know
+    notes: tuple[str, ...] = ()
+
+
+def examine_model(recipe: Recipe, recipe_file: str | Path, examine: Examiner | None = None) -> ModelFacts:
+    """Check the model's configuration and count its parameters; `plan`, `submit` and `train` all ask this.
+
+    Transformers is asked, in a process of its own unless `examine` asks it here, and its answer kept in the recipe's
+    cache; a configuration in which nothing can be wrong is recognized without. Raises UserError with all problems.
+    """
+    model = recipe.model
+    config, assumed = read_model_config(recipe, recipe_file)
+    facts = ModelFacts(config, None, tuple(assumed))
+    if config is None:
+        return facts
+    if model.pretrained is not None:
+        return replace(facts, size=size_model(config, recipe.execution.cache_dir))
+    if model.config_file is None and is_plain(config):
+        return replace(facts, size=_formula(config))
+    _check_model_type(model.config_file, config)
+    rows = {"vocab_size": config["vocab_size"]} if "vocab_size" in config else {}
+    answer = _ask(model.config_file, {**(model.config or {}), **rows}, recipe.execution.cache_dir, examine)
+    if answer.problems:
+        raise UserError("\n".join(answer.problems))
+    return replace(facts, size=answer.size, notes=(*_differences(recipe), *answer.notes))
+
+
+def check_model(recipe: Recipe, recipe_file: str | Path, examine: Examiner | None = None) -> tuple[str, ...]:
+    """Refuse at a start what `plan` refuses of a model with new weights; returns what to tell of it.
+
+    Raises UserError with all problems, a line each.
+    """
+    if recipe.model.pretrained is not None:
+        return ()
+    try:
+        return examine_model(recipe, recipe_file, examine).notes
+    except UserError as error:
+        raise UserError("\n".join(f"{recipe_file}: {line}" for line in str(error).splitlines())) from None
+
+
 def read_model_config(recipe: Recipe, recipe_file: str | Path) -> tuple[dict[str, Any] | None, list[str]]:
     """The Hugging Face configuration that will be trained, and what had to be assumed.
 
     None when the recipe starts from a folder that is not on this machine. Raises UserError.
     """
     model, train = recipe.model, recipe.tokenizer.train
-    if model.config is not None:
-        vocab_size = model.config.get("vocab_size", train.vocab_size if train is not None else None)
+    config = model.full_config
+    if config is not None:
+        vocab_size = config.get("vocab_size", train.vocab_size if train is not None else None)
         if isinstance(vocab_size, int):
-            return {**model.config, "vocab_size": padded_vocab_size(model, vocab_size)}, []
-        return dict(model.config), ["model.config names no vocab_size: the model type's default is assumed"]
+            return {**config, "vocab_size": padded_vocab_size(model, vocab_size)}, []
+        return config, ["model.config names no vocab_size: the model type's default is assumed"]
     folder = Path(str(model.pretrained))
     beside = Path(recipe_file).parent / MODEL_CONFIG_FILE
     if folder.is_dir():
@@ -63,52 +137,80 @@ def padded_vocab_size(model: Model, vocab_size: int) -> int:
 
 
 def size_model(config: Mapping[str, Any], cache_dir: str | Path) -> ModelSize:
-    """The size of the model that `config` describes. Raises UserError when there is no such model.
+    """The size of the model that a published `config` describes. Raises UserError when there is no such model.
 
     Without a formula for its type the model is built on the meta device, which takes seconds; `cache_dir` keeps the
     answer.
     """
+    size = _formula(config)
+    if size is None:
+        _check_model_type(config, config)
+        answer = _ask(config, None, cache_dir, None)
+        if answer.problems or answer.size is None:
+            raise UserError("\n".join(answer.problems).replace("model.config_file:", "model.pretrained: config.json:"))
+        size = answer.size
+    return size
+
+
+def _formula(config: Mapping[str, Any]) -> ModelSize | None:
     try:
         counts = estimate_parameters(config)
     except ValueError as error:
         raise UserError(str(error)) from None
-    if counts is not None:
-        return ModelSize(counts.total, counts.embedding, counts.head, "formula")
-    _check_model_type(str(config.get("model_type")))
-    text = canonical_json(config)
-    version = importlib.metadata.version("transformers")
-    key = hashlib.sha256(f"{version} {text}".encode()).hexdigest()
-    cache = Path(cache_dir) / "parameters" / f"{key[:32]}.json"
+    return None if counts is None else ModelSize(counts.total, counts.embedding, counts.head, "formula")
+
+
+def _differences(recipe: Recipe) -> list[str]:
+    """What the recipe replaces of what a file says, and the dropouts that the file decides."""
+    file, config = recipe.model.config_file, recipe.model.config or {}
+    if file is None:
+        return []
+    part = text_part(file, config.get("model_type"))
+    shown = [f"{name} ({part[name]})" for name in config if name in part and not isinstance(part[name], (dict, list))]
+    lines = [f"model.config replaces of the file: {', '.join(shown)}"] if shown else []
+    dropouts = [name for name in recipe.model.full_config or {} if is_dropout(name) and name not in config]
+    if dropouts:
+        named = ", ".join(f"{name} {part[name]}" for name in dropouts)
+        lines.append(f"model.config_file: {named} instead of model.dropout {recipe.model.dropout:g}")
+    return lines
+
+
+def _ask(
+    file: Mapping[str, Any] | None, config: Mapping[str, Any] | None, cache_dir: str | Path, examine: Examiner | None
+) -> Answer:
+    """Transformers' answer, from the cache if these versions gave it before."""
+    text = canonical_json({"file": file, "config": config})
+    digest = hashlib.sha256(f"{importlib.metadata.version('transformers')} {text}".encode())
+    for module in _EXAMINERS:
+        digest.update((Path(__file__).parent.parent / module).read_bytes())
+    cache = Path(cache_dir).expanduser() / "models" / f"{digest.hexdigest()[:32]}.json"
     try:
-        return ModelSize(**json.loads(cache.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, RecursionError):
-        size = ModelSize(**_count(text), source="counted")
-        _keep(cache, size)
-        return size
+        return Answer.from_json(cache.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        answer = examine(file, config) if examine is not None else _run_examiner(text)
+        _keep(cache, answer)
+        return answer
 
 
-def _check_model_type(model_type: str) -> None:
-    """Refuse at once what transformers has no causal language model for: importing it to ask takes seconds."""
+def _check_model_type(file: Mapping[str, Any] | None, config: Mapping[str, Any]) -> None:
+    """Refuse at once what transformers has no model for at all: importing it to ask takes seconds."""
     spec = importlib.util.find_spec("transformers")
     if spec is None or not spec.submodule_search_locations:
         return
-    known = _causal_model_types(Path(spec.submodule_search_locations[0]) / "models/auto/modeling_auto.py")
+    known = _model_types(Path(spec.submodule_search_locations[0]) / "models/auto/auto_mappings.py")
+    model_type = str(config.get("model_type"))
     if known and model_type not in known:
         near = difflib.get_close_matches(model_type[:100], known, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise UserError(
-            f"model.config.model_type: transformers knows no causal language model {model_type[:100]!r}{hint}"
-        )
+        key = "model.config.model_type" if file is None else "model.config_file: model_type"
+        raise UserError(f"{key}: transformers knows no causal language model {model_type[:100]!r}{hint}")
 
 
-def _causal_model_types(source: Path) -> list[str]:
+def _model_types(source: Path) -> list[str]:
     """The keys of transformers' own table, read without running it; none where it is not as expected."""
     try:
-        statements = ast.parse(source.read_text(encoding="utf-8")).body
-        for statement in statements:
-            if isinstance(statement, ast.Assign) and "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES" in map(
-                ast.unparse, statement.targets
-            ):
+        for statement in ast.parse(source.read_text(encoding="utf-8")).body:
+            if isinstance(statement, ast.Assign) and "CONFIG_MAPPING_NAMES" in map(ast.unparse, statement.targets):
                 assert isinstance(statement.value, ast.Call)
                 return [str(name) for name, _ in ast.literal_eval(statement.value.args[0])]
     except (OSError, ValueError, SyntaxError, TypeError, IndexError, AssertionError):
@@ -116,31 +218,35 @@ def _causal_model_types(source: Path) -> list[str]:
     return []
 
 
-def _count(config_text: str) -> dict[str, int]:
-    done = subprocess.run(
-        [sys.executable, "-m", "turbolm.models.count"],
-        input=config_text,
-        capture_output=True,
-        text=True,
-        timeout=_COUNT_TIMEOUT_SEC,
-        check=False,
-    )
-    if done.returncode == EXIT_BAD_INPUT:
-        raise UserError(done.stderr[done.stderr.rfind("turbolm: ") :].removeprefix("turbolm: ").strip())
-    if done.returncode:
-        raise UserError(f"model.config: its parameters cannot be counted:\n{done.stderr[-1000:].strip()}")
-    counts: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
-    return counts
+def _run_examiner(request: str) -> Answer:
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "turbolm.models.count"],
+            input=request,
+            capture_output=True,
+            text=True,
+            timeout=_COUNT_TIMEOUT_SEC,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise UserError(
+            f"model.config: building it takes more than {_COUNT_TIMEOUT_SEC} s even without weights; make it smaller"
+        ) from None
+    try:
+        return Answer.from_json(done.stdout.splitlines()[-1])
+    except (ValueError, TypeError, KeyError, IndexError):
+        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise UserError(f"model.config: its parameters cannot be counted: {last[:300]}") from None
 
 
-def _keep(cache: Path, size: ModelSize) -> None:
+def _keep(cache: Path, answer: Answer) -> None:
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
         new = cache.with_suffix(f".{os.getpid()}")
-        new.write_text(json.dumps(asdict(size)), encoding="utf-8")
+        new.write_text(answer.to_json(), encoding="utf-8")
         new.replace(cache)
     except OSError:
-        pass  # counted again next time
+        pass  # asked again next time
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from turbolm.plan.count import read_model_config, size_model
+from turbolm.plan.count import examine_model
 from turbolm.plan.machine import described_machine
 from turbolm.plan.summary import ASSUMED_MFU, collect_summary
 from turbolm.recipe.load import load_recipe
@@ -92,15 +92,14 @@ def _trick_row(path: Path) -> tuple[str, ...]:
 
 def _row(path: Path, folder: Path) -> tuple[str, ...]:
     recipe = load_recipe(path)
-    config, _ = read_model_config(recipe, path)
-    size = size_model(config, recipe.execution.cache_dir) if config is not None else None
+    facts = examine_model(recipe, path)
     runtime = read_header(path).get("runtime", "")
     is_measured = "measured" in runtime and "until measured" not in runtime
     name = path.parent.relative_to(folder).as_posix()
     return (
         f"[{name}]({name}/config.yaml)",
-        str(config["model_type"]) if config else "",
-        format_count(size.total) if size else "",
+        str(facts.config["model_type"]) if facts.config else "",
+        format_count(facts.size.total) if facts.size else "",
         _cluster(recipe),
         format_count(recipe.train.budget),
         f"{-(-recipe.train.budget // recipe.train.global_batch):,}",

@@ -9,7 +9,7 @@ from typing import Any
 
 from turbolm.errors import UserError
 from turbolm.plan.batch import BatchPlan
-from turbolm.plan.count import ModelSize, read_model_config, size_model
+from turbolm.plan.count import ModelFacts, ModelSize, examine_model
 from turbolm.plan.curriculum import lr_factor
 from turbolm.plan.deepspeed import untested_note
 from turbolm.plan.flops import peak_half_flops, training_flops_per_token
@@ -158,18 +158,17 @@ def collect_summary(
     problems: list[str] = []
     described = described_machine(recipe)
     machine = described or detect_machine()
-    plan = size = config = None
-    notes: list[str] = []
+    plan = None
+    facts = ModelFacts(None, None)
     try:
         plan = build_plan(recipe, machine)
     except UserError as error:
         problems.append(str(error))
     try:
-        config, notes = read_model_config(recipe, recipe_file)
-        size = size_model(config, recipe.execution.cache_dir) if config is not None else None
+        facts = examine_model(recipe, recipe_file)
     except UserError as error:
         problems.append(str(error))
-    memory = None
+    memory, size = None, facts.size
     gpu_bytes = GPUS[recipe.cluster.gpu].memory_bytes if described and recipe.cluster.gpu else None
     if plan is not None and size is not None:
         memory = _state(plan, recipe.execution, size.total)
@@ -179,7 +178,7 @@ def collect_summary(
         raise UserError("\n".join(f"{recipe_file}: {line}" for problem in problems for line in problem.splitlines()))
     uses = source_uses(recipe, plan.curriculum, store)
     said = (missing_package(recipe), untested_note(recipe.execution))
-    notes = [*notes, *(note for note in said if note), *_hang_notes(recipe.execution)]
+    notes = [*facts.assumed, *facts.notes, *(note for note in said if note), *_hang_notes(recipe.execution)]
     return Summary(
         recipe_file=recipe_file,
         overrides=tuple(overrides),
@@ -187,7 +186,7 @@ def collect_summary(
         machine=machine,
         is_described=described is not None,
         size=size,
-        cost=_cost(plan, machine, config, store),
+        cost=_cost(plan, machine, facts.config, store),
         memory=memory,
         gpu_memory_bytes=gpu_bytes,
         learning_rate=_learning_rate(plan),

@@ -13,6 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 from turbolm.recipe.execution import RECIPES_ARE_COPIED
 from turbolm.recipe.fields import Section
 from turbolm.recipe.messages import Finding, describe
+from turbolm.recipe.model_config import lay_over
 from turbolm.recipe.optimizers import OPTIMIZERS
 from turbolm.recipe.schema import Recipe
 from turbolm.redaction import holds_secret
@@ -25,6 +26,7 @@ _GPT2_POSITIONS = 1024  # its default; the one model type here with a table of p
 _MAX_REMIX_PERIODS = 1000
 _KEYS = (
     "model.config",
+    "model.config_file",
     "model.pretrained",
     "model.resize_embeddings",
     "tokenizer.train",
@@ -381,32 +383,49 @@ def _no_evaluation(values: Values) -> Iterator[tuple[str, str]]:
 
 def _positions(values: Values) -> Iterator[tuple[str, str]]:
     """A model sees no position beyond its table or its rotary range."""
-    config, seq_len = values["model.config"], values["data.seq_len"]
+    config, seq_len = _full_config(values), values["data.seq_len"]
     names = ("max_position_embeddings", "n_positions")
-    if config and config.get("model_type") == "gpt2" and not any(name in config for name in names):
+    if config.get("model_type") == "gpt2" and not any(name in config for name in names):
         config = config | {"n_positions": _GPT2_POSITIONS}
     for name in names:
-        if not config or name not in config:
+        positions = config.get(name)
+        key = _place_in_config(values, name)
+        if name not in config or (positions is None and key.endswith("_file")):
             continue
-        positions = config[name]
         if not _is_count(positions):
-            yield f"model.config.{name}", f"expected a whole number, got {describe(positions)}"
+            yield key, f"{_in_file(key, name)}expected a whole number, got {describe(positions)}"
         elif seq_len and seq_len > positions:
-            yield "data.seq_len", f"must be at most model.config.{name} ({positions}), got {seq_len}"
+            of = f"{name} of model.config_file" if key.endswith("_file") else key
+            yield "data.seq_len", f"must be at most {of} ({positions}), got {seq_len}"
 
 
 def _vocabulary(values: Values) -> Iterator[tuple[str, str]]:
-    if values["model.resize_embeddings"] and values["model.config"] is not None:
+    config, tokenizer = _full_config(values), values["tokenizer.train"]
+    if values["model.resize_embeddings"] and config:
         yield "model.resize_embeddings", "needs model.pretrained: a new model has a row for every token; remove it"
-    config, tokenizer = values["model.config"], values["tokenizer.train"]
-    if not config or "vocab_size" not in config:
+    if "vocab_size" not in config:
         return
     vocab_size = config["vocab_size"]
+    key = _place_in_config(values, "vocab_size")
     if not _is_count(vocab_size):
-        yield "model.config.vocab_size", f"expected a whole number, got {describe(vocab_size)}"
+        yield key, f"{_in_file(key, 'vocab_size')}expected a whole number, got {describe(vocab_size)}"
     elif tokenizer and vocab_size < tokenizer.vocab_size:
         wanted = f"must be at least tokenizer.train.vocab_size ({tokenizer.vocab_size})"
-        yield "model.config.vocab_size", f"{wanted}, got {vocab_size}"
+        yield key, f"{_in_file(key, 'vocab_size')}{wanted}, got {vocab_size}"
+
+
+def _full_config(values: Values) -> dict[str, Any]:
+    return lay_over(values["model.config_file"], values["model.config"]) or {}
+
+
+def _place_in_config(values: Values, name: str) -> str:
+    """The recipe's key for a setting of the configuration: its own, or the file's, which has no lines."""
+    is_own = name in (values["model.config"] or {}) or values["model.config_file"] is None
+    return f"model.config.{name}" if is_own else "model.config_file"
+
+
+def _in_file(key: str, name: str) -> str:
+    return f"{name}: " if key.endswith("_file") else ""
 
 
 def _is_count(value: object) -> bool:

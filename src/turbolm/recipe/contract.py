@@ -26,8 +26,13 @@ _TAGS = ("name", "type")  # the keys that choose among the classes of a union
 
 
 def contract_of(recipe: Recipe) -> dict[str, Any]:
-    """The contract sections of a recipe in plain JSON types, every default filled in."""
-    contract = _plain(recipe.model_dump(mode="json", include=set(CONTRACT_SECTIONS)))
+    """The contract sections of a recipe in plain JSON types, every default filled in.
+
+    A configuration from a file is held as what is trained: the same in a file and in the recipe is the same contract.
+    """
+    sections = recipe.model_dump(mode="json", include=set(CONTRACT_SECTIONS))
+    sections["model"] |= {"config": recipe.model.full_config, "config_file": None}
+    contract = _plain(sections)
     assert isinstance(contract, dict)
     return contract
 

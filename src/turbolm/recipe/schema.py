@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema, model_validator
 
 from turbolm.recipe.data import Data
 from turbolm.recipe.execution import Checkpoint, Cluster, Evaluation, Execution, Logging
@@ -28,6 +28,7 @@ from turbolm.recipe.fields import (
     TrainingSpan,
     positive_span,
 )
+from turbolm.recipe.model_config import lay_over, read_config_file
 from turbolm.recipe.optimizers import AdamW, Optimizer
 from turbolm.units import Span
 
@@ -37,12 +38,18 @@ and contracts are read under either."""
 CONTRACT_SECTIONS = ("model", "tokenizer", "data", "train", "optimizer", "schedule", "anomalies")
 
 
+_CONFIG_FILE = {"anyOf": [{"type": "string", "minLength": 1}, {"type": "object"}, {"type": "null"}]}
+ConfigFile = Annotated[dict[str, Any] | None, BeforeValidator(read_config_file), WithJsonSchema(_CONFIG_FILE)]
+
+
 class Model(Section):
     """Which model, from a Hugging Face configuration or from published weights."""
 
     config: dict[str, Any] | None = Field(None, description="Hugging Face configuration with its `model_type`")
-    config_file: Annotated[Text | None, Before(None)] = Field(
-        None, description="a published config.json, or its folder; what `config` says replaces what it says"
+    config_file: Annotated[ConfigFile, Before(None)] = Field(
+        None,
+        description="path of a published config.json or its folder, or what it says; `config` is laid over it, and the "
+        "contract holds the two together under `config`",
     )
     pretrained: Text | None = Field(
         None, description="local folder in the Hugging Face layout to start from, or a model's name on the hub"
@@ -54,7 +61,7 @@ class Model(Section):
         False, description="with `pretrained`: add rows (the mean of the others) for a tokenizer with more tokens"
     )
     dropout: Annotated[Number, Field(ge=0, lt=1)] = Field(
-        0.0, description="every dropout of the model, unless `config` names one itself"
+        0.0, description="every dropout of the model, unless `config` names one, or `config_file` one that is not 0"
     )
     router_noise: Annotated[Annotated[Number, Field(ge=0)] | Literal["config"], Before("config")] = Field(
         0.0, description="noise on the routers of experts in training, unless `config` names one; config: the type's"
@@ -88,6 +95,11 @@ class Model(Section):
                 "expected neither `init` nor `pad_vocab_to_multiple` beside `pretrained`: its weights are given"
             )
         return self
+
+    @property
+    def full_config(self) -> dict[str, Any] | None:
+        """The Hugging Face configuration that is trained: `config` laid over `config_file`; None with `pretrained`."""
+        return lay_over(self.config_file, self.config)
 
 
 class TrainTokenizer(Section):

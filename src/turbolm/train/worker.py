@@ -16,7 +16,9 @@ from turbolm.data.bad import check_left_out
 from turbolm.data.prepare import find_store
 from turbolm.data.store import TokenStore, check_held_out, check_tokenizer, open_store
 from turbolm.errors import EXIT_FAILED, EXIT_OK, EXIT_REQUEUE, UserError
+from turbolm.models.count import examine
 from turbolm.models.initialise import count_parameters
+from turbolm.plan.count import check_model
 from turbolm.plan.deepspeed import untested_note
 from turbolm.plan.machine import Machine, check_machine, detect_machine
 from turbolm.plan.plan import Plan, build_plan
@@ -65,6 +67,8 @@ def _run_locked(recipe: Recipe, attempt: int | None, lock: RunLock) -> int:
     heartbeat.advance()  # all is imported
     machine = detect_machine()
     check_machine(recipe, machine)
+    for note in check_model(recipe, "recipe", examine):
+        print(note)
     recipe, pinned = as_started(recipe)
     plan = build_plan(recipe, machine, int(os.environ.get("WORLD_SIZE", "1")))
     torch.set_num_threads(plan.threads_per_process)

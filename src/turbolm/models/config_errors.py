@@ -1,0 +1,188 @@
+"""Which setting is behind an error of Transformers, and the error in plain words.
+
+Errors come from its validators, from the constructors of layers and from torch, and most name no setting. The one
+without which the error does not come is found by leaving out one after another.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassFieldValidationError
+from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from turbolm.recipe.messages import describe
+
+Path = tuple[str, ...]
+Attempt = Callable[[Mapping[str, Any]], Any]
+
+_MAX_PROBLEMS = 20
+_SEARCH_SEC = 60.0
+# Usual values of settings that a type has no default for.
+_USUAL: dict[str, Any] = {"rope_theta": 10000.0, "head_dim": 64, "num_key_value_heads": 1}
+_HEADS = ("num_attention_heads", "num_heads", "n_head", "n_heads", "num_key_value_heads")  # 1 divides every width
+_KINDS = {
+    "int": "a whole number",
+    "float": "a number such as 0.02",
+    "str": "text",
+    "bool": "true or false",
+    "list": "a list",
+    "tuple": "a list",
+    "dict": "a mapping",
+    "NoneType": "null",
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is wrong with one setting: its path in the configuration, empty for the whole of it."""
+
+    path: Path
+    message: str
+
+
+@dataclass(frozen=True)
+class Search:
+    """What a search for the settings behind errors found."""
+
+    problems: list[Problem]
+    result: Any  # of the values that are left; None where an error remains
+    values: Mapping[str, Any]
+    is_sound: bool  # whether what stands in for the refused values says nothing about the others
+
+
+def find_culprits(
+    model_type: str, values: Mapping[str, Any], attempt: Attempt, seconds: float = _SEARCH_SEC, only_sure: bool = False
+) -> Search:
+    """What `attempt` makes of `values` without the settings that it raises for, and the problems with those.
+
+    The search takes no more than `seconds`. Where no setting is behind an error the problem has no path. With
+    `only_sure` a setting is named only if nothing is raised without it.
+    """
+    found: list[Problem] = []
+    deadline = time.monotonic() + seconds
+    is_sound = True
+    while True:
+        try:
+            return Search(found, attempt(values), values, is_sound)
+        except Exception as error:
+            if not is_sound and not isinstance(error, StrictDataclassFieldValidationError):
+                return Search(found, None, values, False)  # it may come from what was left out
+            path, rest = _culprit(values, attempt, error, deadline, only_sure)
+            found.append(_explain(model_type, values, path, error))
+            if not path or len(found) == _MAX_PROBLEMS:
+                return Search(found, None, values, False)
+            is_size = re.search(r"expected (int|float)", str(error)) or not isinstance(
+                _at(values, path), (str, Mapping)
+            )
+            is_sound = is_sound and (_at(rest, path) is not None or not is_size)
+            values = rest
+
+
+def _culprit(
+    values: Mapping[str, Any], attempt: Attempt, error: Exception, deadline: float, only_sure: bool
+) -> tuple[Path, Mapping[str, Any]]:
+    """The setting without which the error does not come, or at least another one does; and values to go on with."""
+    text = str(error)
+    if isinstance(error, StrictDataclassFieldValidationError):
+        field = re.search(r"field '([^']+)'", text)
+        if field is not None and field[1] in values:
+            return (field[1],), _of_right_type(values, field[1], text)
+    better: tuple[Path, Mapping[str, Any]] = ((), values)
+    for path, tried in _trials(values, text):
+        if time.monotonic() > deadline:
+            break
+        try:
+            attempt(tried)
+        except Exception as other:
+            is_new = _kind_of(other) != _kind_of(error) and path[-1] not in str(other) and "None" not in str(other)
+            if not better[0] and is_new and not only_sure:
+                better = (path, tried)
+        else:
+            return path, tried
+    return better
+
+
+def _trials(values: Mapping[str, Any], text: str) -> Iterator[tuple[Path, Mapping[str, Any]]]:
+    """Each setting, with values without it: those first that the error mentions, and last what may be missing."""
+    paths = list(_paths(values))
+    paths.sort(key=lambda path: (path[-1] not in _HEADS, re.search(rf"\b{re.escape(path[-1])}\b", text) is None))
+    for path in paths:
+        yield path, without(values, path)
+        if path[-1] in _HEADS and len(path) == 1:
+            yield path, {**values, path[0]: 1}
+    for name, usual in _USUAL.items():
+        if name not in values:
+            yield (name,), {**values, name: usual}
+
+
+def _of_right_type(values: Mapping[str, Any], name: str, text: str) -> Mapping[str, Any]:
+    """The values with a number where its text stands, if it was meant to be a whole number; else without it."""
+    meant = re.search(r"expected int, got (?:str|float)", text) and re.fullmatch(r"(\d+)(\.0)?", str(values[name]))
+    return {**values, name: int(meant[1])} if meant else without(values, (name,))
+
+
+def _kind_of(error: Exception) -> tuple[str, str]:
+    """An error without the numbers and words that it quotes."""
+    return type(error).__name__, re.sub(r"'[^']*'|[\d.]+", "", str(error))
+
+
+def _paths(values: Mapping[str, Any], above: Path = ()) -> Iterator[Path]:
+    """Every setting but the model type, those of a mapping before it."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _paths(value, (*above, name))
+        if (*above, name) != ("model_type",):
+            yield (*above, name)
+
+
+def without(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """`values` without one setting."""
+    name, *rest = path
+    if rest and isinstance(values.get(name), Mapping):
+        return {**values, name: without(values[name], tuple(rest))}
+    return {key: value for key, value in values.items() if key != name}
+
+
+def _at(values: Any, path: Path) -> Any:
+    for part in path:
+        values = values[part] if isinstance(values, Mapping) and part in values else None
+    return values
+
+
+def _explain(model_type: str, values: Mapping[str, Any], path: Path, error: Exception) -> Problem:
+    """One sentence about an error and the setting behind it."""
+    value = _at(values, path)
+    text = " ".join(str(error.__cause__ or error).split())
+    if isinstance(error, StrictDataclassFieldValidationError):
+        return Problem(path, _type_message(text, value))
+    if isinstance(error, KeyError) and isinstance(value, str):
+        near = difflib.get_close_matches(value[:100], sorted({*ACT2FN, *ROPE_INIT_FUNCTIONS}), n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        return Problem(path, f"{model_type} knows no {describe(value)}{hint}")
+    plain = isinstance(error, ValueError) or error.__cause__ is not None
+    cause = _cut(text if plain else f"{type(error).__name__}: {text}")
+    if path and path[-1] not in (_at(values, path[:-1]) or {}):
+        return Problem(path, f"{model_type} needs it, such as {_USUAL[path[-1]]}: {cause}")
+    return Problem(path, f"{model_type} cannot be built with {describe(value)}: {cause}" if path else cause)
+
+
+def _type_message(text: str, value: object) -> str:
+    """`Field 'x' expected int, got str (value: '1')` as a recipe's messages say it; what says more is kept."""
+    one = re.match(r"Field '[^']*' expected (\w+), got ", text)
+    several = re.search(r"doesn't match any type in \((.*?)\)\.", text)
+    names = [one[1]] if one else re.findall(r"(\w+)'>", several[1]) if several else []
+    kinds = list(dict.fromkeys(_KINDS[name] for name in names if name in _KINDS))
+    if not kinds:
+        return _cut(re.sub(r"^Field '[^']*' ", "", text))
+    return f"expected {' or '.join(kinds)}, got {describe(value)}"
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 300 else text[:297] + "..."

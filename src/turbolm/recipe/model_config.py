@@ -1,0 +1,147 @@
+"""The configuration of a model: a published config.json with the recipe's own keys laid over it. Torch-free.
+
+A recipe holds what the file says, not its path, so a submitted job and a resumed run do not depend on the file. What
+the file says about its tokenizer, its storage and text generation is left out of the configuration: the recipe decides
+those.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from turbolm.redaction import holds_secret
+
+CONFIG_NAME = "config.json"
+_MAX_FILE_BYTES = 2**20
+_MAX_KEPT_BYTES = 2**16  # a recipe with all of it must stay below the limits of recipe.document
+_MAX_KEPT_VALUES = 2_000
+_MAX_DEPTH = 12
+
+NOT_LEARNED = frozenset(
+    "architectures transformers_version _name_or_path name_or_path _commit_hash torch_dtype dtype use_cache auto_map "
+    "quantization_config compression_config bos_token_id eos_token_id pad_token_id return_dict use_return_dict "
+    "output_attentions output_hidden_states attn_implementation _attn_implementation _attn_implementation_autoset "
+    "experts_implementation id2label label2id num_labels problem_type finetuning_task task_specific_params".split()
+)
+"""Names of a config.json that do not change what is trained from new weights: the recipe, its tokenizer and the trainer
+decide them."""
+
+# Settings of rotary positions that mean the same for every type of them.
+_ANY_ROPE = ("rope_theta", "partial_rotary_factor")
+_ROPE_TYPES = ("rope_type", "type")
+
+
+def is_dropout(name: str) -> bool:
+    """Whether a setting of this name is a dropout probability."""
+    return "dropout" in name or name.endswith(("pdrop", "_drop"))
+
+
+def lay_over(file: Mapping[str, Any] | None, config: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """`config` laid over what the file says: mappings are merged key by key, everything else is replaced.
+
+    Left out of the file are the names of `NOT_LEARNED`, and dropouts of 0, which are `model.dropout`'s to set. A
+    multimodal file gives its text part when `config` asks for it by its `model_type`. Rotary positions of another type
+    do not keep the settings of the file's type. None without a file and a `config`.
+    """
+    if file is None:
+        return None if config is None else dict(config)
+    config = config or {}
+    base = {
+        name: value
+        for name, value in text_part(file, config.get("model_type")).items()
+        if name not in NOT_LEARNED and not (is_dropout(name) and type(value) in (int, float) and value == 0)
+    }
+    return _merge(base, config)
+
+
+def text_part(file: Mapping[str, Any], model_type: object) -> Mapping[str, Any]:
+    """What a multimodal file says about its text model if that has this type, else the whole file."""
+    inner = file.get("text_config")
+    if not isinstance(inner, Mapping) or model_type is None or model_type == file.get("model_type"):
+        return file
+    if inner.get("model_type", model_type) != model_type:
+        return file
+    tied = {name: file[name] for name in ("tie_word_embeddings",) if name in file}
+    return {**tied, **inner, "model_type": model_type}
+
+
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    types = [[mapping.get(name) for name in _ROPE_TYPES if name in mapping] for mapping in (base, over)]
+    if types[0] and types[1] and types[0] != types[1]:
+        base = {name: base[name] for name in _ANY_ROPE if name in base}
+    merged = dict(base)
+    for name, value in over.items():
+        old = merged.get(name)
+        merged[name] = _merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def read_config_file(value: object) -> object:
+    """What the config.json at a path says, as plain values; a mapping that was read before is returned as it is.
+
+    Infinities and NaN become `{__float__: Infinity}`, as Transformers writes them. Raises ValueError.
+    """
+    if value is None or isinstance(value, Mapping):
+        return _plain_mapping(value, "the mapping") if value is not None else None
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"expected the path of a {CONFIG_NAME} or its folder, got {value!r}")
+    path = Path(value).expanduser()
+    path = path / CONFIG_NAME if path.is_dir() else path
+    try:
+        if not path.is_file():
+            raise ValueError(f"{path}: no such file; expected a published {CONFIG_NAME}, or its folder")
+        if path.stat().st_size > _MAX_FILE_BYTES:
+            raise ValueError(f"{path}: larger than {_MAX_FILE_BYTES // 1024} KiB, which no {CONFIG_NAME} is")
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        if str(error).startswith(str(path)):
+            raise
+        raise ValueError(f"{path}: not JSON: {error}") from None
+    return _plain_mapping(content, str(path))
+
+
+def _plain_mapping(content: object, shown: str) -> dict[str, Any]:
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{shown}: expected a JSON object with a model_type, got {type(content).__name__}")
+    kept = {name: None if name in NOT_LEARNED and _is_large(value) else value for name, value in content.items()}
+    try:
+        num_values, plain = _plain(kept)
+        text = json.dumps(plain, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{shown}: {error}") from None
+    if num_values > _MAX_KEPT_VALUES or len(text) > _MAX_KEPT_BYTES:
+        raise ValueError(f"{shown}: {num_values} values in {len(text)} bytes, which no configuration of a model has")
+    if holds_secret(text.decode()):
+        raise ValueError(f"{shown}: spells out a password, token or key, but recipes are copied; remove it")
+    if not isinstance(plain.get("model_type"), str):
+        raise ValueError(f"{shown}: names no model_type")
+    return plain
+
+
+def _is_large(value: object) -> bool:
+    return isinstance(value, (Mapping, list)) and len(str(value)) > 200
+
+
+def _plain(value: Any, depth: int = 0) -> tuple[int, Any]:
+    """The number of values in it, and the value as a recipe can hold it."""
+    if depth > _MAX_DEPTH:
+        raise ValueError(f"more than {_MAX_DEPTH} levels")
+    if isinstance(value, Mapping):
+        entries = {str(name): _plain(child, depth + 1) for name, child in value.items()}
+        return 1 + sum(n for n, _ in entries.values()), {name: child for name, (_, child) in entries.items()}
+    if isinstance(value, (list, tuple)):
+        children = [_plain(child, depth + 1) for child in value]
+        return 1 + sum(n for n, _ in children), [child for _, child in children]
+    if isinstance(value, float) and not math.isfinite(value):
+        return 2, {"__float__": "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"}
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise ValueError("a whole number of more than 64 bits")
+    if not isinstance(value, (str, int, float, bool, type(None))):
+        raise ValueError(f"expected JSON, got {type(value).__name__}")
+    return 1, value
