@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.integrations import unset_hf_deepspeed_config
@@ -18,6 +16,8 @@ from transformers.integrations import unset_hf_deepspeed_config
 from turbolm.errors import UserError
 from turbolm.models.attention import ATTENTION_NAMES
 from turbolm.models.initialise import initialise_weights
+from turbolm.models.pretrained import load_pretrained, refuse_adapter, settle_tying
+from turbolm.models.settings import apply_router_noise, fix_rope_factors, stop_sampling_routers
 from turbolm.plan.count import padded_vocab_size
 from turbolm.recipe.schema import Model
 
@@ -68,36 +68,41 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
 
 
 def build_model(
-    model: Model, config: PreTrainedConfig, *, seed: int, attention: str, sharded_by: dict[str, Any] | None = None
+    model: Model,
+    config: PreTrainedConfig,
+    *,
+    seed: int,
+    attention: str,
+    sharded_by: dict[str, Any] | None = None,
+    seq_len: int = 0,
 ) -> PreTrainedModel:
     """The model with fp32 initial weights on the CPU, the same for every ZeRO stage and world size.
 
     `attention` is one of `turbolm.models.attention.ATTENTION_NAMES`. `sharded_by`, a DeepSpeed configuration of stage
     3, makes each process hold only its part from the start (weights that are read from a folder are still read whole).
+    The recipe's `router_noise` and `rope_factors` are written into `config` first; `seq_len` is the recipe's, for the
+    latter. The model's own configuration says whether its embeddings are tied. Raises UserError.
     Transformers must not see DeepSpeed: its own hooks would draw the weights in another order.
     """
     unset_hf_deepspeed_config()
     implementation = ATTENTION_NAMES[attention]
+    apply_router_noise(config, model)
+    fix_rope_factors(config, model, seq_len)
     try:
         if model.pretrained is not None:
-            _check_weights(Path(model.pretrained))
-            return AutoModelForCausalLM.from_pretrained(
-                model.pretrained,
-                config=config,
-                dtype=torch.float32,
-                attn_implementation=implementation,
-                local_files_only=True,
-                trust_remote_code=False,
-                use_safetensors=True,
-            )
-        with no_init_weights(), _sharding(sharded_by):
-            built: PreTrainedModel = AutoModelForCausalLM.from_config(
-                config, dtype=torch.float32, attn_implementation=implementation, trust_remote_code=False
-            )
+            built = load_pretrained(Path(model.pretrained), config, model_class(config), implementation)
+        else:
+            with no_init_weights(), _sharding(sharded_by):
+                built = AutoModelForCausalLM.from_config(
+                    config, dtype=torch.float32, attn_implementation=implementation, trust_remote_code=False
+                )
     except (ValueError, ImportError, OSError, TypeError) as error:
         raise UserError(f"model: cannot build {config.model_type} with {attention} attention: {error}") from error
-    built.tie_weights()
-    initialise_weights(built, seed, depth_scaled=model.init == "depth_scaled")
+    if model.pretrained is None:
+        built.tie_weights()
+        initialise_weights(built, seed, depth_scaled=model.init == "depth_scaled")
+    settle_tying(built)
+    stop_sampling_routers(built, model)
     return built
 
 
@@ -151,33 +156,8 @@ def _config_from_mapping(mapping: dict[str, Any]) -> PreTrainedConfig:
         raise UserError(f"model.config: {model_type} refuses these settings: {error}") from error
 
 
-def _check_weights(folder: Path) -> None:
-    """Only safetensors are read, and only those of the folder. Raises UserError."""
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise UserError(
-            f"model.pretrained: {folder} has no *.safetensors, the only weights that are read: other formats can run "
-            "code; convert them where you trust them"
-        )
-    for file in files:
-        try:
-            with safe_open(file, framework="pt"):  # reads the header
-                pass
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"model.pretrained: {file} cannot be read: {error}") from None
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return
-    try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"model.pretrained: {index} is no index of weights: {error!r}") from None
-    for name in names:
-        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
-            raise UserError(f"model.pretrained: {index} names {name!r}, which is no safetensors file of its folder")
-
-
 def _config_from_folder(folder: Path) -> PreTrainedConfig:
+    refuse_adapter(folder)
     if not (folder / "config.json").is_file():
         raise UserError(f"model.pretrained: {folder} has no config.json; expected a local Hugging Face model folder")
     try:
