@@ -30,7 +30,8 @@ def build_config(
 ) -> PreTrainedConfig:
     """The model's configuration, completed from the tokenizer and checked against the recipe.
 
-    Every dropout probability becomes `model.dropout` unless `model.config` names it. A key that the model type does
+    Every dropout probability becomes `model.dropout` unless `model.config` names it; so does noise on routers, and
+    `model.rope_factors` replaces factors that follow the length. A key that the model type does
     not know is refused: Hugging Face would keep it silently and train something else than what was asked for.
     Raises UserError.
     """
@@ -55,6 +56,8 @@ def build_config(
     max_positions = getattr(config, "max_position_embeddings", None)
     if max_positions is not None and seq_len > max_positions:
         raise UserError(f"data.seq_len: the model has positions for {max_positions} tokens, fewer than {seq_len}")
+    apply_router_noise(config, model)
+    fix_rope_factors(config, model, seq_len)
     return config
 
 
@@ -68,26 +71,17 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
 
 
 def build_model(
-    model: Model,
-    config: PreTrainedConfig,
-    *,
-    seed: int,
-    attention: str,
-    sharded_by: dict[str, Any] | None = None,
-    seq_len: int = 0,
+    model: Model, config: PreTrainedConfig, *, seed: int, attention: str, sharded_by: dict[str, Any] | None = None
 ) -> PreTrainedModel:
     """The model with fp32 initial weights on the CPU, the same for every ZeRO stage and world size.
 
     `attention` is one of `turbolm.models.attention.ATTENTION_NAMES`. `sharded_by`, a DeepSpeed configuration of stage
     3, makes each process hold only its part from the start (weights that are read from a folder are still read whole).
-    The recipe's `router_noise` and `rope_factors` are written into `config` first; `seq_len` is the recipe's, for the
-    latter. The model's own configuration says whether its embeddings are tied. Raises UserError.
+    The model's own configuration says whether its embeddings are tied. Raises UserError.
     Transformers must not see DeepSpeed: its own hooks would draw the weights in another order.
     """
     unset_hf_deepspeed_config()
     implementation = ATTENTION_NAMES[attention]
-    apply_router_noise(config, model)
-    fix_rope_factors(config, model, seq_len)
     try:
         if model.pretrained is not None:
             built = load_pretrained(Path(model.pretrained), config, model_class(config), implementation)

@@ -122,14 +122,7 @@ def build_engine(accelerator: Any, plan: Plan, store: TokenStore, run: RunDirect
         raise UserError(f"data.packing: {reason}, so packed documents cannot be kept apart; set data.packing: single")
     attention = choose_attention(recipe.execution.attention, plan.device, plan.precision, kind)
     sharded_by = plan.ds_config if recipe.execution.zero_stage == 3 else None
-    model = build_model(
-        recipe.model,
-        config,
-        seed=recipe.train.seed,
-        attention=attention,
-        sharded_by=sharded_by,
-        seq_len=recipe.data.seq_len,
-    )
+    model = build_model(recipe.model, config, seed=recipe.train.seed, attention=attention, sharded_by=sharded_by)
     check_all_trained(model)
     if dist.get_rank() == 0:
         model.config.save_pretrained(run.model)
