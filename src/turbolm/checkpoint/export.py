@@ -6,7 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from turbolm.checkpoint.load import CheckpointReader
 from turbolm.checkpoint.manifest import remove_folder
@@ -20,32 +27,21 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def export_checkpoint(checkpoint: Path, model_folder: Path, out: Path, *, precision: str, card: str) -> Path:
     """Write the checkpoint's weights, in the precision they were trained in, to `out`.
 
-    `model_folder` holds the run's configuration and tokenizer, `card` is the text of the model card. A folder that
-    is already there is replaced once the new one is complete. Raises UserError for a damaged checkpoint.
+    `model_folder` holds the run's configuration and tokenizer, `card` is the text of the model card. What was written
+    is loaded again as Transformers does and compared with the checkpoint, tensor by tensor. A folder that is already
+    there is replaced once the new one is complete. Raises UserError for a damaged checkpoint, and where the new folder
+    would hold another model.
     """
     problems = verify_checkpoint(checkpoint)
     if problems:
         raise UserError(f"{checkpoint} cannot be exported: {problems[0]}")
-    try:
-        config = AutoConfig.from_pretrained(model_folder, local_files_only=True, trust_remote_code=False)
-        with torch.device("meta"):  # the attention is named, so that the folder cannot name a kernel to download
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, attn_implementation="eager")
-    except (OSError, ValueError, TypeError, ImportError, RecursionError) as error:
-        raise UserError(f"{model_folder}: no model can be built from its config.json: {error}") from None
-    with CheckpointReader(checkpoint) as reader:
-        weights = {name: reader.read_whole(name).to(_DTYPES[precision]) for name in reader.shapes}
-        weights.update({name: buffer.clone() for name, buffer in reader.buffers().items()})
-    missing, unexpected = model.load_state_dict(weights, strict=False, assign=True)
-    model.tie_weights()
-    unset = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    if unexpected or unset:
-        raise UserError(f"{checkpoint}: parameters do not fit {model_folder}: {(unexpected or unset or missing)[0]}")
-    model.config.dtype = _DTYPES[precision]
-    model.generation_config = GenerationConfig.from_model_config(model.config)
     temporary = out.with_name(f".tmp-{out.name}")
     remove_folder(temporary)
+    dtype = _DTYPES[precision]
     try:
-        model.save_pretrained(temporary)
+        with CheckpointReader(checkpoint) as reader:
+            _build(reader, model_folder, dtype).save_pretrained(temporary)
+            _compare(reader, temporary, dtype)
         tokenizer(model_folder).save_pretrained(temporary)
         (temporary / "README.md").write_text(card, encoding="utf-8")
         remove_folder(out)
@@ -58,6 +54,75 @@ def export_checkpoint(checkpoint: Path, model_folder: Path, out: Path, *, precis
 def short_card(run: Path, checkpoint: Path) -> str:
     """A model card that says only where the model comes from."""
     return f"# {run.name}\n\nExported from {checkpoint.name} with turbolm.\n"
+
+
+def _build(reader: CheckpointReader, model_folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """The model with the checkpoint's weights. The checkpoint knows whether embedding and head are tied."""
+    try:
+        config = AutoConfig.from_pretrained(model_folder, local_files_only=True, trust_remote_code=False)
+        model = _on_meta(config)
+        head = model.get_output_embeddings()
+        names = {n for n, p in model.named_parameters(remove_duplicate=False) if head is not None and p is head.weight}
+        if len(names & set(reader.shapes)) > 1:  # of a run whose configuration was written before weights were read
+            config.tie_word_embeddings = False
+            model = _on_meta(config)
+    except (OSError, ValueError, TypeError, ImportError, RecursionError) as error:
+        raise UserError(f"{model_folder}: no model can be built from its config.json: {error}") from None
+    weights = {name: reader.read_whole(name).to(dtype) for name in reader.shapes}
+    weights.update({name: buffer.clone() for name, buffer in reader.buffers().items()})
+    missing, unexpected = model.load_state_dict(weights, strict=False, assign=True)
+    model.tie_weights()
+    unset = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if unexpected or unset:
+        raise UserError(
+            f"{reader.checkpoint}: parameters do not fit {model_folder}: {(unexpected or unset or missing)[0]}"
+        )
+    model.config.dtype = dtype
+    model.generation_config = GenerationConfig.from_model_config(model.config)
+    return model
+
+
+def _on_meta(config: PreTrainedConfig) -> PreTrainedModel:
+    with torch.device("meta"):  # the attention is named, so that the folder cannot name a kernel to download
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, trust_remote_code=False, attn_implementation="eager"
+        )
+    return model
+
+
+def _compare(reader: CheckpointReader, folder: Path, dtype: torch.dtype) -> None:
+    """Raise UserError unless the folder loads as the checkpoint's weights in `dtype`, all of them and no other."""
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            attn_implementation="eager",
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, TypeError, ImportError, RuntimeError) as error:
+        raise UserError(f"{reader.checkpoint}: what was exported cannot be loaded again: {error}") from error
+    exported, buffers = model.state_dict(keep_vars=True), reader.buffers()
+    for name in (*reader.shapes, *buffers):
+        expected = reader.read_whole(name) if name in reader.shapes else buffers[name]
+        if name not in exported or not _same(exported[name].data, expected, dtype):
+            raise UserError(
+                f"{reader.checkpoint}: the export of {name} is not what was trained (Transformers writes or loads "
+                f"{model.config.model_type} otherwise); nothing was exported, the checkpoint is whole"
+            )
+    random = sorted(info["missing_keys"])
+    if random:
+        raise UserError(f"{reader.checkpoint}: the export would lack {random[0]}; nothing was exported")
+
+
+def _same(exported: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> bool:
+    if exported.shape != expected.shape:
+        return False
+    if expected.is_floating_point():
+        exported, expected = exported.to(dtype), expected.to(dtype)
+    return torch.allclose(exported, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def is_export(folder: Path) -> bool:

@@ -105,7 +105,7 @@ def varlen_attention_forward(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention over packed documents with `torch.nn.attention.varlen`.
+    """Attention over packed documents, causal where the module is, with `torch.nn.attention.varlen`.
 
     `query` is [1, heads, tokens, head_dim], `key` and `value` may have fewer heads. Returns [1, tokens, heads,
     head_dim]. A generation call (no cumulative lengths) falls back to Transformers' sdpa.
@@ -119,14 +119,17 @@ def varlen_attention_forward(
         )
     if dropout and module.training:
         raise ValueError("varlen attention has no dropout; set execution.attention: sdpa")
-    if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
-        raise ValueError("varlen attention has no soft cap or sinks; set execution.attention: flex")
+    if any(kwargs.get(name) is not None for name in ("softcap", "s_aux", "position_bias")):
+        raise ValueError("varlen attention has no soft cap, sinks or position bias; set execution.attention: flex")
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     if key.shape[1] != query.shape[1]:
         groups = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    is_causal = kwargs.get("is_causal")
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)  # an encoder reads both ways here too, and is refused for it
     # Transformers' window counts the token itself, the kernel's counts what lies left of it.
-    window = (sliding_window - 1, 0) if sliding_window is not None else (-1, 0)
+    window = (sliding_window - 1 if sliding_window is not None else -1, 0 if is_causal else -1)
     output = varlen_attn(
         query,
         key,

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassFieldValidationError
-from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.integrations import unset_hf_deepspeed_config
@@ -18,7 +16,9 @@ from turbolm.errors import UserError
 from turbolm.models.attention import ATTENTION_NAMES
 from turbolm.models.config import make_config
 from turbolm.models.initialise import initialise_weights
+from turbolm.models.pretrained import load_pretrained, refuse_adapter, settle_tying
 from turbolm.models.resize import add_rows, fit_vocabulary, with_rows
+from turbolm.models.settings import apply_router_noise, fix_rope_factors, stop_sampling_routers
 from turbolm.plan.count import padded_vocab_size
 from turbolm.recipe.model_config import is_dropout
 from turbolm.recipe.schema import Model
@@ -32,8 +32,9 @@ def build_config(
 ) -> PreTrainedConfig:
     """The model's configuration, completed from the tokenizer and checked against the recipe.
 
-    Every dropout probability becomes `model.dropout` unless `model.config` names it, or the file one that is not 0.
-    Raises UserError with every name that nothing reads and every value that Transformers refuses.
+    Every dropout probability becomes `model.dropout` unless `model.config` names it, or the file one that is not 0; so
+    does noise on routers, and `model.rope_factors` replaces factors that follow the length. Raises UserError with every
+    name that nothing reads and every value that Transformers refuses.
     """
     named = model.full_config
     if named is not None:
@@ -58,6 +59,8 @@ def build_config(
     max_positions = getattr(config, "max_position_embeddings", None)
     if max_positions is not None and seq_len > max_positions:
         raise UserError(f"data.seq_len: the model has positions for {max_positions} tokens, fewer than {seq_len}")
+    apply_router_noise(config, model)
+    fix_rope_factors(config, model, seq_len)
     return config
 
 
@@ -77,33 +80,31 @@ def build_model(
 
     `attention` is one of `turbolm.models.attention.ATTENTION_NAMES`. `sharded_by`, a DeepSpeed configuration of stage
     3, makes each process hold only its part from the start (weights that are read from a folder are still read whole).
+    The model's own configuration says whether its embeddings are tied. Raises UserError.
     Transformers must not see DeepSpeed: its own hooks would draw the weights in another order.
     """
     unset_hf_deepspeed_config()
     implementation = ATTENTION_NAMES[attention]
     try:
         if model.pretrained is not None:
-            _check_weights(Path(model.pretrained))
             num_rows = _config_from_folder(Path(model.pretrained)).vocab_size
-            loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-                model.pretrained,
-                config=with_rows(config, num_rows),
-                dtype=torch.float32,
-                attn_implementation=implementation,
-                local_files_only=True,
-                trust_remote_code=False,
-                use_safetensors=True,
-            )
-            add_rows(loaded, config.vocab_size)
-            return loaded
-        with no_init_weights(), _sharding(sharded_by):
-            built: PreTrainedModel = AutoModelForCausalLM.from_config(
-                config, dtype=torch.float32, attn_implementation=implementation, trust_remote_code=False
-            )
-    except (ValueError, ImportError, OSError, TypeError) as error:
+            kind, loading = model_class(config), with_rows(config, num_rows)
+            built = load_pretrained(Path(model.pretrained), loading, kind, implementation)
+            add_rows(built, config.vocab_size)
+        else:
+            with no_init_weights(), _sharding(sharded_by):
+                built = AutoModelForCausalLM.from_config(
+                    config, dtype=torch.float32, attn_implementation=implementation, trust_remote_code=False
+                )
+    except UserError:
+        raise
+    except Exception as error:  # of many kinds, as many as there are model types
         raise UserError(f"model: cannot build {config.model_type} with {attention} attention: {error}") from error
-    built.tie_weights()
-    initialise_weights(built, seed, depth_scaled=model.init == "depth_scaled")
+    if model.pretrained is None:
+        built.tie_weights()
+        initialise_weights(built, seed, depth_scaled=model.init == "depth_scaled")
+    settle_tying(built)
+    stop_sampling_routers(built, model)
     return built
 
 
@@ -146,33 +147,8 @@ def _config_of_recipe(model: Model, named: dict[str, Any], vocab_size: int) -> P
     return make_config(model.config_file, {**(model.config or {}), **padded})
 
 
-def _check_weights(folder: Path) -> None:
-    """Only safetensors are read, and only those of the folder. Raises UserError."""
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise UserError(
-            f"model.pretrained: {folder} has no *.safetensors, the only weights that are read: other formats can run "
-            "code; convert them where you trust them"
-        )
-    for file in files:
-        try:
-            with safe_open(file, framework="pt"):  # reads the header
-                pass
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"model.pretrained: {file} cannot be read: {error}") from None
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return
-    try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"model.pretrained: {index} is no index of weights: {error!r}") from None
-    for name in names:
-        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
-            raise UserError(f"model.pretrained: {index} names {name!r}, which is no safetensors file of its folder")
-
-
 def _config_from_folder(folder: Path) -> PreTrainedConfig:
+    refuse_adapter(folder)
     if not (folder / "config.json").is_file():
         raise UserError(f"model.pretrained: {folder} has no config.json; expected a local Hugging Face model folder")
     try:

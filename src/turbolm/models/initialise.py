@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
-from collections.abc import Iterator
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.initialization import TORCH_INIT_FUNCTIONS, TORCH_MODULES_TO_PATCH, no_init_weights
 
 from turbolm.errors import UserError
 
@@ -26,28 +32,53 @@ def initialise_weights(model: PreTrainedModel, seed: int, *, depth_scaled: bool 
     they are drawn in fp32 on the CPU and copied. Parameters that ZeRO-3 has partitioned are gathered layer by layer,
     drawn on rank 0 and partitioned again, so that no process ever holds the whole model; then it is collective.
 
+    A parameter that no rule draws keeps what its constructor gives it (`_ConstructedValues`), as in Transformers.
+
     `depth_scaled` draws the matrices whose output is added to the residual stream with a standard deviation smaller by
     sqrt(2 x layers), as GPT-2 does (Radford et al. 2019, section 2.3), so that the stream does not grow with depth.
     """
     drawn: set[int] = set()
     scaled = _residual_outputs(model) if depth_scaled else set()
     std = model.config.initializer_range / math.sqrt(2 * model.config.num_hidden_layers) if depth_scaled else 0.0
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    constructed = functools.cache(lambda: _ConstructedValues(model, seed))
+
+    def draw(name: str, owner: PreTrainedModel, modules: list[nn.Module], parameters: list[nn.Parameter]) -> None:
+        places = [parameter.data for parameter in parameters]
+        for parameter, place in zip(parameters, places, strict=True):
+            parameter.data = torch.full(place.shape, math.nan, dtype=torch.float32)
+        _seed(seed, name)
+        _draw(owner, modules, parameters, scaled, std)
+        undrawn = [parameter for parameter in parameters if not torch.isfinite(parameter.data).all()]
+        if undrawn:  # the rules once more, on what the constructor gives: some only scale it, or set a part
+            _seed(seed, f"{name}/constructor")
+            for parameter in undrawn:
+                parameter.data = constructed().of(names[id(parameter)], parameter.data)
+            _seed(seed, name)
+            _draw(owner, modules, parameters, scaled, std)
+        for parameter, place in zip(parameters, places, strict=True):
+            place.copy_(parameter.data)
+            parameter.data = place
+
     for name, owner, modules in _layers(model, "", model):
         parameters = [p for module in modules for p in module.parameters(recurse=False) if id(p) not in drawn]
         drawn.update(id(parameter) for parameter in parameters)
         if not parameters:  # none of its own, or the head of an embedding that was drawn already
             continue
-        digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-        torch.manual_seed(int.from_bytes(digest[:7], "big"))
         if hasattr(parameters[0], "ds_id"):
             import deepspeed
 
             with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0):
                 if dist.get_rank() == 0:
-                    _draw(owner, modules, parameters, scaled, std)
+                    draw(name, owner, modules, parameters)
         else:
-            _draw(owner, modules, parameters, scaled, std)
+            draw(name, owner, modules, parameters)
     torch.manual_seed(seed)
+
+
+def _seed(seed: int, name: str) -> None:
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:7], "big"))
 
 
 def _residual_outputs(model: PreTrainedModel) -> set[int]:
@@ -65,17 +96,66 @@ def _residual_outputs(model: PreTrainedModel) -> set[int]:
 def _draw(
     owner: PreTrainedModel, modules: list[nn.Module], parameters: list[nn.Parameter], scaled: set[int], std: float
 ) -> None:
-    places = [parameter.data for parameter in parameters]
-    for parameter, place in zip(parameters, places, strict=True):
-        parameter.data = torch.empty(place.shape, dtype=torch.float32)
     for module in modules:
         owner._init_weights(module)
     for parameter in parameters:
         if id(parameter) in scaled:
             parameter.data.normal_(0.0, std)
-    for parameter, place in zip(parameters, places, strict=True):
-        place.copy_(parameter.data)
-        parameter.data = place
+
+
+class _ConstructedValues:
+    """What the constructors of a model's modules give its parameters, in fp32 on the CPU.
+
+    The model is constructed once more with `torch.empty` on the meta device, so what only takes memory takes none. The
+    calls of `torch.nn.init` are noted; `of` makes those of one parameter, with the random numbers of the moment.
+    """
+
+    def __init__(self, model: PreTrainedModel, seed: int) -> None:
+        self._noted: list[tuple[torch.Tensor, Callable[[torch.Tensor], Any]]] = []
+        self._parameters: dict[str, nn.Parameter] = {}
+        torch.manual_seed(seed)
+        try:
+            with self._noting():
+                built = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32, trust_remote_code=False)
+        except (
+            Exception
+        ):  # on one rank of many, so it goes on: the values stay NaN, and the check of the logits refuses
+            traceback.print_exc()
+            return
+        self._parameters = dict(built.named_parameters())
+
+    @contextmanager
+    def _noting(self) -> Iterator[None]:
+        empty = torch.empty
+
+        def note(function: Callable[..., Any], tensor: torch.Tensor, *arguments: Any, **kwargs: Any) -> torch.Tensor:
+            if tensor.is_meta:
+                self._noted.append((tensor, lambda place: function(place, *arguments, **kwargs)))
+            else:
+                function(tensor, *arguments, **kwargs)
+            return tensor
+
+        with no_init_weights(), ExitStack() as stack:
+            for module in [sys.modules[name] for name in TORCH_MODULES_TO_PATCH if name in sys.modules]:
+                for name, function in TORCH_INIT_FUNCTIONS.items():
+                    if hasattr(module, name):
+                        stack.enter_context(patch.object(module, name, functools.partial(note, function)))
+            stack.enter_context(patch("torch.empty", lambda *size, **kw: empty(*size, **{**kw, "device": "meta"})))
+            yield
+
+    def of(self, name: str, otherwise: torch.Tensor) -> torch.Tensor:
+        """The value of the parameter `name`; `otherwise` where no constructor sets one."""
+        parameter = self._parameters.get(name)
+        calls = [call for tensor, call in self._noted if tensor is parameter]
+        if parameter is None or (parameter.is_meta and not calls):
+            print(f"initial weights: neither a rule nor a constructor of {name} sets it")
+            return otherwise
+        if not parameter.is_meta:
+            return parameter.data.float().clone()
+        value = torch.empty(parameter.shape, dtype=torch.float32)
+        for call in calls:
+            call(value)
+        return value
 
 
 def _layers(

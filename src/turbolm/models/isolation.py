@@ -1,56 +1,203 @@
-"""Prove, on the model that is about to be trained, that packed documents cannot see each other."""
+"""Prove, on the model that is about to be trained, that no document and no later token moves the logits of another."""
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedConfig
 
 from turbolm.errors import UserError
 from turbolm.models.attention import model_inputs
+from turbolm.models.settings import ropes_by_length
 
 # Relative to the largest logit. Every kernel that isolates gave exactly 0 in fp32; the smallest leak seen at initial
-# weights was 4e-3 (ALiBi in Bloom), the usual one above 1e-1.
+# weights was 4e-3 (ALiBi in Bloom), the usual one above 1e-1. Mixtures of experts, whose products are of other sizes when
+# other tokens change, gave up to 7e-7 in fp32. Where attention hardly counts, as in a small Marian, the limit is lower: a
+# twentieth of what a document's own tokens move.
 _TOLERANCE = {"fp32": 1e-5, "bf16": 1e-3, "fp16": 1e-3}
+_ROW_TOKENS = 32
+_MASKED = 1e9  # logits beyond it, either way, are those of tokens that the model rules out
+# Settings that turn a type that reads both ways into one that reads from left to right.
+_CAUSAL_SETTINGS = {"is_decoder": True, "causal": True, "attn_type": "uni", "use_bidirectional_attention": False}
 
 
-@torch.no_grad()
-def measure_leak(
-    forward: Callable[..., Any], *, vocab_size: int, seq_len: int, attention: str, device: torch.device, seed: int = 0
-) -> tuple[float, float]:
-    """How far the second document's logits move when only the first one changes.
+class Probe:
+    """Forward passes of one small micro-batch, with changes that must not matter.
 
-    Runs `forward` (the model or its engine) twice on one row of `seq_len` tokens that holds two documents. Returns
-    the largest absolute difference in the second document's logits, and the largest absolute logit.
+    Two rows (or one, with `num_rows`) of at most 32 tokens; with `packed`, the first holds two documents. The model
+    runs as it trains, and draws the same random numbers in every pass; the caller's random state stays as it was. A
+    compiled model runs as it was before: its graphs do the same, and compiling one for these rows would take longer
+    than all the rest. Every rank must make the same calls: under ZeRO-3 a forward pass gathers weights.
     """
-    split = seq_len // 2
-    generator = np.random.default_rng(seed)
-    tokens = generator.integers(0, vocab_size, (1, seq_len))
-    positions = np.concatenate([np.arange(split), np.arange(seq_len - split)])[None]
-    logits = []
-    for _ in range(2):
-        inputs = model_inputs({"input_ids": tokens, "position_ids": positions}, attention, device)
-        logits.append(forward(**inputs).logits[0, split:].float())
-        tokens = tokens.copy()
-        tokens[0, :split] = (tokens[0, :split] + 1 + generator.integers(0, vocab_size - 1, split)) % vocab_size
-    return float((logits[0] - logits[1]).abs().max()), float(logits[0].abs().max())
+
+    def __init__(
+        self,
+        forward: Callable[..., Any],
+        *,
+        vocab_size: int,
+        seq_len: int,
+        attention: str,
+        device: torch.device,
+        packed: bool = True,
+        num_rows: int = 2,
+    ) -> None:
+        self.forward, self.attention, self.device, self.vocab_size = forward, attention, device, vocab_size
+        self.seq_len, self.num_tokens = seq_len, min(seq_len, _ROW_TOKENS)
+        self.first = self.num_tokens // 3 if packed else 0  # where the document that must not change begins
+        self.middle = (self.first + self.num_tokens) // 2
+        self.tokens = np.random.default_rng(0).integers(0, vocab_size, (num_rows, self.num_tokens))
+        row = np.concatenate([np.arange(self.first), np.arange(self.num_tokens - self.first)])
+        self.positions = np.tile(row, (num_rows, 1))
+        self.logits = self._run(self.tokens, self.positions)
+        usable = self.logits[self.logits.abs() < _MASKED]
+        self.scale = float(usable.abs().max()) if usable.numel() else 0.0
+
+    @torch.no_grad()
+    def _run(self, tokens: np.ndarray, positions: np.ndarray) -> torch.Tensor:
+        """Logits in fp32, [rows, tokens, vocabulary]."""
+        inputs = model_inputs({"input_ids": tokens, "position_ids": positions}, self.attention, self.device)
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices), torch.compiler.set_stance("force_eager"):
+            torch.manual_seed(0)
+            logits: torch.Tensor = self.forward(**inputs).logits
+        return logits.float().reshape(*tokens.shape, -1)
+
+    def is_finite(self) -> bool:
+        """Whether every logit is a number."""
+        return bool(torch.isfinite(self.logits).all())
+
+    def move_by_neighbours(self) -> float:
+        """How far the document's logits move when the tokens of every other document change; NaN if they become so."""
+        tokens = self.tokens.copy()
+        self._change(tokens[0, : self.first])
+        self._change(tokens[1:])
+        return self._moved(self._run(tokens, self.positions)[0, self.first :], self.logits[0, self.first :])
+
+    def move_by_lengths(self) -> float:
+        """The same when the other documents are `seq_len` tokens long: their last positions say so."""
+        positions = self.positions.copy()
+        for row, end in ([(0, self.first)] if self.first else []) + [(1, self.num_tokens)] * (len(positions) - 1):
+            positions[row, end - 1] = self.seq_len - 1
+        return self._moved(self._run(self.tokens, positions)[0, self.first :], self.logits[0, self.first :])
+
+    def move_by_tokens(self) -> tuple[float, float]:
+        """How far the document's logits before its middle tokens, and after them, move when those change."""
+        first, last = self.middle, (self.middle + self.num_tokens) // 2
+        tokens = self.tokens.copy()
+        self._change(tokens[0, first:last])
+        logits = self._run(tokens, self.positions)[0]
+        before, after = slice(self.first, first), slice(last, None)
+        return self._moved(logits[before], self.logits[0, before]), self._moved(logits[after], self.logits[0, after])
+
+    def _change(self, tokens: np.ndarray) -> None:
+        """Replace every token by another, in place."""
+        tokens += 1 + np.random.default_rng(1).integers(0, self.vocab_size - 1, tokens.shape)
+        tokens %= self.vocab_size
+
+    def _moved(self, logits: torch.Tensor, expected: torch.Tensor) -> float:
+        return float((logits - expected).masked_fill(expected.abs() >= _MASKED, 0.0).abs().max())
+
+
+def measure_leak(forward: Callable[..., Any], **settings: Any) -> tuple[float, float]:
+    """How far a document's logits move when the others of its row change, and the largest logit; `settings` as `Probe`."""
+    probe = Probe(forward, **settings)
+    return probe.move_by_neighbours(), probe.scale
 
 
 def check_isolation(
-    forward: Callable[..., Any], *, vocab_size: int, seq_len: int, attention: str, device: torch.device, precision: str
+    forward: Callable[..., Any],
+    *,
+    vocab_size: int,
+    seq_len: int,
+    attention: str,
+    device: torch.device,
+    precision: str,
+    packed: bool = True,
+    num_rows: int = 2,
+    config: PreTrainedConfig | None = None,
 ) -> float:
-    """Refuse to train when documents of one row leak into each other; returns the measured leak.
+    """Refuse to train a model whose logits are not finite, or follow later tokens or other documents.
 
-    Every rank must call it: under ZeRO-3 the forward pass gathers weights. A compiled model runs as it was before: its
-    graphs do the same, and compiling one for the row of this check would take longer than all the rest.
+    `seq_len` is the recipe's, `packed` whether documents share a row, `num_rows` how many rows a micro-batch has (two
+    are probed at most), `config` the model's, for the message. Runs `forward` (the model or its engine) four times on
+    at most 64 tokens; see `Probe`. Returns how far the logits moved when the other documents changed. Raises UserError.
     """
-    with torch.compiler.set_stance("force_eager"):
-        leak, scale = measure_leak(forward, vocab_size=vocab_size, seq_len=seq_len, attention=attention, device=device)
-    if leak > _TOLERANCE[precision] * max(scale, 1e-6):
+    kind = "this model" if config is None else config.model_type
+    try:
+        probe = Probe(
+            forward,
+            vocab_size=vocab_size,
+            seq_len=seq_len,
+            attention=attention,
+            device=device,
+            packed=packed,
+            num_rows=min(num_rows, 2),
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of any kind: what a model type cannot do fails wherever its code comes to it
+        traceback.print_exc()
+        raise UserError(f"model: {kind} cannot be trained with {attention} attention: {_one_line(error)}") from error
+    if not probe.is_finite():
         raise UserError(
+            f"model: the logits of {kind} are not finite (NaN or infinite) before the first step, in {precision}: a "
+            "weight is not, or train.precision is too narrow for it (fp32 is the widest)"
+        )
+    before, after = probe.move_by_tokens()
+    if not after > 0:
+        raise UserError(
+            f"model: at these weights and in {precision} no token of {kind} moves the logits after it, so nothing can "
+            "show whether documents are kept apart; set train.precision: fp32"
+        )
+    limit = min(_TOLERANCE[precision] * probe.scale, after / 20)
+    if not before <= limit:  # NaN is not either
+        raise UserError(
+            f"model: {kind} sees later tokens (changing one moved the logits before it by {before:.2g}), so it would "
+            f"be given what it has to predict; {_causal_cure(config)}"
+        )
+    neighbours = probe.move_by_neighbours() if packed or num_rows > 1 else 0.0
+    if not neighbours <= limit:
+        raise UserError(_leak_message(neighbours, attention, packed))
+    lengths = probe.move_by_lengths() if packed or num_rows > 1 else 0.0
+    if not lengths <= limit:
+        raise UserError(_length_message(lengths, kind, packed, config))
+    return neighbours
+
+
+def _leak_message(leak: float, attention: str, packed: bool) -> str:
+    if packed:
+        return (
             f"data.packing: with {attention} attention this model lets packed documents see each other (changing one "
             f"moved its neighbour's logits by {leak:.2g}); set `data.packing: single` or another execution.attention"
         )
-    return leak
+    return (
+        f"execution.micro_batch: with {attention} attention the rows of a micro-batch see each other in this model "
+        f"(changing one moved the other's logits by {leak:.2g}); set execution.micro_batch to data.seq_len, one row"
+    )
+
+
+def _length_message(moved: float, kind: str, packed: bool, config: PreTrainedConfig | None) -> str:
+    cures = ["`data.packing: single` with execution.micro_batch: data.seq_len, one row"]
+    if not packed:
+        cures = ["execution.micro_batch to data.seq_len, one row"]
+    if config is None or any(ropes_by_length(part) for part in (config, config.get_text_config())):
+        cures.insert(0, "model.rope_factors: short (or long), which fixes its rotary factors")
+    return (
+        f"data.packing: in {kind} a document's logits follow the length of the others in its micro-batch (one of "
+        f"data.seq_len tokens moved its neighbour's by {moved:.2g}); set {', or '.join(cures)}"
+    )
+
+
+def _causal_cure(config: PreTrainedConfig | None) -> str:
+    for key, value in _CAUSAL_SETTINGS.items():
+        if hasattr(config, key) and getattr(config, key) != value:
+            return f"set `model.config.{key}: {str(value).lower()}`, which makes it read from left to right"
+    return "choose a model type that reads from left to right"
+
+
+def _one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]

@@ -67,8 +67,6 @@ def build_session(
     """Model, engine, data and logging of a run that is about to train or resume."""
     recipe = plan.recipe
     engine, attention = build_engine(accelerator, plan, store, run)
-    if recipe.data.packing != "single":
-        _check_packing(engine, plan, store, attention)
     if recipe.train.fp8 != "off":  # after the check: a scale shared by a whole tensor is rounding that all rows share
         print(f"products in 8 bits: {len(apply_fp8(engine.module, recipe.train.fp8))} linear layers")
     loader = _build_loader(plan, store, group)
@@ -129,7 +127,7 @@ def build_engine(accelerator: Any, plan: Plan, store: TokenStore, run: RunDirect
     check_all_trained(model)
     check_positions(model, recipe.data.seq_len)
     if dist.get_rank() == 0:
-        config.save_pretrained(run.model)
+        model.config.save_pretrained(run.model)
         from turbolm.checkpoint.export import tokenizer
 
         tokenizer(store.tokenizer_dir).save_pretrained(run.model)
@@ -148,6 +146,7 @@ def build_engine(accelerator: Any, plan: Plan, store: TokenStore, run: RunDirect
         print(f"moments in 8 bits for {share:.1%} of the parameters here; the others' are not in whole blocks: fp32")
     if isinstance(optimizer, (Muon, CautiousAdamW)) and execution.zero_stage > 0:
         optimizer.distribute(stepped_partitions(engine), own_fragments(engine), engine.device)
+    _check_isolation(engine, plan, store, attention)
     tokens = np.arange(8)[None]
     probe = model_inputs({"input_ids": tokens, "position_ids": tokens}, attention, engine.device)
     loss = choose_loss(execution.loss, engine, engine.module, probe, plan.precision, plan.batch.micro_batch_tokens)
@@ -160,19 +159,23 @@ def build_engine(accelerator: Any, plan: Plan, store: TokenStore, run: RunDirect
     return engine, attention
 
 
-def _check_packing(engine: Any, plan: Plan, store: TokenStore, attention: str) -> None:
-    """Raise UserError where a document of a packed row changes what the model makes of its neighbours."""
-    engine.eval()  # dropout would move the logits by itself
-    leak = check_isolation(
+def _check_isolation(engine: Any, plan: Plan, store: TokenStore, attention: str) -> None:
+    """Raise UserError where a later token or another document changes what the model makes of one. Collective."""
+    data = plan.recipe.data
+    has_one_row = plan.batch.micro_batch_bins == 1 and plan.curriculum.seq_lens == (data.seq_len,)
+    engine.train()  # as it trains; the check draws the same random numbers in every pass
+    moved = check_isolation(
         engine,
         vocab_size=store.vocab_size,
-        seq_len=min(plan.recipe.data.seq_len, 64),
+        seq_len=data.seq_len,
         attention=attention,
         device=engine.device,
         precision=plan.precision,
+        packed=data.packing != "single",
+        num_rows=1 if has_one_row else 2,
+        config=engine.module.config,
     )
-    engine.train()
-    print(f"packed documents are isolated: a change moved its neighbour's logits by {leak:.1e}")
+    print(f"documents are isolated, and read from left to right: a change moved its neighbour's logits by {moved:.1e}")
 
 
 def _build_loader(plan: Plan, store: TokenStore, group: Any) -> BatchLoader:

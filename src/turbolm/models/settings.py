@@ -1,0 +1,126 @@
+"""What the keys of a recipe's `model` section change in a configuration: noise on routers, factors of rotary positions.
+
+Both are written into the configuration, so that the exported model computes what was trained and evaluated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from turbolm.errors import UserError
+from turbolm.recipe.schema import Model
+
+# Named like noise, but no noise on a router: phimoe's threshold for masking an expert's logits (it counts in evaluation
+# too), and the augmentation of a vision tower's positions.
+_NOT_NOISE = {("phimoe", "router_jitter_noise")}
+_NOT_OF_ROUTERS = ("pos_embed_jitter",)
+# Routers that sample the expert while they train; in evaluation mode they take the likeliest.
+_SAMPLING_ROUTERS = ("PhimoeTopKRouter",)
+
+
+def apply_router_noise(config: PreTrainedConfig, model: Model) -> None:
+    """Set every amplitude of noise on a router to `model.router_noise`, unless `model.config` names it.
+
+    Raises UserError where a number is asked for and the type has no such amplitude.
+    """
+    if model.router_noise == "config":
+        return
+    keys = list(_noise_keys(config, model.config or {}))
+    if model.router_noise and not keys:
+        raise UserError(
+            f"model.router_noise: {config.model_type} has no noise on its routers to set; leave it out, or set it to 0"
+        )
+    for owner, key in keys:
+        if model.router_noise or getattr(owner, key):  # an absent one stays absent
+            setattr(owner, key, model.router_noise)
+
+
+def _noise_keys(config: PreTrainedConfig, named: dict[str, Any]) -> Iterator[tuple[PreTrainedConfig, str]]:
+    """(configuration, key) of every amplitude that `named`, the recipe's own mapping, does not set."""
+    for key, value in list(vars(config).items()):
+        if isinstance(value, PreTrainedConfig):
+            inner = named.get(key)
+            yield from _noise_keys(value, inner if isinstance(inner, dict) else {})
+        elif ("jitter" in key or "noise" in key) and key not in named and key not in _NOT_OF_ROUTERS:
+            if (config.model_type, key) not in _NOT_NOISE:
+                yield config, key
+
+
+def stop_sampling_routers(built: PreTrainedModel, model: Model) -> None:
+    """With `model.router_noise: 0`, keep routers that sample experts in evaluation mode, whatever the model's mode."""
+    if model.router_noise != 0:
+        return
+    for module in built.modules():
+        if type(module).__name__ in _SAMPLING_ROUTERS:
+            module.eval()
+            module.train = _stay(module)
+
+
+def _stay(module: nn.Module) -> Any:
+    return lambda mode=True: module
+
+
+def fix_rope_factors(config: PreTrainedConfig, model: Model, seq_len: int) -> None:
+    """Make rotary factors that follow the longest sequence of a batch those of `model.rope_factors` for any length.
+
+    longrope (arXiv 2402.13753) has two lists: `short` or `long` takes the place of the other. dynamic (NTK) scaling
+    has a base that grows with the length: `short` is the base without scaling, `long` that of `seq_len` tokens. What
+    results is in the configuration's own terms, so plain Transformers computes the same. Raises UserError where the
+    model has no such factors.
+    """
+    if model.rope_factors == "by_length":
+        return
+    found = [(text, rope) for text in _configs(config) for rope in ropes_by_length(text)]
+    if not found:
+        raise UserError(
+            f"model.rope_factors: {config.model_type} has no rotary factors that follow the length (longrope, dynamic); "
+            "leave it out"
+        )
+    for text, rope in found:
+        if "longrope" in rope["rope_type"]:
+            other = {"short": "long", "long": "short"}[model.rope_factors]
+            for name in ("factor", "mscale"):  # mscale: phimoe's scale of attention
+                if f"{model.rope_factors}_{name}" in rope:
+                    rope[f"{other}_{name}"] = rope[f"{model.rope_factors}_{name}"]
+        else:
+            _fix_dynamic(text, rope, seq_len if model.rope_factors == "long" else 0)
+    print(f"rotary factors: {model.rope_factors}, whatever the length of a sequence; the configuration says so")
+
+
+def _fix_dynamic(config: PreTrainedConfig, rope: dict[str, Any], seq_len: int) -> None:
+    """The formula of Transformers' `dynamic`, once for `seq_len`: a plain base."""
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    dim = int(head_dim * rope.get("partial_rotary_factor", 1.0))
+    positions, factor = config.max_position_embeddings, rope["factor"]
+    stretch = factor * max(seq_len, positions) / positions - (factor - 1)
+    rope["rope_theta"] *= stretch ** (dim / (dim - 2))
+    rope["rope_type"] = "default"
+    for name in ("factor", "type", "original_max_position_embeddings"):
+        rope.pop(name, None)
+
+
+def ropes_by_length(config: PreTrainedConfig) -> list[dict[str, Any]]:
+    """The rotary parameters of a configuration whose factors follow the longest sequence of a batch."""
+    parameters = getattr(config, "rope_parameters", None)
+    if not isinstance(parameters, dict):
+        return []
+    each = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]  # one, or by layer type
+    return [rope for rope in each if _follows_length(rope)]
+
+
+def _follows_length(rope: dict[str, Any]) -> bool:
+    kind = rope.get("rope_type")
+    if not isinstance(kind, str):
+        return False
+    return kind == "longrope" or ("dynamic" in kind and not rope.get("alpha"))  # with an alpha (Hunyuan) it is fixed
+
+
+def _configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
+    yield config
+    for value in vars(config).values():
+        if isinstance(value, PreTrainedConfig):
+            yield from _configs(value)
