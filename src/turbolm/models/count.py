@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -15,10 +16,11 @@ from transformers import AutoModelForCausalLM
 
 from turbolm.errors import EXIT_BAD_INPUT, UserError
 from turbolm.models.build import build_config
+from turbolm.models.size import measure_model
 from turbolm.recipe.schema import Model
 
 
-def count_parameters(config: dict[str, Any]) -> dict[str, int]:
+def count_parameters(config: dict[str, Any]) -> dict[str, Any]:
     """Parameters of the model that `config` describes, each weight counted once. Raises UserError."""
     vocab_size = int(config.get("vocab_size", 1))
     built = build_config(Model(config=config), seq_len=1, vocab_size=vocab_size, bos_token_id=0, eos_token_id=0)
@@ -27,13 +29,7 @@ def count_parameters(config: dict[str, Any]) -> dict[str, int]:
             model = AutoModelForCausalLM.from_config(built, trust_remote_code=False)
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(f"model.config: cannot build {built.model_type}: {error}") from error
-    embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
-    separate = output is not None and output.weight is not embedding.weight
-    return {
-        "total": sum(parameter.numel() for parameter in model.parameters()),
-        "embedding": sum(parameter.numel() for parameter in embedding.parameters()),
-        "head": sum(parameter.numel() for parameter in output.parameters()) if separate else 0,
-    }
+    return asdict(measure_model(model))
 
 
 if __name__ == "__main__":

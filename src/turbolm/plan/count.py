@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from turbolm.errors import EXIT_BAD_INPUT, UserError
-from turbolm.plan.parameters import estimate_parameters
+from turbolm.plan.parameters import estimate_parameters, read_architecture
 from turbolm.recipe.contract import canonical_json
 from turbolm.recipe.schema import Model, Recipe
 
@@ -33,6 +33,13 @@ class ModelSize:
     embedding: int  # the token embedding, and the positions where they are learned
     head: int  # the output projection; 0 when it is the token embedding
     source: str  # "formula" or "counted"
+    idle: int  # weights of experts that a token does not pass through
+    attention_width: int  # heads x head size, of all layers together
+
+    @property
+    def matmul(self) -> int:
+        """Weights a token is multiplied with: all but idle experts and the embedding, which is the head when tied."""
+        return self.total - self.idle - (self.embedding if self.head else 0)
 
 
 def read_model_config(recipe: Recipe, recipe_file: str | Path) -> tuple[dict[str, Any] | None, list[str]]:
@@ -72,7 +79,9 @@ def size_model(config: Mapping[str, Any], cache_dir: str | Path) -> ModelSize:
     except ValueError as error:
         raise UserError(str(error)) from None
     if counts is not None:
-        return ModelSize(counts.total, counts.embedding, counts.head, "formula")
+        shape = read_architecture(config)
+        width = shape.num_layers * shape.attention_width if shape else 0
+        return ModelSize(counts.total, counts.embedding, counts.head, "formula", idle=0, attention_width=width)
     _check_model_type(str(config.get("model_type")))
     text = canonical_json(config)
     version = importlib.metadata.version("transformers")
@@ -81,7 +90,7 @@ def size_model(config: Mapping[str, Any], cache_dir: str | Path) -> ModelSize:
     try:
         return ModelSize(**json.loads(cache.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, RecursionError):
-        size = ModelSize(**_count(text), source="counted")
+        size = ModelSize(**_count(text))
         _keep(cache, size)
         return size
 
@@ -115,7 +124,7 @@ def _causal_model_types(source: Path) -> list[str]:
     return []
 
 
-def _count(config_text: str) -> dict[str, int]:
+def _count(config_text: str) -> dict[str, Any]:
     done = subprocess.run(
         [sys.executable, "-m", "turbolm.models.count"],
         input=config_text,
@@ -128,7 +137,7 @@ def _count(config_text: str) -> dict[str, int]:
         raise UserError(done.stderr[done.stderr.rfind("turbolm: ") :].removeprefix("turbolm: ").strip())
     if done.returncode:
         raise UserError(f"model.config: its parameters cannot be counted:\n{done.stderr[-1000:].strip()}")
-    counts: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
+    counts: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return counts
 
 
