@@ -16,8 +16,9 @@ import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import safe_get_full_grad
 
-from tests.train.harness import Cell, cell_recipe
+from tests.train.harness import MIXTURES, Cell, cell_recipe
 from turbolm.checkpoint.load import load_checkpoint
 from turbolm.checkpoint.retention import Retention
 from turbolm.checkpoint.save import save_checkpoint
@@ -56,7 +57,7 @@ def build_plan_of_large_matrices(*arguments: Any) -> Plan:
 
 
 def train_cell(folder: Path, cell: Cell) -> list[list[float]]:
-    """(loss, gradient norm) of every step."""
+    """(loss, gradient norm) of every step; of a mixture of experts also (router loss, gradient norm of the routers)."""
     plan, store, engine, attention = build_cell(folder, cell)
     recipe = plan.recipe
     order = recipe_order(recipe, store, plan.curriculum, save=False)
@@ -70,6 +71,7 @@ def train_cell(folder: Path, cell: Cell) -> list[list[float]]:
     if cell.save_loaded_in:
         save(cell.save_loaded_in, engine, step)
     trained, ledger = [], []
+    router_norms = watch_routers(engine) if cell.model in MIXTURES else []
     while step < cell.steps:
         batch = loader.global_batch(step)
         ledger.append(batch.samples_digest)
@@ -82,6 +84,10 @@ def train_cell(folder: Path, cell: Cell) -> list[list[float]]:
         step += 1
         norm = float("nan") if result.grad_norm is None else float(result.grad_norm)  # fp16 skips updates at first
         trained.append([float(loss) / batch.num_targets, norm])
+        if result.router_loss_sum is not None:
+            router_loss = result.router_loss_sum.double()
+            dist.all_reduce(router_loss)
+            trained[-1] += [float(router_loss) / batch.num_targets, router_norms[-1]]
         if step in cell.save_at:
             save(cell.save_in or "missing", engine, step)
             if cell.save_late_in:
@@ -110,6 +116,22 @@ def no_device_synchronization() -> Iterator[None]:
     with patch.object(type(get_accelerator()), "synchronize", synchronize):
         yield
     assert not stacks, f"{len(stacks)} device synchronizations in a step, first:\n{stacks[0]}"
+
+
+def watch_routers(engine: Any) -> list[float]:
+    """The norm of the gradient of all routers, which every update from now on adds to."""
+    norms: list[float] = []
+    gates = [p for name, p in engine.module.named_parameters() if name.endswith(".gate.weight")]
+    step = engine.step
+
+    def step_noting() -> None:
+        if engine.is_gradient_accumulation_boundary():
+            gradients = [safe_get_full_grad(gate) for gate in gates]
+            norms.append(float(torch.cat([gradient.flatten() for gradient in gradients]).norm()))
+        step()
+
+    engine.step = step_noting
+    return norms
 
 
 def save(folder: str, engine: Any, step: int) -> None:

@@ -26,6 +26,15 @@ MODELS: dict[str, dict[str, Any]] = {
     "gpt2": {"model_type": "gpt2", "n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 64},
     "mamba": {"model_type": "mamba", "hidden_size": 32, "num_hidden_layers": 1, "state_size": 4},
 }
+MIXTURES: dict[str, dict[str, Any]] = {
+    "mixtral": {"model_type": "mixtral", "num_local_experts": 4, "router_aux_loss_coef": 0.5},
+    "qwen3_moe": {
+        "model_type": "qwen3_moe", "moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2,
+        "router_aux_loss_coef": 0.5,
+    },
+    "olmoe": {"model_type": "olmoe", "num_experts": 4, "num_experts_per_tok": 1, "router_aux_loss_coef": 0.5},
+}  # fmt: skip
+MODELS |= {name: {**MODELS["llama"], **mixture} for name, mixture in MIXTURES.items()}
 SEQ_LEN = 32
 BINS_PER_BATCH = 5  # divided by none of the layouts below: there are always ranks with less than the others
 
@@ -108,7 +117,10 @@ def cell_recipe(folder: Path, cell: Cell) -> Recipe:
 
 
 def run_cells(folder: Path, world_size: int, cells: list[Cell]) -> dict[str, list[list[float]]]:
-    """Train every cell on `world_size` ranks of one world; returns (loss, grad_norm) by step for each name."""
+    """Train every cell on `world_size` ranks of one world; returns (loss, grad_norm) by step for each name.
+
+    Of a mixture of experts also its router loss and the norm of the gradient of its routers.
+    """
     prepare(cell_recipe(folder, cells[0]))
     trained: dict[str, list[list[float]]] = run_world(
         world_size, _train_cells, folder, cells, device=cells[0].device, timeout_sec=600

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.optim.formulas import Formula
 from turbolm.data.order import recipe_order
+from turbolm.data.packing import Bins
 from turbolm.data.store import TokenStore
 from turbolm.models.build import build_model
 from turbolm.plan.curriculum import build_curriculum
@@ -20,6 +23,7 @@ def train_reference(
     recipe: Recipe,
     store: TokenStore,
     lrs: list[float],
+    coefficient: float | None = None,
     *,
     batches: Sequence[int] | None = None,
     initial_seed: int | None = None,
@@ -27,14 +31,17 @@ def train_reference(
     """(loss, gradient norm before clipping) of a step for each learning rate in `lrs`.
 
     `batches` are the indices of their global batches where some are left out, `initial_seed` that of the initial
-    weights where it is not the recipe's.
+    weights where it is not the recipe's. With a `coefficient` also (router loss, gradient norm of the routers):
+    Transformers' own function is called for each packed sequence, with the router logits of its documents.
     """
     mapping: dict[str, Any] = dict(recipe.model.config or {})
     mapping |= {"vocab_size": store.vocab_size, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
     if mapping["model_type"] == "gpt2":
         mapping |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     config = AutoConfig.for_model(mapping.pop("model_type"), **mapping)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(
+        config, attn_implementation="eager", experts_implementation="eager", dtype=torch.float32
+    )
     seed = recipe.train.seed if initial_seed is None else initial_seed
     initial = build_model(recipe.model, config, seed=seed, attention="eager")  # all that is shared
     model.load_state_dict(initial.state_dict())
@@ -44,22 +51,37 @@ def train_reference(
     trained = []
     for step, lr in enumerate(lrs):
         batch = order.batch(step if batches is None else batches[step])
-        pieces = zip(batch.document, batch.start, batch.length, strict=True)
-        loss, num_targets = torch.zeros(()), 0
-        for document, start, length in pieces:
-            tokens = torch.from_numpy(store.read("train", int(document), int(start), int(length)).astype("int64"))
-            logits = model(tokens[None, :-1]).logits[0]
-            loss = loss - logits.log_softmax(-1).gather(1, tokens[1:, None]).sum()
-            num_targets += len(tokens) - 1
-        loss = loss / num_targets
+        loss, router_loss = _losses(model, store, batch, coefficient is not None)
         model.zero_grad()
-        loss.backward()
+        (loss + (coefficient or 0.0) * router_loss).backward()
+        gates = [parameter.grad for name, parameter in model.named_parameters() if name.endswith(".gate.weight")]
+        of_routers = [router_loss.item(), torch.nn.utils.get_total_norm(gates).item()] if gates else []
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.train.max_grad_norm or float("inf"))
         if recipe.train.max_grad_value is not None:
             torch.nn.utils.clip_grad_value_(model.parameters(), recipe.train.max_grad_value)
         optimizer.step(lr, **scheduled(recipe, step))
-        trained.append([loss.item(), norm.item()])
+        trained.append([loss.item(), norm.item(), *of_routers])
     return trained
+
+
+def _losses(model: Any, store: TokenStore, batch: Bins, has_routers: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss of a global batch and its router loss, means over its tokens, one document after the other."""
+    loss, router_loss = torch.zeros(()), torch.zeros(())
+    for first, end in pairwise(batch.offsets.tolist()):  # the documents of a packed sequence
+        router_logits = []
+        for piece in range(first, end):
+            place = (int(column[piece]) for column in (batch.document, batch.start, batch.length))
+            tokens = torch.from_numpy(store.read("train", *place).astype("int64"))
+            output = model(tokens[None, :-1], **({"output_router_logits": True} if has_routers else {}))
+            loss = loss - output.logits[0].log_softmax(-1).gather(1, tokens[1:, None]).sum()
+            router_logits.append(output.router_logits if has_routers else ())
+        if has_routers:
+            function = sys.modules[type(model).__module__].load_balancing_loss_func
+            layers = tuple(torch.cat(layer) for layer in zip(*router_logits, strict=True))
+            of_sequence = function(layers, model.num_experts, model.num_experts_per_tok)
+            router_loss = router_loss + int(batch.length[first:end].sum()) * of_sequence
+    num_targets = int(batch.length.sum())
+    return loss / num_targets, router_loss / num_targets
 
 
 def scheduled(recipe: Recipe, step: int) -> dict[str, float]:

@@ -19,6 +19,7 @@ from turbolm.errors import UserError
 from turbolm.models.config import Checked, Source, check_config
 from turbolm.models.config_errors import Problem, find_culprits
 from turbolm.models.config_names import Unread
+from turbolm.models.size import measure_model
 from turbolm.plan.count import Answer, ModelSize
 
 _NUM_TOKENS = 8
@@ -54,8 +55,8 @@ def _build(checked: Checked) -> tuple[list[Problem], ModelSize | None]:
         ran = find_culprits(
             kind, built.values, lambda tried: _run(build_on_meta(reader.make(tried))), _RUN_SEARCH_SEC, only_sure=True
         )
-        return [problem for problem in ran.problems if problem.path], _size(built.result)
-    return [], _size(built.result)
+        return [problem for problem in ran.problems if problem.path], measure_model(built.result)
+    return [], measure_model(built.result)
 
 
 def build_on_meta(config: PreTrainedConfig) -> PreTrainedModel:
@@ -81,17 +82,6 @@ def _run(model: PreTrainedModel) -> None:
             raise
     finally:
         masking_utils.find_packed_sequence_indices = look
-
-
-def _size(model: PreTrainedModel) -> ModelSize:
-    embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
-    separate = output is not None and output.weight is not embedding.weight
-    return ModelSize(
-        total=sum(parameter.numel() for parameter in model.parameters()),
-        embedding=sum(parameter.numel() for parameter in embedding.parameters()),
-        head=sum(parameter.numel() for parameter in output.parameters()) if separate else 0,
-        source="counted",
-    )
 
 
 def _notes(source: Source, unread: list[Unread]) -> list[str]:

@@ -195,6 +195,7 @@ def choose_loss(
     if problem and requested != "auto":
         raise UserError(f"execution.loss: {requested} does not work here: {problem}, or execution.loss: full")
     if problem:
+        print(f"execution.loss: full, because {problem}")
         return "full"
     if requested == "liger" and (model.device.type != "cuda" or importlib.util.find_spec("liger_kernel") is None):
         print("execution.loss: liger needs a GPU and the package liger-kernel; the chunked loss is used instead")
@@ -205,19 +206,25 @@ def choose_loss(
 @torch.no_grad()
 def _why_not_linear(forward: Callable[..., Any], model: PreTrainedModel, inputs: dict[str, Any]) -> str | None:
     """Why the logits are not the (soft-capped) output head of the base model's last hidden state; None if they are."""
-    head = model.get_output_embeddings()
-    seen: dict[str, torch.Tensor] = {}
-    if not isinstance(head, nn.Linear) or model.base_model is model:
+    head, base = model.get_output_embeddings(), model.base_model
+    seen: dict[str, Any] = {}
+    if not isinstance(head, nn.Linear):
         return f"{model.config.model_type} has no linear output head"
+
+    def note_hidden(_: nn.Module, __: Any, output: Any) -> None:
+        seen["hidden"] = getattr(output, "last_hidden_state", None)
+
     hooks = [
         head.register_forward_hook(lambda _, arguments, output: seen.update(input=arguments[0], output=output)),
-        model.base_model.register_forward_hook(lambda _, __, output: seen.update(hidden=output.last_hidden_state)),
+        base.register_forward_hook(note_hidden),
     ]
     try:
         logits = forward(**inputs).logits
     finally:
         for hook in hooks:
             hook.remove()
+    if base is model or seen.get("hidden") is None:  # OPT calls its decoder, past its base model
+        return f"{model.config.model_type} does not make its logits from its base model's last hidden state"
     if "input" not in seen or not torch.equal(seen["input"], seen["hidden"]):
         return f"{model.config.model_type} changes the last hidden state before its output head"
     softcap, expected = _softcap(model), seen["output"]

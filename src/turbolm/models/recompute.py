@@ -19,6 +19,7 @@ _KEPT = {
     "aten::mm",
     "aten::addmm",
     "aten::bmm",
+    "aten::_grouped_mm",  # the experts of a mixture
     "aten::_scaled_dot_product_flash_attention",
     "aten::_scaled_dot_product_efficient_attention",
     "aten::_scaled_dot_product_cudnn_attention",

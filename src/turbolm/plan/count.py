@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from turbolm.errors import UserError
-from turbolm.plan.parameters import estimate_parameters
+from turbolm.plan.parameters import estimate_parameters, read_architecture
 from turbolm.plan.plain_config import is_plain
 from turbolm.recipe.contract import canonical_json
 from turbolm.recipe.model_config import is_dropout, text_part
@@ -26,7 +26,7 @@ from turbolm.recipe.schema import Model, Recipe
 MODEL_CONFIG_FILE = "model_config.json"  # beside a recipe: the config.json of a checkpoint that is elsewhere
 _COUNT_TIMEOUT_SEC = 300
 _EXAMINERS = tuple(
-    f"models/{name}.py" for name in ("config", "config_errors", "config_names", "config_source", "count")
+    f"models/{name}.py" for name in ("config", "config_errors", "config_names", "config_source", "count", "size")
 )
 
 
@@ -38,6 +38,13 @@ class ModelSize:
     embedding: int  # the token embedding, and the positions where they are learned
     head: int  # the output projection; 0 when it is the token embedding
     source: str  # "formula" or "counted"
+    idle: int  # weights of experts that a token does not pass through
+    attention_width: int  # heads x head size, of all layers together
+
+    @property
+    def matmul(self) -> int:
+        """Weights a token is multiplied with: all but idle experts and the embedding, which is the head when tied."""
+        return self.total - self.idle - (self.embedding if self.head else 0)
 
 
 @dataclass(frozen=True)
@@ -157,7 +164,11 @@ def _formula(config: Mapping[str, Any]) -> ModelSize | None:
         counts = estimate_parameters(config)
     except ValueError as error:
         raise UserError(str(error)) from None
-    return None if counts is None else ModelSize(counts.total, counts.embedding, counts.head, "formula")
+    shape = read_architecture(config)
+    if counts is None or shape is None:
+        return None
+    width = shape.num_layers * shape.attention_width
+    return ModelSize(counts.total, counts.embedding, counts.head, "formula", idle=0, attention_width=width)
 
 
 def _differences(recipe: Recipe) -> list[str]:

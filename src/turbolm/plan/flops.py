@@ -5,16 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from turbolm.plan.count import ModelSize
 from turbolm.plan.parameters import estimate_parameters, read_architecture
 
 
-def training_flops_per_token(config: Mapping[str, Any], mean_span: float) -> float | None:
-    """FLOPs of one forward and backward pass for one token, or None for a model type that is not known here.
+def training_flops_per_token(
+    config: Mapping[str, Any], mean_span: float, size: ModelSize | None = None
+) -> float | None:
+    """FLOPs of one forward and backward pass for one token, or None where they are not known.
 
         6 N + 12 L H S
 
     N: the weights a token is multiplied with, which are the matrices of all layers and the output head (tied or not),
-    without embeddings, norms and biases. L: layers. H: heads x head size. S: keys a query attends to on average.
+    without embeddings, norms and biases; of a mixture those of the experts that a token is sent to. L: layers. H: heads
+    x head size. S: keys a query attends to on average. Of model types that are not known here N and L H are counted in
+    `size`.
 
     A matrix takes 2 FLOPs a weight forward (multiply, add) and twice that backward (gradients of input and weight):
     6 N. Attention takes 2 H S for the scores and 2 H S for the weighted values, three times that with the backward
@@ -23,7 +28,7 @@ def training_flops_per_token(config: Mapping[str, Any], mean_span: float) -> flo
     """
     shape, counts = read_architecture(config), estimate_parameters(config)
     if shape is None or counts is None:
-        return None
+        return None if size is None else 6.0 * size.matmul + 12.0 * size.attention_width * mean_span
     return 6.0 * counts.matmul + 12.0 * shape.num_layers * shape.attention_width * mean_span
 
 

@@ -186,7 +186,7 @@ def collect_summary(
         machine=machine,
         is_described=described is not None,
         size=size,
-        cost=_cost(plan, machine, facts.config, store),
+        cost=_cost(plan, machine, facts.config, store, size),
         memory=memory,
         gpu_memory_bytes=gpu_bytes,
         learning_rate=_learning_rate(plan),
@@ -215,9 +215,11 @@ def _too_large(plan: Plan, memory: ModelState, gpu_bytes: int, num_parameters: i
     return f"execution.zero_stage: {wanted}; use more GPUs, execution.offload_optimizer=true or a smaller model"
 
 
-def _cost(plan: Plan, machine: Machine, config: Mapping[str, Any] | None, store: StoreSize | None) -> Cost:
+def _cost(
+    plan: Plan, machine: Machine, config: Mapping[str, Any] | None, store: StoreSize | None, size: ModelSize | None
+) -> Cost:
     span = mean_span(plan.curriculum, store)
-    per_token = training_flops_per_token(config, span) if config is not None else None
+    per_token = training_flops_per_token(config, span, size) if config is not None else None
     num_tokens = plan.curriculum.tokens_seen(plan.num_steps) + plan.restart_tokens
     total = None if per_token is None else per_token * num_tokens
     half = plan.device == "cuda" and plan.precision != "fp32"

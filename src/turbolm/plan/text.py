@@ -142,7 +142,8 @@ def _model(summary: Summary) -> Iterator[str]:
     if size is None:
         yield "parameters: not known here"
         return
-    yield f"{size.total:,} parameters ({size.embedding:,} embedding, {size.head:,} output head; {size.source})"
+    active = f"{size.total - size.idle:,} of them for a token, " if size.idle else ""
+    yield f"{size.total:,} parameters ({active}{size.embedding:,} embedding, {size.head:,} output head; {size.source})"
     if cost.flops_per_token is None or cost.total_flops is None:
         yield "FLOPs: not known for this model type"
         return

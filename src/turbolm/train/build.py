@@ -27,11 +27,13 @@ from turbolm.models.build import (
 )
 from turbolm.models.compile import apply_compile, keep_layers_whole
 from turbolm.models.fp8 import apply_fp8
-from turbolm.models.initialise import count_parameters, seed_for_rank
+from turbolm.models.initialise import seed_for_rank
 from turbolm.models.isolation import check_isolation
 from turbolm.models.loss import attach_loss, choose_loss
 from turbolm.models.positions import check_positions
 from turbolm.models.recompute import apply_activation_checkpointing
+from turbolm.models.router import attach_router_loss, find_routers, freeze_balancing_biases
+from turbolm.models.size import measure_model
 from turbolm.optim.build import build_optimizer, eight_bit_share
 from turbolm.optim.cautious import CautiousAdamW
 from turbolm.optim.groups import group_table
@@ -70,12 +72,10 @@ def build_session(
     if recipe.train.fp8 != "off":  # after the check: a scale shared by a whole tensor is rounding that all rows share
         print(f"products in 8 bits: {len(apply_fp8(engine.module, recipe.train.fp8))} linear layers")
     loader = _build_loader(plan, store, group)
-    num_matmul = count_parameters(engine.module, min_dims=2)
-    config = engine.module.config.to_dict()
+    config, size = engine.module.config.to_dict(), measure_model(engine.module)
 
     def flops_per_target(mean_span: float) -> float:
-        known = training_flops_per_token(config, mean_span)
-        return 6.0 * num_matmul if known is None else known
+        return training_flops_per_token(config, mean_span, size) or 0.0  # None only without a size
 
     log = MetricsLog(
         path=run.metrics,
@@ -124,6 +124,7 @@ def build_engine(accelerator: Any, plan: Plan, store: TokenStore, run: RunDirect
     attention = choose_attention(recipe.execution.attention, plan.device, plan.precision, kind)
     sharded_by = plan.ds_config if recipe.execution.zero_stage == 3 else None
     model = build_model(recipe.model, config, seed=recipe.train.seed, attention=attention, sharded_by=sharded_by)
+    freeze_balancing_biases(model)
     check_all_trained(model)
     check_positions(model, recipe.data.seq_len)
     if dist.get_rank() == 0:
@@ -151,6 +152,10 @@ def build_engine(accelerator: Any, plan: Plan, store: TokenStore, run: RunDirect
     probe = model_inputs({"input_ids": tokens, "position_ids": tokens}, attention, engine.device)
     loss = choose_loss(execution.loss, engine, engine.module, probe, plan.precision, plan.batch.micro_batch_tokens)
     attach_loss(engine.module, loss, z_loss=recipe.train.z_loss)
+    routers = find_routers(engine.module, recipe.train.router_aux_loss)
+    if routers is not None:
+        attach_router_loss(engine.module, routers)
+        print(routers.message)
     apply_compile(engine.module, execution.compile)
     tell_of_compiling()
     heartbeat.advance()

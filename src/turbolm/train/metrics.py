@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -85,17 +86,18 @@ class MetricsLog:
         """Write the pending steps and, if asked, show the last of them as progress. Collective."""
         if not self._pending:
             return
-        losses = torch.stack([result.loss_sum for _, result in self._pending]).double().cpu()
-        summed = torch.cat([losses, self.pace.take()])
+        sums = torch.stack([_sums(result) for _, result in self._pending]).double().cpu()
+        summed = torch.cat([sums.flatten(), self.pace.take()])
         dist.all_reduce(summed, group=self.group)
-        losses, times = summed.tensor_split([len(losses)])
+        losses, times = summed.tensor_split([sums.numel()])
         peak = torch.tensor(peak_memory_bytes(self._pending[0][1].loss_sum.device))
         dist.all_reduce(peak, dist.ReduceOp.MAX, group=self.group)
         lines = []
-        for (line, result), loss_sum in zip(self._pending, losses.tolist(), strict=True):
+        for (line, result), global_sums in zip(self._pending, losses.view_as(sums).numpy(), strict=True):
             norm = None if result.grad_norm is None else float(result.grad_norm)
             line["memory/peak_bytes"] = int(peak)
-            lines.append({**line, "train/loss": loss_sum / line["train/targets"], "train/grad_norm": norm})
+            line |= _values(result, global_sums, line["train/targets"])
+            lines.append({**line, "train/grad_norm": norm})
         self._pending.clear()
         slowest, message = self.pace.report(times)
         lines[-1] |= slowest
@@ -163,6 +165,7 @@ class MetricsLog:
             f"step {last['step']}/{num_steps}",
             f"{100 * last['step'] / num_steps:.0f}%",
             f"loss {last['train/loss']:.4f}",
+            *([f"router loss {last['train/router_loss']:.4f}"] if "train/router_loss" in last else []),
             f"norm {norm:.3f}" if norm is not None else "norm skipped",
             f"lr {last['train/lr']:.2e}",
             f"{format_count(last['tokens_seen'])} tokens",
@@ -178,6 +181,25 @@ class MetricsLog:
         else:
             self.terminal.write(text + "\n")
         self.terminal.flush()
+
+
+def _sums(result: StepResult) -> torch.Tensor:
+    """What is added up over the ranks for a step, 1-D: its loss, then what `_values` takes of a mixture of experts."""
+    parts = (result.loss_sum, result.router_loss_sum, result.expert_load)
+    return torch.cat([part.flatten() for part in parts if part is not None])
+
+
+def _values(result: StepResult, sums: np.ndarray, num_targets: int) -> dict[str, Any]:
+    """The metrics of a step from its `_sums` over all ranks. Shares of the busiest and idlest expert: by layer."""
+    values: dict[str, Any] = {"train/loss": float(sums[0]) / num_targets}
+    if result.router_loss_sum is not None:
+        values["train/router_loss"] = float(sums[1]) / num_targets
+    if result.expert_load is not None:
+        load = sums[-result.expert_load.numel() :].reshape(result.expert_load.shape)
+        share = load / np.nansum(load, axis=1, keepdims=True)
+        values["experts/max_share"] = np.nanmax(share, axis=1).round(4).tolist()
+        values["experts/min_share"] = np.nanmin(share, axis=1).round(4).tolist()
+    return values
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 
 from turbolm.models.attention import model_inputs
-from turbolm.models.loss import Loss
 from turbolm.reliability import heartbeat
 from turbolm.reliability.anomalies import Anomaly
 from turbolm.train.engine import backward_and_step
@@ -22,13 +21,17 @@ from turbolm.train.pace import ForwardTime
 class StepResult:
     """This rank's summed loss in nats, and the global gradient norm before clipping (not finite: no update).
 
-    Both may still be on their way on the device; reading them waits for it. With an `anomaly` no rank has updated.
+    All may still be on their way on the device; reading them waits for it. With an `anomaly` no rank has updated. Of a
+    mixture of experts also this rank's router loss, summed over tokens, and the choices that each expert got, fp32
+    [layers, experts], as far as the type has them.
     """
 
     loss_sum: torch.Tensor
     grad_norm: torch.Tensor | float | None
     forward: ForwardTime
     anomaly: Anomaly | None = None
+    router_loss_sum: torch.Tensor | None = None
+    expert_load: torch.Tensor | None = None
 
 
 def train_step(
@@ -43,19 +46,23 @@ def train_step(
 
     `num_targets` counts the valid targets of the whole global batch, over all ranks and micro-batches. Each
     micro-batch's summed loss is divided by it, so that the gradient is that of the mean over the global batch whatever
-    the split: DeepSpeed averages over ranks, hence the factor `world_size`. `gate` keeps anomalies from being applied;
-    `segment` is the curriculum's.
+    the split: DeepSpeed averages over ranks, hence the factor `world_size`. So is the router loss, which is a sum over
+    the tokens that are not padding: each has a target. `gate` keeps anomalies from being applied; `segment` is the
+    curriculum's.
     """
     scale = dist.get_world_size() / num_targets
     loss_sum = torch.zeros((), device=engine.device)
     grad_norm = None
     refuses_whole = gate.refuses_whole if gate else lambda norm: False
     forward = ForwardTime(engine)
+    router_loss_sum = expert_load = None
     for index, micro_batch in enumerate(micro_batches):
         with forward:
-            objective, nll = micro_batch_loss(engine, micro_batch, attention)
+            objective, nll, *routed = micro_batch_loss(engine, micro_batch, attention)
         heartbeat.advance()
         loss_sum += nll
+        if routed:
+            router_loss_sum, expert_load = _added(router_loss_sum, routed[0]), _added(expert_load, routed[1])
         is_boundary = index == len(micro_batches) - 1
         if gate and is_boundary:
             gate.open(loss_sum, num_targets, segment)
@@ -63,11 +70,19 @@ def train_step(
         weighted = objective * (nll.detach() * 0 + scale)
         grad_norm = backward_and_step(engine, weighted, is_boundary=is_boundary, refuses_whole=refuses_whole)
         heartbeat.advance()
-    return StepResult(loss_sum, grad_norm, forward, gate.close(engine) if gate else None)
+    anomaly = gate.close(engine) if gate else None
+    return StepResult(loss_sum, grad_norm, forward, anomaly, router_loss_sum, expert_load)
 
 
-def micro_batch_loss(engine: Any, micro_batch: dict[str, np.ndarray], attention: str) -> Loss:
-    """What is minimised for one micro-batch, and its negative log likelihood; both summed, in nats."""
+def micro_batch_loss(engine: Any, micro_batch: dict[str, np.ndarray], attention: str) -> tuple[Any, ...]:
+    """What is minimised for one micro-batch, and its negative log likelihood; both summed, in nats.
+
+    With gradients, a mixture of experts adds its router loss and load, as in `StepResult`.
+    """
     targets = torch.from_numpy(micro_batch["targets"]).to(engine.device, non_blocking=True)
-    loss: Loss = engine(**model_inputs(micro_batch, attention, engine.device), targets=targets)
+    loss: tuple[Any, ...] = engine(**model_inputs(micro_batch, attention, engine.device), targets=targets)
     return loss
+
+
+def _added(total: torch.Tensor | None, value: torch.Tensor | None) -> torch.Tensor | None:
+    return value if total is None or value is None else total + value

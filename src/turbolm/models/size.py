@@ -1,0 +1,66 @@
+"""How large a built model is, and how much of it a token passes through."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from turbolm.plan.count import ModelSize
+
+_EXPERTS_PER_TOKEN = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts", "moe_top_k")
+
+
+def measure_model(model: PreTrainedModel) -> ModelSize:
+    """The size of a model on any device, sharded or not; each weight counts once."""
+    embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
+    has_own_head = output is not None and output.weight is not embedding.weight
+    return ModelSize(
+        total=sum(map(_numel, model.parameters())),
+        embedding=sum(map(_numel, embedding.parameters())),
+        head=sum(map(_numel, output.parameters())) if has_own_head else 0,
+        source="counted",
+        idle=_count_idle(model),
+        attention_width=_attention_width(model.config.get_text_config()),
+    )
+
+
+def expert_parameters(model: nn.Module) -> Iterator[tuple[nn.Parameter, int]]:
+    """Parameters that hold one slice for each expert, and how many experts those are."""
+    for name, module in model.named_modules():
+        number = getattr(module, "num_experts", getattr(module, "moe_num_experts", None))
+        if not isinstance(number, int) or number < 1:
+            continue
+        for parameter in module.parameters(recurse=False):
+            shape = getattr(parameter, "ds_shape", parameter.shape)
+            is_stacked = len(shape) == 3 and shape[0] == number
+            if is_stacked or (len(shape) == 2 and "experts" in name.split(".") and shape[0] % number == 0):
+                yield parameter, number
+
+
+def _count_idle(model: PreTrainedModel) -> int:
+    """Weights of experts that a token does not pass through: all but the share of those it is sent to."""
+    parts = (model.config.get_text_config(), getattr(model.config, "ffn_config", None))  # DBRX has the latter
+    per_token = next((n for part in parts for name in _EXPERTS_PER_TOKEN if (n := getattr(part, name, None))), None)
+    if not isinstance(per_token, int):
+        return 0
+    sizes = [(_numel(parameter), number) for parameter, number in expert_parameters(model)]
+    return sum(size - size * min(per_token, number) // number for size, number in sizes)
+
+
+def _attention_width(config: Any) -> int:
+    """Heads x head size of all attention layers together, by the names that nearly all configurations use; else 0."""
+    names = ("num_hidden_layers", "num_attention_heads", "hidden_size")
+    layers, heads, hidden = (getattr(config, name, None) for name in names)
+    if not all(isinstance(size, int) for size in (layers, heads, hidden)) or not heads:
+        return 0
+    kinds = getattr(config, "layer_types", None)
+    if kinds:
+        layers = sum("attention" in kind and "linear" not in kind for kind in kinds)
+    return int(layers * heads * (getattr(config, "head_dim", None) or hidden // heads))
+
+
+def _numel(parameter: nn.Parameter) -> int:
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
