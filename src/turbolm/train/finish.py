@@ -111,7 +111,8 @@ def add_products(run: RunDirectory, plan: Plan, store: TokenStore, results: dict
     )
     if export is not None:
         add("export", str(export))
-        num_tokens, seed = recipe.logging.sample_tokens, recipe.train.seed
+    num_tokens, seed = recipe.logging.sample_tokens, recipe.train.seed
+    if export is not None and num_tokens:
         sample = _attempt("the sample", lambda: generate_sample(export, num_tokens, seed=seed), say)
         if sample:
             add("sample", sample)
