@@ -90,6 +90,106 @@ def test_the_check_refuses_models_that_leak(name: str) -> None:
         check_isolation(model.to(torch.bfloat16), precision="bf16", **settings)
 
 
+LONGROPE = {
+    "rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 64,
+    "short_factor": [1.0] * 8, "long_factor": [1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5],
+}  # fmt: skip
+PHI3 = {"model_type": "phi3", "max_position_embeddings": 256, "original_max_position_embeddings": 64, "pad_token_id": 0,
+        "rope_parameters": LONGROPE, **SHAPE}  # fmt: skip
+
+
+def check(config: dict[str, Any], seq_len: int = SEQ_LEN, **settings: Any) -> float:
+    section = Model(config=config, **settings.pop("model", {}))
+    completed = build_config(section, seq_len=seq_len, vocab_size=VOCAB, bos_token_id=0, eos_token_id=0)
+    model = settings.pop("change", lambda model: model)(build_model(section, completed, seed=0, attention="eager"))
+    settings = {"attention": "eager", "device": CPU, "precision": "fp32", "config": model.config, **settings}
+    return check_isolation(model.train(), vocab_size=VOCAB, seq_len=seq_len, **settings)
+
+
+def test_a_neighbours_length_must_not_matter() -> None:
+    """In the same row, and in another row of the micro-batch."""
+    check(PHI3, seq_len=64)  # all its documents get the short factors
+    with pytest.raises(UserError, match=r"in phi3 a document's logits follow the length .*set model\.rope_factors"):
+        check(PHI3, seq_len=65)
+    with pytest.raises(UserError, match=r"set model\.rope_factors: .*, or execution\.micro_batch to data\.seq_len"):
+        check(PHI3, seq_len=256, packed=False)
+    check(PHI3, seq_len=256, packed=False, num_rows=1)
+    for factors in ("short", "long"):
+        assert check(PHI3, seq_len=256, model={"rope_factors": factors}) == 0
+    sliding = {"rope_type": "default", "rope_theta": 1e4}
+    gemma3 = {"model_type": "gemma3_text", "head_dim": 16, "max_position_embeddings": 256, **SHAPE}
+    ropes = {"rope_parameters": {"full_attention": LONGROPE, "sliding_attention": sliding}}
+    layers = {"layer_types": ["sliding_attention", "full_attention"]}
+    with pytest.raises(UserError, match=r"model\.rope_factors"):
+        check({**gemma3, **ropes, **layers}, seq_len=256)
+    assert check({**gemma3, **ropes, **layers}, seq_len=256, model={"rope_factors": "long"}) == 0
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize(
+    ("config", "cure"),
+    [
+        ({"model_type": "bert", **SHAPE}, {"is_decoder": True}),
+        ({"model_type": "electra", "embedding_size": 32, **SHAPE}, {"is_decoder": True}),
+        ({"model_type": "gemma3_text", "head_dim": 16, "use_bidirectional_attention": True, **SHAPE},
+         {"use_bidirectional_attention": False}),
+    ],
+    ids=lambda value: value.get("model_type", ""),
+)  # fmt: skip
+def test_a_model_that_sees_later_tokens_is_refused(config: dict[str, Any], cure: dict[str, Any], packed: bool) -> None:
+    ((key, value),) = cure.items()
+    with pytest.raises(UserError, match=rf"sees later tokens .*set `model\.config\.{key}: {str(value).lower()}`"):
+        check(config, packed=packed)
+    check({**config, **cure}, packed=False)
+
+
+def with_nan(model: PreTrainedModel) -> PreTrainedModel:
+    """NaN in one row of the embedding, for a token of the probe."""
+    with torch.no_grad():
+        model.get_input_embeddings().weight[:] = torch.nan
+    return model
+
+
+def without_attention(model: PreTrainedModel) -> PreTrainedModel:
+    """Weights with which nothing passes from one token to another."""
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+    return model
+
+
+def with_dropout_that_fails(model: PreTrainedModel) -> PreTrainedModel:
+    model.forward = lambda **_: {}["no such thing"]  # type: ignore[method-assign]
+    return model
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (with_nan, r"the logits of llama are not finite \(NaN or infinite\) before the first step, in fp32"),
+        (without_attention, "no token of llama moves the logits after it"),
+        (with_dropout_that_fails, "llama cannot be trained with eager attention: KeyError: 'no such thing'"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(change: Any, message: str) -> None:
+    """A NaN passes every comparison, and a model in which nothing moves any other."""
+    with pytest.raises(UserError, match=message):
+        check(CONFIGS["llama"], change=change)
+
+
+def test_the_check_leaves_no_trace() -> None:
+    """The caller's random numbers go on, and a model with dropout, run as it trains, is measured without its noise."""
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+    model = make_model({**CONFIGS["gpt2"], "attn_pdrop": 0.3, "resid_pdrop": 0.3}, "sdpa")
+    torch.manual_seed(3)
+    settings = {"vocab_size": VOCAB, "seq_len": SEQ_LEN, "attention": "sdpa", "device": CPU, "precision": "fp32"}
+    assert check_isolation(model, **settings) == 0
+    assert torch.equal(torch.rand(3), expected)
+    assert model.training and all(parameter.grad is None for parameter in model.parameters())
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_check_passes_models_that_isolate(precision: str) -> None:
     model = make_model(CONFIGS["llama"], "sdpa").to({"fp32": torch.float32, "bf16": torch.bfloat16}[precision])

@@ -8,10 +8,11 @@ from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, modeling_utils
 
 from turbolm.errors import UserError
 
@@ -49,16 +50,18 @@ def load_pretrained(
     with ExitStack() as files:
         tensors, shapes = _open(folder, files)
         _refuse_quantized(folder, tensors)
-        model, info = kind.from_pretrained(
-            None,
-            config=config,
-            state_dict=tensors,
-            dtype=torch.float32,
-            attn_implementation=attention_implementation,
-            local_files_only=True,
-            ignore_mismatched_sizes=True,  # told of below, all at once
-            output_loading_info=True,
-        )
+        # Told of below, all at once and in one line: no report of Transformers' own, nor what it raises with it.
+        with patch.object(modeling_utils, "log_state_dict_report", lambda *_, **__: None):
+            model, info = kind.from_pretrained(
+                None,
+                config=config,
+                state_dict=tensors,
+                dtype=torch.float32,
+                attn_implementation=attention_implementation,
+                local_files_only=True,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
     _account(folder, model, info, shapes)
     _refuse_non_finite(folder, model)
     return model
@@ -170,7 +173,7 @@ def _lfs_hint(path: Path) -> str:
 def _refuse_quantized(folder: Path, tensors: dict[str, Any]) -> None:
     for name, tensor in tensors.items():
         kind = tensor.get_dtype()
-        if kind.startswith(("F8", "F6", "F4")) or (kind in ("I8", "U8") and "weight" in name):  # a mask may be U8
+        if kind.startswith(("F8_", "F6_", "F4")) or (kind in ("I8", "U8") and "weight" in name):  # a mask may be U8
             raise UserError(_quantized_message(folder, f"{name} is {kind}"))
 
 

@@ -5,6 +5,7 @@ Both are written into the configuration, so that the exported model computes wha
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -34,20 +35,20 @@ def apply_router_noise(config: PreTrainedConfig, model: Model) -> None:
         raise UserError(
             f"model.router_noise: {config.model_type} has no noise on its routers to set; leave it out, or set it to 0"
         )
-    for owner, key in keys:
-        if model.router_noise or getattr(owner, key):  # an absent one stays absent
+    for owner, key, is_named in keys:
+        if not is_named and (model.router_noise or getattr(owner, key)):  # an absent one stays absent
             setattr(owner, key, model.router_noise)
 
 
-def _noise_keys(config: PreTrainedConfig, named: dict[str, Any]) -> Iterator[tuple[PreTrainedConfig, str]]:
-    """(configuration, key) of every amplitude that `named`, the recipe's own mapping, does not set."""
+def _noise_keys(config: PreTrainedConfig, named: dict[str, Any]) -> Iterator[tuple[PreTrainedConfig, str, bool]]:
+    """(configuration, key, whether `named`, the recipe's own mapping, sets it) of every amplitude."""
     for key, value in list(vars(config).items()):
         if isinstance(value, PreTrainedConfig):
             inner = named.get(key)
             yield from _noise_keys(value, inner if isinstance(inner, dict) else {})
-        elif ("jitter" in key or "noise" in key) and key not in named and key not in _NOT_OF_ROUTERS:
+        elif ("jitter" in key or "noise" in key) and key not in _NOT_OF_ROUTERS:
             if (config.model_type, key) not in _NOT_NOISE:
-                yield config, key
+                yield config, key, key in named
 
 
 def stop_sampling_routers(built: PreTrainedModel, model: Model) -> None:
@@ -74,20 +75,23 @@ def fix_rope_factors(config: PreTrainedConfig, model: Model, seq_len: int) -> No
     """
     if model.rope_factors == "by_length":
         return
-    found = [(text, rope) for text in _configs(config) for rope in ropes_by_length(text)]
+    configs = [part for part in _configs(config) if ropes_by_length(part)]
+    for part in configs:
+        part.rope_parameters = copy.deepcopy(part.rope_parameters)  # the recipe's own mapping stays as it is
+    found = [(part, rope) for part in configs for rope in ropes_by_length(part)]
     if not found:
         raise UserError(
             f"model.rope_factors: {config.model_type} has no rotary factors that follow the length (longrope, dynamic); "
             "leave it out"
         )
-    for text, rope in found:
+    for part, rope in found:
         if "longrope" in rope["rope_type"]:
             other = {"short": "long", "long": "short"}[model.rope_factors]
-            for name in ("factor", "mscale"):  # mscale: phimoe's scale of attention
-                if f"{model.rope_factors}_{name}" in rope:
-                    rope[f"{other}_{name}"] = rope[f"{model.rope_factors}_{name}"]
+            # phimoe's code has the short factors at any length; what follows it there is the scale of attention.
+            name = "mscale" if "short_mscale" in rope else "factor"
+            rope[f"{other}_{name}"] = rope[f"{model.rope_factors}_{name}"]
         else:
-            _fix_dynamic(text, rope, seq_len if model.rope_factors == "long" else 0)
+            _fix_dynamic(part, rope, seq_len if model.rope_factors == "long" else 0)
     print(f"rotary factors: {model.rope_factors}, whatever the length of a sequence; the configuration says so")
 
 
