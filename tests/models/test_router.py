@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -232,18 +234,22 @@ def test_a_dense_model_has_no_routers() -> None:
         find_routers(llama, 0.01)
 
 
-def test_a_balancing_bias_that_is_a_parameter_becomes_a_buffer() -> None:
-    model = make("ernie4_5_moe", "sdpa")
-    (name, bias), *_ = [(name, p) for name, p in model.named_parameters() if not p.requires_grad]
-    bias.data.copy_(torch.tensor([[3.0, 0.0, -3.0, 0.0]]))
-    with pytest.raises(UserError, match="not\\s+trained"):
-        check_all_trained(model)
-    batch = micro_batch([[5, 7], [8]])
+@pytest.mark.parametrize("is_loaded", [False, True])
+def test_a_balancing_bias_that_is_a_parameter_becomes_a_buffer(is_loaded: bool, tmp_path: Path) -> None:
+    """Transformers' `from_pretrained` makes it look like one that is trained."""
     before = make("ernie4_5_moe", "sdpa")
-    before.get_parameter(name).data.copy_(bias.data)
+    (name, bias), *others = [(name, p) for name, p in before.named_parameters() if not p.requires_grad]
+    bias.data.copy_(torch.tensor([[3.0, 0.1, -3.0, 0.0]]))
+    assert not others
+    with pytest.raises(UserError, match="parameters that are not trained"):
+        check_all_trained(before)
+    before.save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path).train() if is_loaded else copy.deepcopy(before)
     freeze_balancing_biases(model)
     check_all_trained(model)
-    assert torch.equal(model.state_dict()[name], bias.data) and name in dict(model.named_buffers())
+    assert name not in dict(model.named_parameters()) and name in dict(model.named_buffers())
+    assert torch.equal(model.state_dict()[name], bias.data)
+    batch = micro_batch([[5, 7], [8]])
     result = run(attached(model), batch)
     torch.testing.assert_close(result, run(attached(before), batch))
     assert result[3][0, 0] > 2 * result[3][0, 2], "it still chooses"

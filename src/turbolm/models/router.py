@@ -111,10 +111,13 @@ def attach_router_loss(model: PreTrainedModel, routers: Routers) -> None:
 
 
 def freeze_balancing_biases(model: PreTrainedModel) -> None:
-    """Make buffers of the routers' biases that are parameters without gradient: fp32 values that checkpoints keep."""
+    """Make buffers of balancing biases that are parameters: fp32 values that checkpoints keep and nothing moves.
+
+    No gradient reaches them, and their types say so, but `from_pretrained` forgets it.
+    """
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
-            if parameter.requires_grad or name not in _BALANCING_BIASES:
+            if name not in _BALANCING_BIASES:
                 continue
             if hasattr(parameter, "ds_id"):
                 import deepspeed
