@@ -71,11 +71,14 @@ def find_routers(model: PreTrainedModel, setting: float | str) -> Routers | None
 
 
 def attach_router_loss(model: PreTrainedModel, routers: Routers) -> None:
-    """Have the forward pass that `attach_loss` made return `RoutedLoss` where gradients are wanted.
+    """Have the forward pass that `attach_loss` made add the router loss, where it is given targets and has gradients.
 
-    What is minimised includes `routers.coefficient` times the router loss. Logits and choices are kept on the modules
-    from their forward hooks: a compiler can follow that through layers that are compiled or recomputed, which it cannot
-    for Transformers' own way to collect them.
+    It then returns four things: what is minimised, with `routers.coefficient` times the router loss in it; the negative
+    log likelihood; the router loss, summed over tokens (None where the type has none); and how often each expert was
+    chosen, fp32 [layers, experts] (None where Transformers does not tell).
+
+    Hooks keep logits and choices on the modules themselves: a compiler can follow that through layers that are compiled
+    and recomputed, but not Transformers' own way to collect them.
     """
     model.config.output_router_logits = False  # else Transformers collects them as well
     torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
@@ -108,10 +111,13 @@ def attach_router_loss(model: PreTrainedModel, routers: Routers) -> None:
 
 
 def freeze_balancing_biases(model: PreTrainedModel) -> None:
-    """Make buffers of the routers' biases that are parameters without gradient: fp32 values that checkpoints keep."""
+    """Make buffers of balancing biases that are parameters: fp32 values that checkpoints keep and nothing moves.
+
+    No gradient reaches them, and their types say so, but `from_pretrained` forgets it.
+    """
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
-            if parameter.requires_grad or name not in _BALANCING_BIASES:
+            if name not in _BALANCING_BIASES:
                 continue
             if hasattr(parameter, "ds_id"):
                 import deepspeed
