@@ -87,13 +87,13 @@ def check_exports_again(checkpoint: Path, model_folder: Path, out: Path) -> None
     clean_save = PreTrainedModel.save_pretrained
 
     def faulty_save(model: Any, *arguments: Any, **keywords: Any) -> None:
-        model.model.norm.weight.data = model.model.norm.weight.data + 1e-3
+        model.model.norm.weight.data = model.model.norm.weight.data + 1
         clean_save(model, *arguments, **keywords)
 
     weights = (out / "model.safetensors").read_bytes()
-    with patch.object(PreTrainedModel, "save_pretrained", faulty_save):
-        with pytest.raises(UserError, match=r"the export of model\.norm\.weight is not what was trained"):
-            export_checkpoint(checkpoint, model_folder, out, precision="bf16", card="turbolm")
+    refused = pytest.raises(UserError, match=r"the export of model\.norm\.weight is not what was trained")
+    with patch.object(PreTrainedModel, "save_pretrained", faulty_save), refused:
+        export_checkpoint(checkpoint, model_folder, out, precision="bf16", card="turbolm")
     assert (out / "model.safetensors").read_bytes() == weights, "the older export stays"
 
 
