@@ -86,7 +86,7 @@ def test_a_layer_is_drawn_by_the_models_rule_from_its_own_seed(model_type: str, 
 
 
 def test_a_weight_that_nothing_sets_stays_visible() -> None:
-    """Neither a rule nor a constructor: it is NaN, not whatever the memory held, and the check of the logits refuses."""
+    """It is NaN, not whatever the memory held, and the check of the logits refuses it."""
     model = build("llama")
     with torch.no_grad():
         model.model.norm.forgotten = torch.nn.Parameter(torch.empty(4))

@@ -1,4 +1,4 @@
-"""Keys of the `model` section that change a configuration: noise on routers, and rotary factors that follow the length."""
+"""Keys of the `model` section that change a configuration: noise on routers, factors of rotary positions."""
 
 from __future__ import annotations
 

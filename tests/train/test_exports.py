@@ -6,18 +6,22 @@ import gc
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from tests.models.small import small_config
 from tests.train.harness import BINS_PER_BATCH, MODELS, SEQ_LEN, make_recipe
 from tests.world import run_world
+from turbolm.checkpoint.export import export_checkpoint
+from turbolm.checkpoint.manifest import list_checkpoints
 from turbolm.data.prepare import find_store, prepare
 from turbolm.data.store import open_store
+from turbolm.errors import UserError
 from turbolm.recipe.schema import Recipe
 from turbolm.train.run_directory import run_directory
 
@@ -33,8 +37,7 @@ def tied_but_with_a_head(folder: Path) -> Path:
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     weights = load_file(folder / "model.safetensors")
     save_file({f"_orig_mod.{name}": value for name, value in weights.items()}, folder / "model.safetensors")
-    values = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**values, "tie_word_embeddings": True}))
+    edit_config(folder, tie_word_embeddings=True)
     return folder
 
 
@@ -72,6 +75,31 @@ def test_plain_transformers_computes_the_runs_loss_from_its_export(tmp_path: Pat
         assert loss == pytest.approx(results["eval_loss"], rel=1e-6), recipe.name
         is_tied = model.lm_head.weight is model.get_input_embeddings().weight
         assert is_tied == model.config.tie_word_embeddings == (recipe.name in ("padded", "soft-capped"))
+    _, checkpoint = list_checkpoints(run_directory(recipes[0]).checkpoints)[-1]
+    check_exports_again(checkpoint, run_directory(recipes[0]).model, tmp_path / "again")
+
+
+def check_exports_again(checkpoint: Path, model_folder: Path, out: Path) -> None:
+    """The checkpoint of a head of its own, with the configuration that an older version wrote; and a faulty writer."""
+    edit_config(model_folder, tie_word_embeddings=True)
+    export_checkpoint(checkpoint, model_folder, out, precision="fp32", card="turbolm")
+    assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
+    clean_save = PreTrainedModel.save_pretrained
+
+    def faulty_save(model: Any, *arguments: Any, **keywords: Any) -> None:
+        model.model.norm.weight.data = model.model.norm.weight.data + 1
+        clean_save(model, *arguments, **keywords)
+
+    weights = (out / "model.safetensors").read_bytes()
+    refused = pytest.raises(UserError, match=r"the export of model\.norm\.weight is not what was trained")
+    with patch.object(PreTrainedModel, "save_pretrained", faulty_save), refused:
+        export_checkpoint(checkpoint, model_folder, out, precision="bf16", card="turbolm")
+    assert (out / "model.safetensors").read_bytes() == weights, "the older export stays"
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**values, **changes}))
 
 
 @torch.no_grad()

@@ -14,12 +14,12 @@ from turbolm.errors import UserError
 from turbolm.models.attention import model_inputs
 from turbolm.models.settings import ropes_by_length
 
-# Relative to the largest logit. Every kernel that isolates gave exactly 0 in fp32; the smallest leak seen at initial
-# weights was 4e-3 (ALiBi in Bloom), the usual one above 1e-1. Mixtures of experts, whose products are of other sizes when
-# other tokens change, gave up to 7e-7 in fp32. Where attention hardly counts, as in a small Marian, the limit is lower: a
-# twentieth of what a document's own tokens move.
+# Relative to the largest logit. Every kernel that isolates gave exactly 0 in fp32, but mixtures of experts, whose
+# products have other sizes when other tokens change, up to 7e-7. The smallest leak seen at initial weights was 4e-3
+# (ALiBi in Bloom), the usual one above 1e-1. Where attention hardly counts, as in a small Marian, the limit is lower: a
+# twentieth of how far a document's own tokens move its logits.
 _TOLERANCE = {"fp32": 1e-5, "bf16": 1e-3, "fp16": 1e-3}
-_ROW_TOKENS = 32
+_ROW_TOKENS = 64
 _MASKED = 1e9  # logits beyond it, either way, are those of tokens that the model rules out
 # Settings that turn a type that reads both ways into one that reads from left to right.
 _CAUSAL_SETTINGS = {"is_decoder": True, "causal": True, "attn_type": "uni", "use_bidirectional_attention": False}
@@ -28,7 +28,7 @@ _CAUSAL_SETTINGS = {"is_decoder": True, "causal": True, "attn_type": "uni", "use
 class Probe:
     """Forward passes of one small micro-batch, with changes that must not matter.
 
-    Two rows (or one, with `num_rows`) of at most 32 tokens; with `packed`, the first holds two documents. The model
+    Two rows (or one, with `num_rows`) of at most 64 tokens; with `packed`, the first holds two documents. The model
     runs as it trains, and draws the same random numbers in every pass; the caller's random state stays as it was. A
     compiled model runs as it was before: its graphs do the same, and compiling one for these rows would take longer
     than all the rest. Every rank must make the same calls: under ZeRO-3 a forward pass gathers weights.
@@ -103,7 +103,7 @@ class Probe:
 
 
 def measure_leak(forward: Callable[..., Any], **settings: Any) -> tuple[float, float]:
-    """How far a document's logits move when the others of its row change, and the largest logit; `settings` as `Probe`."""
+    """How far a document's logits move when its neighbours change, and the largest logit; `settings` as `Probe`."""
     probe = Probe(forward, **settings)
     return probe.move_by_neighbours(), probe.scale
 
@@ -124,7 +124,8 @@ def check_isolation(
 
     `seq_len` is the recipe's, `packed` whether documents share a row, `num_rows` how many rows a micro-batch has (two
     are probed at most), `config` the model's, for the message. Runs `forward` (the model or its engine) four times on
-    at most 64 tokens; see `Probe`. Returns how far the logits moved when the other documents changed. Raises UserError.
+    at most 128 tokens; see `Probe`. Returns how far the logits moved when the other documents changed. Raises
+    UserError.
     """
     kind = "this model" if config is None else config.model_type
     try:

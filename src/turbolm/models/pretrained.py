@@ -1,4 +1,4 @@
-"""Load a model folder with every tensor accounted for: what is missing, left over or damaged is found before training."""
+"""Load a model folder with every tensor accounted for: what is missing, left over or damaged stops the start."""
 
 from __future__ import annotations
 
@@ -97,8 +97,8 @@ def _check_format(folder: Path) -> None:
 
 def _quantized_message(folder: Path, method: str) -> str:
     return (
-        f"model.pretrained: {folder} holds quantized weights ({method}), which cannot be trained further; name a folder "
-        "with the weights in bf16, fp16 or fp32 (the model's original, or this one dequantized)"
+        f"model.pretrained: {folder} holds quantized weights ({method}), which cannot be trained further; name a "
+        "folder with the weights in bf16, fp16 or fp32 (the model's original, or this one dequantized)"
     )
 
 
@@ -127,8 +127,8 @@ def _weight_files(folder: Path) -> list[Path]:
     missing = sorted(name for name in names if not (folder / name).is_file())
     if missing:
         raise UserError(
-            f"model.pretrained: {folder} lacks {len(missing)} of the {len(names)} files of its index: {_some(missing)}; "
-            "download them, or copy the folder again"
+            f"model.pretrained: {folder} lacks {len(missing)} of the {len(names)} files of its index: {_some(missing)};"
+            " download them, or copy the folder again"
         )
     return [folder / name for name in sorted(names)]
 

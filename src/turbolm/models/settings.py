@@ -15,10 +15,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from turbolm.errors import UserError
 from turbolm.recipe.schema import Model
 
-# Named like noise, but no noise on a router: phimoe's threshold for masking an expert's logits (it counts in evaluation
+# Named like noise, but none on a router: phimoe's threshold for masking an expert's logits (it counts in evaluation
 # too), and the augmentation of a vision tower's positions.
-_NOT_NOISE = {("phimoe", "router_jitter_noise")}
-_NOT_OF_ROUTERS = ("pos_embed_jitter",)
+_NOT_NOISE = {"phimoe.router_jitter_noise", "pos_embed_jitter"}
 # Routers that sample the expert while they train; in evaluation mode they take the likeliest.
 _SAMPLING_ROUTERS = ("PhimoeTopKRouter",)
 
@@ -46,9 +45,8 @@ def _noise_keys(config: PreTrainedConfig, named: dict[str, Any]) -> Iterator[tup
         if isinstance(value, PreTrainedConfig):
             inner = named.get(key)
             yield from _noise_keys(value, inner if isinstance(inner, dict) else {})
-        elif ("jitter" in key or "noise" in key) and key not in _NOT_OF_ROUTERS:
-            if (config.model_type, key) not in _NOT_NOISE:
-                yield config, key, key in named
+        elif ("jitter" in key or "noise" in key) and not {key, f"{config.model_type}.{key}"} & _NOT_NOISE:
+            yield config, key, key in named
 
 
 def stop_sampling_routers(built: PreTrainedModel, model: Model) -> None:
@@ -81,8 +79,8 @@ def fix_rope_factors(config: PreTrainedConfig, model: Model, seq_len: int) -> No
     found = [(part, rope) for part in configs for rope in ropes_by_length(part)]
     if not found:
         raise UserError(
-            f"model.rope_factors: {config.model_type} has no rotary factors that follow the length (longrope, dynamic); "
-            "leave it out"
+            f"model.rope_factors: {config.model_type} has no rotary factors that follow the length (longrope, dynamic);"
+            " leave it out"
         )
     for part, rope in found:
         if "longrope" in rope["rope_type"]:
