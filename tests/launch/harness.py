@@ -18,7 +18,7 @@ from turbolm.launch.slurm import Submission, write_submission
 
 RECIPE: dict[str, Any] = {
     "name": "tiny",
-    "model": {"config": {"model_type": "llama", "hidden_size": 32}},
+    "model": {"config": {"model_type": "llama", "hidden_size": 32, "num_attention_heads": 2}},
     "tokenizer": {"train": {}},
     "data": {"seq_len": 64},
     "train": {"budget": 64000, "global_batch": 1024},

@@ -259,5 +259,5 @@ def test_a_model_without_a_formula_is_counted_once(tmp_path: Path, monkeypatch: 
     size = size_model(config, tmp_path)
     assert (size.source, size.embedding, size.head) == ("counted", 64 * 32, 0)
     assert size.total > size.embedding
-    monkeypatch.setattr("turbolm.plan.count._count", lambda _: pytest.fail("counted again"))
+    monkeypatch.setattr("turbolm.plan.count._run_examiner", lambda _: pytest.fail("counted again"))
     assert size_model(config, tmp_path) == size

@@ -153,5 +153,6 @@ def _config_from_folder(folder: Path) -> PreTrainedConfig:
         raise UserError(f"model.pretrained: {folder} has no config.json; expected a local Hugging Face model folder")
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"model.pretrained: {folder / 'config.json'} is no configuration: {error}") from None
+    except Exception as error:  # Transformers' validators raise their own kinds
+        text = " ".join(str(error).split())
+        raise UserError(f"model.pretrained: {folder / 'config.json'} is no configuration: {text}") from None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +24,6 @@ Attempt = Callable[[Mapping[str, Any]], Any]
 
 _MAX_PROBLEMS = 20
 _SEARCH_SEC = 60.0
-# Usual values of settings that a type has no default for.
-_USUAL: dict[str, Any] = {"rope_theta": 10000.0, "head_dim": 64, "num_key_value_heads": 1}
 _HEADS = ("num_attention_heads", "num_heads", "n_head", "n_heads", "num_key_value_heads")  # 1 divides every width
 _KINDS = {
     "int": "a whole number",
@@ -58,13 +56,20 @@ class Search:
 
 
 def find_culprits(
-    model_type: str, values: Mapping[str, Any], attempt: Attempt, seconds: float = _SEARCH_SEC, only_sure: bool = False
+    model_type: str,
+    values: Mapping[str, Any],
+    attempt: Attempt,
+    seconds: float = _SEARCH_SEC,
+    only_sure: bool = False,
+    usual: Mapping[str, Any] | None = None,
 ) -> Search:
     """What `attempt` makes of `values` without the settings that it raises for, and the problems with those.
 
     The search takes no more than `seconds`. Where no setting is behind an error the problem has no path. With
-    `only_sure` a setting is named only if nothing is raised without it.
+    `only_sure` a setting is named only if nothing is raised without it. `usual` has values of settings that may be
+    missing.
     """
+    usual = usual or {}
     found: list[Problem] = []
     deadline = time.monotonic() + seconds
     is_sound = True
@@ -74,7 +79,7 @@ def find_culprits(
         except Exception as error:
             if not is_sound and not isinstance(error, StrictDataclassFieldValidationError):
                 return Search(found, None, values, False)  # it may come from what was left out
-            path, rest = _culprit(values, attempt, error, deadline, only_sure)
+            path, rest = _culprit(values, attempt, error, _trials(values, usual, str(error)), deadline, only_sure)
             found.append(_explain(model_type, values, path, error))
             if not path or len(found) == _MAX_PROBLEMS:
                 return Search(found, None, values, False)
@@ -86,7 +91,12 @@ def find_culprits(
 
 
 def _culprit(
-    values: Mapping[str, Any], attempt: Attempt, error: Exception, deadline: float, only_sure: bool
+    values: Mapping[str, Any],
+    attempt: Attempt,
+    error: Exception,
+    trials: Iterable[tuple[Path, Mapping[str, Any]]],
+    deadline: float,
+    only_sure: bool,
 ) -> tuple[Path, Mapping[str, Any]]:
     """The setting without which the error does not come, or at least another one does; and values to go on with."""
     text = str(error)
@@ -95,7 +105,7 @@ def _culprit(
         if field is not None and field[1] in values:
             return (field[1],), _of_right_type(values, field[1], text)
     better: tuple[Path, Mapping[str, Any]] = ((), values)
-    for path, tried in _trials(values, text):
+    for path, tried in trials:
         if time.monotonic() > deadline:
             break
         try:
@@ -109,7 +119,7 @@ def _culprit(
     return better
 
 
-def _trials(values: Mapping[str, Any], text: str) -> Iterator[tuple[Path, Mapping[str, Any]]]:
+def _trials(values: Mapping[str, Any], usual: Mapping[str, Any], text: str) -> Iterator[tuple[Path, Mapping[str, Any]]]:
     """Each setting, with values without it: those first that the error mentions, and last what may be missing."""
     paths = list(_paths(values))
     paths.sort(key=lambda path: (path[-1] not in _HEADS, re.search(rf"\b{re.escape(path[-1])}\b", text) is None))
@@ -117,9 +127,9 @@ def _trials(values: Mapping[str, Any], text: str) -> Iterator[tuple[Path, Mappin
         yield path, without(values, path)
         if path[-1] in _HEADS and len(path) == 1:
             yield path, {**values, path[0]: 1}
-    for name, usual in _USUAL.items():
+    for name, value in usual.items():
         if name not in values:
-            yield (name,), {**values, name: usual}
+            yield (name,), {**values, name: value}
 
 
 def _of_right_type(values: Mapping[str, Any], name: str, text: str) -> Mapping[str, Any]:
@@ -169,7 +179,7 @@ def _explain(model_type: str, values: Mapping[str, Any], path: Path, error: Exce
     plain = isinstance(error, ValueError) or error.__cause__ is not None
     cause = _cut(text if plain else f"{type(error).__name__}: {text}")
     if path and path[-1] not in (_at(values, path[:-1]) or {}):
-        return Problem(path, f"{model_type} needs it, such as {_USUAL[path[-1]]}: {cause}")
+        return Problem(path, f"{model_type} needs it: {cause}")
     return Problem(path, f"{model_type} cannot be built with {describe(value)}: {cause}" if path else cause)
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from transformers.integrations import unset_hf_deepspeed_config
 from turbolm.errors import UserError
 from turbolm.models.config import Checked, Source, check_config
 from turbolm.models.config_errors import Problem, find_culprits
-from turbolm.models.config_names import Unread
+from turbolm.models.config_names import Unread, declared_names
 from turbolm.models.size import measure_model
 from turbolm.plan.count import Answer, ModelSize
 
@@ -45,18 +46,23 @@ def examine(file: Mapping[str, Any] | None, config: Mapping[str, Any] | None) ->
 def _build(checked: Checked) -> tuple[list[Problem], ModelSize | None]:
     """The problems that show when the model is built and run, and its size."""
     reader, kind = checked.reader, checked.reader.kind.model_type
-    built = find_culprits(kind, checked.search.values, lambda tried: build_on_meta(reader.make(tried)))
+    usual = _usual(checked)
+    built = find_culprits(kind, checked.search.values, lambda tried: build_on_meta(reader.make(tried)), usual=usual)
     if built.problems:
         return built.problems, None
-    try:
-        _run(built.result)
-    except Exception:
-        # Some types cannot run on meta tensors whatever their configuration is; then there is no culprit.
-        ran = find_culprits(
-            kind, built.values, lambda tried: _run(build_on_meta(reader.make(tried))), _RUN_SEARCH_SEC, only_sure=True
-        )
-        return [problem for problem in ran.problems if problem.path], measure_model(built.result)
-    return [], measure_model(built.result)
+    ran = find_culprits(
+        kind, built.values, lambda tried: _check_run(build_on_meta(reader.make(tried))), _RUN_SEARCH_SEC, only_sure=True
+    )
+    # Some types cannot run on meta tensors whatever their configuration is; then there is no culprit.
+    return [problem for problem in ran.problems if problem.path], measure_model(built.result)
+
+
+def _usual(checked: Checked) -> dict[str, Any]:
+    """Values for settings that a type has no default for, to find the one that is missing."""
+    made = checked.search.result
+    blank = [name for name in declared_names(checked.reader) if vars(made).get(name, "") is None]
+    layers = ["full_attention"] * int(vars(made).get("num_hidden_layers") or 1)
+    return {**dict.fromkeys(sorted(blank), 1), "head_dim": 64, "rope_theta": 10000.0, "layer_types": layers}
 
 
 def build_on_meta(config: PreTrainedConfig) -> PreTrainedModel:
@@ -66,6 +72,33 @@ def build_on_meta(config: PreTrainedConfig) -> PreTrainedModel:
         # bfloat16: grouped products of experts take nothing else on meta tensors.
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=False)
     return model.eval()
+
+
+def _check_run(model: PreTrainedModel) -> None:
+    """Raise where the layers do not fit together: one of each if that is enough to run, else all of them."""
+    try:
+        with _one_of_each_layer(model):
+            return _run(model)
+    except Exception:
+        return _run(model)
+
+
+@contextmanager
+def _one_of_each_layer(model: PreTrainedModel) -> Iterator[None]:
+    """Let the model run with the first layer of each shape and kind: deep ones take many seconds even without data."""
+    base = model.base_model
+    stacks = {name: layers for name, layers in base.named_children() if isinstance(layers, torch.nn.ModuleList)}
+    for name, layers in stacks.items():
+        first: dict[str, torch.nn.Module] = {}
+        for layer in layers:
+            kind = [getattr(layer, key, None) for key in ("layer_type", "attention_type", "is_sliding")]
+            first.setdefault(f"{kind} {[tuple(p.shape) for p in layer.parameters()]}", layer)
+        setattr(base, name, torch.nn.ModuleList(first.values()))
+    try:
+        yield
+    finally:
+        for name, layers in stacks.items():
+            setattr(base, name, layers)
 
 
 def _run(model: PreTrainedModel) -> None:
@@ -91,11 +124,11 @@ def _notes(source: Source, unread: list[Unread]) -> list[str]:
     names = [".".join(one.path) for one in unread if not one.is_misspelt]
     names += [name for name in ("quantization_config", "compression_config") if name in source.file]
     lines = [f"model.config_file: nothing reads {', '.join(names)}"] if names else []
-    return lines + [
-        f"model.config_file: nothing reads {'.'.join(one.path)}; did you mean {one.nearest}?"
-        for one in unread
-        if one.is_misspelt
-    ]
+    for one in unread:
+        if one.is_misspelt:
+            too = ", which is there as well" if one.nearest in source.values else ""
+            lines.append(f"model.config_file: nothing reads {'.'.join(one.path)}; did you mean {one.nearest}{too}?")
+    return lines
 
 
 if __name__ == "__main__":

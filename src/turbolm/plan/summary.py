@@ -219,7 +219,10 @@ def _cost(
     plan: Plan, machine: Machine, config: Mapping[str, Any] | None, store: StoreSize | None, size: ModelSize | None
 ) -> Cost:
     span = mean_span(plan.curriculum, store)
-    per_token = training_flops_per_token(config, span, size) if config is not None else None
+    try:
+        per_token = training_flops_per_token(config, span, size) if config is not None else None
+    except ValueError:  # sizes that the formula does not know, such as one for each layer
+        per_token = None
     num_tokens = plan.curriculum.tokens_seen(plan.num_steps) + plan.restart_tokens
     total = None if per_token is None else per_token * num_tokens
     half = plan.device == "cuda" and plan.precision != "fp32"
