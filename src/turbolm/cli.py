@@ -18,9 +18,6 @@ from turbolm.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_OK, EXIT_REQUEUE, U
 
 if TYPE_CHECKING:
     from turbolm.data.progress import Progress
-    from turbolm.recipe.schema import Recipe
-
-if TYPE_CHECKING:
     from turbolm.plan.preview import StoreSize
     from turbolm.recipe.schema import Recipe
 
@@ -55,9 +52,11 @@ def prepare(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Tokenize the recipe's sources into a token store, once."""
     from turbolm.data.store import open_store
     from turbolm.recipe.load import load_recipe
+    from turbolm.train.run_contract import as_started, settle_commits
     from turbolm.units import format_bytes, format_count
 
-    folder = _prepare_store(load_recipe(recipe, overrides or ()))
+    started, _ = as_started(load_recipe(recipe, overrides or ()))
+    folder = _prepare_store(settle_commits(started))
     store = open_store(folder)
     manifest = store.manifest
     for split, total in manifest["totals"].items():
@@ -191,8 +190,9 @@ def verify(
     if path.is_file():
         from turbolm.data.prepare import store_folder
         from turbolm.recipe.load import load_recipe
+        from turbolm.train.run_contract import as_started, with_commits
 
-        path = store_folder(load_recipe(str(path), overrides or ()))
+        path = store_folder(with_commits(as_started(load_recipe(str(path), overrides or ()))[0]))
         is_store = True
     else:
         # A store may have lost its manifest, or its shards.
@@ -346,15 +346,16 @@ def _train_here(recipe: Recipe, recipe_file: str, overrides: Sequence[str]) -> i
     from turbolm.launch.local import launch
     from turbolm.plan.machine import check_machine, detect_machine
     from turbolm.plan.plan import build_plan
-    from turbolm.train.run_contract import as_started, check_contract
+    from turbolm.train.run_contract import as_started, check_contract, settle_commits
     from turbolm.train.run_directory import is_finished, lacks_export, run_directory
 
     run = run_directory(recipe)
     machine = detect_machine()
     check_machine(recipe, machine)
     recipe, _ = as_started(recipe)
+    check_contract(run, build_plan(recipe, machine).recipe, None)  # what data say is compared once they are prepared
+    recipe = settle_commits(recipe)
     plan = build_plan(recipe, machine)
-    check_contract(run, plan.recipe, None)  # what data say is compared once they are prepared
     store = open_store(_prepare_store(recipe))
     check_contract(run, plan.recipe, store.fingerprint)
     if is_finished(run, recipe.train.budget) and not lacks_export(run):

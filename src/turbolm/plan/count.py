@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from turbolm.errors import UserError
+from turbolm.hub import cached_config, check_revisions, config_command
 from turbolm.plan.parameters import estimate_parameters, read_architecture
 from turbolm.plan.plain_config import is_plain
 from turbolm.recipe.contract import canonical_json
@@ -120,6 +121,7 @@ def read_model_config(recipe: Recipe, recipe_file: str | Path) -> tuple[dict[str
 
     None when the recipe starts from a folder that is not on this machine. Raises UserError.
     """
+    check_revisions(recipe)
     model, train = recipe.model, recipe.tokenizer.train
     config = model.full_config
     if config is not None:
@@ -128,13 +130,16 @@ def read_model_config(recipe: Recipe, recipe_file: str | Path) -> tuple[dict[str
             return {**config, "vocab_size": padded_vocab_size(model, vocab_size)}, []
         return config, ["model.config names no vocab_size: the model type's default is assumed"]
     folder = Path(str(model.pretrained))
+    cached = cached_config(model)
     beside = Path(recipe_file).parent / MODEL_CONFIG_FILE
-    if folder.is_dir():
+    if folder.is_dir() or cached is not None:
         added = ["rows that model.resize_embeddings adds are not counted"] if model.resize_embeddings else []
-        return _read_json(folder / "config.json"), added
+        return _read_json(folder / "config.json" if cached is None else cached), added
     if beside.is_file():
         return _read_json(beside), [f"{folder} is not on this machine: its size is taken from {beside}"]
-    return None, [f"{folder} is not on this machine: the size of the model is not known"]
+    command = config_command(model)
+    hint = f" (as a hub name, its config.json is enough: {command})" if command else ""
+    return None, [f"{folder} is not on this machine: the size of the model is not known{hint}"]
 
 
 def padded_vocab_size(model: Model, vocab_size: int) -> int:
