@@ -112,6 +112,7 @@ def test_every_refusal_says_what_to_do(hub: Hub, files: dict[str, bytes], monkey
     hub.create(NAME).commit(files)
     hub.create("a/gated", is_gated=True).commit(files)
     hub.create("a/pickled").commit({"config.json": b"{}", "pytorch_model.bin": b"x"})
+    hub.create("a/lora").commit({"adapter_config.json": b"{}", "adapter_model.safetensors": b"x"})
     hub.create("a/slow").commit({"tokenizer.model": b"x", "README.md": b"x"})
     gated = cannot(Origin("model", "a/gated", None))
     assert f"a/gated is gated. Ask for access at {hub.url}/a/gated, then set HF_TOKEN in the environment" in gated
@@ -121,6 +122,7 @@ def test_every_refusal_says_what_to_do(hub: Hub, files: dict[str, bytes], monkey
     assert "as a hub name checkpoints/mine is not on the hub, or is private (set HF_TOKEN" in missing
     assert cannot(Origin("model", NAME, "v9")) == f"model.revision: {NAME} has no branch, tag or commit v9"
     assert "has no model.safetensors: only safetensors are read" in cannot(Origin("model", "a/pickled", None))
+    assert "a/lora is an adapter (PEFT), not a model" in cannot(Origin("model", "a/lora", None))
     assert "has no tokenizer.json: convert it" in cannot(Origin("tokenizer", "a/slow", None))
     assert "expected a branch, a tag or a commit" in cannot(Origin("model", NAME, "../../x"))
     assert "only a hub name has revisions" in cannot(Origin("model", "./folder", "main"))

@@ -17,7 +17,6 @@ import typer
 from turbolm.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_OK, EXIT_REQUEUE, UserError
 
 if TYPE_CHECKING:
-    from turbolm.data.progress import Progress
     from turbolm.plan.preview import StoreSize
     from turbolm.recipe.schema import Recipe
 
@@ -45,6 +44,13 @@ class Clock(StrEnum):
 
     wall = "wall"
     cpu = "cpu"
+
+
+class Task(StrEnum):
+    """What a recipe of `turbolm adapt` starts from."""
+
+    pretrain = "pretrain"
+    proceed = "continue"
 
 
 @app.command()
@@ -87,6 +93,26 @@ def plan(
     loaded = load_recipe(recipe, overrides or ())
     summary = collect_summary(loaded, recipe, overrides or (), accelerate_config, _store_size(loaded))
     print(json.dumps(summary.as_dict(), indent=2) if as_json else render_summary(summary))
+
+
+@app.command()
+def adapt(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="a folder, a config.json, a model type, or owner/name on the hub")
+    ],
+    task: Annotated[Task, typer.Option("--task", help="from new weights, or on from the model's own")] = Task.pretrain,
+    cluster: Annotated[
+        str | None,
+        typer.Option("--cluster", help="of recipes/_clusters, such as h100x8, or 8xH100-80GB; default: this machine"),
+    ] = None,
+    seq_len: Annotated[str | None, typer.Option("--seq-len", help="tokens of a row")] = None,
+    budget: Annotated[str | None, typer.Option("--budget", help="tokens to train on, such as 20B")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="the recipe; default: MODEL-TASK.yaml")] = None,
+) -> None:
+    """Write a recipe for another model, after trying a small copy of it."""
+    from turbolm.adapt.run import adapt as write_recipe
+
+    print(write_recipe(model, task.value, cluster=cluster, seq_len=seq_len, budget=budget, out=out))
 
 
 @app.command()
@@ -415,6 +441,7 @@ def _prepare_store(recipe: Recipe) -> Path:
 
     from turbolm.data.bad import tell_left_out
     from turbolm.data.prepare import finished_shards, prepare
+    from turbolm.data.progress import ProgressLine
     from turbolm.data.store import read_manifest
     from turbolm.units import format_bytes
 
@@ -428,7 +455,7 @@ def _prepare_store(recipe: Recipe) -> Path:
         raise KeyboardInterrupt
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    show = _ProgressLine()
+    show = ProgressLine()
     try:
         folder = prepare(recipe, on_progress=show)
     except KeyboardInterrupt:
@@ -447,30 +474,6 @@ def _prepare_store(recipe: Recipe) -> Path:
     for line in tell_left_out(read_manifest(folder)):
         print(line)
     return folder
-
-
-class _ProgressLine:
-    """Shows progress: on a terminal as one line that is rewritten, else as a line every half minute."""
-
-    def __init__(self) -> None:
-        self._shown_at, self._stage, self._open = float("-inf"), "", False
-
-    def __call__(self, progress: Progress) -> None:
-        import time
-
-        now, terminal = time.monotonic(), sys.stdout.isatty()
-        if progress.stage == self._stage and now - self._shown_at < (0.2 if terminal else 30) and progress.share != 1:
-            return
-        self._shown_at, self._stage, self._open = now, progress.stage, terminal
-        print(f"\r\x1b[Kprepare: {progress}" if terminal else f"prepare: {progress}", end="", flush=True)
-        if not terminal:
-            print(flush=True)
-
-    def end(self) -> None:
-        """Leave the line."""
-        if self._open:
-            print(flush=True)
-        self._open = False
 
 
 def main() -> None:

@@ -25,19 +25,24 @@ _MAX_NAME_LENGTH = 96
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _REVISION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_./-]*")
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_TOKENIZER = ("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "chat_template*")
 _PATTERNS = {
     "model": ["*.safetensors", "*.json", "*.jinja"],
-    "tokenizer": ["tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "chat_template*"],
+    "tokenizer": [*_TOKENIZER],
+    "settings": ["config.json", *_TOKENIZER],
 }
 # Other formats' folders (original/, onnx/), and a second copy of all weights under Mistral's names.
 _IGNORED = ["*/*", "consolidated*"]
 
-SectionName = Literal["model", "tokenizer"]
+SectionName = Literal["model", "tokenizer", "settings"]
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a recipe takes a model or a tokenizer from: a path, or a hub name with a revision."""
+    """Where a recipe takes a model or a tokenizer from: a path, or a hub name with a revision.
+
+    `settings` is a model's configuration with its tokenizer, for `turbolm adapt`, which needs no weights.
+    """
 
     section: SectionName
     value: str
@@ -45,8 +50,8 @@ class Origin:
 
     @property
     def key(self) -> str:
-        """The recipe's key that names it."""
-        return {"model": "model.pretrained", "tokenizer": "tokenizer.path"}[self.section]
+        """The recipe's key that names it, or adapt's argument."""
+        return {"model": "model.pretrained", "tokenizer": "tokenizer.path", "settings": "MODEL"}[self.section]
 
     @property
     def is_on_hub(self) -> bool:
@@ -116,13 +121,22 @@ def fetch(origin: Origin) -> str:
     if folder is None or not _is_whole(folder, origin):
         folder = _download(origin)
     missing = _missing(folder, origin)
+    if missing is not None and (folder / "adapter_config.json").is_file():
+        raise UserError(f"{origin.key}: {origin.value} is an adapter (PEFT), not a model; merge it first")
     if missing is not None:
         reasons = {
             "model": "only safetensors are read, because other formats can run code; convert it where you trust it",
             "tokenizer": "convert it with transformers: AutoTokenizer.from_pretrained(...).save_pretrained(...)",
+            "settings": "it is no model in the Hugging Face layout",
         }
         raise UserError(f"{origin.key}: {origin.value} at {folder.name} has no {missing}: {reasons[origin.section]}")
     return folder.name
+
+
+def fetch_settings(name: str) -> Path:
+    """The snapshot of a hub name's configuration and tokenizer, without its weights. Raises UserError."""
+    origin = Origin("settings", name, None)
+    return _snapshot(origin, fetch(origin))
 
 
 def _local(origin: Origin) -> Path:
@@ -177,16 +191,15 @@ def _cached_commit(origin: Origin) -> str | None:
 
 def _missing(folder: Path, origin: Origin) -> str | None:
     """The first file that a snapshot lacks, or None. A file appears there when it is whole."""
-    if origin.section == "tokenizer":
-        return None if (folder / "tokenizer.json").is_file() else "tokenizer.json"
-    if not (folder / "config.json").is_file():
-        return "config.json"
-    if (folder / _WEIGHTS).is_file():
+    needed = "tokenizer.json" if origin.section == "tokenizer" else "config.json"
+    if not (folder / needed).is_file():
+        return needed
+    if origin.section != "model" or (folder / _WEIGHTS).is_file():
         return None
     try:
         shards = sorted(set(json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
     except OSError:
-        return _WEIGHTS
+        return _WEIGHTS  # neither one file nor an index of several
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None  # loading says what is wrong with the index
     return next((name for name in shards if isinstance(name, str) and not (folder / name).is_file()), None)
