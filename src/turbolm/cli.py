@@ -57,12 +57,13 @@ class Task(StrEnum):
 def prepare(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Tokenize the recipe's sources into a token store, once."""
     from turbolm.data.store import open_store
+    from turbolm.launch.store import prepare_store
     from turbolm.recipe.load import load_recipe
     from turbolm.train.run_contract import as_started, settle_commits
     from turbolm.units import format_bytes, format_count
 
     started, _ = as_started(load_recipe(recipe, overrides or ()))
-    folder = _prepare_store(settle_commits(started))
+    folder = prepare_store(settle_commits(started))
     store = open_store(folder)
     manifest = store.manifest
     for split, total in manifest["totals"].items():
@@ -370,6 +371,7 @@ def _train_here(recipe: Recipe, recipe_file: str, overrides: Sequence[str]) -> i
     """Prepare and train on this machine; returns the run's exit code."""
     from turbolm.data.store import open_store
     from turbolm.launch.local import launch
+    from turbolm.launch.store import prepare_store
     from turbolm.plan.machine import check_machine, detect_machine
     from turbolm.plan.plan import build_plan
     from turbolm.train.run_contract import as_started, check_contract, settle_commits
@@ -382,7 +384,7 @@ def _train_here(recipe: Recipe, recipe_file: str, overrides: Sequence[str]) -> i
     check_contract(run, build_plan(recipe, machine).recipe, None)  # what data say is compared once they are prepared
     recipe = settle_commits(recipe)
     plan = build_plan(recipe, machine)
-    store = open_store(_prepare_store(recipe))
+    store = open_store(prepare_store(recipe))
     check_contract(run, plan.recipe, store.fingerprint)
     if is_finished(run, recipe.train.budget) and not lacks_export(run):
         print(f"{run.path} is complete. Results: {run.results}, report: {run.path / 'report.html'}")
@@ -433,47 +435,6 @@ def _print_or_write(text: str, path: Path | None) -> None:
     else:
         path.write_text(text, encoding="utf-8")
         print(path)
-
-
-def _prepare_store(recipe: Recipe) -> Path:
-    """The recipe's token store, built unless it is there. Ctrl-C and TERM stop it in good order."""
-    import signal
-
-    from turbolm.data.bad import tell_left_out
-    from turbolm.data.prepare import finished_shards, prepare
-    from turbolm.data.progress import ProgressLine
-    from turbolm.data.store import read_manifest
-    from turbolm.units import format_bytes
-
-    stopped_by = signal.SIGINT
-
-    def stop(number: int, frame: object) -> None:
-        nonlocal stopped_by
-        stopped_by = signal.Signals(number)
-        for again in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(again, lambda *_: os._exit(128 + number))  # the workers end with this process
-        raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    show = ProgressLine()
-    try:
-        folder = prepare(recipe, on_progress=show)
-    except KeyboardInterrupt:
-        show.end()
-        count, text_bytes = finished_shards(recipe)
-        print(
-            f"prepare: stopped. {count} finished shards ({format_bytes(text_bytes)} of text) are kept; "
-            "run the same command again to go on from there.",
-            file=sys.stderr,
-        )
-        raise typer.Exit(EXIT_REQUEUE if stopped_by == signal.SIGTERM else 130) from None
-    finally:
-        show.end()
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    for line in tell_left_out(read_manifest(folder)):
-        print(line)
-    return folder
 
 
 def main() -> None:

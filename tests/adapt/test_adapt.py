@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,15 @@ from huggingface_hub import constants
 
 from tests.adapt.conftest import Adapt
 from tests.hub_stub import serve_hub
+from tests.train.harness import make_recipe, train_in_world
+from turbolm.data.prepare import prepare
+from turbolm.data.tokenizer import save_tokenizer, train_tokenizer
 from turbolm.errors import UserError
 from turbolm.plan.gpus import GPUS
 from turbolm.plan.summary import Summary, collect_summary
 from turbolm.recipe.load import load_recipe
 from turbolm.recipe.schema import Recipe
+from turbolm.train.run_directory import run_directory
 
 SMALL = {
     "model_type": "olmo2",
@@ -39,9 +44,6 @@ def planned(file: str | Path) -> tuple[Recipe, Summary]:
 
 def write_model(folder: Path, **changes: Any) -> Path:
     """A published model without its weights: config.json and a tokenizer of 300 tokens."""
-    from tests.train.harness import make_recipe
-    from turbolm.data.tokenizer import save_tokenizer, train_tokenizer
-
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(SMALL | changes))
     make_recipe(folder)  # for its corpus
@@ -57,13 +59,13 @@ def test_a_model_type_becomes_a_recipe_that_plans(model_type: str, adapt: Adapt)
     assert size is not None
     inner = size.total - size.embedding - size.head
     assert 10_000 < inner < 10_000_000, "small, for a CPU"
-    assert recipe.train.budget == pytest.approx(20 * size.total, rel=0.05)
+    assert recipe.train.budget == pytest.approx(20 * (size.total - size.idle), rel=0.05)
     assert plan.num_steps >= 50 and recipe.train.global_batch >= plan.world_size * recipe.data.seq_len
     packs = model_type != "mamba"
     assert recipe.data.packing == ("best_fit" if packs else "single")
     assert ("documents share rows" in said) == packs
     assert ("recurrent state" in said) == (not packs)
-    assert ("spreads tokens over the experts" in said) == (model_type == "mixtral")
+    assert ("router loss of each packed sequence" in said) == (model_type == "mixtral")
     text = Path(f"{model_type}-pretrain.yaml").read_text()
     assert "arXiv 2203.15556" in text and "Step Law" in text
     assert max(map(len, text.splitlines())) <= 120
@@ -121,6 +123,20 @@ def test_a_hub_name_is_pinned_and_no_weights_are_downloaded(
     on, _ = planned("model-1b-continue.yaml")
     assert (on.model.pretrained, on.model.revision, on.tokenizer.revision) == ("some/Model-1B", commit, commit)
     assert on.optimizer.lr < new.optimizer.lr and on.train.budget < new.train.budget
+
+
+@pytest.mark.slow
+def test_three_architectures_that_no_recipe_uses_train_from_nothing(adapt: Adapt) -> None:
+    """Each with one `adapt` and one `train`: a dense model, one with sliding windows, a mixture of experts."""
+    for model_type in ("stablelm", "gemma3_text", "granitemoe"):
+        adapt(model_type, budget="3k", seq_len="128")
+        recipe = load_recipe(f"{model_type}-pretrain.yaml", ["evaluation.tokens=2k", "logging.sample_tokens=0"])
+        prepare(recipe)
+        assert train_in_world(recipe) == 0
+        steps = [json.loads(line) for line in run_directory(recipe).metrics.read_text().splitlines()]
+        losses = [step["train/loss"] for step in steps if "train/loss" in step]
+        assert losses[0] == pytest.approx(math.log(4096), rel=0.2), "near a guess among all tokens"
+        assert losses[-1] < losses[0]
 
 
 def test_every_refusal_is_a_line_and_writes_nothing(adapt: Adapt) -> None:

@@ -43,14 +43,16 @@ def compose(
     size = _size(draft)
     execution, target, fits = choose_execution(draft, target, size)
     world_size = build_plan(_draft(head, target, seq_len), machine_of(draft)).world_size
-    budget, budget_why = choose_budget(wishes.budget, task, size.total)
+    budget, budget_why = choose_budget(wishes.budget, task, size.total - size.idle)
     batch, batch_why = choose_batch(size, budget, seq_len, world_size)
     lr, lr_why = choose_lr(task, size, budget)
+    if found["way"]["one_row"]:
+        execution["micro_batch"] = seq_len
     small_run = {"evaluation": {"tokens": Entry("100k", "of held-out text, at most")}} if target.device == "cpu" else {}
     return {
         **head,
         "train": {
-            "budget": Entry(_count(budget), f"{format_count(size.total)} parameters: {budget_why}"),
+            "budget": Entry(_count(budget), f"{_parameters(size)}: {budget_why}"),
             "global_batch": Entry(batch, f"{batch // seq_len} rows: {batch_why}"),
         },
         "optimizer": {
@@ -66,7 +68,7 @@ def compose(
         },
         **({"cluster": Entry(target.cluster, "")} if target.cluster else {}),
         "execution": {
-            name: Entry(value, fits if name == "zero_stage" else "a large model's activations")
+            name: Entry(value, {"zero_stage": fits, "micro_batch": "one row: rows follow each other"}.get(name, ""))
             for name, value in execution.items()
         },
         **small_run,
@@ -74,16 +76,25 @@ def compose(
 
 
 def _model(subject: Subject, task: Task, target: Target, found: dict[str, Any], tokenizer: int | str) -> Entries:
+    rope_factors = found["way"]["rope_factors"]
+    fixed = {"rope_factors": Entry(rope_factors, "the same for every length, so that documents can share rows")}
+    return {
+        **_origin(subject, task, target, found, tokenizer),
+        **(fixed if rope_factors != "by_length" else {}),
+    }
+
+
+def _origin(subject: Subject, task: Task, target: Target, found: dict[str, Any], tokenizer: int | str) -> Entries:
+    has_rows = isinstance(tokenizer, int) and tokenizer <= found["vocab_size"]
     if task == "continue":
         revision = {"revision": Entry(subject.revision, "as it is on the hub today")} if subject.revision else {}
-        has_rows = not isinstance(tokenizer, int) or tokenizer <= found["vocab_size"]
         rows = {} if has_rows else {"resize_embeddings": Entry(True, "the tokenizer has more tokens than the model")}
         return {"pretrained": Entry(subject.pretrained), **revision, **rows}
     if subject.config_file is not None:
         vocab_size = tokenizer if isinstance(tokenizer, int) else _vocabulary(target, found)
-        has_rows = isinstance(tokenizer, int) and tokenizer <= found["vocab_size"]
-        rows = {} if has_rows else {"config": {"vocab_size": Entry(vocab_size, "as many rows as there are tokens")}}
-        return {"config_file": Entry(str(subject.config_file), "names under `config` are laid over it"), **rows}
+        over = {"config": {"vocab_size": Entry(vocab_size, "as many rows as there are tokens")}}
+        file = Entry(str(subject.config_file), "names under `config` are laid over it")
+        return {"config_file": file, **({} if has_rows else over)}
     sizes, why = found["sizes"], "the sizes that the type has by default; every other setting is left to it"
     if target.device == "cpu":
         sizes, why = found["small"], "with small sizes, for a CPU; adapt it to a --cluster for the type's own"
@@ -111,7 +122,8 @@ def _data(found: dict[str, Any], seq_len: int, why: str) -> Entries:
         "A stand-in that is always there: Python's own standard library. Your own text goes here, such as\n"
         "- {type: jsonl, path: data/*.jsonl.zst, field: text}   # or text, parquet, datasets",
     )
-    single = {"packing": Entry("single", "documents cannot share a row, see above")} if found["refuses_packing"] else {}
+    is_single = found["way"]["packing"] == "single"
+    single = {"packing": Entry("single", "documents cannot share a row, see above")} if is_single else {}
     held_out = {"validation": Entry("1%", "of the documents, held out by the hash of their text")}
     return {"sources": sources, "seq_len": Entry(seq_len, why), **single, **held_out}
 
@@ -127,6 +139,11 @@ def _size(draft: Recipe) -> ModelSize:
     config, _ = read_model_config(draft, "")
     assert config is not None, "its config.json was read before"
     return size_model(config, draft.execution.cache_dir)
+
+
+def _parameters(size: ModelSize) -> str:
+    active = f", {format_count(size.total - size.idle)} of them for a token" if size.idle else ""
+    return f"{format_count(size.total)} parameters{active}"
 
 
 def _count(tokens: int) -> str | int:

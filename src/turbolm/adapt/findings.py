@@ -15,15 +15,18 @@ _TIMEOUT_SEC = 900
 _LOSSES = {"full": "all logits at once", "chunked": "never all logits at once"}
 
 
-def examine(subject: Subject) -> dict[str, Any]:
-    """The findings of `turbolm.models.preflight`. Raises UserError for a model that cannot be trained."""
-    section: dict[str, Any] = {"config": {"model_type": subject.model_type}}
+def model_section(subject: Subject) -> dict[str, Any]:
+    """The recipe's `model` section for new weights of this model."""
     if subject.config_file is not None:
-        section = {"config_file": str(subject.config_file)}
+        return {"config_file": str(subject.config_file)}
+    return {"config": {"model_type": subject.model_type}}
+
+
+def examine(subject: Subject, seq_len: int) -> dict[str, Any]:
+    """The findings of `turbolm.models.preflight`. Raises UserError for a model that cannot be trained."""
     command = [sys.executable, "-m", "turbolm.models.preflight"]
-    done = subprocess.run(
-        command, input=json.dumps(section), capture_output=True, text=True, timeout=_TIMEOUT_SEC, check=False
-    )
+    request = json.dumps({"model": model_section(subject), "seq_len": seq_len})
+    done = subprocess.run(command, input=request, capture_output=True, text=True, timeout=_TIMEOUT_SEC, check=False)
     if done.returncode == EXIT_BAD_INPUT:
         reason = done.stderr[done.stderr.rfind("turbolm: ") :].removeprefix("turbolm: ").strip()
         raise UserError(f"{subject.given} cannot be trained: {reason}")
@@ -47,13 +50,18 @@ def tokenizer_size(subject: Subject) -> int | str:
 
 def describe(found: dict[str, Any], tokenizer: int | str) -> dict[str, str]:
     """The findings in words, by subject."""
-    apart = f"documents share rows and are kept apart: changing one moved its neighbour's logits by {found['leak']}"
-    alone = f"one document a row, because {found['refuses_packing']}"
-    return {
-        "packing": alone if found["refuses_packing"] else apart,
+    way = found["way"]
+    rows = "one document a row" if way["packing"] == "single" else "documents share rows and are kept apart"
+    rows += ", one row a micro-batch" if way["one_row"] else ""
+    rows += f" with model.rope_factors: {way['rope_factors']}" if way["rope_factors"] != "by_length" else ""
+    rows += f"; else {found['refused']}" if found["refused"] else ""
+    said = {
+        "packing": rows,
+        "causality": f"no later token and no other document moves a logit by more than {found['moved']:.0e}",
         "attention": f"{found['attention']} on a CPU" + (", varlen on a GPU in half precision" * found["has_sdpa"]),
         "loss": f"{found['loss']}: {_LOSSES[found['loss']]}",
         "router": found["router"],
         "head": "tied to the embedding" if found["has_tied_head"] else "weights of its own",
         "tokenizer": f"its own, {tokenizer} tokens" if isinstance(tokenizer, int) else f"{tokenizer}: one is trained",
     }
+    return said | ({"notes": "; ".join(found["notes"])} if found["notes"] else {})

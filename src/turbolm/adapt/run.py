@@ -12,6 +12,7 @@ from pathlib import Path
 from turbolm.adapt.compose import Wishes, compose
 from turbolm.adapt.findings import describe, examine, tokenizer_size
 from turbolm.adapt.render import render_recipe
+from turbolm.adapt.settings import MAX_SEQ_LEN
 from turbolm.adapt.subject import Task, find_subject
 from turbolm.adapt.target import find_target
 from turbolm.errors import UserError
@@ -42,7 +43,7 @@ def adapt(
     for file in files:
         if os.path.lexists(file):
             raise UserError(f"--out: {file} exists and is not overwritten; remove it, or name another --out")
-    found = examine(subject)
+    found = examine(subject, wishes.seq_len or MAX_SEQ_LEN[target.device])
     tokenizer = tokenizer_size(subject)
     findings = describe(found, tokenizer)
     try:

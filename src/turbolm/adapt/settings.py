@@ -21,7 +21,7 @@ BUDGET_SOURCES = {
     "pretrain": "20 tokens for each parameter (Chinchilla, arXiv 2203.15556)",
     "continue": "2 tokens for each parameter: our choice",
 }
-_MAX_SEQ_LEN = {"cpu": 512, "cuda": 2048}
+MAX_SEQ_LEN = {"cpu": 512, "cuda": 2048}
 _MIN_STEPS = 50
 _MAX_LR = 6e-3  # what the quickstart trains with, which is smaller than anything the Step Law was fitted on
 _CONTINUE_LR = 1e-4
@@ -36,7 +36,7 @@ def choose_seq_len(given: int | None, num_positions: int | None, device: str) ->
         if num_positions is not None and given > num_positions:
             raise UserError(f"--seq-len: the model has positions for {num_positions} tokens, fewer than {given}")
         return given, "as asked for"
-    most = _MAX_SEQ_LEN[device]
+    most = MAX_SEQ_LEN[device]
     if num_positions is not None and num_positions <= most:
         return num_positions, "all positions that the model has"
     there_are = f"of the model's {num_positions} positions" if num_positions else "the model has no limit"
@@ -111,7 +111,8 @@ def _state(recipe: Recipe, stage: int, num_nodes: int, num_parameters: int) -> t
 
 
 def _inner(size: ModelSize) -> int:
-    return size.total - size.embedding - size.head
+    """Parameters of the layers that a token passes through, as the law counts."""
+    return size.total - size.idle - size.embedding - size.head
 
 
 def _round(count: float) -> int:
