@@ -13,7 +13,7 @@ import pytest
 from tests.data.conftest import make_texts, write_jsonl
 from turbolm import cli
 from turbolm.data import prepare as prepare_module
-from turbolm.data.progress import Progress
+from turbolm.data.progress import Progress, ProgressLine
 
 RECIPE = """\
 name: test
@@ -50,16 +50,16 @@ def turbolm(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
 def test_stopped_prepare_says_how_to_go_on(
     recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int, code: int
 ) -> None:
-    show, handlers = cli._ProgressLine.__call__, [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    show, handlers = ProgressLine.__call__, [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
     shown: list[Progress] = []
 
-    def stop(line: cli._ProgressLine, progress: Progress) -> None:
+    def stop(line: ProgressLine, progress: Progress) -> None:
         show(line, progress)
         shown.append(progress)
         if len(shown) == 3:
             os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(cli._ProgressLine, "__call__", stop)
+    monkeypatch.setattr(ProgressLine, "__call__", stop)
     assert turbolm(monkeypatch, "prepare", recipe) == code
     assert shown[-1].stage == "stopping"
     output = capsys.readouterr()

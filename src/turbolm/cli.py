@@ -17,10 +17,6 @@ import typer
 from turbolm.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_OK, EXIT_REQUEUE, UserError
 
 if TYPE_CHECKING:
-    from turbolm.data.progress import Progress
-    from turbolm.recipe.schema import Recipe
-
-if TYPE_CHECKING:
     from turbolm.plan.preview import StoreSize
     from turbolm.recipe.schema import Recipe
 
@@ -50,14 +46,24 @@ class Clock(StrEnum):
     cpu = "cpu"
 
 
+class Task(StrEnum):
+    """What a recipe of `turbolm adapt` starts from."""
+
+    pretrain = "pretrain"
+    proceed = "continue"
+
+
 @app.command()
 def prepare(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Tokenize the recipe's sources into a token store, once."""
     from turbolm.data.store import open_store
+    from turbolm.launch.store import prepare_store
     from turbolm.recipe.load import load_recipe
+    from turbolm.train.run_contract import as_started, settle_commits
     from turbolm.units import format_bytes, format_count
 
-    folder = _prepare_store(load_recipe(recipe, overrides or ()))
+    started, _ = as_started(load_recipe(recipe, overrides or ()))
+    folder = prepare_store(settle_commits(started))
     store = open_store(folder)
     manifest = store.manifest
     for split, total in manifest["totals"].items():
@@ -88,6 +94,26 @@ def plan(
     loaded = load_recipe(recipe, overrides or ())
     summary = collect_summary(loaded, recipe, overrides or (), accelerate_config, _store_size(loaded))
     print(json.dumps(summary.as_dict(), indent=2) if as_json else render_summary(summary))
+
+
+@app.command()
+def adapt(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="a folder, a config.json, a model type, or owner/name on the hub")
+    ],
+    task: Annotated[Task, typer.Option("--task", help="from new weights, or on from the model's own")] = Task.pretrain,
+    cluster: Annotated[
+        str | None,
+        typer.Option("--cluster", help="of recipes/_clusters, such as h100x8, or 8xH100-80GB; default: this machine"),
+    ] = None,
+    seq_len: Annotated[str | None, typer.Option("--seq-len", help="tokens of a row")] = None,
+    budget: Annotated[str | None, typer.Option("--budget", help="tokens to train on, such as 20B")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="the recipe; default: MODEL-TASK.yaml")] = None,
+) -> None:
+    """Write a recipe for another model, after trying a small copy of it."""
+    from turbolm.adapt.run import adapt as write_recipe
+
+    print(write_recipe(model, task.value, cluster=cluster, seq_len=seq_len, budget=budget, out=out))
 
 
 @app.command()
@@ -191,8 +217,9 @@ def verify(
     if path.is_file():
         from turbolm.data.prepare import store_folder
         from turbolm.recipe.load import load_recipe
+        from turbolm.train.run_contract import as_started, with_commits
 
-        path = store_folder(load_recipe(str(path), overrides or ()))
+        path = store_folder(with_commits(as_started(load_recipe(str(path), overrides or ()))[0]))
         is_store = True
     else:
         # A store may have lost its manifest, or its shards.
@@ -344,18 +371,20 @@ def _train_here(recipe: Recipe, recipe_file: str, overrides: Sequence[str]) -> i
     """Prepare and train on this machine; returns the run's exit code."""
     from turbolm.data.store import open_store
     from turbolm.launch.local import launch
+    from turbolm.launch.store import prepare_store
     from turbolm.plan.machine import check_machine, detect_machine
     from turbolm.plan.plan import build_plan
-    from turbolm.train.run_contract import as_started, check_contract
+    from turbolm.train.run_contract import as_started, check_contract, settle_commits
     from turbolm.train.run_directory import is_finished, lacks_export, run_directory
 
     run = run_directory(recipe)
     machine = detect_machine()
     check_machine(recipe, machine)
     recipe, _ = as_started(recipe)
+    check_contract(run, build_plan(recipe, machine).recipe, None)  # what data say is compared once they are prepared
+    recipe = settle_commits(recipe)
     plan = build_plan(recipe, machine)
-    check_contract(run, plan.recipe, None)  # what data say is compared once they are prepared
-    store = open_store(_prepare_store(recipe))
+    store = open_store(prepare_store(recipe))
     check_contract(run, plan.recipe, store.fingerprint)
     if is_finished(run, recipe.train.budget) and not lacks_export(run):
         print(f"{run.path} is complete. Results: {run.results}, report: {run.path / 'report.html'}")
@@ -406,70 +435,6 @@ def _print_or_write(text: str, path: Path | None) -> None:
     else:
         path.write_text(text, encoding="utf-8")
         print(path)
-
-
-def _prepare_store(recipe: Recipe) -> Path:
-    """The recipe's token store, built unless it is there. Ctrl-C and TERM stop it in good order."""
-    import signal
-
-    from turbolm.data.bad import tell_left_out
-    from turbolm.data.prepare import finished_shards, prepare
-    from turbolm.data.store import read_manifest
-    from turbolm.units import format_bytes
-
-    stopped_by = signal.SIGINT
-
-    def stop(number: int, frame: object) -> None:
-        nonlocal stopped_by
-        stopped_by = signal.Signals(number)
-        for again in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(again, lambda *_: os._exit(128 + number))  # the workers end with this process
-        raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    show = _ProgressLine()
-    try:
-        folder = prepare(recipe, on_progress=show)
-    except KeyboardInterrupt:
-        show.end()
-        count, text_bytes = finished_shards(recipe)
-        print(
-            f"prepare: stopped. {count} finished shards ({format_bytes(text_bytes)} of text) are kept; "
-            "run the same command again to go on from there.",
-            file=sys.stderr,
-        )
-        raise typer.Exit(EXIT_REQUEUE if stopped_by == signal.SIGTERM else 130) from None
-    finally:
-        show.end()
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    for line in tell_left_out(read_manifest(folder)):
-        print(line)
-    return folder
-
-
-class _ProgressLine:
-    """Shows progress: on a terminal as one line that is rewritten, else as a line every half minute."""
-
-    def __init__(self) -> None:
-        self._shown_at, self._stage, self._open = float("-inf"), "", False
-
-    def __call__(self, progress: Progress) -> None:
-        import time
-
-        now, terminal = time.monotonic(), sys.stdout.isatty()
-        if progress.stage == self._stage and now - self._shown_at < (0.2 if terminal else 30) and progress.share != 1:
-            return
-        self._shown_at, self._stage, self._open = now, progress.stage, terminal
-        print(f"\r\x1b[Kprepare: {progress}" if terminal else f"prepare: {progress}", end="", flush=True)
-        if not terminal:
-            print(flush=True)
-
-    def end(self) -> None:
-        """Leave the line."""
-        if self._open:
-            print(flush=True)
-        self._open = False
 
 
 def main() -> None:

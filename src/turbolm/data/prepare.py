@@ -45,6 +45,7 @@ from turbolm.data.store import (
     open_store,
 )
 from turbolm.errors import UserError
+from turbolm.hub import tokenizer_path
 from turbolm.recipe.contract import comparable_section
 from turbolm.recipe.schema import Recipe
 
@@ -121,9 +122,9 @@ def store_key(recipe: Recipe) -> str:
     """SHA-256 over everything that decides the content of a store."""
     from turbolm.data.tokenizer import load_tokenizer, special_ids, tokenizer_fingerprint
 
-    path = recipe.tokenizer.path
-    if path is None:
+    if recipe.tokenizer.path is None:
         return _key(recipe, [])
+    path = tokenizer_path(recipe.tokenizer)
     tokenizer = load_tokenizer(path)
     return _key(recipe, [tokenizer_fingerprint(tokenizer), *special_ids(path, tokenizer)])
 
@@ -328,8 +329,7 @@ def _place_tokenizer(recipe: Recipe, folder: Path, on_progress: OnProgress) -> l
     if before and not any(check_file(folder, part, full=True) for part in before):
         return before  # of an interrupted run; the folder's name says that the recipe is the same
     if recipe.tokenizer.train is None:
-        assert recipe.tokenizer.path is not None
-        copy_tokenizer(recipe.tokenizer.path, unfinished)
+        copy_tokenizer(tokenizer_path(recipe.tokenizer), unfinished)
     else:
         settings = recipe.tokenizer.train
         sample = Sample(settings.sample_bytes)

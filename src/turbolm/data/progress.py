@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -68,3 +69,25 @@ class Meter:
         if share is not None and share > self._skipped_share and elapsed > 0:
             eta = (1 - share) * elapsed / (share - self._skipped_share)
         self._report(Progress(self._stage, documents, text_bytes, share, speed, eta))
+
+
+class ProgressLine:
+    """Shows progress: on a terminal as one line that is rewritten, else as a line every half minute."""
+
+    def __init__(self) -> None:
+        self._shown_at, self._stage, self._open = float("-inf"), "", False
+
+    def __call__(self, progress: Progress) -> None:
+        now, terminal = time.monotonic(), sys.stdout.isatty()
+        if progress.stage == self._stage and now - self._shown_at < (0.2 if terminal else 30) and progress.share != 1:
+            return
+        self._shown_at, self._stage, self._open = now, progress.stage, terminal
+        print(f"\r\x1b[Kprepare: {progress}" if terminal else f"prepare: {progress}", end="", flush=True)
+        if not terminal:
+            print(flush=True)
+
+    def end(self) -> None:
+        """Leave the line."""
+        if self._open:
+            print(flush=True)
+        self._open = False

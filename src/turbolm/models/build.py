@@ -13,6 +13,7 @@ from transformers.initialization import no_init_weights
 from transformers.integrations import unset_hf_deepspeed_config
 
 from turbolm.errors import UserError
+from turbolm.hub import pretrained_folder
 from turbolm.models.attention import ATTENTION_NAMES
 from turbolm.models.config import make_config
 from turbolm.models.initialise import initialise_weights
@@ -44,7 +45,7 @@ def build_config(
                 with suppress(StrictDataclassFieldValidationError):  # a type that cannot do without the token
                     setattr(config, key, value)
     else:
-        config = _config_from_folder(Path(str(model.pretrained)))
+        config = _config_from_folder(pretrained_folder(model))
     kept = {config.attribute_map.get(key, key) for key in named or ()}
     for key in vars(config):
         if is_dropout(key) and key not in kept:
@@ -87,9 +88,10 @@ def build_model(
     implementation = ATTENTION_NAMES[attention]
     try:
         if model.pretrained is not None:
-            num_rows = _config_from_folder(Path(model.pretrained)).vocab_size
+            folder = pretrained_folder(model)
+            num_rows = _config_from_folder(folder).vocab_size
             kind, loading = model_class(config), with_rows(config, num_rows)
-            built = load_pretrained(Path(model.pretrained), loading, kind, implementation)
+            built = load_pretrained(folder, loading, kind, implementation)
             add_rows(built, config.vocab_size)
         else:
             with no_init_weights(), _sharding(sharded_by):

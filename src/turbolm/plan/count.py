@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from turbolm.errors import UserError
+from turbolm.hub import cached_config, check_revisions, config_command
 from turbolm.plan.parameters import estimate_parameters, read_architecture
 from turbolm.plan.plain_config import is_plain
 from turbolm.recipe.contract import canonical_json
@@ -120,6 +121,7 @@ def read_model_config(recipe: Recipe, recipe_file: str | Path) -> tuple[dict[str
 
     None when the recipe starts from a folder that is not on this machine. Raises UserError.
     """
+    check_revisions(recipe)
     model, train = recipe.model, recipe.tokenizer.train
     config = model.full_config
     if config is not None:
@@ -128,13 +130,16 @@ def read_model_config(recipe: Recipe, recipe_file: str | Path) -> tuple[dict[str
             return {**config, "vocab_size": padded_vocab_size(model, vocab_size)}, []
         return config, ["model.config names no vocab_size: the model type's default is assumed"]
     folder = Path(str(model.pretrained))
+    cached = cached_config(model)
     beside = Path(recipe_file).parent / MODEL_CONFIG_FILE
-    if folder.is_dir():
+    if folder.is_dir() or cached is not None:
         added = ["rows that model.resize_embeddings adds are not counted"] if model.resize_embeddings else []
-        return _read_json(folder / "config.json"), added
+        return _read_json(folder / "config.json" if cached is None else cached), added
     if beside.is_file():
         return _read_json(beside), [f"{folder} is not on this machine: its size is taken from {beside}"]
-    return None, [f"{folder} is not on this machine: the size of the model is not known"]
+    command = config_command(model)
+    hint = f" (as a hub name, its config.json is enough: {command})" if command else ""
+    return None, [f"{folder} is not on this machine: the size of the model is not known{hint}"]
 
 
 def padded_vocab_size(model: Model, vocab_size: int) -> int:
@@ -205,10 +210,7 @@ def _ask(
 
 def _check_model_type(file: Mapping[str, Any] | None, config: Mapping[str, Any]) -> None:
     """Refuse at once what transformers has no model for at all: importing it to ask takes seconds."""
-    spec = importlib.util.find_spec("transformers")
-    if spec is None or not spec.submodule_search_locations:
-        return
-    known = _model_types(Path(spec.submodule_search_locations[0]) / "models/auto/auto_mappings.py")
+    known = _model_types("auto_mappings.py", "CONFIG_MAPPING_NAMES")
     model_type = str(config.get("model_type"))
     if known and model_type not in known:
         near = difflib.get_close_matches(model_type[:100], known, n=1)
@@ -217,11 +219,20 @@ def _check_model_type(file: Mapping[str, Any] | None, config: Mapping[str, Any])
         raise UserError(f"{key}: transformers knows no causal language model {model_type[:100]!r}{hint}")
 
 
-def _model_types(source: Path) -> list[str]:
-    """The keys of transformers' own table, read without running it; none where it is not as expected."""
+def causal_model_types() -> list[str]:
+    """Every model type that transformers has a causal language model of."""
+    return _model_types("modeling_auto.py", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES")
+
+
+def _model_types(source: str, table: str) -> list[str]:
+    """The keys of a table of transformers' own, read without running it; none where it is not as expected."""
+    spec = importlib.util.find_spec("transformers")
+    if spec is None or not spec.submodule_search_locations:
+        return []
+    path = Path(spec.submodule_search_locations[0]) / "models/auto" / source
     try:
-        for statement in ast.parse(source.read_text(encoding="utf-8")).body:
-            if isinstance(statement, ast.Assign) and "CONFIG_MAPPING_NAMES" in map(ast.unparse, statement.targets):
+        for statement in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(statement, ast.Assign) and table in map(ast.unparse, statement.targets):
                 assert isinstance(statement.value, ast.Call)
                 return [str(name) for name, _ in ast.literal_eval(statement.value.args[0])]
     except (OSError, ValueError, SyntaxError, TypeError, IndexError, AssertionError):

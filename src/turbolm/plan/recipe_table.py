@@ -19,7 +19,8 @@ _INTRODUCTION = f"""\
 
 One folder for each model and task. `turbolm plan RECIPE` shows what follows from a recipe, here or for the cluster it \
 describes; `turbolm train` and `turbolm submit` run it. Any value can be replaced on the command line, such as \
-`train.budget=1B`.
+`train.budget=1B`. For a model, data or a cluster that no recipe here is for: \
+[adapt a recipe to your model](ADAPT.md).
 
 Days are estimated from the FLOPs and {ASSUMED_MFU:.0%} of the GPUs' dense bf16 peak, until they are measured. Written \
 by `turbolm recipes --write`.

@@ -26,7 +26,7 @@ from turbolm.recipe.document import (
 from turbolm.recipe.messages import Finding, describe, validation_findings
 from turbolm.recipe.schema import RENAMED, Recipe
 
-__all__ = ["Problem", "RecipeError", "dump_recipe", "load_piece", "load_recipe"]
+__all__ = ["Problem", "RecipeError", "dump_recipe", "dump_values", "load_piece", "load_recipe"]
 
 _MAX_FILES = 64
 # Sections whose `name` chooses the settings that there are, and the settings that every choice has.
@@ -85,8 +85,12 @@ def load_piece(path: Path) -> dict[str, Any]:
 
 def dump_recipe(recipe: Recipe) -> str:
     """The whole recipe as YAML, defaults included; it loads back to an equal one."""
-    data = recipe.model_dump(mode="json")
-    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    return dump_values(recipe.model_dump(mode="json"))
+
+
+def dump_values(values: dict[str, Any]) -> str:
+    """Plain values as the YAML of a recipe, in their order."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def _validate(data: Any) -> tuple[Recipe | None, list[Finding]]:

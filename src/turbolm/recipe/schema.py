@@ -90,6 +90,8 @@ class Model(Section):
             )
         if self.config is not None and self.config_file is None and not isinstance(self.config.get("model_type"), str):
             raise ValueError("expected `config` to name its Hugging Face `model_type`, such as llama or gpt2")
+        if self.revision is not None and self.pretrained is None:
+            raise ValueError("expected no `revision` without `pretrained`: only a hub name has revisions")
         if self.pretrained is not None and (self.init, self.pad_vocab_to_multiple) != ("default", 1):
             raise ValueError(
                 "expected neither `init` nor `pad_vocab_to_multiple` beside `pretrained`: its weights are given"
@@ -129,6 +131,8 @@ class Tokenizer(Section):
     def _one_origin(self) -> Tokenizer:
         if (self.train is None) == (self.path is None):
             raise ValueError("expected exactly one of `train` (settings) and `path` (a folder or tokenizer.json)")
+        if self.revision is not None and self.path is None:
+            raise ValueError("expected no `revision` without `path`: only a hub name has revisions")
         return self
 
 

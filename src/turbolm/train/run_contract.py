@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from turbolm.errors import UserError
+from turbolm.hub import fetch, find_origins
 from turbolm.recipe.contract import changed_keys, comparable, contract_of, fingerprint, pin_to
 from turbolm.recipe.schema import Recipe
 from turbolm.reliability.run_lock import RunLock
@@ -25,14 +26,63 @@ def has_learned(run: RunDirectory) -> bool:
 
 
 def as_started(recipe: Recipe) -> tuple[Recipe, list[str]]:
-    """The recipe with the defaults its run was started with, and a line for each that is another one now.
+    """The recipe with the defaults and commits its run was started with, and a line for each default that is another
+    one now.
 
     Raises UserError for a damaged contract.json.
     """
     run = run_directory(recipe)
     if not run.contract.exists() or not has_learned(run):
         return recipe, []
-    return pin_to(recipe, _read_contract(run)["contract"])
+    contract = _read_contract(run)["contract"]
+    recipe, pinned = pin_to(with_commits(recipe), contract)
+    recorded = {}
+    for section, key in (("model", "pretrained"), ("tokenizer", "path")):
+        if isinstance(old := contract.get(section), dict):
+            recorded[section] = _record(old.get(key), None, old.get("revision"))
+    return _with_commits(recipe, recorded), pinned
+
+
+def with_commits(recipe: Recipe) -> Recipe:
+    """The recipe with the commits that `settle_commits` recorded as its revisions."""
+    return _with_commits(recipe, read_json(run_directory(recipe).hub) or {})
+
+
+def settle_commits(recipe: Recipe) -> Recipe:
+    """Download what the recipe takes from the hub, and record which commits its names and branches mean for this run.
+
+    For one process, before any rank starts; the ranks read the record (`with_commits`). Returns the recipe with the
+    commits as its revisions. Raises UserError.
+    """
+    run = run_directory(recipe)
+    known = read_json(run.hub) or {}
+    recorded: dict[str, Any] = {}
+    for origin in find_origins(recipe):
+        if not origin.is_on_hub and origin.revision is None:
+            continue
+        commit = fetch(origin)
+        before = known.get(origin.section) or {}
+        is_settled = (before.get("name"), before.get("commit")) == (origin.value, origin.revision)
+        recorded[origin.section] = before if is_settled else _record(origin.value, origin.revision, commit)
+    if recorded and recorded != known:
+        run.path.mkdir(parents=True, exist_ok=True)
+        write_json(run.hub, recorded)
+    return _with_commits(recipe, recorded)
+
+
+def _record(name: Any, asked: str | None, commit: Any) -> dict[str, Any]:
+    """An entry of hub.json: what the recipe says, and the commit that it means."""
+    return {"name": name, "asked": asked, "commit": commit}
+
+
+def _with_commits(recipe: Recipe, recorded: dict[str, Any]) -> Recipe:
+    update: dict[str, Any] = {}
+    for origin in find_origins(recipe):
+        entry = recorded.get(origin.section) or {}
+        if entry.get("commit") and (entry.get("name"), entry.get("asked")) == (origin.value, origin.revision):
+            section = getattr(recipe, origin.section)
+            update[origin.section] = section.model_copy(update={"revision": entry["commit"]})
+    return recipe.model_copy(update=update)
 
 
 def settle_contract(run: RunDirectory, recipe: Recipe, store_fingerprint: str) -> list[int]:

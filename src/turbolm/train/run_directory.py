@@ -2,6 +2,7 @@
 
 runs/<name>/
   recipe.yaml     as resolved          contract.json   fingerprint and canonical form
+  hub.json        the commits that hub names in the recipe mean
   model/          Hugging Face configuration and tokenizer of the run
   attempts/<n>/   plan.json, ds_config.json, accelerate.yaml, environment.json, log.rank<k>.txt, outcome.json,
                   hung/ (ranks and their stacks, of an attempt that hung)
@@ -39,6 +40,10 @@ class RunDirectory:
     @property
     def contract(self) -> Path:
         return self.path / "contract.json"
+
+    @property
+    def hub(self) -> Path:
+        return self.path / "hub.json"
 
     @property
     def checkpoints(self) -> Path:

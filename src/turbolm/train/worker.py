@@ -16,6 +16,7 @@ from turbolm.data.bad import check_left_out
 from turbolm.data.prepare import find_store
 from turbolm.data.store import TokenStore, check_held_out, check_tokenizer, open_store
 from turbolm.errors import EXIT_FAILED, EXIT_OK, EXIT_REQUEUE, UserError
+from turbolm.hub import pretrained_folder
 from turbolm.models.count import examine
 from turbolm.models.initialise import count_parameters
 from turbolm.plan.count import check_model
@@ -33,7 +34,7 @@ from turbolm.train.finish import add_products, finish_run, summary
 from turbolm.train.loop import Session, train
 from turbolm.train.recover import newest_valid, restore
 from turbolm.train.restarts import choose_start
-from turbolm.train.run_contract import as_started, known_fingerprints, settle_contract
+from turbolm.train.run_contract import as_started, known_fingerprints, settle_contract, with_commits
 from turbolm.train.run_directory import (
     RunDirectory,
     is_finished,
@@ -70,6 +71,7 @@ def _run_locked(recipe: Recipe, attempt: int | None, lock: RunLock) -> int:
     for note in check_model(recipe, "recipe", examine):
         print(note)
     recipe, pinned = as_started(recipe)
+    recipe = with_commits(recipe)
     plan = build_plan(recipe, machine, int(os.environ.get("WORLD_SIZE", "1")))
     torch.set_num_threads(plan.threads_per_process)
     store = _open_prepared_store(recipe)
@@ -169,8 +171,8 @@ def _open_prepared_store(recipe: Recipe) -> TokenStore:
     store = open_store(folder)
     check_held_out(store.num_documents("validation"), store.manifest["validation"])
     check_left_out(store.manifest, recipe.data.on_bad_document)
-    pretrained = recipe.model.pretrained
-    if pretrained is not None and (Path(pretrained) / "tokenizer.json").is_file():
+    pretrained = pretrained_folder(recipe.model) if recipe.model.pretrained is not None else None
+    if pretrained is not None and (pretrained / "tokenizer.json").is_file():
         # A model goes on learning only in the tokens it knows
         check_tokenizer(store, pretrained, may_extend=recipe.model.resize_embeddings)
     return store
