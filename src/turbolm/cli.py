@@ -18,9 +18,6 @@ from turbolm.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_OK, EXIT_REQUEUE, U
 
 if TYPE_CHECKING:
     from turbolm.data.progress import Progress
-    from turbolm.recipe.schema import Recipe
-
-if TYPE_CHECKING:
     from turbolm.plan.preview import StoreSize
     from turbolm.recipe.schema import Recipe
 
@@ -109,6 +106,18 @@ def schema(write: Annotated[bool, typer.Option("--write", help="write recipes/sc
 
     text = json.dumps(recipe_json_schema(), indent=1, ensure_ascii=False) + "\n"
     _print_or_write(text, recipes_folder() / "schema.json" if write else None)
+
+
+@app.command()
+def models(
+    types: Annotated[list[str] | None, typer.Argument(metavar="[TYPE]...", help="try these types here and now")] = None,
+    write: Annotated[bool, typer.Option("--write", help="try all types, and write the table")] = False,
+) -> None:
+    """Show which model types are trained packed, which one document a row, and which are refused."""
+    from turbolm.models.table import show_or_try
+
+    if not show_or_try(types or [], write):
+        raise typer.Exit(EXIT_FAILED)
 
 
 @app.command()

@@ -205,10 +205,7 @@ def _ask(
 
 def _check_model_type(file: Mapping[str, Any] | None, config: Mapping[str, Any]) -> None:
     """Refuse at once what transformers has no model for at all: importing it to ask takes seconds."""
-    spec = importlib.util.find_spec("transformers")
-    if spec is None or not spec.submodule_search_locations:
-        return
-    known = _model_types(Path(spec.submodule_search_locations[0]) / "models/auto/auto_mappings.py")
+    known = _model_types("auto_mappings.py", "CONFIG_MAPPING_NAMES")
     model_type = str(config.get("model_type"))
     if known and model_type not in known:
         near = difflib.get_close_matches(model_type[:100], known, n=1)
@@ -217,11 +214,20 @@ def _check_model_type(file: Mapping[str, Any] | None, config: Mapping[str, Any])
         raise UserError(f"{key}: transformers knows no causal language model {model_type[:100]!r}{hint}")
 
 
-def _model_types(source: Path) -> list[str]:
-    """The keys of transformers' own table, read without running it; none where it is not as expected."""
+def causal_model_types() -> list[str]:
+    """Every model type that transformers has a causal language model of."""
+    return _model_types("modeling_auto.py", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES")
+
+
+def _model_types(source: str, table: str) -> list[str]:
+    """The keys of a table of transformers' own, read without running it; none where it is not as expected."""
+    spec = importlib.util.find_spec("transformers")
+    if spec is None or not spec.submodule_search_locations:
+        return []
+    path = Path(spec.submodule_search_locations[0]) / "models/auto" / source
     try:
-        for statement in ast.parse(source.read_text(encoding="utf-8")).body:
-            if isinstance(statement, ast.Assign) and "CONFIG_MAPPING_NAMES" in map(ast.unparse, statement.targets):
+        for statement in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(statement, ast.Assign) and table in map(ast.unparse, statement.targets):
                 assert isinstance(statement.value, ast.Call)
                 return [str(name) for name, _ in ast.literal_eval(statement.value.args[0])]
     except (OSError, ValueError, SyntaxError, TypeError, IndexError, AssertionError):
