@@ -138,6 +138,18 @@ def schema(write: Annotated[bool, typer.Option("--write", help="write recipes/sc
 
 
 @app.command()
+def models(
+    types: Annotated[list[str] | None, typer.Argument(metavar="[TYPE]...", help="try these types here and now")] = None,
+    write: Annotated[bool, typer.Option("--write", help="try all types, and write the table")] = False,
+) -> None:
+    """Show which model types are trained packed, which one document a row, and which are refused."""
+    from turbolm.models.table import show_or_try
+
+    if not show_or_try(types or [], write):
+        raise typer.Exit(EXIT_FAILED)
+
+
+@app.command()
 def train(recipe: RecipeFile, overrides: Overrides = None, fresh: Fresh = False) -> None:
     """Prepare the data if needed, then train on this machine; resumes by itself."""
     from turbolm.plan.count import check_model

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import PreTrainedConfig
 
 from turbolm.errors import UserError
@@ -19,7 +21,8 @@ from turbolm.models.settings import ropes_by_length
 # (ALiBi in Bloom), the usual one above 1e-1. Where attention hardly counts, as in a small Marian, the limit is lower: a
 # twentieth of how far a document's own tokens move its logits.
 _TOLERANCE = {"fp32": 1e-5, "bf16": 1e-3, "fp16": 1e-3}
-_ROW_TOKENS = 64
+_ALONE_TOLERANCE = {"fp32": 1e-3, "bf16": 0.3, "fp16": 0.3}  # see `Probe.differ_alone`; other positions move it by 1
+_ROW_TOKENS = 32
 _MASKED = 1e9  # logits beyond it, either way, are those of tokens that the model rules out
 # Settings that turn a type that reads both ways into one that reads from left to right.
 _CAUSAL_SETTINGS = {"is_decoder": True, "causal": True, "attn_type": "uni", "use_bidirectional_attention": False}
@@ -56,15 +59,18 @@ class Probe:
         usable = self.logits[self.logits.abs() < _MASKED]
         self.scale = float(usable.abs().max()) if usable.numel() else 0.0
 
-    @torch.no_grad()
     def _run(self, tokens: np.ndarray, positions: np.ndarray) -> torch.Tensor:
         """Logits in fp32, [rows, tokens, vocabulary]."""
         inputs = model_inputs({"input_ids": tokens, "position_ids": positions}, self.attention, self.device)
+        return self._forward(inputs).reshape(*tokens.shape, -1)
+
+    @torch.no_grad()
+    def _forward(self, inputs: dict[str, Any]) -> torch.Tensor:
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices), torch.compiler.set_stance("force_eager"):
             torch.manual_seed(0)
             logits: torch.Tensor = self.forward(**inputs).logits
-        return logits.float().reshape(*tokens.shape, -1)
+        return logits.float()
 
     def is_finite(self) -> bool:
         """Whether every logit is a number."""
@@ -93,6 +99,27 @@ class Probe:
         before, after = slice(self.first, first), slice(last, None)
         return self._moved(logits[before], self.logits[0, before]), self._moved(logits[after], self.logits[0, after])
 
+    def differ_alone(self) -> float:
+        """How far a document's logits beside padding lie from those it has alone, as Transformers runs it: no positions.
+
+        Without dropout, whose random numbers follow the shape. The median over its tokens, relative to the length of
+        the vector of their logits: kernels round otherwise alone, and in half precision that may send a token to
+        another expert.
+        """
+        with _evaluating(self.forward):
+            return self._differ_alone()
+
+    def _differ_alone(self) -> float:
+        length = self.num_tokens - self.num_tokens // 4
+        tokens, positions = self.tokens.copy(), self.positions.copy()
+        tokens[0, length:] = 0
+        positions[0] = np.concatenate([np.arange(length), np.arange(self.num_tokens - length)])
+        alone = torch.from_numpy(tokens[:1, :length]).to(self.device)
+        expected = self._forward({"input_ids": alone, "use_cache": False})[0]
+        difference = (self._run(tokens, positions)[0, :length] - expected).masked_fill(expected.abs() >= _MASKED, 0.0)
+        sizes = expected.masked_fill(expected.abs() >= _MASKED, 0.0).norm(dim=-1)
+        return float((difference.norm(dim=-1) / sizes).median())
+
     def _change(self, tokens: np.ndarray) -> None:
         """Replace every token by another, in place."""
         tokens += 1 + np.random.default_rng(1).integers(0, self.vocab_size - 1, tokens.shape)
@@ -100,6 +127,19 @@ class Probe:
 
     def _moved(self, logits: torch.Tensor, expected: torch.Tensor) -> float:
         return float((logits - expected).masked_fill(expected.abs() >= _MASKED, 0.0).abs().max())
+
+
+@contextmanager
+def _evaluating(forward: Callable[..., Any]) -> Iterator[None]:
+    """Evaluation mode, where `forward` is a module."""
+    was_training = isinstance(forward, nn.Module) and forward.training
+    if was_training:
+        forward.eval()  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        if was_training:
+            forward.train()  # type: ignore[attr-defined]
 
 
 def measure_leak(forward: Callable[..., Any], **settings: Any) -> tuple[float, float]:
@@ -163,10 +203,26 @@ def check_isolation(
     neighbours = probe.move_by_neighbours() if packed or num_rows > 1 else 0.0
     if not neighbours <= limit:
         raise UserError(_leak_message(neighbours, attention, packed))
+    _check_alone(probe, kind, precision)
     lengths = probe.move_by_lengths() if packed or num_rows > 1 else 0.0
     if not lengths <= limit:
         raise UserError(_length_message(lengths, kind, packed, config))
     return neighbours
+
+
+def _check_alone(probe: Probe, kind: str, precision: str) -> None:
+    """Raise UserError where Transformers' own forward pass of a document is not what is trained."""
+    try:
+        difference = probe.differ_alone()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise UserError(f"model: {kind} cannot run a document without positions: {_one_line(error)}") from error
+    if not difference <= _ALONE_TOLERANCE[precision]:
+        raise UserError(
+            f"model: {kind} does not compute for a document in a row what it does for it alone (logits differ by "
+            f"{difference:.0%}): it counts positions from elsewhere, or reads the padding; choose another model type"
+        )
 
 
 def _leak_message(leak: float, attention: str, packed: bool) -> str:

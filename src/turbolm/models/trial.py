@@ -1,0 +1,209 @@
+"""Try a model type: build it small as a run would, and compare its loss and gradient with Hugging Face's own.
+
+`python -m turbolm.models.trial` reads model types on stdin, one a line, and answers each with a line of JSON on stdout.
+`turbolm.models.table` runs it in processes of their own, so that a type that crashes costs nothing but itself.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import resource
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoConfig, PreTrainedModel
+
+from turbolm.errors import UserError
+from turbolm.models.attention import choose_attention, model_inputs
+from turbolm.models.build import (
+    build_config,
+    build_model,
+    carries_state_across_documents,
+    check_all_trained,
+    model_class,
+)
+from turbolm.models.isolation import check_isolation
+from turbolm.models.loss import IGNORED_TARGET, attach_loss, choose_loss
+from turbolm.models.shrink import shrink
+from turbolm.recipe.schema import Model
+
+VOCAB, SEQ_LEN = 96, 48
+ROWS = ((19, 12, 9), (3, 30), (26,))  # lengths of the documents of each packed row; padding follows
+LOSS_TOLERANCE, NORM_TOLERANCE = 1e-6, 1e-5  # relative, fp32
+MOST_MEMORY = 4 * 2**30  # a model that needs more is not small: its trial fails at once
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What became of a model type: packed, single (one document a row), refused or failed; and why."""
+
+    model_type: str
+    outcome: str
+    reason: str = ""
+    loss_error: float = 0.0
+    norm_error: float = 0.0
+
+
+def try_type(model_type: str) -> Trial:
+    """Train a small model of the type, packed if the project does that, else one document a row."""
+    try:
+        section = Model(config=small_mapping(model_type))
+        try:
+            return Trial(model_type, "packed", "", *_compare(section, "packed"))
+        except UserError as error:
+            if not str(error).startswith("data.packing"):
+                raise
+            return Trial(model_type, "single", str(error), *_compare(section, "single"))
+    except UserError as error:
+        return Trial(model_type, "refused", str(error))
+    except Exception:
+        return Trial(model_type, "failed", traceback.format_exc())
+
+
+def small_mapping(model_type: str) -> dict[str, Any]:
+    """`model.config` of a small model of the type; the type alone where its default configuration cannot be made."""
+    try:
+        return shrink(AutoConfig.for_model(model_type))
+    except Exception:  # of Transformers: what the project makes of it is the question
+        return {"model_type": model_type}
+
+
+def _compare(section: Model, packing: str) -> tuple[float, float]:
+    """Relative differences of loss and gradient norm. Raises UserError, and AssertionError where they are too large."""
+    model, attention = _started(section, packing)
+    _perturb(model)
+    documents = _documents()
+    loss, norm = _project(model, attention, documents, packing)
+    expected_loss, expected_norm = _hugging_face(model, documents)
+    errors = abs(loss / expected_loss - 1), abs(norm / expected_norm - 1)
+    assert errors[0] <= LOSS_TOLERANCE and errors[1] <= NORM_TOLERANCE, (
+        f"{packing}: loss {loss} and gradient norm {norm}, Transformers' own {expected_loss} and {expected_norm}"
+    )
+    return errors
+
+
+def _started(section: Model, packing: str) -> tuple[PreTrainedModel, str]:
+    """The model as `turbolm.train.build.build_engine` starts it, without an engine, and its attention kernel.
+
+    Raises UserError.
+    """
+    config = build_config(section, seq_len=SEQ_LEN, vocab_size=VOCAB, bos_token_id=1, eos_token_id=2)
+    kind = model_class(config)
+    reason = carries_state_across_documents(config, kind)
+    if reason and packing != "single":
+        raise UserError(f"data.packing: {reason}, so packed documents cannot be kept apart; set data.packing: single")
+    attention = choose_attention("auto", "cpu", "fp32", kind)
+    with _nan_in_new_memory():
+        model = build_model(section, config, seed=0, attention=attention)
+    check_all_trained(model)
+    model.train()
+    check_isolation(
+        model,
+        vocab_size=VOCAB,
+        seq_len=SEQ_LEN,
+        attention=attention,
+        device=CPU,
+        precision="fp32",
+        packed=packing != "single",
+        config=config,
+    )
+    tokens = np.arange(8)[None]
+    probe = model_inputs({"input_ids": tokens, "position_ids": tokens}, attention, CPU)
+    attach_loss(model, choose_loss("auto", model, model, probe, "fp32"))
+    return model, attention
+
+
+@contextmanager
+def _nan_in_new_memory() -> Iterator[None]:
+    """Whatever is not initialised is NaN, not what happens to lie there."""
+    torch.use_deterministic_algorithms(True, warn_only=True)  # `fill_uninitialized_memory` is on by default
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@torch.no_grad()
+def _perturb(model: PreTrainedModel) -> None:
+    """Move what starts as a constant: a bias or gate of 0 would hide what it does, and equal scores tie."""
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.dim() < 2 or parameter.min() == parameter.max():
+            parameter.add_(torch.randn_like(parameter), alpha=0.05)
+
+
+def _documents() -> list[list[torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    return [[torch.randint(3, VOCAB, (length + 1,), generator=generator) for length in row] for row in ROWS]
+
+
+def _project(
+    model: PreTrainedModel, attention: str, documents: list[list[torch.Tensor]], packing: str
+) -> tuple[float, float]:
+    """Summed loss and norm of the mean's gradient of one micro-batch that holds all documents."""
+    rows = documents if packing == "packed" else [[document] for row in documents for document in row]
+    micro_batch = _micro_batch(rows)
+    inputs = model_inputs(micro_batch, attention, CPU)
+    objective, nll = model(**inputs, targets=torch.from_numpy(micro_batch["targets"]))
+    (objective / int((micro_batch["targets"] != IGNORED_TARGET).sum())).backward()
+    return nll.item(), _norm(model)
+
+
+def _micro_batch(rows: list[list[torch.Tensor]]) -> dict[str, np.ndarray]:
+    """As turbolm.data.rows fills it: targets are shifted, the padding at a row's end is a piece of its own."""
+    batch = {name: np.zeros((len(rows), SEQ_LEN), np.int64) for name in ("input_ids", "position_ids", "targets")}
+    batch["targets"][:] = IGNORED_TARGET
+    for number, row in enumerate(rows):
+        start = 0
+        for document in row:
+            end = start + len(document) - 1
+            batch["input_ids"][number, start:end] = document[:-1]
+            batch["targets"][number, start:end] = document[1:]
+            batch["position_ids"][number, start:end] = np.arange(end - start)
+            start = end
+        batch["position_ids"][number, start:] = np.arange(SEQ_LEN - start)
+    return batch
+
+
+def _hugging_face(model: PreTrainedModel, documents: list[list[torch.Tensor]]) -> tuple[float, float]:
+    """The same from Transformers' own model and loss, given each document alone."""
+    config = copy.deepcopy(model.config)
+    reference = type(model)._from_config(config, dtype=torch.float32, attn_implementation="eager")
+    reference.load_state_dict(model.state_dict())
+    reference.eval()  # without any noise; ours trains as it trains
+    flat = [document for row in documents for document in row]
+    num_targets = sum(len(document) - 1 for document in flat)
+    total = 0.0
+    for document in flat:
+        loss = reference(input_ids=document[None], labels=document[None], use_cache=False).loss * (len(document) - 1)
+        (loss / num_targets).backward()
+        total += loss.item()
+    return total, _norm(reference)
+
+
+def _norm(model: PreTrainedModel) -> float:
+    """Of the gradients of all parameters together."""
+    return float(torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm())
+
+
+def main() -> None:
+    """Answer on the stdout that the process was started with; what models print goes to stderr."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    resource.setrlimit(resource.RLIMIT_DATA, (MOST_MEMORY, MOST_MEMORY))
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        print(json.dumps(asdict(try_type(line.strip()))), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()
