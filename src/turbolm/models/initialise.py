@@ -49,7 +49,7 @@ def initialise_weights(model: PreTrainedModel, seed: int, *, depth_scaled: bool 
             parameter.data = torch.full(place.shape, math.nan, dtype=torch.float32)
         _seed(seed, name)
         _draw(owner, modules, parameters, scaled, std)
-        undrawn = [parameter for parameter in parameters if not torch.isfinite(parameter.data).all()]
+        undrawn = [parameter for parameter in parameters if parameter.data.isnan().any()]
         if undrawn:  # the rules once more, on what the constructor gives: some only scale it, or set a part
             _seed(seed, f"{name}/constructor")
             for parameter in undrawn:
