@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import flex_attention_mask, sdpa_mask
@@ -50,6 +50,27 @@ def choose_attention(requested: str, device: str, precision: str, model_class: t
         if importlib.util.find_spec("flash_attn") is not None:
             return "flash"
     return "sdpa"
+
+
+def check_long_rows(config: PreTrainedConfig, attention: str, *, seq_len: int, row_tokens: int, packed: bool) -> None:
+    """Raise UserError for what a kernel computes otherwise from some length of row on, which no short probe sees.
+
+    `row_tokens` are those that the kernel has in one row: a micro-batch's where it reads cumulative lengths.
+    """
+    has_chunks = "chunked_attention" in (getattr(config, "layer_types", None) or ())
+    if attention in _FLATTENED and has_chunks and seq_len > config.attention_chunk_size:
+        raise UserError(
+            f"execution.attention: {attention} has no attention by chunks, which {config.model_type} has of "
+            f"{config.attention_chunk_size} tokens; set sdpa"
+        )
+    tuned_from = getattr(config, "floor_scale", None) if getattr(config, "attn_temperature_tuning", False) else None
+    long = row_tokens if attention in _FLATTENED else seq_len
+    if tuned_from is not None and long >= tuned_from and (packed or long > seq_len):
+        raise UserError(
+            f"data.packing: {config.model_type} scales attention by a token's place in its row of {long} tokens, not "
+            f"in its document, from {tuned_from} on; set `data.packing: single` and `execution.attention: sdpa`, or "
+            "`model.config.attn_temperature_tuning: false`"
+        )
 
 
 def _varlen_is_usable() -> bool:
@@ -117,6 +138,8 @@ def varlen_attention_forward(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
+    if attention_mask is not None:  # of a model that makes its own; none is made for packed documents
+        raise ValueError("varlen attention takes no mask; set execution.attention: sdpa")
     if dropout and module.training:
         raise ValueError("varlen attention has no dropout; set execution.attention: sdpa")
     if any(kwargs.get(name) is not None for name in ("softcap", "s_aux", "position_bias")):

@@ -58,11 +58,25 @@ def build_config(
             f"set it to at least {vocab_size} or leave it out"
         )
     max_positions = getattr(config, "max_position_embeddings", None)
-    if max_positions is not None and seq_len > max_positions:
+    if max_positions is not None and 0 < max_positions < seq_len:  # xlnet's -1: no limit
         raise UserError(f"data.seq_len: the model has positions for {max_positions} tokens, fewer than {seq_len}")
+    _refuse_other_attention(config)
     apply_router_noise(config, model)
     fix_rope_factors(config, model, seq_len)
     return config
+
+
+def _refuse_other_attention(config: PreTrainedConfig) -> None:
+    """Raise UserError for a type whose attention is another one in long rows, which no probe of a short row sees."""
+    if config.model_type == "reformer":
+        raise UserError(
+            "model: reformer sorts a row's tokens, padding too, into chunks that see each other; choose another type"
+        )
+    if config.model_type == "big_bird" and config.attention_type != "original_full":
+        raise UserError(
+            f"model.config.attention_type: big_bird's {config.attention_type} attention reads later tokens; set "
+            "original_full"
+        )
 
 
 def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:

@@ -36,6 +36,7 @@ _NAMES = {
     0: "num_kv_shared_layers num_nextn_predict_layers",
 }
 _SIZES = {name: size for size, names in _NAMES.items() for name in names.split()}
+_MOST_KINDS = 4  # a list with more different values does not say of what kind each layer is
 _KEY_VALUE_HEADS = "num_key_value_heads", "num_kv_heads"
 _SPREADS = "initializer_range", "init_std"
 _SPREAD = 0.1  # of initial weights: near 1 / sqrt(width), so that every layer moves the logits
@@ -45,10 +46,14 @@ _SPREAD = 0.1  # of initial weights: near 1 / sqrt(width), so that every layer m
 _LINEAR_THEN_FULL = {"layer_types": ["linear_attention", "full_attention"]}
 _CONV_THEN_FULL = {"layer_types": ["conv", "full_attention"]}
 _HYBRIDS = {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2}
+_ROBERTAS = "camembert data2vec-text roberta roberta-prelayernorm xlm-roberta xlm-roberta-xl".split()
 _SPECIAL: dict[str, dict[str, Any]] = {
+    "big_bird": {"attention_type": "original_full"},
     "bamba": {"attn_layer_indices": [1], "mamba_d_head": 16},
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8}},
     "deepseek_v2": {"num_experts_per_tok": 2},
+    "deepseek_v4": {"compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 8}},
     "dots1": {
         "n_routed_experts": 4,
         "num_experts_per_tok": 2,
@@ -73,10 +78,22 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2},
     "lfm2": {"full_attn_idxs": [1], **_CONV_THEN_FULL},
     "lfm2_moe": _CONV_THEN_FULL,
+    "inkling_text": {"log_scaling_n_floor": 4},
+    "inkling2_text": {"log_scaling_n_floor": 4},
     "llama4_text": {"moe_layers": [1]},
     "longcat_flash": {"head_dim": 8},
     "mamba2": {"num_heads": 8},
     "ministral": {"head_dim": 16},
+    "ministral3": {
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1e4,
+            "factor": 4.0,
+            "original_max_position_embeddings": 8,
+            "llama_4_scaling_beta": 0.1,
+        }
+    },
+    "modernbert-decoder": {"pad_token_id": 0},
     "nemotron": {"num_key_value_heads": 2},
     "qwen4_exp_text": {
         "indexer_n_heads": 16,
@@ -86,10 +103,11 @@ _SPECIAL: dict[str, dict[str, Any]] = {
         "indexer_compress_ratio": 2,
     },
     "recurrent_gemma": {"num_hidden_layers": 3, "num_key_value_heads": 1},
-    "reformer": {"attn_layers": ["local", "lsh"], "axial_pos_embds": False},
-    "xmod": {"default_language": "en_XX"},
+    "xlnet": {"attn_type": "uni"},
+    "xmod": {"default_language": "en_XX", "pad_token_id": 1},
     "zamba": {"attention_hidden_size": 128, "attention_head_dim": 32, **_HYBRIDS},
     "zamba2": _HYBRIDS,
+    **{name: {"pad_token_id": 1} for name in _ROBERTAS},  # none of them runs without one
 }
 
 
@@ -133,6 +151,7 @@ def _kept_layers(values: dict[str, Any]) -> list[int]:
     """The first layer of each kind, and two at least."""
     num_layers = values.get("num_hidden_layers") or 2
     lists = [list(value) for value in values.values() if isinstance(value, list | tuple) and len(value) == num_layers]
-    kept = {kinds.index(kind) for kinds in lists for kind in kinds if isinstance(kind, str)}
+    by_kind = [kinds for kinds in lists if len(set(map(str, kinds))) <= _MOST_KINDS]
+    kept = {kinds.index(kind) for kinds in by_kind for kind in kinds}
     others = [layer for layer in range(num_layers) if layer not in kept]
     return sorted([*kept, *others[: max(0, 2 - len(kept))]])

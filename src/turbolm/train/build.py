@@ -17,7 +17,7 @@ from turbolm.data.loader import BatchLoader
 from turbolm.data.order import recipe_order
 from turbolm.data.store import TokenStore
 from turbolm.errors import UserError
-from turbolm.models.attention import choose_attention, model_inputs
+from turbolm.models.attention import check_long_rows, choose_attention, model_inputs
 from turbolm.models.build import (
     build_config,
     build_model,
@@ -122,6 +122,8 @@ def build_engine(accelerator: Any, plan: Plan, store: TokenStore, run: RunDirect
     if reason and recipe.data.packing != "single":
         raise UserError(f"data.packing: {reason}, so packed documents cannot be kept apart; set data.packing: single")
     attention = choose_attention(recipe.execution.attention, plan.device, plan.precision, kind)
+    rows = {"seq_len": recipe.data.seq_len, "row_tokens": plan.batch.micro_batch_tokens}
+    check_long_rows(config, attention, packed=recipe.data.packing != "single", **rows)
     sharded_by = plan.ds_config if recipe.execution.zero_stage == 3 else None
     model = build_model(recipe.model, config, seed=recipe.train.seed, attention=attention, sharded_by=sharded_by)
     freeze_balancing_biases(model)
