@@ -67,7 +67,9 @@ def _reason(trial: Mapping[str, Any]) -> str:
     if trial["outcome"] == "failed":
         return str(trial["reason"]).strip().splitlines()[-1].replace("|", "\\|")
     text = re.sub(r"^[\w.]+: ", "", " ".join(str(trial["reason"]).split()))
-    text = re.sub(r" \((changing|one of|logits differ)[^)]*\)", "", text)  # numbers that another machine rounds otherwise
+    text = re.sub(
+        r" \((changing|one of|logits differ)[^)]*\)", "", text
+    )  # numbers that another machine rounds otherwise
     text = re.split(r"; choose|; set `?data|, so packed|, with that type", text)[0]
     return text.replace("|", "\\|")
 
