@@ -225,7 +225,6 @@ def verify(
     """Check every file of a checkpoint or of a token store against its manifest."""
     from turbolm.checkpoint.manifest import read_manifest
     from turbolm.checkpoint.verify import verify_checkpoint
-    from turbolm.data.store import verify_store
 
     if path.is_file():
         from turbolm.data.prepare import store_folder
@@ -238,13 +237,24 @@ def verify(
         # A store may have lost its manifest, or its shards.
         is_store = (path / "tokenizer").is_dir() or any(path.glob("shard-*"))
     if is_store:
-        print(f"{path}: whole; {verify_store(path)} shards")
+        print(f"{path}: whole; {_verify_store(path)} shards")
         return
     problems = verify_checkpoint(path)
     if problems:
         raise UserError("\n".join(f"{path}: {problem}" for problem in problems))
     manifest = read_manifest(path)
     print(f"{path}: whole; step {manifest['step']}, {len(manifest['files'])} files")
+
+
+def _verify_store(folder: Path) -> int:
+    """The number of shards. Raises UserError with every damaged file."""
+    from turbolm.data.store import find_damage, read_manifest
+
+    manifest = read_manifest(folder)
+    if problems := [f"{folder}: {name}: {problem}" for name, problem in find_damage(folder, manifest, full=True)]:
+        advice = "Run `turbolm prepare RECIPE` again; it rebuilds what is damaged."
+        raise UserError("\n".join([*problems, advice]))
+    return len(manifest["shards"])
 
 
 @app.command()

@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM, MambaForCausalLM
 
 from tests.models.test_isolation import CONFIGS, SEQ_LEN, make_model, packed_row
 from turbolm.errors import UserError
-from turbolm.models.attention import choose_attention, model_inputs
+from turbolm.models.attention import choose_attention, model_inputs, varlen_attention_forward
 
 CPU = torch.device("cpu")
 
@@ -60,3 +60,9 @@ def test_auto_takes_sdpa_where_there_is_no_gpu() -> None:
     assert choose_attention("eager", "cpu", "bf16", LlamaForCausalLM) == "eager"
     with pytest.raises(UserError, match="flex attention cannot train on a CPU"):
         choose_attention("flex", "cpu", "bf16", LlamaForCausalLM)
+
+
+def test_varlen_drops_no_mask_that_a_model_makes() -> None:
+    states, lengths = torch.ones(1, 2, 4, 8), torch.tensor([0, 4], dtype=torch.int32)
+    with pytest.raises(ValueError, match="varlen attention takes no mask"):
+        varlen_attention_forward(None, states, states, states, torch.ones(1, 1, 4, 4), cu_seq_lens_q=lengths)

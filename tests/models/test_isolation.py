@@ -197,6 +197,21 @@ def test_the_check_passes_models_that_isolate(precision: str) -> None:
     assert check_isolation(model, precision=precision, **settings) <= 1e-6
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_neither_dropout_nor_experts_look_like_a_leak(precision: str) -> None:
+    """Random numbers follow the shape of a pass, and what rounds otherwise may go to another expert."""
+    config = {
+        "model_type": "mixtral",
+        "num_key_value_heads": 2,
+        "num_local_experts": 4,
+        "attention_dropout": 0.5,
+        **SHAPE,
+    }
+    model = make_model(config, "sdpa").to({"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
+    check_isolation(model, vocab_size=VOCAB, seq_len=SEQ_LEN, attention="sdpa", device=CPU, precision=precision)
+    assert model.training
+
+
 @pytest.mark.parametrize(
     ("config", "reason"),
     [

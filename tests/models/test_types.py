@@ -8,9 +8,14 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from transformers import Llama4TextConfig
 
-from turbolm.models import table, trial
+from turbolm.errors import UserError
+from turbolm.models import preflight, table, trial
+from turbolm.models.attention import check_long_rows
+from turbolm.models.build import build_config
 from turbolm.plan.count import causal_model_types
+from turbolm.recipe.schema import Model
 
 NAMES = {name: outcome for outcome, name in table.OUTCOMES.items()}
 WRITTEN = {
@@ -48,11 +53,32 @@ def test_the_table_has_every_type_and_none_that_is_trained_wrongly() -> None:
 
 def test_a_trial_finds_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     """Packed though its documents see each other; an exception that is no message to the user."""
-    monkeypatch.setattr(trial, "check_isolation", lambda *_, **__: 0.0)
+    monkeypatch.setattr(preflight, "check_isolation", lambda *_, **__: 0.0)
     leaking = trial.try_type("bloom")
     assert leaking.outcome == "failed" and "Transformers' own" in leaking.reason
-    monkeypatch.setattr(trial, "build_model", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(preflight, "build_model", lambda *_, **__: 1 / 0)
     assert "ZeroDivisionError" in trial.try_type("llama").reason
+
+
+@pytest.mark.parametrize("model_type", ["big_bird", "reformer"])
+def test_attention_that_is_another_one_in_long_rows_is_refused(model_type: str) -> None:
+    """Probes are short; big_bird reads both ways from some 700 tokens on, reformer sorts rows by hashes."""
+    section = Model(config={"model_type": model_type, "is_decoder": True})
+    with pytest.raises(UserError, match="attention_type: big_bird's block_sparse|reformer sorts a row's tokens"):
+        build_config(section, seq_len=32, vocab_size=50000, bos_token_id=0, eos_token_id=0)
+
+
+def test_long_rows_of_llama4() -> None:
+    """Its temperature counts the tokens of a row, and varlen attention knows no chunks."""
+    config = Llama4TextConfig(attention_chunk_size=64, floor_scale=64)
+    check_long_rows(config, "sdpa", seq_len=63, row_tokens=63, packed=True)
+    check_long_rows(config, "sdpa", seq_len=128, row_tokens=256, packed=False)
+    with pytest.raises(UserError, match="not in its document, from 64 on; set `data.packing: single` and"):
+        check_long_rows(config, "sdpa", seq_len=64, row_tokens=64, packed=True)
+    with pytest.raises(UserError, match="row of 80 tokens, not in its document"):
+        check_long_rows(config, "varlen", seq_len=40, row_tokens=80, packed=False)
+    with pytest.raises(UserError, match="varlen has no attention by chunks, which llama4_text has of 64 tokens"):
+        check_long_rows(config, "varlen", seq_len=65, row_tokens=65, packed=True)
 
 
 def test_a_type_that_kills_its_process_costs_only_itself(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -77,7 +103,7 @@ def test_the_written_table_is_what_was_tried(monkeypatch: pytest.MonkeyPatch, tm
     readme = tmp_path / "README.md"
     readme.write_text(f"# Models\n\nOther text.\n\n{table.HEADING}\n\n| old | refused | |\n")
     monkeypatch.setattr(table, "README", readme)
-    leak = "data.packing: with sdpa attention it leaks (changing one moved its neighbour's logits by 0.5); set single"
+    leak = "data.packing: with sdpa attention it leaks (changing one moved its neighbour's logits by 0.5); set `data.packing: single` or more"
     table.write_table(
         [
             {"model_type": "z", "outcome": "single", "reason": leak},

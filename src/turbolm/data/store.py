@@ -354,15 +354,6 @@ def find_damage(folder: Path, manifest: dict[str, Any], *, full: bool) -> Iterat
             pool.shutdown(cancel_futures=True)
 
 
-def verify_store(folder: Path) -> int:
-    """The number of shards. Raises UserError with every damaged file."""
-    manifest = read_manifest(folder)
-    if problems := [f"{folder}: {name}: {problem}" for name, problem in find_damage(folder, manifest, full=True)]:
-        advice = "Run `turbolm prepare RECIPE` again; it rebuilds what is damaged."
-        raise UserError("\n".join([*problems, advice]))
-    return len(manifest["shards"])
-
-
 def file_record(path: Path) -> dict[str, Any]:
     """What the manifest says of a file: `bytes`, `ends_sha256` (over its first and last 4 KiB) and `sha256`."""
     with path.open("rb") as file:

@@ -19,7 +19,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from turbolm.errors import EXIT_BAD_INPUT, UserError
 from turbolm.models import count
-from turbolm.models.attention import choose_attention, model_inputs
+from turbolm.models.attention import check_long_rows, choose_attention, model_inputs
 from turbolm.models.build import (
     build_config,
     build_model,
@@ -29,13 +29,13 @@ from turbolm.models.build import (
 )
 from turbolm.models.isolation import check_isolation
 from turbolm.models.loss import choose_loss
-from turbolm.models.positions import num_positions
+from turbolm.models.positions import check_positions, num_positions
 from turbolm.models.router import find_routers, freeze_balancing_biases
 from turbolm.models.settings import ropes_by_length
 from turbolm.models.shrink import shrink
 from turbolm.recipe.schema import Model
 
-_VOCAB = 96
+VOCAB = 96
 _CPU = torch.device("cpu")
 # What `shrink` makes small for a test, and a model that is to learn something has as it is.
 _KEPT = ("position", "initializer_range", "init_std", "window", "chunk", "block", "topk")
@@ -136,7 +136,8 @@ def _first_that_works(
     for way in _ways(config, seq_len):
         small = section.model_copy(update={"config": copied, "config_file": None, "rope_factors": way.rope_factors})
         try:
-            model, attention, moved = _start(small, way, seq_len)
+            packed, num_rows = way.packing != "single", 1 if way.one_row else 2
+            model, attention, moved = start_small(small, packed=packed, num_rows=num_rows, seq_len=seq_len)
         except UserError as error:
             if not str(error).startswith(("data.packing", "execution.micro_batch")):
                 raise
@@ -146,30 +147,32 @@ def _first_that_works(
     raise refused[-1]
 
 
-def _start(section: Model, way: Way, seq_len: int) -> tuple[PreTrainedModel, str, float]:
+def start_small(section: Model, *, packed: bool, num_rows: int, seq_len: int) -> tuple[PreTrainedModel, str, float]:
     """The model as `turbolm.train.build` starts it, its attention kernel, and how far neighbours moved its logits.
 
     Raises UserError where a run would.
     """
-    config = build_config(section, seq_len=seq_len, vocab_size=_VOCAB, bos_token_id=1, eos_token_id=2)
+    config = build_config(section, seq_len=seq_len, vocab_size=VOCAB, bos_token_id=1, eos_token_id=2)
     kind = model_class(config)
-    reason, is_packed = carries_state_across_documents(config, kind), way.packing != "single"
-    if reason and is_packed:
+    reason = carries_state_across_documents(config, kind)
+    if reason and packed:
         raise UserError(f"data.packing: {reason}, so packed documents cannot be kept apart")
     attention = choose_attention("auto", "cpu", "fp32", kind)
+    check_long_rows(config, attention, seq_len=seq_len, row_tokens=num_rows * seq_len, packed=packed)
     model = build_model(section, config, seed=0, attention=attention)
     freeze_balancing_biases(model)
     check_all_trained(model)
+    check_positions(model, seq_len)
     model.train()
     moved = check_isolation(
         model,
-        vocab_size=_VOCAB,
+        vocab_size=VOCAB,
         seq_len=seq_len,
         attention=attention,
         device=_CPU,
         precision="fp32",
-        packed=is_packed,
-        num_rows=1 if way.one_row else 2,
+        packed=packed,
+        num_rows=num_rows,
         config=model.config,
     )
     return model, attention, moved

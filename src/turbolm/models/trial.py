@@ -24,22 +24,14 @@ import torch.nn.functional as F
 from transformers import AutoConfig, PreTrainedModel
 
 from turbolm.errors import UserError
-from turbolm.models.attention import choose_attention, model_inputs
-from turbolm.models.build import (
-    build_config,
-    build_model,
-    carries_state_across_documents,
-    check_all_trained,
-    model_class,
-)
-from turbolm.models.isolation import check_isolation
+from turbolm.models.attention import model_inputs
 from turbolm.models.loss import IGNORED_TARGET, attach_loss, choose_loss
-from turbolm.models.positions import check_positions
-from turbolm.models.router import attach_router_loss, find_routers, freeze_balancing_biases
+from turbolm.models.preflight import VOCAB, start_small
+from turbolm.models.router import attach_router_loss, find_routers
 from turbolm.models.shrink import shrink
 from turbolm.recipe.schema import Model
 
-VOCAB, SEQ_LEN = 96, 48
+SEQ_LEN = 48
 ROWS = ((19, 12, 9), (3, 30), (26,))  # lengths of the documents of each packed row; padding follows
 LOSS_TOLERANCE, NORM_TOLERANCE = 1e-6, 1e-5  # relative, fp32
 MOST_MEMORY = 4 * 2**30  # a model that needs more is not small: its trial fails at once
@@ -105,32 +97,9 @@ def _compare(section: Model, packing: str) -> tuple[float, float]:
 
 
 def _started(section: Model, packing: str) -> tuple[PreTrainedModel, str]:
-    """The model as `turbolm.train.build.build_engine` starts it, without an engine, and its attention kernel.
-
-    Raises UserError.
-    """
-    config = build_config(section, seq_len=SEQ_LEN, vocab_size=VOCAB, bos_token_id=1, eos_token_id=2)
-    kind = model_class(config)
-    reason = carries_state_across_documents(config, kind)
-    if reason and packing != "single":
-        raise UserError(f"data.packing: {reason}, so packed documents cannot be kept apart; set data.packing: single")
-    attention = choose_attention("auto", "cpu", "fp32", kind)
+    """The model as a run starts it, with its loss, and its attention kernel. Raises UserError."""
     with _nan_in_new_memory():
-        model = build_model(section, config, seed=0, attention=attention)
-    freeze_balancing_biases(model)
-    check_all_trained(model)
-    check_positions(model, SEQ_LEN)
-    model.train()
-    check_isolation(
-        model,
-        vocab_size=VOCAB,
-        seq_len=SEQ_LEN,
-        attention=attention,
-        device=CPU,
-        precision="fp32",
-        packed=packing != "single",
-        config=config,
-    )
+        model, attention, _ = start_small(section, packed=packing != "single", num_rows=2, seq_len=SEQ_LEN)
     tokens = np.arange(8)[None]
     probe = model_inputs({"input_ids": tokens, "position_ids": tokens}, attention, CPU)
     attach_loss(model, choose_loss("auto", model, model, probe, "fp32"))
