@@ -9,7 +9,6 @@ import pytest
 
 from tests.data.conftest import make_recipe, make_texts
 from tests.data.test_prepare import contents, stored_texts
-from turbolm import cli
 from turbolm.data import prepare as prepare_module
 from turbolm.data.prepare import prepare, store_folder, store_key
 from turbolm.data.progress import Progress
@@ -17,6 +16,7 @@ from turbolm.data.sources import Reader
 from turbolm.data.store import open_store
 from turbolm.data.tokenizer import save_tokenizer, train_tokenizer
 from turbolm.errors import UserError
+from turbolm.launch.store import prepare_store
 from turbolm.recipe.contract import contract_of, fingerprint
 from turbolm.recipe.data import JsonlSource
 from turbolm.recipe.schema import Recipe
@@ -89,7 +89,7 @@ def test_prepare_counts_what_it_leaves_out(
     (folder / "manifest.json").unlink()
     with pytest.raises(UserError, match=r"a.jsonl:61: not valid JSON"):
         prepare(refuse, num_workers=1)
-    assert cli._prepare_store(skip) == folder
+    assert prepare_store(skip) == folder
     assert [line.strip() for line in capsys.readouterr().out.splitlines()[-11:]] == [
         f"left out: {len(bad_at) + 1} bad documents, such as", *first
     ]  # fmt: skip

@@ -103,7 +103,8 @@ def test_the_written_table_is_what_was_tried(monkeypatch: pytest.MonkeyPatch, tm
     readme = tmp_path / "README.md"
     readme.write_text(f"# Models\n\nOther text.\n\n{table.HEADING}\n\n| old | refused | |\n")
     monkeypatch.setattr(table, "README", readme)
-    leak = "data.packing: with sdpa attention it leaks (changing one moved its neighbour's logits by 0.5); set `data.packing: single` or more"
+    leak = "data.packing: with sdpa attention it leaks (changing one moved its neighbour's logits by 0.5); "
+    leak += "set `data.packing: single` or more"
     table.write_table(
         [
             {"model_type": "z", "outcome": "single", "reason": leak},
