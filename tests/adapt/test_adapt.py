@@ -96,7 +96,7 @@ def test_a_published_configuration_is_kept_as_it_is(adapt: Adapt) -> None:
     with torch.device("meta"):
         own = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
     assert summary.size is not None and summary.size.total == own.num_parameters()
-    assert (recipe.data.seq_len, recipe.tokenizer.path) == (256, "published")
+    assert (recipe.data.seq_len, recipe.tokenizer.path) == (256, "./published")
     assert "its own, 300 tokens" in said
     adapt("published/config.json", seq_len="64", out=Path("recipes/again.yaml"))
     assert load_recipe("recipes/again.yaml").model.full_config == recipe.model.full_config

@@ -7,10 +7,10 @@ from typing import Any
 
 from turbolm.adapt.render import Entries, Entry, plain
 from turbolm.adapt.settings import choose_batch, choose_budget, choose_execution, choose_lr, choose_seq_len
-from turbolm.adapt.subject import Subject, Task
+from turbolm.adapt.subject import Subject, Task, as_path
 from turbolm.adapt.target import Target, machine_of
 from turbolm.errors import UserError
-from turbolm.plan.count import ModelSize, read_model_config, size_model
+from turbolm.plan.count import ModelSize, examine_model
 from turbolm.plan.plan import build_plan
 from turbolm.recipe.schema import Recipe
 from turbolm.units import format_count
@@ -85,14 +85,13 @@ def _model(subject: Subject, task: Task, target: Target, found: dict[str, Any], 
 
 
 def _origin(subject: Subject, task: Task, target: Target, found: dict[str, Any], tokenizer: int | str) -> Entries:
-    has_rows = isinstance(tokenizer, int) and tokenizer <= found["vocab_size"]
+    has_rows = not isinstance(tokenizer, int) or tokenizer <= found["vocab_size"]
     if task == "continue":
         revision = {"revision": Entry(subject.revision, "as it is on the hub today")} if subject.revision else {}
         rows = {} if has_rows else {"resize_embeddings": Entry(True, "the tokenizer has more tokens than the model")}
         return {"pretrained": Entry(subject.pretrained), **revision, **rows}
     if subject.config_file is not None:
-        vocab_size = tokenizer if isinstance(tokenizer, int) else _vocabulary(target, found)
-        over = {"config": {"vocab_size": Entry(vocab_size, "as many rows as there are tokens")}}
+        over = {"config": {"vocab_size": Entry(tokenizer, "the tokenizer has more tokens than the file has rows")}}
         file = Entry(str(subject.config_file), "names under `config` are laid over it")
         return {"config_file": file, **({} if has_rows else over)}
     sizes, why = found["sizes"], "the sizes that the type has by default; every other setting is left to it"
@@ -105,15 +104,14 @@ def _tokenizer(subject: Subject, task: Task, target: Target, found: dict[str, An
     if isinstance(tokenizer, int):
         if subject.revision is not None:
             return {"path": Entry(subject.given), "revision": Entry(subject.revision)}
-        return {"path": Entry(str(subject.tokenizer), "the model's own")}
+        assert subject.tokenizer is not None
+        return {"path": Entry(as_path(subject.tokenizer), "the model's own")}
     if task == "continue":
         raise UserError(f"{subject.given}: --task continue needs the model's own tokenizer: {tokenizer}")
-    vocab_size = _vocabulary(target, found)
-    return {"train": {"vocab_size": Entry(vocab_size, "trained on the sources; or `path:`, a ready one's folder")}}
-
-
-def _vocabulary(target: Target, found: dict[str, Any]) -> int:
-    return min(_VOCABULARY[target.device], found["vocab_size"])
+    vocab_size, why = _VOCABULARY[target.device], "trained on the sources; or `path:`, a ready one's folder"
+    if subject.config_file is not None:
+        why += f"; the model has {found['vocab_size']} rows"
+    return {"train": {"vocab_size": Entry(min(vocab_size, found["vocab_size"]), why)}}
 
 
 def _data(found: dict[str, Any], seq_len: int, why: str) -> Entries:
@@ -136,9 +134,9 @@ def _draft(head: Entries, target: Target, seq_len: int) -> Recipe:
 
 
 def _size(draft: Recipe) -> ModelSize:
-    config, _ = read_model_config(draft, "")
-    assert config is not None, "its config.json was read before"
-    return size_model(config, draft.execution.cache_dir)
+    size = examine_model(draft, "").size
+    assert size is not None, "its config.json was read before"
+    return size
 
 
 def _parameters(size: ModelSize) -> str:

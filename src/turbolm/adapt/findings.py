@@ -57,7 +57,8 @@ def describe(found: dict[str, Any], tokenizer: int | str) -> dict[str, str]:
     rows += f"; else {found['refused']}" if found["refused"] else ""
     said = {
         "packing": rows,
-        "causality": f"no later token and no other document moves a logit by more than {found['moved']:.0e}",
+        "causality": "no later token and no other document moves a logit"
+        + (f" by more than {found['moved']:.0e}" if found["moved"] else ""),
         "attention": f"{found['attention']} on a CPU" + (", varlen on a GPU in half precision" * found["has_sdpa"]),
         "loss": f"{found['loss']}: {_LOSSES[found['loss']]}",
         "router": found["router"],

@@ -40,7 +40,8 @@ def find_subject(given: str, task: Task) -> Subject:
         found = Subject(given, run_name(given), given, None, None, None, None)
     elif Origin("settings", given, None).is_on_hub and "/" in given:
         folder = fetch_settings(given)
-        found = Subject(given, run_name(given), None, folder / "config.json", given, _tokenizer(folder), folder.name)
+        tokenizer = folder if (folder / "tokenizer.json").is_file() else None
+        found = Subject(given, run_name(given), None, folder / "config.json", given, tokenizer, folder.name)
     else:
         near = difflib.get_close_matches(given, causal_model_types(), n=1)
         hint = f"; did you mean the type {near[0]!r}?" if near else ""
@@ -61,11 +62,13 @@ def _of_path(given: str, path: Path) -> Subject:
     if path.is_file() and path.suffix != ".json":
         raise UserError(f"MODEL: {path} is no config.json; name the config.json of a model, or its folder")
     name = run_name(path.resolve().name if path.is_dir() else path.resolve().parent.name)
-    return Subject(given, name, None, config, given if path.is_dir() else None, _tokenizer(folder), None)
+    tokenizer = folder if (folder / "tokenizer.json").is_file() else None
+    return Subject(given, name, None, config, as_path(path) if path.is_dir() else None, tokenizer, None)
 
 
-def _tokenizer(folder: Path) -> Path | None:
-    return folder if (folder / "tokenizer.json").is_file() else None
+def as_path(path: Path) -> str:
+    """A path that no one takes for a hub name, wherever the recipe is used."""
+    return str(path) if path.is_absolute() or path.parts[:1] == ("..",) else f"./{path}"
 
 
 def run_name(text: str) -> str:

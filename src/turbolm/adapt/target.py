@@ -55,7 +55,7 @@ def find_target(name: str | None) -> Target:
         cluster = load_piece(path).get("cluster")
         if not isinstance(cluster, dict):
             raise UserError(f"--cluster: {path} has no `cluster` section")
-        return Target(f"as in {name}", cluster)
+        return Target(f"the cluster {name}", cluster)
     if gpu and gpu[2] in GPUS and int(gpu[1] or 1) > 0:
         count = int(gpu[1] or 1)
         values = {"num_nodes": 1, "gpus_per_node": count, "gpu": gpu[2], "device": "cuda"}

@@ -62,8 +62,10 @@ def settle_commits(recipe: Recipe) -> Recipe:
             continue
         commit = fetch(origin)
         before = known.get(origin.section) or {}
-        is_settled = (before.get("name"), before.get("commit")) == (origin.value, origin.revision)
-        recorded[origin.section] = before if is_settled else _record(origin.value, origin.revision, commit)
+        if commit != origin.revision:
+            recorded[origin.section] = _record(origin.value, origin.revision, commit)
+        elif (before.get("name"), before.get("commit")) == (origin.value, commit):
+            recorded[origin.section] = before  # settled at an earlier start
     if recorded and recorded != known:
         run.path.mkdir(parents=True, exist_ok=True)
         write_json(run.hub, recorded)
