@@ -25,7 +25,9 @@ Weights = dict[str, torch.Tensor]
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("published") / "whole"
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(small_config("llama", tie_word_embeddings=False)).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(small_config("llama", hidden_size=32, tie_word_embeddings=False)).save_pretrained(
+        folder
+    )
     return folder
 
 

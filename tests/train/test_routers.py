@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.train.harness import BINS_PER_BATCH, MIXTURES, Cell, cell_recipe, run_cells
+from tests.train.harness import (
+    BINS_PER_BATCH,
+    MIXTURES,
+    MODELS,
+    SEQ_LEN,
+    Cell,
+    cell_recipe,
+    make_recipe,
+    run_cells,
+    train_in_world,
+)
 from tests.train.reference import train_reference
 from tests.train.test_equivalence import learning_rates
 from turbolm.data.prepare import prepare
@@ -45,3 +56,38 @@ def test_loss_router_loss_and_gradients_equal_plain_pytorch(world_size: int, tmp
         setting = cell.train.get("router_aux_loss", MIXTURES[cell.model]["router_aux_loss_coef"])
         expected = train_reference(cell_recipe(tmp_path, cell), store, learning_rates()[:STEPS], setting)
         np.testing.assert_allclose(trained[cell.name], expected, rtol=1e-5, err_msg=cell.name)
+
+
+@pytest.mark.slow
+def test_compiled_and_recomputed_where_weights_are_gathered(tmp_path: Path) -> None:
+    """The hardest way out for router logits; other modes of compilation are tested on the model alone."""
+    execution = {"compile": "layers", "loss": "chunked"}
+    cell = Cell(name="cell", model="mixtral", zero_stage=3, activation_checkpointing="full", execution=execution)
+    cell.steps, cell.micro_batch_bins = STEPS, 2
+    trained = run_cells(tmp_path, 2, [cell])["cell"]
+    recipe = cell_recipe(tmp_path, cell)
+    expected = train_reference(recipe, open_store(prepare(recipe)), learning_rates()[:STEPS], 0.5)
+    np.testing.assert_allclose(trained, expected, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_the_load_is_more_even_with_the_loss(tmp_path: Path) -> None:
+    """Of qwen3_moe, whose routers prefer some experts within 40 steps."""
+    spread = {}
+    for setting in ("off", 0.1):
+        recipe = make_recipe(
+            tmp_path / str(setting),
+            model={"config": MODELS["qwen3_moe"]},
+            train={"budget": 40 * BINS_PER_BATCH * SEQ_LEN, "router_aux_loss": setting},
+            evaluation={"every": "100%", "tokens": 1000},
+            cluster={"processes_per_node": 1},
+            logging={"sample_tokens": 0},
+        )
+        prepare(recipe)
+        assert train_in_world(recipe, 1) == 0
+        lines = (tmp_path / str(setting) / "runs" / "cell" / "metrics.jsonl").read_text().splitlines()
+        steps = [line for line in map(json.loads, lines) if "train/loss" in line][-10:]
+        busiest, idlest = (np.array([line[f"experts/{end}_share"] for line in steps]) for end in ("max", "min"))
+        assert busiest.shape == idlest.shape == (10, 2) and (idlest <= 1 / 4).all() and (busiest >= 1 / 4).all()
+        spread[setting] = (busiest - idlest).mean()
+    assert spread[0.1] < 0.5 * spread["off"]

@@ -9,7 +9,9 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import reduce
 from logging import Handler, LogRecord
 from typing import Any
 
@@ -20,9 +22,10 @@ from transformers.utils import logging
 from turbolm.errors import UserError
 from turbolm.models.config_errors import Path, Problem, Search, find_culprits, without
 from turbolm.models.config_names import ROPE_NAMES, Reader, Unread, declared_names, unread_names, valid_names
+from turbolm.recipe.document import join_key
 from turbolm.recipe.model_config import NOT_LEARNED, lay_over
 
-_MAX_LAYERS, _MAX_SIZE = 2_000, 2**28
+_MAX_LAYERS, _MAX_SIZE, _MAX_SETTINGS = 2_000, 2**28, 300
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
           "num_key_value_heads", "head_dim")  # fmt: skip
 _DECIDED_HERE = {
@@ -61,10 +64,15 @@ class Source:
 
     def line(self, problem: Problem) -> str:
         """The problem under its key in the recipe."""
-        name = ".".join(problem.path)
+        name = shown(problem.path)
         if self.file is None or (name and self.is_own(problem.path)):
             return f"model.config{'.' if name else ''}{name}: {problem.message}"
         return f"model.config_file: {name}{': ' if name else ''}{problem.message}"
+
+
+def shown(path: Path) -> str:
+    """A path with dots; a name that would garble a message is quoted."""
+    return reduce(join_key, path, "")
 
 
 @dataclass(frozen=True)
@@ -89,8 +97,14 @@ def make_config(file: Mapping[str, Any] | None, config: Mapping[str, Any] | None
 
 def check_config(source: Source) -> Checked:
     """Check the names and values. Raises UserError for a model type that is no causal language model."""
+    with rope_warnings() as warned:
+        return _check(source, find_reader(source), warned)
+
+
+def _check(source: Source, reader: Reader, warned: list[str]) -> Checked:
     values = source.values
-    reader = find_reader(source)
+    if len(values) > _MAX_SETTINGS:
+        raise UserError(source.line(Problem((), f"{len(values)} settings, which no model has")))
     unread = list(unread_names(reader, values))
     refused = [one for one in unread if source.is_own(one.path) and (one.is_misspelt or not one.is_off)]
     problems = [*_decided_here(source), *_too_large(reader, values)]
@@ -99,12 +113,15 @@ def check_config(source: Source) -> Checked:
     for one in refused:
         if one.is_misspelt and one.nearest and one.nearest not in values and len(one.path) == 1:
             values[one.nearest] = source.values[one.path[0]]
-    warned: list[str] = []
-    search = find_culprits(reader.kind.model_type, values, lambda tried: _make(reader, tried, warned))
+    search = find_culprits(reader.kind.model_type, values, reader.make)
+    if search.result is not None:
+        warned.clear()
+        reader.make(search.values)
+    unused = list(_unused_rope_keys(source, warned))
     problems = [*_no_such_setting(reader, source, refused, search.result), *problems, *search.problems]
     if search.result is not None and search.is_sound:
         bad = [*_bad_sizes(reader, search.result, search.values), *_bad_token_ids(search.result, source)]
-        problems += [*bad, *_unused_rope_keys(source, warned)]
+        problems += [*bad, *unused]
         problems += _without_effect(reader, search.result, source, search.values)
         search = replace(search, is_sound=not bad)
     return Checked(reader, search, problems, [one for one in unread if not source.is_own(one.path)])
@@ -245,18 +262,21 @@ def _without_effect(
         yield Problem((name,), f"has no effect{beside}")
 
 
-def _make(reader: Reader, values: Mapping[str, Any], warned: list[str]) -> PreTrainedConfig:
-    """The configuration, with what Transformers warns of its rotary positions."""
-    warned.clear()
-    logger = logging.get_logger("transformers.modeling_rope_utils")
-    handler, level = _Collect(warned), logger.level
+@contextmanager
+def rope_warnings() -> Iterator[list[str]]:
+    """What Transformers warns of rotary positions meanwhile, which nobody else hears."""
+    texts: list[str] = []
+    logger, handler = logging.get_logger("transformers.modeling_rope_utils"), _Collect(texts)
+    before = logger.level, logger.propagate
     logger.addHandler(handler)
     logger.setLevel("WARNING")
+    logger.propagate = False
     try:
-        return reader.make(values)
+        yield texts
     finally:
         logger.removeHandler(handler)
-        logger.setLevel(level)
+        logger.setLevel(before[0])
+        logger.propagate = before[1]
 
 
 class _Collect(Handler):

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.integrations import unset_hf_deepspeed_config
 
 from turbolm.errors import UserError
-from turbolm.models.config import Checked, Source, check_config
+from turbolm.models.config import Checked, Source, check_config, rope_warnings, shown
 from turbolm.models.config_errors import Problem, find_culprits
 from turbolm.models.config_names import Unread, declared_names
 from turbolm.models.size import measure_model
@@ -36,7 +36,8 @@ def examine(file: Mapping[str, Any] | None, config: Mapping[str, Any] | None) ->
         return Answer((str(error),), ())
     problems, size = list(checked.problems), None
     if checked.search.result is not None and checked.search.is_sound:
-        more, size = _build(checked)
+        with rope_warnings():
+            more, size = _build(checked)
         problems += more
     if problems or size is None:
         return Answer(tuple(map(source.line, problems)), ())
@@ -121,13 +122,13 @@ def _notes(source: Source, unread: list[Unread]) -> list[str]:
     """What to tell of a file: the names without effect in one line, and those that look like a misspelling apart."""
     if source.file is None:
         return []
-    names = [".".join(one.path) for one in unread if not one.is_misspelt]
+    names = [shown(one.path) for one in unread if not one.is_misspelt]
     names += [name for name in ("quantization_config", "compression_config") if name in source.file]
     lines = [f"model.config_file: nothing reads {', '.join(names)}"] if names else []
     for one in unread:
         if one.is_misspelt:
             too = ", which is there as well" if one.nearest in source.values else ""
-            lines.append(f"model.config_file: nothing reads {'.'.join(one.path)}; did you mean {one.nearest}{too}?")
+            lines.append(f"model.config_file: nothing reads {shown(one.path)}; did you mean {one.nearest}{too}?")
     return lines
 
 

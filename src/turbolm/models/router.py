@@ -226,7 +226,9 @@ class _Recorder:
     def output_hook(self, index: int) -> Callable[..., None]:
         def note(module: nn.Module, _: Any, output: Any) -> None:
             if self.is_on:
-                module._turbolm_recorded = output[index] if isinstance(output, tuple) else output
+                logits = output[index] if isinstance(output, tuple) else output
+                # A view: what ZeRO-3's own linear returns cannot leave a layer that is compiled and recomputed.
+                module._turbolm_recorded = logits.view(logits.shape)
 
         return note
 

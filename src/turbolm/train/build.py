@@ -86,6 +86,9 @@ def build_session(
         terminal=terminal,
         pace=Pace(gather_over(group)(platform.node())),
     )
+    routers = find_routers(engine.module, recipe.train.router_aux_loss)
+    if routers is not None:
+        log.say(routers.message)
     gate = UpdateGate(engine, AnomalyWatch(recipe.anomalies))
     return Session(
         plan=plan,
@@ -157,7 +160,6 @@ def build_engine(accelerator: Any, plan: Plan, store: TokenStore, run: RunDirect
     routers = find_routers(engine.module, recipe.train.router_aux_loss)
     if routers is not None:
         attach_router_loss(engine.module, routers)
-        print(routers.message)
     apply_compile(engine.module, execution.compile)
     tell_of_compiling()
     heartbeat.advance()
