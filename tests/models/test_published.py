@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -109,4 +110,5 @@ def test_a_misspelt_setting_is_refused_everywhere(
         with pytest.raises(UserError) as caught:
             ask()
         assert expected in str(caught.value), who
+        assert not re.search(r"'(.+)'; did you mean '\1'", str(caught.value)), "no value is suggested for itself"
     assert not Path("runs").exists(), "nothing is left of what was refused"
