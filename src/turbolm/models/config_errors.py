@@ -172,10 +172,8 @@ def _explain(model_type: str, values: Mapping[str, Any], path: Path, error: Exce
     text = " ".join(str(error.__cause__ or error).split())
     if isinstance(error, StrictDataclassFieldValidationError):
         return Problem(path, _type_message(text, value))
-    if isinstance(error, KeyError) and isinstance(value, str):
-        known = {*ACT2FN, *ROPE_INIT_FUNCTIONS}
-        if value in known:  # the error names what it did not find
-            return Problem(path, f"{model_type} needs {str(error.args[0])!r} beside {describe(value)}")
+    known = {*ACT2FN, *ROPE_INIT_FUNCTIONS}
+    if isinstance(error, KeyError) and isinstance(value, str) and value not in known:
         near = difflib.get_close_matches(value[:100], sorted(known), n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         return Problem(path, f"{model_type} knows no {describe(value)}{hint}")
