@@ -76,16 +76,17 @@ def test_the_load_is_more_even_with_the_loss(tmp_path: Path) -> None:
     spread = {}
     for setting in ("off", 0.1):
         recipe = make_recipe(
-            tmp_path / str(setting),
+            tmp_path,
             model={"config": MODELS["qwen3_moe"]},
             train={"budget": 40 * BINS_PER_BATCH * SEQ_LEN, "router_aux_loss": setting},
             evaluation={"every": "100%", "tokens": 1000},
             cluster={"processes_per_node": 1},
+            execution={"runs_dir": str(tmp_path / str(setting))},
             logging={"sample_tokens": 0},
         )
         prepare(recipe)
         assert train_in_world(recipe, 1) == 0
-        lines = (tmp_path / str(setting) / "runs" / "cell" / "metrics.jsonl").read_text().splitlines()
+        lines = (tmp_path / str(setting) / "cell" / "metrics.jsonl").read_text().splitlines()
         steps = [line for line in map(json.loads, lines) if "train/loss" in line][-10:]
         busiest, idlest = (np.array([line[f"experts/{end}_share"] for line in steps]) for end in ("max", "min"))
         assert busiest.shape == idlest.shape == (10, 2) and (idlest <= 1 / 4).all() and (busiest >= 1 / 4).all()
