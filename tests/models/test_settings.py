@@ -98,10 +98,12 @@ def test_fixed_factors_are_those_of_transformers_at_one_length(
         logits = [model(tokens[:, :length], use_cache=False).logits for model in (fixed, reference)]
         return float((logits[0] - logits[1]).abs().max())
 
-    assert differs(length) < 1e-6
+    assert differs(length) < 1e-5
     assert differs(other) > 1e-4
     longer = fixed(tokens, use_cache=False).logits[:, :10]
-    assert (longer - fixed(tokens[:, :10], use_cache=False).logits).abs().max() < 1e-6
+    assert (
+        longer - fixed(tokens[:, :10], use_cache=False).logits
+    ).abs().max() < 1e-5  # fp32 rounds otherwise at another length; logits are of size 1
 
 
 def test_a_model_without_such_factors_refuses_the_key() -> None:
