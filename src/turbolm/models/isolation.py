@@ -31,7 +31,7 @@ _CAUSAL_SETTINGS = {"is_decoder": True, "causal": True, "attn_type": "uni", "use
 class Probe:
     """Forward passes of one small micro-batch, with changes that must not matter.
 
-    Two rows (or one, with `num_rows`) of at most 64 tokens; with `packed`, the first holds two documents. The model
+    Two rows (or one, with `num_rows`) of at most 32 tokens; with `packed`, the first holds two documents. The model
     runs as it trains, and draws the same random numbers in every pass; the caller's random state stays as it was. A
     compiled model runs as it was before: its graphs do the same, and compiling one for these rows would take longer
     than all the rest. Every rank must make the same calls: under ZeRO-3 a forward pass gathers weights.
@@ -161,8 +161,8 @@ def check_isolation(
     """Refuse to train a model whose logits are not finite, or follow later tokens or other documents.
 
     `seq_len` is the recipe's, `packed` whether documents share a row, `num_rows` how many rows a micro-batch has (two
-    are probed at most), `config` the model's, for the message. Runs `forward` (the model or its engine) four times on
-    at most 128 tokens; see `Probe`. Returns how far the logits moved when the other documents changed. Raises
+    are probed at most), `config` the model's, for the message. Runs `forward` (the model or its engine) six times on
+    at most 64 tokens; see `Probe`. Returns how far the logits moved when the other documents changed. Raises
     UserError.
     """
     kind = "this model" if config is None else config.model_type
