@@ -41,7 +41,7 @@ _SLURM = {
 LAYOUTS: dict[str, dict[str, Any]] = {
     "files": {
         "name": "n",
-        "model": {"config": _MODEL, "config_file": _MODEL, "revision": "v"},
+        "model": {"config": _MODEL, "config_file": _MODEL},
         "tokenizer": {"path": "t", "revision": "v"},
         "data": {
             "seq_len": 64,
@@ -57,7 +57,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     }
 }
 LAYOUTS["hub"] = LAYOUTS["files"] | {
-    "model": {"pretrained": "w"},
+    "model": {"pretrained": "w", "revision": "v"},
     "data": {
         "seq_len": 64,
         "sources": [{"type": "datasets", "path": "p", "name": "n", "split": "s", "revision": "r", "field": "f"}],

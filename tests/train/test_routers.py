@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +10,9 @@ import pytest
 from tests.train.harness import (
     BINS_PER_BATCH,
     MIXTURES,
-    MODELS,
-    SEQ_LEN,
     Cell,
     cell_recipe,
-    make_recipe,
     run_cells,
-    train_in_world,
 )
 from tests.train.reference import train_reference
 from tests.train.test_equivalence import learning_rates
@@ -68,27 +63,3 @@ def test_compiled_and_recomputed_where_weights_are_gathered(tmp_path: Path) -> N
     recipe = cell_recipe(tmp_path, cell)
     expected = train_reference(recipe, open_store(prepare(recipe)), learning_rates()[:STEPS], 0.5)
     np.testing.assert_allclose(trained, expected, rtol=1e-5)
-
-
-@pytest.mark.slow
-def test_the_load_is_more_even_with_the_loss(tmp_path: Path) -> None:
-    """Of qwen3_moe, whose routers prefer some experts within 40 steps."""
-    spread = {}
-    for setting in ("off", 0.1):
-        recipe = make_recipe(
-            tmp_path,
-            model={"config": MODELS["qwen3_moe"]},
-            train={"budget": 40 * BINS_PER_BATCH * SEQ_LEN, "router_aux_loss": setting},
-            evaluation={"every": "100%", "tokens": 1000},
-            cluster={"processes_per_node": 1},
-            execution={"runs_dir": str(tmp_path / str(setting))},
-            logging={"sample_tokens": 0},
-        )
-        prepare(recipe)
-        assert train_in_world(recipe, 1) == 0
-        lines = (tmp_path / str(setting) / "cell" / "metrics.jsonl").read_text().splitlines()
-        steps = [line for line in map(json.loads, lines) if "train/loss" in line][-10:]
-        busiest, idlest = (np.array([line[f"experts/{end}_share"] for line in steps]) for end in ("max", "min"))
-        assert busiest.shape == idlest.shape == (10, 2) and (idlest <= 1 / 4).all() and (busiest >= 1 / 4).all()
-        spread[setting] = (busiest - idlest).mean()
-    assert spread[0.1] < 0.5 * spread["off"]
