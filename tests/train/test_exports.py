@@ -132,7 +132,10 @@ def _train(recipes: list[Recipe]) -> tuple[list[int], list[str]]:
 
 
 def _different_when_sharded(precision: str) -> list[str]:
-    """The weights that ZeRO-3 draws otherwise; those of apertus and openai-gpt come from constructors."""
+    """The weights that ZeRO-3 draws otherwise.
+
+    Constructors set some of apertus and openai-gpt; CTRL's head with a bias is drawn after its embedding, tied to it.
+    """
     import deepspeed
 
     from turbolm.models.build import build_model
@@ -141,7 +144,7 @@ def _different_when_sharded(precision: str) -> list[str]:
     settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3},
                 "bf16": {"enabled": precision == "bf16"}}  # fmt: skip
     different = []
-    for model_type in ("apertus", "openai-gpt", "llama"):
+    for model_type in ("apertus", "openai-gpt", "ctrl", "llama"):
         keywords = {"seed": 1, "attention": "eager"}
         model = Model(config={"model_type": model_type})
         whole = build_model(model, small_config(model_type), **keywords)

@@ -96,8 +96,14 @@ def _residual_outputs(model: PreTrainedModel) -> set[int]:
 def _draw(
     owner: PreTrainedModel, modules: list[nn.Module], parameters: list[nn.Parameter], scaled: set[int], std: float
 ) -> None:
+    ours = {id(parameter) for parameter in parameters}
+    earlier = [p for module in modules for p in module.parameters(recurse=False) if id(p) not in ours]
+    for parameter in earlier:  # a head with a bias is drawn after the embedding it is tied to, whose weight stays
+        parameter._is_hf_initialized = True
     for module in modules:
         owner._init_weights(module)
+    for parameter in earlier:
+        del parameter._is_hf_initialized
     for parameter in parameters:
         if id(parameter) in scaled:
             parameter.data.normal_(0.0, std)
