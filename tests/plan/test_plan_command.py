@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 
+from turbolm.errors import UserError
 from turbolm.plan.batch import plan_batch
+from turbolm.plan.count import Answer
 from turbolm.plan.deepspeed import resolve_ds_config
 from turbolm.plan.memory import estimate_model_state
 from turbolm.plan.summary import Summary, collect_summary
@@ -164,15 +166,19 @@ def test_every_problem_at_once_with_exit_code_2() -> None:
     assert "a: unknown key" in errors
 
 
-def test_problems_of_the_model_and_of_the_machine_come_together() -> None:
-    _, errors = plan(
-        "recipes/quickstart/config.yaml",
-        *("model.config.hidden_size=four", "cluster.device=cpu", "cluster.processes_per_node=33"),
-        code=2,
-    )
-    assert "too few for 33 processes" in errors
-    _, errors = plan("recipes/quickstart/config.yaml", "model.config.hidden_size=four", code=2)
-    assert "model.config.hidden_size: expected a whole number, got 'four'" in errors
+def test_a_problem_of_the_model_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What Transformers finds is asked once, and kept."""
+    found = Answer(("model.config.hidden_size: expected a whole number, got 'four'",), ())
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr("turbolm.plan.count._run_examiner", lambda request: asked.append(json.loads(request)) or found)
+    changes = ("model.config.hidden_size=four", f"execution.cache_dir={tmp_path}", "cluster.device=cpu")
+    for _ in range(2):
+        with pytest.raises(UserError) as caught:
+            summary_of("recipes/quickstart/config.yaml", *changes)
+        assert str(caught.value).endswith(f"config.yaml: {found.problems[0]}")
+    with pytest.raises(UserError, match="too few for 33 processes"):
+        summary_of("recipes/quickstart/config.yaml", *changes, "cluster.processes_per_node=33")
+    assert [(one["config"]["hidden_size"], one["file"]) for one in asked] == [("four", None)]
 
 
 def test_a_model_state_that_cannot_fit_is_refused_with_what_would() -> None:

@@ -122,7 +122,10 @@ def _check(source: Source, reader: Reader, warned: list[str]) -> Checked:
     if search.result is not None and search.is_sound:
         bad = [*_bad_sizes(reader, search.result, search.values), *_bad_token_ids(search.result, source)]
         problems += [*bad, *unused]
-        problems += _without_effect(reader, search.result, source, search.values)
+        read = search.values
+        for one in unread:  # what is left of these is switched off
+            read = without(read, one.path)
+        problems += _without_effect(reader, search.result, source, read)
         search = replace(search, is_sound=not bad)
     return Checked(reader, search, problems, [one for one in unread if not source.is_own(one.path)])
 
@@ -248,7 +251,9 @@ def _without_effect(
 ) -> Iterator[Problem]:
     """Keys of the recipe that another name overrules: of the file, or the new name of the same setting."""
     for name, value in (source.config or {}).items():
-        if name not in values or name in NOT_LEARNED or name == "model_type" or value is None:
+        if name in NOT_LEARNED or name in ("model_type", "per_layer_config") or value is None:
+            continue
+        if values.get(name) != value:  # refused already, or a part of it
             continue
         if source.file is None and name in declared_names(reader):
             continue

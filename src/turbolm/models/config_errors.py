@@ -86,7 +86,8 @@ def find_culprits(
             is_size = re.search(r"expected (int|float)", str(error)) or not isinstance(
                 _at(values, path), (str, Mapping)
             )
-            is_sound = is_sound and (_at(rest, path) is not None or not is_size)
+            is_given = path in set(_paths(values))  # else it was missing, and has a value that may not fit
+            is_sound = is_sound and is_given and (_at(rest, path) is not None or not is_size)
             values = rest
 
 

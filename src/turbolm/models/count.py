@@ -127,7 +127,7 @@ def _notes(source: Source, unread: list[Unread]) -> list[str]:
     lines = [f"model.config_file: nothing reads {', '.join(names)}"] if names else []
     for one in unread:
         if one.is_misspelt:
-            too = ", which is there as well" if one.nearest in source.values else ""
+            too = ", which is there as well" if len(one.path) == 1 and one.nearest in source.values else ""
             lines.append(f"model.config_file: nothing reads {shown(one.path)}; did you mean {one.nearest}{too}?")
     return lines
 

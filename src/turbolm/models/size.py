@@ -17,9 +17,10 @@ def measure_model(model: PreTrainedModel) -> ModelSize:
     """The size of a model on any device, sharded or not; each weight counts once."""
     embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
     has_own_head = output is not None and output.weight is not embedding.weight
+    tables = {id(m.weight): _numel(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}  # and positions
     return ModelSize(
         total=sum(map(_numel, model.parameters())),
-        embedding=sum(map(_numel, embedding.parameters())),
+        embedding=sum(tables.values()),
         head=sum(map(_numel, output.parameters())) if has_own_head else 0,
         source="counted",
         idle=_count_idle(model),
