@@ -11,7 +11,7 @@ import pytest
 from transformers import Llama4TextConfig
 
 from turbolm.errors import UserError
-from turbolm.models import preflight, table, trial
+from turbolm.models import start, table, trial
 from turbolm.models.attention import check_long_rows
 from turbolm.models.build import build_config
 from turbolm.plan.count import causal_model_types
@@ -53,10 +53,10 @@ def test_the_table_has_every_type_and_none_that_is_trained_wrongly() -> None:
 
 def test_a_trial_finds_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     """Packed though its documents see each other; an exception that is no message to the user."""
-    monkeypatch.setattr(preflight, "check_isolation", lambda *_, **__: 0.0)
+    monkeypatch.setattr(start, "check_isolation", lambda *_, **__: 0.0)
     leaking = trial.try_type("bloom")
     assert leaking.outcome == "failed" and "Transformers' own" in leaking.reason
-    monkeypatch.setattr(preflight, "build_model", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(start, "build_model", lambda *_, **__: 1 / 0)
     assert "ZeroDivisionError" in trial.try_type("llama").reason
 
 

@@ -97,6 +97,8 @@ def _origin(subject: Subject, task: Task, target: Target, found: dict[str, Any],
     sizes, why = found["sizes"], "the sizes that the type has by default; every other setting is left to it"
     if target.device == "cpu":
         sizes, why = found["small"], "with small sizes, for a CPU; adapt it to a --cluster for the type's own"
+    if (found["pad_token_id"] or 0) >= _VOCABULARY[target.device] and "pad_token_id" not in sizes:
+        sizes = sizes | {"pad_token_id": None}  # the type's default lies outside of the vocabulary
     return {"config": {name: Entry(value, why if name == "model_type" else "") for name, value in sizes.items()}}
 
 

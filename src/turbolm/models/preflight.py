@@ -19,26 +19,21 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from turbolm.errors import EXIT_BAD_INPUT, UserError
 from turbolm.models import count
-from turbolm.models.attention import check_long_rows, choose_attention, model_inputs
-from turbolm.models.build import (
-    build_config,
-    build_model,
-    carries_state_across_documents,
-    check_all_trained,
-    model_class,
-)
-from turbolm.models.isolation import check_isolation
+from turbolm.models.attention import model_inputs
+from turbolm.models.build import build_config
 from turbolm.models.loss import choose_loss
-from turbolm.models.positions import check_positions, num_positions
-from turbolm.models.router import find_routers, freeze_balancing_biases
+from turbolm.models.positions import num_positions
+from turbolm.models.router import find_routers
 from turbolm.models.settings import ropes_by_length
 from turbolm.models.shrink import shrink
+from turbolm.models.start import CPU, VOCAB, start_small
+from turbolm.models.trial import compare_losses
+from turbolm.recipe.model_config import is_dropout
 from turbolm.recipe.schema import Model
 
-VOCAB = 96
-_CPU = torch.device("cpu")
-# What `shrink` makes small for a test, and a model that is to learn something has as it is.
-_KEPT = ("position", "initializer_range", "init_std", "window", "chunk", "block", "topk")
+# What `shrink` changes for a test, and a model that is to learn something has as it is: the first where that fits.
+_KEPT = ("position", "initializer_range", "init_std")
+_KEPT_IF_IT_FITS = (*_KEPT, "window", "chunk", "block", "topk")
 
 
 @dataclass(frozen=True)
@@ -58,6 +53,7 @@ class Findings:
     class_name: str
     num_positions: int | None
     vocab_size: int  # of the configuration, or the type's own
+    pad_token_id: int | None  # the type's default, which a smaller vocabulary may not hold
     sizes: dict[str, Any]  # the settings that make the model as large as it is
     small: dict[str, Any]  # the same for a model of the same structure that a CPU can train
     way: Way
@@ -74,30 +70,44 @@ class Findings:
 def examine(section: Model, seq_len: int) -> Findings:
     """Build a small copy of what `section` describes, as a run would, and probe it; rows have `seq_len` tokens at most.
 
-    Raises UserError for a model that cannot be trained.
+    Raises UserError for a model that cannot be trained, or whose loss is not that of Transformers.
     """
     answer = count.examine(section.config_file, section.config)
-    if answer.problems:
+    if answer.problems and section.config_file is not None:
         raise UserError("; ".join(answer.problems))
-    config = build_config(section, seq_len=1, vocab_size=_own_vocabulary(section), bos_token_id=0, eos_token_id=0)
-    positions = num_positions(count.build_on_meta(config))
+    try:
+        return _examine(section, seq_len, list(answer.notes), is_sound=not answer.problems)
+    except UserError:
+        if answer.problems:  # not every type can be built with its own defaults; some can when they are small
+            raise UserError("; ".join(answer.problems)) from None
+        raise
+
+
+def _examine(section: Model, seq_len: int, notes: list[str], *, is_sound: bool) -> Findings:
+    default = AutoConfig.for_model((section.full_config or {})["model_type"])
+    config = _whole(section, default) if is_sound else default
+    own, changed = vars(config), shrink(config)
+    switched = _switched(own, changed)
+    copied = changed | {name: own[name] for name in changed if name in own and _is_kept(name, ("position",))}
+    if section.config_file is not None:  # as it is there, or the refusal of a run would not show
+        copied |= {name: own.get(name) for name in switched}
+    elif switched and is_sound:
+        config = _whole(section.model_copy(update={"config": {**(section.config or {}), **switched}}), default)
+    positions = num_positions(count.build_on_meta(config)) if is_sound else own.get("max_position_embeddings")
     seq_len = min(seq_len, positions or seq_len)
-    changed = shrink(config)
-    if section.config_file is not None and "is_decoder" in changed:
-        changed["is_decoder"] = config.is_decoder
-    copied = changed | {name: getattr(config, name) for name in changed if "position" in name}
     model, attention, way, refused, moved = _first_that_works(section, copied, config, seq_len)
     tokens = np.arange(8)[None]
-    probe = model_inputs({"input_ids": tokens, "position_ids": tokens}, attention, _CPU)
+    probe = model_inputs({"input_ids": tokens, "position_ids": tokens}, attention, CPU)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     routers = find_routers(model, "config")
     return Findings(
         model_type=config.model_type,
         class_name=type(model).__name__,
         num_positions=positions,
-        vocab_size=config.vocab_size,
-        sizes=_sizes(config, changed),
-        small=_small(config, changed),
+        vocab_size=config.get_text_config().vocab_size,
+        pad_token_id=vars(default).get("pad_token_id"),
+        sizes={"model_type": config.model_type, **_sizes(own, changed), **switched},
+        small={"model_type": config.model_type, **_small(default, changed), **switched},
         way=way,
         refused=refused,
         moved=moved,
@@ -106,16 +116,15 @@ def examine(section: Model, seq_len: int) -> Findings:
         loss=choose_loss("auto", model, model, probe, "bf16"),
         router="the model has no experts" if routers is None else routers.message.removeprefix("experts: "),
         has_tied_head=head is not None and getattr(head, "weight", None) is embedding.weight,
-        notes=list(answer.notes),
+        notes=notes,
     )
 
 
-def _own_vocabulary(section: Model) -> int:
-    named = section.full_config or {}
-    rows = named.get("vocab_size")
-    if not isinstance(rows, int):
-        rows = AutoConfig.for_model(named["model_type"]).get_text_config().vocab_size
-    return int(rows)
+def _whole(section: Model, default: PreTrainedConfig) -> PreTrainedConfig:
+    """The configuration with all its sizes, and its own vocabulary."""
+    rows = (section.full_config or {}).get("vocab_size")
+    rows = rows if isinstance(rows, int) else default.get_text_config().vocab_size
+    return build_config(section, seq_len=1, vocab_size=rows, bos_token_id=0, eos_token_id=0)
 
 
 def _ways(config: PreTrainedConfig, seq_len: int) -> Iterator[Way]:
@@ -123,7 +132,7 @@ def _ways(config: PreTrainedConfig, seq_len: int) -> Iterator[Way]:
     yield Way("best_fit")
     ropes = ropes_by_length(config.get_text_config())
     if ropes:
-        known = ropes[0].get("original_max_position_embeddings") or getattr(config, "max_position_embeddings", None)
+        known = ropes[0].get("original_max_position_embeddings") or vars(config).get("max_position_embeddings")
         yield Way("best_fit", "long" if known and seq_len > known else "short")
     yield Way("single")
     yield Way("single", one_row=True)
@@ -143,53 +152,57 @@ def _first_that_works(
                 raise
             refused.append(error)
             continue
+        _compare(small, way)
         return model, attention, way, str(refused[0]).partition(": ")[2] if refused else None, moved
     raise refused[-1]
 
 
-def start_small(section: Model, *, packed: bool, num_rows: int, seq_len: int) -> tuple[PreTrainedModel, str, float]:
-    """The model as `turbolm.train.build` starts it, its attention kernel, and how far neighbours moved its logits.
-
-    Raises UserError where a run would.
-    """
-    config = build_config(section, seq_len=seq_len, vocab_size=VOCAB, bos_token_id=1, eos_token_id=2)
-    kind = model_class(config)
-    reason = carries_state_across_documents(config, kind)
-    if reason and packed:
-        raise UserError(f"data.packing: {reason}, so packed documents cannot be kept apart")
-    attention = choose_attention("auto", "cpu", "fp32", kind)
-    check_long_rows(config, attention, seq_len=seq_len, row_tokens=num_rows * seq_len, packed=packed)
-    model = build_model(section, config, seed=0, attention=attention)
-    freeze_balancing_biases(model)
-    check_all_trained(model)
-    check_positions(model, seq_len)
-    model.train()
-    moved = check_isolation(
-        model,
-        vocab_size=VOCAB,
-        seq_len=seq_len,
-        attention=attention,
-        device=_CPU,
-        precision="fp32",
-        packed=packed,
-        num_rows=num_rows,
-        config=model.config,
-    )
-    return model, attention, moved
+def _compare(small: Model, way: Way) -> None:
+    """Raise UserError where loss and gradient are not those of Transformers' own model, given each document alone."""
+    if way.one_row:  # several rows are compared at once
+        return
+    config = small.config or {}
+    still = {name: 0.0 for name in config if is_dropout(name)}  # what is random cannot be compared
+    try:
+        compare_losses(small.model_copy(update={"config": config | still, "dropout": 0.0}), way.packing)
+    except AssertionError as error:
+        raise UserError(f"model: a small copy of it does not compute what Transformers does: {error}") from None
 
 
-def _sizes(config: PreTrainedConfig, changed: dict[str, Any]) -> dict[str, Any]:
-    """The values in `config` of what `changed` has made smaller; what it has switched on, as it is there."""
-    own = {name: getattr(config, name, value) for name, value in changed.items()}
-    switched = {"is_decoder": changed["is_decoder"]} if "is_decoder" in changed else {}
-    return {name: value for name, value in own.items() if name == "model_type" or value != changed[name]} | switched
+def _is_kept(name: str, parts: tuple[str, ...]) -> bool:
+    return name.startswith("rope_") or any(part in name for part in parts)
 
 
-def _small(config: PreTrainedConfig, changed: dict[str, Any]) -> dict[str, Any]:
+def _switched(own: dict[str, Any], changed: dict[str, Any]) -> dict[str, Any]:
+    """What `shrink` has switched on, such as `is_decoder`, without which the type is not trained."""
+    sized = (int, float, list, tuple, dict, PreTrainedConfig)
+    return {
+        name: value
+        for name, value in changed.items()
+        if name != "model_type" and (isinstance(own.get(name), bool) or not isinstance(own.get(name), sized))
+    }
+
+
+def _sizes(own: dict[str, Any], changed: dict[str, Any]) -> dict[str, Any]:
+    """The values of what `changed` has made smaller; nested configurations are left to the type."""
+    known = {name: own.get(name) for name in changed if not isinstance(own.get(name), PreTrainedConfig)}
+    return {
+        name: value
+        for name, value in known.items()
+        if value is not None and value != changed[name] and not _is_kept(name, ("initializer_range", "init_std"))
+    }
+
+
+def _small(default: PreTrainedConfig, changed: dict[str, Any]) -> dict[str, Any]:
     """`changed` without what is the type's default, and with windows, positions and spreads as they are."""
-    default = vars(AutoConfig.for_model(config.model_type))
-    sizes = {name: value for name, value in changed.items() if not any(part in name for part in _KEPT)}
-    return {name: value for name, value in sizes.items() if name == "model_type" or value != default.get(name)}
+    small: dict[str, Any] = {}
+    for kept in (_KEPT_IF_IT_FITS, _KEPT):
+        sizes = {name: value for name, value in changed.items() if name != "model_type" and not _is_kept(name, kept)}
+        small = {name: value for name, value in sizes.items() if value != vars(default).get(name)}
+        tried = {"model_type": default.model_type, "vocab_size": VOCAB, "pad_token_id": None, **small}
+        if not count.examine(None, tried).problems:
+            break
+    return small
 
 
 def main() -> int:

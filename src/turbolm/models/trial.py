@@ -26,9 +26,9 @@ from transformers import AutoConfig, PreTrainedModel
 from turbolm.errors import UserError
 from turbolm.models.attention import model_inputs
 from turbolm.models.loss import IGNORED_TARGET, attach_loss, choose_loss
-from turbolm.models.preflight import VOCAB, start_small
 from turbolm.models.router import attach_router_loss, find_routers
 from turbolm.models.shrink import shrink
+from turbolm.models.start import CPU, VOCAB, start_small
 from turbolm.recipe.schema import Model
 
 SEQ_LEN = 48
@@ -40,7 +40,6 @@ MOST_MEMORY = 4 * 2**30  # a model that needs more is not small: its trial fails
 OTHER_LABELS = (
     "bart bigbird_pegasus blenderbot blenderbot-small git mbart mvp pegasus plbart trocr whisper xlnet".split()
 )
-CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -59,11 +58,11 @@ def try_type(model_type: str) -> Trial:
     try:
         section = Model(config=small_mapping(model_type))
         try:
-            return Trial(model_type, "packed", "", *_compare(section, "packed"))
+            return Trial(model_type, "packed", "", *compare_losses(section, "packed"))
         except UserError as error:
             if not str(error).startswith("data.packing"):
                 raise
-            return Trial(model_type, "single", str(error), *_compare(section, "single"))
+            return Trial(model_type, "single", str(error), *compare_losses(section, "single"))
     except UserError as error:
         return Trial(model_type, "refused", str(error))
     except Exception:
@@ -78,7 +77,7 @@ def small_mapping(model_type: str) -> dict[str, Any]:
         return {"model_type": model_type}
 
 
-def _compare(section: Model, packing: str) -> tuple[float, float]:
+def compare_losses(section: Model, packing: str) -> tuple[float, float]:
     """Relative differences of loss and gradient norm. Raises UserError, and AssertionError where they are too large."""
     model, attention = _started(section, packing)
     documents = _documents()

@@ -1,0 +1,54 @@
+"""Start a small model on the CPU as a run starts it, probes included: for trying a model type or a configuration."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedModel
+
+from turbolm.errors import UserError
+from turbolm.models.attention import check_long_rows, choose_attention
+from turbolm.models.build import (
+    build_config,
+    build_model,
+    carries_state_across_documents,
+    check_all_trained,
+    model_class,
+)
+from turbolm.models.isolation import check_isolation
+from turbolm.models.positions import check_positions
+from turbolm.models.router import freeze_balancing_biases
+from turbolm.recipe.schema import Model
+
+VOCAB = 96
+CPU = torch.device("cpu")
+
+
+def start_small(section: Model, *, packed: bool, num_rows: int, seq_len: int) -> tuple[PreTrainedModel, str, float]:
+    """The model as `turbolm.train.build` starts it, its attention kernel, and how far neighbours moved its logits.
+
+    Raises UserError where a run would.
+    """
+    config = build_config(section, seq_len=seq_len, vocab_size=VOCAB, bos_token_id=1, eos_token_id=2)
+    kind = model_class(config)
+    reason = carries_state_across_documents(config, kind)
+    if reason and packed:
+        raise UserError(f"data.packing: {reason}, so packed documents cannot be kept apart")
+    attention = choose_attention("auto", "cpu", "fp32", kind)
+    check_long_rows(config, attention, seq_len=seq_len, row_tokens=num_rows * seq_len, packed=packed)
+    model = build_model(section, config, seed=0, attention=attention)
+    freeze_balancing_biases(model)
+    check_all_trained(model)
+    check_positions(model, seq_len)
+    model.train()
+    moved = check_isolation(
+        model,
+        vocab_size=VOCAB,
+        seq_len=seq_len,
+        attention=attention,
+        device=CPU,
+        precision="fp32",
+        packed=packed,
+        num_rows=num_rows,
+        config=model.config,
+    )
+    return model, attention, moved
