@@ -31,7 +31,8 @@ def examine(subject: Subject, seq_len: int) -> dict[str, Any]:
         reason = done.stderr[done.stderr.rfind("turbolm: ") :].removeprefix("turbolm: ").strip()
         raise UserError(f"{subject.given} cannot be trained: {reason}")
     if done.returncode:
-        raise UserError(f"{subject.given}: a small copy of it fails:\n{done.stderr[-2000:].strip()}")
+        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise UserError(f"{subject.given} cannot be trained: a small copy of it fails: {last[:300]}")
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 

@@ -84,7 +84,10 @@ def examine(section: Model, seq_len: int) -> Findings:
 
 
 def _examine(section: Model, seq_len: int, notes: list[str], *, is_sound: bool) -> Findings:
-    default = AutoConfig.for_model((section.full_config or {})["model_type"])
+    try:
+        default = AutoConfig.for_model((section.full_config or {})["model_type"])
+    except Exception as error:  # of many kinds: a part of another model has no defaults of its own
+        raise UserError(f"model.config: {str(error).splitlines()[0]}") from error
     config = _whole(section, default) if is_sound else default
     own, changed = vars(config), shrink(config)
     switched = _switched(own, changed)

@@ -53,14 +53,20 @@ def _count_idle(model: PreTrainedModel) -> int:
 
 def _attention_width(config: Any) -> int:
     """Heads x head size of all attention layers together, by the names that nearly all configurations use; else 0."""
-    names = ("num_hidden_layers", "num_attention_heads", "hidden_size")
-    layers, heads, hidden = (getattr(config, name, None) for name in names)
-    if not all(isinstance(size, int) for size in (layers, heads, hidden)) or not heads:
+    num_layers = getattr(config, "num_hidden_layers", None)
+    if not isinstance(num_layers, int):
         return 0
-    kinds = getattr(config, "layer_types", None)
-    if kinds:
-        layers = sum("attention" in kind and "linear" not in kind for kind in kinds)
-    return int(layers * heads * (getattr(config, "head_dim", None) or hidden // heads))
+    kinds = getattr(config, "layer_types", None) or ["attention"] * num_layers
+    layers = getattr(config, "per_layer_config", None) or [config] * num_layers  # some types have layers of other sizes
+    pairs = zip(kinds, layers, strict=False)
+    return sum(_layer_width(layer) for kind, layer in pairs if "attention" in kind and "linear" not in kind)
+
+
+def _layer_width(config: Any) -> int:
+    heads, hidden = (getattr(config, name, None) for name in ("num_attention_heads", "hidden_size"))
+    if not isinstance(heads, int) or not isinstance(hidden, int) or not heads:
+        return 0
+    return int(heads * (getattr(config, "head_dim", None) or hidden // heads))
 
 
 def _numel(parameter: nn.Parameter) -> int:
