@@ -8,11 +8,18 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.attention.varlen as varlen
-from transformers import LlamaForCausalLM, MambaForCausalLM
+from transformers import (
+    FalconForCausalLM,
+    Lfm2ForCausalLM,
+    LlamaForCausalLM,
+    MambaForCausalLM,
+    StableLmForCausalLM,
+)
 
-from tests.models.test_isolation import CONFIGS, SEQ_LEN, make_model, packed_row
+from tests.models.test_isolation import CONFIGS, SEQ_LEN, SHAPE, VOCAB, make_model, packed_row
 from turbolm.errors import UserError
 from turbolm.models.attention import choose_attention, model_inputs, varlen_attention_forward
+from turbolm.models.isolation import check_isolation
 
 CPU = torch.device("cpu")
 
@@ -52,6 +59,26 @@ def test_varlen_gives_what_sdpa_gives(name: str, monkeypatch: pytest.MonkeyPatch
     inputs = model_inputs({**batch, "cu_seqlens": padded}, "varlen", CPU)
     assert inputs["cu_seq_lens_q"].tolist() == padded.tolist()
     torch.testing.assert_close(make_model(CONFIGS[name], "varlen")(**inputs).logits, flat)
+
+
+def test_what_joins_rows_is_kept_from_models_that_carry_a_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second row would begin with the state that the first one ends with."""
+    monkeypatch.setattr(varlen, "varlen_attn", loop_over_documents)
+    layers = {"layer_types": ["conv", "full_attention"], "num_key_value_heads": 2}
+    model = make_model({"model_type": "lfm2", **layers, **SHAPE}, "varlen")
+    settings = {"vocab_size": VOCAB, "seq_len": SEQ_LEN, "device": CPU, "precision": "fp32", "packed": False}
+    with pytest.raises(UserError, match="the rows of a micro-batch see each other .* set execution.attention: sdpa"):
+        check_isolation(model, attention="varlen", **settings)
+    model.set_attn_implementation("sdpa")
+    check_isolation(model, attention="sdpa", **settings)
+
+
+def test_auto_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert choose_attention("auto", "cuda", "bf16", LlamaForCausalLM) == "varlen"
+    assert choose_attention("auto", "cuda", "bf16", Lfm2ForCausalLM, carries_state=True) == "sdpa"
+    assert choose_attention("auto", "cuda", "bf16", FalconForCausalLM) == "sdpa"  # knows no kernels but its own
+    assert choose_attention("auto", "cuda", "bf16", StableLmForCausalLM) == "sdpa"
 
 
 def test_auto_takes_sdpa_where_there_is_no_gpu() -> None:

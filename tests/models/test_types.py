@@ -6,13 +6,17 @@ import re
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+import torch.nn.attention.varlen as varlen
 from transformers import Llama4TextConfig
 
+from tests.models.test_attention import loop_over_documents
 from turbolm.errors import UserError
 from turbolm.models import start, table, trial
-from turbolm.models.attention import check_long_rows
+from turbolm.models.attention import check_long_rows, choose_attention
 from turbolm.models.build import build_config
 from turbolm.plan.count import causal_model_types
 from turbolm.recipe.schema import Model
@@ -42,6 +46,24 @@ def test_all_types_are_as_the_table_says(shard: int) -> None:
     for model_type in causal_model_types()[shard::NUM_SHARDS]:
         if model_type not in FAST:
             is_as_written(model_type)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shard", range(NUM_SHARDS))
+def test_no_type_is_trained_wrongly_with_what_a_gpu_chooses(shard: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`auto` is varlen there, which joins rows and gets no mask; a plain loop stands in for its kernel."""
+    monkeypatch.setattr(varlen, "varlen_attn", loop_over_documents)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+
+    def choose(requested: str, _: str, __: str, kind: Any, **settings: Any) -> str:
+        return choose_attention(requested, "cuda", "bf16", kind, **settings)
+
+    monkeypatch.setattr(start, "choose_attention", choose)
+    for model_type in causal_model_types()[shard::NUM_SHARDS]:
+        tried = trial.try_type(model_type)
+        trains = tried.outcome in ("packed", "single")
+        has_cure = tried.outcome == "refused" and tried.reason.endswith(("set execution.attention: sdpa", "; set sdpa"))
+        assert trains or has_cure or (tried.outcome, WRITTEN[model_type]) == ("refused", "refused"), tried
 
 
 def test_the_table_has_every_type_and_none_that_is_trained_wrongly() -> None:

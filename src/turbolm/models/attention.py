@@ -29,14 +29,18 @@ ATTENTION_NAMES = {
     "varlen": "turbolm_varlen",
 }
 _FLATTENED = {"flash", "varlen"}
+_WITHOUT_LENGTHS = ("NemotronForCausalLM", "StableLmForCausalLM")  # their layers do not hand cumulative lengths on
 
 
-def choose_attention(requested: str, device: str, precision: str, model_class: type[PreTrainedModel]) -> str:
+def choose_attention(
+    requested: str, device: str, precision: str, model_class: type[PreTrainedModel], *, carries_state: bool = False
+) -> str:
     """The attention kernel for `auto`: varlen on a GPU in half precision, else sdpa, else the model's own code.
 
     torch's own varlen attention (FlashAttention kernels, torch >= 2.10) needs no extra package and computes nothing
-    across documents; sdpa builds a dense [seq_len, seq_len] mask but runs everywhere. Raises UserError for a kernel
-    that cannot train here.
+    across documents, but it joins the rows of a micro-batch, over which a model that `carries_state` would carry it;
+    sdpa builds a dense [seq_len, seq_len] mask but runs everywhere. Raises UserError for a kernel that cannot train
+    here.
     """
     if requested == "flex" and device == "cpu":
         raise UserError("execution.attention: flex attention cannot train on a CPU (torch has no backward pass there)")
@@ -44,6 +48,8 @@ def choose_attention(requested: str, device: str, precision: str, model_class: t
         return requested
     if not model_class._supports_sdpa:
         return "eager"
+    if carries_state or not model_class._supports_attention_backend or model_class.__name__ in _WITHOUT_LENGTHS:
+        return "sdpa"
     if device == "cuda" and precision in ("bf16", "fp16") and torch.cuda.get_device_capability() >= (8, 0):
         if _varlen_is_usable():
             return "varlen"

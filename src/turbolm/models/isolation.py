@@ -31,10 +31,11 @@ _CAUSAL_SETTINGS = {"is_decoder": True, "causal": True, "attn_type": "uni", "use
 class Probe:
     """Forward passes of one small micro-batch, with changes that must not matter.
 
-    Two rows (or one, with `num_rows`) of at most 32 tokens; with `packed`, the first holds two documents. The model
-    runs as it trains, and draws the same random numbers in every pass; the caller's random state stays as it was. A
-    compiled model runs as it was before: its graphs do the same, and compiling one for these rows would take longer
-    than all the rest. Every rank must make the same calls: under ZeRO-3 a forward pass gathers weights.
+    Two rows (or one, with `num_rows`) of at most 32 tokens; with `packed`, each holds two documents. What must not
+    change is the last document of the last row, which kernels that join the rows lay behind all others. The model runs
+    as it trains, and draws the same random numbers in every pass; the caller's random state stays as it was. A compiled
+    model runs as it was before: its graphs do the same, and compiling one for these rows would take longer than all the
+    rest. Every rank must make the same calls: under ZeRO-3 a forward pass gathers weights.
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class Probe:
         num_rows: int = 2,
     ) -> None:
         self.forward, self.attention, self.device, self.vocab_size = forward, attention, device, vocab_size
-        self.seq_len, self.num_tokens = seq_len, min(seq_len, _ROW_TOKENS)
+        self.seq_len, self.num_tokens, self.row = seq_len, min(seq_len, _ROW_TOKENS), num_rows - 1
         self.first = self.num_tokens // 3 if packed else 0  # where the document that must not change begins
         self.middle = (self.first + self.num_tokens) // 2
         self.tokens = np.random.default_rng(0).integers(0, vocab_size, (num_rows, self.num_tokens))
@@ -79,25 +80,29 @@ class Probe:
     def move_by_neighbours(self) -> float:
         """How far the document's logits move when the tokens of every other document change; NaN if they become so."""
         tokens = self.tokens.copy()
-        self._change(tokens[0, : self.first])
-        self._change(tokens[1:])
-        return self._moved(self._run(tokens, self.positions)[0, self.first :], self.logits[0, self.first :])
+        self._change(tokens[self.row, : self.first])
+        self._change(tokens[: self.row])
+        return self._moved(self._run(tokens, self.positions)[self.row, self.first :], self._of_document())
 
     def move_by_lengths(self) -> float:
         """The same when the other documents are `seq_len` tokens long: their last positions say so."""
         positions = self.positions.copy()
-        for row, end in ([(0, self.first)] if self.first else []) + [(1, self.num_tokens)] * (len(positions) - 1):
+        ends = [(self.row, self.first)] if self.first else []
+        for row, end in [*ends, *((row, self.num_tokens) for row in range(self.row))]:
             positions[row, end - 1] = self.seq_len - 1
-        return self._moved(self._run(self.tokens, positions)[0, self.first :], self.logits[0, self.first :])
+        return self._moved(self._run(self.tokens, positions)[self.row, self.first :], self._of_document())
+
+    def _of_document(self) -> torch.Tensor:
+        return self.logits[self.row, self.first :]
 
     def move_by_tokens(self) -> tuple[float, float]:
         """How far the document's logits before its middle tokens, and after them, move when those change."""
         first, last = self.middle, (self.middle + self.num_tokens) // 2
         tokens = self.tokens.copy()
-        self._change(tokens[0, first:last])
-        logits = self._run(tokens, self.positions)[0]
+        self._change(tokens[self.row, first:last])
+        logits, expected = self._run(tokens, self.positions)[self.row], self.logits[self.row]
         before, after = slice(self.first, first), slice(last, None)
-        return self._moved(logits[before], self.logits[0, before]), self._moved(logits[after], self.logits[0, after])
+        return self._moved(logits[before], expected[before]), self._moved(logits[after], expected[after])
 
     def differ_alone(self) -> float:
         """How far the document's logits, with padding after it, lie from those it has alone and without positions.
@@ -108,15 +113,17 @@ class Probe:
         """
         first, last, end = self.first, self.num_tokens - self.num_tokens // 4, self.num_tokens
         tokens, positions = self.tokens.copy(), self.positions.copy()
-        tokens[0, last:] = 0
-        positions[0] = np.concatenate([np.arange(first), np.arange(last - first), np.arange(end - last)])
-        alone = torch.from_numpy(tokens[:1, first:last]).to(self.device)
+        tokens[self.row, last:] = 0
+        positions[self.row] = np.concatenate([np.arange(first), np.arange(last - first), np.arange(end - last)])
+        batch = {"input_ids": tokens[self.row :, first:last], "position_ids": positions[self.row :, first:last]}
+        alone = model_inputs(batch, self.attention, self.device)
+        del alone["position_ids"]
         with _evaluating(self.forward):
-            expected = self._forward({"input_ids": alone, "use_cache": False})[0]
-            difference = self._run(tokens, positions)[0, first:last] - expected
+            expected = self._forward(alone)[0]
+            difference = self._run(tokens, positions)[self.row, first:last] - expected
         is_masked = expected.abs() >= _MASKED
-        sizes = (each.masked_fill(is_masked, 0.0).norm(dim=-1) for each in (difference, expected))
-        return float(torch.div(*sizes).median())
+        moved, size = (each.masked_fill(is_masked, 0.0).norm(dim=-1) for each in (difference, expected))
+        return float((moved / size.clamp(min=1e-12)).median())  # a model's own padding token may have logits of 0
 
     def _change(self, tokens: np.ndarray) -> None:
         """Replace every token by another, in place."""
@@ -231,7 +238,8 @@ def _leak_message(leak: float, attention: str, packed: bool) -> str:
         )
     return (
         f"execution.micro_batch: with {attention} attention the rows of a micro-batch see each other in this model "
-        f"(changing one moved the other's logits by {leak:.2g}); set execution.micro_batch to data.seq_len, one row"
+        f"(changing one moved the other's logits by {leak:.2g}); set execution.attention: sdpa, or else "
+        "execution.micro_batch to data.seq_len, one row"
     )
 
 

@@ -33,7 +33,7 @@ def start_small(section: Model, *, packed: bool, num_rows: int, seq_len: int) ->
     reason = carries_state_across_documents(config, kind)
     if reason and packed:
         raise UserError(f"data.packing: {reason}, so packed documents cannot be kept apart")
-    attention = choose_attention("auto", "cpu", "fp32", kind)
+    attention = choose_attention("auto", "cpu", "fp32", kind, carries_state=reason is not None)
     check_long_rows(config, attention, seq_len=seq_len, row_tokens=num_rows * seq_len, packed=packed)
     model = build_model(section, config, seed=0, attention=attention)
     freeze_balancing_biases(model)

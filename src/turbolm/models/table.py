@@ -29,7 +29,7 @@ README = Path(__file__).with_name("README.md")
 HEADING = "## Every causal language model of Transformers"
 OUTCOMES = {"packed": "packed", "single": "one document a row", "refused": "refused", "failed": "FAILED"}
 COMMAND = [sys.executable, "-m", "turbolm.models.trial"]
-TIMEOUT_SEC = 180  # of one type; most take less than one, the first of a process takes the imports
+TIMEOUT_SEC = 600  # of one type; most take less than one second, but imports take minutes on a busy machine
 
 
 def read_table() -> str:

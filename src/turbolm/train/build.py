@@ -124,7 +124,8 @@ def build_engine(accelerator: Any, plan: Plan, store: TokenStore, run: RunDirect
     reason = carries_state_across_documents(config, kind)
     if reason and recipe.data.packing != "single":
         raise UserError(f"data.packing: {reason}, so packed documents cannot be kept apart; set data.packing: single")
-    attention = choose_attention(recipe.execution.attention, plan.device, plan.precision, kind)
+    requested, carries_state = recipe.execution.attention, reason is not None
+    attention = choose_attention(requested, plan.device, plan.precision, kind, carries_state=carries_state)
     rows = {"seq_len": recipe.data.seq_len, "row_tokens": plan.batch.micro_batch_tokens}
     check_long_rows(config, attention, packed=recipe.data.packing != "single", **rows)
     sharded_by = plan.ds_config if recipe.execution.zero_stage == 3 else None
