@@ -2,49 +2,43 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from tests.train.harness import (
-    BINS_PER_BATCH,
-    MIXTURES,
-    Cell,
-    cell_recipe,
-    run_cells,
-)
+from tests.train.harness import BINS_PER_BATCH, MIXTURES, Cell, cell_recipe, run_cells
 from tests.train.reference import train_reference
 from tests.train.test_equivalence import learning_rates
 from turbolm.data.prepare import prepare
 from turbolm.data.store import open_store
 
-STEPS = 4
-CHUNKED = {"loss": "chunked"}
-# Every pair of (model, stage, accumulation, how it runs) is somewhere in the two worlds.
-CELLS = {
-    1: [
-        Cell(name="mixtral-zero0", model="mixtral", zero_stage=0, micro_batch_bins=2),
-        Cell(name="qwen3_moe-zero1", model="qwen3_moe", zero_stage=1, activation_checkpointing="full"),
-        Cell(name="olmoe-zero2", model="olmoe", zero_stage=2, micro_batch_bins=2, execution=CHUNKED),
-        Cell(name="mixtral-zero3", model="mixtral", zero_stage=3, activation_checkpointing="selective"),
-    ],
-    2: [
-        Cell(name="qwen3_moe-zero0", model="qwen3_moe", zero_stage=0, micro_batch_bins=1),
-        Cell(name="olmoe-zero1", model="olmoe", zero_stage=1, micro_batch_bins=3),
-        Cell(name="mixtral-zero2", model="mixtral", zero_stage=2, micro_batch_bins=1, activation_checkpointing="full"),
-        Cell(name="qwen3_moe-zero3", model="qwen3_moe", zero_stage=3, micro_batch_bins=3, execution=CHUNKED),
-        Cell(name="olmoe-zero3", model="olmoe", zero_stage=3, micro_batch_bins=1, train={"router_aux_loss": 0.2}),
-    ],
-}  # fmt: skip
+STEPS = 3
+RUNS: list[dict[str, Any]] = [
+    {"execution": {"loss": "full"}},
+    {"activation_checkpointing": "full"},
+    {"execution": {"loss": "chunked"}, "train": {"router_aux_loss": 0.2}},
+    {"activation_checkpointing": "selective", "execution": {"loss": "chunked"}},
+]
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+def sample() -> Iterator[tuple[int, Cell]]:
+    """World size and cell: of model, stage, accumulation and world size every pair of values is there."""
+    for i, model in enumerate(MIXTURES):
+        for stage in (0, 1, 2, 3):
+            world_size, accumulation = 1 + (i + stage) % 2, 1 + 2 * ((i + stage // 2) % 2)
+            rows = math.ceil(BINS_PER_BATCH / world_size / accumulation)
+            settings = {"model": model, "zero_stage": stage, "micro_batch_bins": rows, "steps": STEPS}
+            yield world_size, Cell(name=f"{model}-zero{stage}", **settings, **RUNS[(stage + 2 * i) % 4])
+
+
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_loss_router_loss_and_gradients_equal_plain_pytorch(world_size: int, tmp_path: Path) -> None:
-    cells = CELLS[world_size]
-    for cell in cells:
-        cell.steps = STEPS
-    assert BINS_PER_BATCH % 2, "some rank has a filler"
+    cells = [cell for its_world_size, cell in sample() if its_world_size == world_size]
+    assert len(cells) == 6 and BINS_PER_BATCH % 2, "some rank has a filler"
     trained = run_cells(tmp_path, world_size, cells)
     store = open_store(prepare(cell_recipe(tmp_path, cells[0])))
     for cell in cells:
@@ -56,9 +50,8 @@ def test_loss_router_loss_and_gradients_equal_plain_pytorch(world_size: int, tmp
 @pytest.mark.slow
 def test_compiled_and_recomputed_where_weights_are_gathered(tmp_path: Path) -> None:
     """The hardest way out for router logits; other modes of compilation are tested on the model alone."""
-    execution = {"compile": "layers", "loss": "chunked"}
-    cell = Cell(name="cell", model="mixtral", zero_stage=3, activation_checkpointing="full", execution=execution)
-    cell.steps, cell.micro_batch_bins = STEPS, 2
+    cell = Cell(name="cell", model="mixtral", zero_stage=3, micro_batch_bins=2, steps=STEPS)
+    cell.activation_checkpointing, cell.execution = "full", {"compile": "layers", "loss": "chunked"}
     trained = run_cells(tmp_path, 2, [cell])["cell"]
     recipe = cell_recipe(tmp_path, cell)
     expected = train_reference(recipe, open_store(prepare(recipe)), learning_rates()[:STEPS], 0.5)
