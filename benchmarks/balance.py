@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 from packing import BYTES_PER_TOKEN, corpus_lengths
 
-from turbolm.data.collate import deal_bins
-from turbolm.data.order import order_of_lengths
-from turbolm.data.packing import Bins
+from turbolm.data.batch.collate import deal_bins
+from turbolm.data.order.batch_order import order_of_lengths
+from turbolm.data.order.packing import Bins
 from turbolm.plan.curriculum import Segment
 
 TARGETS = {"imbalance": 1.05, "neighbour_correlation": 0.15, "padding": 0.001}

@@ -91,10 +91,10 @@ class Worker:
         import torch.distributed as dist
 
         from turbolm.checkpoint.verify import hash_ahead, not_hashed
-        from turbolm.data.loader import BatchLoader
-        from turbolm.data.order import recipe_order
-        from turbolm.data.prepare import find_store
-        from turbolm.data.store import open_store
+        from turbolm.data.batch.loader import BatchLoader
+        from turbolm.data.order.batch_order import recipe_order
+        from turbolm.data.prepare.build import find_store
+        from turbolm.data.store.token_store import open_store
         from turbolm.plan.machine import detect_machine
         from turbolm.plan.plan import build_plan
         from turbolm.recipe.load import load_recipe
@@ -390,7 +390,7 @@ def main() -> None:
         parser.error("--rounds and --restarts: at least 1")
     if arguments.worker:
         work(arguments)
-    from turbolm.data.prepare import prepare
+    from turbolm.data.prepare.build import prepare
     from turbolm.recipe.load import load_recipe
 
     prepare(load_recipe(RECIPE, overrides(arguments)))

@@ -87,10 +87,10 @@ TARGETS = {
 def run_row(row: Settings, smoke: bool) -> Settings:
     import torch
 
-    from turbolm.data.loader import BatchLoader
-    from turbolm.data.order import constant_order
-    from turbolm.data.prepare import prepare
-    from turbolm.data.store import open_store
+    from turbolm.data.batch.loader import BatchLoader
+    from turbolm.data.order.batch_order import constant_order
+    from turbolm.data.prepare.build import prepare
+    from turbolm.data.store.token_store import open_store
     from turbolm.plan.machine import detect_machine
     from turbolm.plan.plan import build_plan
     from turbolm.recipe.schema import Recipe
@@ -327,7 +327,7 @@ def largest(row: Settings, build: Callable[[], Contender], loader: Any, plan: An
 
 def time_to_loss(row: Settings, build: Callable[[], Contender], loader: Any, plan: Any, store: Any) -> Settings:
     """The held-out loss after the same seconds of training; compiling does not count."""
-    from turbolm.data.loader import evaluation_batches
+    from turbolm.data.batch.loader import evaluation_batches
 
     contender, seconds = build(), 2 if "steps" in row else TRAINING_SEC
     contender.run(arrays([loader.global_batch(0)]))

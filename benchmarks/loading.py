@@ -27,10 +27,10 @@ from typing import Any
 
 import numpy as np
 
-from turbolm.data.loader import BatchLoader
-from turbolm.data.order import recipe_order
-from turbolm.data.prepare import prepare
-from turbolm.data.store import (
+from turbolm.data.batch.loader import BatchLoader
+from turbolm.data.order.batch_order import recipe_order
+from turbolm.data.prepare.build import prepare
+from turbolm.data.store.token_store import (
     FORMAT_VERSION,
     MANIFEST,
     TokenStore,

@@ -26,12 +26,12 @@ from typing import Any, get_args
 
 import numpy as np
 
-from turbolm.data.loader import BatchLoader
-from turbolm.data.order import BatchOrder, constant_order
-from turbolm.data.packing import count_best_fit, count_concat, count_single, pack_best_fit, pack_single
-from turbolm.data.sources import iter_documents
-from turbolm.data.store import TokenStore
-from turbolm.data.window import Packing, pack
+from turbolm.data.batch.loader import BatchLoader
+from turbolm.data.order.batch_order import BatchOrder, constant_order
+from turbolm.data.order.packing import count_best_fit, count_concat, count_single, pack_best_fit, pack_single
+from turbolm.data.order.window import Packing, pack
+from turbolm.data.prepare.sources import iter_documents
+from turbolm.data.store.token_store import TokenStore
 from turbolm.recipe.data import StdlibSource
 
 BYTES_PER_TOKEN = 4  # usual for English text and a vocabulary of some ten thousand tokens

@@ -32,7 +32,7 @@ DATASETS_MAP, WORDS, GIGATOKEN, PLAIN = "datasets.map", "tokenizers", "gigatoken
 
 def corpus_texts(path: Path | None) -> list[str]:
     if path is None:
-        from turbolm.data.sources import Reader
+        from turbolm.data.prepare.sources import Reader
         from turbolm.recipe.data import StdlibSource
 
         return [text for text in Reader(StdlibSource(type="stdlib")) if text]
@@ -96,12 +96,12 @@ def recipe_of(corpus: Path, tokenizer: Path, cache: Path, engine: str, deduplica
 
 
 def run_turbolm(task: dict[str, Any]) -> None:
-    import turbolm.data.prepare
-    from turbolm.data.prepare import prepare
+    import turbolm.data.prepare.build
+    from turbolm.data.prepare.build import prepare
     from turbolm.recipe.schema import Recipe
 
     if task["plain"]:
-        turbolm.data.prepare.choose_engine = lambda *_: "tokenizers"
+        turbolm.data.prepare.build.choose_engine = lambda *_: "tokenizers"
     recipe = dict(task["recipe"])
     recipe["data"]["sources"] = tuple(recipe["data"]["sources"])
     prepare(Recipe.model_validate(recipe), num_workers=task["workers"])
@@ -158,8 +158,8 @@ def run_task(task: dict[str, Any]) -> None:
         import datasets  # noqa: F401
         from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401
     else:
-        import turbolm.data.prepare
-        import turbolm.data.tokenizer
+        import turbolm.data.prepare.build
+        import turbolm.data.prepare.tokenizer
         import turbolm.recipe.schema  # noqa: F401
     start, cpu = time.monotonic(), os.times().user + os.times().system
     run(task)
@@ -241,8 +241,8 @@ def speeds(arguments: argparse.Namespace, texts: list[str], tokenizer: Path, fol
 
 def reading_speed(texts: list[str], folder: Path, text_mb: int) -> dict[str, float]:
     """MB/s of the one process that reads, hashes and deals out text for all workers."""
-    from turbolm.data.shards import Dropped, cut_shards
-    from turbolm.data.sources import SourceSizes
+    from turbolm.data.prepare.shards import Dropped, cut_shards
+    from turbolm.data.prepare.sources import SourceSizes
     from turbolm.recipe.schema import Recipe
 
     parquet, jsonl = folder / "read.parquet", folder / "read.jsonl"
@@ -306,7 +306,7 @@ def main() -> None:
     if arguments.task:
         run_task(json.loads(arguments.task))
         return
-    from turbolm.data.tokenizer import save_tokenizer, train_tokenizer
+    from turbolm.data.prepare.tokenizer import save_tokenizer, train_tokenizer
 
     parts = arguments.part or ["speed", "memory"]
     texts = corpus_texts(arguments.corpus)

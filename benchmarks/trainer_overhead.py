@@ -29,10 +29,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from turbolm.data.loader import BatchLoader
-from turbolm.data.order import constant_order
-from turbolm.data.prepare import prepare
-from turbolm.data.store import TokenStore, open_store
+from turbolm.data.batch.loader import BatchLoader
+from turbolm.data.order.batch_order import constant_order
+from turbolm.data.prepare.build import prepare
+from turbolm.data.store.token_store import TokenStore, open_store
 from turbolm.launch.local import process_environment
 from turbolm.models.attention import model_inputs
 from turbolm.models.build import build_config, build_model

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from tests.train.harness import make_recipe, train_in_world
-from turbolm.data.prepare import prepare
+from turbolm.data.prepare.build import prepare
 from turbolm.recipe.load import dump_recipe, load_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -204,8 +204,8 @@ def test_the_export_has_the_same_loss_in_plain_transformers(uninterrupted: Path)
     script = """
 import json, sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from turbolm.data.prepare import find_store
-from turbolm.data.store import open_store
+from turbolm.data.prepare.build import find_store
+from turbolm.data.store.token_store import open_store
 from turbolm.recipe.load import load_recipe
 run = sys.argv[1]
 recipe = load_recipe(run + "/recipe.yaml")

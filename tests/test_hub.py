@@ -15,7 +15,7 @@ from huggingface_hub import constants, snapshot_download
 from tests.hub_stub import Hub, serve_hub
 from tests.train.harness import SEQ_LEN, make_recipe
 from tests.world import run_world
-from turbolm.data.prepare import find_store, prepare
+from turbolm.data.prepare.build import find_store, prepare
 from turbolm.errors import UserError
 from turbolm.hub import Origin, cached_config, fetch, pretrained_folder, tokenizer_path
 from turbolm.plan.count import read_model_config

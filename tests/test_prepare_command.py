@@ -12,8 +12,8 @@ import pytest
 
 from tests.data.conftest import make_texts, write_jsonl
 from turbolm import cli
-from turbolm.data import prepare as prepare_module
-from turbolm.data.progress import Progress, ProgressLine
+from turbolm.data.prepare import build as prepare_module
+from turbolm.data.prepare.progress import Progress, ProgressLine
 
 RECIPE = """\
 name: test

@@ -56,7 +56,7 @@ class Task(StrEnum):
 @app.command()
 def prepare(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Tokenize the recipe's sources into a token store, once."""
-    from turbolm.data.store import open_store
+    from turbolm.data.store.token_store import open_store
     from turbolm.launch.store import prepare_store
     from turbolm.recipe.load import load_recipe
     from turbolm.train.run_contract import as_started, settle_commits
@@ -227,7 +227,7 @@ def verify(
     from turbolm.checkpoint.verify import verify_checkpoint
 
     if path.is_file():
-        from turbolm.data.prepare import store_folder
+        from turbolm.data.prepare.build import store_folder
         from turbolm.recipe.load import load_recipe
         from turbolm.train.run_contract import as_started, with_commits
 
@@ -248,7 +248,7 @@ def verify(
 
 def _verify_store(folder: Path) -> int:
     """The number of shards. Raises UserError with every damaged file."""
-    from turbolm.data.store import find_damage, read_manifest
+    from turbolm.data.store.token_store import find_damage, read_manifest
 
     manifest = read_manifest(folder)
     if problems := [f"{folder}: {name}: {problem}" for name, problem in find_damage(folder, manifest, full=True)]:
@@ -381,7 +381,7 @@ def report(run: RunFolder) -> None:
 
 def _train_here(recipe: Recipe, recipe_file: str, overrides: Sequence[str]) -> int:
     """Prepare and train on this machine; returns the run's exit code."""
-    from turbolm.data.store import open_store
+    from turbolm.data.store.token_store import open_store
     from turbolm.launch.local import launch
     from turbolm.launch.store import prepare_store
     from turbolm.plan.machine import check_machine, detect_machine
@@ -426,8 +426,8 @@ def _standard_output_as_error() -> Iterator[None]:
 
 def _store_size(recipe: Recipe) -> StoreSize | None:
     """What the recipe's store holds, if it has been prepared and is sound."""
-    from turbolm.data.prepare import find_store
-    from turbolm.data.store import open_store
+    from turbolm.data.prepare.build import find_store
+    from turbolm.data.store.token_store import open_store
     from turbolm.plan.preview import StoreSize
 
     try:

@@ -14,8 +14,8 @@ from huggingface_hub import constants
 from tests.adapt.conftest import Adapt
 from tests.hub_stub import serve_hub
 from tests.train.harness import make_recipe, train_in_world
-from turbolm.data.prepare import prepare
-from turbolm.data.tokenizer import save_tokenizer, train_tokenizer
+from turbolm.data.prepare.build import prepare
+from turbolm.data.prepare.tokenizer import save_tokenizer, train_tokenizer
 from turbolm.errors import UserError
 from turbolm.plan.gpus import GPUS
 from turbolm.plan.summary import Summary, collect_summary

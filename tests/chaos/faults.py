@@ -15,10 +15,10 @@ import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from turbolm.checkpoint.save import save_checkpoint
-from turbolm.data.loader import BatchLoader
-from turbolm.data.order import recipe_order
-from turbolm.data.prepare import find_store
-from turbolm.data.store import open_store
+from turbolm.data.batch.loader import BatchLoader
+from turbolm.data.order.batch_order import recipe_order
+from turbolm.data.prepare.build import find_store
+from turbolm.data.store.token_store import open_store
 from turbolm.errors import RunError
 from turbolm.plan.machine import detect_machine
 from turbolm.plan.plan import build_plan

@@ -17,7 +17,7 @@ from tests.chaos.faults import CRASH, Fault, flip_a_bit, train_on, train_with_fa
 from tests.checkpoint.test_resume import read_tensors
 from tests.train.harness import BINS_PER_BATCH, SEQ_LEN, make_recipe
 from tests.world import run_world
-from turbolm.data.prepare import prepare
+from turbolm.data.prepare.build import prepare
 from turbolm.recipe.schema import Recipe
 from turbolm.report.metrics import read_lines, read_metrics
 

@@ -14,10 +14,10 @@ from tests.checkpoint.test_resume import read_tensors
 from tests.train.harness import Cell, cell_recipe, run_cells
 from tests.train.reference import train_reference
 from tests.train.test_equivalence import learning_rates
-from turbolm.data.loader import BatchLoader
-from turbolm.data.order import recipe_order
-from turbolm.data.prepare import prepare
-from turbolm.data.store import open_store
+from turbolm.data.batch.loader import BatchLoader
+from turbolm.data.order.batch_order import recipe_order
+from turbolm.data.prepare.build import prepare
+from turbolm.data.store.token_store import open_store
 from turbolm.plan.machine import detect_machine
 from turbolm.plan.plan import build_plan
 

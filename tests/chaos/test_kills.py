@@ -18,10 +18,10 @@ import torch
 
 from tests.checkpoint.test_resume import read_tensors
 from tests.train.harness import BINS_PER_BATCH, SEQ_LEN, make_recipe
-from turbolm.data.loader import BatchLoader
-from turbolm.data.order import recipe_order
-from turbolm.data.prepare import prepare
-from turbolm.data.store import open_store
+from turbolm.data.batch.loader import BatchLoader
+from turbolm.data.order.batch_order import recipe_order
+from turbolm.data.prepare.build import prepare
+from turbolm.data.store.token_store import open_store
 from turbolm.plan.machine import detect_machine
 from turbolm.plan.plan import build_plan
 from turbolm.recipe.load import dump_recipe, load_recipe

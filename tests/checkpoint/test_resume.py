@@ -19,8 +19,8 @@ from tests.train.test_equivalence import learning_rates
 from tests.world import run_world
 from turbolm.checkpoint import load
 from turbolm.checkpoint.load import CheckpointReader
-from turbolm.data.prepare import prepare
-from turbolm.data.store import open_store
+from turbolm.data.prepare.build import prepare
+from turbolm.data.store.token_store import open_store
 from turbolm.recipe.optimizers import OPTIMIZERS
 
 SAVED, END = 4, 8

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from turbolm.data.prepare import prepare
-from turbolm.data.store import TokenStore, open_store
+from turbolm.data.prepare.build import prepare
+from turbolm.data.store.token_store import TokenStore, open_store
 from turbolm.recipe.schema import Recipe
 
 WORDS = ["the", "cat", "sat", "on", "mat", "looked", "moon", "über", "Straße", "猫", "🙂", "1234", "= x + y", "\n\t"]

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from turbolm.data.collate import collate, fill_cu_seqlens
-from turbolm.data.packing import Bins
-from turbolm.data.rows import IGNORED
-from turbolm.data.store import Split, TokenStore
-from turbolm.data.window import Packing, pack
+from turbolm.data.batch.collate import collate, fill_cu_seqlens
+from turbolm.data.batch.rows import IGNORED
+from turbolm.data.order.packing import Bins
+from turbolm.data.order.window import Packing, pack
+from turbolm.data.store.token_store import Split, TokenStore
 
 
 def store_in_memory(shards: list[tuple[list[int], list[int]]], dtype: str) -> TokenStore:

@@ -14,12 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 
-from turbolm.data import engines, shards
-from turbolm.data import prepare as prepare_module
-from turbolm.data.engines import EngineMismatch, Gigatoken, Plain, Words, check_sample, choose_engine
-from turbolm.data.prepare import prepare
-from turbolm.data.store import open_store
-from turbolm.data.tokenizer import save_tokenizer, train_tokenizer
+from turbolm.data.prepare import build as prepare_module
+from turbolm.data.prepare import engines, shards
+from turbolm.data.prepare.build import prepare
+from turbolm.data.prepare.engines import EngineMismatch, Gigatoken, Plain, Words, check_sample, choose_engine
+from turbolm.data.prepare.tokenizer import save_tokenizer, train_tokenizer
+from turbolm.data.store.token_store import open_store
 
 from .conftest import make_recipe, make_texts
 

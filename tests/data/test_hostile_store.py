@@ -14,11 +14,11 @@ import pytest
 from tests.canary import Canary, assert_it_sings, pickles
 from tests.data.conftest import make_recipe
 from turbolm.checkpoint.export import tokenizer as read_with_transformers
-from turbolm.data.order import recipe_order
-from turbolm.data.prepare import prepare, store_folder
-from turbolm.data.store import SPLITS, TokenStore, file_record, manifest_sha256, open_store
-from turbolm.data.table import load_table
-from turbolm.data.tokenizer import load_tokenizer, special_ids
+from turbolm.data.order.batch_order import recipe_order
+from turbolm.data.order.table import load_table
+from turbolm.data.prepare.build import prepare, store_folder
+from turbolm.data.prepare.tokenizer import load_tokenizer, special_ids
+from turbolm.data.store.token_store import SPLITS, TokenStore, file_record, manifest_sha256, open_store
 from turbolm.errors import UserError
 from turbolm.plan.curriculum import build_curriculum
 from turbolm.recipe.schema import Recipe

@@ -13,13 +13,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from turbolm.data.collate import deal_bins
-from turbolm.data.loader import BatchLoader, GlobalBatch, evaluation_batches, evaluation_set
-from turbolm.data.order import BatchOrder, order_of_lengths
-from turbolm.data.packing import Bins, pack_best_fit
-from turbolm.data.rows import IGNORED
-from turbolm.data.store import TokenStore
-from turbolm.data.window import Packing
+from turbolm.data.batch.collate import deal_bins
+from turbolm.data.batch.loader import BatchLoader, GlobalBatch, evaluation_batches, evaluation_set
+from turbolm.data.batch.rows import IGNORED
+from turbolm.data.order.batch_order import BatchOrder, order_of_lengths
+from turbolm.data.order.packing import Bins, pack_best_fit
+from turbolm.data.order.window import Packing
+from turbolm.data.store.token_store import TokenStore
 from turbolm.errors import UserError
 from turbolm.plan.curriculum import Segment
 

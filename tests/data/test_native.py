@@ -12,11 +12,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from turbolm.data import native, packing, rows, store
-from turbolm.data.order import order_of_lengths
-from turbolm.data.packing import pack_best_fit
+from turbolm.data import native
+from turbolm.data.batch import rows
+from turbolm.data.order import packing
+from turbolm.data.order.batch_order import order_of_lengths
+from turbolm.data.order.packing import pack_best_fit
 from turbolm.data.sorting import argsort_random
-from turbolm.data.store import TokenStore
+from turbolm.data.store import token_store as store
+from turbolm.data.store.token_store import TokenStore
 from turbolm.errors import UserError
 from turbolm.plan.curriculum import Segment
 

@@ -12,12 +12,12 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from turbolm.data.buckets import cycle_order, pack_buckets
-from turbolm.data.order import BatchOrder, constant_order, order_of_lengths
-from turbolm.data.packing import Bins
-from turbolm.data.stream import DocumentStream
-from turbolm.data.table import load_table, save_table
-from turbolm.data.window import Grouping, Packing, Pieces
+from turbolm.data.order.batch_order import BatchOrder, constant_order, order_of_lengths
+from turbolm.data.order.buckets import cycle_order, pack_buckets
+from turbolm.data.order.packing import Bins
+from turbolm.data.order.stream import DocumentStream
+from turbolm.data.order.table import load_table, save_table
+from turbolm.data.order.window import Grouping, Packing, Pieces
 from turbolm.plan.curriculum import Segment
 
 Piece = tuple[int, int, int]

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from turbolm.data import sorting
-from turbolm.data.packing import (
+from turbolm.data.order.packing import (
     Bins,
     concatenate,
     count_best_fit,

@@ -13,17 +13,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from turbolm.data import prepare as prepare_module
-from turbolm.data import shards as shards_module
-from turbolm.data import sources as sources_module
-from turbolm.data.digests import DIGEST_BYTES, DigestSet
-from turbolm.data.engines import Plain
-from turbolm.data.prepare import find_store, finished_shards, prepare, store_folder, store_key
-from turbolm.data.progress import Meter, Progress
-from turbolm.data.sample import Sample
-from turbolm.data.shards import is_validation
-from turbolm.data.store import SPLITS, TokenStore, open_store
-from turbolm.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
+from turbolm.data.prepare import build as prepare_module
+from turbolm.data.prepare import shards as shards_module
+from turbolm.data.prepare import sources as sources_module
+from turbolm.data.prepare.build import find_store, finished_shards, prepare, store_folder, store_key
+from turbolm.data.prepare.digests import DIGEST_BYTES, DigestSet
+from turbolm.data.prepare.engines import Plain
+from turbolm.data.prepare.progress import Meter, Progress
+from turbolm.data.prepare.sample import Sample
+from turbolm.data.prepare.shards import is_validation
+from turbolm.data.prepare.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
+from turbolm.data.store.token_store import SPLITS, TokenStore, open_store
 from turbolm.errors import UserError
 
 from .conftest import make_recipe, make_texts, write_jsonl
@@ -222,7 +222,7 @@ def test_workers_end_with_a_killed_parent(tmp_path: Path, corpus: Path) -> None:
     script.write_text(
         "import multiprocessing, os, signal, sys; from pathlib import Path\n"
         "from tests.data.conftest import make_recipe\n"
-        "from turbolm.data.prepare import prepare\n"
+        "from turbolm.data.prepare.build import prepare\n"
         "def die(progress):\n"
         "    if progress.stage == 'tokenize':\n"
         "        print(*(child.pid for child in multiprocessing.active_children()), flush=True)\n"
@@ -245,7 +245,7 @@ def test_two_prepares_at_once(tmp_path: Path, corpus: Path) -> None:
     script.write_text(
         "import sys; from pathlib import Path\n"
         "from tests.data.conftest import make_recipe\n"
-        "from turbolm.data.prepare import prepare\n"
+        "from turbolm.data.prepare.build import prepare\n"
         "if __name__ == '__main__':\n"
         "    recipe = make_recipe(Path(sys.argv[1]), [{'type': 'jsonl', 'path': sys.argv[2]}])\n"
         "    stages = set()\n"

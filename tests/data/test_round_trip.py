@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from turbolm.data.engines import Plain
-from turbolm.data.prepare import prepare
-from turbolm.data.round_trip import _common_length, lost_bytes
-from turbolm.data.store import open_store
-from turbolm.data.tokenizer import save_tokenizer, train_tokenizer
+from turbolm.data.prepare.build import prepare
+from turbolm.data.prepare.engines import Plain
+from turbolm.data.prepare.round_trip import _common_length, lost_bytes
+from turbolm.data.prepare.tokenizer import save_tokenizer, train_tokenizer
+from turbolm.data.store.token_store import open_store
 from turbolm.errors import UserError
 
 from .conftest import make_recipe, write_jsonl

@@ -14,7 +14,7 @@ import pytest
 import zstandard
 from pydantic import TypeAdapter
 
-from turbolm.data.sources import iter_documents, list_files
+from turbolm.data.prepare.sources import iter_documents, list_files
 from turbolm.errors import UserError
 from turbolm.recipe.data import Source
 
@@ -65,7 +65,7 @@ def test_stdlib_decodes_or_skips_other_encodings(tmp_path: Path, monkeypatch: py
     (tmp_path / "c.py").write_bytes(b"c = 1\n")
     (tmp_path / "test").mkdir()
     (tmp_path / "test" / "d.py").write_bytes(b"d = 1\n")
-    monkeypatch.setattr("turbolm.data.sources.sysconfig.get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr("turbolm.data.prepare.sources.sysconfig.get_path", lambda name: str(tmp_path))
     assert read(type="stdlib") == ["# -*- coding: latin-1 -*-\n# é\n", "c = 1\n"]
 
 
@@ -212,6 +212,6 @@ def test_unreadable_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_sources_do_not_import_heavy_libraries() -> None:
     import subprocess
 
-    code = "import sys, turbolm.data.loader, turbolm.data.prepare, turbolm.data.sources; print(*sys.modules)"
+    code = "import sys, turbolm.data.batch.loader, turbolm.data.prepare.build; print(*sys.modules)"
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"torch", "transformers", "datasets", "pyarrow", "tokenizers"} & set(modules)

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from tokenizers import AddedToken, Tokenizer
 
-from turbolm.data import prepare as prepare_module
-from turbolm.data.engines import Gigatoken, Plain, Words, choose_engine
-from turbolm.data.prepare import prepare, store_folder
-from turbolm.data.special_tokens import Finder
-from turbolm.data.store import SPLITS, TokenStore, open_store
-from turbolm.data.tokenizer import save_tokenizer, train_tokenizer
+from turbolm.data.prepare import build as prepare_module
+from turbolm.data.prepare.build import prepare, store_folder
+from turbolm.data.prepare.engines import Gigatoken, Plain, Words, choose_engine
+from turbolm.data.prepare.special_tokens import Finder
+from turbolm.data.prepare.tokenizer import save_tokenizer, train_tokenizer
+from turbolm.data.store.token_store import SPLITS, TokenStore, open_store
 
 from .conftest import make_recipe, make_texts, write_jsonl
 

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from tests.data.conftest import make_recipe, write_jsonl
-from turbolm.data import prepare as prepare_module
-from turbolm.data.store import (
+from turbolm.data.prepare import build as prepare_module
+from turbolm.data.prepare.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
+from turbolm.data.store.token_store import (
     SPLITS,
     TokenStore,
     check_tokenizer,
@@ -22,7 +23,6 @@ from turbolm.data.store import (
     open_store,
     unigram_entropy,
 )
-from turbolm.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from turbolm.errors import UserError
 
 

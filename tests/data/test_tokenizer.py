@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from turbolm.data.tokenizer import (
+from turbolm.data.prepare.tokenizer import (
     END_OF_TEXT,
     copy_tokenizer,
     load_tokenizer,

@@ -9,12 +9,12 @@ import pytest
 
 from tests.data.conftest import make_recipe, make_texts
 from tests.data.test_prepare import contents, stored_texts
-from turbolm.data import prepare as prepare_module
-from turbolm.data.prepare import prepare, store_folder, store_key
-from turbolm.data.progress import Progress
-from turbolm.data.sources import Reader
-from turbolm.data.store import open_store
-from turbolm.data.tokenizer import save_tokenizer, train_tokenizer
+from turbolm.data.prepare import build as prepare_module
+from turbolm.data.prepare.build import prepare, store_folder, store_key
+from turbolm.data.prepare.progress import Progress
+from turbolm.data.prepare.sources import Reader
+from turbolm.data.prepare.tokenizer import save_tokenizer, train_tokenizer
+from turbolm.data.store.token_store import open_store
 from turbolm.errors import UserError
 from turbolm.launch.store import prepare_store
 from turbolm.recipe.contract import contract_of, fingerprint

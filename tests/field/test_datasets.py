@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from turbolm.data.sources import Reader, _with_cause
+from turbolm.data.prepare.sources import Reader, _with_cause
 from turbolm.errors import UserError
 from turbolm.recipe.data import DatasetsSource
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter
 
-from turbolm.data import files
-from turbolm.data.sources import Reader
+from turbolm.data.prepare import files
+from turbolm.data.prepare.sources import Reader
 from turbolm.errors import UserError
 from turbolm.recipe.data import Source
 

@@ -16,8 +16,8 @@ from tests.models.test_loss import by_hand, problem
 from tests.train.harness import Cell, cell_recipe, run_cells
 from tests.train.reference import train_reference
 from tests.train.test_equivalence import learning_rates
-from turbolm.data.prepare import prepare
-from turbolm.data.store import open_store
+from turbolm.data.prepare.build import prepare
+from turbolm.data.store.token_store import open_store
 from turbolm.models.attention import choose_attention, model_inputs
 from turbolm.models.compile import apply_compile, compilations
 from turbolm.models.isolation import measure_leak

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from turbolm.checkpoint.export import generate_sample
-from turbolm.data.tokenizer import save_tokenizer, train_tokenizer
+from turbolm.data.prepare.tokenizer import save_tokenizer, train_tokenizer
 from turbolm.errors import UserError
 from turbolm.models.positions import check_positions, num_positions
 

@@ -11,8 +11,8 @@ import pytest
 from tests.train.harness import Cell, cell_recipe, run_cells
 from tests.train.reference import train_reference
 from tests.train.test_equivalence import learning_rates
-from turbolm.data.prepare import prepare
-from turbolm.data.store import open_store
+from turbolm.data.prepare.build import prepare
+from turbolm.data.store.token_store import open_store
 from turbolm.recipe.optimizers import OPTIMIZERS
 
 STEPS = 4

@@ -12,7 +12,7 @@ import pytest
 
 from tests.train.harness import BINS_PER_BATCH, SEQ_LEN, make_recipe
 from tests.world import run_world
-from turbolm.data.prepare import prepare
+from turbolm.data.prepare.build import prepare
 from turbolm.recipe.schema import Recipe
 from turbolm.reliability.stragglers import Slowest, StragglerWatch, find_slowest
 from turbolm.train.pace import Pace

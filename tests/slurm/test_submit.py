@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 from tests.train.harness import SEQ_LEN, make_recipe, train_in_world
-from turbolm.data.prepare import prepare
+from turbolm.data.prepare.build import prepare
 from turbolm.recipe.load import dump_recipe, load_recipe
 from turbolm.report.metrics import read_metrics
 

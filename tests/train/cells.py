@@ -24,10 +24,10 @@ from turbolm.checkpoint.retention import Retention
 from turbolm.checkpoint.save import save_checkpoint
 from turbolm.checkpoint.saver import CheckpointSaver
 from turbolm.checkpoint.snapshot import Snapshot
-from turbolm.data.loader import BatchLoader
-from turbolm.data.order import recipe_order
-from turbolm.data.prepare import find_store
-from turbolm.data.store import TokenStore, open_store
+from turbolm.data.batch.loader import BatchLoader
+from turbolm.data.order.batch_order import recipe_order
+from turbolm.data.prepare.build import find_store
+from turbolm.data.store.token_store import TokenStore, open_store
 from turbolm.plan.machine import detect_machine
 from turbolm.plan.plan import Plan, build_plan
 from turbolm.train.build import build_engine

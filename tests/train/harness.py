@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.world import run_world
-from turbolm.data.prepare import prepare
+from turbolm.data.prepare.build import prepare
 from turbolm.recipe.schema import Recipe
 
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "= x + y", "\n\t"]

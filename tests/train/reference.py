@@ -11,9 +11,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.optim.formulas import Formula
-from turbolm.data.order import recipe_order
-from turbolm.data.packing import Bins
-from turbolm.data.store import TokenStore
+from turbolm.data.order.batch_order import recipe_order
+from turbolm.data.order.packing import Bins
+from turbolm.data.store.token_store import TokenStore
 from turbolm.models.build import build_model
 from turbolm.plan.curriculum import build_curriculum
 from turbolm.recipe.schema import Recipe

@@ -10,10 +10,10 @@ import pytest
 
 from tests.train.harness import BINS_PER_BATCH, Cell, cell_recipe, run_cells
 from tests.train.reference import train_reference
-from turbolm.data.loader import BatchLoader
-from turbolm.data.order import recipe_order
-from turbolm.data.prepare import prepare
-from turbolm.data.store import open_store
+from turbolm.data.batch.loader import BatchLoader
+from turbolm.data.order.batch_order import recipe_order
+from turbolm.data.prepare.build import prepare
+from turbolm.data.store.token_store import open_store
 from turbolm.plan.curriculum import build_curriculum
 
 STEPS = 10

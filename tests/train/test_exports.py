@@ -19,8 +19,8 @@ from tests.train.harness import BINS_PER_BATCH, MODELS, SEQ_LEN, make_recipe
 from tests.world import run_world
 from turbolm.checkpoint.export import export_checkpoint
 from turbolm.checkpoint.manifest import list_checkpoints
-from turbolm.data.prepare import find_store, prepare
-from turbolm.data.store import open_store
+from turbolm.data.prepare.build import find_store, prepare
+from turbolm.data.store.token_store import open_store
 from turbolm.errors import UserError
 from turbolm.recipe.schema import Recipe
 from turbolm.train.run_directory import run_directory

@@ -15,8 +15,8 @@ from tokenizers import normalizers
 
 from tests.train.harness import SEQ_LEN, make_recipe
 from tests.world import run_world
-from turbolm.data.prepare import prepare
-from turbolm.data.tokenizer import load_tokenizer, save_tokenizer
+from turbolm.data.prepare.build import prepare
+from turbolm.data.prepare.tokenizer import load_tokenizer, save_tokenizer
 from turbolm.recipe.schema import Recipe
 from turbolm.train.run_directory import run_directory
 

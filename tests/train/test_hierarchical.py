@@ -18,8 +18,8 @@ from tests.train.harness import BINS_PER_BATCH, SEQ_LEN, make_recipe, run_cells
 from tests.train.reference import train_reference
 from tests.train.test_equivalence import STEPS, learning_rates
 from tests.world import run_world
-from turbolm.data.prepare import prepare
-from turbolm.data.store import open_store
+from turbolm.data.prepare.build import prepare
+from turbolm.data.store.token_store import open_store
 from turbolm.errors import EXIT_REQUEUE
 from turbolm.recipe.schema import Recipe
 from turbolm.report.metrics import read_lines

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from turbolm.data.loader import BatchLoader
-from turbolm.data.order import constant_order
+from turbolm.data.batch.loader import BatchLoader
+from turbolm.data.order.batch_order import constant_order
 from turbolm.reliability.anomalies import SkippedBatches
 from turbolm.train.loop import batches_to_train
 from turbolm.train.recover import set_skipped

@@ -16,7 +16,7 @@ from tests.checkpoint.test_resume import read_tensors
 from tests.train.harness import BINS_PER_BATCH, SEQ_LEN, make_recipe
 from tests.world import run_world
 from turbolm.ablate.measure import measure_run
-from turbolm.data.prepare import prepare
+from turbolm.data.prepare.build import prepare
 from turbolm.errors import EXIT_REQUEUE
 from turbolm.launch.job import newest_step
 from turbolm.recipe.schema import Recipe

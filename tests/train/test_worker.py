@@ -9,9 +9,9 @@ from unittest.mock import patch
 import pytest
 
 from tests.train.harness import make_recipe
-from turbolm.data.prepare import prepare
-from turbolm.data.store import open_store
-from turbolm.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
+from turbolm.data.prepare.build import prepare
+from turbolm.data.prepare.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
+from turbolm.data.store.token_store import open_store
 from turbolm.errors import UserError
 from turbolm.recipe.contract import contract_of, fingerprint
 from turbolm.recipe.schema import Anomalies
@@ -52,7 +52,7 @@ def test_a_pretrained_model_may_get_more_tokens_and_no_others(tmp_path: Path) ->
 
 def test_a_store_of_an_earlier_version_with_nothing_held_out_is_refused(tmp_path: Path) -> None:
     recipe = make_recipe(tmp_path, data={"validation": 1e-9})
-    with patch("turbolm.data.prepare.check_held_out"):
+    with patch("turbolm.data.prepare.build.check_held_out"):
         prepare(recipe)
     with pytest.raises(UserError, match="set data.validation: 0, which means no evaluation"):
         _open_prepared_store(recipe)

@@ -8,7 +8,7 @@ import sys
 from typing import Any
 
 from turbolm.adapt.subject import Subject
-from turbolm.data.tokenizer import load_tokenizer, special_ids, vocabulary_size
+from turbolm.data.prepare.tokenizer import load_tokenizer, special_ids, vocabulary_size
 from turbolm.errors import EXIT_BAD_INPUT, UserError
 
 _TIMEOUT_SEC = 900

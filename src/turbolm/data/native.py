@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from turbolm.data.packing import Bins
+    from turbolm.data.order.packing import Bins
 
 IntArray = np.ndarray  # int64
 # Where a shard's files lie in memory, zero while they are not open: `struct shard` of native.c.

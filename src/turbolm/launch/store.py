@@ -7,10 +7,10 @@ import signal
 import sys
 from pathlib import Path
 
-from turbolm.data.bad import tell_left_out
-from turbolm.data.prepare import finished_shards, prepare
-from turbolm.data.progress import ProgressLine
-from turbolm.data.store import read_manifest
+from turbolm.data.prepare.bad import tell_left_out
+from turbolm.data.prepare.build import finished_shards, prepare
+from turbolm.data.prepare.progress import ProgressLine
+from turbolm.data.store.token_store import read_manifest
 from turbolm.errors import EXIT_REQUEUE
 from turbolm.recipe.schema import Recipe
 from turbolm.units import format_bytes

@@ -151,7 +151,7 @@ def _project(model: PreTrainedModel, inputs: dict[str, Any]) -> tuple[float, flo
 
 
 def _micro_batch(rows: list[list[torch.Tensor]]) -> dict[str, np.ndarray]:
-    """As turbolm.data.rows fills it: targets are shifted, the padding at a row's end is a piece of its own."""
+    """As turbolm.data.batch.rows fills it: shifted targets, the padding at the end of a row as a piece of its own."""
     batch = {name: np.zeros((len(rows), SEQ_LEN), np.int64) for name in ("input_ids", "position_ids", "targets")}
     batch["targets"][:] = IGNORED_TARGET
     for number, row in enumerate(rows):

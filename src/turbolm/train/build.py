@@ -13,9 +13,9 @@ from turbolm.checkpoint.fragments import own_fragments, stepped_partitions
 from turbolm.checkpoint.retention import Retention
 from turbolm.checkpoint.save import gather_over
 from turbolm.checkpoint.saver import CheckpointSaver
-from turbolm.data.loader import BatchLoader
-from turbolm.data.order import recipe_order
-from turbolm.data.store import TokenStore
+from turbolm.data.batch.loader import BatchLoader
+from turbolm.data.order.batch_order import recipe_order
+from turbolm.data.store.token_store import TokenStore
 from turbolm.errors import UserError
 from turbolm.models.attention import check_long_rows, choose_attention, model_inputs
 from turbolm.models.build import (

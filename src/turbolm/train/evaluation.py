@@ -10,8 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from turbolm.data.loader import evaluation_batches, evaluation_set
-from turbolm.data.store import TokenStore
+from turbolm.data.batch.loader import evaluation_batches, evaluation_set
+from turbolm.data.store.token_store import TokenStore
 from turbolm.plan.plan import Plan
 from turbolm.reliability import heartbeat
 from turbolm.train.step import micro_batch_loss

@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 
 from turbolm.checkpoint.export import export_checkpoint, generate_sample, short_card
 from turbolm.checkpoint.manifest import TRAINER_STATE, list_checkpoints
-from turbolm.data.loader import evaluation_set
-from turbolm.data.store import TokenStore, unigram_entropy
+from turbolm.data.batch.loader import evaluation_set
+from turbolm.data.store.token_store import TokenStore, unigram_entropy
 from turbolm.errors import RunError, UserError
 from turbolm.plan.plan import Plan
 from turbolm.redaction import redact

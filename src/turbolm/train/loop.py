@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 
 from turbolm.checkpoint.saver import CheckpointSaver
-from turbolm.data.loader import BatchLoader, GlobalBatch
-from turbolm.data.store import TokenStore
+from turbolm.data.batch.loader import BatchLoader, GlobalBatch
+from turbolm.data.store.token_store import TokenStore
 from turbolm.models.loss import IGNORED_TARGET
 from turbolm.plan.curriculum import lr_factor
 from turbolm.plan.plan import Plan

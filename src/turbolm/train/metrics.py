@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from turbolm.data.loader import GlobalBatch
+from turbolm.data.batch.loader import GlobalBatch
 from turbolm.models.compile import compilations
 from turbolm.plan.curriculum import Curriculum
 from turbolm.train.pace import Pace

@@ -18,7 +18,7 @@ from turbolm.reliability import heartbeat
 from turbolm.reliability.anomalies import Anomaly, Decision, SkippedBatches
 
 if TYPE_CHECKING:
-    from turbolm.data.loader import GlobalBatch
+    from turbolm.data.batch.loader import GlobalBatch
     from turbolm.train.loop import Session
 
 

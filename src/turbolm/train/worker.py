@@ -12,9 +12,9 @@ import torch.distributed as dist
 
 from turbolm.checkpoint.manifest import clear_leftovers
 from turbolm.checkpoint.verify import Hashed, hash_ahead
-from turbolm.data.bad import check_left_out
-from turbolm.data.prepare import find_store
-from turbolm.data.store import TokenStore, check_held_out, check_tokenizer, open_store
+from turbolm.data.prepare.bad import check_left_out
+from turbolm.data.prepare.build import find_store
+from turbolm.data.store.token_store import TokenStore, check_held_out, check_tokenizer, open_store
 from turbolm.errors import EXIT_FAILED, EXIT_OK, EXIT_REQUEUE, UserError
 from turbolm.hub import pretrained_folder
 from turbolm.models.count import examine

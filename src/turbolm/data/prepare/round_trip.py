@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from turbolm.data.engines import Plain, Texts
+from turbolm.data.prepare.engines import Plain, Texts
 
 _DOCUMENTS = 32  # of a shard, evenly spaced
 _CHARS = (2_000, 500)  # of each document's beginning, in the first shard, which may be the only one, and in others

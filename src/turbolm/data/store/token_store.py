@@ -23,7 +23,7 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 
 from turbolm.data import native
-from turbolm.data.packing import IntArray
+from turbolm.data.order.packing import IntArray
 from turbolm.data.sorting import argsort_integers
 from turbolm.errors import UserError
 
@@ -316,7 +316,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder} is a token store of format {version}, not {FORMAT_VERSION}; run `turbolm prepare`")
     if manifest.get("manifest_sha256") != manifest_sha256(manifest):
         raise UserError(f"{folder / MANIFEST} has changed since it was written; run `turbolm prepare` again")
-    from turbolm.data.store_manifest import manifest_problem  # pydantic: the workers of prepare do without
+    from turbolm.data.store.manifest import manifest_problem  # pydantic: the workers of prepare do without
 
     if problem := manifest_problem(manifest):
         raise UserError(f"{folder / MANIFEST} is not the manifest of a token store: {problem}")
@@ -397,7 +397,7 @@ def check_tokenizer(store: TokenStore, folder: str | Path, *, may_extend: bool =
 
     With `may_extend` the store's may have more tokens, which the others keep their ids beside.
     """
-    from turbolm.data.tokenizer import load_tokenizer, tokenizer_fingerprint
+    from turbolm.data.prepare.tokenizer import load_tokenizer, tokenizer_fingerprint
 
     if may_extend:
         known, ids = load_tokenizer(folder).get_vocab(), load_tokenizer(store.tokenizer_dir).get_vocab()

@@ -19,9 +19,9 @@ from typing import overload
 
 import numpy as np
 
-from turbolm.data.packing import Bins, IntArray
-from turbolm.data.stream import DocumentStream, random_order, random_raw
-from turbolm.data.window import Grouping, Packing, Pieces, Random, Window, arrange, count_batches, pack_window
+from turbolm.data.order.packing import Bins, IntArray
+from turbolm.data.order.stream import DocumentStream, random_order, random_raw
+from turbolm.data.order.window import Grouping, Packing, Pieces, Random, Window, arrange, count_batches, pack_window
 from turbolm.plan.curriculum import Segment
 
 ORDER_VERSION = 3  # raise it when the same arguments no longer give the same batches

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from turbolm.data.packing import Bins, IntArray, concatenate, pack_best_fit
+from turbolm.data.order.packing import Bins, IntArray, concatenate, pack_best_fit
 
 
 def pack_buckets(lengths: IntArray, seq_lens: Sequence[int]) -> list[Bins]:

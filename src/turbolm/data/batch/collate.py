@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from turbolm.data.packing import Bins, IntArray
-from turbolm.data.rows import fill_rows
+from turbolm.data.batch.rows import fill_rows
+from turbolm.data.order.packing import Bins, IntArray
 
 if TYPE_CHECKING:
-    from turbolm.data.store import Split, TokenStore
+    from turbolm.data.store.token_store import Split, TokenStore
 
 
 def deal_bins(attention_cost: IntArray, world_size: int, micro_batch_bins: int) -> IntArray:

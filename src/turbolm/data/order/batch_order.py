@@ -13,15 +13,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from turbolm.data.packing import Bins, IntArray
-from turbolm.data.stream import WINDOW_DOCUMENTS, DocumentStream
-from turbolm.data.table import OrderSettings, Rows, Sources, build_row, load_table, open_window, save_table
-from turbolm.data.window import Grouping, Packing, Window
+from turbolm.data.order.packing import Bins, IntArray
+from turbolm.data.order.stream import WINDOW_DOCUMENTS, DocumentStream
+from turbolm.data.order.table import OrderSettings, Rows, Sources, build_row, load_table, open_window, save_table
+from turbolm.data.order.window import Grouping, Packing, Window
 from turbolm.errors import UserError
 from turbolm.plan.curriculum import Curriculum, Segment
 
 if TYPE_CHECKING:
-    from turbolm.data.store import TokenStore
+    from turbolm.data.store.token_store import TokenStore
     from turbolm.recipe.schema import Recipe
 
 

@@ -8,9 +8,9 @@ from typing import Literal
 
 import numpy as np
 
-from turbolm.data.buckets import cycle_order, pack_buckets
-from turbolm.data.packing import Bins, IntArray, pack_best_fit, pack_concat, pack_single
-from turbolm.data.stream import order_by
+from turbolm.data.order.buckets import cycle_order, pack_buckets
+from turbolm.data.order.packing import Bins, IntArray, pack_best_fit, pack_concat, pack_single
+from turbolm.data.order.stream import order_by
 from turbolm.plan.curriculum import Segment
 
 Packing = Literal["best_fit", "concat", "single"]

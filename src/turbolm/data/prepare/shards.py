@@ -24,17 +24,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from turbolm.data.bad import LeftOut, check_left_out
-from turbolm.data.digests import DIGEST_BYTES, DigestSet
-from turbolm.data.engines import Engine, EngineName, Plain, check_sample, load_engine
-from turbolm.data.round_trip import measure_loss
-from turbolm.data.special_tokens import Finder, SpecialTokens
-from turbolm.data.store import SPLITS, TOKENIZER_FOLDER, check_file, file_record
+from turbolm.data.prepare.bad import LeftOut, check_left_out
+from turbolm.data.prepare.digests import DIGEST_BYTES, DigestSet
+from turbolm.data.prepare.engines import Engine, EngineName, Plain, check_sample, load_engine
+from turbolm.data.prepare.round_trip import measure_loss
+from turbolm.data.prepare.special_tokens import Finder, SpecialTokens
+from turbolm.data.store.token_store import SPLITS, TOKENIZER_FOLDER, check_file, file_record
 
 if TYPE_CHECKING:
     from io import BufferedWriter
 
-    from turbolm.data.sources import Place, Reader, SourceSizes
+    from turbolm.data.prepare.sources import Place, Reader, SourceSizes
     from turbolm.recipe.schema import Recipe
 
 _PIECE_BYTES = 4 * 2**20  # longer texts are tokenized in pieces: a tokenizer needs some 100 bytes of memory for each
@@ -172,7 +172,7 @@ def cut_shards(
     follows from the folder's name, which covers size and time of every source file. A data set from the hub has no such
     files, so its text is read and compared.
     """
-    from turbolm.data.sources import Reader, list_files
+    from turbolm.data.prepare.sources import Reader, list_files
 
     seen = DigestSet() if recipe.data.deduplicate == "exact" else None
     number, share = 0, 0.0

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from turbolm.data.collate import collate, deal_bins
-from turbolm.data.order import BatchOrder
-from turbolm.data.packing import Bins, IntArray
-from turbolm.data.store import Split, TokenStore, check_held_out
-from turbolm.data.window import Packing, pack
+from turbolm.data.batch.collate import collate, deal_bins
+from turbolm.data.order.batch_order import BatchOrder
+from turbolm.data.order.packing import Bins, IntArray
+from turbolm.data.order.window import Packing, pack
+from turbolm.data.store.token_store import Split, TokenStore, check_held_out
 from turbolm.plan.batch import choose_micro_batch_bins
 
 

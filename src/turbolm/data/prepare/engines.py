@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
-from turbolm.data.special_tokens import Finder, SpecialTokens, is_marker, load_text_tokenizer
+from turbolm.data.prepare.special_tokens import Finder, SpecialTokens, is_marker, load_text_tokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

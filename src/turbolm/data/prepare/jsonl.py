@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Iterator
 
-from turbolm.data.bad import Unusable
+from turbolm.data.prepare.bad import Unusable
 
 _ARRAY = re.compile(rb"\s*\[\s*[{\]]")
 _BLANK = re.compile(r"[ \t\n\r]*")

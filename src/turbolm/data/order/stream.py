@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from turbolm.data.packing import IntArray
+from turbolm.data.order.packing import IntArray
 from turbolm.data.sorting import argsort_random
 
 BLOCK_DOCUMENTS = 1024  # at most; a small source has that many blocks in a window

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from turbolm.data import native
-from turbolm.data.packing import Bins, IntArray
+from turbolm.data.order.packing import Bins, IntArray
 from turbolm.errors import UserError
 
 if TYPE_CHECKING:
-    from turbolm.data.store import Split, TokenStore
+    from turbolm.data.store.token_store import Split, TokenStore
 
 IGNORED = -100  # the target that no loss counts, torch's default `ignore_index`
 

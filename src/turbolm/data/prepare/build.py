@@ -27,13 +27,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from turbolm.data.bad import check_left_out
-from turbolm.data.engines import EngineMismatch, EngineName, choose_engine
-from turbolm.data.progress import Meter, OnProgress, Progress
-from turbolm.data.sample import Sample
-from turbolm.data.shards import Dropped, Layout, cut_shards, is_validation, write_json, write_shards
-from turbolm.data.special_tokens import SpecialTokens
-from turbolm.data.store import (
+from turbolm.data.prepare.bad import check_left_out
+from turbolm.data.prepare.engines import EngineMismatch, EngineName, choose_engine
+from turbolm.data.prepare.progress import Meter, OnProgress, Progress
+from turbolm.data.prepare.sample import Sample
+from turbolm.data.prepare.shards import Dropped, Layout, cut_shards, is_validation, write_json, write_shards
+from turbolm.data.prepare.special_tokens import SpecialTokens
+from turbolm.data.store.token_store import (
     FORMAT_VERSION,
     MANIFEST,
     SPLITS,
@@ -50,7 +50,7 @@ from turbolm.recipe.contract import comparable_section
 from turbolm.recipe.schema import Recipe
 
 if TYPE_CHECKING:
-    from turbolm.data.sources import Place
+    from turbolm.data.prepare.sources import Place
 
 
 # Shards grow up to this size from a sixteenth of it, so that a small corpus has work for several processes as well.
@@ -120,7 +120,7 @@ def store_folder(recipe: Recipe) -> Path:
 
 def store_key(recipe: Recipe) -> str:
     """SHA-256 over everything that decides the content of a store."""
-    from turbolm.data.tokenizer import load_tokenizer, special_ids, tokenizer_fingerprint
+    from turbolm.data.prepare.tokenizer import load_tokenizer, special_ids, tokenizer_fingerprint
 
     if recipe.tokenizer.path is None:
         return _key(recipe, [])
@@ -152,7 +152,7 @@ def _content(source: Any) -> dict[str, Any]:
 
 def _listing(source: Any) -> list[tuple[str, int, int]]:
     """Name, size in bytes and time of change (ns) of the files of a source."""
-    from turbolm.data.sources import list_files
+    from turbolm.data.prepare.sources import list_files
 
     rows = []
     for path in list_files(source):
@@ -207,8 +207,8 @@ def _locked(path: Path, on_progress: OnProgress) -> Iterator[None]:
 def _build(
     recipe: Recipe, folder: Path, num_workers: int, on_progress: OnProgress, warn: Callable[[str], None]
 ) -> None:
-    from turbolm.data.sources import empty_files
-    from turbolm.data.tokenizer import load_tokenizer, special_ids, tokenizer_fingerprint, vocabulary_size
+    from turbolm.data.prepare.sources import empty_files
+    from turbolm.data.prepare.tokenizer import load_tokenizer, special_ids, tokenizer_fingerprint, vocabulary_size
 
     if empty := empty_files(recipe.data.sources):
         warn(f"{len(empty)} files of data.sources have 0 bytes and hold no documents, such as {empty[0]}")
@@ -275,7 +275,7 @@ def _spelled_out(documents: Counter[str], special_tokens: SpecialTokens) -> str:
 
 
 def _check_counts(recipe: Recipe, num_train: int, num_validation: int, dropped: Dropped) -> None:
-    from turbolm.data.sources import no_documents
+    from turbolm.data.prepare.sources import no_documents
 
     if not num_train + num_validation + dropped.empty:
         raise no_documents()
@@ -289,7 +289,7 @@ def _check_counts(recipe: Recipe, num_train: int, num_validation: int, dropped: 
 
 
 def _engine(recipe: Recipe, folder: Path, warn: Callable[[str], None]) -> EngineName:
-    from turbolm.data.sources import SourceSizes
+    from turbolm.data.prepare.sources import SourceSizes
 
     sizes, wanted = SourceSizes(recipe.data.sources), recipe.execution.tokenizer_engine
     if wanted != "gigatoken" and sizes.known and sizes.num_bytes < _ENGINE_BYTES:
@@ -301,7 +301,7 @@ def _write_all(
     recipe: Recipe, layout: Layout, num_workers: int, on_progress: OnProgress
 ) -> tuple[list[dict[str, Any]], Dropped]:
     """Every shard's record, in order, and how many documents no shard holds."""
-    from turbolm.data.sources import SourceSizes
+    from turbolm.data.prepare.sources import SourceSizes
 
     dropped, meter, sizes = Dropped(), Meter("tokenize", on_progress), SourceSizes(recipe.data.sources)
     num_documents, text_bytes, share_done = 0, 0, 0.0
@@ -322,7 +322,7 @@ def _write_all(
 
 def _place_tokenizer(recipe: Recipe, folder: Path, on_progress: OnProgress) -> list[dict[str, Any]]:
     """Train the recipe's tokenizer, or copy it, into the store's folder, unless it is there; the files of it."""
-    from turbolm.data.tokenizer import copy_tokenizer, save_tokenizer, train_tokenizer
+    from turbolm.data.prepare.tokenizer import copy_tokenizer, save_tokenizer, train_tokenizer
 
     target, unfinished = folder / TOKENIZER_FOLDER, folder / f"{TOKENIZER_FOLDER}.tmp"
     before = _tokenizer_files(folder)
@@ -364,7 +364,7 @@ def _remove_shards(folder: Path) -> None:
 
 def _read_sample(sample: Sample, recipe: Recipe, state_file: Path, on_progress: OnProgress) -> None:
     """Read all sources for the tokenizer's training text; how far it came is saved now and then and when it ends."""
-    from turbolm.data.sources import Reader, SourceSizes, list_files, no_documents
+    from turbolm.data.prepare.sources import Reader, SourceSizes, list_files, no_documents
 
     sizes, meter = SourceSizes(recipe.data.sources), Meter("sample", on_progress)
     # Source, place, documents and bytes of text up to which everything has been considered

@@ -16,9 +16,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from turbolm.data.bad import Bad, LeftOut, OnBad, Unusable
-from turbolm.data.files import Gauge, read_utf8, split_lines, why_not_parquet
-from turbolm.data.jsonl import array_values, is_array, not_utf8, parse_line
+from turbolm.data.prepare.bad import Bad, LeftOut, OnBad, Unusable
+from turbolm.data.prepare.files import Gauge, read_utf8, split_lines, why_not_parquet
+from turbolm.data.prepare.jsonl import array_values, is_array, not_utf8, parse_line
 from turbolm.errors import UserError
 from turbolm.recipe.data import (
     DatasetsSource,

@@ -1,0 +1,1 @@
+"""The token store: memory-mapped shards and their manifest."""
