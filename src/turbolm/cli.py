@@ -82,18 +82,24 @@ def plan(
     recipe: RecipeFile,
     overrides: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object with stable keys")] = False,
+    steps: Annotated[bool, typer.Option("--steps", help="one JSON object a step: its learning rate and such")] = False,
 ) -> None:
     """Show everything that follows from a recipe, for the machines it describes or for this one."""
     import json
 
     from turbolm.launch.local import accelerate_config
+    from turbolm.plan.rates import preview_steps
     from turbolm.plan.summary import collect_summary
     from turbolm.plan.text import render_summary
     from turbolm.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
     summary = collect_summary(loaded, recipe, overrides or (), accelerate_config, _store_size(loaded))
-    print(json.dumps(summary.as_dict(), indent=2) if as_json else render_summary(summary))
+    if steps:
+        for step in preview_steps(summary.plan):
+            print(json.dumps(step))
+    else:
+        print(json.dumps(summary.as_dict(), indent=2) if as_json else render_summary(summary))
 
 
 @app.command()

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from turbolm.plan.curriculum import Curriculum, build_curriculum, lr_factor
+from turbolm.plan.curriculum import Curriculum, build_curriculum
+from turbolm.plan.rates import lr_factor
 from turbolm.recipe.checks import check_recipe
 from turbolm.recipe.schema import Recipe
 

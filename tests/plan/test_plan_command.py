@@ -107,8 +107,8 @@ def test_json_has_the_same_and_stable_keys() -> None:
     }
     batch = found["batch"]
     assert batch["micro_batch_tokens"] * batch["gradient_accumulation_steps"] * batch["world_size"] == 4194304
-    assert found["schedule"]["learning_rate"][0] == [0, 0.0]
-    assert found["schedule"]["learning_rate"][-1] == [10**12, pytest.approx(3e-6)]
+    assert found["schedule"]["learning_rate"][0] == [4194304, pytest.approx(3e-4 / 8000 / 2)]  # the middle of step 1
+    assert found["schedule"]["learning_rate"][-1] == [238419 * 4194304, pytest.approx(3e-6)]
     assert found["parameters"]["total"] == 8_030_261_248
     assert found["accelerate_config"]["num_processes"] == 64
     assert found["launch"]["command"] == f"turbolm submit {LLAMA_8B}"

@@ -30,9 +30,9 @@ from turbolm.data.prepare.build import find_store
 from turbolm.data.store.token_store import TokenStore, open_store
 from turbolm.plan.machine import detect_machine
 from turbolm.plan.plan import Plan, build_plan
+from turbolm.plan.rates import step_rates
 from turbolm.train.build import build_engine
-from turbolm.train.engine import build_accelerator, set_learning_rate
-from turbolm.train.loop import learning_rate, set_other_schedules
+from turbolm.train.engine import build_accelerator, set_rates
 from turbolm.train.run_directory import RunDirectory
 from turbolm.train.step import micro_batch_loss, train_step
 
@@ -75,8 +75,7 @@ def train_cell(folder: Path, cell: Cell) -> list[list[float]]:
     while step < cell.steps:
         batch = loader.global_batch(step)
         ledger.append(batch.samples_digest)
-        set_learning_rate(engine, learning_rate(plan, step))
-        set_other_schedules(engine, plan, step)
+        set_rates(engine, step_rates(plan, step))
         with no_device_synchronization():
             result = train_step(engine, batch.micro_batches, batch.num_targets, attention)
         loss = result.loss_sum.double()

@@ -16,7 +16,7 @@ from typing import TypeVar
 
 from turbolm.errors import UserError
 from turbolm.recipe.data import LengthBuckets, LengthGrowth, LengthStages
-from turbolm.recipe.schema import BatchRamp, Recipe
+from turbolm.recipe.schema import Recipe
 from turbolm.units import Span
 
 _Value = TypeVar("_Value")
@@ -216,15 +216,6 @@ def ramp_levels(recipe: Recipe) -> list[int]:
     steps = ramp.num_levels - 1
     levels = [round((ramp.start + (full - ramp.start) * index / steps) / unit) * unit for index in range(steps)]
     return [max(level, unit) for level in levels] + [full]
-
-
-def lr_factor(ramp: BatchRamp | None, batch_tokens: int, full_batch_tokens: int) -> float:
-    """What the learning rate is multiplied by while the batch is smaller than the full one.
-
-    `sqrt` keeps the noise of Adam's update (arXiv 2205.10287), `linear` that of SGD's (arXiv 1706.02677).
-    """
-    power = {"none": 0.0, "sqrt": 0.5, "linear": 1.0}[ramp.lr_scaling if ramp else "none"]
-    return float((batch_tokens / full_batch_tokens) ** power)
 
 
 def _progress(schedule: LengthGrowth, length: int, seq_len: int) -> float:

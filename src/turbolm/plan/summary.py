@@ -10,7 +10,6 @@ from typing import Any
 from turbolm.errors import UserError
 from turbolm.plan.batch import BatchPlan
 from turbolm.plan.count import ModelFacts, ModelSize, examine_model
-from turbolm.plan.curriculum import lr_factor
 from turbolm.plan.deepspeed import untested_note
 from turbolm.plan.flops import peak_half_flops, training_flops_per_token
 from turbolm.plan.gpus import GPUS
@@ -18,9 +17,9 @@ from turbolm.plan.machine import Machine, described_machine, detect_machine, mis
 from turbolm.plan.memory import ModelState, estimate_model_state
 from turbolm.plan.plan import Plan, build_plan
 from turbolm.plan.preview import SourceUse, StoreSize, constant_span, mean_span, run_out_notes, source_uses
+from turbolm.plan.rates import step_rates
 from turbolm.plan.suggestions import Suggestion, suggest
 from turbolm.recipe.schema import Execution, Recipe
-from turbolm.schedules import lr_ratio
 from turbolm.units import format_bytes, format_duration
 
 FLOPS_FORMULA = "6 x (matrices and output head) + 12 x layers x attention width x mean span"
@@ -56,7 +55,7 @@ class Summary:
     cost: Cost
     memory: ModelState | None
     gpu_memory_bytes: int | None
-    learning_rate: tuple[tuple[int, float], ...]  # (tokens seen, rate)
+    learning_rate: tuple[tuple[int, float], ...]  # (tokens seen after the step, its rate), as in metrics.jsonl
     sources: tuple[SourceUse, ...]
     constant_span_tokens: float  # the mean span if every row had the longest length
     accelerate_config: Mapping[str, object]
@@ -232,15 +231,10 @@ def _cost(
 
 
 def _learning_rate(plan: Plan) -> tuple[tuple[int, float], ...]:
-    recipe, curriculum = plan.recipe, plan.curriculum
-    budget, full_batch = recipe.train.budget, recipe.train.global_batch
-    points = [round(budget * index / (NUM_CURVE_POINTS - 1)) for index in range(NUM_CURVE_POINTS)]
-    curve = []
-    for tokens in points:
-        batch = curriculum.segment(max(curriculum.steps_for(tokens) - 1, 0)).global_batch_tokens
-        ratio = lr_ratio(recipe.schedule, tokens, [budget], full_batch)
-        curve.append((tokens, recipe.optimizer.lr * ratio * lr_factor(recipe.train.batch_ramp, batch, full_batch)))
-    return tuple(curve)
+    """The exact rate of at most NUM_CURVE_POINTS steps, the first and the last among them."""
+    last = plan.num_steps - 1
+    steps = sorted({round(last * index / (NUM_CURVE_POINTS - 1)) for index in range(NUM_CURVE_POINTS)})
+    return tuple((plan.curriculum.tokens_seen(step + 1), step_rates(plan, step).lr) for step in steps)
 
 
 def _hang_notes(execution: Execution) -> list[str]:

@@ -15,6 +15,8 @@ from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
 from torch import nn
 from torch.distributed import distributed_c10d as c10d
 
+from turbolm.plan.rates import Rates
+
 _ACCELERATE_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
@@ -108,6 +110,15 @@ def set_learning_rate(engine: Any, lr: float) -> None:
             group["lr"].fill_(rate)
         else:
             group["lr"] = rate
+
+
+def set_rates(engine: Any, rates: Rates) -> None:
+    """Write the rates of this step into every parameter group."""
+    set_learning_rate(engine, rates.lr)
+    if rates.weight_decay_factor is not None:
+        set_weight_decay(engine, rates.weight_decay_factor)
+    if rates.momentum is not None:
+        set_momentum(engine, rates.momentum)
 
 
 def set_weight_decay(engine: Any, factor: float) -> None:

@@ -17,14 +17,13 @@ from turbolm.checkpoint.saver import CheckpointSaver
 from turbolm.data.batch.loader import BatchLoader, GlobalBatch
 from turbolm.data.store.token_store import TokenStore
 from turbolm.models.loss import IGNORED_TARGET
-from turbolm.plan.curriculum import lr_factor
 from turbolm.plan.plan import Plan
+from turbolm.plan.rates import step_rates
 from turbolm.reliability import heartbeat
 from turbolm.reliability.anomalies import SkippedBatches
 from turbolm.reliability.replicas import check_replicas
 from turbolm.reliability.stop import StopRequest
-from turbolm.schedules import lr_ratio, ramp_value
-from turbolm.train.engine import set_learning_rate, set_momentum, set_weight_decay
+from turbolm.train.engine import set_rates
 from turbolm.train.evaluation import EvaluationResult, evaluate
 from turbolm.train.gate import UpdateGate
 from turbolm.train.metrics import MetricsLog
@@ -88,9 +87,8 @@ def train(session: Session) -> bool:
 def take_step(session: Session, batch: GlobalBatch) -> StepResult:
     """The next step, at the rates of its place in the run; an anomaly is left to the caller. Collective."""
     plan = session.plan
-    lr = learning_rate(plan, session.step, batch.index)
-    set_learning_rate(session.engine, lr)
-    set_other_schedules(session.engine, plan, session.step)
+    rates = step_rates(plan, session.step, batch.index)
+    set_rates(session.engine, rates)
     segment = plan.curriculum.segment(batch.index).first_step
     result = train_step(
         session.engine, batch.micro_batches, batch.num_targets, session.attention, session.gate, segment
@@ -98,7 +96,7 @@ def take_step(session: Session, batch: GlobalBatch) -> StepResult:
     session.step += 1
     heartbeat.advance(heartbeat.STEP, session.step)
     session.saver.prepare()
-    session.log.add_step(session.step, lr, batch, result, batch_flops(session, batch))
+    session.log.add_step(session.step, rates.lr, batch, result, batch_flops(session, batch))
     return result
 
 
@@ -119,31 +117,6 @@ def check_replicas_when_due(session: Session, *, before_save: bool = False) -> N
     every = session.plan.recipe.execution.replica_check
     if every != "off" and (before_save or (isinstance(every, int) and session.step % every == 0)):
         check_replicas(session.engine, session.step, session.group)
-
-
-def learning_rate(plan: Plan, step: int, batch_index: int | None = None) -> float:
-    """The rate of the step after `step` finished ones; of its batch, which a rollback may have moved.
-
-    It is read from the schedule at the middle of the tokens the step covers: neither the first step of a warmup nor the
-    last of a decay to zero is wasted.
-    """
-    recipe, curriculum = plan.recipe, plan.curriculum
-    segment = curriculum.segment(step if batch_index is None else batch_index)
-    batch, full_batch = segment.global_batch_tokens, recipe.train.global_batch
-    tokens = curriculum.tokens_seen(step) + batch / 2
-    ratio = lr_ratio(recipe.schedule, tokens, curriculum.whole_budgets_tokens, full_batch)
-    return float(recipe.optimizer.lr * ratio * lr_factor(recipe.train.batch_ramp, batch, full_batch))
-
-
-def set_other_schedules(engine: Any, plan: Plan, step: int) -> None:
-    """Weight decay and momentum of the next step, where the recipe schedules them; read as the learning rate is."""
-    schedule, curriculum = plan.recipe.schedule, plan.curriculum
-    tokens = curriculum.tokens_seen(step) + curriculum.segment(step).global_batch_tokens / 2
-    place = (tokens, curriculum.budgets_tokens[0], plan.recipe.train.global_batch)
-    if schedule.weight_decay is not None:
-        set_weight_decay(engine, ramp_value(schedule.weight_decay, *place))
-    if schedule.momentum is not None:
-        set_momentum(engine, ramp_value(schedule.momentum, *place))
 
 
 def agree_to_stop(session: Session, batch: GlobalBatch) -> str | None:

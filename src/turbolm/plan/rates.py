@@ -1,0 +1,62 @@
+"""The learning rate, weight decay and momentum of a step: one function for the run and for the preview. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from turbolm.plan.plan import Plan
+from turbolm.recipe.schema import BatchRamp
+from turbolm.schedules import lr_ratio, ramp_value
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What an optimizer step uses; None where the recipe has no schedule for it and the optimizer keeps its own."""
+
+    lr: float
+    weight_decay_factor: float | None  # on each parameter group's own weight decay
+    momentum: float | None
+
+
+def step_rates(plan: Plan, step: int, batch_index: int | None = None) -> Rates:
+    """The rates of the step that follows `step` finished ones.
+
+    `batch_index` is the batch it trains on where a rollback skipped some; by default batch `step`. Schedules are read
+    at the middle of the tokens the step covers, so neither the first step of a warmup nor the last of a decay to zero
+    is wasted.
+    """
+    recipe, curriculum = plan.recipe, plan.curriculum
+    schedule, full_batch = recipe.schedule, recipe.train.global_batch
+    batch = curriculum.segment(step if batch_index is None else batch_index).global_batch_tokens
+    tokens = curriculum.tokens_seen(step) + batch / 2
+    ratio = lr_ratio(schedule, tokens, curriculum.whole_budgets_tokens, full_batch)
+    weight_decay, momentum = (
+        None if ramp is None else ramp_value(ramp, tokens, curriculum.budgets_tokens[0], full_batch)
+        for ramp in (schedule.weight_decay, schedule.momentum)
+    )
+    lr = recipe.optimizer.lr * ratio * lr_factor(recipe.train.batch_ramp, batch, full_batch)
+    return Rates(lr, weight_decay, momentum)
+
+
+def preview_steps(plan: Plan) -> Iterator[dict[str, Any]]:
+    """Every step with its rates, under the names of metrics.jsonl."""
+    for step in range(plan.num_steps):
+        rates = step_rates(plan, step)
+        yield {
+            "step": step + 1,
+            "tokens_seen": plan.curriculum.tokens_seen(step + 1),
+            "train/lr": rates.lr,
+            "weight_decay_factor": rates.weight_decay_factor,
+            "momentum": rates.momentum,
+        }
+
+
+def lr_factor(ramp: BatchRamp | None, batch_tokens: int, full_batch_tokens: int) -> float:
+    """What the learning rate is multiplied by while the batch is smaller than the full one.
+
+    `sqrt` keeps the noise of Adam's update (arXiv 2205.10287), `linear` that of SGD's (arXiv 1706.02677).
+    """
+    power = {"none": 0.0, "sqrt": 0.5, "linear": 1.0}[ramp.lr_scaling if ramp else "none"]
+    return float((batch_tokens / full_batch_tokens) ** power)
