@@ -251,8 +251,9 @@ def rate(row: Settings, build: Callable[[], Contender], loader: Any, plan: Any, 
 
     A rival whose micro-batch does not fit gets half of it twice: eight rows, Trainer's default, are many for 1B.
     """
-    from turbolm.plan.flops import peak_half_flops, training_flops_per_token
+    from turbolm.plan.flops import training_flops_per_token
     from turbolm.plan.machine import detect_machine
+    from turbolm.recipe.gpus import peak_flops
 
     contender, num_steps = build(), row.get("steps", 5)
     batches = [loader.global_batch(index) for index in range(2 * num_steps + 2)]
@@ -271,7 +272,7 @@ def rate(row: Settings, build: Callable[[], Contender], loader: Any, plan: Any, 
     num_targets = statistics.mean(batch.num_targets for batch in batches[2:])
     span = sum(batch.attention_pairs for batch in batches[2:]) / sum(batch.num_targets for batch in batches[2:])
     flops = training_flops_per_token(contender.model.config.to_dict(), span)
-    peak = peak_half_flops(detect_machine().gpu_name)
+    peak = peak_flops(detect_machine().gpu_name, "bf16")
     return {
         "tokens_per_sec": plan.batch.global_batch_tokens / best,
         "mfu": flops * num_targets / best / peak if flops and peak else None,

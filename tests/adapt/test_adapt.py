@@ -17,8 +17,8 @@ from tests.train.harness import make_recipe, train_in_world
 from turbolm.data.prepare.build import prepare
 from turbolm.data.prepare.tokenizer import save_tokenizer, train_tokenizer
 from turbolm.errors import UserError
-from turbolm.plan.gpus import GPUS
 from turbolm.plan.summary import Summary, collect_summary
+from turbolm.recipe.gpus import GPUS
 from turbolm.recipe.load import load_recipe
 from turbolm.recipe.schema import Recipe
 from turbolm.train.run_directory import run_directory

@@ -3,13 +3,10 @@
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
 
 import pytest
 
 from turbolm.errors import UserError
-from turbolm.plan.flops import peak_half_flops
-from turbolm.plan.gpus import GPUS
 from turbolm.plan.machine import (
     Machine,
     check_machine,
@@ -19,7 +16,7 @@ from turbolm.plan.machine import (
     resolve_precision,
     resolve_processes_per_node,
 )
-from turbolm.recipe.execution import GpuName
+from turbolm.recipe.gpus import GPUS, find_gpu, peak_flops
 from turbolm.recipe.schema import Recipe
 
 CPU = Machine(num_gpus=0, gpu_name=None, gpu_compute_capability=None, num_cpus=8, cpu_has_bf16=True, memory_bytes=2**34)
@@ -183,9 +180,46 @@ def test_a_described_cluster_needs_no_machine():
 
 
 def test_every_gpu_that_a_recipe_can_name_is_known():
-    assert list(GPUS) == list(get_args(GpuName))
-    for gpu in GPUS.values():
-        assert peak_half_flops(f"NVIDIA {gpu.driver_name}") is not None
+    for name, gpu in GPUS.items():
+        described = described_machine(recipe(cluster={"gpu": name, "gpus_per_node": 8}))
+        assert described is not None
+        check_machine(recipe(cluster={"gpu": name, "gpus_per_node": 8}), described)
+        assert peak_flops(described.gpu_name, "fp16") == gpu.half_tflops * 1e12
+        assert name.endswith(f"-{gpu.memory_gb}GB")
+
+
+@pytest.mark.parametrize(
+    ("device_name", "name"),
+    [
+        ("NVIDIA H100 80GB HBM3", "H100-80GB"),
+        ("NVIDIA H100 PCIe", "H100-PCIe-80GB"),
+        ("NVIDIA H100 NVL", "H100-NVL-94GB"),
+        ("NVIDIA H200", "H200-141GB"),
+        ("NVIDIA GH200 480GB", "GH200-96GB"),
+        ("NVIDIA GH200 144G HBM3e", "GH200-144GB"),
+        ("NVIDIA A100-SXM4-40GB", "A100-40GB"),
+        ("NVIDIA A100 80GB PCIe", "A100-80GB"),
+        ("NVIDIA A800-SXM4-80GB", "A800-80GB"),
+        ("NVIDIA B300 SXM6 AC", "B300-270GB"),
+        ("NVIDIA GB200", "GB200-186GB"),
+        ("NVIDIA A10G", "A10G-24GB"),
+        ("NVIDIA L40S", "L40S-48GB"),
+        ("Tesla V100-SXM2-32GB", "V100-32GB"),
+        ("NVIDIA GeForce RTX 5090", "RTX5090-32GB"),
+        ("NVIDIA H100X", None),
+        (None, None),
+    ],
+)
+def test_a_gpu_is_found_by_what_the_driver_calls_it(device_name, name):
+    assert find_gpu(device_name) == (name and GPUS[name])
+
+
+def test_a_peak_is_of_a_precision():
+    assert peak_flops("NVIDIA H100 80GB HBM3", "bf16") == 989e12
+    assert peak_flops("NVIDIA H100 80GB HBM3", "fp8") == 1979e12
+    assert peak_flops("NVIDIA H100 80GB HBM3", "fp32") is None
+    assert peak_flops("Tesla V100-SXM2-32GB", "fp16") == 125e12
+    assert peak_flops("Tesla V100-SXM2-32GB", "bf16") is None
 
 
 @pytest.mark.parametrize("name", ["NVIDIA A100-SXM4-80GB", "NVIDIA A100 80GB PCIe", None])

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from turbolm.recipe.gpus import GPUS
 from turbolm.recipe.load import RecipeError, load_recipe
 
 GOOD = """\
@@ -25,6 +26,8 @@ SECTIONS = (
     "name, model, tokenizer, data, train, optimizer, schedule, anomalies, "
     "cluster, execution, evaluation, checkpoint, logging"
 )
+*_MOST, _LAST = map(repr, GPUS)
+_GPU_NAMES = f"{', '.join(_MOST)} or {_LAST}"
 OPTIMIZER = "name, lr, weight_decay, lr_multipliers, betas, eps"
 
 
@@ -205,9 +208,7 @@ ADDED = {
         "execution.offload_parameters would move away; choose one of the two"
     ),
     "execution: {zero_stage: 3}\ncluster: {gpu: H100, gpus_per_node: 8}": (
-        "a.yaml:12: cluster.gpu: expected 'A10-24GB', 'A10G-24GB', 'A100-40GB', 'A100-80GB', 'B200-180GB', "
-        "'H100-80GB', 'H200-141GB', 'L4-24GB', 'L40S-48GB', 'RTX4090-24GB', 'V100-16GB' or 'V100-32GB', got 'H100'; "
-        "did you mean 'H100-80GB'?"
+        f"a.yaml:12: cluster.gpu: expected {_GPU_NAMES}, got 'H100'; did you mean 'H100-80GB'?"
     ),
     "cluster: {gpu: H100-80GB}": (
         "a.yaml:11: cluster: expected `gpu` and `gpus_per_node` together, such as gpu: H100-80GB, gpus_per_node: 8"

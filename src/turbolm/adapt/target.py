@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from turbolm.errors import UserError
-from turbolm.plan.gpus import GPUS
 from turbolm.plan.machine import Machine, described_machine, detect_machine
 from turbolm.plan.recipe_table import recipes_folder
+from turbolm.recipe.gpus import GPUS, find_gpu
 from turbolm.recipe.load import load_piece
 from turbolm.recipe.schema import Recipe
 
@@ -77,5 +77,5 @@ def memory_bytes(recipe: Recipe, machine: Machine, num_processes: int) -> int | 
         return GPUS[recipe.cluster.gpu].memory_bytes
     if machine.num_gpus == 0 or recipe.cluster.device == "cpu":
         return machine.memory_bytes // num_processes
-    sizes = [gpu.memory_bytes for gpu in GPUS.values() if re.search(rf"\b{gpu.driver_name}\b", machine.gpu_name or "")]
-    return min(sizes, default=None)
+    gpu = find_gpu(machine.gpu_name)
+    return None if gpu is None else gpu.memory_bytes

@@ -42,26 +42,3 @@ def mean_causal_span(document_lengths: Iterable[int]) -> float:
         num_pairs += length * (length + 1) // 2
         num_tokens += length
     return num_pairs / num_tokens if num_tokens else 0.0
-
-
-# Dense bf16 and fp16 peak of a GPU with fp32 accumulation, FLOP/s, from the makers' data sheets (without sparsity).
-# The first name that occurs in the driver's device name counts.
-_PEAK_HALF_FLOPS = {
-    "B200": 2250e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L40": 181e12,
-    "L4": 121e12,
-    "A10G": 70e12,
-    "A10": 125e12,
-    "RTX 4090": 165e12,
-    "V100": 125e12,  # fp16 only
-}
-
-
-def peak_half_flops(gpu_name: str | None) -> float | None:
-    """The bf16 peak of a GPU by its name, or None when it is not listed."""
-    return next((peak for name, peak in _PEAK_HALF_FLOPS.items() if gpu_name and name in gpu_name), None)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from turbolm.errors import UserError
-from turbolm.plan.gpus import GPUS
+from turbolm.recipe.gpus import BF16_CAPABILITY, FP8_CAPABILITY, GPUS
 from turbolm.recipe.optimizers import OPTIMIZERS
 from turbolm.recipe.schema import Recipe
 
@@ -21,8 +21,6 @@ Device = str  # "cpu" or "cuda"
 Precision = str  # "fp32", "bf16" or "fp16"
 
 _NVIDIA_SMI_TIMEOUT_SEC = 30  # the first call on an idle machine loads the driver
-_FP8_CAPABILITY = (9, 0)  # Hopper is the first that scales by rows as well
-_BF16_CAPABILITY = (8, 0)  # Ampere is the first generation that multiplies in bf16
 _FP16_CAPABILITY = (7, 0)  # DeepSpeed refuses fp16 below Volta
 _BF16_CPU_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # x86, x86, aarch64
 
@@ -98,11 +96,8 @@ def check_machine(recipe: Recipe, machine: Machine) -> None:
             f"cluster.gpus_per_node is {cluster.gpus_per_node}, but {machine.num_gpus} GPUs are visible on this node; "
             f"set cluster.gpus_per_node={machine.num_gpus or 'null cluster.gpu=null'}, or run where the recipe says"
         )
-    name = machine.gpu_name or ""  # unknown to old drivers
-    gpu = GPUS[cluster.gpu]
-    memory = re.search(r"(\d+) ?GB", name)
-    same_kind = re.search(rf"\b{re.escape(gpu.driver_name)}\b", name) is not None
-    if name and not (same_kind and (memory is None or int(memory[1]) == gpu.memory_gb)):
+    name = machine.gpu_name  # unknown to old drivers
+    if name and not GPUS[cluster.gpu].matches(name):
         raise UserError(f"cluster.gpu is {cluster.gpu}, but this node has {name}; set cluster.gpu to what is here")
 
 
@@ -145,7 +140,7 @@ def resolve_precision(recipe: Recipe, machine: Machine, device: Device) -> Preci
         raise UserError(f"train.precision={wanted} needs execution.zero_stage 1, 2 or 3; stage 0 trains in fp32")
     if wanted == "fp16" and device == "cpu":
         raise UserError("train.precision=fp16 needs a GPU; set bf16 or fp32")
-    needed = _BF16_CAPABILITY if wanted == "bf16" else _FP16_CAPABILITY
+    needed = BF16_CAPABILITY if wanted == "bf16" else _FP16_CAPABILITY
     capability = machine.gpu_compute_capability
     if device == "cuda" and capability is not None and capability < needed:
         raise UserError(
@@ -164,9 +159,9 @@ def check_fp8(recipe: Recipe, machine: Machine, device: Device, precision: Preci
         raise UserError(f"train.fp8={fp8} needs a GPU, and this run is on the CPU; set train.fp8=off")
     if precision != "bf16":
         raise UserError(f"train.fp8={fp8} stands beside bf16, and this run is in {precision}; set train.fp8=off")
-    if capability is not None and capability < _FP8_CAPABILITY:
+    if capability is not None and capability < FP8_CAPABILITY:
         raise UserError(
-            f"train.fp8={fp8} needs a GPU of compute capability {_FP8_CAPABILITY[0]}.{_FP8_CAPABILITY[1]} (Hopper) or "
+            f"train.fp8={fp8} needs a GPU of compute capability {FP8_CAPABILITY[0]}.{FP8_CAPABILITY[1]} (Hopper) or "
             f"later, but {machine.gpu_name} has {capability[0]}.{capability[1]}; set train.fp8=off, which leaves bf16"
         )
 
@@ -174,7 +169,7 @@ def check_fp8(recipe: Recipe, machine: Machine, device: Device, precision: Preci
 def _computes_in_bf16(machine: Machine, device: Device) -> bool:
     if device == "cpu":
         return machine.cpu_has_bf16
-    return machine.gpu_compute_capability is not None and machine.gpu_compute_capability >= _BF16_CAPABILITY
+    return machine.gpu_compute_capability is not None and machine.gpu_compute_capability >= BF16_CAPABILITY
 
 
 # --------------------------------------------------------------------------------------------------------------- GPUs

@@ -11,14 +11,14 @@ from turbolm.errors import UserError
 from turbolm.plan.batch import BatchPlan
 from turbolm.plan.count import ModelFacts, ModelSize, examine_model
 from turbolm.plan.deepspeed import untested_note
-from turbolm.plan.flops import peak_half_flops, training_flops_per_token
-from turbolm.plan.gpus import GPUS
+from turbolm.plan.flops import training_flops_per_token
 from turbolm.plan.machine import Machine, described_machine, detect_machine, missing_package
 from turbolm.plan.memory import ModelState, estimate_model_state
 from turbolm.plan.plan import Plan, build_plan
 from turbolm.plan.preview import SourceUse, StoreSize, constant_span, mean_span, run_out_notes, source_uses
 from turbolm.plan.rates import step_rates
 from turbolm.plan.suggestions import Suggestion, suggest
+from turbolm.recipe.gpus import GPUS, peak_flops
 from turbolm.recipe.schema import Execution, Recipe
 from turbolm.units import format_bytes, format_duration
 
@@ -224,8 +224,7 @@ def _cost(
         per_token = None
     num_tokens = plan.curriculum.tokens_seen(plan.num_steps) + plan.restart_tokens
     total = None if per_token is None else per_token * num_tokens
-    half = plan.device == "cuda" and plan.precision != "fp32"
-    peak = peak_half_flops(machine.gpu_name) if half else None
+    peak = peak_flops(machine.gpu_name, plan.precision) if plan.device == "cuda" else None
     seconds = None if total is None or peak is None else total / (plan.world_size * peak * ASSUMED_MFU)
     return Cost(FLOPS_FORMULA, span, per_token, total, peak, ASSUMED_MFU, seconds)
 

@@ -12,6 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from turbolm.recipe.execution import RECIPES_ARE_COPIED
 from turbolm.recipe.fields import Section
+from turbolm.recipe.gpus import GPUS
 from turbolm.recipe.messages import Finding, describe
 from turbolm.recipe.model_config import lay_over
 from turbolm.recipe.optimizers import OPTIMIZERS
@@ -20,8 +21,6 @@ from turbolm.redaction import holds_secret
 
 Values = Mapping[str, Any]  # by dotted key; a value that is missing or not valid is None
 
-_GPUS_WITHOUT_BF16 = ("V100-16GB", "V100-32GB")
-_GPUS_WITH_FP8 = ("B200-180GB", "H100-80GB", "H200-141GB")
 _GPT2_POSITIONS = 1024  # its default; the one model type here with a table of positions
 _MAX_REMIX_PERIODS = 1000
 _KEYS = (
@@ -324,7 +323,7 @@ def _described_cluster(values: Values) -> Iterator[tuple[str, str]]:
     precision, on_cpu = values["train.precision"], values["cluster.device"] == "cpu"
     if on_cpu and precision == "fp16":
         yield "train.precision", "fp16 needs a GPU, but cluster.device is cpu; set bf16 or fp32"
-    elif not on_cpu and precision == "bf16" and gpu in _GPUS_WITHOUT_BF16:
+    elif not on_cpu and precision == "bf16" and gpu and not GPUS[gpu].has_bf16:
         yield "train.precision", f"bf16 needs a newer GPU than cluster.gpu {gpu}; set fp16 or fp32"
     if not on_cpu and gpus and isinstance(processes, int) and processes > gpus:
         yield (
@@ -348,11 +347,11 @@ def _fp8(values: Values) -> Iterator[tuple[str, str]]:
         )
     if values["cluster.device"] == "cpu":
         yield "train.fp8", f"{fp8} needs a GPU, but cluster.device is cpu; set fp8: off"
-    elif gpu is not None and gpu not in _GPUS_WITH_FP8:
+    elif gpu is not None and not GPUS[gpu].has_fp8:
+        able = ", ".join(name for name, one in GPUS.items() if one.has_fp8)
         yield (
             "train.fp8",
-            f"{fp8} needs one of {', '.join(_GPUS_WITH_FP8)}, but cluster.gpu is {gpu}; set fp8: off, which "
-            "leaves bf16",
+            f"{fp8} needs one of {able}, but cluster.gpu is {gpu}; set fp8: off, which leaves bf16",
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
@@ -18,6 +18,7 @@ from turbolm.recipe.fields import (
     positive_span,
     whole,
 )
+from turbolm.recipe.gpus import GPUS
 from turbolm.redaction import is_secret_name
 from turbolm.units import Span
 
@@ -74,10 +75,10 @@ Mount = Annotated[Argument, AfterValidator(_mount)]
 EnvironmentName = Annotated[Text, AfterValidator(_environment_name)]
 
 
-GpuName = Literal[
-    "A10-24GB", "A10G-24GB", "A100-40GB", "A100-80GB", "B200-180GB", "H100-80GB", "H200-141GB", "L4-24GB", "L40S-48GB",
-    "RTX4090-24GB", "V100-16GB", "V100-32GB",
-]  # fmt: skip
+if TYPE_CHECKING:
+    GpuName = str
+else:
+    GpuName = Literal[tuple(GPUS)]
 
 
 class Container(Section):

@@ -38,10 +38,11 @@ from turbolm.optim.build import build_optimizer, eight_bit_share
 from turbolm.optim.cautious import CautiousAdamW
 from turbolm.optim.groups import group_table
 from turbolm.optim.muon import Muon
-from turbolm.plan.flops import peak_half_flops, training_flops_per_token
+from turbolm.plan.flops import training_flops_per_token
 from turbolm.plan.machine import Machine
 from turbolm.plan.plan import Plan
 from turbolm.recipe.contract import contract_of, fingerprint
+from turbolm.recipe.gpus import peak_flops
 from turbolm.reliability import heartbeat
 from turbolm.reliability.anomalies import AnomalyWatch
 from turbolm.reliability.stop import StopRequest
@@ -228,7 +229,7 @@ def _build_saver(plan: Plan, run: RunDirectory, engine: Any, stop: StopRequest, 
 
 def _peak_flops(engine: Any, plan: Plan, machine: Machine) -> float | None:
     """Peak of all devices together: from the data sheet, else measured as a matrix product on every rank at once."""
-    known = peak_half_flops(machine.gpu_name) if plan.device == "cuda" and plan.precision != "fp32" else None
+    known = peak_flops(machine.gpu_name, plan.precision) if plan.device == "cuda" else None
     if known is not None:
         return known * plan.world_size
     peak = torch.tensor([measure_peak_flops(engine.device, next(engine.module.parameters()).dtype)])
