@@ -143,7 +143,8 @@ def measured_cell(found: dict[str, Any], spread: float | None) -> str:
     ratios = (("tokens", "target_tokens"), ("time", "target_sec"), ("tokens/s", "tokens_per_sec"))
     parts = [f"{word} {found[key]:.2f}x" for word, key in ratios if found[key]]
     if not found["target_tokens"]:
-        parts.insert(0, "target not reached")
+        at_once = found["verdict"] == "inconclusive"
+        parts.insert(0, "target met at the first evaluation" if at_once else "target not reached")
     seeds = f"{found['seeds']} seed{'s' * (found['seeds'] > 1)}"
     return f"**{judge(found, spread)}**: {loss}; {', '.join(parts)}; memory {found['peak_bytes']:.2f}x ({seeds})"
 

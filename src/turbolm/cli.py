@@ -345,23 +345,20 @@ def ablate(
     from turbolm.ablate.render import render_table
     from turbolm.ablate.results import collect_results
     from turbolm.ablate.run import check_folder, run_ablation
-    from turbolm.ablate.settings import Ablation, Sweep
+    from turbolm.ablate.settings import Ablation, Options, Sweep
     from turbolm.plan.machine import detect_machine
 
-    ablation = Ablation.prepare(
-        recipe,
-        overrides or (),
-        tricks or (),
-        machine=detect_machine(),
-        name=name,
-        alone=alone,
+    options = Options(
         num_seeds=seeds,
-        noise=noise,
         target_loss=target_loss,
         sweep=Sweep.parse(sweep_lr) if sweep_lr else None,
+        alone=alone,
+        noise=noise,
         clock=clock.value,
+        name=name,
         command=shlex.join(["turbolm", *sys.argv[1:]]),
     )
+    ablation = Ablation.prepare(recipe, overrides or (), tricks or (), detect_machine(), options)
     check_folder(ablation)
     with _standard_output_as_error() if as_json or dry_run else contextlib.nullcontext():
         say = functools.partial(print, flush=True)

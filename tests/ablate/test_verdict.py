@@ -95,3 +95,11 @@ def test_words(
     assert found == verdict
     assert sentence.startswith(text.partition(" (p")[0])
     assert ("one seed" in sentence) == (len(seconds) == 1 and math.isfinite(losses[0]))
+
+
+def test_a_target_met_at_the_first_evaluation_gives_no_number() -> None:
+    found, sentence = words([None, 50.0], [90.0, 100.0], [3.0, 3.0], [4.0, 4.0], noise=0.05, num_unresolved=1)
+    assert found == "inconclusive"
+    assert sentence.startswith("inconclusive: target met at the first evaluation in 1 of the 4 runs")
+    diverged, _ = words([None], [90.0], [math.inf], [4.0], noise=0.05, num_unresolved=1)
+    assert diverged == "loss"

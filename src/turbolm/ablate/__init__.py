@@ -1,1 +1,1 @@
-"""What each trick is worth: a recipe trained with and without it, on the user's own model, data and machine."""
+"""Measure what each trick is worth: train a recipe with and without it, on the user's model, data and machine."""

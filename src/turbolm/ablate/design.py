@@ -1,4 +1,4 @@
-"""The arms of an ablation: which tricks each one has, and that nothing else sets it apart from the baseline."""
+"""Build the arms of an ablation and check that each differs from the baseline by its tricks only."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
 from turbolm.ablate.tricks import Trick
@@ -19,26 +18,26 @@ from turbolm.recipe.contract import changed_keys, contract_of
 from turbolm.recipe.load import load_recipe
 from turbolm.recipe.schema import Recipe
 
-# What every arm has in common, or its losses could not be compared with the baseline's.
+# What all arms must share: otherwise their losses cannot be compared with the baseline's.
 _COMMON = {
     "name": "is the run's name",
     "tokenizer": "decides what a token is",
-    "data.sources": "is what is learned from",
-    "data.validation": "is what is evaluated on",
-    "data.deduplicate": "is what is learned from",
-    "data.seq_len": "is how much context the evaluation gives; a schedule of lengths is data.length_schedule",
+    "data.sources": "is the training data",
+    "data.validation": "is the evaluation data",
+    "data.deduplicate": "is the training data",
+    "data.seq_len": "is the context the evaluation gives; a schedule of lengths is data.length_schedule",
     "train.budget": "is what each arm is given",
     "train.seed": "is chosen by --seeds",
     "evaluation": "is how each arm is measured",
-    "execution.runs_dir": "is where the arms' runs lie",
-    "execution.cache_dir": "is where the data lies",
+    "execution.runs_dir": "is where the runs of the arms are",
+    "execution.cache_dir": "is where the data is",
 }
 _MAX_NAME = 70
 
 
 @dataclass(frozen=True)
 class Arm:
-    """The recipe with some of the tricks, its precision settled. `name` is what tables call it."""
+    """The recipe with some of the tricks, as planned on this machine. `name` is its name in tables."""
 
     name: str
     tricks: tuple[Trick, ...]
@@ -46,7 +45,7 @@ class Arm:
 
     @property
     def run_name(self) -> str:
-        """The start of its runs' names: the same for the same tricks, whatever else is measured."""
+        """The prefix of its run names: the same tricks give the same name, whatever else is measured."""
         names = sorted(trick.name for trick in self.tricks)
         name = "-".join(["with", *names]) if names else "baseline"
         if len(name) > _MAX_NAME:
@@ -54,8 +53,8 @@ class Arm:
         return name
 
     @property
-    def changes_rate(self) -> bool:
-        """Whether its best learning rate may well be another than the baseline's."""
+    def changes_lr(self) -> bool:
+        """Whether its best learning rate may differ from the baseline's."""
         sections = ("optimizer", "schedule", "train.batch_ramp", "train.global_batch")
         return any(_overlap(key, section) for trick in self.tricks for key in trick.keys for section in sections)
 
@@ -63,11 +62,11 @@ class Arm:
 def design(
     recipe_file: str, overrides: Sequence[str], tricks: Sequence[Trick], machine: Machine, *, alone: bool = False
 ) -> list[Arm]:
-    """The baseline, each trick alone, all together, and all but one, each set of tricks once.
+    """The baseline, each trick alone, all together, and all but one. Each set of tricks appears once.
 
-    `alone` leaves out the combinations. Raises UserError with every reason why this cannot be compared: tricks that
-    cannot work here, change nothing, change more than they say or what all arms must have in common, or contradict
-    each other.
+    `alone` leaves out the combinations. Raises UserError with every reason why the arms cannot be compared: tricks that
+    do not work here, change nothing, change more than they say, change what all arms must share, or contradict each
+    other.
     """
     problems = [] if alone else _contradictions(tricks)
     for trick in tricks:
@@ -103,7 +102,7 @@ def design(
 
 def _arm(name: str, recipe_file: str, overrides: Sequence[str], group: tuple[Trick, ...], machine: Machine) -> Arm:
     layers = [override for trick in group for override in trick.overrides]
-    if layers:  # an optimizer's own default rate is not the baseline's
+    if layers:  # keep the baseline's learning rate, not another optimizer's default
         layers.insert(0, f"optimizer.lr={load_recipe(recipe_file, overrides).optimizer.lr!r}")
     recipe = load_recipe(recipe_file, [*overrides, *layers])
     check_machine(recipe, machine)
@@ -112,7 +111,7 @@ def _arm(name: str, recipe_file: str, overrides: Sequence[str], group: tuple[Tri
 
 
 def _combinations(tricks: Sequence[Trick]) -> dict[str, tuple[Trick, ...]]:
-    """All together and all but one, by name, as far as they are not arms already."""
+    """All together and all but one, by name, unless they are arms already."""
     if len(tricks) < 2:
         return {}
     groups = {"all": tuple(tricks)}
@@ -135,9 +134,9 @@ def _contradictions(tricks: Sequence[Trick]) -> list[str]:
 
 
 def _excess(arm: Arm, baseline: Arm) -> list[str]:
-    """What sets the arm apart from the baseline besides its tricks; or that nothing does."""
+    """Differences from the baseline that the arm's tricks do not name, or a note that there is no difference."""
     said = [key for trick in arm.tricks for key in trick.keys]
-    # With another optimizer its settings are others as well.
+    # Another optimizer or length schedule has other settings too.
     said += [key.removesuffix(".name") for key in said if key in ("optimizer.name", "data.length_schedule.name")]
     name = arm.name.removeprefix("+")
     problems = [
@@ -152,7 +151,7 @@ def _excess(arm: Arm, baseline: Arm) -> list[str]:
 
 
 def _overlap(one: str, other: str) -> bool:
-    """Whether one dotted key is the other, or a part of it."""
+    """Whether two dotted keys are equal or one contains the other."""
     return one == other or one.startswith(other + ".") or other.startswith(one + ".")
 
 
@@ -161,7 +160,7 @@ def _shown(value: Any) -> str:
 
 
 def describe_arms(arms: Sequence[Arm]) -> str:
-    """A line for each arm: its tricks, or what its one trick sets."""
+    """One line per arm: its tricks, or what its only trick sets."""
     width = max(len(arm.name) for arm in arms)
     lines = []
     for arm in arms:
@@ -178,8 +177,3 @@ def _value(values: Any, key: str) -> Any:
     for part in key.split("."):
         values = values.get(part) if isinstance(values, Mapping) else None
     return values
-
-
-def recipe_path(folder: Path, run_name: str) -> Path:
-    """Where the recipe of one run stands."""
-    return folder / "recipes" / f"{run_name}.yaml"

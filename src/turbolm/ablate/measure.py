@@ -1,24 +1,23 @@
-"""What one run of an arm shows: its loss by tokens, steps and training time, and what it took."""
+"""Measure a finished run: its loss over tokens, steps and training time, and what it cost."""
 
 from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from turbolm.errors import UserError
 from turbolm.report.metrics import Line, is_number, read_metrics
 
-Clock = Literal["wall", "cpu"]  # of the world, or the processor time of rank 0's process
-TIMING = "timing.json"  # in a run directory: what each start of an ablation's run took, as seen from outside
+Clock = Literal["wall", "cpu"]  # wall-clock time, or the processor time of rank 0's process
+TIMING = "timing.json"  # in a run directory: what each start of the run took, measured from outside
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """An evaluation, and what training had used until then. `sec` is the time of the steps alone, by the clock asked
-    for."""
+    """An evaluation and what training had used by then. `sec` counts training steps only, by the chosen clock."""
 
     tokens: float
     steps: float
@@ -30,11 +29,11 @@ class Evaluation:
 class RunMeasures:
     """One finished run.
 
-    `training_sec` is the time of its steps by the clock asked for, `compile_sec` that of compiling in them on the wall.
-    `whole_sec` is the wall-clock time of the whole command with start, evaluation, checkpoints and export, and
-    `cpu_sec` the processor time of all its processes. `tokens_per_sec` leaves steps out that compiled something. `mfu`
-    is weighted by time. `peak_bytes` is the most that one process held. Tokens and time of random restarts' other
-    candidates count as if they came first; steps are those of the run.
+    `training_sec` is the time of its steps by the chosen clock, `compile_sec` the wall-clock time they compiled.
+    `whole_sec` is the wall-clock time of the whole command with startup, evaluation, checkpoints and export, and
+    `cpu_sec` the processor time of all its processes. `tokens_per_sec` leaves out steps that compiled something. `mfu`
+    is weighted by time. `peak_bytes` is the peak memory of one process. The tokens and time of the candidates that
+    random restarts dropped count as if they came first; steps are those of the run.
     """
 
     seed: int
@@ -55,8 +54,8 @@ class RunMeasures:
     def to_target(self, target_loss: float) -> Evaluation | None:
         """Tokens, steps and time at which the loss was first at or below the target, or None.
 
-        Between two evaluations the loss is taken to fall linearly. A first evaluation below the target is taken as it
-        is: it was reached there or sooner.
+        Interpolates linearly between two evaluations. Where the first evaluation is at or below the target, that
+        evaluation is returned, and the target was met there or earlier.
         """
         before = None
         for after in self.evaluations:
@@ -64,44 +63,29 @@ class RunMeasures:
                 if before is None or not math.isfinite(before.loss):
                     return after
                 share = (before.loss - target_loss) / (before.loss - after.loss)
-                tokens, steps, sec = (
-                    old + share * (new - old)
-                    for old, new in (
-                        (before.tokens, after.tokens),
-                        (before.steps, after.steps),
-                        (before.sec, after.sec),
-                    )
-                )
-                return Evaluation(tokens, steps, sec, target_loss)
+                pairs = zip(astuple(before), astuple(after), strict=True)
+                return Evaluation(*(old + share * (new - old) for old, new in pairs))
             before = after
         return None
 
-    def as_dict(self) -> dict[str, Any]:
-        """Plain JSON types."""
-        return asdict(self)
-
 
 def measure_run(path: Path, *, seed: int, lr: float, clock: Clock = "wall") -> RunMeasures:
-    """Read the run directory of a finished run. Raises UserError when it does not tell the time by this clock."""
+    """Measure the run directory of a finished run. Raises UserError when it has no times by this clock."""
     metrics = read_metrics(path / "metrics.jsonl")
     steps = [line for line in metrics if "train/loss" in line]
-    lost = [line for file in sorted((path / "restarts").glob("*.jsonl")) for line in read_metrics(file)]
-    lost_tokens = sum(line["data/batch_tokens"] for line in lost)
-    sec = sum(_step_sec(line, clock, path) for line in lost)
-    evaluations, weighted_mfu, timed_mfu = [], 0.0, 0.0
+    dropped = [line for file in sorted((path / "restarts").glob("*.jsonl")) for line in read_metrics(file)]
+    dropped_tokens = sum(line["data/batch_tokens"] for line in dropped)
+    sec = sum(_step_sec(line, clock, path) for line in dropped)
+    evaluations = []
     for line in metrics:
         if "train/loss" in line:
             sec += _step_sec(line, clock, path)
-            if is_number(line.get("perf/mfu")):
-                weighted_mfu += line["perf/mfu"] * _step_sec(line, "wall", path)
-                timed_mfu += _step_sec(line, "wall", path)
         elif "eval/loss" in line:
             loss = line["eval/loss"]
-            loss = float(loss) if is_number(loss) else math.inf  # written as text where it is not finite
-            evaluations.append(Evaluation(line["tokens_seen"] + lost_tokens, line["step"], sec, loss))
-    compile_sec = sum(line.get("perf/compile_sec", 0.0) for line in steps)
+            loss = float(loss) if is_number(loss) else math.inf  # logged as text where it is not finite
+            evaluations.append(Evaluation(line["tokens_seen"] + dropped_tokens, line["step"], sec, loss))
     timed = [line for line in steps if not line.get("perf/compile_sec")] or steps
-    tokens_per_sec = sum(line["data/batch_tokens"] for line in timed) / sum(_step_sec(o, clock, path) for o in timed)
+    mfu = [(line["perf/mfu"], _step_sec(line, "wall", path)) for line in steps if is_number(line.get("perf/mfu"))]
     peaks = [line["memory/peak_bytes"] for line in steps if is_number(line.get("memory/peak_bytes"))]
     timing = read_timing(path)
     return RunMeasures(
@@ -109,12 +93,13 @@ def measure_run(path: Path, *, seed: int, lr: float, clock: Clock = "wall") -> R
         lr=lr,
         path=str(path),
         final_loss=evaluations[-1].loss,
-        tokens=steps[-1]["tokens_seen"] + lost_tokens,
+        tokens=steps[-1]["tokens_seen"] + dropped_tokens,
         steps=steps[-1]["step"],
         training_sec=sec,
-        compile_sec=compile_sec,
-        tokens_per_sec=tokens_per_sec,
-        mfu=weighted_mfu / timed_mfu if timed_mfu else None,
+        compile_sec=sum(line.get("perf/compile_sec", 0.0) for line in steps),
+        tokens_per_sec=sum(line["data/batch_tokens"] for line in timed)
+        / sum(_step_sec(line, clock, path) for line in timed),
+        mfu=sum(value * step_sec for value, step_sec in mfu) / sum(step_sec for _, step_sec in mfu) if mfu else None,
         peak_bytes=max(peaks, default=None),
         whole_sec=sum(one["whole_sec"] for one in timing) if timing else None,
         cpu_sec=sum(one["cpu_sec"] for one in timing) if timing else None,
@@ -123,7 +108,7 @@ def measure_run(path: Path, *, seed: int, lr: float, clock: Clock = "wall") -> R
 
 
 def read_timing(path: Path) -> list[dict[str, float]]:
-    """What the starts of a run took, oldest first."""
+    """What each start of a run took, oldest first."""
     try:
         found = json.loads((path / TIMING).read_text(encoding="utf-8"))
     except (OSError, ValueError):

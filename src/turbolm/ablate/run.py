@@ -1,7 +1,7 @@
-"""Train every arm with every seed, and sweep learning rates before that if asked.
+"""Train every arm with every seed, and sweep learning rates first if asked.
 
-Each run is a normal training in a run directory of its own, so that a finished one is never done again and an
-interrupted one goes on. Runs go seed by seed, not arm by arm: what else the machine does then disturbs all arms alike.
+Each run is an ordinary training in its own run directory: a finished one is not repeated, and an interrupted one
+resumes. Runs go seed by seed, not arm by arm, so that other load on the machine disturbs all arms alike.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from statistics import fmean
 
-from turbolm.ablate.design import Arm, recipe_path
+from turbolm.ablate.design import Arm
 from turbolm.ablate.measure import TIMING, read_timing
 from turbolm.ablate.results import measured, write_results
 from turbolm.ablate.settings import Ablation, three_digits
@@ -26,40 +26,36 @@ from turbolm.train.run_directory import is_finished, run_directory
 from turbolm.units import format_duration
 
 Runner = Callable[[Recipe, Path], int]  # trains the recipe, which is also in the file; returns the run's exit code
+Say = Callable[[str], None]
 
-_KILLED = 128
 
+def run_ablation(ablation: Ablation, runner: Runner, say: Say) -> int:
+    """Train what is left to train; returns an exit code. Writes the results so far after every run.
 
-def run_ablation(ablation: Ablation, runner: Runner, say: Callable[[str], None]) -> int:
-    """Do what is left to do; returns an exit code. Results so far are written after every run.
-
-    Raises UserError when the folder holds runs of another recipe or of another setting.
+    Raises UserError when the folder holds runs of another recipe or setting.
     """
     check_folder(ablation)
-    progress = _Progress(ablation, say)
+    trainer = _Trainer(ablation, runner, say)
     for recipe, arm in _sweep_runs(ablation):
-        code = _train(ablation, recipe, runner, progress)
-        if code in (EXIT_REQUEUE, 130) or code > _KILLED:
+        if _is_interruption(code := trainer.train(recipe)):
             return code
         measures = measured(recipe)
-        loss = measures.final_loss if measures else math.inf  # a run that failed at this rate
+        loss = measures.final_loss if measures else math.inf  # the run failed at this learning rate
         ablation.swept.setdefault(arm.name, []).append((recipe.optimizer.lr, loss))
-    if ablation.sweep:
-        _choose_rates(ablation, say)
+    if ablation.options.sweep:
+        _choose_lrs(ablation, say)
         _check_runs(ablation, _seed_runs(ablation))
     for recipe, _ in _seed_runs(ablation):
-        code = _train(ablation, recipe, runner, progress)
-        if code in (EXIT_REQUEUE, 130) or code > _KILLED:
+        if _is_interruption(code := trainer.train(recipe)):
             return code
         write_results(ablation)
-    write_results(ablation)
-    left = [recipe.name for recipe, _ in _seed_runs(ablation) if recipe.name in ablation.failures]
-    return EXIT_FAILED if left else EXIT_OK
+    failed = any(recipe.name in ablation.failures for recipe, _ in _seed_runs(ablation))
+    return EXIT_FAILED if failed else EXIT_OK
 
 
 def check_folder(ablation: Ablation) -> None:
     """Raises UserError when runs in the folder were made with other recipes than would be written now."""
-    _check_runs(ablation, _sweep_runs(ablation) if ablation.sweep else _seed_runs(ablation))
+    _check_runs(ablation, _sweep_runs(ablation) if ablation.options.sweep else _seed_runs(ablation))
 
 
 def _check_runs(ablation: Ablation, runs: Iterable[tuple[Recipe, Arm]]) -> None:
@@ -67,9 +63,8 @@ def _check_runs(ablation: Ablation, runs: Iterable[tuple[Recipe, Arm]]) -> None:
     for recipe, _ in runs:
         if not run_directory(recipe).path.exists():
             continue
-        path = recipe_path(ablation.folder, recipe.name)
         try:
-            old = load_recipe(path)  # so that keys which are new since then have their defaults
+            old = load_recipe(ablation.recipe_file(recipe.name))  # keys that are new since then get their defaults
         except RecipeError as error:
             changes[recipe.name] = f"  {error}"
             continue
@@ -87,78 +82,79 @@ def _check_runs(ablation: Ablation, runs: Iterable[tuple[Recipe, Arm]]) -> None:
 
 
 def _swept_arms(ablation: Ablation) -> list[Arm]:
-    """Those whose best rate is not known: the baseline, and each with a trick of optimizer, schedule or batch."""
-    return [arm for index, arm in enumerate(ablation.arms) if index == 0 or arm.changes_rate]
+    """The arms whose best learning rate is unknown: the baseline, and those with a trick that may change it."""
+    return [arm for index, arm in enumerate(ablation.arms) if index == 0 or arm.changes_lr]
 
 
 def _sweep_runs(ablation: Ablation) -> Iterator[tuple[Recipe, Arm]]:
-    if ablation.sweep is None:
-        return
     baseline = ablation.arms[0].recipe.optimizer.lr
-    for rate in ablation.sweep.rates:
+    for lr in ablation.options.sweep.lrs if ablation.options.sweep else ():
         for arm in _swept_arms(ablation):
-            own = three_digits(rate * arm.recipe.optimizer.lr / baseline)
+            own = three_digits(lr * arm.recipe.optimizer.lr / baseline)
             yield ablation.recipe(arm, ablation.seeds[0], own), arm
 
 
 def _seed_runs(ablation: Ablation) -> Iterator[tuple[Recipe, Arm]]:
     for seed in ablation.seeds:
         for arm in ablation.arms:
-            yield ablation.recipe(arm, seed, ablation.rate(arm)), arm
+            yield ablation.recipe(arm, seed, ablation.lr(arm)), arm
 
 
-def _choose_rates(ablation: Ablation, say: Callable[[str], None]) -> None:
+def _choose_lrs(ablation: Ablation, say: Say) -> None:
     for name, tried in ablation.swept.items():
-        rates = [rate for rate, _ in tried]
+        lrs = [lr for lr, _ in tried]
         best, loss = min(tried, key=lambda pair: pair[1])
         if not math.isfinite(loss):
-            raise UserError(f"{name}: no learning rate of the sweep {rates[0]:g} to {rates[-1]:g} ended with a loss")
-        say(f"{name}: best learning rate {best:g} (loss {loss:.4f}) of {', '.join(f'{rate:g}' for rate in rates)}")
-        if best in (min(rates), max(rates)):
+            raise UserError(f"{name}: no learning rate of the sweep {lrs[0]:g} to {lrs[-1]:g} ended with a loss")
+        say(f"{name}: best learning rate {best:g} (loss {loss:.4f}) of {', '.join(f'{lr:g}' for lr in lrs)}")
+        if best in (min(lrs), max(lrs)):
             warning = f"{name}: the best learning rate, {best:g}, is at the edge of the sweep: widen it"
             ablation.warnings.append(warning)
             say(warning)
 
 
-def _train(ablation: Ablation, recipe: Recipe, runner: Runner, progress: _Progress) -> int:
-    """Train one run unless it is finished, and note what it took."""
-    run = run_directory(recipe)
-    progress.reached.add(recipe.name)
-    if is_finished(run, recipe.train.budget):
-        return EXIT_OK
-    path = recipe_path(ablation.folder, recipe.name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(dump_recipe(recipe), encoding="utf-8")
-    progress.show(recipe)
-    started, cpu_started = time.monotonic(), _children_cpu_sec()
-    code = runner(recipe, path)
-    timing = {"whole_sec": time.monotonic() - started, "cpu_sec": _children_cpu_sec() - cpu_started, "exit_code": code}
-    if run.path.is_dir():
-        (run.path / TIMING).write_text(json.dumps([*read_timing(run.path), timing], indent=1), encoding="utf-8")
-    ablation.failures.pop(recipe.name, None)
-    if code not in (EXIT_OK, EXIT_REQUEUE):
-        ablation.failures[recipe.name] = code
-    return code
+def _is_interruption(code: int) -> bool:
+    """Whether a run ended because someone or something stopped it: the ablation stops too."""
+    return code in (EXIT_REQUEUE, 130) or code > 128
 
 
-class _Progress:
-    """Which run of how many, and when the last one will be done."""
+class _Trainer:
+    """Trains one run after another, records what each took, and says how far the ablation is."""
 
-    def __init__(self, ablation: Ablation, say: Callable[[str], None]) -> None:
-        self.ablation, self.say = ablation, say
-        self.reached: set[str] = set()  # names of runs, the present one included
-        num_arms, num_swept = len(ablation.arms), len(_swept_arms(ablation))
-        num_sweep_runs = num_swept * len(ablation.sweep.rates) if ablation.sweep else 0
-        # The first seed at the best rate is a run of the sweep.
-        self.total = num_sweep_runs + num_arms * ablation.num_seeds - (num_swept if ablation.sweep else 0)
+    def __init__(self, ablation: Ablation, runner: Runner, say: Say) -> None:
+        self.ablation, self.runner, self.say = ablation, runner, say
+        self.reached: set[str] = set()  # names of runs, the current one included
+        num_swept = len(_swept_arms(ablation)) if ablation.options.sweep else 0
+        # An arm's first seed at its best learning rate is a run of the sweep.
+        self.num_runs = len(list(_sweep_runs(ablation))) + len(ablation.arms) * len(ablation.seeds) - num_swept
 
-    def show(self, recipe: Recipe) -> None:
-        folder = self.ablation.folder
-        finished = [path for path in folder.glob("*-seed*") if (path / "results.json").is_file()]
+    def train(self, recipe: Recipe) -> int:
+        """Train one run unless it is finished; returns its exit code."""
+        run = run_directory(recipe)
+        self.reached.add(recipe.name)
+        if is_finished(run, recipe.train.budget):
+            return EXIT_OK
+        path = self.ablation.recipe_file(recipe.name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(dump_recipe(recipe), encoding="utf-8")
+        self._say_progress(recipe.name)
+        started, cpu_started = time.monotonic(), _children_cpu_sec()
+        code = self.runner(recipe, path)
+        took = {"whole_sec": time.monotonic() - started, "cpu_sec": _children_cpu_sec() - cpu_started}
+        if run.path.is_dir():
+            timing = [*read_timing(run.path), {**took, "exit_code": code}]
+            (run.path / TIMING).write_text(json.dumps(timing, indent=1), encoding="utf-8")
+        self.ablation.failures.pop(recipe.name, None)
+        if code not in (EXIT_OK, EXIT_REQUEUE):
+            self.ablation.failures[recipe.name] = code
+        return code
+
+    def _say_progress(self, name: str) -> None:
+        finished = [path.parent for path in self.ablation.folder.glob("*-seed*/results.json")]
         took = [sum(one["whole_sec"] for one in timing) for path in finished if (timing := read_timing(path))]
         number = len(self.reached)
-        eta = f", about {format_duration(fmean(took) * (self.total - number + 1))} left" if took else ""
-        self.say(f"[{number}/{self.total}] {recipe.name}{eta}")
+        eta = f", about {format_duration(fmean(took) * (self.num_runs - number + 1))} left" if took else ""
+        self.say(f"[{number}/{self.num_runs}] {name}{eta}")
 
 
 def _children_cpu_sec() -> float:

@@ -1,4 +1,4 @@
-"""Tricks by name: the pieces of recipes/_tricks, the user's own pieces, and settings given on the command line."""
+"""Parse tricks: the pieces of recipes/_tricks, the user's own pieces, and settings on the command line."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from turbolm.errors import UserError
 from turbolm.plan.recipe_table import recipes_folder, trick_files
 from turbolm.recipe.load import load_piece
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,49}")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _PLUS = re.compile(r"\+(?=[a-z_]+(?:\.[\w]+)*=)")
 
 
 @dataclass(frozen=True)
 class Trick:
-    """Something laid over a recipe. `overrides` are as `load_recipe` takes them, `keys` what they set, dotted."""
+    """Settings laid over a recipe. `overrides` are as `load_recipe` takes them; `keys` are the dotted keys they set."""
 
     name: str
     overrides: tuple[str | Path, ...]
@@ -27,7 +27,7 @@ class Trick:
 
 
 def parse_tricks(texts: Sequence[str]) -> list[Trick]:
-    """Tricks as they are written on the command line: `muon,own/piece.yaml,short:train.budget=1M+data.packing=concat`.
+    """Tricks as the command line spells them: `muon,own/piece.yaml,short:train.budget=1M+data.packing=concat`.
 
     Raises UserError with everything that is wrong.
     """
@@ -52,7 +52,7 @@ def parse_tricks(texts: Sequence[str]) -> list[Trick]:
 
 
 def _split(text: str) -> list[str]:
-    """Between the commas that are not inside of [...] or {...}."""
+    """Split at the commas outside of [...] and {...}."""
     entries, depth = [""], 0
     for char in text:
         depth += (char in "[{") - (char in "]}")
@@ -66,7 +66,7 @@ def _split(text: str) -> list[str]:
 def _parse(entry: str, known: Mapping[str, Path]) -> Trick:
     name, colon, settings = entry.partition(":")
     if colon:
-        _check_name(name)
+        check_name("--tricks", name)
         overrides = _PLUS.split(settings)
         keys = tuple(override.partition("=")[0].strip() for override in overrides)
         return Trick(name, tuple(overrides), keys)
@@ -74,7 +74,7 @@ def _parse(entry: str, known: Mapping[str, Path]) -> Trick:
         path = known[entry]
     elif entry.endswith((".yaml", ".yml")):
         path = Path(entry)
-        _check_name(path.stem)
+        check_name("--tricks", path.stem)
     else:
         near = difflib.get_close_matches(entry.lower(), known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}? " if near else ""
@@ -82,9 +82,11 @@ def _parse(entry: str, known: Mapping[str, Path]) -> Trick:
     return Trick(path.stem, (path,), tuple(_leaves(load_piece(path))))
 
 
-def _check_name(name: str) -> None:
-    if not _NAME.fullmatch(name):
-        raise UserError(f"--tricks: expected a name of letters, digits, '.', '_' and '-', got {name[:100]!r}")
+def check_name(option: str, name: str, max_length: int = 50) -> str:
+    """Return the name if it can be part of a path. Raises UserError."""
+    if len(name) > max_length or not _NAME.fullmatch(name):
+        raise UserError(f"{option}: expected a name of letters, digits, '.', '_' and '-', got {name[:100]!r}")
+    return name
 
 
 def _leaves(values: Mapping[str, Any], parent: str = "") -> list[str]:

@@ -1,4 +1,4 @@
-"""Whether a difference between two arms is one: a paired t-test over the seeds, and plain words for what it says."""
+"""Decide whether two arms differ: a paired t-test over the seeds, and a sentence that says what it found."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
+TEST = "two-sided paired t-test over the seeds"
 SIGNIFICANCE = 0.05
-LOSS_NOISE = 0.005  # relative; smaller differences of a loss between two runs are taken for chance
+LOSS_NOISE = 0.005  # relative; a smaller difference between the losses of two runs is taken for chance
 _INTERVALS = 2000
 
 
@@ -17,7 +18,7 @@ class Comparison:
     """An arm against the baseline in one measure.
 
     `ratio` is the arm's mean over the baseline's. `p` is the probability of such a difference, or a larger one, by
-    chance; None with a single seed. `verdict` is gain, loss, null (less than the noise level) or not significant.
+    chance; None with a single seed. `verdict` is gain, loss, null (below the noise level) or not significant.
     """
 
     ratio: float
@@ -28,24 +29,24 @@ class Comparison:
 def compare(
     arm: Sequence[float], baseline: Sequence[float], noise: float, *, less_is_better: bool = True
 ) -> Comparison:
-    """Compare the runs of an arm with the baseline's of the same seeds; at least one. `noise` is relative."""
+    """Compare one or more runs of an arm with the baseline's runs of the same seeds. `noise` is relative."""
     mean, reference = fmean(arm), fmean(baseline)
     ratio = mean / reference if reference else (1.0 if mean == reference else math.inf)
     direction = "gain" if (mean < reference) == less_is_better else "loss"
     p = paired_p(arm, baseline)
+    within_noise = abs(ratio - 1) <= noise
     if p is None:
-        verdict = direction if abs(ratio - 1) > noise else "not significant"
-    elif p < SIGNIFICANCE:
-        verdict = direction
-    else:
-        verdict = "null" if abs(ratio - 1) <= noise else "not significant"
-    return Comparison(ratio, p, verdict)
+        return Comparison(ratio, p, "not significant" if within_noise else direction)
+    if p < SIGNIFICANCE:
+        return Comparison(ratio, p, direction)
+    return Comparison(ratio, p, "null" if within_noise else "not significant")
 
 
 def paired_p(one: Sequence[float], other: Sequence[float]) -> float | None:
-    """Two-sided p of Student's t-test for differences whose mean is 0; None for a single pair.
+    """Two-sided p of the paired t-test (Student, 1908); None for a single pair.
 
-    A seed gives all arms the same initial weights and the same data, and so moves them together.
+    A seed gives all arms the same initial weights and data, so it moves them together: only the differences within a
+    seed count.
     """
     differences = [first - second for first, second in zip(one, other, strict=True)]
     if len(differences) < 2:
@@ -57,9 +58,9 @@ def paired_p(one: Sequence[float], other: Sequence[float]) -> float | None:
 
 
 def student_p(t: float, degrees: float) -> float:
-    """P(|T| >= |t|) of Student's distribution with `degrees` >= 1 of freedom.
+    """P(|T| >= |t|) of Student's t distribution with `degrees` >= 1 degrees of freedom.
 
-    With t = sqrt(degrees) tan(x) its density is cos(x) ** (degrees - 1), up to a factor: smooth on a finite range, so
+    With t = sqrt(degrees) tan(x) the density is cos(x) ** (degrees - 1) up to a factor: smooth on a finite range, so
     Simpson's rule is exact to many digits.
     """
     start = math.atan(abs(t) / math.sqrt(degrees))
@@ -79,17 +80,23 @@ def words(
     losses: Sequence[float],
     baseline_losses: Sequence[float],
     noise: float,
+    num_unresolved: int = 0,
 ) -> tuple[str, str]:
-    """(verdict, sentence) on an arm, from each run's time to the target loss (None: not reached) and final loss.
+    """(verdict, sentence) on an arm, from the time to the target loss (None: not reached) and final loss of each run.
 
-    The baseline's are of the same seeds.
-    Where a run does not reach the target, the final losses decide.
+    The baseline's runs have the same seeds. `num_unresolved` of the runs of both met the target at their first
+    evaluation, so their time to the target is unknown. Where a run does not reach the target, the final losses decide.
     """
     diverged = sum(not math.isfinite(loss) for loss in losses)
     if diverged:
         return "loss", f"loss: the loss is not finite in {diverged} of {len(losses)} runs"
     if not all(map(math.isfinite, baseline_losses)):
         return "not significant", "the baseline's loss is not finite"
+    if num_unresolved:
+        return "inconclusive", (
+            f"inconclusive: target met at the first evaluation in {num_unresolved} of the {2 * len(losses)} runs of "
+            "arm and baseline; evaluate more often or set a lower --target-loss"
+        )
     reached = [sec for sec in seconds if sec is not None]
     baseline_reached = [sec for sec in baseline_seconds if sec is not None]
     if len(reached) == len(seconds) and len(baseline_reached) == len(baseline_seconds):
@@ -97,14 +104,13 @@ def words(
         how = f"{1 / found.ratio:.2f}x as fast"
     else:
         found = compare(losses, baseline_losses, LOSS_NOISE)
-        missed, who = len(seconds) - len(reached), ""
+        who, missed = "", len(seconds) - len(reached)
         if not missed:
-            missed, who = len(baseline_seconds) - len(baseline_reached), "baseline: "
-        runs = len(baseline_seconds) if who else len(seconds)
-        how = f"{who}target not reached in {missed} of {runs} runs; final loss {found.ratio - 1:+.1%}"
+            who, missed = "baseline: ", len(baseline_seconds) - len(baseline_reached)
+        how = f"{who}target not reached in {missed} of {len(seconds)} runs; final loss {found.ratio - 1:+.1%}"
     if found.p is not None:
-        how += f" (p {found.p:.2g})" if found.p >= 0.001 else " (p < 0.001)"
-        return found.verdict, f"{found.verdict}: {how}"
+        p = f"p {found.p:.2g}" if found.p >= 0.001 else "p < 0.001"
+        return found.verdict, f"{found.verdict}: {how} ({p})"
     if found.verdict == "not significant":
         return found.verdict, f"one seed: not significant ({how})"
     return found.verdict, f"{found.verdict}: {how} (one seed)"

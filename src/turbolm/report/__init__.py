@@ -1,1 +1,1 @@
-"""What a run directory says: metrics and the HTML report. Torch-free."""
+"""Read the metrics of a run and write its HTML report. Torch-free."""

@@ -1,4 +1,4 @@
-"""Reads metrics.jsonl: one line a step or evaluation, appended by one attempt after another. Torch-free."""
+"""Read metrics.jsonl: one line per step or evaluation, appended by one attempt after another. Torch-free."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ Line = dict[str, Any]
 
 
 def read_metrics(path: Path) -> list[Line]:
-    """The lines that tell the run's one history, by step; a step's training line comes before its evaluation.
+    """The lines of the run's history, by step; a step's training line comes before its evaluation.
 
-    An attempt that resumed from a checkpoint does again what the one before it had done since, so the last attempt
-    wins: from its first step on, the lines of earlier attempts are dropped. So are those of steps that a rollback took
-    back. Anomalies are events, not part of this history.
+    An attempt that resumes from a checkpoint repeats the steps since then, so the last attempt wins: from its first
+    step on, the lines of earlier attempts are dropped. So are those of steps that a rollback took back. Anomalies are
+    events, not part of this history.
     """
     lines = read_lines(path)
     first_steps: dict[int, int] = {}
@@ -36,10 +36,10 @@ def read_metrics(path: Path) -> list[Line]:
 
 
 def read_lines(path: Path) -> list[Line]:
-    """Every readable line in the order of the file, each with its `step` and `attempt`.
+    """Every readable line in file order, each with its `step` and `attempt`.
 
-    A process killed while writing leaves a torn line, which is skipped. The next attempt may have appended right to
-    it; what it wrote is read.
+    A process killed while writing leaves a torn line, which is skipped. The next attempt may have appended to the same
+    line; what it wrote is read.
     """
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
@@ -64,11 +64,11 @@ def _parse(raw: str) -> Any:
 
 
 def values(metrics: Sequence[Line], key: str, x: str = "tokens_seen") -> list[tuple[float, float]]:
-    """(x, value) of every line that has both as finite numbers."""
+    """(x, value) of every line that has both as finite numbers. `x` is a key, such as tokens_seen or step."""
     pairs = ((line.get(x), line.get(key)) for line in metrics)
     return [(float(at), float(value)) for at, value in pairs if is_number(at) and is_number(value)]
 
 
 def is_number(value: object) -> TypeGuard[int | float]:
-    """Whether it can be drawn: a finite number."""
+    """Whether the value is a finite number, so that it can be drawn."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
