@@ -128,12 +128,12 @@ def _remarks(results: Results) -> list[str]:
     return [*lines, *results["notes"]]
 
 
-def _sweep_rows(results: Results) -> list[tuple[str, ...]]:
+def _sweep_rows(results: Results) -> list[list[str]]:
     rows = []
     for arm in results["arms"]:
         for lr, loss in arm["sweep"] or ():
             ended = "diverged or failed" if loss is None else f"{loss:.4f}"
-            rows.append((arm["arm"], f"{lr:g}", ended, "chosen" if lr == arm["lr"] else ""))
+            rows.append([arm["arm"], f"{lr:g}", ended, "chosen" if lr == arm["lr"] else ""])
     return rows
 
 
