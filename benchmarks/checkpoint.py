@@ -95,11 +95,11 @@ class Worker:
         from turbolm.data.order.batch_order import recipe_order
         from turbolm.data.prepare.build import find_store
         from turbolm.data.store.token_store import open_store
+        from turbolm.engine.start import build_accelerator
         from turbolm.plan.machine import detect_machine
         from turbolm.plan.plan import build_plan
         from turbolm.recipe.load import load_recipe
         from turbolm.train.build import build_engine
-        from turbolm.train.engine import build_accelerator
         from turbolm.train.run_directory import RunDirectory
 
         self.torch, self.dist = torch, dist
@@ -127,12 +127,11 @@ class Worker:
         self.parts[name], self._mark = now - self._mark, now
 
     def step(self, index: int) -> float:
-        from turbolm.train.engine import set_learning_rate
         from turbolm.train.step import train_step
 
         start = time.perf_counter()
         batch = self.loader.global_batch(index)
-        set_learning_rate(self.engine, 1e-4)
+        self.engine.set_learning_rate(1e-4)
         float(train_step(self.engine, batch.micro_batches, batch.num_targets, self.attention).loss_sum)
         return time.perf_counter() - start
 
@@ -204,11 +203,9 @@ class Worker:
         elif name == "save_state":
             self.accelerator.load_state(path)
         elif name == "deepspeed":
-            self.engine.load_checkpoint(path, tag="bench")
+            self.engine.deepspeed_engine.load_checkpoint(path, tag="bench")
         else:  # spared: copying the weights to the model, which are not in its files
-            from turbolm.checkpoint.optimizer_state import materialise_state
-
-            materialise_state(self.engine)  # it loads into what is there
+            self.engine.materialise_state()  # it loads into what is there
             dcp.load(self.state_dict(), checkpoint_id=path)
 
     def state_dict(self) -> dict[str, Any]:
@@ -296,7 +293,7 @@ class Worker:
                     note(f"load_{source}_{name}", seconds)
             rivals: dict[str, Callable[[Path], Any]] = {
                 "save_state": lambda path: self.accelerator.save_state(str(path)),
-                "deepspeed": lambda path: self.engine.save_checkpoint(str(path), tag="bench"),
+                "deepspeed": lambda path: self.engine.deepspeed_engine.save_checkpoint(str(path), tag="bench"),
                 "dcp": lambda path: dcp.save(self.state_dict(), checkpoint_id=str(path)),
             }
             for name, save in rivals.items():

@@ -157,9 +157,9 @@ class Contender:
 def turbolm_trainer(row: Settings, plan: Any, store: Any, folder: Path) -> Contender:
     import torch
 
+    from turbolm.engine.start import build_accelerator
     from turbolm.models.fp8 import apply_fp8
     from turbolm.train.build import build_engine
-    from turbolm.train.engine import build_accelerator, set_learning_rate
     from turbolm.train.run_directory import RunDirectory
     from turbolm.train.step import micro_batch_loss, train_step
 
@@ -167,7 +167,7 @@ def turbolm_trainer(row: Settings, plan: Any, store: Any, folder: Path) -> Conte
     engine, attention = build_engine(accelerator, plan, store, RunDirectory(folder))
     if plan.recipe.train.fp8 != "off":
         apply_fp8(engine.module, plan.recipe.train.fp8)
-    set_learning_rate(engine, 6e-4)
+    engine.set_learning_rate(6e-4)
 
     def run(batches: Batches) -> float:
         start = time.perf_counter()

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
+from turbolm.engine.start import build_accelerator, wrap
 from turbolm.models.attention import model_inputs
 from turbolm.models.build import build_config, build_model
 from turbolm.models.compile import apply_compile, compilations
@@ -33,7 +34,6 @@ from turbolm.plan.flops import mean_causal_span, training_flops_per_token
 from turbolm.plan.machine import detect_machine
 from turbolm.plan.plan import build_plan
 from turbolm.recipe.schema import Recipe
-from turbolm.train.engine import build_accelerator, set_learning_rate
 from turbolm.train.step import train_step
 
 VOCAB_SIZE = 1024
@@ -71,11 +71,11 @@ def build(recipe: Recipe, mode: str) -> Any:
         recipe.model, seq_len=recipe.data.seq_len, vocab_size=VOCAB_SIZE, bos_token_id=0, eos_token_id=0
     )
     model = build_model(recipe.model, config, seed=0, attention="sdpa")
-    engine, _ = accelerator.prepare(model, build_optimizer(model, recipe))
+    engine = wrap(accelerator, model, build_optimizer(model, recipe))
     engine.train()
     attach_loss(engine.module, "chunked")
     apply_compile(engine.module, mode)
-    set_learning_rate(engine, 1e-4)
+    engine.set_learning_rate(1e-4)
     return engine
 
 

@@ -33,6 +33,7 @@ from turbolm.data.batch.loader import BatchLoader
 from turbolm.data.order.batch_order import constant_order
 from turbolm.data.prepare.build import prepare
 from turbolm.data.store.token_store import TokenStore, open_store
+from turbolm.engine.start import build_accelerator
 from turbolm.launch.local import process_environment
 from turbolm.models.attention import model_inputs
 from turbolm.models.build import build_config, build_model
@@ -41,7 +42,6 @@ from turbolm.plan.machine import detect_machine
 from turbolm.plan.plan import Plan, build_plan
 from turbolm.recipe.load import load_recipe
 from turbolm.train.build import build_engine
-from turbolm.train.engine import build_accelerator, set_learning_rate
 from turbolm.train.run_directory import RunDirectory
 from turbolm.train.step import train_step
 
@@ -58,7 +58,7 @@ def turbolm_step(plan: Plan, store: TokenStore, folder: Path, timer: Timer) -> C
     def run(batches: list[list[dict[str, Any]]], num_targets: list[int]) -> float:
         start = timer()
         for micro_batches, targets in zip(batches, num_targets, strict=True):
-            set_learning_rate(engine, 1e-4)
+            engine.set_learning_rate(1e-4)
             float(train_step(engine, micro_batches, targets, attention).loss_sum)
         return timer() - start
 

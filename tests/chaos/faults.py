@@ -19,6 +19,7 @@ from turbolm.data.batch.loader import BatchLoader
 from turbolm.data.order.batch_order import recipe_order
 from turbolm.data.prepare.build import find_store
 from turbolm.data.store.token_store import open_store
+from turbolm.engine.start import build_accelerator
 from turbolm.errors import RunError
 from turbolm.plan.machine import detect_machine
 from turbolm.plan.plan import build_plan
@@ -26,7 +27,6 @@ from turbolm.plan.rates import step_rates
 from turbolm.recipe.schema import Recipe
 from turbolm.train import loop, step
 from turbolm.train.build import build_engine
-from turbolm.train.engine import build_accelerator, set_rates
 from turbolm.train.run_directory import RunDirectory
 from turbolm.train.step import train_step
 from turbolm.train.worker import run_worker
@@ -107,7 +107,7 @@ def train_on(
             if batch_index is not None:
                 batch = loader.global_batch(batch_index)
                 before_batch(batch_index)
-                set_rates(engine, step_rates(plan, index))
+                engine.set_rates(step_rates(plan, index))
                 train_step(engine, batch.micro_batches, batch.num_targets, attention)
             if index + 1 in save_at:
                 save_checkpoint(

@@ -13,7 +13,6 @@ import transformers
 
 from tests.checkpoint.toy import BuildOptimizer, Engine, build_saver
 from turbolm.checkpoint.load import CheckpointReader, load_checkpoint
-from turbolm.checkpoint.optimizer_state import materialise_state
 from turbolm.checkpoint.verify import verify_checkpoint
 from turbolm.errors import RunError, UserError
 
@@ -123,14 +122,14 @@ def test_state_is_made_in_the_form_that_the_optimizer_gives_it(name: str) -> Non
     for parameter in made.module.parameters():
         parameter.grad = torch.full_like(parameter, 2.0)
     before = [parameter.detach().clone() for parameter in made.module.parameters()]
-    materialise_state(made)
+    made.materialise_state()
     assert form(made.optimizer) == form(stepped.optimizer) != {}
     assert list(made.optimizer.state) == list(made.module.parameters())
     for parameter, value in zip(made.module.parameters(), before, strict=True):
         assert torch.equal(parameter, value) and bool((parameter.grad == 2).all())
         assert all(not value.any() for key, value in made.optimizer.state[parameter].items() if key != "step")
     kept = {id(value) for state in made.optimizer.state.values() for value in state.values() if torch.is_tensor(value)}
-    materialise_state(made)  # as at a rollback
+    made.materialise_state()  # as at a rollback
     again = {id(value) for state in made.optimizer.state.values() for value in state.values() if torch.is_tensor(value)}
     assert again == kept
 

@@ -182,7 +182,7 @@ def check_weights(folder: Path, cells: list[Cell]) -> list[str]:
                 parameter.detach().fill_(7)
             with (
                 patch.dict(os.environ, LOCAL_WORLD_SIZE=ranks_of_this_host),
-                patch.object(load, "publish_weights", wraps=load.publish_weights) as gather,
+                patch.object(engine, "publish_weights", wraps=engine.publish_weights) as gather,
             ):
                 load.load_checkpoint(checkpoint, engine)
             ways.append("gathered" if gather.called else "read")

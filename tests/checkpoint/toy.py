@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 
 from turbolm.checkpoint.retention import Retention
 from turbolm.checkpoint.saver import CheckpointSaver
+from turbolm.engine import engine
 
 CONTRACT = "c" * 64
 BuildOptimizer = Callable[[Any], torch.optim.Optimizer]
@@ -36,17 +38,17 @@ class Toy(nn.Module):
         return self.gain * self.outer(torch.tanh(self.inner(x)))
 
 
-class Engine:
-    """What of DeepSpeed's engine a checkpoint needs."""
+class Engine(engine.Engine):
+    """An engine around what a checkpoint needs of DeepSpeed's."""
 
     def __init__(self, build_optimizer: BuildOptimizer = adamw, seed: int = 0):
         torch.manual_seed(seed)
-        self.module = Toy()
-        self.device = torch.device("cpu")
-        self.optimizer = build_optimizer(self.module.parameters())
-
-    def zero_optimization_stage(self) -> int:
-        return 0
+        module, stage = Toy(), 0
+        optimizer = build_optimizer(module.parameters())
+        device = torch.device("cpu")
+        super().__init__(
+            SimpleNamespace(module=module, device=device, optimizer=optimizer, zero_optimization_stage=lambda: stage)
+        )
 
     def train(self, steps: int, first: int = 0) -> list[float]:
         """Train on data that is a function of the step; returns the losses."""

@@ -28,11 +28,11 @@ from turbolm.data.batch.loader import BatchLoader
 from turbolm.data.order.batch_order import recipe_order
 from turbolm.data.prepare.build import find_store
 from turbolm.data.store.token_store import TokenStore, open_store
+from turbolm.engine.start import build_accelerator
 from turbolm.plan.machine import detect_machine
 from turbolm.plan.plan import Plan, build_plan
 from turbolm.plan.rates import step_rates
 from turbolm.train.build import build_engine
-from turbolm.train.engine import build_accelerator, set_rates
 from turbolm.train.run_directory import RunDirectory
 from turbolm.train.step import micro_batch_loss, train_step
 
@@ -75,7 +75,7 @@ def train_cell(folder: Path, cell: Cell) -> list[list[float]]:
     while step < cell.steps:
         batch = loader.global_batch(step)
         ledger.append(batch.samples_digest)
-        set_rates(engine, step_rates(plan, step))
+        engine.set_rates(step_rates(plan, step))
         with no_device_synchronization():
             result = train_step(engine, batch.micro_batches, batch.num_targets, attention)
         loss = result.loss_sum.double()
@@ -121,15 +121,15 @@ def watch_routers(engine: Any) -> list[float]:
     """The norm of the gradient of all routers, which every update from now on adds to."""
     norms: list[float] = []
     gates = [p for name, p in engine.module.named_parameters() if name.endswith(".gate.weight")]
-    step = engine.step
+    step = engine.deepspeed_engine.step
 
     def step_noting() -> None:
-        if engine.is_gradient_accumulation_boundary():
+        if engine.deepspeed_engine.is_gradient_accumulation_boundary():
             gradients = [safe_get_full_grad(gate) for gate in gates]
             norms.append(float(torch.cat([gradient.flatten() for gradient in gradients]).norm()))
         step()
 
-    engine.step = step_noting
+    engine.deepspeed_engine.step = step_noting
     return norms
 
 

@@ -14,17 +14,17 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 
-from turbolm.checkpoint.fragments import Fragment, inner_optimizer, own_fragments, parameter_shapes, publish_weights
 from turbolm.checkpoint.manifest import BUFFERS, TRAINER_STATE, index_file, rank_of_tensor_file, read_manifest
 from turbolm.checkpoint.optimizer_state import (
     check_same_states,
     layouts,
-    materialise_state,
     parameter_state,
     set_group_numbers,
     set_scalars,
 )
 from turbolm.checkpoint.snapshot import set_host_rng_state
+from turbolm.engine.engine import Engine
+from turbolm.engine.partitions import Fragment
 from turbolm.errors import UserError
 
 
@@ -133,22 +133,22 @@ class CheckpointReader:
             raise UserError(f"{self.checkpoint / name}: {error}") from None
 
 
-def load_checkpoint(checkpoint: Path, engine: Any) -> dict[str, Any]:
+def load_checkpoint(checkpoint: Path, engine: Engine) -> dict[str, Any]:
     """Restore weights, optimizer state and random state of a freshly built engine; returns the trainer's state.
 
     Collective. The checkpoint must have been verified; its contract is the caller's to compare. Raises UserError when
     its tensors do not fit this model, optimizer or layout.
     """
-    optimizer = inner_optimizer(engine)
+    optimizer = engine.optimizer
     with CheckpointReader(checkpoint) as reader:
-        ours = parameter_shapes(engine.module)
+        ours = engine.parameter_shapes()
         if ours != reader.shapes:
             different = sorted(name for name in {*ours, *reader.shapes} if ours.get(name) != reader.shapes.get(name))
             raise UserError(f"{checkpoint}: the model's parameters differ, first {different[0]}")
         if reader.states:
-            materialise_state(engine)
+            engine.materialise_state()
         bound_to, seen = layouts(engine), set()
-        for fragment in own_fragments(engine):
+        for fragment in engine.fragments():
             is_first = id(fragment.flat) not in seen
             _load_fragment(reader, fragment, optimizer, bound_to[fragment.name] if is_first else None)
             seen.add(id(fragment.flat))
@@ -160,10 +160,7 @@ def load_checkpoint(checkpoint: Path, engine: Any) -> dict[str, Any]:
         _set_model_weights(reader, engine)
         _set_rng_state(*reader.rng_state(dist.get_rank()))
         state = reader.trainer_state()
-    scaler = getattr(engine.optimizer, "loss_scaler", None)
-    for name, value in state["scaler"].items():
-        if hasattr(scaler, name):
-            setattr(scaler, name, value)
+    engine.restore_loss_scaler(state["scaler"])
     return state
 
 
@@ -205,15 +202,15 @@ def _load_fragment(
 
 
 @torch.no_grad()
-def _set_model_weights(reader: CheckpointReader, engine: Any) -> None:
+def _set_model_weights(reader: CheckpointReader, engine: Engine) -> None:
     """The weights that the model computes with, from the optimizer's fp32 copies of them. Collective.
 
     ZeRO 1 and 2 keep the weights whole on every rank. Ranks of one host that compute on its processors read them from
     the file, which is in memory by now, instead of sending them to one another.
     """
     on_one_host = os.environ.get("LOCAL_WORLD_SIZE") == str(dist.get_world_size())
-    if not (on_one_host and engine.zero_optimization_stage() in (1, 2) and engine.device.type == "cpu"):
-        publish_weights(engine)
+    if not (on_one_host and engine.zero_stage in (1, 2) and engine.device.type == "cpu"):
+        engine.publish_weights()
         return
     for name, parameter in engine.module.named_parameters():
         parameter.copy_(reader.read_whole(name))

@@ -11,21 +11,19 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from turbolm.checkpoint.fragments import Fragment, flats_of_group, inner_optimizer, own_fragments
+from turbolm.engine.engine import Engine
+from turbolm.engine.partitions import Fragment
 from turbolm.errors import UserError
 
 # What recipe and schedule set in a parameter group at every start; all other numbers there are the optimizer's own.
 _HYPERPARAMETERS = {"lr", "initial_lr", "lr_scale", "weight_decay", "eps", "momentum"}
 _HYPERPARAMETERS |= {"base_weight_decay", "orthogonal", "ns_steps"}
 _HYPERPARAMETERS |= {"fused", "foreach", "capturable", "differentiable", "maximize", "amsgrad", "nesterov"}
-# Whose state tensors have the parameter's shape, whatever its size; by name, because DeepSpeed's compile on import.
-_ELEMENT_WISE = {"torch.optim.adamw.AdamW", "deepspeed.ops.adam.cpu_adam.DeepSpeedCPUAdam"}
 
 
 @dataclass
@@ -69,10 +67,10 @@ def set_scalars(optimizer: torch.optim.Optimizer, fragment: Fragment, values: Ma
             holder[key] = type(holder[key])(value)
 
 
-def layouts(engine: Any) -> dict[str, str]:
+def layouts(engine: Engine) -> dict[str, str]:
     """What the whole states of each own fragment are bound to: texts that are equal where they can be read."""
-    fragments = own_fragments(engine)
-    if engine.zero_optimization_stage() == 0:
+    fragments = engine.fragments()
+    if engine.zero_stage == 0:
         return {fragment.name: "parameter" for fragment in fragments}
     of_flat: dict[int, list[Any]] = {}
     for fragment in fragments:
@@ -107,53 +105,6 @@ def set_group_numbers(
                 group[name].fill_(value)
             elif name in group:
                 group[name] = value
-
-
-def materialise_state(engine: Any) -> None:
-    """Make the optimizer have its state tensors. Weights and state are the caller's to overwrite. Collective.
-
-    It makes them itself, in the form that is its own, by one update with zero gradients at rate 0: of all it steps on;
-    or, where every tensor of its state is known to be like the parameter, of one element in place of each tensor that
-    has no state yet, whose state is then made as large. That saves the memory of a gradient, and most of the time.
-    """
-    optimizer = inner_optimizer(engine)
-    # Those without a fragment of this rank too: a step may be collective.
-    by_group = [flats_of_group(engine, index) for index in range(len(optimizer.param_groups))]
-    if f"{type(optimizer).__module__}.{type(optimizer).__name__}" not in _ELEMENT_WISE:
-        _step_without_change(optimizer, by_group)
-        return
-    bare = [[flat for flat in flats if not optimizer.state.get(flat)] for flats in by_group]
-    stand_ins = [[torch.zeros(1, dtype=flat.dtype, device=flat.device) for flat in flats] for flats in bare]
-    _step_without_change(optimizer, stand_ins)
-    for flat, stand_in in zip(chain(*bare), chain(*stand_ins), strict=True):
-        optimizer.state[flat] = {
-            name: torch.zeros_like(flat, dtype=value.dtype) if torch.is_tensor(value) and value.dim() == 1 else value
-            for name, value in optimizer.state.pop(stand_in).items()
-        }
-
-
-@torch.no_grad()
-def _step_without_change(optimizer: torch.optim.Optimizer, by_group: list[list[torch.Tensor]]) -> None:
-    """One update of these tensors in place of the groups' own, with zero gradients at rate 0."""
-    flats = {id(flat): flat for flats in by_group for flat in flats}
-    gradients = {key: flat.grad for key, flat in flats.items()}
-    for flat in flats.values():
-        flat.grad = torch.zeros_like(flat)
-    groups = [(group, group["params"], group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
-    hooks, optimizer._optimizer_step_pre_hooks = (
-        optimizer._optimizer_step_pre_hooks,
-        type(optimizer._optimizer_step_pre_hooks)(),
-    )
-    for (group, *_), params in zip(groups, by_group, strict=True):
-        group["params"] = params
-        group["lr"] = torch.zeros_like(group["lr"]) if torch.is_tensor(group["lr"]) else 0.0  # torchao's
-        group["weight_decay"] = 0.0
-    optimizer.step()
-    optimizer._optimizer_step_pre_hooks = hooks
-    for group, params, lr, weight_decay in groups:
-        group["params"], group["lr"], group["weight_decay"] = params, lr, weight_decay
-    for key, flat in flats.items():
-        flat.grad = gradients[key]
 
 
 def check_same_states(name: str, saved: set[str], ours: set[str]) -> None:

@@ -14,6 +14,7 @@ from turbolm.checkpoint import manifest
 from turbolm.checkpoint.retention import Retention, remove_old
 from turbolm.checkpoint.snapshot import Snapshot, take_snapshot, use_device
 from turbolm.checkpoint.tensor_file import write_tensors
+from turbolm.engine.engine import Engine
 from turbolm.reliability import heartbeat
 
 _PART_BYTES = 512 * 2**20  # of a safetensors file, so that several threads write and hash; a larger tensor stays whole
@@ -24,7 +25,7 @@ Agree = Callable[[Any], list[Any]]
 
 def save_checkpoint(
     folder: Path,
-    engine: Any,
+    engine: Engine,
     *,
     step: int,
     trainer_state: Mapping[str, Any],

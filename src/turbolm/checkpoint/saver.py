@@ -18,10 +18,10 @@ from typing import Any
 
 import torch.distributed as dist
 
-from turbolm.checkpoint.fragments import inner_optimizer
 from turbolm.checkpoint.retention import Retention
 from turbolm.checkpoint.save import gather_over, write_checkpoint
 from turbolm.checkpoint.snapshot import HostCopy, Snapshot, take_snapshot, use_device
+from turbolm.engine.engine import Engine
 from turbolm.errors import RunError
 from turbolm.reliability import heartbeat
 from turbolm.units import format_bytes
@@ -37,7 +37,7 @@ class CheckpointSaver:
     """
 
     folder: Path
-    engine: Any
+    engine: Engine
     retention: Retention
     contract_fingerprint: str
     asynchronous: bool
@@ -53,7 +53,7 @@ class CheckpointSaver:
         self._copied.set()
         self._thread: threading.Thread | None = None
         self._is_prepared = False
-        inner_optimizer(self.engine).register_step_pre_hook(lambda *_: self.wait_for_copy())
+        self.engine.optimizer.register_step_pre_hook(lambda *_: self.wait_for_copy())
 
     def prepare(self) -> None:
         """After a step, when the optimizer has its state: get the memory for copies ready beside the training, once.

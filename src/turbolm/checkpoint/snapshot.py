@@ -12,8 +12,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from turbolm.checkpoint.fragments import inner_optimizer, is_written_here, own_fragments, parameter_shapes
 from turbolm.checkpoint.optimizer_state import group_numbers, layouts, parameter_state
+from turbolm.engine.engine import Engine
 
 _ALIGNMENT_BYTES = 64
 
@@ -38,21 +38,21 @@ class Snapshot:
         return sum(_padded_bytes(tensor) for group in (self.tensors, self.buffers) for tensor in group.values())
 
 
-def take_snapshot(engine: Any, step: int, trainer_state: Mapping[str, Any]) -> Snapshot:
+def take_snapshot(engine: Engine, step: int, trainer_state: Mapping[str, Any]) -> Snapshot:
     """Everything this rank saves: references to what only an update changes, copies of the rest, which is small.
 
     Raises RuntimeError for an optimizer state that the format cannot hold.
     """
-    optimizer, rank = inner_optimizer(engine), dist.get_rank()
+    optimizer, rank = engine.optimizer, dist.get_rank()
     bound_to = layouts(engine)
     tensors: dict[str, torch.Tensor] = {"rng/cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors["rng/cuda"] = torch.cuda.get_rng_state()
     fragments, scalars, states, whole = {}, {}, {}, {}
     seen = set()
-    for number, fragment in enumerate(own_fragments(engine)):
-        if not is_written_here(engine, number):
-            continue
+    for number, fragment in enumerate(engine.fragments()):
+        if engine.zero_stage == 0 and number % dist.get_world_size() != rank:
+            continue  # every rank has it, and they take turns
         state = parameter_state(optimizer, fragment)
         tensors[f"weight/{fragment.name}"] = fragment.view(fragment.flat)
         tensors |= {f"{name}/{fragment.name}": tensor for name, tensor in state.sharded.items()}
@@ -76,9 +76,9 @@ def take_snapshot(engine: Any, step: int, trainer_state: Mapping[str, Any]) -> S
         "step": step,
         "tokens_seen": int(trainer_state.get("tokens_seen", 0)),
         "world_size": dist.get_world_size(),
-        "zero_stage": engine.zero_optimization_stage(),
+        "zero_stage": engine.zero_stage,
         "optimizer": type(optimizer).__name__,
-        "parameters": {name: list(shape) for name, shape in parameter_shapes(engine.module).items()},
+        "parameters": {name: list(shape) for name, shape in engine.parameter_shapes().items()},
     }
     return Snapshot(
         step=step,
@@ -87,7 +87,7 @@ def take_snapshot(engine: Any, step: int, trainer_state: Mapping[str, Any]) -> S
         tensors=tensors,
         index=index,
         buffers=_persistent_buffers(engine.module) if rank == 0 else {},
-        trainer_state={**trainer_state, "scaler": scaler_state(engine)},
+        trainer_state={**trainer_state, "scaler": engine.loss_scaler_state()},
         about=about,
         device=engine.device,
     )
@@ -143,13 +143,6 @@ class HostCopy:
         if self._stream:
             self._stream.synchronize()
         return Snapshot(**{**vars(snapshot), "tensors": copies[0], "buffers": copies[1]})
-
-
-def scaler_state(engine: Any) -> dict[str, float]:
-    """The numbers of DeepSpeed's loss scaler (fp16); empty where none is in use."""
-    scaler = getattr(engine.optimizer, "loss_scaler", None)
-    numbers = vars(scaler) if scaler is not None else {}
-    return {name: value for name, value in numbers.items() if isinstance(value, (int, float))}
 
 
 def host_rng_state() -> dict[str, Any]:

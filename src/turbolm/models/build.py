@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.initialization import no_init_weights
 from transformers.integrations import unset_hf_deepspeed_config
 
+from turbolm.engine import sharding
 from turbolm.errors import UserError
 from turbolm.hub import pretrained_folder
 from turbolm.models.attention import ATTENTION_NAMES
@@ -108,7 +109,7 @@ def build_model(
             built = load_pretrained(folder, loading, kind, implementation)
             add_rows(built, config.vocab_size)
         else:
-            with no_init_weights(), _sharding(sharded_by):
+            with no_init_weights(), sharding.building(sharded_by):
                 built = AutoModelForCausalLM.from_config(
                     config, dtype=torch.float32, attn_implementation=implementation, trust_remote_code=False
                 )
@@ -132,19 +133,6 @@ def check_all_trained(model: PreTrainedModel) -> None:
             f"model: {frozen[0]}{f' and {len(frozen) - 1} others' if frozen[1:] else ''} are parameters that are not "
             "trained (requires_grad is False), which checkpoints cannot hold; choose a model type without such"
         )
-
-
-def _sharding(ds_config: dict[str, Any] | None) -> AbstractContextManager[Any]:
-    if ds_config is None:
-        return nullcontext()
-    import deepspeed
-    from deepspeed.utils import groups
-
-    # DeepSpeed makes the process group of hpZ at the first model of a process and refuses to make it again; random
-    # restarts build more models.
-    is_hierarchical = ds_config["zero_optimization"].get("zero_hpz_partition_size", 1) > 1
-    existing = groups._get_zero_param_intra_parallel_group() if is_hierarchical else None
-    return deepspeed.zero.Init(config_dict_or_path=ds_config, zero_param_parallel_group=existing)
 
 
 def carries_state_across_documents(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> str | None:

@@ -14,6 +14,7 @@ from torch._dynamo.callback import CallbackArgs, CallbackTrigger, callback_handl
 from torch._dynamo.exc import TorchDynamoException
 from transformers import PreTrainedModel
 
+from turbolm.engine import sharding
 from turbolm.errors import UserError
 from turbolm.models.attention import ALWAYS_MASKED_SDPA
 from turbolm.models.initialise import count_parameters
@@ -96,9 +97,7 @@ def keep_layers_whole(model: PreTrainedModel) -> None:
     Its hooks on the modules inside would break the graph of a compiled layer, and selective recomputation would take
     what they do for operations of the layer.
     """
-    from deepspeed.utils import set_z3_leaf_modules
-
-    set_z3_leaf_modules(model, list({type(layer) for layer in stacked_layers(model)}))
+    sharding.gather_whole(model, list({type(layer) for layer in stacked_layers(model)}))
 
 
 def _check_cpp_compiler() -> None:

@@ -13,11 +13,11 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import TORCH_INIT_FUNCTIONS, TORCH_MODULES_TO_PATCH, no_init_weights
 
+from turbolm.engine import sharding
 from turbolm.errors import UserError
 
 # How Transformers' model types call the matrices whose product is added to the residual stream.
@@ -65,14 +65,9 @@ def initialise_weights(model: PreTrainedModel, seed: int, *, depth_scaled: bool 
         drawn.update(id(parameter) for parameter in parameters)
         if not parameters:  # none of its own, or the head of an embedding that was drawn already
             continue
-        if hasattr(parameters[0], "ds_id"):
-            import deepspeed
-
-            with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0):
-                if dist.get_rank() == 0:
-                    draw(name, owner, modules, parameters)
-        else:
-            draw(name, owner, modules, parameters)
+        with sharding.gathered(parameters, changed_by=0) as is_kept:
+            if is_kept:
+                draw(name, owner, modules, parameters)
     torch.manual_seed(seed)
 
 
@@ -195,5 +190,5 @@ def seed_for_rank(seed: int, rank: int) -> None:
 
 def count_parameters(module: nn.Module, *, min_dims: int = 0) -> int:
     """Elements of all parameters with at least `min_dims` dimensions, sharded or not; tied ones count once."""
-    counted: list[Any] = [p for p in module.parameters() if len(getattr(p, "ds_shape", p.shape)) >= min_dims]
-    return sum(int(getattr(p, "ds_numel", p.numel())) for p in counted)
+    shapes = [sharding.whole_shape(parameter) for parameter in module.parameters()]
+    return sum(math.prod(shape) for shape in shapes if len(shape) >= min_dims)

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 from transformers import PreTrainedConfig
 
 from turbolm.errors import UserError
@@ -136,8 +135,8 @@ class Probe:
 
 @contextmanager
 def _evaluating(forward: Callable[..., Any]) -> Iterator[None]:
-    """Evaluation mode, where `forward` is a module."""
-    was_training = isinstance(forward, nn.Module) and forward.training
+    """Evaluation mode, where `forward` is a module or an engine."""
+    was_training = getattr(forward, "training", False)
     if was_training:
         forward.eval()  # type: ignore[attr-defined]
     try:

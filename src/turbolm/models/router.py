@@ -18,6 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils.output_capturing import OutputRecorder
 
+from turbolm.engine import sharding
 from turbolm.errors import UserError
 from turbolm.models.loss import IGNORED_TARGET
 from turbolm.models.size import expert_parameters
@@ -119,12 +120,7 @@ def freeze_balancing_biases(model: PreTrainedModel) -> None:
         for name, parameter in list(module.named_parameters(recurse=False)):
             if name not in _BALANCING_BIASES:
                 continue
-            if hasattr(parameter, "ds_id"):
-                import deepspeed
-
-                with deepspeed.zero.GatheredParameters([parameter]):
-                    value = parameter.detach().clone()
-            else:
+            with sharding.gathered([parameter]):
                 value = parameter.detach().clone()
             delattr(module, name)
             module.register_buffer(name, value)

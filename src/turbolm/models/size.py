@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
+from turbolm.engine.sharding import whole_shape
 from turbolm.plan.count import ModelSize
 
 _EXPERTS_PER_TOKEN = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts", "moe_top_k")
@@ -35,7 +37,7 @@ def expert_parameters(model: nn.Module) -> Iterator[tuple[nn.Parameter, int]]:
         if not isinstance(number, int) or number < 1:
             continue
         for parameter in module.parameters(recurse=False):
-            shape = getattr(parameter, "ds_shape", parameter.shape)
+            shape = whole_shape(parameter)
             is_stacked = len(shape) == 3 and shape[0] == number
             if is_stacked or (len(shape) == 2 and "experts" in name.split(".") and shape[0] % number == 0):
                 yield parameter, number
@@ -70,4 +72,4 @@ def _layer_width(config: Any) -> int:
 
 
 def _numel(parameter: nn.Parameter) -> int:
-    return int(getattr(parameter, "ds_numel", parameter.numel()))
+    return math.prod(whole_shape(parameter))

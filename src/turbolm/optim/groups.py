@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from turbolm.engine.sharding import whole_shape
 from turbolm.recipe.optimizers import LrMultipliers
 
 KINDS = ("matrices", "convolutions", "head", "embeddings", "vectors")
@@ -88,5 +89,4 @@ def group_table(optimizer_name: str, groups: list[dict[str, Any]]) -> str:
 
 
 def _num_dims(parameter: nn.Parameter) -> int:
-    shape = getattr(parameter, "ds_shape", None)  # the whole shape of a parameter that ZeRO-3 already partitioned
-    return len(shape) if shape is not None else parameter.dim()
+    return len(whole_shape(parameter))

@@ -8,20 +8,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from turbolm.engine.engine import Engine
 from turbolm.errors import RunError
 
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def replicated_parameters(engine: Any) -> dict[str, torch.Tensor]:
-    """The parameters every rank holds whole, as the model computes with them: all, or at ZeRO stage 3 the small ones.
-
-    At stage 3 each element of the others is on one rank alone, so there is nothing to compare it with.
-    """
-    whole = engine.module.named_parameters()
-    if engine.zero_optimization_stage() == 3:
-        return {name: p.data for name, p in whole if p.ds_persist and p.data.numel() == p.ds_numel}
-    return {name: p.data for name, p in whole}
 
 
 @torch.no_grad()
@@ -37,12 +27,13 @@ def checksums(parameters: dict[str, torch.Tensor]) -> torch.Tensor:
     return torch.stack(sums).cpu() if sums else torch.zeros(0, dtype=torch.int64)
 
 
-def check_replicas(engine: Any, step: int, group: dist.ProcessGroup | None) -> None:
+def check_replicas(engine: Engine, step: int, group: dist.ProcessGroup | None) -> None:
     """Raise RunError on every rank when the weights after `step` steps are not the same on all of them.
 
-    Collective, on the host; one pass over the weights and one message of 16 bytes a parameter.
+    Collective, on the host; one pass over the weights and one message of 16 bytes a parameter. At stage 3 each element
+    of a large parameter is on one rank alone, so there is nothing to compare it with.
     """
-    parameters = replicated_parameters(engine)
+    parameters = engine.replicated_parameters()
     own = checksums(parameters)
     if not len(own):
         return

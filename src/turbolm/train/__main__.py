@@ -9,6 +9,7 @@ import sys
 import traceback
 from pathlib import Path
 
+from turbolm.engine.versions import check_versions
 from turbolm.errors import EXIT_BAD_INPUT, EXIT_FAILED, RunError, UserError
 from turbolm.recipe.load import load_recipe
 from turbolm.redaction import redact
@@ -36,6 +37,7 @@ def main() -> int:
         folder = run_directory(recipe).attempt(arguments.attempt) if arguments.attempt else None
         limits = recipe.execution.hang_timeout, recipe.execution.startup_timeout
         watch_over(run_directory(recipe).path, *limits, arguments.attempt)
+        check_versions()
         from turbolm.train.worker import run_worker
 
         code = run_worker(recipe, arguments.attempt)

@@ -9,13 +9,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from turbolm.checkpoint.fragments import own_fragments, stepped_partitions
 from turbolm.checkpoint.retention import Retention
 from turbolm.checkpoint.save import gather_over
 from turbolm.checkpoint.saver import CheckpointSaver
 from turbolm.data.batch.loader import BatchLoader
 from turbolm.data.order.batch_order import recipe_order
 from turbolm.data.store.token_store import TokenStore
+from turbolm.engine.engine import Engine
+from turbolm.engine.start import wrap
 from turbolm.errors import UserError
 from turbolm.models.attention import check_long_rows, choose_attention, model_inputs
 from turbolm.models.build import (
@@ -47,12 +48,12 @@ from turbolm.reliability import heartbeat
 from turbolm.reliability.anomalies import AnomalyWatch
 from turbolm.reliability.stop import StopRequest
 from turbolm.train.compiling import tell_of_compiling
-from turbolm.train.engine import clip_by_value
 from turbolm.train.gate import UpdateGate
 from turbolm.train.loop import Session
 from turbolm.train.metrics import MetricsLog, measure_peak_flops
 from turbolm.train.pace import Pace
 from turbolm.train.run_directory import RunDirectory
+from turbolm.train.tricks import clip_by_value
 
 
 def build_session(
@@ -108,7 +109,7 @@ def build_session(
     )
 
 
-def build_engine(accelerator: Any, plan: Plan, store: TokenStore, run: RunDirectory) -> tuple[Any, str]:
+def build_engine(accelerator: Any, plan: Plan, store: TokenStore, run: RunDirectory) -> tuple[Engine, str]:
     """The DeepSpeed engine around a freshly initialised model, and the attention kernel it was built with.
 
     Rank 0 saves configuration and tokenizer to the run.
@@ -148,12 +149,12 @@ def build_engine(accelerator: Any, plan: Plan, store: TokenStore, run: RunDirect
     print(group_table(recipe.optimizer.name, optimizer.param_groups))
     if recipe.train.max_grad_value is not None:
         clip_by_value(optimizer, recipe.train.max_grad_value)
-    engine, _ = accelerator.prepare(model, optimizer)
+    engine = wrap(accelerator, model, optimizer)
     if recipe.optimizer.name == "adamw_8bit":
-        share = eight_bit_share(stepped_partitions(engine) or list(engine.module.parameters()))
+        share = eight_bit_share(engine.stepped_partitions() or list(engine.module.parameters()))
         print(f"moments in 8 bits for {share:.1%} of the parameters here; the others' are not in whole blocks: fp32")
     if isinstance(optimizer, (Muon, CautiousAdamW)) and execution.zero_stage > 0:
-        optimizer.distribute(stepped_partitions(engine), own_fragments(engine), engine.device)
+        optimizer.distribute(engine.stepped_partitions(), engine.fragments(), engine.device)
     _check_isolation(engine, plan, store, attention)
     tokens = np.arange(8)[None]
     probe = model_inputs({"input_ids": tokens, "position_ids": tokens}, attention, engine.device)
@@ -170,7 +171,7 @@ def build_engine(accelerator: Any, plan: Plan, store: TokenStore, run: RunDirect
     return engine, attention
 
 
-def _check_isolation(engine: Any, plan: Plan, store: TokenStore, attention: str) -> None:
+def _check_isolation(engine: Engine, plan: Plan, store: TokenStore, attention: str) -> None:
     """Raise UserError where a later token or another document changes what the model makes of one. Collective."""
     data = plan.recipe.data
     has_one_row = plan.batch.micro_batch_bins == 1 and plan.curriculum.seq_lens == (data.seq_len,)
@@ -202,7 +203,7 @@ def _build_loader(plan: Plan, store: TokenStore, group: Any) -> BatchLoader:
     return BatchLoader(order, store, "train", world_size, rank, recipe.execution.micro_batch, max_pieces)
 
 
-def _build_saver(plan: Plan, run: RunDirectory, engine: Any, stop: StopRequest, log: MetricsLog) -> CheckpointSaver:
+def _build_saver(plan: Plan, run: RunDirectory, engine: Engine, stop: StopRequest, log: MetricsLog) -> CheckpointSaver:
     """Collective: the threads that write agree over a process group of their own."""
     settings, batch_tokens = plan.recipe.checkpoint, plan.batch.global_batch_tokens
 
@@ -227,7 +228,7 @@ def _build_saver(plan: Plan, run: RunDirectory, engine: Any, stop: StopRequest, 
     )
 
 
-def _peak_flops(engine: Any, plan: Plan, machine: Machine) -> float | None:
+def _peak_flops(engine: Engine, plan: Plan, machine: Machine) -> float | None:
     """Peak of all devices together: from the data sheet, else measured as a matrix product on every rank at once."""
     known = peak_flops(machine.gpu_name, plan.precision) if plan.device == "cuda" else None
     if known is not None:

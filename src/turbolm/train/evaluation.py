@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from turbolm.data.batch.loader import evaluation_batches, evaluation_set
 from turbolm.data.store.token_store import TokenStore
+from turbolm.engine.engine import Engine
 from turbolm.plan.plan import Plan
 from turbolm.reliability import heartbeat
 from turbolm.train.step import micro_batch_loss
@@ -31,7 +31,7 @@ class EvaluationResult:
 
 @torch.no_grad()
 def evaluate(
-    engine: Any,
+    engine: Engine,
     store: TokenStore,
     plan: Plan,
     attention: str,

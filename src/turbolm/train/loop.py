@@ -16,6 +16,7 @@ import torch.distributed as dist
 from turbolm.checkpoint.saver import CheckpointSaver
 from turbolm.data.batch.loader import BatchLoader, GlobalBatch
 from turbolm.data.store.token_store import TokenStore
+from turbolm.engine.engine import Engine
 from turbolm.models.loss import IGNORED_TARGET
 from turbolm.plan.plan import Plan
 from turbolm.plan.rates import step_rates
@@ -23,7 +24,6 @@ from turbolm.reliability import heartbeat
 from turbolm.reliability.anomalies import SkippedBatches
 from turbolm.reliability.replicas import check_replicas
 from turbolm.reliability.stop import StopRequest
-from turbolm.train.engine import set_rates
 from turbolm.train.evaluation import EvaluationResult, evaluate
 from turbolm.train.gate import UpdateGate
 from turbolm.train.metrics import MetricsLog
@@ -38,7 +38,7 @@ class Session:
 
     plan: Plan
     run: RunDirectory
-    engine: Any
+    engine: Engine
     store: TokenStore
     loader: BatchLoader
     attention: str
@@ -88,7 +88,7 @@ def take_step(session: Session, batch: GlobalBatch) -> StepResult:
     """The next step, at the rates of its place in the run; an anomaly is left to the caller. Collective."""
     plan = session.plan
     rates = step_rates(plan, session.step, batch.index)
-    set_rates(session.engine, rates)
+    session.engine.set_rates(rates)
     segment = plan.curriculum.segment(batch.index).first_step
     result = train_step(
         session.engine, batch.micro_batches, batch.num_targets, session.attention, session.gate, segment

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from turbolm.engine.engine import Engine
 from turbolm.reliability.stragglers import StragglerWatch, find_slowest
 
 _MIN_STEPS = 10  # of a report, so that chance evens out
@@ -23,8 +24,8 @@ _MIN_STEPS = 10  # of a report, so that chance evens out
 class ForwardTime:
     """Measures the forward passes of one step: `with forward_time: ...` for each. `seconds` waits for the device."""
 
-    def __init__(self, engine: Any):
-        is_sharded = engine.zero_optimization_stage() == 3
+    def __init__(self, engine: Engine):
+        is_sharded = engine.zero_stage == 3
         self._on_gpu = engine.device.type == "cuda"
         self._is_unknown = self._on_gpu and is_sharded
         self._clock: Callable[[], float] = time.thread_time if is_sharded else time.perf_counter

@@ -21,7 +21,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from turbolm.checkpoint.fragments import own_fragments, publish_weights
 from turbolm.checkpoint.manifest import checkpoint_name, remove_folder
 from turbolm.checkpoint.save import gather_over, save_checkpoint
 from turbolm.checkpoint.verify import find_newest_valid
@@ -127,26 +126,15 @@ def _train_candidate(session: Session, metrics: Path, num_steps: int) -> tuple[s
     return stopped, float(judged) / num_targets if is_sound and not stopped else None
 
 
-@torch.no_grad()
 def _draw_again(session: Session, seed: int) -> None:
-    """Give the engine, which has not trained a step, the initial weights of another seed. Collective.
-
-    As at its building, they are drawn in fp32, or at ZeRO-3 already cut into the parts that each rank holds, and the
-    optimizer's copy has what the type that the model computes in leaves of them.
-    """
+    """Give the engine, which has not trained a step, the initial weights of another seed. Collective."""
     engine, plan = session.engine, session.plan
     sharded_by = plan.ds_config if plan.recipe.execution.zero_stage == 3 else None
-    dtype = next(engine.module.parameters()).dtype
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices):  # dropout goes on as if nothing had been drawn
         config = copy.deepcopy(engine.module.config)
         drawn = build_model(plan.recipe.model, config, seed=seed, attention=session.attention, sharded_by=sharded_by)
-    parameters = dict(drawn.named_parameters())
-    for fragment in own_fragments(engine):
-        values = parameters[fragment.name]
-        own = values.ds_tensor.view(-1) if sharded_by else values.view(-1)[fragment.start :]
-        fragment.view(fragment.flat).copy_(own[: fragment.numel].to(dtype))
-    publish_weights(engine)
+    engine.copy_weights(drawn)
 
 
 def _finished(session: Session) -> list[float | None]:

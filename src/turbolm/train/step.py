@@ -9,10 +9,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from turbolm.engine.engine import Engine
 from turbolm.models.attention import model_inputs
 from turbolm.reliability import heartbeat
 from turbolm.reliability.anomalies import Anomaly
-from turbolm.train.engine import backward_and_step
 from turbolm.train.gate import UpdateGate
 from turbolm.train.pace import ForwardTime
 
@@ -35,7 +35,7 @@ class StepResult:
 
 
 def train_step(
-    engine: Any,
+    engine: Engine,
     micro_batches: list[dict[str, np.ndarray]],
     num_targets: int,
     attention: str,
@@ -53,7 +53,6 @@ def train_step(
     scale = dist.get_world_size() / num_targets
     loss_sum = torch.zeros((), device=engine.device)
     grad_norm = None
-    refuses_whole = gate.refuses_whole if gate else lambda norm: False
     forward = ForwardTime(engine)
     router_loss_sum = expert_load = None
     for index, micro_batch in enumerate(micro_batches):
@@ -68,13 +67,13 @@ def train_step(
             gate.open(loss_sum, num_targets, segment)
         # A loss that is not finite makes every gradient so, whatever its own would be: the norm tells all ranks.
         weighted = objective * (nll.detach() * 0 + scale)
-        grad_norm = backward_and_step(engine, weighted, is_boundary=is_boundary, refuses_whole=refuses_whole)
+        grad_norm = engine.backward_and_step(weighted, is_boundary=is_boundary)
         heartbeat.advance()
-    anomaly = gate.close(engine) if gate else None
+    anomaly = gate.close() if gate else None
     return StepResult(loss_sum, grad_norm, forward, anomaly, router_loss_sum, expert_load)
 
 
-def micro_batch_loss(engine: Any, micro_batch: dict[str, np.ndarray], attention: str) -> tuple[Any, ...]:
+def micro_batch_loss(engine: Engine, micro_batch: dict[str, np.ndarray], attention: str) -> tuple[Any, ...]:
     """What is minimised for one micro-batch, and its negative log likelihood; both summed, in nats.
 
     With gradients, a mixture of experts adds its router loss and load, as in `StepResult`.

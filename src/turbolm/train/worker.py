@@ -15,6 +15,7 @@ from turbolm.checkpoint.verify import Hashed, hash_ahead
 from turbolm.data.prepare.bad import check_left_out
 from turbolm.data.prepare.build import find_store
 from turbolm.data.store.token_store import TokenStore, check_held_out, check_tokenizer, open_store
+from turbolm.engine.start import build_accelerator, control_group
 from turbolm.errors import EXIT_FAILED, EXIT_OK, EXIT_REQUEUE, UserError
 from turbolm.hub import pretrained_folder
 from turbolm.models.count import examine
@@ -29,7 +30,6 @@ from turbolm.reliability.build_locks import clear_stale_locks, extensions_root
 from turbolm.reliability.run_lock import RunLock
 from turbolm.reliability.stop import StopRequest
 from turbolm.train.build import build_session
-from turbolm.train.engine import build_accelerator, control_group
 from turbolm.train.finish import add_products, finish_run, summary
 from turbolm.train.loop import Session, train
 from turbolm.train.recover import newest_valid, restore
