@@ -271,7 +271,8 @@ def export(
     """Write a checkpoint in the Hugging Face layout."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, which Transformers imports, need not look for GPUs
     from turbolm.checkpoint.export import export_checkpoint, is_export, short_card
-    from turbolm.train.run_directory import RunDirectory, read_json
+    from turbolm.files import read_json
+    from turbolm.train.run_directory import RunDirectory
 
     run = RunDirectory(checkpoint.resolve().parent.parent)
     contract = read_json(run.contract)

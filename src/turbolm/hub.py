@@ -8,7 +8,6 @@ code. A token comes from the environment (HF_TOKEN), never from a recipe.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from turbolm.errors import UserError
+from turbolm.files import load_json
 from turbolm.recipe.schema import Model, Recipe, Tokenizer
 
 DEFAULT_REVISION = "main"
@@ -197,10 +197,10 @@ def _missing(folder: Path, origin: Origin) -> str | None:
     if origin.section != "model" or (folder / _WEIGHTS).is_file():
         return None
     try:
-        shards = sorted(set(json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+        shards = sorted(set(load_json(folder / _INDEX)["weight_map"].values()))
     except OSError:
         return _WEIGHTS  # neither one file nor an index of several
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return None  # loading says what is wrong with the index
     return next((name for name in shards if isinstance(name, str) and not (folder / name).is_file()), None)
 

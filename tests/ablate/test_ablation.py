@@ -20,9 +20,10 @@ from turbolm.ablate.run import run_ablation
 from turbolm.ablate.settings import Ablation, Options, Sweep
 from turbolm.ablate.tricks import parse_tricks
 from turbolm.errors import UserError
+from turbolm.files import write_json
 from turbolm.plan.machine import Machine
 from turbolm.recipe.schema import Recipe
-from turbolm.train.run_directory import run_directory, write_json
+from turbolm.train.run_directory import run_directory
 
 CPUS = Machine(0, None, None, num_cpus=2, cpu_has_bf16=True, memory_bytes=2**34)
 NUM_EVALUATIONS = 10

@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 
 from turbolm.errors import UserError
+from turbolm.files import read_json, write_json
 from turbolm.launch.job import JOB, open_job_attempt, settle
 from turbolm.recipe.load import load_recipe
 from turbolm.recipe.schema import Recipe
 from turbolm.reliability.failures import failure_kind, record_rank_end
 from turbolm.reliability.stop import StopRequest, ask_to_stop
-from turbolm.train.run_directory import RunDirectory, read_json, run_directory, write_json, write_outcome
+from turbolm.train.run_directory import RunDirectory, run_directory, write_outcome
 
 from .harness import write_recipe
 

@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 
 from turbolm.errors import UserError
+from turbolm.files import write_json
 from turbolm.launch import network, node
 from turbolm.launch.network import choose_port, interface_of, own_address, port_candidates, probe, resolve
 from turbolm.launch.node import Place, build_extensions, check_same, find_place, meet, node_command
 from turbolm.plan.machine import Machine
 from turbolm.plan.plan import build_plan
 from turbolm.recipe.schema import Recipe
-from turbolm.train.run_directory import write_json
 
 from .harness import RECIPE
 

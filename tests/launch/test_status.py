@@ -11,8 +11,9 @@ import pytest
 from typer.testing import CliRunner
 
 from turbolm.cli import app
+from turbolm.files import write_json
 from turbolm.launch.status import read_status
-from turbolm.train.run_directory import RunDirectory, open_attempt, write_json, write_outcome
+from turbolm.train.run_directory import RunDirectory, open_attempt, write_outcome
 
 
 @pytest.fixture

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Literal
 
 from turbolm.errors import UserError
+from turbolm.files import load_json
 from turbolm.report.metrics import Line, is_number, read_metrics
 
 Clock = Literal["wall", "cpu"]  # wall-clock time, or the processor time of rank 0's process
@@ -110,7 +110,7 @@ def measure_run(path: Path, *, seed: int, lr: float, clock: Clock = "wall") -> R
 def read_timing(path: Path) -> list[dict[str, float]]:
     """What each start of a run took, oldest first."""
     try:
-        found = json.loads((path / TIMING).read_text(encoding="utf-8"))
+        found = load_json(path / TIMING)
     except (OSError, ValueError):
         return []
     return found if isinstance(found, list) else []

@@ -14,8 +14,9 @@ from turbolm.ablate.measure import Clock, RunMeasures, measure_run
 from turbolm.ablate.render import render_csv, render_html
 from turbolm.ablate.settings import Ablation
 from turbolm.ablate.verdict import LOSS_NOISE, TEST, compare, words
+from turbolm.files import read_json, write_json
 from turbolm.recipe.schema import Recipe
-from turbolm.train.run_directory import is_finished, read_json, run_directory, write_json
+from turbolm.train.run_directory import is_finished, run_directory
 
 Run = dict[str, Any]  # measures of a run and when it met the target
 

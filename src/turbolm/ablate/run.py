@@ -19,6 +19,7 @@ from turbolm.ablate.measure import TIMING, read_timing
 from turbolm.ablate.results import measured, write_results
 from turbolm.ablate.settings import Ablation, three_digits
 from turbolm.errors import EXIT_FAILED, EXIT_OK, EXIT_REQUEUE, UserError
+from turbolm.files import write_json
 from turbolm.recipe.contract import changed_keys
 from turbolm.recipe.load import RecipeError, dump_recipe, load_recipe
 from turbolm.recipe.schema import Recipe
@@ -143,7 +144,7 @@ class _Trainer:
         took = {"whole_sec": time.monotonic() - started, "cpu_sec": _children_cpu_sec() - cpu_started}
         if run.path.is_dir():
             timing = [*read_timing(run.path), {**took, "exit_code": code}]
-            (run.path / TIMING).write_text(json.dumps(timing, indent=1), encoding="utf-8")
+            write_json(run.path / TIMING, timing)
         self.ablation.failures.pop(recipe.name, None)
         if code not in (EXIT_OK, EXIT_REQUEUE):
             self.ablation.failures[recipe.name] = code

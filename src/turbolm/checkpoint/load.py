@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections import defaultdict
@@ -26,6 +25,7 @@ from turbolm.checkpoint.snapshot import set_host_rng_state
 from turbolm.engine.engine import Engine
 from turbolm.engine.partitions import Fragment
 from turbolm.errors import UserError
+from turbolm.files import load_json
 
 
 class CheckpointReader:
@@ -49,7 +49,7 @@ class CheckpointReader:
                 raise UserError(f"{checkpoint}: holds {covered} of {math.prod(shape)} elements of {name}")
 
     def _read_index(self, rank: int) -> None:
-        index = json.loads((self.checkpoint / index_file(rank)).read_text(encoding="utf-8"))
+        index = load_json(self.checkpoint / index_file(rank))
         for name, place in index["fragments"].items():
             self._places[name].append((place["start"], place["start"] + place["numel"], rank))
         for name, states in index["states"].items():
@@ -115,7 +115,7 @@ class CheckpointReader:
 
     def trainer_state(self) -> dict[str, Any]:
         """What the trainer noted beside the tensors."""
-        state: dict[str, Any] = json.loads((self.checkpoint / TRAINER_STATE).read_text(encoding="utf-8"))
+        state: dict[str, Any] = load_json(self.checkpoint / TRAINER_STATE)
         return state
 
     def _open(self, rank: int) -> dict[str, Any]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import os
 import re
 import shutil
@@ -13,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from turbolm.errors import UserError
+from turbolm.files import load_json, sync_folder, write_json
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
@@ -60,10 +59,10 @@ def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
     """The manifest of a checkpoint. Raises UserError when it is missing or not one."""
     try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+        manifest = load_json(checkpoint / MANIFEST)
     except FileNotFoundError:
         raise UserError(f"{checkpoint}: no {MANIFEST}; not a complete checkpoint") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{checkpoint / MANIFEST}: cannot be read: {error}") from None
     if not isinstance(manifest, dict) or manifest.get("format_version") != FORMAT_VERSION:
         raise UserError(f"{checkpoint / MANIFEST}: not a checkpoint manifest of format {FORMAT_VERSION}")
@@ -74,7 +73,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
 
 def commit(temporary: Path, final: Path, manifest: Mapping[str, Any]) -> None:
     """Write the manifest and rename the folder into place; everything else in it must be on disk already."""
-    write_json(temporary / MANIFEST, {"format_version": FORMAT_VERSION, **manifest})
+    write_json(temporary / MANIFEST, {"format_version": FORMAT_VERSION, **manifest}, durable=True)
     sync_folder(temporary)
     if os.path.lexists(final):  # found invalid by the resume that led here again, which went back to an older one
         discard(final)
@@ -104,29 +103,6 @@ def remove_folder(path: Path) -> None:
             path.unlink()
     else:
         shutil.rmtree(path, ignore_errors=True)  # which follows no link inside either
-
-
-def write_json(path: Path, value: object) -> dict[str, Any]:
-    """Write JSON and force it to disk; returns size and SHA-256 as a manifest records them."""
-    content = json.dumps(value, indent=1, allow_nan=False).encode() + b"\n"
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
-    try:
-        left = memoryview(content)
-        while left:
-            left = left[os.write(file, left) :]
-        os.fsync(file)
-    finally:
-        os.close(file)
-    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-
-
-def sync_folder(path: Path) -> None:
-    """Make the names in a folder durable."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _is_complete(manifest: Mapping[str, Any]) -> bool:

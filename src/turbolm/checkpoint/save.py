@@ -15,6 +15,7 @@ from turbolm.checkpoint.retention import Retention, remove_old
 from turbolm.checkpoint.snapshot import Snapshot, take_snapshot, use_device
 from turbolm.checkpoint.tensor_file import write_tensors
 from turbolm.engine.engine import Engine
+from turbolm.files import write_json
 from turbolm.reliability import heartbeat
 
 _PART_BYTES = 512 * 2**20  # of a safetensors file, so that several threads write and hash; a larger tensor stays whole
@@ -96,7 +97,7 @@ def write_rank_files(folder: Path, snapshot: Snapshot) -> dict[str, Any]:
     if rank == 0:
         texts[manifest.TRAINER_STATE] = snapshot.trainer_state
     for name, value in texts.items():
-        described[name] = manifest.write_json(folder / name, value)
+        described[name] = write_json(folder / name, value, durable=True)
     return described
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from turbolm.files import write_all
 from turbolm.reliability import heartbeat
 
 _CHUNK_BYTES = 16 * 2**20
@@ -43,7 +44,7 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
     try:
         for chunk in chain([_header(ordered, metadata)], _chunks(tensor for _, tensor in ordered)):
-            _write_all(file, chunk)
+            write_all(file, chunk)
             # The disk takes it while it is hashed; without this most would be left for the fsync.
             if hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(file, position, len(chunk), os.POSIX_FADV_DONTNEED)
@@ -85,8 +86,3 @@ def _chunks(tensors: Iterator[torch.Tensor]) -> Iterator[memoryview]:
             yield content[start : start + _CHUNK_BYTES]
     if small:
         yield memoryview(small)
-
-
-def _write_all(file: int, content: memoryview) -> None:
-    while content:
-        content = content[os.write(file, content) :]

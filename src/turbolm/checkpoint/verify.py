@@ -23,6 +23,7 @@ from turbolm.checkpoint.manifest import (
     read_manifest,
 )
 from turbolm.errors import UserError
+from turbolm.files import load_json
 
 _CHUNK_BYTES = 2**20  # stays in the processor's cache between reading and hashing
 _AHEAD_BYTES = 64 * 2**20
@@ -296,8 +297,8 @@ def _read_mapping(checkpoint: Path, name: str, files: Collection[str]) -> dict[s
     if name not in files:
         raise _Unfit(f"{name}: missing in the manifest")
     try:
-        value = json.loads((checkpoint / name).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        value = load_json(checkpoint / name)
+    except (OSError, ValueError) as error:
         raise _Unfit(f"{name}: {error}") from None
     if not isinstance(value, dict):
         raise _Unfit(f"{name}: not a JSON object")

@@ -17,6 +17,7 @@ from typing import Any
 
 from turbolm.checkpoint.manifest import list_checkpoints
 from turbolm.errors import EXIT_BAD_INPUT, EXIT_OK, EXIT_REQUEUE, UserError
+from turbolm.files import read_json, write_json
 from turbolm.launch.slurm import copy_script
 from turbolm.recipe.load import load_recipe
 from turbolm.recipe.schema import Recipe
@@ -27,10 +28,8 @@ from turbolm.train.run_directory import (
     RunDirectory,
     list_attempts,
     open_attempt,
-    read_json,
     refuse_links_out,
     run_directory,
-    write_json,
     write_outcome,
 )
 

@@ -14,6 +14,7 @@ from types import FrameType
 import yaml
 
 from turbolm.errors import EXIT_BAD_INPUT, EXIT_OK
+from turbolm.files import read_json
 from turbolm.plan.machine import Machine
 from turbolm.plan.plan import Plan
 from turbolm.redaction import redact
@@ -21,7 +22,7 @@ from turbolm.reliability.failures import read_rank_ends
 from turbolm.reliability.orphans import END_WITH_PARENT, end_with_parent
 from turbolm.reliability.run_lock import RunLock
 from turbolm.reliability.watchdog import HUNG
-from turbolm.train.run_directory import RunDirectory, open_attempt, read_json, refuse_links_out
+from turbolm.train.run_directory import RunDirectory, open_attempt, refuse_links_out
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 

@@ -10,9 +10,10 @@ from statistics import median
 from typing import Any
 
 from turbolm.errors import UserError
+from turbolm.files import read_json
 from turbolm.launch.job import JOB, newest_step
 from turbolm.report.metrics import read_lines
-from turbolm.train.run_directory import RunDirectory, list_attempts, read_json
+from turbolm.train.run_directory import RunDirectory, list_attempts
 from turbolm.units import format_count, format_duration
 
 _SILENT_SEC = 900  # an attempt without an end and without a sign of life for that long was probably killed

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable
 from contextlib import ExitStack
@@ -15,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig, PreTrainedModel, modeling_utils
 
 from turbolm.errors import UserError
+from turbolm.files import load_json, read_json
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 # What wrappers put into names: torch.compile, FSDP and activation checkpointing anywhere; DDP and PEFT in front.
@@ -69,7 +69,7 @@ def load_pretrained(
 
 def refuse_adapter(folder: Path) -> None:
     """Raise UserError for a folder that holds an adapter (PEFT)."""
-    adapter = _read_json(folder / "adapter_config.json")
+    adapter = read_json(folder / "adapter_config.json")
     if adapter is not None:
         raise UserError(
             f"model.pretrained: {folder} is an adapter ({adapter.get('peft_type', 'PEFT')}) of "
@@ -80,7 +80,7 @@ def refuse_adapter(folder: Path) -> None:
 
 def _check_format(folder: Path) -> None:
     """Raise UserError for weights that are quantized, or in no format that is read."""
-    quantization = (_read_json(folder / "config.json") or {}).get("quantization_config")
+    quantization = (read_json(folder / "config.json") or {}).get("quantization_config")
     beside = [name for name in _QUANTIZATION_FILES if (folder / name).is_file()]
     if quantization or beside:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else None
@@ -114,8 +114,8 @@ def _weight_files(folder: Path) -> list[Path]:
             "file, or save the model again with `save_pretrained`"
         )
     try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        names = set(load_json(index)["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"model.pretrained: {index} is no index of weights: {error!r}") from None
     for name in names:
         if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
@@ -234,14 +234,6 @@ def settle_tying(model: PreTrainedModel) -> None:
                 f"model: tie_word_embeddings is {str(is_tied).lower()} in these weights; the configuration says so now"
             )
             config.tie_word_embeddings = is_tied
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    return content if isinstance(content, dict) else None
 
 
 def _shape(shape: Iterable[int]) -> str:

@@ -8,7 +8,6 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from turbolm.errors import UserError
+from turbolm.files import load_json, write_atomic
 from turbolm.hub import cached_config, check_revisions, config_command
 from turbolm.plan.parameters import estimate_parameters, read_architecture
 from turbolm.plan.plain_config import is_plain
@@ -263,20 +263,17 @@ def _run_examiner(request: str) -> Answer:
 
 def _keep(cache: Path, answer: Answer) -> None:
     try:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        new = cache.with_suffix(f".{os.getpid()}")
-        new.write_text(answer.to_json(), encoding="utf-8")
-        new.replace(cache)
+        write_atomic(cache, answer.to_json())
     except OSError:
         pass  # asked again next time
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = load_json(path)
     except OSError:
         raise UserError(f"model.pretrained: {path} is missing; expected a local Hugging Face model folder") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(f"model.pretrained: {path} is not JSON: {error}") from None
     if not isinstance(content, dict) or not isinstance(content.get("model_type"), str):
         raise UserError(f"model.pretrained: {path} names no model_type")

@@ -8,7 +8,6 @@ system gave, so that clocks of different hosts need not agree.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import platform
 import threading
@@ -20,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from turbolm.errors import UserError
+from turbolm.files import load_json, write_json
 from turbolm.reliability.processes import start_time
 
 HEARTBEAT_SEC = 10.0
@@ -118,7 +118,7 @@ class RunLock:
     @contextmanager
     def _record(self) -> Iterator[Path]:
         record = self.path.with_name(f".lock-{self._me.token}")
-        record.write_text(json.dumps(asdict(self._me)) + "\n", encoding="utf-8")
+        write_json(record, asdict(self._me))
         try:
             yield record
         finally:
@@ -186,8 +186,8 @@ def is_gone(holder: Holder, me: Holder) -> bool | None:
 
 def _read(path: Path) -> Holder | None:
     try:
-        return Holder(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, RecursionError):
+        return Holder(**load_json(path))
+    except (OSError, ValueError, TypeError):
         return None
 
 

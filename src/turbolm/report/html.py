@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from turbolm.files import read_json, write_atomic
 from turbolm.report.charts import curve, line_chart, noisy_curves
 from turbolm.report.metrics import Line, is_number, read_lines, read_metrics, values
 from turbolm.report.page import format_rows, format_value, render_page
@@ -19,7 +18,7 @@ def write_report(run_dir: Path) -> Path:
     """Write `run_dir`/report.html from what the run directory holds so far."""
     lines, metrics = read_lines(run_dir / "metrics.jsonl"), read_metrics(run_dir / "metrics.jsonl")
     attempts = _attempts(run_dir, lines)
-    results = _read_json(run_dir / "results.json")
+    results = read_json(run_dir / "results.json") or {}
     recipe = run_dir / "recipe.yaml"
     text = render_page(
         "run.html",
@@ -34,9 +33,7 @@ def write_report(run_dir: Path) -> Path:
         environment=_environment(run_dir),
     )
     path = run_dir / "report.html"
-    unfinished = path.with_name(f".report.{os.getpid()}.html")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
+    write_atomic(path, text)
     return path
 
 
@@ -122,14 +119,6 @@ def _anomaly(line: Line) -> list[str]:
 def _environment(run_dir: Path) -> list[tuple[str, str]]:
     folders = [path for path in (run_dir / "attempts").glob("*") if path.name.isdigit()]
     for folder in sorted(folders, key=lambda path: -int(path.name)):
-        if environment := _read_json(folder / "environment.json"):
+        if environment := read_json(folder / "environment.json"):
             return format_rows(environment)
     return []
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}

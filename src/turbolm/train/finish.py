@@ -15,11 +15,12 @@ from turbolm.checkpoint.manifest import TRAINER_STATE, list_checkpoints
 from turbolm.data.batch.loader import evaluation_set
 from turbolm.data.store.token_store import TokenStore, unigram_entropy
 from turbolm.errors import RunError, UserError
+from turbolm.files import read_json, write_json
 from turbolm.plan.plan import Plan
 from turbolm.redaction import redact
 from turbolm.report.html import write_report
 from turbolm.train.evaluation import EvaluationResult
-from turbolm.train.run_directory import RunDirectory, read_json, write_json
+from turbolm.train.run_directory import RunDirectory
 from turbolm.units import format_count
 
 T = TypeVar("T")

@@ -8,16 +8,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from turbolm.checkpoint.manifest import MANIFEST, read_manifest, write_json
+from turbolm.checkpoint.manifest import MANIFEST, read_manifest
 from turbolm.checkpoint.verify import verify_checkpoint
 from turbolm.errors import UserError
+from turbolm.files import read_json, write_json
 from turbolm.plan.curriculum import build_curriculum
 from turbolm.recipe.contract import comparable, contract_of, fingerprint, pin_to
 from turbolm.recipe.fields import Section
 from turbolm.recipe.load import dump_recipe, load_recipe
 from turbolm.recipe.schema import Recipe
 from turbolm.schedules import lr_ratio
-from turbolm.train.run_directory import RunDirectory, read_json
+from turbolm.train.run_directory import RunDirectory
 from turbolm.units import Span
 
 _LEARNED = ("data", "train", "optimizer", "schedule")  # sections whose shares of the budget must keep their places
@@ -71,6 +72,7 @@ def fork(checkpoint: Path, decay: Span, name: str | None = None, changes: Mappin
                 "budgets_tokens": [new.train.budget],
                 "origin": {**came_from, "step": manifest["step"], "tokens_seen": branch_tokens},
             },
+            durable=True,
         )
         temporary.rename(run.path)
     finally:
@@ -144,5 +146,5 @@ def _write(folder: Path, checkpoint: Path, recipe: Recipe, manifest: dict[str, A
             os.link(checkpoint / name, target / name)
         except OSError:  # another file system, or one without hard links
             shutil.copy2(checkpoint / name, target / name)
-    write_json(target / MANIFEST, manifest)
+    write_json(target / MANIFEST, manifest, durable=True)
     (folder / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")

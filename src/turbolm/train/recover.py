@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from turbolm.checkpoint.manifest import TRAINER_STATE, discard
 from turbolm.checkpoint.save import gather_over
 from turbolm.checkpoint.verify import Hashed, find_newest_valid, not_hashed
 from turbolm.errors import RunError, UserError
+from turbolm.files import load_json
 from turbolm.reliability import heartbeat
 from turbolm.reliability.anomalies import Anomaly, Decision, SkippedBatches
 
@@ -119,7 +119,7 @@ def roll_back(session: Session, batch: GlobalBatch) -> Path:
                 "to. Nothing was updated in these steps. Save more often (checkpoint.every), or start with a lower "
                 "learning rate or a longer warmup"
             )
-        state = json.loads((checkpoint / TRAINER_STATE).read_text(encoding="utf-8"))
+        state = load_json(checkpoint / TRAINER_STATE)
         if not state.get("anomalies", {}).get("in_a_row", 0):
             break
         given_up.append(checkpoint)

@@ -25,11 +25,11 @@ from turbolm.checkpoint.manifest import checkpoint_name, remove_folder
 from turbolm.checkpoint.save import gather_over, save_checkpoint
 from turbolm.checkpoint.verify import find_newest_valid
 from turbolm.errors import RunError
+from turbolm.files import read_json, write_json
 from turbolm.models.build import build_model
 from turbolm.reliability import heartbeat
 from turbolm.train.loop import Session, agree_to_stop, save, take_step, trainer_state
 from turbolm.train.recover import restore
-from turbolm.train.run_directory import read_json, write_json
 
 _SEED_STRIDE = 1_000_003  # far from the seeds that people choose next to each other
 

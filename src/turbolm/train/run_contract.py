@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from turbolm.errors import UserError
+from turbolm.files import read_json, write_json
 from turbolm.hub import fetch, find_origins
 from turbolm.recipe.contract import changed_keys, comparable, contract_of, fingerprint, pin_to
 from turbolm.recipe.schema import Recipe
 from turbolm.reliability.run_lock import RunLock
-from turbolm.train.run_directory import RunDirectory, is_finished, read_json, run_directory, write_json
+from turbolm.train.run_directory import RunDirectory, is_finished, run_directory
 
 
 def has_learned(run: RunDirectory) -> bool:

@@ -14,15 +14,14 @@ runs/<name>/
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import platform
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from turbolm.errors import UserError
+from turbolm.files import read_json, write_json
 from turbolm.plan.machine import Machine
 from turbolm.plan.plan import Plan
 from turbolm.recipe.load import dump_recipe
@@ -140,20 +139,3 @@ def write_outcome(run: RunDirectory, attempt: int, status: str, exit_code: int, 
     """How an attempt ended: launchers do not pass a worker's exit code on."""
     outcome = {"status": status, "exit_code": exit_code, "message": message, "unix_time": time.time()}
     write_json(run.attempt(attempt) / "outcome.json", outcome)
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write JSON through a temporary file, so that a reader never sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(value, indent=1, default=str) + "\n", encoding="utf-8")
-    temporary.replace(path)
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """A JSON mapping, or None when the file is missing or damaged."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None

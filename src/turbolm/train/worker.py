@@ -17,6 +17,7 @@ from turbolm.data.prepare.build import find_store
 from turbolm.data.store.token_store import TokenStore, check_held_out, check_tokenizer, open_store
 from turbolm.engine.start import build_accelerator, control_group
 from turbolm.errors import EXIT_FAILED, EXIT_OK, EXIT_REQUEUE, UserError
+from turbolm.files import read_json
 from turbolm.hub import pretrained_folder
 from turbolm.models.count import examine
 from turbolm.models.initialise import count_parameters
@@ -40,7 +41,6 @@ from turbolm.train.run_directory import (
     is_finished,
     lacks_export,
     open_attempt,
-    read_json,
     refuse_links_out,
     run_directory,
     write_attempt,

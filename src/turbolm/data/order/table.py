@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -22,6 +21,7 @@ import numpy as np
 from turbolm.data.order.packing import Bins, IntArray
 from turbolm.data.order.stream import DocumentStream, random_order, random_raw
 from turbolm.data.order.window import Grouping, Packing, Pieces, Random, Window, arrange, count_batches, pack_window
+from turbolm.files import sha256_json, temporary
 from turbolm.plan.curriculum import Segment
 
 ORDER_VERSION = 3  # raise it when the same arguments no longer give the same batches
@@ -63,7 +63,7 @@ class OrderSettings:
     def digest(self, documents: str) -> str:
         """SHA-256 of all but the segments, and of `documents`, a fingerprint of what the sources hold."""
         settings = {name: value for name, value in asdict(self).items() if name != "segments"}
-        return hashlib.sha256(json.dumps([ORDER_VERSION, documents, settings], sort_keys=True).encode()).hexdigest()
+        return sha256_json([ORDER_VERSION, documents, settings])
 
     def key(self, documents: str) -> str:
         """SHA-256 of everything that decides a table, the end of its last segment apart."""
@@ -225,10 +225,9 @@ def save_table(path: Path, key: str, rows: Sequence[Row]) -> None:
         "key": np.array(key),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("wb") as file:
+    with temporary(path).open("wb") as file:
         np.savez(file, allow_pickle=False, **arrays)
-    temporary.replace(path)
+    temporary(path).replace(path)
 
 
 class Rows(Sequence[Row]):

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import json
 import os
 import shutil
 import sys
@@ -31,7 +30,7 @@ from turbolm.data.prepare.bad import check_left_out
 from turbolm.data.prepare.engines import EngineMismatch, EngineName, choose_engine
 from turbolm.data.prepare.progress import Meter, OnProgress, Progress
 from turbolm.data.prepare.sample import Sample
-from turbolm.data.prepare.shards import Dropped, Layout, cut_shards, is_validation, write_json, write_shards
+from turbolm.data.prepare.shards import Dropped, Layout, cut_shards, is_validation, write_shards
 from turbolm.data.prepare.special_tokens import SpecialTokens
 from turbolm.data.store.token_store import (
     FORMAT_VERSION,
@@ -45,6 +44,7 @@ from turbolm.data.store.token_store import (
     open_store,
 )
 from turbolm.errors import UserError
+from turbolm.files import load_json, sha256_json, write_json
 from turbolm.hub import tokenizer_path
 from turbolm.recipe.contract import comparable_section
 from turbolm.recipe.schema import Recipe
@@ -108,7 +108,7 @@ def finished_shards(recipe: Recipe) -> tuple[int, int]:
     """How many shards of the recipe's store have been written, and how many bytes of text they hold."""
     sizes = []
     for path in store_folder(recipe).glob("shard-*.json"):
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = load_json(path)
         sizes.append(sum(record[split]["text_bytes"] for split in SPLITS))
     return len(sizes), sum(sizes)
 
@@ -142,7 +142,7 @@ def _key(recipe: Recipe, tokenizer: list[str | int]) -> str:
     content["tokenizer"] = comparable_section(recipe.tokenizer) if recipe.tokenizer.path is None else tokenizer
     if recipe.tokenizer.special_tokens_in_text != "split":
         content["special_tokens_in_text"] = recipe.tokenizer.special_tokens_in_text
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return sha256_json(content)
 
 
 def _content(source: Any) -> dict[str, Any]:
@@ -262,7 +262,7 @@ def _build(
         "totals": totals,
         "shards": [{name: shard[name] for name in _SHARD} for shard in shards],
     }
-    write_json(folder / MANIFEST, manifest | {"manifest_sha256": manifest_sha256(manifest)})
+    write_json(folder / MANIFEST, manifest | {"manifest_sha256": manifest_sha256(manifest)}, durable=True)
 
 
 def _spelled_out(documents: Counter[str], special_tokens: SpecialTokens) -> str:
@@ -344,7 +344,7 @@ def _place_tokenizer(recipe: Recipe, folder: Path, on_progress: OnProgress) -> l
     if target.is_dir():
         shutil.rmtree(target)
     unfinished.rename(target)
-    write_json(folder / _TOKENIZER_RECORD, {"files": files})
+    write_json(folder / _TOKENIZER_RECORD, {"files": files}, durable=True)
     (folder / _SAMPLE_STATE).unlink(missing_ok=True)
     return files
 
@@ -352,8 +352,8 @@ def _place_tokenizer(recipe: Recipe, folder: Path, on_progress: OnProgress) -> l
 def _tokenizer_files(folder: Path) -> list[dict[str, Any]]:
     """What an earlier run wrote down of the tokenizer's files; nothing if it did not come so far."""
     try:
-        return list(json.loads((folder / _TOKENIZER_RECORD).read_text(encoding="utf-8"))["files"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return list(load_json(folder / _TOKENIZER_RECORD)["files"])
+    except (OSError, ValueError, KeyError, TypeError):
         return []
 
 

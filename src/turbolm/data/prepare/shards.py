@@ -7,7 +7,6 @@ A shard is consecutive documents of one source, tokenized and written by one wor
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import signal
 import threading
@@ -30,6 +29,7 @@ from turbolm.data.prepare.engines import Engine, EngineName, Plain, check_sample
 from turbolm.data.prepare.round_trip import measure_loss
 from turbolm.data.prepare.special_tokens import Finder, SpecialTokens
 from turbolm.data.store.token_store import SPLITS, TOKENIZER_FOLDER, check_file, file_record
+from turbolm.files import load_json, sync, temporary, write_bytes, write_json
 
 if TYPE_CHECKING:
     from io import BufferedWriter
@@ -188,7 +188,7 @@ def cut_shards(
                 if reader is None or documents is None:
                     reader = Reader(settings, start, recipe.data.on_bad_document)
                     documents = iter(reader)
-                paths = {split: unfinished(folder / f"{_name(number)}.{split}.text") for split in SPLITS}
+                paths = {split: temporary(folder / f"{_name(number)}.{split}.text") for split in SPLITS}
                 shard = Shard(number, source, start, start, {split: Texts(path) for split, path in paths.items()})
                 _fill(shard, reader, documents, seen, recipe.data.validation, _limit(number, shard_text_bytes))
                 part = _find(folder, number, shard.record(), None) if not known and shard.num_documents else None
@@ -241,7 +241,7 @@ def _fill(
 def _find(folder: Path, number: int, expected: dict[str, Any], seen: DigestSet | None) -> Finished | None:
     """A shard that was written before, is still sound, and holds what is expected; its digests are added to `seen`."""
     try:
-        record = json.loads((folder / f"{_name(number)}.json").read_text(encoding="utf-8"))
+        record = load_json(folder / f"{_name(number)}.json")
         parts = ["tokens", "index"] + ["digests"] * (seen is not None)
         if any(record[name] != value for name, value in expected.items()):
             return None
@@ -347,18 +347,18 @@ def _write_shard(
         for texts in (train, validation):
             check_sample(engine, plain, texts)
     ends = [np.zeros(1, np.int64)]
-    parts = {part: unfinished(folder / f"{name}.{part}") for part in ("tokens", "index") + ("digests",) * bool(digests)}
+    parts = {part: temporary(folder / f"{name}.{part}") for part in ("tokens", "index") + ("digests",) * bool(digests)}
     with parts["tokens"].open("wb") as file:
         for ids, lengths in tokenize(engine, chain(train, validation)):
             tokens, chunk_ends = _with_ends(ids, lengths, layout)
             file.write(tokens.tobytes())
             ends.append(chunk_ends + ends[-1][-1])
-        flush(file)
+        sync(file)
     text_bytes = [np.diff(np.array(texts.ends, np.int64), prepend=0) for texts in (train, validation)]
     index = np.stack([np.concatenate(ends)[1:], np.concatenate(text_bytes)], axis=1).astype("<i8")
-    _write(parts["index"], index.tobytes())
+    write_bytes(parts["index"], index.tobytes(), durable=True)
     if digests:
-        _write(parts["digests"], digests)
+        write_bytes(parts["digests"], digests, durable=True)
     sampled, lost = zip(*(measure_loss(plain, texts, number) for texts in (train, validation)), strict=True)
     found = Counter(filter(None, map(_finder(layout).find, chain(train, validation))))
     record = record | {"sampled_bytes": sum(sampled), "lost_bytes": sum(lost), "spelled": dict(found)}
@@ -371,7 +371,7 @@ def _write_shard(
         ("validation", index[len(train) :], all_tokens - train_tokens),
     ):
         record[split] = {"documents": len(rows), "tokens": num_tokens, "text_bytes": int(rows[:, 1].sum())}
-    write_json(folder / f"{name}.json", record)
+    write_json(folder / f"{name}.json", record, durable=True)
     for texts in (train, validation):
         texts.remove()
     return record
@@ -421,26 +421,3 @@ def _pieces(text: bytes) -> Iterator[bytes]:
 
 def _name(number: int) -> str:
     return f"shard-{number:05d}"
-
-
-def unfinished(path: Path) -> Path:
-    """Where a file is written before it is renamed to `path`."""
-    return path.with_name(f"{path.name}.{os.getpid()}.tmp")
-
-
-def flush(file: Any) -> None:
-    """Bring a file's content to the disk."""
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _write(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        flush(file)
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a file as a whole or not at all."""
-    _write(unfinished(path), (json.dumps(content, indent=1, sort_keys=True) + "\n").encode())
-    unfinished(path).rename(path)

@@ -5,7 +5,6 @@ Folders are in the Hugging Face layout, so `AutoTokenizer.from_pretrained(folder
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Iterable
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from turbolm.errors import UserError
+from turbolm.files import sha256_json
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -142,7 +142,7 @@ def tokenizer_fingerprint(tokenizer: str | Path | Tokenizer) -> str:
     unused = ("truncation", "padding", "post_processor")
     content = json.loads(tokenizer.to_str())
     content = {name: value for name, value in content.items() if name not in unused}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return sha256_json(content)
 
 
 def _tokenizer_file(path: str | Path) -> Path:

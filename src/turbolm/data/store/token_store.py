@@ -11,7 +11,6 @@ the number of documents.
 from __future__ import annotations
 
 import hashlib
-import json
 import mmap
 import os
 from collections.abc import Callable, Iterator
@@ -26,6 +25,7 @@ from turbolm.data import native
 from turbolm.data.order.packing import IntArray
 from turbolm.data.sorting import argsort_integers
 from turbolm.errors import UserError
+from turbolm.files import load_json, sha256_json
 
 FORMAT_VERSION = 2  # part of every store's key: raise it when the files change
 MANIFEST = "manifest.json"
@@ -86,7 +86,7 @@ class TokenStore:
             [shard["tokens"]["sha256"], shard["index"]["sha256"], shard["train"]["documents"], shard["source"]]
             for shard in self.manifest["shards"]
         ]
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        return sha256_json(content)
 
     def num_documents(self, split: Split) -> int:
         """Documents of the split, those of all sources together."""
@@ -304,12 +304,12 @@ def open_store(folder: str | Path, *, verify: Literal["quick", "full"] = "quick"
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a complete store. Raises UserError where it is missing, of another format, or changed."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = load_json(folder / MANIFEST)
     except FileNotFoundError:
         raise UserError(
             f"{folder} holds no complete token store (no {MANIFEST}); run `turbolm prepare` first"
         ) from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{folder / MANIFEST} cannot be read: {error}") from None
     version = manifest.get("format_version") if isinstance(manifest, dict) else None
     if version != FORMAT_VERSION:
@@ -326,7 +326,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def manifest_sha256(manifest: dict[str, Any]) -> str:
     """SHA-256 over all of a manifest but this value itself."""
     content = {name: value for name, value in manifest.items() if name != "manifest_sha256"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return sha256_json(content)
 
 
 def find_damage(folder: Path, manifest: dict[str, Any], *, full: bool) -> Iterator[tuple[str, str]]:
