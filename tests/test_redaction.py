@@ -13,7 +13,7 @@ from turbolm.errors import RunError, UserError
 from turbolm.launch.slurm import write_submission
 from turbolm.recipe.load import dump_recipe, load_recipe
 from turbolm.redaction import holds_secret, is_secret_name, redact
-from turbolm.reliability.failures import read_rank_ends, record_rank_end
+from turbolm.reliability.outcome import read_rank_ends, record_rank_end
 
 CANARY = "c4n4ry-0123456789abcdef"
 

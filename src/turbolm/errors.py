@@ -1,28 +1,28 @@
-"""Errors a user can cause and mend, and the exit codes that launchers and schedulers rely on."""
+"""User-fixable errors, and the exit codes that launchers and schedulers rely on."""
 
 from turbolm.redaction import redact
 
 EXIT_OK = 0
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2  # the recipe, the data or the machine must change first: never requeue
-EXIT_REQUEUE = 75  # ended early, what was saved is whole (EX_TEMPFAIL): worth starting again
+EXIT_REQUEUE = 75  # stopped early, and what was saved is complete (EX_TEMPFAIL): worth starting again
+EXIT_SIGNAL = 128  # plus the number of the signal that killed it
+EXIT_STOPPED = 130  # by Ctrl-C or `turbolm stop`: neither done nor to be started again
 
 
-class UserError(Exception):
-    """Something the user can mend. Printed as it is, without a traceback; the process exits with `EXIT_BAD_INPUT`.
-
-    Its message may quote the recipe or another library, so secrets are taken out of it.
-    """
-
-    def __init__(self, message: str) -> None:
-        super().__init__(redact(message))
-
-
-class RunError(Exception):
-    """Why a run cannot go on, where neither its recipe nor a bug is to blame (a full disk, another writer).
-
-    Printed as it is, without a traceback and without secrets; the process exits with 1.
-    """
+class _CleanError(Exception):
+    """Printed as it is, without a traceback; its message may quote a recipe or a library, so secrets are taken out."""
 
     def __init__(self, message: str) -> None:
         super().__init__(redact(message))
+
+
+class UserError(_CleanError):
+    """Something the user can fix. The process exits with `EXIT_BAD_INPUT`."""
+
+
+class RunError(_CleanError):
+    """Why a run cannot go on, where neither its recipe nor a bug is to blame: a full disk, another writer.
+
+    The process exits with `EXIT_FAILED`.
+    """

@@ -12,9 +12,9 @@ from turbolm.files import read_json, write_json
 from turbolm.launch.job import JOB, open_job_attempt, settle
 from turbolm.recipe.load import load_recipe
 from turbolm.recipe.schema import Recipe
-from turbolm.reliability.failures import failure_kind, record_rank_end
+from turbolm.reliability.outcome import Outcome, failure_kind, record_rank_end, write_outcome
 from turbolm.reliability.stop import StopRequest, ask_to_stop
-from turbolm.train.run_directory import RunDirectory, run_directory, write_outcome
+from turbolm.train.run_directory import RunDirectory, run_directory
 
 from .harness import write_recipe
 
@@ -63,14 +63,14 @@ def test_each_start_opens_an_attempt_and_removes_an_old_stop_file(run: RunDirect
 def test_an_outcome_decides(run: RunDirectory, recipe: Recipe) -> None:
     for status, code in (("finished", 0), ("stopped", 75), ("refused", 2)):
         attempt = start(run, recipe)
-        write_outcome(run, attempt, status, code)
+        write_outcome(run.attempt(attempt), Outcome(status, code))
         add_checkpoint(run, attempt)
         assert settle(run, recipe, attempt)[0] == code
 
 
 def test_a_job_that_hung_starts_again_and_says_on_which_rank(run: RunDirectory, recipe: Recipe) -> None:
     attempt = start(run, recipe)
-    write_outcome(run, attempt, "hung", 75, "rank 1 hangs: it is stopped")
+    write_outcome(run.attempt(attempt), Outcome("hung", 75, "rank 1 hangs: it is stopped"))
     add_checkpoint(run, attempt)
     assert settle(run, recipe, attempt) == (75, "attempt 1: hung: rank 1 hangs: it is stopped")
 
@@ -79,7 +79,7 @@ def test_turbolm_stop_ends_the_job(run: RunDirectory, recipe: Recipe, monkeypatc
     attempt = start(run, recipe)
     ask_to_stop(run.stop_file)
     assert StopRequest(run.stop_file).reason
-    write_outcome(run, attempt, "stopped", 75)
+    write_outcome(run.attempt(attempt), Outcome("stopped", 75))
     assert settle(run, recipe, attempt)[0] == 130
     assert not run.stop_file.exists()
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")  # asked while the requeued job waited
@@ -131,12 +131,12 @@ def test_it_gives_up_after_starts_without_a_new_checkpoint(
     run: RunDirectory, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     attempt = start(run, recipe)
-    write_outcome(run, attempt, "stopped", 75)
+    write_outcome(run.attempt(attempt), Outcome("stopped", 75))
     assert settle(run, recipe, attempt)[0] == 75  # one, of two
     add_checkpoint(run, 5)
     for expected in (75, 1):
         attempt = start(run, recipe)
-        write_outcome(run, attempt, "stopped", 75)
+        write_outcome(run.attempt(attempt), Outcome("stopped", 75))
         code, message = settle(run, recipe, attempt)
         assert code == expected
     assert "the last 2 starts of job 7 ended without a checkpoint after step 5" in message

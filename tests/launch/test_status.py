@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 from turbolm.cli import app
 from turbolm.files import write_json
 from turbolm.launch.status import read_status
-from turbolm.train.run_directory import RunDirectory, open_attempt, write_outcome
+from turbolm.reliability.outcome import Outcome, write_outcome
+from turbolm.train.run_directory import RunDirectory, open_attempt
 
 
 @pytest.fixture
@@ -25,7 +26,7 @@ def run(tmp_path: Path) -> RunDirectory:
         write_json(run.attempt(attempt) / "plan.json", {"num_steps": 10, "num_tokens": 1000})
         job = {"job_id": "7", "restarts": attempt - 1, "start_step": 0, "hosts": ["n1", "n2"]}
         write_json(run.attempt(attempt) / "slurm.json", job)
-    write_outcome(run, 1, "stopped", 75)
+    write_outcome(run.attempt(1), Outcome("stopped", 75))
     lines: list[dict[str, Any]] = [
         {"step": s, "attempt": 2, "tokens_seen": 100 * s, "train/loss": 4.0 - s, "perf/tokens_per_sec": 50.0}
         for s in (1, 2, 3)
@@ -62,7 +63,7 @@ def test_a_silent_run_and_an_ended_one(run: RunDirectory) -> None:
     for path in run.path.rglob("*"):
         os.utime(path, (1, 1))
     assert read_status(run.path).state == "silent"
-    write_outcome(run, 2, "finished", 0)
+    write_outcome(run.attempt(2), Outcome("finished", 0))
     assert read_status(run.path).state == "finished"
 
 

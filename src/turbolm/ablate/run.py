@@ -18,7 +18,7 @@ from turbolm.ablate.design import Arm
 from turbolm.ablate.measure import TIMING, read_timing
 from turbolm.ablate.results import measured, write_results
 from turbolm.ablate.settings import Ablation, three_digits
-from turbolm.errors import EXIT_FAILED, EXIT_OK, EXIT_REQUEUE, UserError
+from turbolm.errors import EXIT_FAILED, EXIT_OK, EXIT_REQUEUE, EXIT_SIGNAL, UserError
 from turbolm.files import write_json
 from turbolm.recipe.contract import changed_keys
 from turbolm.recipe.load import RecipeError, dump_recipe, load_recipe
@@ -116,7 +116,7 @@ def _choose_lrs(ablation: Ablation, say: Say) -> None:
 
 def _is_interruption(code: int) -> bool:
     """Whether a run ended because someone or something stopped it: the ablation stops too."""
-    return code in (EXIT_REQUEUE, 130) or code > 128
+    return code == EXIT_REQUEUE or code > EXIT_SIGNAL
 
 
 class _Trainer:

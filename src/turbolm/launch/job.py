@@ -13,15 +13,14 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 from turbolm.checkpoint.manifest import list_checkpoints
-from turbolm.errors import EXIT_BAD_INPUT, EXIT_OK, EXIT_REQUEUE, UserError
+from turbolm.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_OK, EXIT_REQUEUE, EXIT_STOPPED, UserError
 from turbolm.files import read_json, write_json
 from turbolm.launch.slurm import copy_script
 from turbolm.recipe.load import load_recipe
 from turbolm.recipe.schema import Recipe
-from turbolm.reliability.failures import RankEnd, read_rank_ends
+from turbolm.reliability.outcome import explain, read_outcome, write_outcome
 from turbolm.reliability.run_lock import RunLock
 from turbolm.reliability.stop import asked_by_user
 from turbolm.train.run_directory import (
@@ -30,11 +29,8 @@ from turbolm.train.run_directory import (
     open_attempt,
     refuse_links_out,
     run_directory,
-    write_outcome,
 )
 
-EXIT_FAILED = 1
-EXIT_STOPPED = 130  # by `turbolm stop`: neither done nor to be started again
 JOB = "slurm.json"  # of an attempt: which start of which job it is, and from which step
 
 
@@ -84,18 +80,17 @@ def newest_step(run: RunDirectory) -> int:
 def settle(run: RunDirectory, recipe: Recipe, attempt: int) -> tuple[int, str]:
     """The job's exit code and what to tell the user. `EXIT_REQUEUE` means: worth starting again now."""
     folder = run.attempt(attempt)
-    outcome = read_json(folder / "outcome.json")
+    outcome = read_outcome(folder)
     by_user = asked_by_user(run.stop_file)
     run.stop_file.unlink(missing_ok=True)
     if outcome is None:
-        code, message = explain_failure(read_rank_ends(folder), read_nodes(folder), folder)
-        status = {EXIT_REQUEUE: "lost", EXIT_BAD_INPUT: "refused"}.get(code, "failed")
-        write_outcome(run, attempt, status, code, message)
+        outcome = explain(folder)
+        write_outcome(folder, outcome)
+        message = outcome.message
     else:
-        code, message = int(outcome["exit_code"]), f"attempt {attempt}: {outcome['status']}"
-        message += f": {outcome['message']}" if outcome.get("message") else ""
-    if code != EXIT_REQUEUE:
-        return code, message
+        message = ": ".join(filter(None, [f"attempt {attempt}", outcome.status, outcome.message]))
+    if outcome.exit_code != EXIT_REQUEUE:
+        return outcome.exit_code, message
     if by_user:
         return EXIT_STOPPED, f"attempt {attempt}: stopped by `turbolm stop`; submit it again to go on"
     try:
@@ -103,30 +98,6 @@ def settle(run: RunDirectory, recipe: Recipe, attempt: int) -> tuple[int, str]:
     except UserError as error:
         return EXIT_FAILED, f"{message}\nturbolm: {error}"
     return EXIT_REQUEUE, message
-
-
-def explain_failure(ends: list[RankEnd], nodes: list[dict[str, Any]], folder: Path) -> tuple[int, str]:
-    """Exit code and message of an attempt that left no outcome."""
-    refused = [node["refused"] for node in nodes if node.get("refused")]
-    refused += [end.message for end in ends if end.kind == "refused"]
-    if refused:
-        return EXIT_BAD_INPUT, refused[0]
-    failed = [end for end in ends if end.kind == "error"]
-    if failed:
-        lines = [f"rank {end.rank} on {end.host}: {end.message}" for end in failed[:8]]
-        return EXIT_FAILED, "\n".join(["training failed", *lines, f"logs: {folder}"])
-    if not nodes:
-        return EXIT_FAILED, f"no node started its launcher; logs: {folder}"
-    # Cut off from each other, two nodes blame one another; the batch shell runs on the head, so its word counts first.
-    lost = nodes[0].get("lost") or sorted({text for node in nodes for text in node.get("lost", ())})
-    lines = lost or [f"rank {end.rank} on {end.host}: {end.message}" for end in ends if end.kind == "communication"]
-    return EXIT_REQUEUE, "\n".join(["nodes or ranks were lost", *lines[:8], f"logs: {folder}"])
-
-
-def read_nodes(folder: Path) -> list[dict[str, Any]]:
-    """What each node's launcher recorded, by node."""
-    paths = sorted((folder / "nodes").glob("[0-9]*.json"), key=lambda path: int(path.stem))
-    return [node for path in paths if (node := read_json(path)) is not None]
 
 
 def main() -> int:

@@ -13,15 +13,11 @@ from types import FrameType
 
 import yaml
 
-from turbolm.errors import EXIT_BAD_INPUT, EXIT_OK
-from turbolm.files import read_json
 from turbolm.plan.machine import Machine
 from turbolm.plan.plan import Plan
-from turbolm.redaction import redact
-from turbolm.reliability.failures import read_rank_ends
 from turbolm.reliability.orphans import END_WITH_PARENT, end_with_parent
+from turbolm.reliability.outcome import FAILED, HUNG, REFUSED, explain, read_outcome, write_outcome
 from turbolm.reliability.run_lock import RunLock
-from turbolm.reliability.watchdog import HUNG
 from turbolm.train.run_directory import RunDirectory, open_attempt, refuse_links_out
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
@@ -44,12 +40,13 @@ def launch(plan: Plan, machine: Machine, run: RunDirectory, recipe_file: str, ov
     process = start_ranks(command, process_environment(plan), folder / "launcher.log")
     wait_for_ranks(process, run)
     run.stop_file.unlink(missing_ok=True)
-    outcome = read_json(folder / "outcome.json")
-    if outcome is not None:
-        if outcome["status"] == HUNG:
-            print(f"turbolm: {outcome['message']}", file=sys.stderr)
-        return int(outcome["exit_code"])
-    return _explain_failure(process.returncode, folder)
+    outcome = read_outcome(folder)
+    if outcome is None:
+        outcome = explain(folder, process.returncode)
+        write_outcome(folder, outcome)
+    if outcome.status in (HUNG, REFUSED, FAILED):  # of all else the ranks have told
+        print(f"turbolm: {outcome.message}", file=sys.stderr)
+    return outcome.exit_code
 
 
 def accelerate_config(plan: Plan, num_nodes: int = 1, node: int = 0) -> dict[str, object]:
@@ -152,19 +149,3 @@ def wait_for_ranks(process: subprocess.Popen[bytes], run: RunDirectory) -> None:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _explain_failure(returncode: int, folder: Path) -> int:
-    """Say what went wrong when the ranks left no outcome; returns the exit code."""
-    ends = read_rank_ends(folder)
-    refused = [end.message for end in ends if end.kind == "refused"]
-    if refused:
-        print(f"turbolm: {refused[0]}", file=sys.stderr)
-        return EXIT_BAD_INPUT
-    failed = [f"rank {end.rank}: {end.message}" for end in ends if end.exit_code != EXIT_OK]
-    if not failed:  # killed, or never started: the launcher's last words
-        failed = (folder / "launcher.log").read_text(encoding="utf-8", errors="replace").splitlines()[-15:]
-    print(redact("\n".join(["turbolm: training failed", *failed, f"logs: {folder}"])), file=sys.stderr)
-    if returncode < 0:
-        return 128 - returncode  # as a shell tells of a signal
-    return returncode if returncode not in (EXIT_OK, EXIT_BAD_INPUT) else 1

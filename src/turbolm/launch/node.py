@@ -22,7 +22,7 @@ from typing import Any
 
 import yaml
 
-from turbolm.errors import EXIT_BAD_INPUT, EXIT_OK, EXIT_REQUEUE, UserError
+from turbolm.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_OK, EXIT_REQUEUE, UserError
 from turbolm.files import read_json, write_json
 from turbolm.launch.local import (
     accelerate_config,
@@ -37,10 +37,9 @@ from turbolm.plan.plan import Plan, build_plan
 from turbolm.recipe.load import load_recipe
 from turbolm.recipe.schema import Recipe
 from turbolm.reliability.build_locks import clear_stale_locks, extensions_root
-from turbolm.reliability.failures import read_rank_ends
+from turbolm.reliability.outcome import read_rank_ends
 from turbolm.train.run_directory import RunDirectory, run_directory
 
-EXIT_FAILED = 1
 _FAILED = "failed"  # in the attempt's folder: the batch shell need not wait long for a node that does not answer
 _POLL_SEC = 0.5
 _MEET_TIMEOUT_SEC = 600  # slow images and module loads; a recipe's process_group_timeout may shorten it

@@ -12,6 +12,7 @@ from typing import Any
 from turbolm.errors import UserError
 from turbolm.files import read_json
 from turbolm.launch.job import JOB, newest_step
+from turbolm.reliability.outcome import COMPLETE, FINISHED, read_outcome
 from turbolm.report.metrics import read_lines
 from turbolm.train.run_directory import RunDirectory, list_attempts
 from turbolm.units import format_count, format_duration
@@ -113,14 +114,14 @@ def _attempt_line(attempt: dict[str, Any]) -> str:
 
 def _read_attempt(run: RunDirectory, number: int) -> dict[str, Any]:
     folder = run.attempt(number)
-    outcome, job = read_json(folder / "outcome.json") or {}, read_json(folder / JOB) or {}
+    outcome, job = read_outcome(folder), read_json(folder / JOB) or {}
     environment = read_json(folder / "environment.json") or {}
     host = environment.get("host")
     return {
         "attempt": number,
-        "status": outcome.get("status"),
-        "exit_code": outcome.get("exit_code"),
-        "ended_unix_sec": outcome.get("unix_time"),
+        "status": outcome and outcome.status,
+        "exit_code": outcome and outcome.exit_code,
+        "ended_unix_sec": outcome and outcome.unix_time,
         "job_id": job.get("job_id"),
         "restarts": job.get("restarts", 0),
         "hosts": job.get("hosts") or ([host] if host else []),
@@ -133,7 +134,7 @@ def _state(
     if not attempts:
         return "new"
     status = attempts[-1]["status"]
-    if status in ("finished", "complete") or (read_json(run.results) is not None and step == num_steps):
+    if status in (FINISHED, COMPLETE) or (read_json(run.results) is not None and step == num_steps):
         return "finished"
     if status is not None:
         return str(status)

@@ -11,7 +11,7 @@ from turbolm.data.prepare.bad import tell_left_out
 from turbolm.data.prepare.build import finished_shards, prepare
 from turbolm.data.prepare.progress import ProgressLine
 from turbolm.data.store.token_store import read_manifest
-from turbolm.errors import EXIT_REQUEUE
+from turbolm.errors import EXIT_REQUEUE, EXIT_SIGNAL, EXIT_STOPPED
 from turbolm.recipe.schema import Recipe
 from turbolm.units import format_bytes
 
@@ -24,7 +24,7 @@ def prepare_store(recipe: Recipe) -> Path:
         nonlocal stopped_by
         stopped_by = signal.Signals(number)
         for again in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(again, lambda *_: os._exit(128 + number))  # the workers end with this process
+            signal.signal(again, lambda *_: os._exit(EXIT_SIGNAL + number))  # the workers end with this process
         raise KeyboardInterrupt
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -39,7 +39,7 @@ def prepare_store(recipe: Recipe) -> Path:
             "run the same command again to go on from there.",
             file=sys.stderr,
         )
-        raise SystemExit(EXIT_REQUEUE if stopped_by == signal.SIGTERM else 130) from None
+        raise SystemExit(EXIT_REQUEUE if stopped_by == signal.SIGTERM else EXIT_STOPPED) from None
     finally:
         show.end()
         for number, handler in before.items():

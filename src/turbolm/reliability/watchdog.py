@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fcntl
-import json
 import os
 import platform
 import shutil
@@ -26,13 +25,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from turbolm.errors import EXIT_REQUEUE
+from turbolm.files import load_json, write_json
 from turbolm.reliability import heartbeat
 from turbolm.reliability.hang import RankState, Verdict, judge, main_thread_frames
 from turbolm.reliability.heartbeat import Sign, read_signs, stacks_file
+from turbolm.reliability.outcome import FINISHED, HUNG, Outcome, read_outcome, write_outcome
 from turbolm.reliability.processes import descendants, process_state, start_time
 from turbolm.units import format_duration
 
-HUNG = "hung"  # the status of an attempt that ended like that
 _PATIENT = (heartbeat.STARTING, heartbeat.COMPILING, heartbeat.EXPORTING, heartbeat.SAVED_HERE)
 _POLL_SEC = 0.5
 _SHARED_POLL_SEC = 5.0  # how often the shared folder is asked whether another host has found a hang
@@ -173,10 +173,7 @@ class Watchdog:
         for state in here:
             source, target = stacks_file(self.folder, state.rank), folder / f"stacks.rank{state.rank}.txt"
             target.write_bytes(source.read_bytes())
-        name = f"ranks-{here[0].rank}.json"
-        temporary = folder / f".{name}"
-        temporary.write_text(json.dumps([asdict(state) for state in here]) + "\n", encoding="utf-8")
-        temporary.replace(folder / name)
+        write_json(folder / f"ranks-{here[0].rank}.json", [asdict(state) for state in here])
         deadline = time.monotonic() + _STACKS_SEC
         while True:
             everyone = [state for path in folder.glob("ranks-*.json") for state in _read_states(path)]
@@ -186,16 +183,12 @@ class Watchdog:
 
     def _record(self, attempt: int, text: str, own_culprit: bool) -> None:
         """Leave the attempt's outcome; the host of the rank that hangs knows best."""
-        outcome = self._attempt_folder(attempt) / "outcome.json"
-        if outcome.exists():
-            status = json.loads(outcome.read_text(encoding="utf-8"))["status"]
-            if status == "finished" or (status == HUNG and not own_culprit):
-                return
+        folder = self._attempt_folder(attempt)
+        known = read_outcome(folder)
+        if known is not None and (known.status == FINISHED or (known.status == HUNG and not own_culprit)):
+            return
         message = f"{text}\nstacks of all ranks: {self._shared_folder(attempt)}"
-        value = {"status": HUNG, "exit_code": EXIT_REQUEUE, "message": message, "unix_time": time.time()}
-        temporary = outcome.with_name(f".outcome.{os.getpid()}")
-        temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(outcome)
+        write_outcome(folder, Outcome(HUNG, EXIT_REQUEUE, message))
 
     def _kill(self, ranks: list[Sign]) -> None:
         """End these ranks and all they have started, such as compilers."""
@@ -251,8 +244,7 @@ def _within(limit_sec: float, action: Callable[[], None]) -> None:
 
 def _read_states(path: Path) -> list[RankState]:
     with contextlib.suppress(OSError, ValueError, TypeError):
-        entries = json.loads(path.read_text(encoding="utf-8"))
-        return [RankState(**{**entry, "frames": tuple(entry["frames"])}) for entry in entries]
+        return [RankState(**{**entry, "frames": tuple(entry["frames"])}) for entry in load_json(path)]
     return []
 
 

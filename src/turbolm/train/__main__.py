@@ -7,15 +7,15 @@ import contextlib
 import os
 import sys
 import traceback
-from pathlib import Path
+from typing import TextIO
 
 from turbolm.engine.versions import check_versions
-from turbolm.errors import EXIT_BAD_INPUT, EXIT_FAILED, RunError, UserError
+from turbolm.errors import RunError, UserError
 from turbolm.recipe.load import load_recipe
 from turbolm.redaction import redact
 from turbolm.reliability import heartbeat
-from turbolm.reliability.failures import failure_kind, record_rank_end
 from turbolm.reliability.orphans import END_WITH_PARENT, end_with_parent
+from turbolm.reliability.outcome import DONE, classify, record_rank_end
 from turbolm.reliability.watchdog import watch_over
 from turbolm.train.run_directory import run_directory
 
@@ -40,33 +40,27 @@ def main() -> int:
         check_versions()
         from turbolm.train.worker import run_worker
 
-        code = run_worker(recipe, arguments.attempt)
-        _record(folder, code, "done")
-        return code
-    except UserError as error:
-        _record(folder, EXIT_BAD_INPUT, "refused", str(error))
-        if os.environ.get("RANK", "0") == "0":
-            print(f"turbolm: {error}", file=terminal, flush=True)
-        return EXIT_BAD_INPUT
-    except RunError as error:
-        _record(folder, EXIT_FAILED, "error", str(error))
-        if os.environ.get("RANK", "0") == "0":
-            print(f"turbolm: {error}", file=terminal, flush=True)
-        return EXIT_FAILED
+        end = run_worker(recipe, arguments.attempt), DONE, ""
     except BaseException as error:
-        _record(folder, 1, failure_kind(error), f"{type(error).__name__}: {error}".partition("\n")[0])
-        text = redact(f"rank {os.environ.get('RANK', '0')}:\n{traceback.format_exc()}")
-        print(text, file=sys.stderr, flush=True)  # the rank's log
-        with contextlib.suppress(OSError):
-            print(text, file=terminal, flush=True)
-        return 1
-
-
-def _record(folder: Path | None, exit_code: int, kind: str, message: str = "") -> None:
-    """Tell the launchers of all nodes how this rank ended."""
+        end = classify(error)
+        _tell(error, terminal)
     if folder is not None:
         with contextlib.suppress(OSError):
-            record_rank_end(folder, exit_code, kind, message)
+            record_rank_end(folder, *end)
+    return end[0]
+
+
+def _tell(error: BaseException, terminal: TextIO) -> None:
+    """Print a message once, by rank 0; a traceback by every rank, to its log as well."""
+    rank = os.environ.get("RANK", "0")
+    if isinstance(error, UserError | RunError):
+        if rank == "0":
+            print(f"turbolm: {error}", file=terminal, flush=True)
+        return
+    text = redact(f"rank {rank}:\n{''.join(traceback.format_exception(error))}")
+    print(text, file=sys.stderr, flush=True)  # the rank's log
+    with contextlib.suppress(OSError):
+        print(text, file=terminal, flush=True)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -133,9 +132,3 @@ def is_finished(run: RunDirectory, budget_tokens: int) -> bool:
 def lacks_export(run: RunDirectory) -> bool:
     """Whether a finished run has yet to be exported: the export failed or was interrupted."""
     return (read_json(run.results) or {}).get("export", "") is None
-
-
-def write_outcome(run: RunDirectory, attempt: int, status: str, exit_code: int, message: str = "") -> None:
-    """How an attempt ended: launchers do not pass a worker's exit code on."""
-    outcome = {"status": status, "exit_code": exit_code, "message": message, "unix_time": time.time()}
-    write_json(run.attempt(attempt) / "outcome.json", outcome)

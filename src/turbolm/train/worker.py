@@ -28,6 +28,7 @@ from turbolm.plan.plan import Plan, build_plan
 from turbolm.recipe.schema import Recipe
 from turbolm.reliability import heartbeat
 from turbolm.reliability.build_locks import clear_stale_locks, extensions_root
+from turbolm.reliability.outcome import COMPLETE, FINISHED, STOPPED, Outcome, write_outcome
 from turbolm.reliability.run_lock import RunLock
 from turbolm.reliability.stop import StopRequest
 from turbolm.train.build import build_session
@@ -44,7 +45,6 @@ from turbolm.train.run_directory import (
     refuse_links_out,
     run_directory,
     write_attempt,
-    write_outcome,
 )
 
 _LAST_WRITE_SEC = 60
@@ -116,11 +116,11 @@ def _run_locked(recipe: Recipe, attempt: int | None, lock: RunLock) -> int:
         session.log.say("exporting the model")
         with heartbeat.phase(heartbeat.EXPORTING):
             results = finish_run(run, plan, store, session.evaluation, num_parameters, session.log.say)
-        code = _conclude(run, attempt, "finished", results)
+        code = _conclude(run, attempt, FINISHED, results)
         session.log.say(summary(results))
         return code
     if dist.get_rank() == 0:
-        write_outcome(run, attempt, "stopped", EXIT_REQUEUE)
+        write_outcome(run.attempt(attempt), Outcome(STOPPED, EXIT_REQUEUE))
         session.log.say(f"stopped after step {session.step}; the same command resumes there")
     return EXIT_OK if is_done else EXIT_REQUEUE
 
@@ -139,13 +139,13 @@ def _complete(run: RunDirectory, plan: Plan, store: TokenStore, attempt: int, te
             results = add_products(run, plan, store, results, say)
         say(summary(results))
     say(f"{run.path} is complete; see {run.results}")
-    return _conclude(run, attempt, "complete", results)
+    return _conclude(run, attempt, COMPLETE, results)
 
 
 def _conclude(run: RunDirectory, attempt: int, status: str, results: dict[str, Any]) -> int:
     """The exit code of a trained run. One without its export is no success to whatever comes after it."""
     code, message = (EXIT_OK, "") if results.get("export") else (EXIT_FAILED, "trained and saved; the export failed")
-    write_outcome(run, attempt, status, code, message)
+    write_outcome(run.attempt(attempt), Outcome(status, code, message))
     return code
 
 
