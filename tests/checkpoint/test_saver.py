@@ -154,7 +154,7 @@ def test_a_failed_write_is_reported_and_the_next_one_counts(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as broken:
-        broken.setattr(tensor_file, "_write_all", fail)
+        broken.setattr(tensor_file, "write_all", fail)
         engine.train(1, first=1)
         saver.save(2, {"step": 2, "order_digest": ""})
         saver.wait()
