@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from turbolm.plan.recipe_table import read_header, recipes_folder, trick_files
+from turbolm.plan.recipe_table import read_header, trick_files
 
 HERE = Path(__file__).parent
 CLEAR = 2.5  # standard deviations
@@ -173,7 +173,7 @@ def main() -> None:
                 measured[trick] = {"study": name, **found}
     for name in arguments.studies:
         print(f"{name}: {STUDIES[name].about}")
-    files = {path.stem: path for path in trick_files(recipes_folder())}
+    files = {path.stem: path for path in trick_files()}
     columns = ("trick", "family", "changes", "works", "claimed", "source", "measured")
     print("\n| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
     for trick in [*files, *(name for name in measured if name not in files)]:

@@ -9,7 +9,22 @@ import pytest
 
 import turbolm
 
-TORCH_FREE = ["units", "errors", "files", "recipe", "schedules", "plan", "data", "launch", "ablate", "report", "cli"]
+TORCH_FREE = [
+    "units", "errors", "files", "shipped", "recipe", "schedules", "plan", "data", "launch", "ablate", "report", "cli",
+]  # fmt: skip
+    "units",
+    "errors",
+    "files",
+    "shipped",
+    "recipe",
+    "schedules",
+    "plan",
+    "data",
+    "launch",
+    "ablate",
+    "report",
+    "cli",
+]
 HEAVY = ["torch", "transformers", "deepspeed", "accelerate"]
 
 

@@ -5,31 +5,66 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import select
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
-from turbolm.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_OK, EXIT_REQUEUE, EXIT_STOPPED, UserError
+from turbolm import __version__
+from turbolm.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_OK, EXIT_REQUEUE, UserError
+from turbolm.shipped import find_recipe, recipes_by_name, shipped
 
 if TYPE_CHECKING:
     from turbolm.plan.preview import StoreSize
     from turbolm.recipe.schema import Recipe
 
+
+class Commands(TyperGroup):
+    """The commands; a reader of the output who has seen enough (`| head -1`) is not an error."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        try:
+            result = super().invoke(ctx)
+            sys.stdout.flush()
+            return result
+        except BrokenPipeError:
+            if not _reader_is_gone():
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what Python still flushes at exit
+            raise typer.Exit(EXIT_FAILED if ctx.invoked_subcommand in _TRAINING else EXIT_OK) from None
+
+
+def _reader_is_gone() -> bool:
+    """Whether standard output is a pipe that nobody reads any more."""
+    output = select.poll()
+    output.register(1, 0)
+    return any(event & select.POLLERR for _, event in output.poll(0))
+
+
+_TRAINING = ("train", "ablate")  # without their work done they have not succeeded, whoever reads
+
 app = typer.Typer(
     name="turbolm",
-    help="Pretrain language models fast, on Accelerate and DeepSpeed, from one recipe.",
+    cls=Commands,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
 RecipeFile = Annotated[
-    str, typer.Argument(metavar="RECIPE", help="a recipe file, such as recipes/quickstart/config.yaml")
+    str,
+    typer.Argument(
+        metavar="RECIPE",
+        help="a recipe file, or the name of a shipped recipe, such as quickstart",
+        callback=lambda name: find_recipe(name),
+        autocompletion=lambda: list(recipes_by_name()),
+    ),
 ]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="values to replace")]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="a run directory, such as runs/quickstart")]
@@ -51,6 +86,21 @@ class Task(StrEnum):
 
     pretrain = "pretrain"
     proceed = "continue"
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"turbolm {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="show the version", is_eager=True, callback=_show_version)
+    ] = False,
+) -> None:
+    """Pretrain language models fast, on Accelerate and DeepSpeed, from one recipe."""
 
 
 @app.command()
@@ -125,10 +175,9 @@ def adapt(
 @app.command()
 def recipes(write: Annotated[bool, typer.Option("--write", help="write recipes/README.md")] = False) -> None:
     """Show the table of recipes."""
-    from turbolm.plan.recipe_table import recipes_folder, render_readme
+    from turbolm.plan.recipe_table import render_readme
 
-    folder = recipes_folder()
-    _print_or_write(render_readme(folder), folder / "README.md" if write else None)
+    _print_or_write(render_readme(), shipped("recipes", "README.md") if write else None)
 
 
 @app.command()
@@ -136,11 +185,10 @@ def schema(write: Annotated[bool, typer.Option("--write", help="write recipes/sc
     """Print the JSON schema of recipe files."""
     import json
 
-    from turbolm.plan.recipe_table import recipes_folder
     from turbolm.recipe.json_schema import recipe_json_schema
 
     text = json.dumps(recipe_json_schema(), indent=1, ensure_ascii=False) + "\n"
-    _print_or_write(text, recipes_folder() / "schema.json" if write else None)
+    _print_or_write(text, shipped("recipes", "schema.json") if write else None)
 
 
 @app.command()
@@ -467,9 +515,6 @@ def main() -> None:
 
         print(redact(traceback.format_exc()), file=sys.stderr, end="")
         sys.exit(EXIT_FAILED)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(EXIT_STOPPED)
 
 
 if __name__ == "__main__":

@@ -20,11 +20,11 @@ from tests.recipe.mutations import byte_mutation, grammar_mutation, override_mut
 from turbolm.errors import UserError
 from turbolm.launch.local import accelerate_config
 from turbolm.plan.count import Answer
-from turbolm.plan.recipe_table import recipes_folder
 from turbolm.plan.summary import collect_summary
 from turbolm.plan.text import render_summary
 from turbolm.recipe.load import dump_recipe, load_recipe
 from turbolm.recipe.schema import Recipe
+from turbolm.shipped import shipped
 
 # A recipe with every schedule and section, which those of the repository do not have all.
 EVERYTHING = """\
@@ -69,7 +69,7 @@ KEY = re.compile(rf"\b({'|'.join(Recipe.model_fields)})(\.[a-z0-9_]+)+\b")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The repository's recipes and what hostile `extends:` may find beside them."""
     folder = tmp_path_factory.mktemp("recipes")
-    shutil.copytree(recipes_folder(), folder, dirs_exist_ok=True)
+    shutil.copytree(shipped("recipes"), folder, dirs_exist_ok=True)
     (folder / "everything").mkdir()
     (folder / "everything/config.yaml").write_text(EVERYTHING)
     for beside in [path.parent for path in sorted(folder.rglob("*.yaml"))]:

@@ -15,7 +15,7 @@ from turbolm.recipe.load import load_recipe
 
 FOLDER = Path(__file__).parents[2] / "recipes"
 QUICKSTART = FOLDER / "quickstart" / "config.yaml"
-TRICKS = trick_files(FOLDER)
+TRICKS = trick_files()
 CPUS = Machine(0, None, None, num_cpus=2, cpu_has_bf16=True, memory_bytes=2**34)
 GPUS = Machine(8, "NVIDIA H100 80GB HBM3", (9, 0), num_cpus=64, cpu_has_bf16=False, memory_bytes=2**40)
 

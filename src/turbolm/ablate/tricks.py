@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from turbolm.errors import UserError
-from turbolm.plan.recipe_table import recipes_folder, trick_files
+from turbolm.plan.recipe_table import trick_files
 from turbolm.recipe.load import load_piece
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -32,7 +32,7 @@ def parse_tricks(texts: Sequence[str]) -> list[Trick]:
     Raises UserError with everything that is wrong.
     """
     entries = [entry.strip() for text in texts for entry in _split(text) if entry.strip()]
-    known = {path.stem: path for path in trick_files(recipes_folder())}
+    known = {path.stem: path for path in trick_files()}
     if not entries:
         raise UserError(f"name the tricks to measure with --tricks a,b,c; known: {', '.join(known)}")
     tricks: list[Trick] = []

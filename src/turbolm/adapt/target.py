@@ -9,10 +9,10 @@ from typing import Any
 
 from turbolm.errors import UserError
 from turbolm.plan.machine import Machine, described_machine, detect_machine
-from turbolm.plan.recipe_table import recipes_folder
 from turbolm.recipe.gpus import GPUS, find_gpu
 from turbolm.recipe.load import load_piece
 from turbolm.recipe.schema import Recipe
+from turbolm.shipped import shipped
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def find_target(name: str | None) -> Target:
     """
     if name is None:
         return Target("this machine, whatever it has", {})
-    folder = recipes_folder() / "_clusters"
+    folder = shipped("recipes", "_clusters")
     known = sorted(path.stem for path in folder.glob("*.yaml"))
     gpu = re.fullmatch(r"(?:(\d+)x)?(.+)", name)
     if name in known or name.endswith((".yaml", ".yml")):

@@ -22,6 +22,7 @@ from turbolm.plan.count import check_model
 from turbolm.recipe.execution import Slurm
 from turbolm.recipe.load import dump_recipe, load_recipe
 from turbolm.recipe.schema import Recipe
+from turbolm.shipped import read_shipped
 from turbolm.train.run_contract import as_started, check_contract, start_fresh
 from turbolm.train.run_directory import RunDirectory, run_directory
 
@@ -99,7 +100,7 @@ def render_script(recipe: Recipe, recipe_files: Sequence[str], runs: Sequence[st
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
     environment.filters["quote"] = shlex.quote
-    return environment.from_string(_template()).render(
+    return environment.from_string(read_shipped("launch", "slurm.sbatch.j2")).render(
         title=recipe.name,
         num_nodes=recipe.cluster.num_nodes,
         directives=_directives(recipe, slurm, runs),
@@ -203,16 +204,6 @@ def _new_folder(parent: Path) -> Path:
     folder = parent / str(max(numbers, default=0) + 1)
     folder.mkdir()
     return folder
-
-
-def _template() -> str:
-    """launch/slurm.sbatch.j2 of $TURBOLM_HOME or else of the checkout this module stands in."""
-    home = os.environ.get("TURBOLM_HOME")
-    path = (Path(home) if home else Path(__file__).parents[3]) / "launch" / "slurm.sbatch.j2"
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError:
-        raise UserError(f"{path} is missing; set TURBOLM_HOME to the folder of a turbolm checkout") from None
 
 
 def copy_script(recipe_file: Path, attempt_folder: Path) -> None:

@@ -6,12 +6,11 @@ What each key does, and why its value is written out, stands in ds_configs/READM
 from __future__ import annotations
 
 import json
-import os
-from pathlib import Path
 from typing import Any, Protocol
 
 from turbolm.errors import UserError
 from turbolm.recipe.schema import Execution, Recipe
+from turbolm.shipped import read_shipped, shipped
 
 # Elements of a communication bucket. DeepSpeed holds up to two in memory at the precision of the gradients: 400 MB on
 # a GPU in bf16, 100 MB on a CPU in fp32. Its own default of 5e8 would take 2 GB.
@@ -117,16 +116,11 @@ def _check_zeropp(recipe: Recipe, batch: Batch, device: str) -> None:
 
 
 def _load_base(name: str) -> dict[str, Any]:
-    """A base by name, from $TURBOLM_HOME/ds_configs or else from the checkout this module stands in."""
-    home = os.environ.get("TURBOLM_HOME")
-    folder = (Path(home) if home else Path(__file__).parents[3]) / "ds_configs"
-    path = folder / f"{name}.json"
+    """A base of ds_configs/ by name."""
     try:
-        base: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
-        raise UserError(f"{path} is missing; set TURBOLM_HOME to the folder of a turbolm checkout") from None
+        base: dict[str, Any] = json.loads(read_shipped("ds_configs", f"{name}.json"))
     except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: {error.msg}") from None
+        raise UserError(f"{shipped('ds_configs', f'{name}.json')}:{error.lineno}: {error.msg}") from None
     return base
 
 

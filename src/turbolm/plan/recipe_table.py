@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from turbolm.plan.machine import described_machine
 from turbolm.plan.summary import ASSUMED_MFU, collect_summary
 from turbolm.recipe.load import load_recipe
 from turbolm.recipe.schema import Recipe
+from turbolm.shipped import recipes_by_name, shipped
 from turbolm.units import format_count
 
 _INTRODUCTION = f"""\
@@ -49,20 +49,9 @@ _CONCLUSION = """
 _COLUMNS = ("recipe", "model", "parameters", "cluster", "tokens", "steps", "estimated days", "measured")
 
 
-def recipes_folder() -> Path:
-    """`recipes` of $TURBOLM_HOME, or else of the checkout this module stands in."""
-    home = os.environ.get("TURBOLM_HOME")
-    return (Path(home) if home else Path(__file__).parents[3]) / "recipes"
-
-
-def recipe_files(folder: Path) -> list[Path]:
-    """Every recipe below `folder`, without the pieces that recipes extend."""
-    return sorted(path for path in folder.rglob("config.yaml") if not path.relative_to(folder).parts[0].startswith("_"))
-
-
-def trick_files(folder: Path) -> list[Path]:
-    """Every trick of the `folder` of recipes, by name."""
-    return sorted((folder / "_tricks").glob("*.yaml"))
+def trick_files() -> list[Path]:
+    """Every shipped trick, by name."""
+    return sorted(shipped("recipes", "_tricks").glob("*.yaml"))
 
 
 def read_header(path: Path) -> dict[str, str]:
@@ -75,10 +64,10 @@ def read_header(path: Path) -> dict[str, str]:
     return {match[1]: match[2] for line in lines if (match := re.match(r"# (\w+): +(\S.*)$", line))}
 
 
-def render_readme(folder: Path) -> str:
+def render_readme() -> str:
     """The text of recipes/README.md."""
-    recipes = _table(_COLUMNS, [_row(path, folder) for path in recipe_files(folder)])
-    tricks = _table(_TRICK_COLUMNS, [_trick_row(path) for path in trick_files(folder)])
+    recipes = _table(_COLUMNS, [_row(name, path) for name, path in recipes_by_name().items()])
+    tricks = _table(_TRICK_COLUMNS, [_trick_row(path) for path in trick_files()])
     return f"{_INTRODUCTION}{recipes}{_CONCLUSION}{_TRICKS}{tricks}"
 
 
@@ -91,12 +80,11 @@ def _trick_row(path: Path) -> tuple[str, ...]:
     return (f"[{path.stem}](_tricks/{path.name})", *(header.get(name, "") for name in _TRICK_COLUMNS[1:]))
 
 
-def _row(path: Path, folder: Path) -> tuple[str, ...]:
+def _row(name: str, path: Path) -> tuple[str, ...]:
     recipe = load_recipe(path)
     facts = examine_model(recipe, path)
     runtime = read_header(path).get("runtime", "")
     is_measured = "measured" in runtime and "until measured" not in runtime
-    name = path.parent.relative_to(folder).as_posix()
     return (
         f"[{name}]({name}/config.yaml)",
         str(facts.config["model_type"]) if facts.config else "",
