@@ -12,19 +12,6 @@ import turbolm
 TORCH_FREE = [
     "units", "errors", "files", "shipped", "recipe", "schedules", "plan", "data", "launch", "ablate", "report", "cli",
 ]  # fmt: skip
-    "units",
-    "errors",
-    "files",
-    "shipped",
-    "recipe",
-    "schedules",
-    "plan",
-    "data",
-    "launch",
-    "ablate",
-    "report",
-    "cli",
-]
 HEAVY = ["torch", "transformers", "deepspeed", "accelerate"]
 
 
