@@ -17,19 +17,18 @@ from turbolm.units import format_count
 _INTRODUCTION = f"""\
 # Recipes
 
-One folder for each model and task. `turbolm plan RECIPE` shows what follows from a recipe, here or for the cluster it \
-describes; `turbolm train` and `turbolm submit` run it. Any value can be replaced on the command line, such as \
-`train.budget=1B`. For a model, data or a cluster that no recipe here is for: \
-[adapt a recipe to your model](ADAPT.md).
+One folder per model and task. `turbolm plan RECIPE` shows what follows from a recipe, on this machine or on the \
+cluster it describes. `turbolm train` and `turbolm submit` run it. Override any value on the command line, such as \
+`train.budget=1B`. If no recipe here fits your model, data or cluster, [adapt a recipe to your model](ADAPT.md).
 
-Days are estimated from the FLOPs and {ASSUMED_MFU:.0%} of the GPUs' dense bf16 peak, until they are measured. Written \
-by `turbolm recipes --write`.
+Until a recipe is measured, its days are estimated from the FLOPs and {ASSUMED_MFU:.0%} of the GPUs' dense bf16 peak. \
+`turbolm recipes --write` writes this page.
 
 """
 _TRICKS = """
 ## Tricks
 
-Each file of `_tricks/` is one speed-up. A recipe takes it with `extends:`, after what it builds on:
+Each file in `_tricks/` is one speed-up. List it in a recipe's `extends:`, after the files it builds on:
 
 ```yaml
 extends: [../quickstart/config.yaml, ../_tricks/muon.yaml, ../_tricks/growth.yaml]
@@ -37,14 +36,14 @@ name: quickstart-fast
 ```
 
 `turbolm ablate RECIPE --tricks muon,growth` measures what tricks are worth for a recipe on this machine \
-([how](../src/turbolm/ablate/README.md)). What was measured here is in [RESULTS.md](../benchmarks/RESULTS.md); the \
-column below is what the source claims. *Same result* means the loss curve of the recipe without it.
+([how](../src/turbolm/ablate/README.md)). [RESULTS.md](../benchmarks/RESULTS.md) has what was measured here; the \
+column below is what the source claims. *Same result* means the same loss curve as the recipe without the trick.
 
 """
 _TRICK_COLUMNS = ("trick", "family", "changes", "works", "claimed", "source")
 _CONCLUSION = """
-`extends:` builds a recipe from pieces: `_clusters/` describes machines, `_base/` models, data and optimizers, \
-`_tricks/` speed-ups. `schema.json` tells editors what each key means; `turbolm schema --write` writes it.
+`extends:` builds a recipe from pieces: machines in `_clusters/`, models, data and optimizers in `_base/`, speed-ups \
+in `_tricks/`. `schema.json` tells editors what each key means; `turbolm schema --write` writes it.
 """
 _COLUMNS = ("recipe", "model", "parameters", "cluster", "tokens", "steps", "estimated days", "measured")
 
