@@ -158,15 +158,12 @@ def turbolm_trainer(row: Settings, plan: Any, store: Any, folder: Path) -> Conte
     import torch
 
     from turbolm.engine.start import build_accelerator
-    from turbolm.models.fp8 import apply_fp8
     from turbolm.train.build import build_engine
     from turbolm.train.run_directory import RunDirectory
     from turbolm.train.step import micro_batch_loss, train_step
 
     accelerator = build_accelerator(plan.ds_config, device=plan.device, precision=plan.precision, timeout_sec=600)
     engine, attention = build_engine(accelerator, plan, store, RunDirectory(folder))
-    if plan.recipe.train.fp8 != "off":
-        apply_fp8(engine.module, plan.recipe.train.fp8)
     engine.set_learning_rate(6e-4)
 
     def run(batches: Batches) -> float:

@@ -25,7 +25,7 @@ from turbolm.plan.machine import detect_machine
 from turbolm.plan.plan import build_plan
 from turbolm.plan.rates import step_rates
 from turbolm.recipe.schema import Recipe
-from turbolm.train import loop, step
+from turbolm.train import loop, session, step
 from turbolm.train.build import build_engine
 from turbolm.train.run_directory import RunDirectory
 from turbolm.train.step import train_step
@@ -46,10 +46,10 @@ def train_with_faults(recipe: Recipe, faults: Mapping[int, Fault | str]) -> int 
 
     with faulty_losses(faults) as before_batch:
 
-        def batches(session: loop.Session) -> Any:
-            for batch in clean_batches(session):
+        def batches(trained: session.Session) -> Any:
+            for batch in clean_batches(trained):
                 if faults.get(batch.index) == CRASH:
-                    session.saver.wait()
+                    trained.saver.wait()
                     raise Crash(f"before batch {batch.index}")
                 before_batch(batch.index)
                 yield batch
@@ -123,7 +123,7 @@ def train_on(
 def flip_a_bit(recipe: Recipe, at_batch: int, name: str, on_rank: int) -> int | str:
     """Train, and let one bit of a weight flip on one rank before a batch."""
     _fresh_process()
-    clean_check = loop.check_replicas
+    clean_check = session.check_replicas
 
     def check(engine: Any, finished: int, group: Any) -> None:
         if finished == at_batch and dist.get_rank() == on_rank:
@@ -132,7 +132,7 @@ def flip_a_bit(recipe: Recipe, at_batch: int, name: str, on_rank: int) -> int | 
         clean_check(engine, finished, group)
 
     try:
-        with patch.object(loop, "check_replicas", check):
+        with patch.object(session, "check_replicas", check):
             return run_worker(recipe)
     except RunError as error:
         return str(error)

@@ -37,24 +37,26 @@ def _trains(recipe: Recipe) -> list[Any]:
     from turbolm.train import loop, worker
     from turbolm.train.evaluation import evaluate
 
-    clean_evaluation, clean_restore = loop.run_evaluation, worker.restore
+    clean_evaluation, clean_resume = loop.run_evaluation, worker.resume
     evaluated: list[float] = []
 
     def evaluate_and_stop(session: Any) -> Any:
         result = clean_evaluation(session)
         if not evaluated:
-            session.stop.request("the test")
+            session.context.stop.request("the test")
         return result
 
-    def restore_and_evaluate(session: Any, checkpoint: Path) -> None:
-        clean_restore(session, checkpoint)
-        result = evaluate(session.engine, session.store, session.plan, session.attention, session.group)
+    def resume_and_evaluate(session: Any, hashed: Any) -> None:
+        clean_resume(session, hashed)
+        if session.step == 0:
+            return
+        result = evaluate(session.engine, session.context, session.attention)
         assert result is not None
         evaluated.append(result.loss)
 
     with (
         patch.object(loop, "run_evaluation", evaluate_and_stop),
-        patch.object(worker, "restore", restore_and_evaluate),
+        patch.object(worker, "resume", resume_and_evaluate),
         patch.object(worker, "build_plan", build_plan_of_large_matrices),
         patch.object(worker, "untested_note", lambda execution: "as for a quantized option: not tested"),
     ):

@@ -11,7 +11,7 @@ from turbolm.data.batch.loader import BatchLoader
 from turbolm.data.order.batch_order import constant_order
 from turbolm.reliability.anomalies import SkippedBatches
 from turbolm.train.loop import batches_to_train
-from turbolm.train.recover import set_skipped
+from turbolm.train.session import set_skipped
 
 
 def session(num_steps: int) -> Any:

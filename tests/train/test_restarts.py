@@ -73,7 +73,7 @@ def _restarted(recipe: Recipe, faults: list[str]) -> list[Any]:
             if fault == "killed" and steps == TRIED + 2:  # within the second candidate
                 raise Killed
             if fault == "stopped" and steps == TRIED + 1:  # within the third: an earlier start finished one
-                session.stop.request("the test")
+                session.context.stop.request("the test")
             return clean_step(session, batch)
 
         with patch.object(restarts, "take_step", faulty_step):

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import platform
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
 
 from turbolm.checkpoint.retention import Retention
 from turbolm.checkpoint.save import gather_over
 from turbolm.checkpoint.saver import CheckpointSaver
-from turbolm.data.batch.loader import BatchLoader
+from turbolm.data.batch.loader import BatchLoader, GlobalBatch
 from turbolm.data.order.batch_order import recipe_order
 from turbolm.data.store.token_store import TokenStore
 from turbolm.engine.engine import Engine
@@ -26,14 +27,11 @@ from turbolm.models.build import (
     check_all_trained,
     model_class,
 )
-from turbolm.models.compile import apply_compile, keep_layers_whole
-from turbolm.models.fp8 import apply_fp8
 from turbolm.models.initialise import seed_for_rank
 from turbolm.models.isolation import check_isolation
 from turbolm.models.loss import attach_loss, choose_loss
 from turbolm.models.positions import check_positions
-from turbolm.models.recompute import apply_activation_checkpointing
-from turbolm.models.router import attach_router_loss, find_routers, freeze_balancing_biases
+from turbolm.models.router import find_routers, freeze_balancing_biases
 from turbolm.models.size import measure_model
 from turbolm.optim.build import build_optimizer, eight_bit_share
 from turbolm.optim.cautious import CautiousAdamW
@@ -46,70 +44,53 @@ from turbolm.recipe.contract import contract_of, fingerprint
 from turbolm.recipe.gpus import peak_flops
 from turbolm.reliability import heartbeat
 from turbolm.reliability.anomalies import AnomalyWatch
-from turbolm.reliability.stop import StopRequest
-from turbolm.train.compiling import tell_of_compiling
+from turbolm.train.compiling import report_compilation
+from turbolm.train.context import Context
 from turbolm.train.gate import UpdateGate
-from turbolm.train.loop import Session
 from turbolm.train.metrics import MetricsLog, measure_peak_flops
 from turbolm.train.pace import Pace
 from turbolm.train.run_directory import RunDirectory
-from turbolm.train.tricks import clip_by_value
+from turbolm.train.session import Session
+from turbolm.train.tricks import apply_tricks
 
 
-def build_session(
-    accelerator: Any,
-    plan: Plan,
-    run: RunDirectory,
-    store: TokenStore,
-    stop: StopRequest,
-    attempt: int,
-    terminal: TextIO,
-    group: Any,
-    machine: Machine,
-    contracts: frozenset[str],
-) -> Session:
-    """Model, engine, data and logging of a run that is about to train or resume."""
-    recipe = plan.recipe
-    engine, attention = build_engine(accelerator, plan, store, run)
-    if recipe.train.fp8 != "off":  # after the check: a scale shared by a whole tensor is rounding that all rows share
-        print(f"products in 8 bits: {len(apply_fp8(engine.module, recipe.train.fp8))} linear layers")
-    loader = _build_loader(plan, store, group)
+def build_session(accelerator: Accelerator, context: Context) -> Session:
+    """Model, engine, data and logging of a run that is about to train or resume. Collective."""
+    plan, recipe, group = context.plan, context.recipe, context.group
+    engine, attention = build_engine(accelerator, plan, context.store, context.run)
+    loader = _build_loader(plan, context.store, group)
     config, size = engine.module.config.to_dict(), measure_model(engine.module)
 
-    def flops_per_target(mean_span: float) -> float:
-        return training_flops_per_token(config, mean_span, size) or 0.0  # None only without a size
+    def training_flops(batch: GlobalBatch) -> float:
+        """Of a global batch, with the attention its documents really need."""
+        per_target = training_flops_per_token(config, batch.attention_pairs / batch.num_targets, size)
+        return (per_target or 0.0) * batch.num_targets  # None only without a size
 
     log = MetricsLog(
-        path=run.metrics,
-        attempt=attempt,
+        path=context.run.metrics,
+        attempt=context.attempt,
         curriculum=plan.curriculum,
-        peak_flops=_peak_flops(engine, plan, machine),
+        peak_flops=_peak_flops(engine, plan, context.machine),
         group=group,
-        terminal=terminal,
+        terminal=context.terminal,
         pace=Pace(gather_over(group)(platform.node())),
     )
     routers = find_routers(engine.module, recipe.train.router_aux_loss)
     if routers is not None:
         log.say(routers.message)
-    gate = UpdateGate(engine, AnomalyWatch(recipe.anomalies))
     return Session(
-        plan=plan,
-        run=run,
+        context=context,
         engine=engine,
-        store=store,
-        loader=loader,
         attention=attention,
-        saver=_build_saver(plan, run, engine, stop, log),
-        group=group,
-        stop=stop,
+        loader=loader,
+        saver=_build_saver(context, engine, log),
         log=log,
-        gate=gate,
-        contracts=contracts,
-        flops_per_target=flops_per_target,
+        gate=UpdateGate(engine, AnomalyWatch(recipe.anomalies)),
+        training_flops=training_flops,
     )
 
 
-def build_engine(accelerator: Any, plan: Plan, store: TokenStore, run: RunDirectory) -> tuple[Engine, str]:
+def build_engine(accelerator: Accelerator, plan: Plan, store: TokenStore, run: RunDirectory) -> tuple[Engine, str]:
     """The DeepSpeed engine around a freshly initialised model, and the attention kernel it was built with.
 
     Rank 0 saves configuration and tokenizer to the run.
@@ -140,31 +121,24 @@ def build_engine(accelerator: Any, plan: Plan, store: TokenStore, run: RunDirect
         from turbolm.checkpoint.export import tokenizer
 
         tokenizer(store.tokenizer_dir).save_pretrained(run.model)
-    apply_activation_checkpointing(model, recipe.execution.activation_checkpointing)
-    execution = recipe.execution
-    needs_layers_whole = execution.compile == "layers" or execution.activation_checkpointing == "selective"
-    if execution.zero_stage == 3 and needs_layers_whole:
-        keep_layers_whole(model)
+    apply_tricks("model", model, recipe)
     optimizer = build_optimizer(model, recipe)
     print(group_table(recipe.optimizer.name, optimizer.param_groups))
-    if recipe.train.max_grad_value is not None:
-        clip_by_value(optimizer, recipe.train.max_grad_value)
+    apply_tricks("optimizer", optimizer, recipe)
     engine = wrap(accelerator, model, optimizer)
     if recipe.optimizer.name == "adamw_8bit":
         share = eight_bit_share(engine.stepped_partitions() or list(engine.module.parameters()))
         print(f"moments in 8 bits for {share:.1%} of the parameters here; the others' are not in whole blocks: fp32")
-    if isinstance(optimizer, (Muon, CautiousAdamW)) and execution.zero_stage > 0:
+    if isinstance(optimizer, (Muon, CautiousAdamW)) and recipe.execution.zero_stage > 0:
         optimizer.distribute(engine.stepped_partitions(), engine.fragments(), engine.device)
     _check_isolation(engine, plan, store, attention)
     tokens = np.arange(8)[None]
     probe = model_inputs({"input_ids": tokens, "position_ids": tokens}, attention, engine.device)
-    loss = choose_loss(execution.loss, engine, engine.module, probe, plan.precision, plan.batch.micro_batch_tokens)
+    kernel, row_tokens = recipe.execution.loss, plan.batch.micro_batch_tokens
+    loss = choose_loss(kernel, engine, engine.module, probe, plan.precision, row_tokens)
     attach_loss(engine.module, loss, z_loss=recipe.train.z_loss)
-    routers = find_routers(engine.module, recipe.train.router_aux_loss)
-    if routers is not None:
-        attach_router_loss(engine.module, routers)
-    apply_compile(engine.module, execution.compile)
-    tell_of_compiling()
+    apply_tricks("engine", engine, recipe)
+    report_compilation()
     heartbeat.advance()
     seed_for_rank(recipe.train.seed, dist.get_rank())
     engine.train()
@@ -203,25 +177,25 @@ def _build_loader(plan: Plan, store: TokenStore, group: Any) -> BatchLoader:
     return BatchLoader(order, store, "train", world_size, rank, recipe.execution.micro_batch, max_pieces)
 
 
-def _build_saver(plan: Plan, run: RunDirectory, engine: Engine, stop: StopRequest, log: MetricsLog) -> CheckpointSaver:
+def _build_saver(context: Context, engine: Engine, log: MetricsLog) -> CheckpointSaver:
     """Collective: the threads that write agree over a process group of their own."""
-    settings, batch_tokens = plan.recipe.checkpoint, plan.batch.global_batch_tokens
+    recipe, batch_tokens = context.recipe, context.plan.batch.global_batch_tokens
+    settings, every = recipe.checkpoint, recipe.checkpoint.keep_every
 
     def report(text: str) -> None:
         log.say(text)
         if settings.on_failure == "stop":
-            stop.request("a checkpoint that was not written")
+            context.stop.request("a checkpoint that was not written")
 
-    every = settings.keep_every
     return CheckpointSaver(
-        folder=run.checkpoints,
+        folder=context.run.checkpoints,
         engine=engine,
         retention=Retention(
             keep_last=settings.keep_last,
-            keep_every_tokens=every.tokens(plan.recipe.train.budget, batch_tokens) if every else None,
+            keep_every_tokens=every.tokens(recipe.train.budget, batch_tokens) if every else None,
             keep_best=settings.keep_best,
         ),
-        contract_fingerprint=fingerprint(contract_of(plan.recipe)),
+        contract_fingerprint=fingerprint(contract_of(recipe)),
         asynchronous=settings.asynchronous,
         group=dist.new_group(backend="gloo"),
         report=report,

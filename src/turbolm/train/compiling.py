@@ -1,4 +1,4 @@
-"""A rank that compiles is silent for long, and does not hang."""
+"""Report compilation as progress, so the watchdog does not take it for a hang."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from torch._dynamo.callback import CallbackArgs, callback_handler
 from turbolm.reliability import heartbeat
 
 
-def tell_of_compiling() -> None:
-    """Have every compilation of torch show in this rank's signs of life."""
+def report_compilation() -> None:
+    """Have every compilation of torch show in this rank's heartbeat."""
     before: list[str | None] = []
 
     def start(_: CallbackArgs) -> None:

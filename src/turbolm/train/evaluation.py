@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
 from turbolm.data.batch.loader import evaluation_batches, evaluation_set
-from turbolm.data.store.token_store import TokenStore
 from turbolm.engine.engine import Engine
-from turbolm.plan.plan import Plan
 from turbolm.reliability import heartbeat
+from turbolm.train.context import Context
 from turbolm.train.step import micro_batch_loss
 
 
@@ -30,20 +28,13 @@ class EvaluationResult:
 
 
 @torch.no_grad()
-def evaluate(
-    engine: Engine,
-    store: TokenStore,
-    plan: Plan,
-    attention: str,
-    group: dist.ProcessGroup | None,
-    should_stop: Callable[[], bool] = lambda: False,
-) -> EvaluationResult | None:
+def evaluate(engine: Engine, context: Context, attention: str) -> EvaluationResult | None:
     """Evaluate the model as it is. Collective; the same on every rank.
 
-    None when `should_stop` said so between two batches; it must say the same on every rank.
+    None when a rank was asked to stop meanwhile.
     """
+    plan, store = context.plan, context.store
     data, max_tokens = plan.recipe.data, plan.recipe.evaluation.tokens
-    layout = {"world_size": dist.get_world_size(), "rank": dist.get_rank()}
     loss_sum = torch.zeros((), dtype=torch.float64)
     engine.eval()
     for batch in evaluation_batches(
@@ -53,18 +44,26 @@ def evaluate(
         data.packing,
         micro_batch_bins=plan.batch.micro_batch_bins,
         fixed_cu_seqlens=plan.recipe.execution.compile != "none",
-        **layout,
+        world_size=dist.get_world_size(),
+        rank=dist.get_rank(),
     ):
         heartbeat.advance()
-        if should_stop():
+        if _any_rank_asked_to_stop(context):
             engine.train()
             return None
         for micro_batch in batch.micro_batches:
             loss_sum += micro_batch_loss(engine, micro_batch, attention)[1].cpu().double()
         heartbeat.advance()
     engine.train()
-    dist.all_reduce(loss_sum, group=group)
+    dist.all_reduce(loss_sum, group=context.group)
     held_out = evaluation_set(store, data.seq_len, max_tokens, data.packing)
     loss = float(loss_sum) / held_out.num_targets
     bits_per_byte = float(loss_sum) / math.log(2) / held_out.text_bytes
     return EvaluationResult(loss, None if store.text_loss else bits_per_byte, held_out.num_targets)
+
+
+def _any_rank_asked_to_stop(context: Context) -> bool:
+    """The same answer on every rank. Collective, on the host."""
+    asked = torch.tensor([context.stop.reason is not None], dtype=torch.int64)
+    dist.all_reduce(asked, group=context.group)
+    return bool(asked[0])

@@ -19,6 +19,7 @@ from turbolm.files import read_json, write_json
 from turbolm.plan.plan import Plan
 from turbolm.redaction import redact
 from turbolm.report.html import write_report
+from turbolm.train.context import Context
 from turbolm.train.evaluation import EvaluationResult
 from turbolm.train.run_directory import RunDirectory
 from turbolm.units import format_count
@@ -52,27 +53,20 @@ A causal language model of {parameters} parameters, pretrained with turbolm on {
 """
 
 
-def finish_run(
-    run: RunDirectory,
-    plan: Plan,
-    store: TokenStore,
-    evaluation: EvaluationResult | None,
-    num_parameters: int,
-    say: Say,
-) -> dict[str, Any]:
+def finish_run(context: Context, evaluation: EvaluationResult | None, num_parameters: int, say: Say) -> dict[str, Any]:
     """Write results.json, then what `add_products` adds; returns the results.
 
     `evaluation` is None where nothing is held out. Raises RunError when results.json cannot be written.
     """
-    checkpoint = list_checkpoints(run.checkpoints)[-1][1]
-    recipe = plan.recipe
+    plan, run = context.plan, context.run
+    checkpoint, recipe = list_checkpoints(run.checkpoints)[-1][1], plan.recipe
     results: dict[str, Any] = {
         "name": recipe.name,
         "parameters": num_parameters,
         "budget_tokens": recipe.train.budget,
         "tokens_seen": plan.curriculum.tokens_seen(plan.num_steps),
         "steps": plan.num_steps,
-        **(_measured(plan, store, evaluation, say) if evaluation else {}),
+        **(_measured(context, evaluation, say) if evaluation else {}),
         "precision": plan.precision,
         "checkpoint": str(checkpoint),
         "export": None,
@@ -86,27 +80,29 @@ def finish_run(
         raise RunError(
             f"{run.results} cannot be written: {error}; {checkpoint} is saved, and the same command tries again"
         ) from error
-    return add_products(run, plan, store, results, say)
+    return add_products(context, results, say)
 
 
-def add_products(run: RunDirectory, plan: Plan, store: TokenStore, results: dict[str, Any], say: Say) -> dict[str, Any]:
+def add_products(context: Context, results: dict[str, Any], say: Say) -> dict[str, Any]:
     """Export the last checkpoint with a model card, sample from it and write report.html; returns the results.
 
     Each that fails costs only itself, and `say` hears why. `export` of the results stays None without an export.
     """
-    checkpoint, recipe, out = list_checkpoints(run.checkpoints)[-1][1], plan.recipe, run.path / "export"
+    run, recipe = context.run, context.recipe
+    checkpoint, out = list_checkpoints(run.checkpoints)[-1][1], run.path / "export"
 
     def add(key: str, value: str) -> None:
         results[key] = value
         _attempt("results.json", lambda: write_json(run.results, results), say)
 
-    card = _attempt("the model card", lambda: model_card(run, results, store), say) or short_card(run.path, checkpoint)
+    card = _attempt("the model card", lambda: model_card(run, results, context.store), say)
+    card = card or short_card(run.path, checkpoint)
     advice = f"; {checkpoint} is safe: the same command tries again, as does `turbolm export {checkpoint} OUT`"
     if out.exists():
         advice += f"; {out} is that of an earlier budget"
     export = _attempt(
         "the export",
-        lambda: export_checkpoint(checkpoint, run.model, out, precision=plan.precision, card=card),
+        lambda: export_checkpoint(checkpoint, run.model, out, precision=context.plan.precision, card=card),
         say,
         advice,
     )
@@ -132,9 +128,9 @@ def _attempt(what: str, make: Callable[[], T], say: Say, advice: str = "") -> T 
         return None
 
 
-def _measured(plan: Plan, store: TokenStore, evaluation: EvaluationResult, say: Say) -> dict[str, Any]:
+def _measured(context: Context, evaluation: EvaluationResult, say: Say) -> dict[str, Any]:
     """The results of the last evaluation; what is not known is left out."""
-    entropy = _attempt("the unigram entropy", lambda: validation_entropy(plan, store), say)
+    entropy = _attempt("the unigram entropy", lambda: validation_entropy(context.plan, context.store), say)
     found = {
         "eval_loss": evaluation.loss,
         "bits_per_byte": evaluation.bits_per_byte,

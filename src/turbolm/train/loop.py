@@ -2,59 +2,22 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from turbolm.checkpoint.saver import CheckpointSaver
-from turbolm.data.batch.loader import BatchLoader, GlobalBatch
-from turbolm.data.store.token_store import TokenStore
-from turbolm.engine.engine import Engine
+from turbolm.data.batch.loader import GlobalBatch
 from turbolm.models.loss import IGNORED_TARGET
-from turbolm.plan.plan import Plan
 from turbolm.plan.rates import step_rates
 from turbolm.reliability import heartbeat
-from turbolm.reliability.anomalies import SkippedBatches
-from turbolm.reliability.replicas import check_replicas
-from turbolm.reliability.stop import StopRequest
 from turbolm.train.evaluation import EvaluationResult, evaluate
-from turbolm.train.gate import UpdateGate
-from turbolm.train.metrics import MetricsLog
 from turbolm.train.recover import settle_anomaly
-from turbolm.train.run_directory import RunDirectory
+from turbolm.train.session import Session, check_replicas_when_due, save
 from turbolm.train.step import StepResult, train_step
-
-
-@dataclass
-class Session:
-    """Everything a run holds while it trains; `step` counts the finished optimizer steps and is all that changes."""
-
-    plan: Plan
-    run: RunDirectory
-    engine: Engine
-    store: TokenStore
-    loader: BatchLoader
-    attention: str
-    saver: CheckpointSaver
-    group: dist.ProcessGroup | None
-    stop: StopRequest
-    log: MetricsLog
-    gate: UpdateGate
-    contracts: frozenset[str]  # the fingerprints that this run's checkpoints may have
-    flops_per_target: Any  # mean attended keys per target -> training FLOPs
-    skipped: SkippedBatches = SkippedBatches()
-    step: int = 0
-    saved_step: int = -1
-    best_eval_loss: float = math.inf
-    evaluation: EvaluationResult | None = None  # of the trained model; None where nothing is held out
-    restarts: dict[str, Any] | None = None  # which candidate the run goes on from, and how all of them did
 
 
 def train(session: Session) -> bool:
@@ -96,7 +59,7 @@ def take_step(session: Session, batch: GlobalBatch) -> StepResult:
     session.step += 1
     heartbeat.advance(heartbeat.STEP, session.step)
     session.saver.prepare()
-    session.log.add_step(session.step, rates.lr, batch, result, batch_flops(session, batch))
+    session.log.add_step(session.step, rates.lr, batch, result, session.training_flops(batch))
     return result
 
 
@@ -112,42 +75,23 @@ def batches_to_train(session: Session) -> Iterator[GlobalBatch]:
                     break
 
 
-def check_replicas_when_due(session: Session, *, before_save: bool = False) -> None:
-    """Compare the ranks' copies of the weights, as often as the recipe asks for."""
-    every = session.plan.recipe.execution.replica_check
-    if every != "off" and (before_save or (isinstance(every, int) and session.step % every == 0)):
-        check_replicas(session.engine, session.step, session.group)
-
-
 def agree_to_stop(session: Session, batch: GlobalBatch) -> str | None:
     """Whether any rank was asked to stop, and by what. Collective, once a step, on the host.
 
     The same message checks that the ranks' parts of the global batch add up to it: a rank that reads other data than
     its neighbours would train on silently.
     """
+    context = session.context
     valid = sum(int(np.count_nonzero(micro["targets"] != IGNORED_TARGET)) for micro in batch.micro_batches)
-    message = torch.tensor([valid, session.stop.reason is not None], dtype=torch.int64)
+    message = torch.tensor([valid, context.stop.reason is not None], dtype=torch.int64)
     heartbeat.advance()
     arrived = time.perf_counter()
-    dist.all_reduce(message, group=session.group)
+    dist.all_reduce(message, group=context.group)
     session.log.pace.add_wait(time.perf_counter() - arrived)
     heartbeat.advance()
     if int(message[0]) != batch.num_targets:
         raise RuntimeError(f"the ranks hold {int(message[0])} targets of batch {batch.index}, not {batch.num_targets}")
-    return (session.stop.reason or "another rank") if message[1] else None
-
-
-def batch_flops(session: Session, batch: GlobalBatch) -> float:
-    """Training FLOPs of a global batch, with the attention its documents really need."""
-    span = batch.attention_pairs / batch.num_targets
-    return float(session.flops_per_target(span) * batch.num_targets)
-
-
-def any_rank_asked_to_stop(session: Session) -> bool:
-    """The same answer on every rank. Collective, on the host."""
-    asked = torch.tensor([session.stop.reason is not None], dtype=torch.int64)
-    dist.all_reduce(asked, group=session.group)
-    return bool(asked[0])
+    return (context.stop.reason or "another rank") if message[1] else None
 
 
 def run_evaluation(session: Session) -> EvaluationResult | None:
@@ -159,14 +103,7 @@ def run_evaluation(session: Session) -> EvaluationResult | None:
         return None
     session.log.flush()
     with heartbeat.phase(heartbeat.EVALUATION):
-        result = evaluate(
-            session.engine,
-            session.store,
-            session.plan,
-            session.attention,
-            session.group,
-            should_stop=lambda: any_rank_asked_to_stop(session),
-        )
+        result = evaluate(session.engine, session.context, session.attention)
     if result is None:
         session.log.say(f"asked to stop while evaluating after step {session.step}")
         return None
@@ -176,35 +113,3 @@ def run_evaluation(session: Session) -> EvaluationResult | None:
         session.best_eval_loss = result.loss
         save(session, eval_loss=result.loss)
     return result
-
-
-def trainer_state(session: Session) -> dict[str, Any]:
-    """What a checkpoint holds beside the tensors, and `recover.restore` reads."""
-    best = session.best_eval_loss
-    return {
-        "step": session.step,
-        "tokens_seen": session.plan.curriculum.tokens_seen(session.step),
-        "order_digest": session.loader.order.digest(session.skipped.batch_index(session.step)),
-        "best_eval_loss": best if math.isfinite(best) else None,
-        "anomalies": {**session.gate.watch.state(), "skipped_batches": session.skipped.windows},
-        **({"restarts": session.restarts} if session.restarts else {}),
-    }
-
-
-@heartbeat.phase(heartbeat.SAVING)
-def save(session: Session, *, eval_loss: float | None = None, last: bool = False) -> None:
-    """Save a checkpoint of the current step, once, beside the training.
-
-    With `last` it is on disk on return, tried again if that had failed; RunError when it fails now.
-    """
-    session.log.flush()
-    if last:
-        session.saver.wait()  # then all ranks know alike whether it failed
-    is_saved = session.saved_step == session.step and not (last and session.saver.failure)
-    if not is_saved and session.step > 0:
-        check_replicas_when_due(session, before_save=True)
-        session.saver.save(session.step, trainer_state(session), eval_loss)
-        session.saved_step = session.step
-        session.log.restart_clock()
-    if last:
-        session.saver.finish()

@@ -1,61 +1,52 @@
-"""Where a run goes on from: the newest valid checkpoint at a start, the last good one after too many anomalies."""
+"""Which checkpoint a run continues from: the newest valid one at a start, the last good one after many anomalies."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch.distributed as dist
 
-from turbolm.checkpoint.load import load_checkpoint
-from turbolm.checkpoint.manifest import TRAINER_STATE, discard
+from turbolm.checkpoint.manifest import TRAINER_STATE, clear_leftovers, discard
 from turbolm.checkpoint.save import gather_over
 from turbolm.checkpoint.verify import Hashed, find_newest_valid, not_hashed
+from turbolm.data.batch.loader import GlobalBatch
 from turbolm.errors import RunError, UserError
 from turbolm.files import load_json
 from turbolm.reliability import heartbeat
-from turbolm.reliability.anomalies import Anomaly, Decision, SkippedBatches
-
-if TYPE_CHECKING:
-    from turbolm.data.batch.loader import GlobalBatch
-    from turbolm.train.loop import Session
+from turbolm.reliability.anomalies import Anomaly, Decision
+from turbolm.train.session import Session, restore, set_skipped
 
 
 def newest_valid(
     session: Session, below_step: int | None = None, hashed: Hashed = not_hashed
 ) -> tuple[Path | None, list[str]]:
     """The newest valid checkpoint of the run, and why newer ones were rejected. Collective; all ranks verify it."""
-    share = (dist.get_rank(), dist.get_world_size())
-    agree = gather_over(session.group)
-    return find_newest_valid(session.run.checkpoints, session.contracts, share, agree, below_step, hashed)
+    context, share = session.context, (dist.get_rank(), dist.get_world_size())
+    agree = gather_over(context.group)
+    return find_newest_valid(context.run.checkpoints, context.contracts, share, agree, below_step, hashed)
 
 
-def restore(session: Session, checkpoint: Path) -> None:
-    """Put the session where `checkpoint` was saved. Collective; the checkpoint has been verified."""
-    state = load_checkpoint(checkpoint, session.engine)
-    session.step = session.saved_step = int(state["step"])
-    anomalies = state.get("anomalies", {})
-    windows = anomalies.get("skipped_batches", ())
-    set_skipped(session, SkippedBatches(tuple((int(first), int(end)) for first, end in windows)))
-    if state["order_digest"] != session.loader.order.digest(session.skipped.batch_index(session.step)):
+def resume(session: Session, hashed: Hashed) -> None:
+    """Resume from the newest valid checkpoint, if the run has any, which all ranks verify and choose together.
+
+    Collective. Raises UserError where there are checkpoints and none is valid.
+    """
+    run = session.context.run
+    if dist.get_rank() == 0:
+        clear_leftovers(run.checkpoints)
+    newest, rejected = newest_valid(session, hashed=hashed)
+    for reason in rejected:
+        session.log.say(f"rejected checkpoint {reason}")
+    if newest is None and rejected:
         raise UserError(
-            f"the order of the data is another than the one {checkpoint} was trained with, so it cannot go on exactly: "
-            "another version of turbolm has written it. Use that version, or start a run with a new `name`"
+            f"no checkpoint of {run.path} is valid. To start over, move {run.checkpoints} away; nothing was changed"
         )
-    session.gate.watch.restore(anomalies)
-    session.restarts = state.get("restarts")
-    if state.get("best_eval_loss") is not None:
-        session.best_eval_loss = float(state["best_eval_loss"])
-
-
-def set_skipped(session: Session, skipped: SkippedBatches) -> None:
-    """Leave these batches out. The run then reaches further into the data, where rows may hold more documents."""
-    session.skipped = skipped
-    loader = session.loader
-    if loader.max_pieces is not None and skipped.windows:
-        most = loader.order.max_pieces(session.plan.num_steps + skipped.num_batches)
-        session.loader = replace(loader, max_pieces=most)
+    if newest is None:
+        return
+    restore(session, newest)
+    session.log.say(f"resumed from {newest}")
+    session.log.restart_clock()
 
 
 def settle_anomaly(session: Session, batch: GlobalBatch, anomaly: Anomaly | None) -> Decision | None:
@@ -128,7 +119,7 @@ def roll_back(session: Session, batch: GlobalBatch) -> Path:
     if dist.get_rank() == 0:
         for later in given_up:
             discard(later)
-    dist.barrier(group=session.group)
+    dist.barrier(group=session.context.group)
     watch = session.gate.watch
     watch.in_a_row, watch.num_rollbacks = 0, rollbacks + 1
     first = session.skipped.batch_index(session.step)
@@ -138,7 +129,7 @@ def roll_back(session: Session, batch: GlobalBatch) -> Path:
 
 
 def _why_stopped(session: Session, anomaly: Anomaly) -> str:
-    policy = session.plan.recipe.anomalies
+    policy, metrics = session.plan.recipe.anomalies, session.context.run.metrics
     if anomaly.kind == "non_finite" and policy.non_finite == "stop":
         why = "anomalies.non_finite is `stop`; with `skip` or `rollback` the same command goes on"
     else:
@@ -147,4 +138,4 @@ def _why_stopped(session: Session, anomaly: Anomaly) -> str:
             f"The run has gone back {count} times, and anomalies go on. A lower learning rate or other data may help; "
             "anomalies.max_rollbacks allows more"
         )
-    return f"{why}. The update was not applied; checkpoints are as they were, and the event is in {session.run.metrics}"
+    return f"{why}. The update was not applied; checkpoints are as they were, and the event is in {metrics}"

@@ -28,8 +28,8 @@ from turbolm.errors import RunError
 from turbolm.files import read_json, write_json
 from turbolm.models.build import build_model
 from turbolm.reliability import heartbeat
-from turbolm.train.loop import Session, agree_to_stop, save, take_step, trainer_state
-from turbolm.train.recover import restore
+from turbolm.train.loop import agree_to_stop, take_step
+from turbolm.train.session import Session, restore, save, trainer_state
 
 _SEED_STRIDE = 1_000_003  # far from the seeds that people choose next to each other
 
@@ -39,17 +39,17 @@ def candidate_seed(seed: int, candidate: int) -> int:
     return (seed + _SEED_STRIDE * candidate) % 2**32
 
 
-def choose_start(session: Session) -> bool:
-    """Train the candidates of a run that begins and leave the session where the best of them is; False when asked to
-    stop. Collective.
+def choose_start(session: Session) -> None:
+    """Train the candidates of a run that begins and leave the session where the best of them is. Collective.
 
-    Does nothing for a run that has begun. What an earlier attempt has finished is not done again; a candidate it was
-    stopped or killed at is. Raises RunError when no candidate gets through without an anomaly, or none can be saved.
+    Does nothing for a run that has begun. Candidates that an earlier attempt finished are not trained again; one that
+    it was stopped or killed at is. When asked to stop it leaves the session at step 0, where training stops as well.
+    Raises RunError when no candidate gets through without an anomaly, or none can be saved.
     """
     settings = session.plan.recipe.train.restarts
     if settings is None or session.step > 0:
-        return True
-    folder, num_steps, seed = session.run.restarts, session.plan.restart_steps, session.plan.recipe.train.seed
+        return
+    folder, num_steps, seed = session.context.run.restarts, session.plan.restart_steps, session.plan.recipe.train.seed
     losses = _finished(session)
     _save(session, folder / "start")
     for candidate in range(len(losses), settings.seeds):
@@ -63,7 +63,8 @@ def choose_start(session: Session) -> bool:
         if stopped:
             session.log.say(f"asked to stop by {stopped}: {name} will be trained anew")
             session.step = 0
-            return False
+            session.context.stop.request(stopped)  # and stays so: these are not the weights to train from
+            return
         before, losses = _best(losses), [*losses, loss]
         if _best(losses) == candidate:
             _save(session, folder / str(candidate))
@@ -89,13 +90,12 @@ def choose_start(session: Session) -> bool:
     }
     session.saved_step = -1  # not among the run's own checkpoints yet
     if dist.get_rank() == 0 and _metrics(folder, best).exists():
-        _metrics(folder, best).replace(session.run.metrics)  # its steps are the run's first
+        _metrics(folder, best).replace(session.context.run.metrics)  # its steps are the run's first
     save(session, last=True)
     if dist.get_rank() == 0:
         for name in ("start", str(best)):
             remove_folder(folder / name)
     session.log.say(f"going on with candidate {best + 1}: initial weights of seed {candidate_seed(seed, best)}")
-    return True
 
 
 def _train_candidate(session: Session, metrics: Path, num_steps: int) -> tuple[str | None, float | None]:
@@ -122,7 +122,7 @@ def _train_candidate(session: Session, metrics: Path, num_steps: int) -> tuple[s
                 session.log.flush(show=True)
     session.log.flush()
     session.log.path = run_metrics
-    dist.all_reduce(judged, group=session.group)
+    dist.all_reduce(judged, group=session.context.group)
     return stopped, float(judged) / num_targets if is_sound and not stopped else None
 
 
@@ -142,14 +142,14 @@ def _finished(session: Session) -> list[float | None]:
 
     Collective.
     """
-    folder, agree = session.run.restarts, gather_over(session.group)
+    folder, agree = session.context.run.restarts, gather_over(session.context.group)
     record = agree(read_json(folder / "candidates.json"))[0] or {}
     losses = record.get("losses")
     if not isinstance(losses, list) or record.get("steps") != session.plan.restart_steps:
         return []
     best = _best(losses)
     share = (dist.get_rank(), dist.get_world_size())
-    if best is not None and find_newest_valid(folder / str(best), session.contracts, share, agree)[0] is None:
+    if best is not None and find_newest_valid(folder / str(best), session.context.contracts, share, agree)[0] is None:
         session.log.say(f"no valid checkpoint of the best candidate in {folder}: all candidates are trained anew")
         return []
     return losses
@@ -167,7 +167,7 @@ def _save(session: Session, folder: Path) -> None:
     contract, state = session.saver.contract_fingerprint, trainer_state(session)
     about: dict[str, Any] = {"step": session.step, "trainer_state": state, "contract_fingerprint": contract}
     try:
-        save_checkpoint(folder, session.engine, **about, keep_last=1, group=session.group)
+        save_checkpoint(folder, session.engine, **about, keep_last=1, group=session.context.group)
     except RuntimeError as error:
         raise RunError(f"a candidate of train.restarts was not saved: {error}; the same command tries again") from error
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 import torch.distributed as dist
 
-from turbolm.checkpoint.manifest import clear_leftovers
-from turbolm.checkpoint.verify import Hashed, hash_ahead
+from turbolm.checkpoint.verify import hash_ahead
 from turbolm.data.prepare.bad import check_left_out
 from turbolm.data.prepare.build import find_store
 from turbolm.data.store.token_store import TokenStore, check_held_out, check_tokenizer, open_store
@@ -23,8 +23,8 @@ from turbolm.models.count import examine
 from turbolm.models.initialise import count_parameters
 from turbolm.plan.count import check_model
 from turbolm.plan.deepspeed import untested_note
-from turbolm.plan.machine import Machine, check_machine, detect_machine
-from turbolm.plan.plan import Plan, build_plan
+from turbolm.plan.machine import check_machine, detect_machine
+from turbolm.plan.plan import build_plan
 from turbolm.recipe.schema import Recipe
 from turbolm.reliability import heartbeat
 from turbolm.reliability.build_locks import clear_stale_locks, extensions_root
@@ -32,13 +32,12 @@ from turbolm.reliability.outcome import COMPLETE, FINISHED, STOPPED, Outcome, wr
 from turbolm.reliability.run_lock import RunLock
 from turbolm.reliability.stop import StopRequest
 from turbolm.train.build import build_session
+from turbolm.train.context import Context
 from turbolm.train.finish import add_products, finish_run, summary
-from turbolm.train.loop import Session, train
-from turbolm.train.recover import newest_valid, restore
-from turbolm.train.restarts import choose_start
+from turbolm.train.loop import train
+from turbolm.train.recover import resume
 from turbolm.train.run_contract import as_started, known_fingerprints, settle_contract, with_commits
 from turbolm.train.run_directory import (
-    RunDirectory,
     is_finished,
     lacks_export,
     open_attempt,
@@ -46,6 +45,8 @@ from turbolm.train.run_directory import (
     run_directory,
     write_attempt,
 )
+from turbolm.train.session import Session
+from turbolm.train.tricks import apply_tricks
 
 _LAST_WRITE_SEC = 60
 
@@ -74,78 +75,81 @@ def _run_locked(recipe: Recipe, attempt: int | None, lock: RunLock) -> int:
     recipe = with_commits(recipe)
     plan = build_plan(recipe, machine, int(os.environ.get("WORLD_SIZE", "1")))
     torch.set_num_threads(plan.threads_per_process)
-    store = _open_prepared_store(recipe)
-    run = run_directory(recipe)
+    store, run = _open_prepared_store(recipe), run_directory(recipe)
     stop = StopRequest(run.stop_file)
     stop.listen()
     hashed = hash_ahead(run.checkpoints, (int(os.environ.get("RANK", "0")), plan.world_size))
+    timeout_sec = recipe.execution.process_group_timeout
     accelerator = build_accelerator(
-        plan.ds_config,
-        device=plan.device,
-        precision=plan.precision,
-        timeout_sec=recipe.execution.process_group_timeout,
+        plan.ds_config, device=plan.device, precision=plan.precision, timeout_sec=timeout_sec
     )
-    group = control_group()
+    context = Context(plan, run, store, machine, control_group(), stop, sys.stdout, attempt or 0)
     heartbeat.advance()
     if os.environ["LOCAL_RANK"] == "0":  # the other ranks come to building only after this one has opened the run
         for message in clear_stale_locks(extensions_root(os.environ)):
             print(f"turbolm: {message}", flush=True)
-    attempt, plan, contracts = _open_run(run, plan, machine, store, attempt, group, lock)
-    heartbeat.set_attempt(attempt)
-    terminal = redirect_output(run.attempt(attempt) / f"log.rank{dist.get_rank()}.txt")
+    context = _open_run(context, lock)
     for line in pinned:
         print(f"as this run was started: {line}")
     if is_finished(run, recipe.train.budget):
-        return _complete(run, plan, store, attempt, terminal) if dist.get_rank() == 0 else EXIT_OK
-    session = build_session(accelerator, plan, run, store, stop, attempt, terminal, group, machine, contracts)
+        return _complete(context) if dist.get_rank() == 0 else EXIT_OK
+    session = build_session(accelerator, context)
     session.saver.before_commit = lock.check
     for note in filter(None, (untested_note(recipe.execution), *store.notes)):
         session.log.say(note)
     heartbeat.advance()
-    _resume(session, hashed)
+    resume(session, hashed)
     heartbeat.advance()
-    num_parameters = count_parameters(session.engine.module)
+    return _train(session)
+
+
+def _train(session: Session) -> int:
+    """Train to the end or until asked to stop, and finish the run."""
+    context, num_parameters = session.context, count_parameters(session.engine.module)
     try:
-        is_done = choose_start(session) and train(session)
+        apply_tricks("start", session, context.recipe)
+        is_done = train(session)
     except BaseException:
         session.saver.wait(_LAST_WRITE_SEC)  # what is being written is a good state
         raise
     session.log.flush()
-    dist.barrier(group=group)
-    if dist.get_rank() == 0 and is_done:
-        session.log.say("exporting the model")
-        with heartbeat.phase(heartbeat.EXPORTING):
-            results = finish_run(run, plan, store, session.evaluation, num_parameters, session.log.say)
-        code = _conclude(run, attempt, FINISHED, results)
-        session.log.say(summary(results))
-        return code
-    if dist.get_rank() == 0:
-        write_outcome(run.attempt(attempt), Outcome(STOPPED, EXIT_REQUEUE))
+    dist.barrier(group=context.group)
+    if dist.get_rank() > 0:
+        return EXIT_OK if is_done else EXIT_REQUEUE
+    if not is_done:
+        write_outcome(context.run.attempt(context.attempt), Outcome(STOPPED, EXIT_REQUEUE))
         session.log.say(f"stopped after step {session.step}; the same command resumes there")
-    return EXIT_OK if is_done else EXIT_REQUEUE
+        return EXIT_REQUEUE
+    session.log.say("exporting the model")
+    with heartbeat.phase(heartbeat.EXPORTING):
+        results = finish_run(context, session.evaluation, num_parameters, session.log.say)
+    code = _conclude(context, FINISHED, results)
+    session.log.say(summary(results))
+    return code
 
 
-def _complete(run: RunDirectory, plan: Plan, store: TokenStore, attempt: int, terminal: TextIO) -> int:
+def _complete(context: Context) -> int:
     """What is left to do of a run whose results are there: an export that failed or was interrupted. Rank 0 only."""
+    run = context.run
 
     def say(text: str) -> None:
         print(text, flush=True)
-        terminal.write(f"{text}\n")
+        context.terminal.write(f"{text}\n")
 
     results = read_json(run.results) or {}
     if lacks_export(run):
         say("exporting the model")
         with heartbeat.phase(heartbeat.EXPORTING):
-            results = add_products(run, plan, store, results, say)
+            results = add_products(context, results, say)
         say(summary(results))
     say(f"{run.path} is complete; see {run.results}")
-    return _conclude(run, attempt, COMPLETE, results)
+    return _conclude(context, COMPLETE, results)
 
 
-def _conclude(run: RunDirectory, attempt: int, status: str, results: dict[str, Any]) -> int:
+def _conclude(context: Context, status: str, results: dict[str, Any]) -> int:
     """The exit code of a trained run. One without its export is no success to whatever comes after it."""
     code, message = (EXIT_OK, "") if results.get("export") else (EXIT_FAILED, "trained and saved; the export failed")
-    write_outcome(run.attempt(attempt), Outcome(status, code, message))
+    write_outcome(context.run.attempt(context.attempt), Outcome(status, code, message))
     return code
 
 
@@ -178,53 +182,30 @@ def _open_prepared_store(recipe: Recipe) -> TokenStore:
     return store
 
 
-def _open_run(
-    run: RunDirectory,
-    plan: Plan,
-    machine: Machine,
-    store: TokenStore,
-    attempt: int | None,
-    group: Any,
-    lock: RunLock,
-) -> tuple[int, Plan, frozenset[str]]:
+def _open_run(context: Context, lock: RunLock) -> Context:
     """Rank 0 settles contract and attempt; every rank gets the attempt's number, the plan with the run's budgets, and
-    the fingerprints its checkpoints may have.
+    the fingerprints its checkpoints may have, and from here on prints to its log. Collective.
 
     Every rank raises the UserError of rank 0.
     """
+    run, plan = context.run, context.plan
     answer: list[Any] = [None]
     if dist.get_rank() == 0:
         try:
             run.path.mkdir(parents=True, exist_ok=True)
             refuse_links_out(run)
             lock.acquire()
-            budgets = settle_contract(run, plan.recipe, store.fingerprint)
-            number = attempt or open_attempt(run)
-            write_attempt(run, number, plan.with_budgets(budgets), machine)
-            answer = [(number, budgets, known_fingerprints(run, plan.recipe, budgets))]
+            budgets = settle_contract(run, plan.recipe, context.store.fingerprint)
+            attempt = context.attempt or open_attempt(run)
+            write_attempt(run, attempt, plan.with_budgets(budgets), context.machine)
+            answer = [(attempt, budgets, known_fingerprints(run, plan.recipe, budgets))]
         except (UserError, OSError) as error:
             answer = [str(error)]
-    dist.broadcast_object_list(answer, src=0, group=group)
+    dist.broadcast_object_list(answer, src=0, group=context.group)
     if isinstance(answer[0], str):
         raise UserError(answer[0])
-    number, budgets, contracts = answer[0]
-    return number, plan.with_budgets(budgets), frozenset(contracts)
-
-
-def _resume(session: Session, hashed: Hashed) -> None:
-    """Continue from the newest valid checkpoint, which all ranks verify and choose together."""
-    run = session.run
-    if dist.get_rank() == 0:
-        clear_leftovers(run.checkpoints)
-    newest, rejected = newest_valid(session, hashed=hashed)
-    for reason in rejected:
-        session.log.say(f"rejected checkpoint {reason}")
-    if newest is None and rejected:
-        raise UserError(
-            f"no checkpoint of {run.path} is valid. To start over, move {run.checkpoints} away; nothing was changed"
-        )
-    if newest is None:
-        return
-    restore(session, newest)
-    session.log.say(f"resumed from {newest}")
-    session.log.restart_clock()
+    attempt, budgets, contracts = answer[0]
+    heartbeat.set_attempt(attempt)
+    terminal = redirect_output(run.attempt(attempt) / f"log.rank{dist.get_rank()}.txt")
+    known = {"attempt": attempt, "contracts": frozenset(contracts), "terminal": terminal}
+    return replace(context, plan=plan.with_budgets(budgets), **known)

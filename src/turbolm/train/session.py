@@ -1,0 +1,113 @@
+"""The state of a run while it trains, and how it is saved and restored."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from turbolm.checkpoint.load import load_checkpoint
+from turbolm.checkpoint.saver import CheckpointSaver
+from turbolm.data.batch.loader import BatchLoader, GlobalBatch
+from turbolm.engine.engine import Engine
+from turbolm.errors import UserError
+from turbolm.plan.plan import Plan
+from turbolm.reliability import heartbeat
+from turbolm.reliability.anomalies import SkippedBatches
+from turbolm.reliability.replicas import check_replicas
+from turbolm.train.context import Context
+from turbolm.train.evaluation import EvaluationResult
+from turbolm.train.gate import UpdateGate
+from turbolm.train.metrics import MetricsLog
+
+
+@dataclass
+class Session:
+    """Everything a run holds while it trains; `step` counts the finished optimizer steps."""
+
+    context: Context
+    engine: Engine
+    attention: str  # the kernel that the model was built with
+    loader: BatchLoader
+    saver: CheckpointSaver
+    log: MetricsLog
+    gate: UpdateGate
+    training_flops: Callable[[GlobalBatch], float]
+    skipped: SkippedBatches = SkippedBatches()
+    step: int = 0
+    saved_step: int = -1
+    best_eval_loss: float = math.inf
+    evaluation: EvaluationResult | None = None  # of the trained model; None where nothing is held out
+    restarts: dict[str, Any] | None = None  # which candidate the run goes on from, and how all of them did
+
+    @property
+    def plan(self) -> Plan:
+        return self.context.plan
+
+
+def trainer_state(session: Session) -> dict[str, Any]:
+    """What a checkpoint holds beside the tensors, and `restore` reads."""
+    best = session.best_eval_loss
+    return {
+        "step": session.step,
+        "tokens_seen": session.plan.curriculum.tokens_seen(session.step),
+        "order_digest": session.loader.order.digest(session.skipped.batch_index(session.step)),
+        "best_eval_loss": best if math.isfinite(best) else None,
+        "anomalies": {**session.gate.watch.state(), "skipped_batches": session.skipped.windows},
+        **({"restarts": session.restarts} if session.restarts else {}),
+    }
+
+
+@heartbeat.phase(heartbeat.SAVING)
+def save(session: Session, *, eval_loss: float | None = None, last: bool = False) -> None:
+    """Save a checkpoint of the current step, once, while training goes on.
+
+    With `last` it is on disk on return, tried again if that had failed; RunError when it fails now.
+    """
+    session.log.flush()
+    if last:
+        session.saver.wait()  # then all ranks agree on whether it failed
+    is_saved = session.saved_step == session.step and not (last and session.saver.failure)
+    if not is_saved and session.step > 0:
+        check_replicas_when_due(session, before_save=True)
+        session.saver.save(session.step, trainer_state(session), eval_loss)
+        session.saved_step = session.step
+        session.log.restart_clock()
+    if last:
+        session.saver.finish()
+
+
+def restore(session: Session, checkpoint: Path) -> None:
+    """Put the session where `checkpoint` was saved. Collective; the checkpoint has been verified. Raises UserError."""
+    state = load_checkpoint(checkpoint, session.engine)
+    session.step = session.saved_step = int(state["step"])
+    anomalies = state.get("anomalies", {})
+    windows = anomalies.get("skipped_batches", ())
+    set_skipped(session, SkippedBatches(tuple((int(first), int(end)) for first, end in windows)))
+    if state["order_digest"] != session.loader.order.digest(session.skipped.batch_index(session.step)):
+        raise UserError(
+            f"the order of the data is not the one {checkpoint} was trained with, so the run cannot resume exactly: "
+            "another version of turbolm wrote it. Use that version, or start a run with a new `name`"
+        )
+    session.gate.watch.restore(anomalies)
+    session.restarts = state.get("restarts")
+    if state.get("best_eval_loss") is not None:
+        session.best_eval_loss = float(state["best_eval_loss"])
+
+
+def set_skipped(session: Session, skipped: SkippedBatches) -> None:
+    """Leave these batches out. The run then reaches further into the data, where sequences may hold more documents."""
+    session.skipped = skipped
+    loader = session.loader
+    if loader.max_pieces is not None and skipped.windows:
+        most = loader.order.max_pieces(session.plan.num_steps + skipped.num_batches)
+        session.loader = replace(loader, max_pieces=most)
+
+
+def check_replicas_when_due(session: Session, *, before_save: bool = False) -> None:
+    """Compare the ranks' copies of the weights, as often as the recipe asks for."""
+    every = session.plan.recipe.execution.replica_check
+    if every != "off" and (before_save or (isinstance(every, int) and session.step % every == 0)):
+        check_replicas(session.engine, session.step, session.context.group)
