@@ -11,10 +11,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from typer.core import TyperGroup
 
 from turbolm import __version__
 from turbolm.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_OK, EXIT_REQUEUE, UserError
@@ -25,34 +24,8 @@ if TYPE_CHECKING:
     from turbolm.recipe.schema import Recipe
 
 
-class Commands(TyperGroup):
-    """The commands; a reader of the output who has seen enough (`| head -1`) is not an error."""
-
-    def invoke(self, ctx: Any) -> Any:
-        """Run the command."""
-        try:
-            result = super().invoke(ctx)
-            sys.stdout.flush()
-            return result
-        except BrokenPipeError:
-            if not _reader_is_gone():
-                raise
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what Python still flushes at exit
-            raise typer.Exit(EXIT_FAILED if ctx.invoked_subcommand in _TRAINING else EXIT_OK) from None
-
-
-def _reader_is_gone() -> bool:
-    """Whether standard output is a pipe that nobody reads any more."""
-    output = select.poll()
-    output.register(1, 0)
-    return any(event & select.POLLERR for _, event in output.poll(0))
-
-
-_TRAINING = ("train", "ablate")  # without their work done they have not succeeded, whoever reads
-
 app = typer.Typer(
     name="turbolm",
-    cls=Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
@@ -501,14 +474,30 @@ def _print_or_write(text: str, path: Path | None) -> None:
         print(path)
 
 
+def _exit_code(end: SystemExit) -> int | str | None:
+    """The exit code of a command; a reader of its output who has seen enough (`| head -1`) is not an error."""
+    with contextlib.suppress(BrokenPipeError):
+        sys.stdout.flush()
+    output = select.poll()
+    output.register(1, 0)
+    if not any(event & select.POLLERR for _, event in output.poll(0)):
+        return end.code
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what Python flushes at exit
+    # Typer makes exit code 1 of a broken pipe. What is left undone by `train` stays undone, whoever reads.
+    caused = isinstance(end.__context__, BrokenPipeError) and sys.argv[1:2] not in (["train"], ["ablate"])
+    return EXIT_OK if caused else end.code
+
+
 def main() -> None:
     """Run a command; a mistake of the user's is one message and exit code 2."""
     try:
         app()
+    except SystemExit as end:
+        sys.exit(_exit_code(end))
     except UserError as error:
         print(f"turbolm: {error}" if "\n" not in str(error) else str(error), file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
-    except Exception:  # a mistake of ours; what it quotes must not tell secrets
+    except Exception:  # a bug; what it quotes must not tell secrets
         import traceback
 
         from turbolm.redaction import redact
