@@ -14,23 +14,25 @@ from pathlib import Path
 import numpy as np
 from packing import BYTES_PER_TOKEN, corpus_lengths
 
-from turbolm.data.batch.collate import deal_bins
+from turbolm.data.batch.collate import deal_sequences
 from turbolm.data.order.batch_order import order_of_lengths
-from turbolm.data.order.packing import Bins
+from turbolm.data.order.packing import Sequences
 from turbolm.plan.curriculum import Segment
 
 TARGETS = {"imbalance": 1.05, "neighbour_correlation": 0.15, "padding": 0.001}
 
 
-def imbalance(bins: Bins, world_size: int, micro_batch_bins: int) -> float:
+def imbalance(sequences: Sequences, world_size: int, micro_batch_bins: int) -> float:
     """Attention cost of the dearest rank over the mean of all, added up over the micro-batches of a step."""
-    cost = np.append(bins.attention_cost, 0)[deal_bins(bins.attention_cost, world_size, micro_batch_bins)].sum(axis=2)
+    cost = np.append(sequences.attention_cost, 0)[
+        deal_sequences(sequences.attention_cost, world_size, micro_batch_bins)
+    ].sum(axis=2)
     return float(cost.max(axis=1).sum() / cost.mean(axis=1).sum())
 
 
-def as_drawn(bins: Bins, world_size: int, micro_batch_bins: int) -> float:
+def as_drawn(sequences: Sequences, world_size: int, micro_batch_bins: int) -> float:
     """The same without dealing by cost: rows go to ranks as they come."""
-    cost = bins.attention_cost.reshape(-1, world_size, micro_batch_bins).sum(axis=2)
+    cost = sequences.attention_cost.reshape(-1, world_size, micro_batch_bins).sum(axis=2)
     return float(cost.max(axis=1).sum() / cost.mean(axis=1).sum())
 
 
@@ -49,8 +51,8 @@ def main() -> None:
     figures = {}
     for rows_per_rank, micro_batch_bins in ((8, 1), (8, 4), (32, 8), (2, 1), (1, 1)):
         for grouping in ("batch", "window"):
-            bins_per_batch = rows_per_rank * arguments.world_size
-            segment = Segment(0, 0, (arguments.seq_len,), arguments.seq_len * bins_per_batch)
+            sequences_per_batch = rows_per_rank * arguments.world_size
+            segment = Segment(0, 0, (arguments.seq_len,), arguments.seq_len * sequences_per_batch)
             order = order_of_lengths(lengths, [segment], grouping=grouping)
             num_steps = int(lengths.sum() * arguments.epochs / segment.global_batch_tokens)
             batches = [order.batch(step) for step in range(num_steps)]

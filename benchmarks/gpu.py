@@ -104,8 +104,8 @@ def run_row(row: Settings, smoke: bool) -> Settings:
         store = open_store(prepare(recipe))
         plan = build_plan(recipe, detect_machine(), 1)
         order = constant_order(store.lengths("train"), plan.batch.seq_len, plan.batch.bins_per_batch)
-        pieces = order.max_pieces(64) if recipe.execution.compile != "none" else None
-        loader = BatchLoader(order, store, "train", 1, 0, plan.batch.micro_batch_tokens, pieces)
+        slices = order.max_slices(64) if recipe.execution.compile != "none" else None
+        loader = BatchLoader(order, store, "train", 1, 0, plan.batch.micro_batch_tokens, slices)
         contender = turbolm_trainer if row["who"] == "turbolm" else hf_trainer
         measure = {"rate": rate, "largest": largest, "time_to_loss": time_to_loss}[row["kind"]]
         return measure(row, lambda: contender(row, plan, store, Path(folder)), loader, plan, store)

@@ -1,4 +1,4 @@
-"""How fast documents are packed, how full the bins are, and how fast their tokens move; beside TRL and Axolotl.
+"""How fast documents are packed, how full the sequences are, and how fast their tokens move; beside TRL and Axolotl.
 
     python benchmarks/packing.py --corpus corpus.parquet --column text
 
@@ -28,8 +28,7 @@ import numpy as np
 
 from turbolm.data.batch.loader import BatchLoader
 from turbolm.data.order.batch_order import BatchOrder, constant_order
-from turbolm.data.order.packing import count_best_fit, count_concat, count_single, pack_best_fit, pack_single
-from turbolm.data.order.window import Packing, pack
+from turbolm.data.order.packing import Packing, pack, pack_best_fit, pack_single
 from turbolm.data.prepare.sources import iter_documents
 from turbolm.data.store.token_store import TokenStore
 from turbolm.recipe.data import StdlibSource
@@ -107,56 +106,51 @@ class Plan:
 
     documents: int
     packing: str
-    count_docs_per_s: float
     assign_docs_per_s: float
     assign_user_s: float
     assign_first_docs_per_s: float
     assign_wall_docs_per_s: float
-    bins: int
+    sequences: int
     utilisation: float
     windows_utilisation: float
     windows_docs_per_s: float
     cuts: int
-    avoidable_cuts: int  # of documents that fit in a bin
+    avoidable_cuts: int  # of documents that fit in a sequence
 
 
 def plan(lengths: np.ndarray, seq_len: int, packing: Packing, repeats: int) -> Plan:
-    count = {"best_fit": count_best_fit, "concat": count_concat, "single": count_single}[packing]
-    counting, num_bins = measure(lambda: count(lengths, seq_len), repeats)
-    assigning, bins = measure(lambda: pack(lengths, seq_len, packing), repeats, LARGE_WARM_UPS)
-    assert len(bins) == num_bins
+    assigning, sequences = measure(lambda: pack(lengths, seq_len, packing), repeats, LARGE_WARM_UPS)
     windows = [lengths[i : i + WINDOW_DOCUMENTS] for i in range(0, len(lengths), WINDOW_DOCUMENTS)]
-    by_window, num_window_bins = measure(
+    by_window, num_window_sequences = measure(
         lambda: sum(len(pack(window, seq_len, packing)) for window in windows), repeats
     )
     num_positions = int(lengths.sum())
     return Plan(
         documents=len(lengths),
         packing=packing,
-        count_docs_per_s=counting.rate(len(lengths)),
         assign_docs_per_s=assigning.rate(len(lengths)),
         assign_user_s=assigning.user_s,
         assign_first_docs_per_s=len(lengths) / assigning.first_cpu_s,
         assign_wall_docs_per_s=len(lengths) / assigning.wall_s,
-        bins=num_bins,
-        utilisation=num_positions / (num_bins * seq_len),
-        windows_utilisation=num_positions / (num_window_bins * seq_len),
+        sequences=len(sequences),
+        utilisation=num_positions / (len(sequences) * seq_len),
+        windows_utilisation=num_positions / (num_window_sequences * seq_len),
         windows_docs_per_s=by_window.rate(len(lengths)),
-        cuts=len(bins.document) - int((lengths > 0).sum()),
-        avoidable_cuts=int((bins.start[lengths[bins.document] <= seq_len] > 0).sum()),
+        cuts=len(sequences.document) - int((lengths > 0).sum()),
+        avoidable_cuts=int((sequences.start[lengths[sequences.document] <= seq_len] > 0).sum()),
     )
 
 
 def plan_epoch(lengths: np.ndarray, seq_len: int) -> None:
     """What a run plans for an epoch: the table, then every batch."""
-    order = constant_order(lengths, seq_len, bins_per_batch=256)
+    order = constant_order(lengths, seq_len, sequences_per_batch=256)
     for index in range(steps_of_an_epoch(order, len(lengths))):
         order.batch(index)
 
 
 def steps_of_an_epoch(order: BatchOrder, num_documents: int) -> int:
     """The steps whose windows draw every document."""
-    while not order.rows or order.rows[-1].ranges[0][1] < num_documents:
+    while not order.table or order.table[-1].ranges[0][1] < num_documents:
         order.build(order.num_steps + 1)
     return order.num_steps
 
@@ -174,16 +168,16 @@ def token_store(lengths: np.ndarray) -> Iterator[TokenStore]:
         yield TokenStore(Path(name), {"dtype": "<u2", "vocab_size": 50_000, "sources": [{}], "shards": [shard]})
 
 
-def move_tokens(store: TokenStore, seq_len: int, packing: Packing, bins_per_batch: int = 64) -> tuple[int, int]:
-    """An epoch's batches as the arrays a model takes; returns their bins and positions. Planning included.
+def move_tokens(store: TokenStore, seq_len: int, packing: Packing, sequences_per_batch: int = 64) -> tuple[int, int]:
+    """An epoch's batches as the arrays a model takes; returns their sequences and positions. Planning included.
 
     The last window carries some documents on, which the next epoch would draw.
     """
-    order = constant_order(store.lengths("train"), seq_len, bins_per_batch, 0, packing)
+    order = constant_order(store.lengths("train"), seq_len, sequences_per_batch, 0, packing)
     loader = BatchLoader(order, store, "train", world_size=1, rank=0, micro_batch=8 * seq_len)
     num_steps = steps_of_an_epoch(order, store.num_documents("train"))
-    num_positions = sum(int(loader.global_batch(index).bins.length.sum()) for index in range(num_steps))
-    return num_steps * bins_per_batch, num_positions
+    num_positions = sum(int(loader.global_batch(index).sequences.length.sum()) for index in range(num_steps))
+    return num_steps * sequences_per_batch, num_positions
 
 
 # Rivals.
@@ -213,14 +207,14 @@ class Setting:
     ours: dict[str, Timing]
 
 
-def rival_row(name: str, task: str, timing: Timing, num_bins: int, setting: Setting, **more: Any) -> Rival:
+def rival_row(name: str, task: str, timing: Timing, num_sequences: int, setting: Setting, **more: Any) -> Rival:
     num_documents = len(setting.lengths)
     return Rival(
         name,
         task,
         timing.rate(num_documents),
         num_documents / timing.wall_s,
-        int(setting.lengths.sum()) / (num_bins * setting.seq_len),
+        int(setting.lengths.sum()) / (num_sequences * setting.seq_len),
         timing.cpu_s / setting.ours[task].cpu_s,
         **more,
     )
@@ -253,34 +247,36 @@ def trl_rows(setting: Setting) -> list[Rival]:
 
             if strategy == "wrapped" and task == "plan":
                 continue
-            timing, num_bins = measure(work, setting.repeats)
+            timing, num_sequences = measure(work, setting.repeats)
             name = f"{release} {strategy}, batch_size {batch_size or 'all'}"
             note = "moves one-byte tokens, which it cannot leave out" if task == "plan" else ""
             if strategy == "wrapped":
                 note = "documents run into each other; tokens are not copied"
-            rows.append(rival_row(name, task, timing, num_bins, setting, keeps_apart=strategy != "wrapped", note=note))
+            rows.append(
+                rival_row(name, task, timing, num_sequences, setting, keeps_apart=strategy != "wrapped", note=note)
+            )
     return rows
 
 
 def axolotl_rows(setting: Setting) -> list[Rival]:
-    """Axolotl's packing with its defaults, on our pieces (it leaves out documents longer than a row)."""
+    """Axolotl's packing with its defaults, on our slices (it leaves out documents longer than a row)."""
     try:
         from axolotl.utils.samplers import multipack
     except Exception as error:
         return [Rival("Axolotl", "plan", note=f"not measured: {type(error).__name__}: {error}"[:200])]
     release = f"Axolotl {version('axolotl')}"
-    pieces = pack_single(setting.lengths, setting.seq_len).length.astype(np.int32)
+    slices = pack_single(setting.lengths, setting.seq_len).length.astype(np.int32)
     packers: dict[str, Callable[[], int]] = {
         "multipack, group_size 100000": lambda: len(
-            multipack.pack_parallel(pieces, setting.seq_len, group_size=100_000, bin_size=200, num_processes=1)
+            multipack.pack_parallel(slices, setting.seq_len, group_size=100_000, bin_size=200, num_processes=1)
         ),
-        "sequential": lambda: len(multipack.allocate_sequentially(pieces, 0, setting.seq_len, 1)[0]),
+        "sequential": lambda: len(multipack.allocate_sequentially(slices, 0, setting.seq_len, 1)[0]),
     }
     rows = []
     for name, work in packers.items():
-        timing, num_bins = measure(work, max(2, setting.repeats))  # the first call compiles
+        timing, num_sequences = measure(work, max(2, setting.repeats))  # the first call compiles
         note = "documents cut to rows beforehand, not timed"
-        rows.append(rival_row(f"{release} {name}", "plan", timing, num_bins, setting, note=note))
+        rows.append(rival_row(f"{release} {name}", "plan", timing, num_sequences, setting, note=note))
     return rows
 
 
@@ -317,12 +313,12 @@ def print_table(headings: str, rows: list[list[str]]) -> None:
 def print_plans(plans: list[Plan]) -> None:
     rows = []
     for p in plans:
-        rates = (p.count_docs_per_s, p.assign_docs_per_s, p.assign_wall_docs_per_s, p.windows_docs_per_s)
+        rates = (p.assign_docs_per_s, p.assign_wall_docs_per_s, p.windows_docs_per_s)
         quality = [f"{p.utilisation:.5f}", f"{p.windows_utilisation:.5f}", f"{p.cuts:,}", f"{p.avoidable_cuts:,}"]
         rows.append([f"{p.documents:,}", p.packing, *(f"{rate / 1e6:.2f}M" for rate in rates)])
         each = (p.assign_user_s / p.documents, 1 / p.assign_first_docs_per_s)
         rows[-1] += [*(f"{seconds * 1e9:.0f} ns" for seconds in each), *quality]
-    rates_of = "bins only, docs/s | assigned, docs/s | (clock) | in windows, docs/s | assigned, without kernel | first"
+    rates_of = "assigned, docs/s | (clock) | in windows, docs/s | assigned, without kernel | first"
     print_table(f"documents | packing | {rates_of} call | utilisation | in windows | cuts | avoidable", rows)
 
 
@@ -338,18 +334,18 @@ def print_rivals(rivals: list[Rival]) -> None:
 def compare(lengths: np.ndarray, arguments: argparse.Namespace) -> tuple[list[Rival], list[Rival]]:
     """Our rows and the rivals' on the same documents."""
     seq_len, repeats = arguments.seq_len, arguments.repeats
-    planning, bins = measure(lambda: pack_best_fit(lengths, seq_len), repeats)
+    planning, sequences = measure(lambda: pack_best_fit(lengths, seq_len), repeats)
     with token_store(lengths) as store:
         moves = {packing: measure(lambda p=packing: move_tokens(store, seq_len, p), repeats)
                  for packing in get_args(Packing) if packing != "single"}  # fmt: skip
     # As long as all documents would take: the last window carries a few on.
     whole = {packing: timing.times(lengths.sum() / moved) for packing, (timing, (_, moved)) in moves.items()}
     setting = Setting(lengths, seq_len, repeats, {"plan": planning, "move": whole["best_fit"]})
-    ours = [rival_row("turbolm best_fit", "plan", planning, len(bins), setting)]
+    ours = [rival_row("turbolm best_fit", "plan", planning, len(sequences), setting)]
     for packing, timing in whole.items():
         note = "batches of inputs, positions and targets"
-        num_bins = round(moves[packing][1][0] * lengths.sum() / moves[packing][1][1])
-        ours.append(rival_row(f"turbolm {packing}", "move", timing, num_bins, setting, note=note))
+        num_sequences = round(moves[packing][1][0] * lengths.sum() / moves[packing][1][1])
+        ours.append(rival_row(f"turbolm {packing}", "move", timing, num_sequences, setting, note=note))
     return ours, axolotl_rows(setting) + trl_rows(setting)
 
 

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from tests.checkpoint.test_resume import read_tensors
+from tests.data.samples import sample_ids
 from tests.train.harness import BINS_PER_BATCH, SEQ_LEN, make_recipe
 from turbolm.data.batch.loader import BatchLoader
 from turbolm.data.order.batch_order import recipe_order
@@ -162,7 +163,7 @@ def check_ledger(run: Run) -> None:
     for index in range(STEPS):
         batch = loader.global_batch(index)
         assert learned[index + 1][3] == batch.samples_digest
-        for sample in batch.sample_ids:
+        for sample in sample_ids(batch):
             counts[sample] = counts.get(sample, 0) + 1
     positions = sum(length * count for (_, _, length), count in counts.items())
     epoch = int(store.lengths("train").sum()) - len(store.lengths("train"))

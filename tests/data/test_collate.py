@@ -1,4 +1,4 @@
-"""Micro-batches against a reference that copies one piece at a time."""
+"""Micro-batches against a reference that copies one slice at a time."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from turbolm.data.batch.collate import collate, fill_cu_seqlens
-from turbolm.data.batch.rows import IGNORED
-from turbolm.data.order.packing import Bins
-from turbolm.data.order.window import Packing, pack
+from turbolm.data.order.packing import Packing, Sequences, pack
 from turbolm.data.store.token_store import Split, TokenStore
+from turbolm.plan.batch import IGNORED_TARGET
 
 
 def store_in_memory(shards: list[tuple[list[int], list[int]]], dtype: str) -> TokenStore:
@@ -32,18 +31,22 @@ def store_in_memory(shards: list[tuple[list[int], list[int]]], dtype: str) -> To
     return store
 
 
-def reference(bins: Bins, row: int, store: TokenStore, split: Split) -> tuple[list[int], list[int], list[int]]:
+def reference(
+    sequences: Sequences, row: int, store: TokenStore, split: Split
+) -> tuple[list[int], list[int], list[int]]:
     inputs: list[int] = []
     positions: list[int] = []
     targets: list[int] = []
     if row >= 0:
-        for piece in range(bins.offsets[row], bins.offsets[row + 1]):
-            tokens = store.read(split, int(bins.document[piece]), int(bins.start[piece]), int(bins.length[piece]))
+        for part in range(sequences.offsets[row], sequences.offsets[row + 1]):
+            tokens = store.read(
+                split, int(sequences.document[part]), int(sequences.start[part]), int(sequences.length[part])
+            )
             inputs += tokens[:-1].tolist()
             targets += tokens[1:].tolist()
             positions += range(len(tokens) - 1)
-    padding = bins.seq_len - len(inputs)
-    return inputs + [0] * padding, positions + list(range(padding)), targets + [IGNORED] * padding
+    padding = sequences.seq_len - len(inputs)
+    return inputs + [0] * padding, positions + list(range(padding)), targets + [IGNORED_TARGET] * padding
 
 
 documents = st.lists(st.integers(0, 40), max_size=12)
@@ -68,26 +71,26 @@ def test_micro_batches_hold_what_the_bins_say(
     data: st.DataObject,
 ) -> None:
     store = store_in_memory(shards, dtype)
-    bins = pack(store.lengths(split), seq_len, packing)
+    sequences = pack(store.lengths(split), seq_len, packing)
     num_micro = data.draw(st.integers(1, 3))
-    rows = st.lists(st.integers(-1, len(bins) - 1), min_size=micro_batch_bins, max_size=micro_batch_bins)
+    rows = st.lists(st.integers(-1, len(sequences) - 1), min_size=micro_batch_bins, max_size=micro_batch_bins)
     indices = np.array(data.draw(st.lists(rows, min_size=num_micro, max_size=num_micro)), np.int64)
-    max_pieces = micro_batch_bins * seq_len
-    micro_batches = collate(bins, indices, store, split, max_pieces)
+    max_slices = micro_batch_bins * seq_len
+    micro_batches = collate(sequences, indices, store, split, max_slices)
     assert len(micro_batches) == num_micro
     for micro_batch, its_rows in zip(micro_batches, indices.tolist(), strict=True):
-        columns = zip(*(reference(bins, row, store, split) for row in its_rows), strict=True)
+        columns = zip(*(reference(sequences, row, store, split) for row in its_rows), strict=True)
         for name, expected in zip(("input_ids", "position_ids", "targets"), columns, strict=True):
             assert micro_batch[name].dtype == np.int64
             assert micro_batch[name].tolist() == list(expected)
         begins = np.flatnonzero(micro_batch["position_ids"].ravel() == 0).tolist()
         assert micro_batch["cu_seqlens"].dtype == np.int32
-        assert micro_batch["cu_seqlens"].tolist() == begins + [max_pieces] * (max_pieces + 1 - len(begins))
+        assert micro_batch["cu_seqlens"].tolist() == begins + [max_slices] * (max_slices + 1 - len(begins))
 
 
 def test_cu_seqlens_by_hand() -> None:
     assert fill_cu_seqlens(np.array([3, 7, 8, 16, 24]), 7).tolist() == [0, 3, 7, 8, 16, 24, 24, 24]
-    with pytest.raises(AssertionError, match="5 pieces"):
+    with pytest.raises(AssertionError, match="5 slices"):
         fill_cu_seqlens(np.array([3, 7, 8, 16, 24]), 4)
 
 

@@ -13,15 +13,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from turbolm.data.batch.collate import deal_bins
+from turbolm.data.batch.collate import deal_sequences
 from turbolm.data.batch.loader import BatchLoader, GlobalBatch, evaluation_batches, evaluation_set
-from turbolm.data.batch.rows import IGNORED
 from turbolm.data.order.batch_order import BatchOrder, order_of_lengths
-from turbolm.data.order.packing import Bins, pack_best_fit
-from turbolm.data.order.window import Packing
+from turbolm.data.order.packing import Packing, Sequences, pack_best_fit
 from turbolm.data.store.token_store import TokenStore
 from turbolm.errors import UserError
+from turbolm.plan.batch import IGNORED_TARGET
 from turbolm.plan.curriculum import Segment
+
+from .samples import sample_ids
 
 SEQ_LEN, BINS_PER_BATCH = 64, 10
 
@@ -31,8 +32,8 @@ def order(store: TokenStore, request: pytest.FixtureRequest) -> BatchOrder:
     return order_of(store, BINS_PER_BATCH, request.param)
 
 
-def order_of(store: TokenStore, bins_per_batch: int, packing: Packing) -> BatchOrder:
-    segment = Segment(0, 0, (SEQ_LEN,), SEQ_LEN * bins_per_batch)
+def order_of(store: TokenStore, sequences_per_batch: int, packing: Packing) -> BatchOrder:
+    segment = Segment(0, 0, (SEQ_LEN,), SEQ_LEN * sequences_per_batch)
     return order_of_lengths(store.lengths("train"), [segment], packing=packing, window_documents=100)
 
 
@@ -41,7 +42,7 @@ def rows(batches: list[GlobalBatch]) -> Counter[bytes]:
     found: Counter[bytes] = Counter()
     for micro in (micro for batch in batches for micro in batch.micro_batches):
         for row in np.stack([micro["input_ids"], micro["position_ids"], micro["targets"]], axis=1):
-            if (row[2] != IGNORED).any():
+            if (row[2] != IGNORED_TARGET).any():
                 found[row.tobytes()] += 1
     return found
 
@@ -58,7 +59,7 @@ def test_batches_are_the_same_for_every_layout(store: TokenStore, order: BatchOr
         assert len({len(batch.micro_batches) for batch in batches}) == 1
         shape = (min(micro_batch_bins, -(-BINS_PER_BATCH // world_size)), SEQ_LEN)
         assert all(micro["input_ids"].shape == shape for batch in batches for micro in batch.micro_batches)
-        targets = sum(int((m["targets"] != IGNORED).sum()) for batch in batches for m in batch.micro_batches)
+        targets = sum(int((m["targets"] != IGNORED_TARGET).sum()) for batch in batches for m in batch.micro_batches)
         assert {batch.num_targets for batch in batches} == {targets}
 
 
@@ -78,28 +79,28 @@ def test_rows_of_scheduled_lengths_are_the_same_for_every_layout(store: TokenSto
         for index, batches in enumerate(read_ahead, start=2):
             again = BatchLoader(order, store, "train", 1, 0, 320).global_batch(index)
             assert rows(list(batches)) == rows([again])
-            assert rows(list(batches)).total() == len(again.bins)
+            assert rows(list(batches)).total() == len(again.sequences)
             shapes = {micro["input_ids"].shape for batch in batches for micro in batch.micro_batches}
             assert len(shapes) == 1
             if micro_batch != "auto":
-                assert np.prod(shapes.pop()) <= max(micro_batch, again.bins.seq_len)
+                assert np.prod(shapes.pop()) <= max(micro_batch, again.sequences.seq_len)
 
 
 def test_imbalance_by_hand(store: TokenStore) -> None:
-    bins = Bins(8, np.arange(4), np.arange(3), np.zeros(3, np.int64), np.array([8, 4, 4]))  # costs 64, 16, 16
+    sequences = Sequences(8, np.arange(4), np.arange(3), np.zeros(3, np.int64), np.array([8, 4, 4]))  # costs 64, 16, 16
     dealt = np.array([[[0], [1]], [[-1], [2]]])  # of two ranks: 64 and 16, then nothing and 16
-    batch = GlobalBatch(0, bins, dealt, dealt[:, 0], [])
+    batch = GlobalBatch(0, sequences, dealt, dealt[:, 0], [])
     assert batch.imbalance == pytest.approx((64 + 16) / (40 + 8))
 
 
 def test_rows_hold_the_pieces_one_after_the_other(store: TokenStore, order: BatchOrder) -> None:
     batch = BatchLoader(order, store, "train", 1, 0, BINS_PER_BATCH * SEQ_LEN).global_batch(0)
-    arrays, bins = batch.micro_batches[0], batch.bins
+    arrays, sequences = batch.micro_batches[0], batch.sequences
     assert {name: array.dtype.name for name, array in arrays.items()} == dict.fromkeys(arrays, "int64")
     for row, index in enumerate(batch.indices[0]):
         used = 0
-        for piece in range(bins.offsets[index], bins.offsets[index + 1]):
-            document, start, length = (int(x[piece]) for x in (bins.document, bins.start, bins.length))
+        for part in range(sequences.offsets[index], sequences.offsets[index + 1]):
+            document, start, length = (int(x[part]) for x in (sequences.document, sequences.start, sequences.length))
             whole = store.read("train", document, 0, int(store.lengths("train")[document]))
             where = slice(used, used + length)
             np.testing.assert_array_equal(arrays["input_ids"][row, where], whole[start : start + length])
@@ -107,40 +108,40 @@ def test_rows_hold_the_pieces_one_after_the_other(store: TokenStore, order: Batc
             np.testing.assert_array_equal(arrays["position_ids"][row, where], np.arange(length))
             used += length
         assert (arrays["input_ids"][row, used:] == 0).all()
-        assert (arrays["targets"][row, used:] == IGNORED).all()
+        assert (arrays["targets"][row, used:] == IGNORED_TARGET).all()
         np.testing.assert_array_equal(arrays["position_ids"][row, used:], np.arange(SEQ_LEN - used))
     eos = store.manifest["eos_id"]
     inside = arrays["position_ids"] > 0
-    assert not ((arrays["input_ids"] == eos) & inside & (arrays["targets"] != IGNORED)).any()
+    assert not ((arrays["input_ids"] == eos) & inside & (arrays["targets"] != IGNORED_TARGET)).any()
 
 
 @pytest.mark.parametrize("packing", get_args(Packing))
 def test_an_epoch_trains_on_every_target_once(store: TokenStore, packing: Packing) -> None:
     order = order_of(store, 1, packing)
     order.build(10_000)
-    epoch = next(row for row in order.rows if row.ranges[0][1] == store.num_documents("train"))
-    assert not len(epoch.carried_on.length), "a batch is one bin, so nothing is left over"
+    epoch = next(planned for planned in order.table if planned.ranges[0][1] == store.num_documents("train"))
+    assert not len(epoch.carried_on.length), "a batch is one sequence, so nothing is left over"
     loader = BatchLoader(order, store, "train", 1, 0, SEQ_LEN)
     counts = np.zeros(store.vocab_size, np.int64)
     for batch in loader.iterate(0, epoch.end_step):
         targets = batch.micro_batches[0]["targets"]
-        counts += np.bincount(targets[targets != IGNORED], minlength=store.vocab_size)
+        counts += np.bincount(targets[targets != IGNORED_TARGET], minlength=store.vocab_size)
     np.testing.assert_array_equal(counts, store.token_counts("train"))
 
 
 def test_numbers_of_a_batch(store: TokenStore, order: BatchOrder) -> None:
     batch = BatchLoader(order, store, "train", 3, 1, 2 * SEQ_LEN).global_batch(2)
-    pieces = batch.sample_ids
-    assert batch.num_targets == sum(length for _, _, length in pieces)
-    assert batch.num_documents == len({document for document, _, _ in pieces})
+    slices = sample_ids(batch)
+    assert batch.num_targets == sum(length for _, _, length in slices)
+    assert batch.num_documents == len({document for document, _, _ in slices})
     assert batch.padding_fraction == pytest.approx(1 - batch.num_targets / (BINS_PER_BATCH * SEQ_LEN))
-    assert batch.attention_pairs == sum(length * (length + 1) // 2 for _, _, length in pieces)
+    assert batch.attention_pairs == sum(length * (length + 1) // 2 for _, _, length in slices)
 
 
 def test_cu_seqlens_have_one_size_for_all_batches(store: TokenStore, order: BatchOrder) -> None:
-    loader = BatchLoader(order, store, "train", 3, 0, 2 * SEQ_LEN, max_pieces=order.max_pieces(4))
+    loader = BatchLoader(order, store, "train", 3, 0, 2 * SEQ_LEN, max_slices=order.max_slices(4))
     sizes = set()
-    for index in range(4):  # 10 bins in 12 places
+    for index in range(4):  # 10 sequences in 12 places
         for arrays in loader.global_batch(index).micro_batches:
             flat = arrays["position_ids"].ravel()
             expected = [*np.flatnonzero(flat == 0), flat.size]
@@ -148,7 +149,7 @@ def test_cu_seqlens_have_one_size_for_all_batches(store: TokenStore, order: Batc
             assert boundaries[: len(expected)].tolist() == expected
             assert (boundaries[len(expected) :] == flat.size).all()
             sizes.add(len(boundaries))
-    assert sizes == {2 * (order.max_pieces(4)[SEQ_LEN] + 1) + 1}
+    assert sizes == {2 * (order.max_slices(4)[SEQ_LEN] + 1) + 1}
 
 
 @given(
@@ -157,7 +158,7 @@ def test_cu_seqlens_have_one_size_for_all_batches(store: TokenStore, order: Batc
     micro_batch_bins=st.integers(1, 5),
 )
 def test_every_bin_is_dealt_once(cost: list[int], world_size: int, micro_batch_bins: int) -> None:
-    dealt = deal_bins(np.array(cost), world_size, micro_batch_bins)
+    dealt = deal_sequences(np.array(cost), world_size, micro_batch_bins)
     per_micro = world_size * micro_batch_bins
     assert dealt.shape == (-(-len(cost) // per_micro), world_size, micro_batch_bins)
     assert sorted(dealt[dealt >= 0].tolist()) == list(range(len(cost)))
@@ -167,13 +168,13 @@ def test_every_bin_is_dealt_once(cost: list[int], world_size: int, micro_batch_b
 
 
 def test_a_rank_alone_gets_the_bins_from_dear_to_cheap() -> None:
-    assert deal_bins(np.array([3, 9, 5, 9, 1]), 1, 2).tolist() == [[[1, 3]], [[2, 0]], [[4, -1]]]
+    assert deal_sequences(np.array([3, 9, 5, 9, 1]), 1, 2).tolist() == [[[1, 3]], [[2, 0]], [[4, -1]]]
 
 
 def test_ranks_get_nearly_the_same_work() -> None:
     lengths = np.random.default_rng(0).lognormal(6, 1.3, 3000).astype(np.int64)
     cost = pack_best_fit(lengths, 2048).attention_cost[:512]
-    dealt = deal_bins(cost, 8, 4)
+    dealt = deal_sequences(cost, 8, 4)
     by_rank = cost[dealt].sum(axis=(0, 2))
     assert by_rank.max() / by_rank.min() < 1.1
     by_micro = cost[dealt].sum(axis=2)
@@ -186,7 +187,7 @@ def test_iterate_equals_random_access_and_ends(store: TokenStore, order: BatchOr
     assert [batch.index for batch in batches] == [4, 5, 6, 7, 8]
     for batch in reversed(batches):
         again = loader.global_batch(batch.index)
-        assert again.sample_ids == batch.sample_ids
+        assert sample_ids(again) == sample_ids(batch)
         for one, two in zip(again.micro_batches, batch.micro_batches, strict=True):
             assert all(np.array_equal(one[name], two[name]) for name in one)
     assert list(loader.iterate(3, 3)) == []
@@ -214,9 +215,9 @@ def test_closing_stops_the_reader(store: TokenStore, order: BatchOrder) -> None:
 
 
 def test_errors_of_the_reader_arrive(order: BatchOrder, store: TokenStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    read: Callable[[int], Bins] = order.batch
+    read: Callable[[int], Sequences] = order.batch
 
-    def fail(index: int) -> Bins:
+    def fail(index: int) -> Sequences:
         if index == 2:
             raise UserError("shard gone")
         return read(index)
@@ -243,7 +244,7 @@ def test_evaluation_set_takes_whole_documents(store: TokenStore) -> None:
 
 
 def test_held_out_documents_are_cut_alike_however_training_packs(store: TokenStore) -> None:
-    best_fit, concat = (evaluation_set(store, SEQ_LEN, 10**9, packing).bins for packing in ("best_fit", "concat"))
+    best_fit, concat = (evaluation_set(store, SEQ_LEN, 10**9, packing).sequences for packing in ("best_fit", "concat"))
     assert np.array_equal(best_fit.length, concat.length) and np.array_equal(best_fit.offsets, concat.offsets)
 
 
@@ -256,7 +257,7 @@ def test_evaluation_batches_hold_every_target_once(store: TokenStore, world_size
     assert len({len(batches) for batches in ranks}) == 1
     assert all(len(batch.micro_batches) == 1 for batches in ranks for batch in batches)
     targets = np.concatenate([b.micro_batches[0]["targets"].ravel() for batches in ranks for b in batches])
-    counts = np.bincount(targets[targets != IGNORED], minlength=store.vocab_size)
+    counts = np.bincount(targets[targets != IGNORED_TARGET], minlength=store.vocab_size)
     np.testing.assert_array_equal(counts, store.token_counts("validation"))
     assert sum(batch.num_targets for batch in ranks[0]) == counts.sum()
 

@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from turbolm.data import native
-from turbolm.data.batch import rows
+from turbolm.data.batch import collate
+from turbolm.data.native import argsort_random
 from turbolm.data.order import packing
 from turbolm.data.order.batch_order import order_of_lengths
 from turbolm.data.order.packing import pack_best_fit
-from turbolm.data.sorting import argsort_random
 from turbolm.data.store import token_store as store
 from turbolm.data.store.token_store import TokenStore
 from turbolm.errors import UserError
@@ -42,11 +42,13 @@ def without(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def filled(tokens: TokenStore, seq_len: int, only_numpy: bool) -> list[np.ndarray]:
-    bins = pack_best_fit(tokens.lengths("train"), seq_len)
-    chosen = np.array([-1, *range(len(bins)), -1])
+    sequences = pack_best_fit(tokens.lengths("train"), seq_len)
+    chosen = np.array([-1, *range(len(sequences)), -1])
     block = np.full((3, len(chosen), seq_len), 77)
-    fill = rows._fill_numpy if only_numpy else rows.fill_rows
-    return [block, fill(block, bins, chosen, tokens, "train")]
+    with pytest.MonkeyPatch.context() as patch:
+        if only_numpy:
+            patch.setattr(native, "library", lambda: None)
+        return [block, collate.fill(block, sequences, chosen, tokens, "train")]
 
 
 def test_it_is_compiled_here() -> None:
@@ -63,12 +65,14 @@ def test_pieces_go_where_python_puts_them(counts: list[int], seq_len: int) -> No
     histogram[1 : len(counts) + 1] = counts[: seq_len - 1]
     lengths = np.ascontiguousarray(np.flatnonzero(histogram)[::-1])
     arguments = lengths, histogram[lengths], seq_len
-    np.testing.assert_array_equal(native.place(*arguments), packing._place_in_python(*arguments))
+    np.testing.assert_array_equal(native.best_fit(*arguments), packing._best_fit_in_python(*arguments))
 
 
 def test_a_long_row_has_room_in_its_last_word() -> None:
     lengths, counts = np.array([4097, 4095, 63, 1]), np.array([3, 5, 700, 9000])
-    np.testing.assert_array_equal(native.place(lengths, counts, 8192), packing._place_in_python(lengths, counts, 8192))
+    np.testing.assert_array_equal(
+        native.best_fit(lengths, counts, 8192), packing._best_fit_in_python(lengths, counts, 8192)
+    )
 
 
 @given(numbers=st.lists(st.integers(0, 2**64 - 1) | st.sampled_from([0, 1 << 63, 2**64 - 1]), max_size=300))
@@ -90,8 +94,8 @@ def test_the_order_of_a_run_is_the_same_without_it(monkeypatch: pytest.MonkeyPat
     def batches() -> list[object]:
         segments = [Segment(0, 0, (256,), 4096), Segment(20, 0, (512,), 4096), Segment(60, 0, (128, 256, 512), 2048)]
         order = order_of_lengths(lengths, segments, seed=3, window_documents=900)
-        bins = [order.batch(index) for index in range(100)]
-        columns = [(b.seq_len, b.offsets, b.document, b.start, b.length) for b in bins]
+        sequences = [order.batch(index) for index in range(100)]
+        columns = [(b.seq_len, b.offsets, b.document, b.start, b.length) for b in sequences]
         return [[np.asarray(column).tolist() for column in batch] for batch in columns] + [order.digest(100)]
 
     compiled = batches()
@@ -118,24 +122,27 @@ def test_lengths_are_the_same_without_it(split: store.Split, monkeypatch: pytest
 
 @pytest.mark.parametrize("only_numpy", [False, True])
 @pytest.mark.parametrize(("row", "end"), [(0, -3), (1, 2**40), (4, 1000)])
-def test_an_index_that_points_outside_its_shard_is_refused(row: int, end: int, only_numpy: bool) -> None:
+def test_an_index_that_points_outside_its_shard_is_refused(
+    row: int, end: int, only_numpy: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its file is as the manifest says, but what it says is wrong: compiled code would read any memory."""
     tokens = store_in_memory([([3, 5, 4, 6, 2, 7], [])], "<u2")
     tokens.manifest["shards"][0]["index"] = {"file": "shard-00000.index"}
     tokens._maps[0, "index"][2 * row] = end
-    bins = packing.Bins(8, np.arange(7), np.arange(6), np.zeros(6, np.int64), np.full(6, 2))
+    sequences = packing.Sequences(8, np.arange(7), np.arange(6), np.zeros(6, np.int64), np.full(6, 2))
     block = np.empty((3, 6, 8), np.int64)
-    fill = rows._fill_numpy if only_numpy else rows.fill_rows
+    if only_numpy:
+        monkeypatch.setattr(native, "library", lambda: None)
     with pytest.raises(UserError, match=r"shard-00000\.index has documents beyond .*turbolm verify"):
-        fill(block, bins, np.arange(6), tokens, "train")
+        collate.fill(block, sequences, np.arange(6), tokens, "train")
 
 
 def test_a_piece_without_room_in_its_row_is_refused() -> None:
     tokens = store_in_memory([([30, 30], [])], "<u2")
-    bins = packing.Bins(32, np.array([0, 2]), np.array([0, 1]), np.zeros(2, np.int64), np.array([20, 20]))
+    sequences = packing.Sequences(32, np.array([0, 2]), np.array([0, 1]), np.zeros(2, np.int64), np.array([20, 20]))
     block = np.empty((3, 1, 32), np.int64)
-    shards = tokens.shards("train", bins.document)
-    assert native.fill(block, shards, "<u2", bins, np.array([0]))[1] == 1
+    shards = tokens.shards("train", sequences.document)
+    assert native.fill(block, shards, "<u2", sequences, np.array([0]), -100)[1] == 1
 
 
 @pytest.mark.parametrize("document", [-1, 3])
@@ -153,10 +160,10 @@ def test_files_in_use_stay_mapped_when_others_are_opened(monkeypatch: pytest.Mon
     maps = tokens._maps
     monkeypatch.setattr(TokenStore, "_map", lambda self, shard, part, dtype: maps[shard, part].view(dtype))
     held = tokens.shards("train", np.array([0, 2]))
-    assert np.flatnonzero(held.places["tokens"]).tolist() == [0, 1]
+    assert np.flatnonzero(held.memory["tokens"]).tolist() == [0, 1]
     later = tokens.shards("train", np.array([5, 8]))  # more files than may be open: those of before are let go
-    assert np.flatnonzero(later.places["tokens"]).tolist() == [2, 4]
-    assert np.flatnonzero(held.places["tokens"]).tolist() == [0, 1]
+    assert np.flatnonzero(later.memory["tokens"]).tolist() == [2, 4]
+    assert np.flatnonzero(held.memory["tokens"]).tolist() == [0, 1]
     assert [len(shards.files) for shards in (held, later)] == [4, 4]
     everything = filled(tokens, 6, False)  # all five at once
     np.testing.assert_array_equal(everything[0], filled(tokens, 6, True)[0])
@@ -166,7 +173,7 @@ def test_a_store_that_is_sent_to_another_process_opens_its_files_anew() -> None:
     tokens = store_in_memory(DOCUMENTS, "<u2")
     tokens.lengths_of("train", np.arange(3))
     sent = pickle.loads(pickle.dumps(tokens))  # noqa: S301
-    assert not sent._maps and not sent.shards("train").places["tokens"].any()
+    assert not sent._maps and not sent.shards("train", np.arange(0)).memory["tokens"].any()
 
 
 def test_it_is_compiled_once_by_many(fresh: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,26 +13,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from turbolm.data.order.batch_order import BatchOrder, constant_order, order_of_lengths
-from turbolm.data.order.buckets import cycle_order, pack_buckets
-from turbolm.data.order.packing import Bins
+from turbolm.data.order.packing import Packing, Sequences, pack_buckets
 from turbolm.data.order.stream import DocumentStream
 from turbolm.data.order.table import load_table, save_table
-from turbolm.data.order.window import Grouping, Packing, Pieces
+from turbolm.data.order.window import Grouping, Slices, cycle_order
 from turbolm.plan.curriculum import Segment
 
-Piece = tuple[int, int, int]
+Slice = tuple[int, int, int]
 
 
-def pieces(bins: Bins | Pieces) -> list[Piece]:
-    fields = (bins.document, bins.start, bins.length)
+def slices(sequences: Sequences | Slices) -> list[Slice]:
+    fields = (sequences.document, sequences.start, sequences.length)
     return list(zip(*(field.tolist() for field in fields), strict=True))
 
 
 def segments_of(*parts: tuple[int, tuple[int, ...], int]) -> list[Segment]:
-    """Segments from (steps, row lengths, bins of the longest length in a batch); the last one is open-ended."""
+    """Segments from (steps, row lengths, sequences of the longest length in a batch); the last one is open-ended."""
     found, step, token = [], 0, 0
-    for steps, seq_lens, bins in parts:
-        batch = seq_lens[-1] * bins
+    for steps, seq_lens, sequences in parts:
+        batch = seq_lens[-1] * sequences
         found.append(Segment(step, token, seq_lens, batch, None, len(seq_lens) > 1))
         step, token = step + steps, token + steps * batch
     return found
@@ -64,17 +63,17 @@ def test_every_position_once_an_epoch(
     trained = Counter[tuple[int, int]]()  # (document, position)
     for step in range(order.num_steps):
         segment = [segment for segment in segments if segment.first_step <= step][-1]
-        bins = order.batch(step)
-        assert bins.seq_len in segment.seq_lens
-        assert len(bins) * bins.seq_len == segment.global_batch_tokens
-        assert (bins.used <= bins.seq_len).all() and (bins.used > 0).all()
-        for document, start, length in pieces(bins):
+        sequences = order.batch(step)
+        assert sequences.seq_len in segment.seq_lens
+        assert len(sequences) * sequences.seq_len == segment.global_batch_tokens
+        assert (sequences.used <= sequences.seq_len).all() and (sequences.used > 0).all()
+        for document, start, length in slices(sequences):
             trained.update((document, position) for position in range(start, start + length))
             if packing == "best_fit" and start + length < lengths[document] and has_one_length:
-                assert length == bins.seq_len, "a document that fits was cut"
-    for document, start, length in pieces(order.rows[-1].carried_on):
+                assert length == sequences.seq_len, "a document that fits was cut"
+    for document, start, length in slices(order.table[-1].carried_on):
         trained.update((document, position) for position in range(start, start + length))
-    drawn = Counter[int](order.sources.streams[0].read(0, order.rows[-1].ranges[0][1])[0].tolist())
+    drawn = Counter[int](order.sources.streams[0].read(0, order.table[-1].ranges[0][1])[0].tolist())
     assert trained == Counter({(d, p): times for d, times in drawn.items() for p in range(lengths[d])})
     assert set(drawn.values()) <= {min(drawn.values()), max(drawn.values())}
     assert max(drawn.values()) - min(drawn.get(d, 0) for d in range(len(lengths))) <= 1, "epochs come one by one"
@@ -91,7 +90,7 @@ def test_same_batch_whatever_was_asked_for_before(
     used = order_of_lengths(lengths, segments_of(*parts), packing=packing, **options)
     for index in asked:
         fresh = order_of_lengths(lengths, segments_of(*parts), packing=packing, **options)
-        assert pieces(used.batch(index)) == pieces(fresh.batch(index))
+        assert slices(used.batch(index)) == slices(fresh.batch(index))
         assert used.digest(index + 1) == fresh.digest(index + 1)
 
 
@@ -129,10 +128,10 @@ def test_a_large_source_is_read_in_blocks() -> None:
 def test_epochs_and_seeds_differ_in_order() -> None:
     lengths = np.full(100, 32)
     order, other = constant_order(lengths, 32, 10, seed=0), constant_order(lengths, 32, 10, seed=1)
-    first, second = ([pieces(order.batch(i)) for i in range(start, start + 10)] for start in (0, 10))
+    first, second = ([slices(order.batch(i)) for i in range(start, start + 10)] for start in (0, 10))
     assert sorted(sum(first, [])) == sorted(sum(second, []))
     assert first != second
-    assert first != [pieces(other.batch(i)) for i in range(10)]
+    assert first != [slices(other.batch(i)) for i in range(10)]
 
 
 @settings(max_examples=40, deadline=None)
@@ -147,13 +146,16 @@ def test_sources_get_their_shares(lengths: list[int], weights: list[int]) -> Non
     positions = np.array(lengths)
     order = order_of_lengths(positions, segments, sources=sources, window_documents=20)
     order.build(30)
-    for row in order.rows:
+    for planned in order.table:
         drawn = np.array(
-            [stream.read(0, end)[1].sum() for stream, (_, end) in zip(order.sources.streams, row.ranges, strict=True)]
+            [
+                stream.read(0, end)[1].sum()
+                for stream, (_, end) in zip(order.sources.streams, planned.ranges, strict=True)
+            ]
         )
-        assert (np.abs(drawn - drawn.sum() * np.array(shares)) <= 2 * max(lengths) + len(order.rows)).all()
+        assert (np.abs(drawn - drawn.sum() * np.array(shares)) <= 2 * max(lengths) + len(order.table)).all()
     owners = {document: n for n, place in enumerate(sources) for document in range(*place)}
-    read = {owners[document] for step in range(30) for document, _, _ in pieces(order.batch(step))}
+    read = {owners[document] for step in range(30) for document, _, _ in slices(order.batch(step))}
     assert read == {n for n, weight in enumerate(weights) if weight}
 
 
@@ -162,21 +164,21 @@ def test_weights_that_change_take_effect_on_the_step() -> None:
     segments = [Segment(0, 0, (16,), 160, (1.0, 0.0)), Segment(7, 1120, (16,), 160, (0.0, 1.0))]
     order = order_of_lengths(lengths, segments, sources=[(0, 200), (200, 400)])
     for step in range(14):
-        assert all((document >= 200) == (step >= 7) for document, _, _ in pieces(order.batch(step)))
+        assert all((document >= 200) == (step >= 7) for document, _, _ in slices(order.batch(step)))
 
 
-def test_a_larger_budget_appends_rows() -> None:
+def test_a_larger_budget_appends_windows() -> None:
     lengths = np.random.default_rng(0).integers(1, 60, 200)
     order = constant_order(lengths, 32, 4, seed=2)
     order.build(30)
-    rows = list(order.rows)
+    before = list(order.table)
     order.build(200)
-    assert [row.digest for row in order.rows[: len(rows)]] == [row.digest for row in rows]
+    assert [planned.digest for planned in order.table[: len(before)]] == [planned.digest for planned in before]
     one, two = Segment(0, 0, (32,), 128), Segment(50, 6400, (16,), 128)
     extended = order_of_lengths(lengths, [one, two], seed=2, window_documents=20)
     alone = order_of_lengths(lengths, [one], seed=2, window_documents=20)
     assert extended.digest(1) == alone.digest(1)
-    assert pieces(extended.batch(10)) == pieces(alone.batch(10))
+    assert slices(extended.batch(10)) == slices(alone.batch(10))
 
 
 def test_a_table_is_read_back(tmp_path: Path) -> None:
@@ -185,12 +187,12 @@ def test_a_table_is_read_back(tmp_path: Path) -> None:
     order = order_of_lengths(lengths, segments, window_documents=50)
     order.build(40)
     path = tmp_path / "orders" / "table.npz"
-    save_table(path, order.key, order.rows)
-    again = BatchOrder(order.sources, order.settings, rows=load_table(path, order.key))
+    save_table(path, order.key, order.table)
+    again = BatchOrder(order.sources, order.settings, table=load_table(path, order.key))
     assert again.num_steps == order.num_steps
     assert again.digest(40) == order.digest(40)
-    assert [pieces(again.batch(i)) for i in range(60)] == [pieces(order.batch(i)) for i in range(60)]
-    assert again.max_pieces(60) == order.max_pieces(60)
+    assert [slices(again.batch(i)) for i in range(60)] == [slices(order.batch(i)) for i in range(60)]
+    assert again.max_slices(60) == order.max_slices(60)
     assert not load_table(path, "another key")
     whole = dict(np.load(path))
     for name in whole:
@@ -199,7 +201,7 @@ def test_a_table_is_read_back(tmp_path: Path) -> None:
     for name in ("ranges", "owed", "digests", "max_pieces_counts"):
         np.savez(path, **{**whole, name: whole[name][:-1]})
         assert not load_table(path, order.key), f"{name} cut short"
-    save_table(path, order.key, order.rows)
+    save_table(path, order.key, order.table)
     path.write_bytes(path.read_bytes()[:-50])
     assert not load_table(path, order.key)
     assert not load_table(tmp_path / "missing.npz", order.key)
@@ -210,9 +212,9 @@ def test_the_most_pieces_of_a_bin() -> None:
     order = order_of_lengths(lengths, segments_of((10, (32,), 4), (10, (16,), 8)), window_documents=50)
     seen: dict[int, int] = {}
     for step in range(20):
-        bins = order.batch(step)
-        seen[bins.seq_len] = max(seen.get(bins.seq_len, 0), int(np.diff(bins.offsets).max()))
-    most = order.max_pieces(20)
+        sequences = order.batch(step)
+        seen[sequences.seq_len] = max(seen.get(sequences.seq_len, 0), int(np.diff(sequences.offsets).max()))
+    most = order.max_slices(20)
     assert set(most) == set(seen)
     assert all(seen[seq_len] <= most[seq_len] for seq_len in seen)
 
@@ -234,9 +236,9 @@ def test_batches_of_a_window_are_alike_with_window_grouping() -> None:
 def test_buckets_hold_powers_of_two_from_the_beginning(lengths: list[int], smallest: int, count: int) -> None:
     seq_lens = [smallest << k for k in range(count)]
     packed = pack_buckets(np.array(lengths), seq_lens)
-    assert [bins.seq_len for bins in packed] == seq_lens
+    assert [sequences.seq_len for sequences in packed] == seq_lens
     for document, length in enumerate(lengths):
-        mine = sorted((start, n) for bins in packed for d, start, n in pieces(bins) if d == document)
+        mine = sorted((start, n) for sequences in packed for d, start, n in slices(sequences) if d == document)
         wanted = [seq_lens[-1]] * (
             length // seq_lens[-1]
         )  # as one would by hand: the longest that fits, again and again
@@ -246,8 +248,8 @@ def test_buckets_hold_powers_of_two_from_the_beginning(lengths: list[int], small
         wanted += [rest] if rest else []
         assert [n for _, n in mine] == wanted
         assert [start for start, _ in mine] == np.cumsum([0, *wanted])[:-1].tolist()
-    for bins in packed[1:]:
-        assert (np.diff(bins.offsets) == 1).all() and (bins.used == bins.seq_len).all()
+    for sequences in packed[1:]:
+        assert (np.diff(sequences.offsets) == 1).all() and (sequences.used == sequences.seq_len).all()
 
 
 def test_a_cycle_grows_from_short_to_long() -> None:
@@ -285,18 +287,18 @@ def test_digests_cover_every_setting() -> None:
 def test_the_order_never_changes() -> None:
     """Pinned: a change here means that runs no longer continue with the batches they would have had."""
     order = order_of_lengths(np.arange(1, 9), [Segment(0, 0, (8,), 16)], seed=7, window_documents=5)
-    assert [pieces(order.batch(index)) for index in range(3)] == PINNED
+    assert [slices(order.batch(index)) for index in range(3)] == PINNED
     buckets = order_of_lengths(np.arange(1, 9), [Segment(0, 0, (4, 8), 8, None, True)], seed=7)
-    assert [pieces(buckets.batch(index)) for index in range(3)] == PINNED_BUCKETS
+    assert [slices(buckets.batch(index)) for index in range(3)] == PINNED_BUCKETS
     assert order.digest(3) == PINNED_DIGEST
 
 
-PINNED: list[list[Piece]] = [
+PINNED: list[list[Slice]] = [
     [(6, 0, 7), (4, 0, 5), (1, 0, 2)],
     [(7, 0, 8), (3, 0, 4), (2, 0, 3), (0, 0, 1)],
     [(6, 0, 7), (5, 0, 6), (1, 0, 2)],
 ]
-PINNED_BUCKETS: list[list[Piece]] = [
+PINNED_BUCKETS: list[list[Slice]] = [
     [(2, 0, 3), (4, 4, 1), (5, 0, 4)],
     [(6, 0, 4), (4, 0, 4)],
     [(7, 0, 8)],

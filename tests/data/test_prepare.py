@@ -231,7 +231,7 @@ def test_workers_end_with_a_killed_parent(tmp_path: Path, corpus: Path) -> None:
         "    recipe = make_recipe(Path(sys.argv[1]), [{'type': 'jsonl', 'path': sys.argv[2]}])\n"
         "    prepare(recipe, num_workers=2, on_progress=die)\n"
     )
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, str(script), str(tmp_path / "cache"), str(corpus)]
     # Workers hold the other end of stdout: `run` comes back when the last of them has ended.
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, timeout=30)
@@ -253,7 +253,7 @@ def test_two_prepares_at_once(tmp_path: Path, corpus: Path) -> None:
         "    print(*sorted(stages - {'sample'}))\n"
     )
     command = [sys.executable, str(script), str(tmp_path / "cache"), str(corpus)]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) for _ in range(2)]
     said = sorted(process.communicate(timeout=60)[0].strip() for process in running)
     assert [process.returncode for process in running] == [0, 0]

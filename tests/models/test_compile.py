@@ -85,13 +85,13 @@ def test_documents_stay_apart(name: str, mode: str) -> None:
     assert compilations.count >= 1
 
 
-@torch.library.custom_op("turbolm_test::count_pieces", mutates_args=())
-def count_pieces(query: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
-    """Something that depends on how many pieces there are."""
+@torch.library.custom_op("turbolm_test::count_slices", mutates_args=())
+def count_slices(query: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+    """Something that depends on how many slices there are."""
     return query * cu_seqlens.shape[0]
 
 
-@count_pieces.register_fake
+@count_slices.register_fake
 def _(query: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(query)
 
@@ -103,7 +103,7 @@ def test_the_number_of_pieces_compiles_nothing_anew(mode: str, monkeypatch: pyte
     def forward(module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> tuple[Any, None]:
         assert mask is None
         scaled = query / kwargs["max_length_q"]  # a number: another one compiles anew
-        return count_pieces(scaled, kwargs["cu_seq_lens_q"]).transpose(1, 2).contiguous(), None
+        return count_slices(scaled, kwargs["cu_seq_lens_q"]).transpose(1, 2).contiguous(), None
 
     name = attention_module.ATTENTION_NAMES["varlen"]
     monkeypatch.setitem(attention_module.AttentionInterface._global_mapping, name, forward)

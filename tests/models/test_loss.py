@@ -13,7 +13,8 @@ from tests.models.test_isolation import CONFIGS, SHAPE, VOCAB, make_model, packe
 from turbolm.errors import UserError
 from turbolm.models.attention import model_inputs
 from turbolm.models.compile import apply_compile, compilations
-from turbolm.models.loss import IGNORED_TARGET, attach_loss, choose_loss, chunked_linear_loss, summed_loss
+from turbolm.models.loss import attach_loss, choose_loss, chunked_linear_loss, summed_loss
+from turbolm.plan.batch import IGNORED_TARGET
 
 CPU = torch.device("cpu")
 NUM_ROWS, WIDTH = 50, 12

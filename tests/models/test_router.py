@@ -17,10 +17,11 @@ from turbolm.errors import UserError
 from turbolm.models.attention import model_inputs
 from turbolm.models.build import check_all_trained
 from turbolm.models.compile import apply_compile, compilations
-from turbolm.models.loss import IGNORED_TARGET, attach_loss
+from turbolm.models.loss import attach_loss
 from turbolm.models.recompute import apply_activation_checkpointing
 from turbolm.models.router import attach_router_loss, find_routers, freeze_balancing_biases
 from turbolm.models.size import measure_model
+from turbolm.plan.batch import IGNORED_TARGET
 from turbolm.plan.flops import training_flops_per_token
 
 CPU = torch.device("cpu")

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.optim.formulas import Formula
 from turbolm.data.order.batch_order import recipe_order
-from turbolm.data.order.packing import Bins
+from turbolm.data.order.packing import Sequences
 from turbolm.data.store.token_store import TokenStore
 from turbolm.models.build import build_model
 from turbolm.plan.curriculum import build_curriculum
@@ -64,13 +64,13 @@ def train_reference(
     return trained
 
 
-def _losses(model: Any, store: TokenStore, batch: Bins, has_routers: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def _losses(model: Any, store: TokenStore, batch: Sequences, has_routers: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """The loss of a global batch and its router loss, means over its tokens, one document after the other."""
     loss, router_loss = torch.zeros(()), torch.zeros(())
     for first, end in pairwise(batch.offsets.tolist()):  # the documents of a packed sequence
         router_logits = []
-        for piece in range(first, end):
-            place = (int(column[piece]) for column in (batch.document, batch.start, batch.length))
+        for part in range(first, end):
+            place = (int(column[part]) for column in (batch.document, batch.start, batch.length))
             tokens = torch.from_numpy(store.read("train", *place).astype("int64"))
             output = model(tokens[None, :-1], **({"output_router_logits": True} if has_routers else {}))
             loss = loss - output.logits[0].log_softmax(-1).gather(1, tokens[1:, None]).sum()

@@ -17,18 +17,18 @@ from turbolm.train.session import set_skipped
 def session(num_steps: int) -> Any:
     """Documents of one size, but for those of the last batches: there are many more in a row."""
     lengths = np.array([8] * 40 + [1] * 64, dtype=np.int64)
-    order = constant_order(lengths, seq_len=8, bins_per_batch=2)
+    order = constant_order(lengths, seq_len=8, sequences_per_batch=2)
     order.build(num_steps)
-    loader = BatchLoader(order, None, "train", 1, 0, "auto", order.max_pieces(num_steps))  # type: ignore[arg-type]
+    loader = BatchLoader(order, None, "train", 1, 0, "auto", order.max_slices(num_steps))  # type: ignore[arg-type]
     return SimpleNamespace(plan=SimpleNamespace(num_steps=num_steps), loader=loader, skipped=None, step=0)
 
 
 def test_fixed_sizes_of_compiled_models_cover_the_batches_it_adds() -> None:
     trained = session(4)
     set_skipped(trained, SkippedBatches())
-    assert trained.loader.max_pieces == trained.loader.order.max_pieces(4)
+    assert trained.loader.max_slices == trained.loader.order.max_slices(4)
     set_skipped(trained, SkippedBatches().without(1, 200))
-    assert trained.loader.max_pieces == trained.loader.order.max_pieces(203)
+    assert trained.loader.max_slices == trained.loader.order.max_slices(203)
 
 
 def test_the_steps_that_are_left_get_the_batches_after_a_rollback(monkeypatch: Any) -> None:

@@ -1,15 +1,14 @@
 /* The loops of the data engine that NumPy needs several passes for. `native.py` compiles this file and calls it. */
 #include <stdint.h>
 
-#define IGNORED (-100)
-/* Pieces lie all over the store, so the beginnings of the next ones are fetched early. Measured with pieces of 160
- * tokens: 143 microseconds a batch of 64 x 2,048, one piece ahead 168, none 239. */
-#define PIECES_AHEAD 4
+/* Slices lie all over the store, so the beginnings of the next ones are fetched early. Measured with slices of 160
+ * tokens: 143 microseconds a batch of 64 x 2,048, one slice ahead 168, none 239. */
+#define SLICES_AHEAD 4
 #define LINES_AHEAD 6
 #define LINE_BYTES 64
 
-/* The files of a shard in memory, NULL while they are not open. `index` has two columns, of which the first says where a
- * document ends, in tokens. */
+/* The files of a shard in memory, NULL while they are not open. `index` has two columns; the first says where a document
+ * ends, in tokens. */
 struct shard {
     const int64_t *index;
     const void *tokens;
@@ -24,13 +23,7 @@ struct shards {
     int64_t num_shards;
 };
 
-enum { NOT_OPEN = -1, OUTSIDE = -2 };
-
-static const struct shard no_shard = {0};
-
 static const struct shard *find(const struct shards *shards, int64_t document, int64_t *row) {
-    if (document < 0 || document >= shards->first_document[shards->num_shards])
-        return &no_shard;
     int64_t s = 0;
     for (int64_t left = shards->num_shards; left > 1; left -= left / 2)
         s += shards->first_document[s + left / 2] <= document ? left / 2 : 0;
@@ -40,78 +33,76 @@ static const struct shard *find(const struct shards *shards, int64_t document, i
 
 static int64_t begin_of(const struct shard *shard, int64_t row) { return row ? shard->index[2 * (row - 1)] : 0; }
 
-/* Writes the positions of documents (a token less than they have) to `lengths`; returns 0 or NOT_OPEN, which stands
- * for a document that does not exist, too. */
+/* Writes the positions of documents (a token less than they have) to `lengths`. They exist and their shards are open:
+ * the caller sees to it. Returns 0. */
 int64_t turbolm_lengths(const struct shards *shards, int64_t num_documents, const int64_t *restrict documents,
                         int64_t *restrict lengths) {
     for (int64_t d = 0; d < num_documents; d++) {
         int64_t row;
         const struct shard *shard = find(shards, documents[d], &row);
-        if (!shard->index)
-            return NOT_OPEN;
         lengths[d] = shard->index[2 * row] - begin_of(shard, row) - 1;
     }
     return 0;
 }
 
-/* Fills inputs, positions and targets, [num_rows, seq_len] each. Row r is bin bins[r], with the pieces offsets[bin] to
- * offsets[bin + 1] and then padding, or padding only where bins[r] < 0. Piece p is length[p] positions from start[p] on
- * of document[p]. `from` has room for an address for each piece, `ends` for where each piece ends, padding included,
- * when all rows are laid end to end. Returns how many ends there are; NOT_OPEN; or OUTSIDE - p where piece p is not in
- * its shard or has no room in its row.
+/* Fills inputs, positions and targets, [num_slots, seq_len] each. Slot i gets sequence s = indices[i]: the slices
+ * offsets[s] to offsets[s + 1] and then padding; or padding only where s < 0. Slice p is length[p] positions from
+ * start[p] on of document[p], which exists and whose shard is open. `from` has room for an address for each slice,
+ * `ends` for where each slice ends, padding included, when all sequences are laid end to end. Returns how many ends
+ * there are, or -1 - p where slice p is not in its shard or has no room in its sequence.
  */
-#define DEFINE_FILL(name, token_t)                                                                                    \
-    int64_t name(const struct shards *shards, int64_t seq_len, int64_t num_rows, const int64_t *restrict bins,        \
-                 const int64_t *restrict offsets, const int64_t *restrict document, const int64_t *restrict start,    \
-                 const int64_t *restrict length, const token_t **restrict from, int64_t *restrict inputs,             \
-                 int64_t *restrict positions, int64_t *restrict targets, int64_t *restrict ends) {                    \
-        int64_t num_pieces = 0, num_ends = 0, at = 0;                                                                 \
-        for (int64_t r = 0; r < num_rows; r++)                                                                        \
-            for (int64_t p = bins[r] < 0 ? 0 : offsets[bins[r]]; bins[r] >= 0 && p < offsets[bins[r] + 1]; p++) {     \
-                int64_t row;                                                                                          \
-                const struct shard *shard = find(shards, document[p], &row);                                          \
-                if (!shard->tokens)                                                                                   \
-                    return NOT_OPEN;                                                                                  \
-                const int64_t first = begin_of(shard, row), most = shard->num_tokens;                                 \
-                if (first < 0 || first > most || start[p] < 0 || start[p] > most || length[p] <= 0 ||                 \
-                    first + start[p] >= most - length[p])                                                             \
-                    return OUTSIDE - p;                                                                               \
-                from[num_pieces++] = (const token_t *)shard->tokens + first + start[p];                               \
-            }                                                                                                         \
-        const token_t **next = from, **const last = from + num_pieces - 1;                                            \
-        for (int64_t r = 0; r < num_rows; r++) {                                                                      \
-            const int64_t row_end = (r + 1) * seq_len;                                                                \
-            for (int64_t p = bins[r] < 0 ? 0 : offsets[bins[r]]; bins[r] >= 0 && p < offsets[bins[r] + 1]; p++) {     \
-                const token_t *restrict tokens = *next;                                                               \
-                const int64_t count = length[p];                                                                      \
-                if (count > row_end - at)                                                                             \
-                    return OUTSIDE - p;                                                                               \
-                if (last - next >= PIECES_AHEAD)                                                                      \
-                    for (int line = 0; line < LINES_AHEAD; line++)                                                    \
-                        __builtin_prefetch((const char *)next[PIECES_AHEAD] + LINE_BYTES * line);                     \
-                next++;                                                                                               \
-                for (int64_t i = 0; i < count; i++) {                                                                 \
-                    inputs[at + i] = tokens[i];                                                                       \
-                    targets[at + i] = tokens[i + 1];                                                                  \
-                    positions[at + i] = i;                                                                            \
-                }                                                                                                     \
-                ends[num_ends++] = at += count;                                                                       \
-            }                                                                                                         \
-            if (at < row_end)                                                                                         \
-                ends[num_ends++] = row_end;                                                                           \
-            for (int64_t i = 0; at < row_end; i++, at++) {                                                            \
-                inputs[at] = 0;                                                                                       \
-                targets[at] = IGNORED;                                                                                \
-                positions[at] = i;                                                                                    \
-            }                                                                                                         \
-        }                                                                                                             \
-        return num_ends;                                                                                              \
+#define DEFINE_FILL(name, token_t)                                                                                   \
+    int64_t name(const struct shards *shards, int64_t seq_len, int64_t num_slots, const int64_t *restrict indices,   \
+                 const int64_t *restrict offsets, const int64_t *restrict document, const int64_t *restrict start,   \
+                 const int64_t *restrict length, const token_t **restrict from, int64_t *restrict inputs,            \
+                 int64_t *restrict positions, int64_t *restrict targets, int64_t *restrict ends, int64_t ignored) {  \
+        int64_t num_slices = 0, num_ends = 0, at = 0;                                                                \
+        for (int64_t i = 0; i < num_slots; i++) {                                                                    \
+            const int64_t s = indices[i];                                                                            \
+            for (int64_t p = s < 0 ? 0 : offsets[s]; s >= 0 && p < offsets[s + 1]; p++) {                            \
+                int64_t row;                                                                                         \
+                const struct shard *shard = find(shards, document[p], &row);                                         \
+                const int64_t first = begin_of(shard, row), most = shard->num_tokens;                                \
+                if (first < 0 || first > most || start[p] < 0 || start[p] > most || length[p] <= 0 ||                \
+                    first + start[p] >= most - length[p])                                                            \
+                    return -1 - p;                                                                                   \
+                from[num_slices++] = (const token_t *)shard->tokens + first + start[p];                              \
+            }                                                                                                        \
+        }                                                                                                            \
+        const token_t **next = from, **const last = from + num_slices - 1;                                           \
+        for (int64_t i = 0; i < num_slots; i++) {                                                                    \
+            const int64_t s = indices[i], sequence_end = (i + 1) * seq_len;                                          \
+            for (int64_t p = s < 0 ? 0 : offsets[s]; s >= 0 && p < offsets[s + 1]; p++) {                            \
+                const token_t *restrict tokens = *next;                                                              \
+                const int64_t count = length[p];                                                                     \
+                if (count > sequence_end - at)                                                                       \
+                    return -1 - p;                                                                                   \
+                if (last - next >= SLICES_AHEAD)                                                                     \
+                    for (int line = 0; line < LINES_AHEAD; line++)                                                   \
+                        __builtin_prefetch((const char *)next[SLICES_AHEAD] + LINE_BYTES * line);                    \
+                next++;                                                                                              \
+                for (int64_t t = 0; t < count; t++) {                                                                \
+                    inputs[at + t] = tokens[t];                                                                      \
+                    targets[at + t] = tokens[t + 1];                                                                 \
+                    positions[at + t] = t;                                                                           \
+                }                                                                                                    \
+                ends[num_ends++] = at += count;                                                                      \
+            }                                                                                                        \
+            if (at < sequence_end)                                                                                   \
+                ends[num_ends++] = sequence_end;                                                                     \
+            for (int64_t t = 0; at < sequence_end; t++, at++) {                                                      \
+                inputs[at] = 0;                                                                                      \
+                targets[at] = ignored;                                                                               \
+                positions[at] = t;                                                                                   \
+            }                                                                                                        \
+        }                                                                                                            \
+        return num_ends;                                                                                             \
     }
 
 DEFINE_FILL(turbolm_fill_u2, uint16_t)
 DEFINE_FILL(turbolm_fill_u4, uint32_t)
 
-/* Bins first, first + 1, ... first + count - 1, which hold `before` pieces each; `below` is the next on the stack. */
+/* Sequences first, first + 1, ... first + count - 1, which hold `before` slices each; `below` is next on the stack. */
 struct run {
     int64_t first, count, before, below;
 };
@@ -124,23 +115,24 @@ static int64_t first_with_room(const uint64_t *with_room, int64_t room, int64_t 
     return bits ? 64 * word + __builtin_ctzll(bits) : -1;
 }
 
-/* Best fit decreasing of counts[i] pieces of lengths[i], longest first: see `_place` in packing.py, which does the same.
- * `actions` and `runs` have room for an entry for each piece (an action places one at least; a run has a bin at least,
- * and no bin stays empty); `stacks`, all -1, and the bits `with_room`, all 0, for the rooms 0 to seq_len. Returns the
- * number of actions.
+/* Best fit decreasing of counts[i] slices of lengths[i], longest first: see `_best_fit` in packing.py, which does the
+ * same. `actions` and `runs` have room for an entry for each slice (an action places one at least; a run has a sequence
+ * at least, and no sequence stays empty); `stacks`, all -1, and the bits `with_room`, all 0, for the rooms 0 to seq_len.
+ * Returns the number of actions.
  */
-int64_t turbolm_place(int64_t seq_len, int64_t num_lengths, const int64_t *lengths, const int64_t *counts,
-                      int64_t (*actions)[4], struct run *runs, int64_t *stacks, uint64_t *with_room) {
-    int64_t num_actions = 0, next_bin = 0, num_runs = 0, unused = -1; /* `unused`: a stack too, of runs to use again */
+int64_t turbolm_best_fit(int64_t seq_len, int64_t num_lengths, const int64_t *lengths, const int64_t *counts,
+                         int64_t (*actions)[4], struct run *runs, int64_t *stacks, uint64_t *with_room) {
+    int64_t num_actions = 0, next_sequence = 0, num_runs = 0;
+    int64_t unused = -1; /* a stack too, of runs to use again */
     for (int64_t i = 0; i < num_lengths; i++) {
         const int64_t length = lengths[i];
         for (int64_t count = counts[i]; count;) {
-            int64_t room = first_with_room(with_room, length, seq_len), first = next_bin, before = 0, available;
+            int64_t room = first_with_room(with_room, length, seq_len), first = next_sequence, before = 0, available;
             if (room < 0) {
                 const int64_t most = seq_len / length;
                 room = seq_len;
                 available = (count + most - 1) / most;
-                next_bin += available;
+                next_sequence += available;
             } else {
                 const int64_t top = stacks[room];
                 first = runs[top].first, available = runs[top].count, before = runs[top].before;
@@ -151,7 +143,7 @@ int64_t turbolm_place(int64_t seq_len, int64_t num_lengths, const int64_t *lengt
                 unused = top;
             }
             int64_t each = room / length, used = count / each < available ? count / each : available;
-            if (!used) /* fewer pieces left than one bin takes */
+            if (!used) /* fewer slices left than one sequence takes */
                 each = count, used = 1;
             int64_t *action = actions[num_actions++];
             action[0] = first, action[1] = used, action[2] = each, action[3] = before;
@@ -174,8 +166,8 @@ int64_t turbolm_place(int64_t seq_len, int64_t num_lengths, const int64_t *lengt
     return num_actions;
 }
 
-/* Stable argsort of random numbers: their first `bits` bits bring nearly all of them to their places, which are counted
- * in `starts`, all 0, with room for 2^bits + 1. Returns 0. */
+/* Stable argsort of random numbers: their first `bits` bits put nearly all of them where they belong. `starts` counts
+ * them, is all 0 and has room for 2^bits + 1. Returns 0. */
 int64_t turbolm_argsort_random(int64_t count, int64_t bits, const uint64_t *restrict numbers,
                                int64_t *restrict starts, int64_t *restrict order) {
     const int64_t shift = 64 - bits;

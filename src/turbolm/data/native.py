@@ -1,6 +1,6 @@
-"""`native.c`, compiled at its first use on a machine that has a C compiler.
+"""`native.c`, compiled at its first use on a machine that has a C compiler; and its callers.
 
-What is in it is written in NumPy as well, which takes its place where it cannot be compiled.
+What is in it is written in NumPy or Python as well, which takes its place where it cannot be compiled.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from turbolm.data.order.packing import Bins
+    from turbolm.data.order.packing import Sequences
 
-IntArray = np.ndarray  # int64
+IntArray = np.ndarray  # int64 unless said otherwise
 # Where a shard's files lie in memory, zero while they are not open: `struct shard` of native.c.
 SHARD = np.dtype([("index", np.uint64), ("tokens", np.uint64), ("num_tokens", np.int64)])
 _SOURCE = Path(__file__).with_name("native.c")
@@ -32,12 +32,11 @@ _COMPILE_SEC = 60
 _FILL = {"<u2": "turbolm_fill_u2", "<u4": "turbolm_fill_u4"}
 _NUM_ARGUMENTS = {
     "turbolm_lengths": 4,
-    "turbolm_fill_u2": 13,
-    "turbolm_fill_u4": 13,
-    "turbolm_place": 8,
+    "turbolm_fill_u2": 14,
+    "turbolm_fill_u4": 14,
+    "turbolm_best_fit": 8,
     "turbolm_argsort_random": 5,
 }
-_NOT_OPEN, _OUTSIDE = -1, -2
 
 
 @functools.cache
@@ -59,67 +58,66 @@ def library() -> ctypes.CDLL | None:
 class Shards:
     """The shards of a store, for the documents of one split; their files stay mapped as long as this is held.
 
-    `places` is `SHARD` [num_shards]; `first_document`, int64 [num_shards + 1], and `first_row`, int64 [num_shards], say
+    `memory` is `SHARD` [num_shards]; `first_document`, int64 [num_shards + 1], and `first_row`, int64 [num_shards], say
     which documents each shard holds and in which rows of its index.
     """
 
-    places: np.ndarray
+    memory: np.ndarray
     files: list[np.ndarray]
     first_document: IntArray
     first_row: IntArray
 
     def as_struct(self) -> IntArray:
         """`struct shards` of native.c."""
-        arrays = (self.places, self.first_document, self.first_row)
-        return np.array([*map(address, arrays), len(self.places)])
-
-
-class NotOpen(Exception):
-    """A shard that is needed has its files not mapped yet."""
+        arrays = (self.memory, self.first_document, self.first_row)
+        return np.array([*map(address, arrays), len(self.memory)])
 
 
 def lengths(shards: Shards, documents: IntArray) -> IntArray:
-    """Positions of these documents, int64 [len(documents)]. Raises NotOpen."""
+    """Positions of these documents, whose shards are open: int64 [len(documents)]."""
     documents = np.ascontiguousarray(documents, np.int64)
     found = np.empty_like(documents)
-    if _call("turbolm_lengths", shards.as_struct(), len(documents), documents, found):
-        raise NotOpen
+    _call("turbolm_lengths", shards.as_struct(), len(documents), documents, found)
     return found
 
 
-def fill(block: IntArray, shards: Shards, dtype: str, bins: Bins, rows: IntArray) -> tuple[IntArray, int | None]:
-    """Write inputs, positions and targets of the bins `rows`, -1 for none, to `block`, int64 [3, len(rows), seq_len].
+def fill(
+    block: IntArray, shards: Shards, dtype: str, sequences: Sequences, indices: IntArray, ignored: int
+) -> tuple[IntArray, int | None]:
+    """Write inputs, positions and targets of the sequences `indices` to `block`, int64 [3, len(indices), seq_len].
 
-    Tokens are of the store's `dtype`. Other threads run meanwhile. Returns where the pieces, and the padding that ends
-    a row, end when all rows are laid end to end; and the first piece that is not in its shard or does not fit in its
-    row (then nothing else means anything), or None. Raises NotOpen.
+    Padding only where an index is -1; its targets are `ignored`. Tokens are of the store's `dtype`. Other threads run
+    meanwhile. Returns where the slices, and the padding that ends a sequence, end when all sequences are laid end to
+    end; and the first slice that is not in its shard or does not fit in its sequence (then nothing else means
+    anything), or None.
     """
-    columns = (rows, bins.offsets, bins.document, bins.start, bins.length)
+    columns = (indices, sequences.offsets, sequences.document, sequences.start, sequences.length)
     assert all(array.dtype == np.int64 and array.flags.c_contiguous for array in (block, *columns))
-    assert block.shape == (3, len(rows), bins.seq_len) and rows.max(initial=-1) < len(bins)
-    num_pieces = int(np.diff(bins.offsets)[rows[rows >= 0]].sum())
-    addresses, ends = np.empty(num_pieces, np.uint64), np.empty(num_pieces + len(rows), np.int64)
-    count = _call(_FILL[dtype], shards.as_struct(), bins.seq_len, len(rows), *columns, addresses, *block, ends)
-    if count == _NOT_OPEN:
-        raise NotOpen
-    return ends[: max(count, 0)], _OUTSIDE - count if count < 0 else None
+    assert block.shape == (3, len(indices), sequences.seq_len) and indices.max(initial=-1) < len(sequences)
+    num_slices = int(np.diff(sequences.offsets)[indices[indices >= 0]].sum())
+    addresses, ends = np.empty(num_slices, np.uint64), np.empty(num_slices + len(indices), np.int64)
+    arguments = (shards.as_struct(), sequences.seq_len, len(indices), *columns, addresses, *block, ends, ignored)
+    count = _call(_FILL[dtype], *arguments)
+    return ends[: max(count, 0)], -1 - count if count < 0 else None
 
 
-def place(lengths: IntArray, counts: IntArray, seq_len: int) -> IntArray:
-    """The actions of `packing._place`, int64 [num_actions, 4], for `counts` pieces of these lengths, longest first."""
+def best_fit(lengths: IntArray, counts: IntArray, seq_len: int) -> IntArray:
+    """The actions of `packing._best_fit`, int64 [num_actions, 4], for `counts` slices of these lengths."""
     assert lengths.dtype == counts.dtype == np.int64 and len(lengths) == len(counts)
     assert all(array.flags.c_contiguous for array in (lengths, counts))
     most = int(counts.sum())  # far fewer are used, and the rest is not touched
     actions, runs = np.empty((most, 4), np.int64), np.empty((most, 4), np.int64)
     stacks, with_room = np.full(seq_len + 1, -1), np.zeros(seq_len // 64 + 1, np.uint64)
-    count = _call("turbolm_place", seq_len, len(lengths), lengths, counts, actions, runs, stacks, with_room)
+    count = _call("turbolm_best_fit", seq_len, len(lengths), lengths, counts, actions, runs, stacks, with_room)
     return actions[:count]
 
 
 def argsort_random(numbers: np.ndarray) -> IntArray:
     """Stable argsort, int64, of random uint64."""
+    if not library():
+        return np.argsort(numbers, kind="stable")
     numbers = np.ascontiguousarray(numbers, np.uint64)
-    bits = min(max(len(numbers).bit_length(), 1), 16)  # as many numbers as places to sort them into, in a core's cache
+    bits = min(max(len(numbers).bit_length(), 1), 16)  # as many counters as numbers, in a core's cache
     starts, order = np.zeros(2**bits + 1, np.int64), np.empty(len(numbers), np.int64)
     _call("turbolm_argsort_random", len(numbers), bits, numbers, starts, order)
     return order
@@ -149,8 +147,8 @@ def _compiled(folder: Path) -> Path:
     path = folder / f"turbolm-{hashlib.sha256(made_of).hexdigest()[:16]}.so"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".turbolm-") as place:  # ranks may compile at once
-            compiled = Path(place) / path.name
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".turbolm-") as unfinished:  # ranks may compile at once
+            compiled = Path(unfinished) / path.name
             command = [*compiler, *_FLAGS, "-o", str(compiled), str(_SOURCE)]
             subprocess.run(command, capture_output=True, check=True, timeout=_COMPILE_SEC)
             with compiled.open("rb") as file:  # half a library, after a power cut, would kill the process that loads it

@@ -2,7 +2,7 @@
 
 A packed row holds several documents. Positions restart at each, and Transformers builds the mask that keeps them apart
 from the positions alone, provided that no attention mask and no cache is passed (`use_cache=False`). Kernels of the
-FlashAttention family read cumulative lengths instead: their micro-batch is one long row, [1, bins x seq_len].
+FlashAttention family read cumulative lengths instead: their micro-batch is one long row, [1, sequences x seq_len].
 """
 
 from __future__ import annotations
@@ -89,10 +89,10 @@ def _varlen_is_usable() -> bool:
 
 
 def model_inputs(batch: dict[str, np.ndarray], attention: str, device: torch.device) -> dict[str, Any]:
-    """What the model is called with for one micro-batch of shape [bins, seq_len].
+    """What the model is called with for one micro-batch of shape [sequences, seq_len].
 
-    For kernels that read cumulative lengths the rows are joined to [1, bins x seq_len] and `cu_seq_lens_*` (int32,
-    one entry more than there are pieces, or the micro-batch's own `cu_seqlens`, which end with empty pieces) and
+    For kernels that read cumulative lengths the rows are joined to [1, sequences x seq_len] and `cu_seq_lens_*` (int32,
+    one entry more than there are slices, or the micro-batch's own `cu_seqlens`, which end with empty slices) and
     `max_length_*` (an int) are added; they are computed on the host, so that no layer has to ask the device.
     """
     tokens, positions = batch["input_ids"], batch["position_ids"]
@@ -108,7 +108,7 @@ def model_inputs(batch: dict[str, np.ndarray], attention: str, device: torch.dev
         starts = np.flatnonzero(flat_positions[0] == 0)
         cumulative = np.append(starts, flat_positions.size).astype(np.int32)
     cu_seq_lens = torch.from_numpy(cumulative).to(device, non_blocking=True)
-    if "cu_seqlens" not in batch:  # how many pieces there are differs from batch to batch
+    if "cu_seqlens" not in batch:  # how many slices there are differs from batch to batch
         torch._dynamo.maybe_mark_dynamic(cu_seq_lens, 0)
     return {
         "input_ids": torch.from_numpy(tokens.reshape(1, -1)).to(device, non_blocking=True),

@@ -17,8 +17,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from turbolm.errors import UserError
+from turbolm.plan.batch import IGNORED_TARGET
 
-IGNORED_TARGET = -100
 Loss = tuple[torch.Tensor, torch.Tensor]
 """What is minimised, and the negative log likelihood alone, without its gradient: both summed over targets, in fp32."""
 

@@ -20,8 +20,8 @@ from transformers.utils.output_capturing import OutputRecorder
 
 from turbolm.engine import sharding
 from turbolm.errors import UserError
-from turbolm.models.loss import IGNORED_TARGET
 from turbolm.models.size import expert_parameters
+from turbolm.plan.batch import IGNORED_TARGET
 
 # Added to a router's scores to choose experts, and moved outside the gradient by those who balance this way
 # (DeepSeek-V3, arXiv 2412.19437, section 2.1.2). Nothing here moves them.

@@ -25,10 +25,11 @@ from transformers import AutoConfig, PreTrainedModel
 
 from turbolm.errors import UserError
 from turbolm.models.attention import model_inputs
-from turbolm.models.loss import IGNORED_TARGET, attach_loss, choose_loss
+from turbolm.models.loss import attach_loss, choose_loss
 from turbolm.models.router import attach_router_loss, find_routers
 from turbolm.models.shrink import shrink
 from turbolm.models.start import CPU, VOCAB, start_small
+from turbolm.plan.batch import IGNORED_TARGET
 from turbolm.recipe.schema import Model
 
 SEQ_LEN = 48
@@ -151,7 +152,7 @@ def _project(model: PreTrainedModel, inputs: dict[str, Any]) -> tuple[float, flo
 
 
 def _micro_batch(rows: list[list[torch.Tensor]]) -> dict[str, np.ndarray]:
-    """As turbolm.data.batch.rows fills it: shifted targets, the padding at the end of a row as a piece of its own."""
+    """As turbolm.data.batch.rows fills it: shifted targets, the padding at the end of a row as a slice of its own."""
     batch = {name: np.zeros((len(rows), SEQ_LEN), np.int64) for name in ("input_ids", "position_ids", "targets")}
     batch["targets"][:] = IGNORED_TARGET
     for number, row in enumerate(rows):

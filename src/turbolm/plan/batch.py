@@ -8,6 +8,7 @@ from turbolm.errors import UserError
 from turbolm.recipe.checks import not_whole_bins, too_few_sequences
 from turbolm.recipe.schema import Recipe
 
+IGNORED_TARGET = -100  # the target that no loss counts: torch's default `ignore_index`
 AUTO_MICRO_BATCH_TOKENS = 16 * 1024  # `micro_batch: auto` goes no higher, unless one bin is longer
 
 

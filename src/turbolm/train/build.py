@@ -172,9 +172,9 @@ def _build_loader(plan: Plan, store: TokenStore, group: Any) -> BatchLoader:
     order = recipe_order(recipe, store, plan.curriculum, save=rank == 0)
     if rank == 0:
         dist.barrier(group=group)
-    # What is compiled sees one size for each row length: the most pieces there are in the whole run.
-    max_pieces = order.max_pieces(plan.num_steps) if recipe.execution.compile != "none" else None
-    return BatchLoader(order, store, "train", world_size, rank, recipe.execution.micro_batch, max_pieces)
+    # What is compiled sees one size for each row length: the most slices there are in the whole run.
+    max_slices = order.max_slices(plan.num_steps) if recipe.execution.compile != "none" else None
+    return BatchLoader(order, store, "train", world_size, rank, recipe.execution.micro_batch, max_slices)
 
 
 def _build_saver(context: Context, engine: Engine, log: MetricsLog) -> CheckpointSaver:

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from turbolm.data.batch.loader import GlobalBatch
-from turbolm.models.loss import IGNORED_TARGET
+from turbolm.plan.batch import IGNORED_TARGET
 from turbolm.plan.rates import step_rates
 from turbolm.reliability import heartbeat
 from turbolm.train.evaluation import EvaluationResult, evaluate

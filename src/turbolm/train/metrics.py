@@ -52,7 +52,7 @@ class MetricsLog:
         seconds, self._last_time = now - self._last_time, now
         cpu_now = time.process_time()
         cpu_seconds, self._last_cpu_time = cpu_now - self._last_cpu_time, cpu_now
-        tokens = len(batch.bins) * batch.bins.seq_len
+        tokens = len(batch.sequences) * batch.sequences.seq_len
         line = {
             "step": step,
             "attempt": self.attempt,
@@ -63,11 +63,11 @@ class MetricsLog:
             "perf/cpu_sec": cpu_seconds,  # of this process and all its threads
             "perf/mfu": flops / seconds / self.peak_flops if self.peak_flops else None,
             "data/batch": batch.index,
-            "data/seq_len": batch.bins.seq_len,
+            "data/seq_len": batch.sequences.seq_len,
             "data/batch_tokens": tokens,
             "data/padding_fraction": batch.padding_fraction,
             "data/imbalance": batch.imbalance,
-            "data/mean_length": batch.num_targets / len(batch.bins.length),
+            "data/mean_length": batch.num_targets / len(batch.sequences.length),
             "data/samples": batch.samples_digest,
         }
         num_graphs, compile_seconds = compilations.take_new()

@@ -101,9 +101,9 @@ def set_skipped(session: Session, skipped: SkippedBatches) -> None:
     """Leave these batches out. The run then reaches further into the data, where sequences may hold more documents."""
     session.skipped = skipped
     loader = session.loader
-    if loader.max_pieces is not None and skipped.windows:
-        most = loader.order.max_pieces(session.plan.num_steps + skipped.num_batches)
-        session.loader = replace(loader, max_pieces=most)
+    if loader.max_slices is not None and skipped.windows:
+        most = loader.order.max_slices(session.plan.num_steps + skipped.num_batches)
+        session.loader = replace(loader, max_slices=most)
 
 
 def check_replicas_when_due(session: Session, *, before_save: bool = False) -> None:

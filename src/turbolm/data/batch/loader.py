@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import queue
-import threading
+from collections import deque
 from collections.abc import Generator, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 
-from turbolm.data.batch.collate import collate, deal_bins
+from turbolm.data.batch.collate import collate, deal_sequences
 from turbolm.data.order.batch_order import BatchOrder
-from turbolm.data.order.packing import Bins, IntArray
+from turbolm.data.order.packing import IntArray, Sequences
 from turbolm.data.order.window import Packing, pack
 from turbolm.data.store.token_store import Split, TokenStore, check_held_out
 from turbolm.plan.batch import choose_micro_batch_bins
@@ -23,12 +24,12 @@ class GlobalBatch:
     """A global batch and this rank's part of it.
 
     `micro_batches` has the same length on every rank; the arrays are those of `collate`. `dealt` is
-    int64 [num_micro, world_size, micro_batch_bins], the places in `bins` of every rank, -1 where there is none;
-    `indices` those of this rank. Every number is about the whole global batch and the same on every rank.
+    int64 [num_micro, world_size, micro_batch_size]: the indices in `sequences` of every rank, -1 where there is none;
+    `indices` are those of this rank. Every number is about the whole global batch and the same on every rank.
     """
 
     index: int
-    bins: Bins
+    sequences: Sequences
     dealt: IntArray
     indices: IntArray
     micro_batches: list[dict[str, np.ndarray]]
@@ -36,48 +37,42 @@ class GlobalBatch:
     @property
     def num_targets(self) -> int:
         """Valid targets of the whole global batch."""
-        return self.bins.num_positions
+        return self.sequences.num_positions
 
     @property
     def num_documents(self) -> int:
-        """Different documents; those cut into pieces count once."""
-        return len(np.unique(self.bins.document))
+        """Different documents; those cut into slices count once."""
+        return len(np.unique(self.sequences.document))
 
     @property
     def padding_fraction(self) -> float:
-        """Share of the bins' positions that hold no document (empty places of the last micro step not counted)."""
-        return 1 - self.num_targets / (len(self.bins) * self.bins.seq_len)
+        """Share of the sequences' positions that hold no document (empty slots of the last micro-step not counted)."""
+        return 1 - self.num_targets / (len(self.sequences) * self.sequences.seq_len)
 
     @property
     def imbalance(self) -> float:
-        """Attention cost of the dearest rank over the mean of all, over the micro-batches: 1 where ranks never wait."""
-        cost = np.append(self.bins.attention_cost, 0)[self.dealt].sum(axis=2)
+        """Attention cost of the most loaded rank over the mean, summed over micro-batches: 1 where ranks never wait."""
+        cost = np.append(self.sequences.attention_cost, 0)[self.dealt].sum(axis=2)
         return float(cost.max(axis=1).sum() / cost.mean(axis=1).sum())
 
     @property
     def attention_pairs(self) -> int:
         """Pairs of a position and one it attends to, within documents: the sum of l (l + 1) / 2."""
-        return int((self.bins.length * (self.bins.length + 1) // 2).sum())
-
-    @property
-    def sample_ids(self) -> list[tuple[int, int, int]]:
-        """What was trained on: (document, start, length) of each piece, in positions."""
-        pieces = (self.bins.document, self.bins.start, self.bins.length)
-        return list(zip(*(piece.tolist() for piece in pieces), strict=True))
+        return int((self.sequences.length * (self.sequences.length + 1) // 2).sum())
 
     @property
     def samples_digest(self) -> str:
-        """First 64 bits, in hexadecimal, of the SHA-256 of `sample_ids`: the ledger entry of this batch."""
-        pieces = np.stack([self.bins.document, self.bins.start, self.bins.length]).astype("<i8")
-        return hashlib.sha256(pieces.tobytes()).hexdigest()[:16]
+        """The ledger entry of this batch: the first 64 bits, in hexadecimal, of the SHA-256 of its slices' columns."""
+        slices = np.stack([self.sequences.document, self.sequences.start, self.sequences.length]).astype("<i8")
+        return hashlib.sha256(slices.tobytes()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
 class BatchLoader:
     """Reads the global batches of `order` from `store` for one rank.
 
-    `micro_batch` is as the recipe has it: tokens of one forward pass on one process, or `auto`. With `max_pieces`, the
-    most pieces in a bin by row length (`order.max_pieces`), micro-batches hold `cu_seqlens` of a fixed size.
+    `micro_batch` is as the recipe has it: tokens of one forward pass on one process, or `auto`. With `max_slices`, the
+    most slices in a sequence by sequence length (`order.max_slices`), micro-batches hold `cu_seqlens` of a fixed size.
     """
 
     order: BatchOrder
@@ -86,54 +81,34 @@ class BatchLoader:
     world_size: int
     rank: int
     micro_batch: int | str
-    max_pieces: Mapping[int, int] | None = None
+    max_slices: Mapping[int, int] | None = None
 
     def global_batch(self, index: int) -> GlobalBatch:
         """Global batch `index`, counted from 0."""
-        bins = self.order.batch(index)
-        micro_batch_bins = choose_micro_batch_bins(self.micro_batch, bins.seq_len, len(bins), self.world_size)
-        most = None if self.max_pieces is None else self.max_pieces[bins.seq_len]
-        return _global_batch(index, bins, self.store, self.split, (self.world_size, self.rank, micro_batch_bins), most)
+        sequences = self.order.batch(index)
+        size = choose_micro_batch_bins(self.micro_batch, sequences.seq_len, len(sequences), self.world_size)
+        most = None if self.max_slices is None else self.max_slices[sequences.seq_len]
+        return _global_batch(index, sequences, self.store, self.split, (self.world_size, self.rank, size), most)
 
     def iterate(self, first_index: int, last_index: int) -> Generator[GlobalBatch, None, None]:
-        """The batches from `first_index` up to but not including `last_index`, two of them read ahead by a thread."""
-        ready: queue.Queue[GlobalBatch | BaseException] = queue.Queue(maxsize=2)
-        closed = threading.Event()
-
-        def put(item: GlobalBatch | BaseException) -> None:
-            while not closed.is_set():
-                try:
-                    return ready.put(item, timeout=0.1)
-                except queue.Full:
-                    continue
-
-        def read() -> None:
-            try:
-                for index in range(first_index, last_index):
-                    if closed.is_set():
-                        return
-                    put(self.global_batch(index))
-            except BaseException as error:  # raised again where the batches are used
-                put(error)
-
-        thread = threading.Thread(target=read, name="turbolm-prefetch", daemon=True)
-        thread.start()
+        """The batches from `first_index` up to but not including `last_index`; a thread reads three ahead."""
+        reader = ThreadPoolExecutor(1, "turbolm-prefetch")
+        jobs = (reader.submit(self.global_batch, index) for index in range(first_index, last_index))
         try:
-            for _ in range(first_index, last_index):
-                item = ready.get()
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
+            ahead = deque(islice(jobs, 3))
+            while ahead:
+                batch = ahead.popleft().result()
+                ahead.extend(islice(jobs, 1))
+                yield batch
         finally:
-            closed.set()
-            thread.join()
+            reader.shutdown(cancel_futures=True)
 
 
 @dataclass(frozen=True)
 class EvaluationSet:
     """Held-out documents, packed: `num_targets` positions whose text has `text_bytes` UTF-8 bytes."""
 
-    bins: Bins
+    sequences: Sequences
     num_targets: int
     text_bytes: int
 
@@ -150,8 +125,8 @@ def evaluation_set(store: TokenStore, seq_len: int, max_tokens: int, packing: Pa
     while (lengths := store.lengths("validation", 0, read)).sum() <= max_tokens and read < num_documents:
         read = min(2 * read, num_documents)
     count = max(1, int(np.searchsorted(np.cumsum(lengths), max_tokens, side="right")))
-    bins = pack(lengths[:count], seq_len, "single" if packing == "single" else "best_fit")
-    return EvaluationSet(bins, bins.num_positions, int(store.text_bytes("validation", 0, count).sum()))
+    sequences = pack(lengths[:count], seq_len, "single" if packing == "single" else "best_fit")
+    return EvaluationSet(sequences, sequences.num_positions, int(store.text_bytes("validation", 0, count).sum()))
 
 
 def evaluation_batches(
@@ -169,20 +144,25 @@ def evaluation_batches(
 
     With `fixed_cu_seqlens` micro-batches hold `cu_seqlens` of a fixed size.
     """
-    bins = evaluation_set(store, seq_len, max_tokens, packing).bins
-    most = int(np.diff(bins.offsets).max()) if fixed_cu_seqlens else None
+    sequences = evaluation_set(store, seq_len, max_tokens, packing).sequences
+    most = int(np.diff(sequences.offsets).max()) if fixed_cu_seqlens else None
     per_batch = world_size * micro_batch_bins
-    for index, first in enumerate(range(0, len(bins), per_batch)):
-        part = bins.slice(first, min(first + per_batch, len(bins)))
+    for index, first in enumerate(range(0, len(sequences), per_batch)):
+        part = sequences.slice(first, min(first + per_batch, len(sequences)))
         yield _global_batch(index, part, store, "validation", (world_size, rank, micro_batch_bins), most)
 
 
 def _global_batch(
-    index: int, bins: Bins, store: TokenStore, split: Split, layout: tuple[int, int, int], max_pieces: int | None
+    index: int,
+    sequences: Sequences,
+    store: TokenStore,
+    split: Split,
+    layout: tuple[int, int, int],
+    max_slices: int | None,
 ) -> GlobalBatch:
     world_size, rank, micro_batch_bins = layout
     assert 0 <= rank < world_size
-    dealt = deal_bins(bins.attention_cost, world_size, micro_batch_bins)
+    dealt = deal_sequences(sequences.attention_cost, world_size, micro_batch_bins)
     indices = dealt[:, rank]
-    most = None if max_pieces is None else micro_batch_bins * (max_pieces + 1)  # each row may end with padding
-    return GlobalBatch(index, bins, dealt, indices, collate(bins, indices, store, split, most))
+    most = None if max_slices is None else micro_batch_bins * (max_slices + 1)  # each row may end with padding
+    return GlobalBatch(index, sequences, dealt, indices, collate(sequences, indices, store, split, most))

@@ -6,13 +6,12 @@ is random, yet reading it forward touches the store in stretches; and nothing is
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable
+from functools import lru_cache
 
 import numpy as np
 
-from turbolm.data.order.packing import IntArray
-from turbolm.data.sorting import argsort_random
+from turbolm.data.native import IntArray, argsort_random
 
 BLOCK_DOCUMENTS = 1024  # at most; a small source has that many blocks in a window
 WINDOW_DOCUMENTS = 65536
@@ -32,7 +31,6 @@ class DocumentStream:
         lengths_of: LengthsOf,
         first: int,
         end: int,
-        *,
         seed: int,
         source: int = 0,
         window_documents: int = WINDOW_DOCUMENTS,
@@ -44,18 +42,18 @@ class DocumentStream:
         # Small blocks make windows alike, large ones are quick to read where the store is larger than memory.
         block = min(max(self.num_documents // WINDOW_DOCUMENTS, 1), BLOCK_DOCUMENTS)
         self._num_blocks = -(-self.num_documents // block)
-        self._epochs: OrderedDict[int, tuple[IntArray, IntArray]] = OrderedDict()
-        self._windows: OrderedDict[tuple[int, int], tuple[IntArray, IntArray]] = OrderedDict()
+        self._blocks = lru_cache(2)(self._make_blocks)
+        self._window = lru_cache(3)(self._make_window)
 
     def read(self, begin: int, end: int) -> tuple[IntArray, IntArray]:
-        """Document numbers and positions at the places `begin` up to `end` of the stream, int64 [end - begin] each.
+        """Document numbers and positions at the offsets `begin` up to `end` of the stream, int64 [end - begin] each.
 
-        Place p belongs to epoch p // num_documents.
+        Offset o belongs to epoch o // num_documents.
         """
         parts = [(np.zeros(0, np.int64), np.zeros(0, np.int64))]
         while begin < end:
-            epoch, place = divmod(begin, self.num_documents)
-            window, offset = divmod(place, self.window_documents)
+            epoch, in_epoch = divmod(begin, self.num_documents)
+            window, offset = divmod(in_epoch, self.window_documents)
             documents, lengths = self._window(epoch, window)
             stop = min(len(documents), offset + end - begin)
             parts.append((documents[offset:stop], lengths[offset:stop]))
@@ -63,30 +61,21 @@ class DocumentStream:
         return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
 
     def advance(self, begin: int, positions: int, limit: int | None = None) -> tuple[int, int]:
-        """The fewest whole documents from place `begin` on that hold `positions`, none from place `limit` on.
+        """Draw the fewest whole documents from offset `begin` on that hold `positions`, none from offset `limit` on.
 
-        Returns the place behind them and the positions they hold.
+        Returns the offset behind them and the positions they hold.
         """
         drawn = 0
         while drawn < positions and begin != limit:
-            place = begin % self.num_documents
+            in_epoch = begin % self.num_documents
             # To the end of the window: it is made as a whole anyway.
-            end = begin + min(self.window_documents - place % self.window_documents, self.num_documents - place)
+            end = begin + min(self.window_documents - in_epoch % self.window_documents, self.num_documents - in_epoch)
             lengths = self.read(begin, end if limit is None else min(end, limit))[1]
             total = np.cumsum(lengths)
             count = min(int(np.searchsorted(total, positions - drawn)) + 1, len(lengths))
             drawn += int(total[count - 1])
             begin += count
         return begin, drawn
-
-    def _window(self, epoch: int, window: int) -> tuple[IntArray, IntArray]:
-        key = (epoch, window)
-        if key not in self._windows:
-            self._windows[key] = self._make_window(epoch, window)
-            if len(self._windows) > 3:
-                self._windows.popitem(last=False)
-        self._windows.move_to_end(key)
-        return self._windows[key]
 
     def _make_window(self, epoch: int, window: int) -> tuple[IntArray, IntArray]:
         order, starts = self._blocks(epoch)
@@ -101,16 +90,11 @@ class DocumentStream:
         shuffled = random_order(len(documents), self._seed, epoch, self._source, window + 1)
         return documents[shuffled], lengths[shuffled]
 
-    def _blocks(self, epoch: int) -> tuple[IntArray, IntArray]:
-        """The epoch's order of the blocks, and the place where each begins (one more for the end)."""
-        if epoch not in self._epochs:
-            order = random_order(self._num_blocks, self._seed, epoch, self._source, 0)
-            sizes = self._block_start(order + 1) - self._block_start(order)
-            self._epochs[epoch] = order, np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
-            if len(self._epochs) > 2:
-                self._epochs.popitem(last=False)
-        self._epochs.move_to_end(epoch)
-        return self._epochs[epoch]
+    def _make_blocks(self, epoch: int) -> tuple[IntArray, IntArray]:
+        """The epoch's order of the blocks, and the stream offset where each begins (one more for the end)."""
+        order = random_order(self._num_blocks, self._seed, epoch, self._source, 0)
+        sizes = self._block_start(order + 1) - self._block_start(order)
+        return order, np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
 
     def _block_start(self, block: IntArray) -> IntArray:
         """The first document of a block; sizes differ by one at most."""
@@ -122,15 +106,10 @@ def random_order(count: int, seed: int, epoch: int, source: int, stream: int) ->
 
     It sorts raw Philox output: NumPy keeps that stream fixed over its versions, but not `Generator.permutation`.
     """
-    return order_by(random_raw(count, seed, epoch, source, stream))
+    return argsort_random(random_raw(count, seed, epoch, source, stream))
 
 
 def random_raw(count: int, seed: int, epoch: int, source: int, stream: int) -> IntArray:
     """Random numbers, uint64 [count], from a generator of their own for each (seed, epoch, source, stream)."""
     key, counter = np.array([seed, epoch], np.uint64), np.array([0, 0, source, stream], np.uint64)
     return np.random.Philox(key=key, counter=counter).random_raw(count)
-
-
-def order_by(raw: IntArray) -> IntArray:
-    """The permutation, int64, that sorts these numbers."""
-    return argsort_random(raw)

@@ -1,4 +1,4 @@
-"""One window of the order: pieces of documents packed together, shuffled and cut into whole batches."""
+"""One window of the order: slices of documents packed together, shuffled and cut into whole batches."""
 
 from __future__ import annotations
 
@@ -8,117 +8,121 @@ from typing import Literal
 
 import numpy as np
 
-from turbolm.data.order.buckets import cycle_order, pack_buckets
-from turbolm.data.order.packing import Bins, IntArray, pack_best_fit, pack_concat, pack_single
-from turbolm.data.order.stream import order_by
+from turbolm.data.native import IntArray, argsort_random
+from turbolm.data.order.packing import Packing, Sequences, pack, pack_buckets
 from turbolm.plan.curriculum import Segment
 
-Packing = Literal["best_fit", "concat", "single"]
 Grouping = Literal["batch", "window"]
-_PACK = {"best_fit": pack_best_fit, "concat": pack_concat, "single": pack_single}
-
 Random = Callable[[int, int], IntArray]  # (count, which use): random numbers, uint64 [count]
 
 
-def pack(lengths: IntArray, seq_len: int, packing: Packing) -> Bins:
-    """Pack documents of these lengths (positions) by the method a recipe names."""
-    return _PACK[packing](lengths, seq_len)
-
-
 @dataclass(frozen=True)
-class Pieces:
-    """Parts of documents: `document`, `start` and `length` are int64 [num_pieces], in positions."""
+class Slices:
+    """Parts of documents: `document`, `start` and `length` are int64 [num_slices], in positions."""
 
     document: IntArray
     start: IntArray
     length: IntArray
 
     @staticmethod
-    def whole(document: IntArray, length: IntArray) -> Pieces:
-        """Documents from their first position to their last."""
-        return Pieces(document, np.zeros_like(document), length)
+    def join(parts: Sequence[Slices]) -> Slices:
+        """The slices of every part, one after the other."""
+        return Slices(*(np.concatenate([getattr(p, name) for p in parts]) for name in ("document", "start", "length")))
 
-    @staticmethod
-    def join(parts: Sequence[Pieces]) -> Pieces:
-        """The pieces of every part, one after the other."""
-        return Pieces(*(np.concatenate([getattr(p, name) for p in parts]) for name in ("document", "start", "length")))
+    def select(self, indices: IntArray) -> Slices:
+        """The slices with these indices, in this order."""
+        return Slices(self.document[indices], self.start[indices], self.length[indices])
 
-    def select(self, places: IntArray) -> Pieces:
-        """The pieces at these places."""
-        return Pieces(self.document[places], self.start[places], self.length[places])
-
-    def merged(self) -> Pieces:
-        """In the order of documents, pieces that follow each other in one document joined."""
-        pieces = self.select(np.lexsort((self.start, self.document)))
-        if not len(pieces.length):
-            return pieces
-        new = np.ones(len(pieces.length), bool)
-        ends = pieces.start + pieces.length
-        new[1:] = (pieces.document[1:] != pieces.document[:-1]) | (pieces.start[1:] != ends[:-1])
+    def merged(self) -> Slices:
+        """In the order of documents, with adjacent slices of one document joined."""
+        slices = self.select(np.lexsort((self.start, self.document)))
+        if not len(slices.length):
+            return slices
+        new = np.ones(len(slices.length), bool)
+        ends = slices.start + slices.length
+        new[1:] = (slices.document[1:] != slices.document[:-1]) | (slices.start[1:] != ends[:-1])
         first = np.flatnonzero(new)
-        return Pieces(pieces.document[first], pieces.start[first], np.add.reduceat(pieces.length, first))
+        return Slices(slices.document[first], slices.start[first], np.add.reduceat(slices.length, first))
 
 
 @dataclass(frozen=True)
 class Window:
-    """The batches of a window: batch i is `count[i]` bins from `first[i]` on of `bins[which[i]]`."""
+    """The batches of a window: batch i is `count[i]` sequences from `first[i]` on of `sequences[which[i]]`."""
 
-    bins: list[Bins]  # by row length
+    sequences: list[Sequences]  # by length
     which: IntArray
     first: IntArray
     count: IntArray
 
-    def __len__(self) -> int:
-        return len(self.which)
-
-    def batch(self, index: int) -> Bins:
-        """The bins of one batch."""
+    def batch(self, index: int) -> Sequences:
+        """The sequences of one batch."""
         first, count = int(self.first[index]), int(self.count[index])
-        return self.bins[self.which[index]].slice(first, first + count)
+        return self.sequences[self.which[index]].slice(first, first + count)
 
 
-def pack_window(pieces: Pieces, segment: Segment, packing: Packing) -> list[Bins]:
-    """The window's bins by row length; `document` and `start` are those of the pieces."""
+def pack_window(slices: Slices, segment: Segment, packing: Packing) -> list[Sequences]:
+    """The window's sequences by length; their `document` and `start` are those of the slices."""
     if len(segment.seq_lens) > 1:
-        packed = pack_buckets(pieces.length, segment.seq_lens)
+        packed = pack_buckets(slices.length, segment.seq_lens)
     else:
-        packed = [pack(pieces.length, segment.seq_len, packing)]
+        packed = [pack(slices.length, segment.seq_len, packing)]
     return [
-        Bins(b.seq_len, b.offsets, pieces.document[b.document], pieces.start[b.document] + b.start, b.length)
-        for b in packed
+        Sequences(p.seq_len, p.offsets, slices.document[p.document], slices.start[p.document] + p.start, p.length)
+        for p in packed
     ]
 
 
-def count_batches(packed: Sequence[Bins], segment: Segment) -> int:
-    """The whole batches that these bins fill."""
-    return sum(len(bins) // (segment.global_batch_tokens // bins.seq_len) for bins in packed)
+def count_batches(packed: Sequence[Sequences], segment: Segment) -> int:
+    """The whole batches that these sequences fill."""
+    return sum(len(sequences) // (segment.global_batch_tokens // sequences.seq_len) for sequences in packed)
+
+
+def cycle_order(counts: IntArray, raw: IntArray, *, grow: bool) -> IntArray:
+    """The bucket of each batch of a cycle that uses up `counts` batches of each bucket (0: shortest sequences).
+
+    `raw` are random uint64, one a batch. With `grow`, a bucket is drawn at odds that double with every shorter one as
+    long as it lasts, so that a cycle begins with mostly short sequences and ends with long ones (Grow-P2 of arXiv
+    2405.13226); else every batch is as likely.
+    """
+    left = counts.tolist()
+    order = np.empty(sum(left), np.int64)
+    for index, number in enumerate(raw.tolist()):
+        odds = [(1 << (len(left) - 1 - bucket)) * (count > 0) for bucket, count in enumerate(left)] if grow else left
+        number %= sum(odds)
+        bucket = 0
+        while number >= odds[bucket]:
+            number -= odds[bucket]
+            bucket += 1
+        order[index] = bucket
+        left[bucket] -= 1
+    return order
 
 
 def arrange(
-    packed: Sequence[Bins], segment: Segment, num_steps: int, packing: Packing, grouping: Grouping, random: Random
-) -> tuple[Window, Pieces]:
-    """`num_steps` batches of the bins, in the order they are trained on, and the pieces left over.
+    packed: Sequence[Sequences], segment: Segment, num_steps: int, packing: Packing, grouping: Grouping, random: Random
+) -> tuple[Window, Slices]:
+    """`num_steps` batches of the sequences, in the order they are trained on, and the slices left over.
 
-    The least full bins of `best_fit` are left over, so that their pieces are packed again with others; the other
+    With `best_fit` the least full sequences are left over, so that their slices are packed again with others; the other
     methods leave the last documents.
     """
-    per_batch = np.array([segment.global_batch_tokens // bins.seq_len for bins in packed])
-    counts = np.array([len(bins) for bins in packed]) // per_batch
+    per_batch = np.array([segment.global_batch_tokens // sequences.seq_len for sequences in packed])
+    counts = np.array([len(sequences) for sequences in packed]) // per_batch
     which = cycle_order(counts, random(int(counts.sum()), 0), grow=segment.grow)[:num_steps]
     first = np.zeros_like(which)
     arranged, left = [], []
-    for number, bins in enumerate(packed):
+    for number, sequences in enumerate(packed):
         is_here = which == number
         size = int(per_batch[number])
-        first[is_here] = np.arange(np.count_nonzero(is_here)) * size
-        order = np.argsort(-bins.used, kind="stable") if packing == "best_fit" else np.arange(len(bins))
         num_kept = int(np.count_nonzero(is_here)) * size
-        kept, rest = order[:num_kept], bins.select(order[num_kept:])
+        first[is_here] = np.arange(0, num_kept, size)
+        order = np.argsort(-sequences.used, kind="stable") if packing == "best_fit" else np.arange(len(sequences))
+        kept, rest = order[:num_kept], sequences.select(order[num_kept:])
         if grouping == "window":
-            similar = kept[np.argsort(-bins.attention_cost[kept], kind="stable")].reshape(-1, size)
-            kept = similar[order_by(random(len(similar), number + 1))].reshape(-1)
+            similar = kept[np.argsort(-sequences.attention_cost[kept], kind="stable")].reshape(-1, size)
+            kept = similar[argsort_random(random(len(similar), number + 1))].reshape(-1)
         else:
-            kept = kept[order_by(random(num_kept, number + 1))]
-        arranged.append(bins.select(kept))
-        left.append(Pieces(rest.document, rest.start, rest.length))
-    return Window(arranged, which, first, per_batch[which]), Pieces.join(left).merged()
+            kept = kept[argsort_random(random(num_kept, number + 1))]
+        arranged.append(sequences.select(kept))
+        left.append(Slices(rest.document, rest.start, rest.length))
+    return Window(arranged, which, first, per_batch[which]), Slices.join(left).merged()

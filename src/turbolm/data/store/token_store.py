@@ -22,8 +22,7 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 
 from turbolm.data import native
-from turbolm.data.order.packing import IntArray
-from turbolm.data.sorting import argsort_integers
+from turbolm.data.native import IntArray
 from turbolm.errors import UserError
 from turbolm.files import load_json, sha256_json
 
@@ -113,66 +112,42 @@ class TokenStore:
     def lengths_of(self, split: Split, documents: IntArray) -> IntArray:
         """Positions of each of these documents, int64 [len(documents)]."""
         if native.library():
-            try:
-                return native.lengths(self.shards(split), documents)
-            except native.NotOpen:
-                return native.lengths(self.shards(split, documents), documents)
-        _, (begins, ends) = self._find(split, documents, (-1, 0))
+            return native.lengths(self.shards(split, documents), documents)
+        _, begins, ends = self.locate(split, documents)
         return ends - begins - 1
 
-    def locate(self, split: Split, documents: IntArray) -> tuple[IntArray, IntArray]:
-        """The shard of each of these documents, and where in it they begin, in tokens: int64 [len(documents)] each."""
-        shards, (begins,) = self._find(split, documents, (-1,))  # it begins where the one before it ends
-        return shards, begins
+    def locate(self, split: Split, documents: IntArray) -> tuple[IntArray, IntArray, IntArray]:
+        """Of each document its shard, and where in it it begins and ends, in tokens: int64 [num_documents] each."""
+        shards = self._shards_of(split, documents)
+        rows = documents + (self._first_row[split] - self._first_document[split][:-1])[shards]
+        begins, ends = np.empty((2, len(shards)), np.int64)
+        for shard in np.unique(shards).tolist():
+            here, index = shards == shard, self._index(shard)
+            ends[here] = index[rows[here], 0]
+            begins[here] = np.where(rows[here] > 0, index[rows[here] - 1, 0], 0)  # where the one before it ends
+        return shards, begins, ends
 
-    def shards(self, split: Split, documents: IntArray | None = None) -> native.Shards:
+    def shards(self, split: Split, documents: IntArray) -> native.Shards:
         """The shards as compiled code reads them: those with these documents are open, others may be."""
-        first_document = self._first_document[split]
-        places, files = self._mapped
-        if documents is not None:
-            self._check_exist(split, documents)
-            needed = np.unique(np.searchsorted(first_document, documents, side="right") - 1)
+        memory, files = self._mapped
+        needed = self._shards_of(split, documents)
+        if not memory["tokens"].all():
+            needed = np.unique(needed)
             if len(files) + 2 * len(needed) > _MAX_OPEN_FILES:  # those in use elsewhere stay open
-                places, files = self._mapped = np.zeros_like(places), []
-            for shard in needed[places["tokens"][needed] == 0].tolist():
+                memory, files = self._mapped = np.zeros_like(memory), []
+            for shard in needed[memory["tokens"][needed] == 0].tolist():
                 index, tokens = self._map(shard, "index", "<i8"), self.tokens(shard)
                 files += [index, tokens]
-                places["num_tokens"][shard] = len(tokens)
+                memory["num_tokens"][shard] = len(tokens)
                 # The addresses last: other threads may be reading.
-                places["index"][shard], places["tokens"][shard] = native.address(index), native.address(tokens)
-        return native.Shards(places, files, first_document, self._first_row[split])
+                memory["index"][shard], memory["tokens"][shard] = native.address(index), native.address(tokens)
+        return native.Shards(memory, files, self._first_document[split], self._first_row[split])
 
-    def _find(self, split: Split, documents: IntArray, offsets: tuple[int, ...]) -> tuple[IntArray, IntArray]:
-        """The shard of each of these documents, and where those so many rows further in its index end, in tokens.
-
-        int64 [n] and [len(offsets), n]; the row before a shard's first ends at 0.
-        """
-        documents = np.asarray(documents, dtype=np.int64)
-        self._check_exist(split, documents)
-        first_document = self._first_document[split]
-        # In the order of the store: shard by shard with as few calls as can be (there may be hundreds with a few
-        # documents each), and each index read forward.
-        order = argsort_integers(documents, int(first_document[-1]))
-        in_order = documents[order]
-        bounds = np.searchsorted(in_order, first_document)
-        counts = np.diff(bounds)
-        rows = in_order + np.repeat(self._first_row[split] - first_document[:-1], counts)
-        ends = rows + np.array(offsets)[:, None]
-        is_start = ends < 0
-        ends[is_start] = 0
-        ends *= 2  # an index has two columns
-        used = np.flatnonzero(counts)
-        for shard, begin, end in zip(used.tolist(), bounds[used].tolist(), bounds[used + 1].tolist(), strict=True):
-            ends[:, begin:end] = self._map(shard, "index", "<i8")[ends[:, begin:end]]
-        ends[is_start] = 0
-        shards, found = np.empty_like(order), np.empty_like(ends)
-        shards[order] = np.repeat(np.arange(len(counts)), counts)
-        found[:, order] = ends
-        return shards, found
-
-    def _check_exist(self, split: Split, documents: IntArray) -> None:
+    def _shards_of(self, split: Split, documents: IntArray) -> IntArray:
+        """The shard of each document. Raises IndexError where one does not exist."""
         if documents.min(initial=0) < 0 or documents.max(initial=-1) >= self.num_documents(split):
             raise IndexError(f"{self.folder} has {self.num_documents(split)} documents for {split}, none beyond")
+        return np.searchsorted(self._first_document[split], documents, side="right") - 1
 
     def tokens(self, shard: int) -> np.ndarray:
         """All tokens of a shard, those of its training documents first; mapped, in the store's dtype."""
@@ -180,7 +155,7 @@ class TokenStore:
 
     def read(self, split: Split, document: int, start: int, length: int) -> np.ndarray:
         """The `length` inputs from position `start` on, and the target of the last: a view of length + 1 tokens."""
-        (shard,), (begin,) = self.locate(split, np.array([document]))
+        (shard,), (begin,), _ = self.locate(split, np.array([document]))
         assert start >= 0 and length > 0 and start + length <= self.lengths(split, document, document + 1)[0]
         return self.tokens(int(shard))[begin + start : begin + start + length + 1]
 
