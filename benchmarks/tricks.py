@@ -2,12 +2,12 @@
 
     python benchmarks/tricks.py [--corpus corpus.parquet] [--seeds 3 --only muon,best_fit] [--studies NAME ...]
 
-Each study is one ablation of `benchmarks/speedrun.yaml` (AdamW, cosine, fixed rows cut from the stream): the baseline
-and each trick alone, one process of one thread, at the baseline's learning rate unless the trick has its own; compared
-by processor time, which other work on the machine disturbs less than the clock. Runs lie in `runs/ablations/tricks*`
-below the working directory, and the same command goes on where an interrupted one was. With `--seeds` and `--only`
-the tricks named get more seeds. Tricks that need a GPU are listed as not measured: `benchmarks/gpu.sh` has those.
-Without a corpus, the source files of the running Python are learned. The last line is one JSON object.
+Each study is one ablation of `benchmarks/speedrun.yaml` (AdamW, cosine, fixed sequences cut from the stream): the
+baseline and each trick alone, one process with one thread, at the baseline's learning rate unless the trick sets its
+own. Studies compare processor time, which other work on the machine disturbs less than wall-clock time. The runs are
+in `runs/ablations/tricks*` below the working directory; after an interruption, the same command resumes. `--seeds` and
+`--only` give the named tricks more seeds. Tricks that need a GPU are listed as not measured; `benchmarks/gpu.sh` has
+those. Without a corpus, the model learns the source files of the running Python. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ WHY_NOT = {
 
 
 def ablate(name: str, study: Study, corpus: Path | None, seeds: int, only: list[str]) -> dict[str, Any] | None:
-    """Run one study, or go on with it; its results as `turbolm ablate --json` prints them."""
+    """Run or resume one study; returns the results that `turbolm ablate --json` prints."""
     tricks = [trick for trick in study.tricks if not only or trick.partition(":")[0] in only]
     if not tricks:
         return None
@@ -103,7 +103,7 @@ def ablate(name: str, study: Study, corpus: Path | None, seeds: int, only: list[
 
 
 def figures_of(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """By trick: what it changed, as ratios to the baseline's means."""
+    """What each trick changed, as ratios to the baseline's means."""
     baseline = results["arms"][0]["mean"]
     found = {}
     for arm in results["arms"][1:]:
@@ -125,10 +125,11 @@ def figures_of(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def judge(found: dict[str, Any], spread: float | None) -> str:
-    """In a word: what is learned by the final loss, where one seed's difference is none unless it is larger than what
-    seeds do to the baseline; what leaves it alone by time."""
+    """One word. Tricks that change what is learned are judged by the final loss; with one seed, only a difference that
+    exceeds what seeds do to the baseline counts. Tricks that leave the loss alone are judged by time.
+    """
     if found["study"] == "tricks-execution":
-        return {"loss": "slower", "gain": "faster"}.get(found["verdict"], "null")
+        return {"loss": "slower", "gain": "faster", "inconclusive": "inconclusive"}.get(found["verdict"], "null")
     difference = found["final_loss"] - found["baseline_loss"]
     if found["seeds"] == 1 and spread is not None and abs(difference) < CLEAR * spread:
         return "null"
@@ -136,7 +137,7 @@ def judge(found: dict[str, Any], spread: float | None) -> str:
 
 
 def measured_cell(found: dict[str, Any], spread: float | None) -> str:
-    """The figures of a trick in words; what it never reached is said."""
+    """The figures of a trick in words, including a target it did not reach."""
     loss = f"loss {found['baseline_loss']:.3f} → {found['final_loss']:.3f}"
     if found["p_loss"] is not None:
         loss += f" (p {found['p_loss']:.2g})"
@@ -174,13 +175,12 @@ def main() -> None:
     for name in arguments.studies:
         print(f"{name}: {STUDIES[name].about}")
     files = {path.stem: path for path in trick_files()}
-    columns = ("trick", "family", "changes", "works", "claimed", "source", "measured")
-    print("\n| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
+    print("\n| trick | claimed | measured |\n|---|---|---|")
     for trick in [*files, *(name for name in measured if name not in files)]:
-        header = read_header(files[trick]) if trick in files else {}
+        claimed = read_header(files[trick])["claimed"] if trick in files else ""
         found = measured.get(trick)
         cell = f"{found['study']}: {measured_cell(found, spread)}" if found else WHY_NOT.get(trick, "not measured")
-        print(f"| {trick} | " + " | ".join(header.get(column, "") for column in columns[1:-1]) + f" | {cell} |")
+        print(f"| {trick} | {claimed} | {cell} |")
     print(json.dumps({"bench": "tricks", "figures": measured, "rivals": {}, "targets": {}, "met": {}}))
 
 
