@@ -113,7 +113,7 @@ def test_tricks_may_be_files_and_settings(recipe_file: str, tmp_path: Path) -> N
     ("tricks", "overrides", "messages"),
     [
         ("mun,what", (), ["unknown trick 'mun'; did you mean muon?", "unknown trick 'what'"]),
-        ("muon,muon", (), ["muon is there twice"]),
+        ("muon,muon", (), ["muon is listed twice"]),
         ("muon,lion", (), ["muon and lion both set optimizer.name"]),
         ("more:train.budget=1M", (), ["more: sets train.budget, but train.budget is what each arm is given"]),
         ("other:data.sources=[{type: text, path: a}]", (), ["other: sets data.sources"]),
@@ -126,7 +126,7 @@ def test_tricks_may_be_files_and_settings(recipe_file: str, tmp_path: Path) -> N
         ("fp16,zeropp", (), ["fp16: train.precision=fp16 needs a GPU", "zeropp: execution.quantized_weights"]),
         ("typo:optimizer.lrr=1", (), ["typo: command line: optimizer.lrr=1: optimizer.lrr: unknown key; did you mean"]),
         ("compile_model,zero3", (), ["all: ", "model does not work with execution.zero_stage 3", "or with --alone"]),
-        ("a-b:train.z_loss=1,a:schedule.warmup=1%,b:model.dropout=0.1", (), ["leave two arms with one name"]),
+        ("a-b:train.z_loss=1,a:schedule.warmup=1%,b:model.dropout=0.1", (), ["give two arms the same name"]),
         ("", (), ["name the tricks to measure with --tricks"]),
     ],
 )

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import shutil
 from importlib.resources import files
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from tests.report.page import assert_loads_nothing, chart_data
 from turbolm.report.charts import curve, line_chart, smooth, thin
 from turbolm.report.html import write_report
+from turbolm.report.metrics import read_metrics
 
 EVIL = "</script><script>alert(1)</script><img src=x onerror='alert(2)'>&\""
 
@@ -72,6 +74,13 @@ def test_the_charts_hold_the_logged_values(run_dir):
     assert (curves["unigram entropy"]["x"], curves["unigram entropy"]["y"]) == ([1000, 100_000], [5.5, 5.5])
     assert charts["Loss"]["restarts"] == [51_000]
     assert charts["Learning rate"]["curves"][0]["y"] == [1e-3] * 100
+
+
+def test_a_run_of_an_earlier_version_has_a_report(tmp_path):
+    run = shutil.copytree(Path(__file__).parents[1] / "fixtures/runs/zero1", tmp_path / "old")
+    losses = [line["train/loss"] for line in read_metrics(run / "metrics.jsonl") if "train/loss" in line]
+    (curve,) = chart_data(write_report(run).read_text())["Loss"]["curves"]
+    assert curve["y"] == pytest.approx(losses, rel=1e-4) and len(losses) == 6
 
 
 def test_a_spike_does_not_flatten_the_rest():

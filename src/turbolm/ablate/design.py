@@ -94,9 +94,9 @@ def design(
     for name, group in ({} if alone else _combinations(tricks)).items():
         add(name, group)
     if problems:
-        raise UserError("\n".join([*problems, "measure them apart, or with --alone"]))
+        raise UserError("\n".join([*problems, "measure them separately, or with --alone"]))
     if len({arm.run_name for arm in arms}) < len(arms):
-        raise UserError("--tricks: names such as a-b beside a and b leave two arms with one name; rename one of them")
+        raise UserError("--tricks: names such as a-b beside a and b give two arms the same name; rename one of them")
     return arms
 
 

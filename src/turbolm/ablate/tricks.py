@@ -44,7 +44,7 @@ def parse_tricks(texts: Sequence[str]) -> list[Trick]:
             problems.append(str(error))
             continue
         if trick.name in [other.name for other in tricks]:
-            problems.append(f"--tricks: {trick.name} is there twice")
+            problems.append(f"--tricks: {trick.name} is listed twice")
         tricks.append(trick)
     if problems:
         raise UserError("\n".join(problems))
