@@ -1,7 +1,7 @@
-"""Models and tokenizers by their name on the Hugging Face hub. Torch-free.
+"""Find models and tokenizers by their name on the Hugging Face hub. Torch-free.
 
-A value of `model.pretrained` or `tokenizer.path` that is not a path on this machine and reads like a hub name (`name`
-or `owner/name`) means a repository of the hub. `fetch` downloads it into the local Hugging Face cache, once, before any
+A value of `model.pretrained` or `tokenizer.path` that is not a path on this machine and looks like a hub name (`name`
+or `owner/name`) names a repository of the hub. `fetch` downloads it into the local Hugging Face cache once, before any
 rank starts; everything else only looks into that cache. Only safetensors and JSON are downloaded, never pickles or
 code. A token comes from the environment (HF_TOKEN), never from a recipe.
 """
@@ -22,7 +22,6 @@ from turbolm.recipe.schema import Model, Recipe, Tokenizer
 DEFAULT_REVISION = "main"
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)?")
 _MAX_NAME_LENGTH = 96
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 _REVISION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_./-]*")
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _TOKENIZER = ("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "chat_template*")
@@ -68,7 +67,7 @@ class Origin:
 
 
 def find_origins(recipe: Recipe) -> Iterator[Origin]:
-    """What the recipe starts from that is not made by the run itself."""
+    """Yield what the recipe starts from that the run does not make itself."""
     model, tokenizer = recipe.model, recipe.tokenizer
     if model.pretrained is not None:
         yield Origin("model", model.pretrained, model.revision)
@@ -77,13 +76,13 @@ def find_origins(recipe: Recipe) -> Iterator[Origin]:
 
 
 def check_revisions(recipe: Recipe) -> None:
-    """Raises UserError for a revision that stands beside a path, or that is none."""
+    """Raise UserError for a revision beside a path, or an invalid one."""
     for origin in find_origins(recipe):
         _check_revision(origin)
 
 
 def pretrained_folder(model: Model) -> Path:
-    """The local folder of `model.pretrained`: its path, or its snapshot in the Hugging Face cache.
+    """Return the local folder of `model.pretrained`: its path, or its snapshot in the Hugging Face cache.
 
     A path need not exist. Raises UserError for a hub name that is not in the cache.
     """
@@ -91,33 +90,40 @@ def pretrained_folder(model: Model) -> Path:
 
 
 def tokenizer_path(tokenizer: Tokenizer) -> Path:
-    """The local folder or file of `tokenizer.path`. Raises UserError for a hub name that is not in the cache."""
+    """Return the local folder or file of `tokenizer.path`. Raises UserError for a hub name that is not in the cache."""
     return _local(Origin("tokenizer", str(tokenizer.path), tokenizer.revision))
 
 
 def cached_config(model: Model) -> Path | None:
-    """The config.json of a hub name in `model.pretrained`, if it is in the cache; the weights need not be."""
+    """Return the config.json of a hub name in `model.pretrained` if it is in the cache; the weights need not be."""
     origin = Origin("model", str(model.pretrained), model.revision)
-    commit = _cached_commit(origin) if origin.is_on_hub else None
-    config = _snapshot(origin, commit) / "config.json" if commit else None
-    return config if config is not None and config.is_file() else None
+    folder = _cached(origin) if origin.is_on_hub else None
+    return folder / "config.json" if folder and (folder / "config.json").is_file() else None
 
 
 def config_command(model: Model) -> str | None:
-    """What fetches the config.json of a hub name in `model.pretrained`; None for a path."""
+    """Return the command that fetches the config.json of a hub name in `model.pretrained`; None for a path."""
     origin = Origin("model", str(model.pretrained), model.revision)
     name = origin.value
     return origin.download_command.replace(name, f"{name} config.json", 1) if origin.is_on_hub else None
 
 
 def fetch(origin: Origin) -> str:
-    """Make sure that the cache holds what a hub name means, downloading what is missing; returns the commit.
+    """Download what a hub name means unless the cache holds all of it; returns the commit.
 
-    What the cache holds whole is taken as it is, without asking the hub. Raises UserError.
+    What the cache holds in full is used without asking the hub. Raises UserError.
     """
+    return _fetch(origin).name
+
+
+def fetch_settings(name: str) -> Path:
+    """Return the snapshot of a hub name's configuration and tokenizer, without its weights. Raises UserError."""
+    return _fetch(Origin("settings", name, None))
+
+
+def _fetch(origin: Origin) -> Path:
     _check_revision(origin)
-    commit = _cached_commit(origin)
-    folder = _snapshot(origin, commit) if commit else None
+    folder = _cached(origin)
     if folder is None or not _is_whole(folder, origin):
         folder = _download(origin)
     missing = _missing(folder, origin)
@@ -130,28 +136,21 @@ def fetch(origin: Origin) -> str:
             "settings": "it is no model in the Hugging Face layout",
         }
         raise UserError(f"{origin.key}: {origin.value} at {folder.name} has no {missing}: {reasons[origin.section]}")
-    return folder.name
-
-
-def fetch_settings(name: str) -> Path:
-    """The snapshot of a hub name's configuration and tokenizer, without its weights. Raises UserError."""
-    origin = Origin("settings", name, None)
-    return _snapshot(origin, fetch(origin))
+    return folder
 
 
 def _local(origin: Origin) -> Path:
     _check_revision(origin)
     if not origin.is_on_hub:
         return Path(origin.value)
-    commit = _cached_commit(origin)
-    folder = _snapshot(origin, commit) if commit else None
+    folder = _cached(origin)
     if folder is None or _missing(folder, origin):
         raise _not_here(origin, "is not in the Hugging Face cache")
     return folder
 
 
 def _check_revision(origin: Origin) -> None:
-    """Only a hub name has revisions: ignoring one that stands beside a path would train something else."""
+    """Raise UserError for a revision beside a path (ignoring it would train something else), or an invalid one."""
     if origin.revision is None:
         return
     key = f"{origin.section}.revision"
@@ -167,30 +166,18 @@ def _check_revision(origin: Origin) -> None:
 # ------------------------------------------------------------------------------------------------------- the cache
 
 
-def _repository(origin: Origin) -> Path:
-    from huggingface_hub.constants import HF_HUB_CACHE
+def _cached(origin: Origin) -> Path | None:
+    """Return the snapshot that the cache has for a revision; it may lack files."""
+    from huggingface_hub import snapshot_download
 
-    return Path(HF_HUB_CACHE) / f"models--{origin.value.replace('/', '--')}"
-
-
-def _snapshot(origin: Origin, commit: str) -> Path:
-    return _repository(origin) / "snapshots" / commit
-
-
-def _cached_commit(origin: Origin) -> str | None:
-    """The commit that the revision means, as far as the cache knows."""
-    revision = origin.revision or DEFAULT_REVISION
-    if _COMMIT.fullmatch(revision):
-        return revision
-    try:
-        commit = (_repository(origin) / "refs" / revision).read_text(encoding="utf-8").strip()
-    except (OSError, ValueError):
+    try:  # no patterns: whatever files are there
+        return Path(snapshot_download(origin.value, revision=origin.revision, allow_patterns=[], local_files_only=True))
+    except (FileNotFoundError, ValueError):  # not there, or no valid name
         return None
-    return commit if _COMMIT.fullmatch(commit) else None
 
 
 def _missing(folder: Path, origin: Origin) -> str | None:
-    """The first file that a snapshot lacks, or None. A file appears there when it is whole."""
+    """Return the first file that a snapshot lacks, or None. Files appear there when they are complete."""
     needed = "tokenizer.json" if origin.section == "tokenizer" else "config.json"
     if not (folder / needed).is_file():
         return needed
@@ -206,7 +193,7 @@ def _missing(folder: Path, origin: Origin) -> str | None:
 
 
 def _is_whole(folder: Path, origin: Origin) -> bool:
-    """Whether the hub need not be asked. A tokenizer without its settings would load, with other special tokens."""
+    """Whether the hub need not be asked. A tokenizer without its settings would load with other special tokens."""
     settings = origin.section == "model" or (folder / "tokenizer_config.json").is_file()
     return settings and _missing(folder, origin) is None
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ def adapt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Adapt:
         section = Model.model_validate(model_section(subject))
         key = f"{seq_len} {section.model_dump_json()}"
         try:
-            _FOUND[key] = _FOUND.get(key) or json.dumps(asdict(examine(section, seq_len)))
+            _FOUND[key] = _FOUND.get(key) or json.dumps(examine(section, seq_len))
         except UserError as error:
             raise UserError(f"{subject.given} cannot be trained: {error}") from None
         found: dict[str, Any] = json.loads(_FOUND[key])

@@ -20,7 +20,7 @@ from turbolm.data.prepare.build import prepare
 from turbolm.data.store.token_store import open_store
 from turbolm.models.attention import choose_attention, model_inputs
 from turbolm.models.compile import apply_compile, compilations
-from turbolm.models.isolation import measure_leak
+from turbolm.models.isolation import Probe
 from turbolm.models.loss import chunked_linear_loss
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
@@ -60,9 +60,9 @@ def test_checkpoints_are_copied_beside_the_next_step(tmp_path: Path) -> None:
 @pytest.mark.parametrize("attention", ["sdpa", "flex", "varlen"])
 def test_packed_documents_are_isolated(name: str, attention: str) -> None:
     model = make_model(CONFIGS[name], attention).cuda().to(torch.bfloat16)
-    settings = {"vocab_size": VOCAB, "seq_len": SEQ_LEN, "attention": attention, "device": torch.device("cuda")}
-    leak, scale = measure_leak(model, **settings)
-    assert leak <= 1e-3 * scale
+    settings = {"vocab_size": VOCAB, "seq_len": SEQ_LEN, "attention": attention}
+    probe = Probe(model, **settings)
+    assert probe.move_by_neighbors() <= 1e-3 * probe.scale
 
 
 def test_auto_takes_varlen_in_half_precision() -> None:

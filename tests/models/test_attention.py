@@ -66,7 +66,7 @@ def test_what_joins_rows_is_kept_from_models_that_carry_a_state(monkeypatch: pyt
     monkeypatch.setattr(varlen, "varlen_attn", loop_over_documents)
     layers = {"layer_types": ["conv", "full_attention"], "num_key_value_heads": 2}
     model = make_model({"model_type": "lfm2", **layers, **SHAPE}, "varlen")
-    settings = {"vocab_size": VOCAB, "seq_len": SEQ_LEN, "device": CPU, "precision": "fp32", "packed": False}
+    settings = {"vocab_size": VOCAB, "seq_len": SEQ_LEN, "precision": "fp32", "packed": False}
     with pytest.raises(UserError, match="the rows of a micro-batch see each other .* set execution.attention: sdpa"):
         check_isolation(model, attention="varlen", **settings)
     model.set_attn_implementation("sdpa")

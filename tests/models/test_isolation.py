@@ -16,7 +16,7 @@ from turbolm.models.build import (
     build_model,
     carries_state_across_documents,
 )
-from turbolm.models.isolation import check_isolation, measure_leak
+from turbolm.models.isolation import Probe, check_isolation
 from turbolm.models.recompute import apply_activation_checkpointing
 from turbolm.recipe.schema import Model
 
@@ -82,8 +82,8 @@ def test_a_cache_would_leak(name: str) -> None:
 @pytest.mark.parametrize("name", LEAKING)
 def test_the_check_refuses_models_that_leak(name: str) -> None:
     model = make_model(LEAKING[name], "eager")
-    settings = {"vocab_size": VOCAB, "seq_len": SEQ_LEN, "attention": "eager", "device": CPU}
-    assert measure_leak(model, **settings)[0] > 1e-3
+    settings = {"vocab_size": VOCAB, "seq_len": SEQ_LEN, "attention": "eager"}
+    assert Probe(model, **settings).move_by_neighbors() > 1e-3
     with pytest.raises(UserError, match="data.packing: with eager attention this model lets packed documents see"):
         check_isolation(model, precision="fp32", **settings)
     with pytest.raises(UserError):
@@ -102,7 +102,7 @@ def check(config: dict[str, Any], seq_len: int = SEQ_LEN, **settings: Any) -> fl
     section = Model(config=config, **settings.pop("model", {}))
     completed = build_config(section, seq_len=seq_len, vocab_size=VOCAB, bos_token_id=0, eos_token_id=0)
     model = settings.pop("change", lambda model: model)(build_model(section, completed, seed=0, attention="eager"))
-    settings = {"attention": "eager", "device": CPU, "precision": "fp32", "config": model.config, **settings}
+    settings = {"attention": "eager", "precision": "fp32", "config": model.config, **settings}
     return check_isolation(model.train(), vocab_size=VOCAB, seq_len=seq_len, **settings)
 
 
@@ -184,7 +184,7 @@ def test_the_check_leaves_no_trace() -> None:
     torch.manual_seed(3)
     model = make_model({**CONFIGS["gpt2"], "attn_pdrop": 0.3, "resid_pdrop": 0.3}, "sdpa")
     torch.manual_seed(3)
-    settings = {"vocab_size": VOCAB, "seq_len": SEQ_LEN, "attention": "sdpa", "device": CPU, "precision": "fp32"}
+    settings = {"vocab_size": VOCAB, "seq_len": SEQ_LEN, "attention": "sdpa", "precision": "fp32"}
     assert check_isolation(model, **settings) == 0
     assert torch.equal(torch.rand(3), expected)
     assert model.training and all(parameter.grad is None for parameter in model.parameters())
@@ -193,7 +193,7 @@ def test_the_check_leaves_no_trace() -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_check_passes_models_that_isolate(precision: str) -> None:
     model = make_model(CONFIGS["llama"], "sdpa").to({"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
-    settings = {"vocab_size": VOCAB, "seq_len": SEQ_LEN, "attention": "sdpa", "device": CPU}
+    settings = {"vocab_size": VOCAB, "seq_len": SEQ_LEN, "attention": "sdpa"}
     assert check_isolation(model, precision=precision, **settings) <= 1e-6
 
 
@@ -208,7 +208,7 @@ def test_neither_dropout_nor_experts_look_like_a_leak(precision: str) -> None:
         **SHAPE,
     }
     model = make_model(config, "sdpa").to({"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
-    check_isolation(model, vocab_size=VOCAB, seq_len=SEQ_LEN, attention="sdpa", device=CPU, precision=precision)
+    check_isolation(model, vocab_size=VOCAB, seq_len=SEQ_LEN, attention="sdpa", precision=precision)
     assert model.training
 
 

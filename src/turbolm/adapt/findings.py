@@ -1,4 +1,4 @@
-"""What a small copy of a model shows, found in a process of its own, because trying it takes torch."""
+"""Try a small copy of a model in a child process, because that takes torch, and look at its tokenizer."""
 
 from __future__ import annotations
 
@@ -12,24 +12,22 @@ from turbolm.data.prepare.tokenizer import load_tokenizer, special_ids, vocabula
 from turbolm.errors import EXIT_BAD_INPUT, UserError
 
 _TIMEOUT_SEC = 900
-_LOSSES = {"full": "all logits at once", "chunked": "never all logits at once"}
 
 
 def model_section(subject: Subject) -> dict[str, Any]:
-    """The recipe's `model` section for new weights of this model."""
+    """Return the recipe's `model` section for new weights of this model."""
     if subject.config_file is not None:
         return {"config_file": str(subject.config_file)}
     return {"config": {"model_type": subject.model_type}}
 
 
 def examine(subject: Subject, seq_len: int) -> dict[str, Any]:
-    """The findings of `turbolm.models.preflight`. Raises UserError for a model that cannot be trained."""
+    """Return what `turbolm.models.preflight.examine` finds. Raises UserError for a model that cannot be trained."""
     command = [sys.executable, "-m", "turbolm.models.preflight"]
     request = json.dumps({"model": model_section(subject), "seq_len": seq_len})
     done = subprocess.run(command, input=request, capture_output=True, text=True, timeout=_TIMEOUT_SEC, check=False)
     if done.returncode == EXIT_BAD_INPUT:
-        reason = done.stderr[done.stderr.rfind("turbolm: ") :].removeprefix("turbolm: ").strip()
-        raise UserError(f"{subject.given} cannot be trained: {reason}")
+        raise UserError(f"{subject.given} cannot be trained: {done.stderr.rpartition('turbolm: ')[2].strip()}")
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         raise UserError(f"{subject.given} cannot be trained: a small copy of it fails: {last[:300]}")
@@ -38,7 +36,7 @@ def examine(subject: Subject, seq_len: int) -> dict[str, Any]:
 
 
 def tokenizer_size(subject: Subject) -> int | str:
-    """How many tokens the model's own tokenizer has, or why it cannot be used."""
+    """Return how many tokens the model's own tokenizer has, or why it cannot be used."""
     if subject.tokenizer is None:
         return "none comes with it"
     try:
@@ -50,20 +48,6 @@ def tokenizer_size(subject: Subject) -> int | str:
 
 
 def describe(found: dict[str, Any], tokenizer: int | str) -> dict[str, str]:
-    """The findings in words, by subject."""
-    way = found["way"]
-    rows = "one document a row" if way["packing"] == "single" else "documents share rows and are kept apart"
-    rows += ", one row a micro-batch" if way["one_row"] else ""
-    rows += f" with model.rope_factors: {way['rope_factors']}" if way["rope_factors"] != "by_length" else ""
-    rows += f"; else {found['refused']}" if found["refused"] else ""
-    said = {
-        "packing": rows,
-        "causality": "no later token and no other document moves a logit"
-        + (f" by more than {found['moved']:.0e}" if found["moved"] else ""),
-        "attention": f"{found['attention']} on a CPU" + (", varlen on a GPU in half precision" * found["has_sdpa"]),
-        "loss": f"{found['loss']}: {_LOSSES[found['loss']]}",
-        "router": found["router"],
-        "head": "tied to the embedding" if found["has_tied_head"] else "weights of its own",
-        "tokenizer": f"its own, {tokenizer} tokens" if isinstance(tokenizer, int) else f"{tokenizer}: one is trained",
-    }
-    return said | ({"notes": "; ".join(found["notes"])} if found["notes"] else {})
+    """Return the findings in words, by subject."""
+    own = f"its own, {tokenizer} tokens" if isinstance(tokenizer, int) else f"{tokenizer}: one is trained"
+    return {**found["said"], "tokenizer": own}

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from turbolm.adapt.compose import Wishes, compose
+from turbolm.adapt.compose import Case, compose
 from turbolm.adapt.findings import describe, examine, tokenizer_size
 from turbolm.adapt.render import render_recipe
 from turbolm.adapt.settings import MAX_SEQ_LEN
@@ -34,7 +34,7 @@ def adapt(
 
     Raises UserError for a model that cannot be trained, or does not fit, and where a file would be overwritten.
     """
-    wishes = Wishes(_parse("--seq-len", seq_len), _parse("--budget", budget))
+    num_tokens, num_budget_tokens = _parse("--seq-len", seq_len), _parse("--budget", budget)
     target = find_target(cluster)
     subject = find_subject(given, task)
     out = out or Path(f"{subject.name}-{task}.yaml")
@@ -43,7 +43,7 @@ def adapt(
     for file in files:
         if os.path.lexists(file):
             raise UserError(f"--out: {file} exists and is not overwritten; remove it, or name another --out")
-    found = examine(subject, wishes.seq_len or MAX_SEQ_LEN[target.device])
+    found = examine(subject, num_tokens or MAX_SEQ_LEN[target.device])
     tokenizer = tokenizer_size(subject)
     findings = describe(found, tokenizer)
     try:
@@ -51,7 +51,7 @@ def adapt(
         if copied is not None and subject.config_file is not None:
             shutil.copyfile(subject.config_file, copied)
             subject = replace(subject, config_file=copied)
-        entries = compose(subject, task, wishes, target, found, tokenizer)
+        entries = compose(Case(subject, task, target, found, tokenizer), num_tokens, num_budget_tokens)
         command = f"turbolm {'submit' if 'slurm' in target.cluster else 'train'} {shlex.quote(str(out))}"
         doing = {"pretrain": "Pretrains", "continue": "Goes on training"}[task]
         title = f"{doing} {found['class_name']} ({found['model_type']}) on {target.words}."

@@ -12,12 +12,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import reduce
-from logging import Handler, LogRecord
 from typing import Any
+from unittest.mock import patch
 
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig, modeling_rope_utils
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.utils import logging
 
 from turbolm.errors import UserError
 from turbolm.models.config_errors import Path, Problem, Search, find_culprits, without
@@ -269,27 +268,7 @@ def _without_effect(
 
 @contextmanager
 def rope_warnings() -> Iterator[list[str]]:
-    """What Transformers warns of rotary positions meanwhile, which nobody else hears."""
+    """Collect the warnings of Transformers about rotary positions, and keep them out of the log."""
     texts: list[str] = []
-    logger, handler = logging.get_logger("transformers.modeling_rope_utils"), _Collect(texts)
-    before = logger.level, logger.propagate
-    logger.addHandler(handler)
-    logger.setLevel("WARNING")
-    logger.propagate = False
-    try:
+    with patch.object(modeling_rope_utils.logger, "warning", lambda text, *_: texts.append(str(text))):
         yield texts
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(before[0])
-        logger.propagate = before[1]
-
-
-class _Collect(Handler):
-    """Keeps the texts of a logger."""
-
-    def __init__(self, texts: list[str]) -> None:
-        super().__init__()
-        self.texts = texts
-
-    def emit(self, record: LogRecord) -> None:
-        self.texts.append(record.getMessage())

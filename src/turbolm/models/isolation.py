@@ -1,54 +1,52 @@
-"""Prove, on the model that is about to be trained, that no document and no later token moves the logits of another."""
+"""Prove on the model that is about to train that no document and no later token moves the logits of another."""
 
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from turbolm.engine.engine import Engine
 from turbolm.errors import UserError
 from turbolm.models.attention import model_inputs
 from turbolm.models.settings import ropes_by_length
 
-# Relative to the largest logit. Every kernel that isolates gave exactly 0 in fp32, but mixtures of experts, whose
-# products have other sizes when other tokens change, up to 7e-7. The smallest leak seen at initial weights was 4e-3
-# (ALiBi in Bloom), the usual one above 1e-1. Where attention hardly counts, as in a small Marian, the limit is lower: a
+# Relative to the largest logit. Every kernel that isolates gave exactly 0 in fp32; mixtures of experts, whose products
+# have other sizes when other tokens change, gave up to 7e-7. The smallest leak seen at initial weights was 4e-3 (ALiBi
+# in Bloom), the usual one above 1e-1. Where attention hardly counts, as in a small Marian, the limit is lower: a
 # twentieth of how far a document's own tokens move its logits.
 _TOLERANCE = {"fp32": 1e-5, "bf16": 1e-3, "fp16": 1e-3}
 _ALONE_TOLERANCE = {"fp32": 1e-3, "bf16": 0.2, "fp16": 0.2}  # see `Probe.differ_alone`; other positions move it by 1
 _ROW_TOKENS = 32
 _MASKED = 1e9  # logits beyond it, either way, are those of tokens that the model rules out
-# Settings that turn a type that reads both ways into one that reads from left to right.
+# Settings that make a type that reads both ways read from left to right.
 _CAUSAL_SETTINGS = {"is_decoder": True, "causal": True, "attn_type": "uni", "use_bidirectional_attention": False}
 
 
 class Probe:
     """Forward passes of one small micro-batch, with changes that must not matter.
 
-    Two rows (or one, with `num_rows`) of at most 32 tokens; with `packed`, each holds two documents. What must not
-    change is the last document of the last row, which kernels that join the rows lay behind all others. The model runs
-    as it trains, and draws the same random numbers in every pass; the caller's random state stays as it was. A compiled
-    model runs as it was before: its graphs do the same, and compiling one for these rows would take longer than all the
-    rest. Every rank must make the same calls: under ZeRO-3 a forward pass gathers weights.
+    It has two rows (or one, with `num_rows`) of at most 32 tokens; with `packed`, each holds two documents. The
+    document that must not change is the last one of the last row: kernels that join rows put it behind all others. The
+    model runs as it trains and draws the same random numbers in every pass; the caller's random state is restored. A
+    compiled model runs uncompiled: its graphs do the same, and compiling one for these rows would take longer than all
+    the rest. Every rank must make the same calls, because under ZeRO-3 a forward pass gathers weights.
     """
 
     def __init__(
         self,
-        forward: Callable[..., Any],
+        model: PreTrainedModel | Engine,
         *,
         vocab_size: int,
         seq_len: int,
         attention: str,
-        device: torch.device,
         packed: bool = True,
         num_rows: int = 2,
     ) -> None:
-        self.forward, self.attention, self.device, self.vocab_size = forward, attention, device, vocab_size
+        self.model, self.attention, self.device, self.vocab_size = model, attention, model.device, vocab_size
         self.seq_len, self.num_tokens, self.row = seq_len, min(seq_len, _ROW_TOKENS), num_rows - 1
         self.first = self.num_tokens // 3 if packed else 0  # where the document that must not change begins
         self.middle = (self.first + self.num_tokens) // 2
@@ -60,7 +58,7 @@ class Probe:
         self.scale = float(usable.abs().max()) if usable.numel() else 0.0
 
     def _run(self, tokens: np.ndarray, positions: np.ndarray) -> torch.Tensor:
-        """Logits in fp32, [rows, tokens, vocabulary]."""
+        """Return the logits in fp32, [rows, tokens, vocabulary]."""
         inputs = model_inputs({"input_ids": tokens, "position_ids": positions}, self.attention, self.device)
         return self._forward(inputs).reshape(*tokens.shape, -1)
 
@@ -69,46 +67,38 @@ class Probe:
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices), torch.compiler.set_stance("force_eager"):
             torch.manual_seed(0)
-            logits: torch.Tensor = self.forward(**inputs).logits
+            logits: torch.Tensor = self.model(**inputs).logits
         return logits.float()
 
-    def is_finite(self) -> bool:
-        """Whether every logit is a number."""
-        return bool(torch.isfinite(self.logits).all())
-
-    def move_by_neighbours(self) -> float:
-        """How far the document's logits move when the tokens of every other document change; NaN if they become so."""
+    def move_by_neighbors(self) -> float:
+        """Return how far the document's logits move when all other documents change; NaN if they become NaN."""
         tokens = self.tokens.copy()
         self._change(tokens[self.row, : self.first])
         self._change(tokens[: self.row])
-        return self._moved(self._run(tokens, self.positions)[self.row, self.first :], self._of_document())
+        return self._moved(self._run(tokens, self.positions), slice(self.first, None))
 
     def move_by_lengths(self) -> float:
-        """The same when the other documents are `seq_len` tokens long: their last positions say so."""
+        """Return the same when the other documents are `seq_len` tokens long, as their last positions say."""
         positions = self.positions.copy()
-        ends = [(self.row, self.first)] if self.first else []
-        for row, end in [*ends, *((row, self.num_tokens) for row in range(self.row))]:
-            positions[row, end - 1] = self.seq_len - 1
-        return self._moved(self._run(self.tokens, positions)[self.row, self.first :], self._of_document())
-
-    def _of_document(self) -> torch.Tensor:
-        return self.logits[self.row, self.first :]
+        positions[: self.row, -1] = self.seq_len - 1
+        if self.first:
+            positions[self.row, self.first - 1] = self.seq_len - 1
+        return self._moved(self._run(self.tokens, positions), slice(self.first, None))
 
     def move_by_tokens(self) -> tuple[float, float]:
-        """How far the document's logits before its middle tokens, and after them, move when those change."""
-        first, last = self.middle, (self.middle + self.num_tokens) // 2
+        """Return how far the document's logits before its middle tokens, and after them, move when those change."""
+        last = (self.middle + self.num_tokens) // 2
         tokens = self.tokens.copy()
-        self._change(tokens[self.row, first:last])
-        logits, expected = self._run(tokens, self.positions)[self.row], self.logits[self.row]
-        before, after = slice(self.first, first), slice(last, None)
-        return self._moved(logits[before], expected[before]), self._moved(logits[after], expected[after])
+        self._change(tokens[self.row, self.middle : last])
+        logits = self._run(tokens, self.positions)
+        return self._moved(logits, slice(self.first, self.middle)), self._moved(logits, slice(last, None))
 
     def differ_alone(self) -> float:
-        """How far the document's logits, with padding after it, lie from those it has alone and without positions.
+        """Return how far the document's logits, with padding after it, are from those it has alone, without positions.
 
-        That is how Transformers runs it. Without dropout, whose random numbers follow the shape. The median over its
-        tokens, relative to the length of the vector of their logits: kernels round otherwise alone, and in half
-        precision that may send a token to another expert.
+        That is how Transformers runs it. Runs without dropout, whose random numbers follow the shape. The result is the
+        median over tokens, relative to the norm of the logits: kernels round differently alone, and in half precision
+        that may send a token to another expert.
         """
         first, last, end = self.first, self.num_tokens - self.num_tokens // 4, self.num_tokens
         tokens, positions = self.tokens.copy(), self.positions.copy()
@@ -117,9 +107,14 @@ class Probe:
         batch = {"input_ids": tokens[self.row :, first:last], "position_ids": positions[self.row :, first:last]}
         alone = model_inputs(batch, self.attention, self.device)
         del alone["position_ids"]
-        with _evaluating(self.forward):
+        was_training = self.model.training
+        self.model.eval()
+        try:
             expected = self._forward(alone)[0]
             difference = self._run(tokens, positions)[self.row, first:last] - expected
+        finally:
+            if was_training:
+                self.model.train()
         is_masked = expected.abs() >= _MASKED
         moved, size = (each.masked_fill(is_masked, 0.0).norm(dim=-1) for each in (difference, expected))
         return float((moved / size.clamp(min=1e-12)).median())  # a model's own padding token may have logits of 0
@@ -129,65 +124,39 @@ class Probe:
         tokens += 1 + np.random.default_rng(1).integers(0, self.vocab_size - 1, tokens.shape)
         tokens %= self.vocab_size
 
-    def _moved(self, logits: torch.Tensor, expected: torch.Tensor) -> float:
-        return float((logits - expected).masked_fill(expected.abs() >= _MASKED, 0.0).abs().max())
-
-
-@contextmanager
-def _evaluating(forward: Callable[..., Any]) -> Iterator[None]:
-    """Evaluation mode, where `forward` is a module or an engine."""
-    was_training = getattr(forward, "training", False)
-    if was_training:
-        forward.eval()  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        if was_training:
-            forward.train()  # type: ignore[attr-defined]
-
-
-def measure_leak(forward: Callable[..., Any], **settings: Any) -> tuple[float, float]:
-    """How far a document's logits move when its neighbours change, and the largest logit; `settings` as `Probe`."""
-    probe = Probe(forward, **settings)
-    return probe.move_by_neighbours(), probe.scale
+    def _moved(self, logits: torch.Tensor, where: slice) -> float:
+        expected = self.logits[self.row, where]
+        return float((logits[self.row, where] - expected).masked_fill(expected.abs() >= _MASKED, 0.0).abs().max())
 
 
 def check_isolation(
-    forward: Callable[..., Any],
+    model: PreTrainedModel | Engine,
     *,
     vocab_size: int,
     seq_len: int,
     attention: str,
-    device: torch.device,
     precision: str,
     packed: bool = True,
     num_rows: int = 2,
     config: PreTrainedConfig | None = None,
 ) -> float:
-    """Refuse to train a model whose logits are not finite, or follow later tokens or other documents.
+    """Refuse to train a model whose logits are not finite, or depend on later tokens or on other documents.
 
-    `seq_len` is the recipe's, `packed` whether documents share a row, `num_rows` how many rows a micro-batch has (two
-    are probed at most), `config` the model's, for the message. Runs `forward` (the model or its engine) six times on
-    at most 64 tokens; see `Probe`. Returns how far the logits moved when the other documents changed. Raises
+    `model` is the model or its engine, `seq_len` the recipe's; `packed` says whether documents share a row, `num_rows`
+    how many rows a micro-batch has (at most two are probed); `config` is the model's, for the message. Runs six forward
+    passes of at most 64 tokens, see `Probe`. Returns how far the logits moved when the other documents changed. Raises
     UserError.
     """
     kind = "this model" if config is None else config.model_type
+    rows = {"vocab_size": vocab_size, "seq_len": seq_len, "num_rows": min(num_rows, 2)}
     try:
-        probe = Probe(
-            forward,
-            vocab_size=vocab_size,
-            seq_len=seq_len,
-            attention=attention,
-            device=device,
-            packed=packed,
-            num_rows=min(num_rows, 2),
-        )
+        probe = Probe(model, attention=attention, packed=packed, **rows)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # of any kind: what a model type cannot do fails wherever its code comes to it
         traceback.print_exc()
         raise UserError(f"model: {kind} cannot be trained with {attention} attention: {_one_line(error)}") from error
-    if not probe.is_finite():
+    if not torch.isfinite(probe.logits).all():
         raise UserError(
             f"model: the logits of {kind} are not finite (NaN or infinite) before the first step, in {precision}: a "
             "weight is not, or train.precision is too narrow for it (fp32 is the widest)"
@@ -204,14 +173,15 @@ def check_isolation(
             f"model: {kind} sees later tokens (changing one moved the logits before it by {before:.2g}), so it would "
             f"be given what it has to predict; {_causal_cure(config)}"
         )
-    neighbours = probe.move_by_neighbours() if packed or num_rows > 1 else 0.0
-    if not neighbours <= limit:
-        raise UserError(_leak_message(neighbours, attention, packed))
+    has_neighbors = packed or num_rows > 1
+    moved = probe.move_by_neighbors() if has_neighbors else 0.0
+    if not moved <= limit:
+        raise UserError(_leak_message(moved, attention, packed))
     _check_alone(probe, kind, precision)
-    lengths = probe.move_by_lengths() if packed or num_rows > 1 else 0.0
-    if not lengths <= limit:
-        raise UserError(_length_message(lengths, kind, packed, config))
-    return neighbours
+    moved_by_lengths = probe.move_by_lengths() if has_neighbors else 0.0
+    if not moved_by_lengths <= limit:
+        raise UserError(_length_message(moved_by_lengths, kind, packed, config))
+    return moved
 
 
 def _check_alone(probe: Probe, kind: str, precision: str) -> None:
@@ -243,20 +213,20 @@ def _leak_message(leak: float, attention: str, packed: bool) -> str:
 
 
 def _length_message(moved: float, kind: str, packed: bool, config: PreTrainedConfig | None) -> str:
-    cures = ["`data.packing: single` with execution.micro_batch: data.seq_len, one row"]
+    cure = "`data.packing: single` with execution.micro_batch: data.seq_len, one row"
     if not packed:
-        cures = ["execution.micro_batch to data.seq_len, one row"]
-    if config is None or any(ropes_by_length(part) for part in (config, config.get_text_config())):
-        cures.insert(0, "model.rope_factors: short (or long), which fixes its rotary factors")
+        cure = "execution.micro_batch to data.seq_len, one row"
+    if config is None or ropes_by_length(config) or ropes_by_length(config.get_text_config()):
+        cure = f"model.rope_factors: short (or long), which fixes its rotary factors, or {cure}"
     return (
         f"data.packing: in {kind} a document's logits follow the length of the others in its micro-batch (one of "
-        f"data.seq_len tokens moved its neighbour's by {moved:.2g}); set {', or '.join(cures)}"
+        f"data.seq_len tokens moved its neighbour's by {moved:.2g}); set {cure}"
     )
 
 
 def _causal_cure(config: PreTrainedConfig | None) -> str:
     for key, value in _CAUSAL_SETTINGS.items():
-        if hasattr(config, key) and getattr(config, key) != value:
+        if getattr(config, key, value) != value:
             return f"set `model.config.{key}: {str(value).lower()}`, which makes it read from left to right"
     return "choose a model type that reads from left to right"
 

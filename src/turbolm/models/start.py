@@ -1,12 +1,15 @@
-"""Start a small model on the CPU as a run starts it, probes included: for trying a model type or a configuration."""
+"""Start a small model on the CPU as a run starts it, probes included, to try a model type or a configuration."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
 from turbolm.errors import UserError
-from turbolm.models.attention import check_long_rows, choose_attention
+from turbolm.models.attention import check_long_rows, choose_attention, model_inputs
 from turbolm.models.build import (
     build_config,
     build_model,
@@ -15,6 +18,7 @@ from turbolm.models.build import (
     model_class,
 )
 from turbolm.models.isolation import check_isolation
+from turbolm.models.loss import choose_loss
 from turbolm.models.positions import check_positions
 from turbolm.models.router import freeze_balancing_biases
 from turbolm.recipe.schema import Model
@@ -23,11 +27,18 @@ VOCAB = 96
 CPU = torch.device("cpu")
 
 
-def start_small(section: Model, *, packed: bool, num_rows: int, seq_len: int) -> tuple[PreTrainedModel, str, float]:
-    """The model as `turbolm.train.build` starts it, its attention kernel, and how far neighbours moved its logits.
+@dataclass(frozen=True)
+class Started:
+    """A model that passed the probes of a run."""
 
-    Raises UserError where a run would.
-    """
+    model: PreTrainedModel
+    attention: str
+    loss: str
+    moved: float  # how far a changed document moved the logits of its neighbor
+
+
+def start_small(section: Model, *, packed: bool, num_rows: int, seq_len: int) -> Started:
+    """Build and probe a model as `turbolm.train.build` does. Raises UserError where a run would."""
     config = build_config(section, seq_len=seq_len, vocab_size=VOCAB, bos_token_id=1, eos_token_id=2)
     kind = model_class(config)
     reason = carries_state_across_documents(config, kind)
@@ -45,10 +56,11 @@ def start_small(section: Model, *, packed: bool, num_rows: int, seq_len: int) ->
         vocab_size=VOCAB,
         seq_len=seq_len,
         attention=attention,
-        device=CPU,
         precision="fp32",
         packed=packed,
         num_rows=num_rows,
         config=model.config,
     )
-    return model, attention, moved
+    tokens = np.arange(8)[None]
+    probe = model_inputs({"input_ids": tokens, "position_ids": tokens}, attention, CPU)
+    return Started(model, attention, choose_loss("auto", model, model, probe, "fp32"), moved)

@@ -1,7 +1,7 @@
-"""The table of model types: which are trained packed, which one document a row, which are refused and why.
+"""Keep the table of model types: which train packed, which one document per row, which are refused and why.
 
-`README.md` beside this file holds it, so that showing it needs neither torch nor time. Trials (trial.py) run in
-processes of their own: a type that crashes, hangs or wants too much memory costs only itself.
+The table is in `README.md` beside this file, so showing it needs neither torch nor time. Trials (trial.py) run in child
+processes: a type that crashes, hangs or needs too much memory costs only itself.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import subprocess
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from queue import SimpleQueue
-from typing import Any
+from subprocess import PIPE
+from typing import IO, Any
 
 from turbolm.errors import UserError
 from turbolm.plan.count import causal_model_types
@@ -33,20 +33,20 @@ TIMEOUT_SEC = 600  # of one type; most take less than one second, but imports ta
 
 
 def read_table() -> str:
-    """The table as it was last written, with its heading."""
+    """Return the table as last written, with its heading."""
     text = README.read_text(encoding="utf-8")
     return text[text.index(HEADING) :]
 
 
 def write_table(trials: Iterable[Mapping[str, Any]]) -> None:
-    """Replace the table in README.md, which it ends."""
+    """Replace the table at the end of README.md."""
     text = README.read_text(encoding="utf-8")
     before = text[: text.index(HEADING)] if HEADING in text else text + "\n"
     README.write_text(before + render_table(trials), encoding="utf-8")
 
 
 def render_table(trials: Iterable[Mapping[str, Any]]) -> str:
-    """Markdown: what was tried, how many came out how, and a line for each type."""
+    """Return Markdown: what was tried, how many types had each outcome, and a row per type."""
     trials = sorted(trials, key=lambda trial: str(trial["model_type"]))
     counts = Counter(trial["outcome"] for trial in trials)
     told = ", ".join(f"{counts[outcome]} {name}" for outcome, name in OUTCOMES.items() if counts[outcome])
@@ -63,19 +63,19 @@ def render_table(trials: Iterable[Mapping[str, Any]]) -> str:
 
 
 def _reason(trial: Mapping[str, Any]) -> str:
-    """The first clause of a message, without its key and what was measured; the last line of a traceback."""
+    """Return the first clause of a message without its key and measurements, or the last line of a traceback."""
     if trial["outcome"] == "failed":
         return str(trial["reason"]).strip().splitlines()[-1].replace("|", "\\|")
     text = re.sub(r"^[\w.]+: ", "", " ".join(str(trial["reason"]).split()))
     text = re.sub(
         r" \((changing|one of|logits differ)[^)]*\)", "", text
-    )  # numbers that another machine rounds otherwise
+    )  # numbers that other machines round differently
     text = re.split(r"; choose|; set `?data|, so packed|, with that type", text)[0]
     return text.replace("|", "\\|")
 
 
 def show_or_try(types: Sequence[str], write: bool) -> bool:
-    """Print the table; or try `types`, or with `write` all of them, and replace it. Whether none failed."""
+    """Print the table; or try `types`, or with `write` try all and replace the table. Returns whether none failed."""
     if not types and not write:
         print(read_table(), end="")
         return True
@@ -92,60 +92,42 @@ def show_or_try(types: Sequence[str], write: bool) -> bool:
 
 
 def try_types(types: Sequence[str], num_processes: int) -> list[dict[str, Any]]:
-    """Try each type and print a line about each; the keys are those of `turbolm.models.trial.Trial`."""
-    workers: SimpleQueue[_Worker] = SimpleQueue()
-    for _ in range(num_processes):
-        workers.put(_Worker())
+    """Try each type and print a line about it; the keys are those of `turbolm.models.trial.Trial`."""
     numbers = itertools.count(1)
 
-    def ask(model_type: str) -> dict[str, Any]:
-        worker = workers.get()
-        result = worker.ask(model_type)
-        workers.put(worker)
-        told = [OUTCOMES[result["outcome"]], *filter(None, [result["reason"]])]
-        print(f"{next(numbers)}/{len(types)} {model_type}: {': '.join(told)}", flush=True)
-        return result
+    def report(trial: dict[str, Any]) -> None:
+        said = [OUTCOMES[trial["outcome"]], *filter(None, [trial["reason"]])]
+        print(f"{next(numbers)}/{len(types)} {trial['model_type']}: {': '.join(said)}", flush=True)
 
     with ThreadPoolExecutor(num_processes) as pool:
-        results = list(pool.map(ask, types))
-    for _ in range(num_processes):
-        workers.get().close()
-    return results
+        shares = [types[first::num_processes] for first in range(num_processes)]
+        return [trial for trials in pool.map(_try_in_process, shares, itertools.repeat(report)) for trial in trials]
 
 
-class _Worker:
-    """A process that tries one type after another, with others after it where it dies."""
+def _try_in_process(types: Sequence[str], report: Callable[[dict[str, Any]], None]) -> list[dict[str, Any]]:
+    """Try one type after another in a child process; when it dies, start a new one for the remaining types."""
+    trials: list[dict[str, Any]] = []
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    while len(trials) < len(types):
+        with subprocess.Popen(
+            COMMAND, stdin=PIPE, stdout=PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
+        ) as process:
+            assert process.stdin is not None and process.stdout is not None
+            process.stdin.write("\n".join(types[len(trials) :]))
+            process.stdin.close()
+            while answer := _read_line(process, process.stdout):
+                trials.append(json.loads(answer))
+                report(trials[-1])
+        if len(trials) < len(types):
+            reason = f"its process died with code {process.returncode}"
+            trials.append({"model_type": types[len(trials)], "outcome": "failed", "reason": reason})
+            report(trials[-1])
+    return trials
 
-    process: subprocess.Popen[str] | None = None
 
-    def ask(self, model_type: str) -> dict[str, Any]:
-        if self.process is None:
-            self.process = subprocess.Popen(
-                COMMAND,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                text=True,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
-            )
-        assert self.process.stdin is not None and self.process.stdout is not None
-        timer = threading.Timer(TIMEOUT_SEC, self.process.kill)
-        timer.start()
-        try:
-            print(model_type, file=self.process.stdin, flush=True)
-            answer = self.process.stdout.readline()
-        except BrokenPipeError:
-            answer = ""
-        timer.cancel()
-        if answer:
-            result: dict[str, Any] = json.loads(answer)
-            return result
-        return {"model_type": model_type, "outcome": "failed", "reason": f"its process died with code {self.close()}"}
-
-    def close(self) -> int:
-        """End the process; returns its exit code."""
-        if self.process is None:
-            return 0
-        self.process.communicate()
-        code, self.process = self.process.returncode, None
-        return code
+def _read_line(process: subprocess.Popen[str], stream: IO[str]) -> str:
+    timer = threading.Timer(TIMEOUT_SEC, process.kill)
+    timer.start()
+    line = stream.readline()
+    timer.cancel()
+    return line

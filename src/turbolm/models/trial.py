@@ -1,7 +1,7 @@
-"""Try a model type: build it small as a run would, and compare its loss and gradient with Hugging Face's own.
+"""Try a model type: build it small as a run would, and compare its loss and gradient with those of Hugging Face.
 
-`python -m turbolm.models.trial` reads model types on stdin, one a line, and answers each with a line of JSON on stdout.
-`turbolm.models.table` runs it in processes of their own, so that a type that crashes costs nothing but itself.
+`python -m turbolm.models.trial` reads model types on stdin, one per line, and answers each with a line of JSON on
+stdout. `turbolm.models.table` runs it in child processes, so a type that crashes costs nothing but itself.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import torch
@@ -25,19 +25,18 @@ from transformers import AutoConfig, PreTrainedModel
 
 from turbolm.errors import UserError
 from turbolm.models.attention import model_inputs
-from turbolm.models.loss import attach_loss, choose_loss
+from turbolm.models.loss import IGNORED_TARGET, attach_loss
 from turbolm.models.router import attach_router_loss, find_routers
 from turbolm.models.shrink import shrink
 from turbolm.models.start import CPU, VOCAB, start_small
-from turbolm.plan.batch import IGNORED_TARGET
 from turbolm.recipe.schema import Model
 
 SEQ_LEN = 48
 ROWS = ((19, 12, 9), (3, 30), (26,))  # lengths of the documents of each packed row; padding follows
 LOSS_TOLERANCE, NORM_TOLERANCE = 1e-6, 1e-5  # relative, fp32
-MOST_MEMORY = 4 * 2**30  # a model that needs more is not small: its trial fails at once
-# Their own loss is not that of the next token: decoders take labels that are shifted already, git counts the tokens of
-# an image. Here it is made of their own logits.
+MAX_MEMORY_BYTES = 4 * 2**30  # a model that needs more is not small: its trial fails at once
+# Types whose own loss is not that of the next token: decoders take labels that are already shifted, and git counts the
+# tokens of an image. Their loss is computed here from their own logits.
 OTHER_LABELS = (
     "bart bigbird_pegasus blenderbot blenderbot-small git mbart mvp pegasus plbart trocr whisper xlnet".split()
 )
@@ -45,7 +44,7 @@ OTHER_LABELS = (
 
 @dataclass(frozen=True)
 class Trial:
-    """What became of a model type: packed, single (one document a row), refused or failed; and why."""
+    """The outcome for a model type: packed, single (one document per row), refused or failed; and why."""
 
     model_type: str
     outcome: str
@@ -55,7 +54,7 @@ class Trial:
 
 
 def try_type(model_type: str) -> Trial:
-    """Train a small model of the type, packed if the project does that, else one document a row."""
+    """Train a small model of the type, packed where that is allowed, else with one document per row."""
     try:
         section = Model(config=small_mapping(model_type))
         try:
@@ -71,24 +70,32 @@ def try_type(model_type: str) -> Trial:
 
 
 def small_mapping(model_type: str) -> dict[str, Any]:
-    """`model.config` of a small model of the type; the type alone where its default configuration cannot be made."""
+    """Return `model.config` of a small model of the type; the type alone where it has no default configuration."""
     try:
         return shrink(AutoConfig.for_model(model_type))
-    except Exception:  # of Transformers: what the project makes of it is the question
+    except Exception:  # of any kind; the trial shows what turbolm says to the type alone
         return {"model_type": model_type}
 
 
 def compare_losses(section: Model, packing: str) -> tuple[float, float]:
-    """Relative differences of loss and gradient norm. Raises UserError, and AssertionError where they are too large."""
-    model, attention = _started(section, packing)
+    """Return the relative errors of loss and gradient norm of a small model that is trained as `section` says.
+
+    `packing` is packed or single. Raises UserError where a run would, and AssertionError for errors that are too large.
+    """
+    with _nan_in_new_memory():
+        started = start_small(section, packed=packing != "single", num_rows=2, seq_len=SEQ_LEN)
+    model = started.model
+    attach_loss(model, started.loss)
     documents = _documents()
-    rows = documents if packing == "packed" else [[document] for row in documents for document in row]
+    rows = documents if packing != "single" else [[document] for row in documents for document in row]
     micro_batch = _micro_batch(rows)
-    inputs = {**model_inputs(micro_batch, attention, CPU), "targets": torch.from_numpy(micro_batch["targets"])}
+    inputs = {**model_inputs(micro_batch, started.attention, CPU), "targets": torch.from_numpy(micro_batch["targets"])}
     _try_router_loss(model, inputs)
     _perturb(model)
-    loss, norm = _project(model, inputs)
-    expected_loss, expected_norm = _hugging_face(model, documents)
+    objective, nll = model(**inputs)
+    (objective / int((inputs["targets"] != IGNORED_TARGET).sum())).backward()
+    loss, norm = nll.item(), _norm(model)
+    expected_loss, expected_norm = _hugging_face(model, [document for row in documents for document in row])
     errors = abs(loss / expected_loss - 1), abs(norm / expected_norm - 1)
     assert errors[0] <= LOSS_TOLERANCE and errors[1] <= NORM_TOLERANCE, (
         f"{packing}: loss {loss} and gradient norm {norm}, Transformers' own {expected_loss} and {expected_norm}"
@@ -96,19 +103,9 @@ def compare_losses(section: Model, packing: str) -> tuple[float, float]:
     return errors
 
 
-def _started(section: Model, packing: str) -> tuple[PreTrainedModel, str]:
-    """The model as a run starts it, with its loss, and its attention kernel. Raises UserError."""
-    with _nan_in_new_memory():
-        model, attention, _ = start_small(section, packed=packing != "single", num_rows=2, seq_len=SEQ_LEN)
-    tokens = np.arange(8)[None]
-    probe = model_inputs({"input_ids": tokens, "position_ids": tokens}, attention, CPU)
-    attach_loss(model, choose_loss("auto", model, model, probe, "fp32"))
-    return model, attention
-
-
 @contextmanager
 def _nan_in_new_memory() -> Iterator[None]:
-    """Whatever is not initialised is NaN, not what happens to lie there."""
+    """Fill uninitialized memory with NaN."""
     torch.use_deterministic_algorithms(True, warn_only=True)  # `fill_uninitialized_memory` is on by default
     try:
         yield
@@ -118,7 +115,7 @@ def _nan_in_new_memory() -> Iterator[None]:
 
 @torch.no_grad()
 def _perturb(model: PreTrainedModel) -> None:
-    """Move what starts as a constant: a bias or gate of 0 would hide what it does, and equal scores tie."""
+    """Perturb parameters that start as constants: a bias or gate of 0 hides what it does, and equal scores tie."""
     torch.manual_seed(0)
     for parameter in model.parameters():
         if parameter.dim() < 2 or parameter.min() == parameter.max():
@@ -131,7 +128,7 @@ def _documents() -> list[list[torch.Tensor]]:
 
 
 def _try_router_loss(model: PreTrainedModel, inputs: dict[str, Any]) -> None:
-    """A step with the router loss that a recipe adds by itself. What is compared afterwards is without it."""
+    """Run a step with the router loss that a recipe adds by default; the comparison afterwards is without it."""
     routers = find_routers(model, "config")
     if routers is None:
         return
@@ -144,15 +141,8 @@ def _try_router_loss(model: PreTrainedModel, inputs: dict[str, Any]) -> None:
     model.forward = plain
 
 
-def _project(model: PreTrainedModel, inputs: dict[str, Any]) -> tuple[float, float]:
-    """Summed loss of one micro-batch that holds all documents, and the norm of its mean's gradient."""
-    objective, nll = model(**inputs)
-    (objective / int((inputs["targets"] != IGNORED_TARGET).sum())).backward()
-    return nll.item(), _norm(model)
-
-
 def _micro_batch(rows: list[list[torch.Tensor]]) -> dict[str, np.ndarray]:
-    """As turbolm.data.batch.rows fills it: shifted targets, the padding at the end of a row as a slice of its own."""
+    """Fill a micro-batch as turbolm.data.batch.rows does: shifted targets, and the padding at the end as a document of its own."""
     batch = {name: np.zeros((len(rows), SEQ_LEN), np.int64) for name in ("input_ids", "position_ids", "targets")}
     batch["targets"][:] = IGNORED_TARGET
     for number, row in enumerate(rows):
@@ -167,40 +157,43 @@ def _micro_batch(rows: list[list[torch.Tensor]]) -> dict[str, np.ndarray]:
     return batch
 
 
-def _hugging_face(model: PreTrainedModel, documents: list[list[torch.Tensor]]) -> tuple[float, float]:
-    """The same from Transformers' own model and loss, given each document alone."""
+def _hugging_face(model: PreTrainedModel, documents: list[torch.Tensor]) -> tuple[float, float]:
+    """Return summed loss and gradient norm from Transformers' own model and loss, given each document alone."""
     config = copy.deepcopy(model.config)
     reference = type(model)._from_config(config, dtype=torch.float32, attn_implementation="eager")
     reference.load_state_dict(model.state_dict())
-    reference.eval()  # without any noise; ours trains as it trains
-    flat = [document for row in documents for document in row]
-    num_targets = sum(len(document) - 1 for document in flat)
+    reference.eval()  # no noise; the other model stays in training mode
+    num_targets = sum(len(document) - 1 for document in documents)
     total = 0.0
-    for document in flat:
-        loss = _own_loss(reference, document[None]) * (len(document) - 1)
-        (loss / num_targets).backward()
-        total += loss.item()
+    for document in documents:
+        tokens = document[None]
+        if config.model_type in OTHER_LABELS:
+            loss = F.cross_entropy(reference(input_ids=tokens[:, :-1], use_cache=False).logits[0], document[1:])
+        else:
+            loss = reference(input_ids=tokens, labels=tokens, use_cache=False).loss
+        nll = loss * (len(document) - 1)
+        (nll / num_targets).backward()
+        total += nll.item()
     return total, _norm(reference)
 
 
-def _own_loss(reference: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
-    if reference.config.model_type not in OTHER_LABELS:
-        loss: torch.Tensor = reference(input_ids=tokens, labels=tokens, use_cache=False).loss
-        return loss
-    return F.cross_entropy(reference(input_ids=tokens[:, :-1], use_cache=False).logits[0], tokens[0, 1:])
-
-
 def _norm(model: PreTrainedModel) -> float:
-    """Of the gradients of all parameters together."""
+    """Return the norm of all gradients together."""
     return float(torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm())
 
 
-def main() -> None:
-    """Answer on the stdout that the process was started with; what models print goes to stderr."""
+def answer_on_stdout() -> TextIO:
+    """Return this process's stdout for its answers, and send what models print to stderr; use one thread."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    resource.setrlimit(resource.RLIMIT_DATA, (MOST_MEMORY, MOST_MEMORY))
     torch.set_num_threads(1)
+    return answers
+
+
+def main() -> None:
+    """Answer each line of stdin with a trial."""
+    answers = answer_on_stdout()
+    resource.setrlimit(resource.RLIMIT_DATA, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
     for line in sys.stdin:
         print(json.dumps(asdict(try_type(line.strip()))), file=answers, flush=True)
 

@@ -155,7 +155,6 @@ def _check_isolation(engine: Engine, plan: Plan, store: TokenStore, attention: s
         vocab_size=store.vocab_size,
         seq_len=data.seq_len,
         attention=attention,
-        device=engine.device,
         precision=plan.precision,
         packed=data.packing != "single",
         num_rows=1 if has_one_row else 2,
