@@ -142,7 +142,7 @@ def _try_router_loss(model: PreTrainedModel, inputs: dict[str, Any]) -> None:
 
 
 def _micro_batch(rows: list[list[torch.Tensor]]) -> dict[str, np.ndarray]:
-    """Fill a micro-batch as turbolm.data.batch.rows does: shifted targets, and the padding at the end as a document of its own."""
+    """Fill a micro-batch as turbolm.data.batch.rows does: shifted targets, padding at the end as its own document."""
     batch = {name: np.zeros((len(rows), SEQ_LEN), np.int64) for name in ("input_ids", "position_ids", "targets")}
     batch["targets"][:] = IGNORED_TARGET
     for number, row in enumerate(rows):
