@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from turbolm.errors import UserError
+from turbolm.errors import UserError, did_you_mean
 from turbolm.hub import Origin, fetch_settings
 from turbolm.plan.count import causal_model_types
 
@@ -43,8 +42,7 @@ def find_subject(given: str, task: Task) -> Subject:
         tokenizer = folder if (folder / "tokenizer.json").is_file() else None
         found = Subject(given, run_name(given), None, folder / "config.json", given, tokenizer, folder.name)
     else:
-        near = difflib.get_close_matches(given, causal_model_types(), n=1)
-        hint = f"; did you mean the type {near[0]!r}?" if near else ""
+        hint = did_you_mean(given, causal_model_types()).replace("mean", "mean the type")
         raise UserError(
             f"MODEL: {given!r} is no folder or config.json here (in {Path.cwd()}), no model type for which "
             f"Transformers has a causal language model, and no name on the hub such as owner/name{hint}"

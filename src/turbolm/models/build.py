@@ -1,7 +1,8 @@
-"""Build a Hugging Face causal language model from a recipe, with weights that depend on nothing but the seed."""
+"""Build a Hugging Face causal language model from a recipe, with weights that depend only on the seed."""
 
 from __future__ import annotations
 
+import copy
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from turbolm.models.attention import ATTENTION_NAMES
 from turbolm.models.config import make_config
 from turbolm.models.initialise import initialise_weights
 from turbolm.models.pretrained import load_pretrained, refuse_adapter, settle_tying
-from turbolm.models.resize import add_rows, fit_vocabulary, with_rows
+from turbolm.models.resize import add_rows, fit_vocabulary
 from turbolm.models.settings import apply_router_noise, fix_rope_factors, stop_sampling_routers
 from turbolm.plan.count import padded_vocab_size
 from turbolm.recipe.model_config import is_dropout
@@ -32,15 +33,17 @@ _ISOLATING_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attent
 def build_config(
     model: Model, *, seq_len: int, vocab_size: int, bos_token_id: int, eos_token_id: int
 ) -> PreTrainedConfig:
-    """The model's configuration, completed from the tokenizer and checked against the recipe.
+    """Return the model's configuration, completed from the tokenizer and checked against the recipe.
 
-    Every dropout probability becomes `model.dropout` unless `model.config` names it, or the file one that is not 0; so
-    does noise on routers, and `model.rope_factors` replaces factors that follow the length. Raises UserError with every
-    name that nothing reads and every value that Transformers refuses.
+    Every dropout probability becomes `model.dropout` unless `model.config` names it, or the file one that is not 0.
+    Noise on routers is set likewise, and `model.rope_factors` replaces factors that follow the length. Raises UserError
+    with every name that nothing reads and every value that Transformers refuses.
     """
     named = model.full_config
     if named is not None:
-        config = _config_of_recipe(model, named, vocab_size)
+        rows = named.get("vocab_size", vocab_size)
+        padded = {"vocab_size": padded_vocab_size(model, rows)} if isinstance(rows, int) else {}
+        config = make_config(model.config_file, {**(model.config or {}), **padded})
         for key, value in (("bos_token_id", bos_token_id), ("eos_token_id", eos_token_id), ("pad_token_id", None)):
             if key not in named:
                 with suppress(StrictDataclassFieldValidationError):  # a type that cannot do without the token
@@ -81,7 +84,7 @@ def _refuse_other_attention(config: PreTrainedConfig) -> None:
 
 
 def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """The causal language model class of a configuration."""
+    """Return the causal language model class of a configuration. Raises UserError."""
     try:
         found: type[PreTrainedModel] = AutoModelForCausalLM._model_mapping[type(config)]
     except KeyError:
@@ -92,21 +95,20 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
 def build_model(
     model: Model, config: PreTrainedConfig, *, seed: int, attention: str, sharded_by: dict[str, Any] | None = None
 ) -> PreTrainedModel:
-    """The model with fp32 initial weights on the CPU, the same for every ZeRO stage and world size.
+    """Return the model with fp32 initial weights on the CPU, the same for every ZeRO stage and world size.
 
     `attention` is one of `turbolm.models.attention.ATTENTION_NAMES`. `sharded_by`, a DeepSpeed configuration of stage
-    3, makes each process hold only its part from the start (weights that are read from a folder are still read whole).
-    The model's own configuration says whether its embeddings are tied. Raises UserError.
-    Transformers must not see DeepSpeed: its own hooks would draw the weights in another order.
+    3, makes each process hold only its part from the start (weights from a folder are still read whole). The model's
+    own configuration says whether its embeddings are tied. Raises UserError.
     """
-    unset_hf_deepspeed_config()
+    unset_hf_deepspeed_config()  # its hooks in Transformers would draw the weights in another order
     implementation = ATTENTION_NAMES[attention]
     try:
         if model.pretrained is not None:
             folder = pretrained_folder(model)
-            num_rows = _config_from_folder(folder).vocab_size
-            kind, loading = model_class(config), with_rows(config, num_rows)
-            built = load_pretrained(folder, loading, kind, implementation)
+            loading = copy.deepcopy(config)
+            loading.vocab_size = _config_from_folder(folder).vocab_size  # the rows of the folder's weights
+            built = load_pretrained(folder, loading, model_class(config), implementation)
             add_rows(built, config.vocab_size)
         else:
             with no_init_weights(), sharding.building(sharded_by):
@@ -136,19 +138,13 @@ def check_all_trained(model: PreTrainedModel) -> None:
 
 
 def carries_state_across_documents(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> str | None:
-    """Why documents packed in one row cannot be kept apart in this kind of model, or None when attention does it."""
+    """Return why documents in one row cannot be kept apart in this kind of model, or None where attention does it."""
     if getattr(model_class, "_is_stateful", False):
         return f"{config.model_type} carries a recurrent state from token to token"
     foreign = sorted(set(getattr(config, "layer_types", None) or ()) - _ISOLATING_LAYER_TYPES)
     if foreign:
         return f"{config.model_type} has layers of type {', '.join(foreign)}"
     return None
-
-
-def _config_of_recipe(model: Model, named: dict[str, Any], vocab_size: int) -> PreTrainedConfig:
-    rows = named.get("vocab_size", vocab_size)
-    padded = {"vocab_size": padded_vocab_size(model, rows)} if isinstance(rows, int) else {}
-    return make_config(model.config_file, {**(model.config or {}), **padded})
 
 
 def _config_from_folder(folder: Path) -> PreTrainedConfig:

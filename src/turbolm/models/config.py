@@ -6,7 +6,6 @@ reads is refused. `turbolm plan`, `submit` and `train` all ask this module.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from unittest.mock import patch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, modeling_rope_utils
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from turbolm.errors import UserError
+from turbolm.errors import UserError, did_you_mean
 from turbolm.models.config_errors import Path, Problem, Search, find_culprits, without
 from turbolm.models.config_names import ROPE_NAMES, Reader, Unread, declared_names, unread_names, valid_names
 from turbolm.recipe.document import join_key
@@ -95,13 +94,8 @@ def make_config(file: Mapping[str, Any] | None, config: Mapping[str, Any] | None
 
 
 def check_config(source: Source) -> Checked:
-    """Check the names and values. Raises UserError for a model type that is no causal language model."""
-    with rope_warnings() as warned:
-        return _check(source, find_reader(source), warned)
-
-
-def _check(source: Source, reader: Reader, warned: list[str]) -> Checked:
-    values = source.values
+    """Check names and values. Raises UserError for a model type that is no causal language model."""
+    reader, values = find_reader(source), source.values
     if len(values) > _MAX_SETTINGS:
         raise UserError(source.line(Problem((), f"{len(values)} settings, which no model has")))
     unread = list(unread_names(reader, values))
@@ -112,19 +106,17 @@ def _check(source: Source, reader: Reader, warned: list[str]) -> Checked:
     for one in refused:
         if one.is_misspelt and one.nearest and one.nearest not in values and len(one.path) == 1:
             values[one.nearest] = source.values[one.path[0]]
-    search = find_culprits(reader.kind.model_type, values, reader.make)
-    if search.result is not None:
-        warned.clear()
-        reader.make(search.values)
-    unused = list(_unused_rope_keys(source, warned))
-    problems = [*_no_such_setting(reader, source, refused, search.result), *problems, *search.problems]
-    if search.result is not None and search.is_sound:
-        bad = [*_bad_sizes(reader, search.result, search.values), *_bad_token_ids(search.result, source)]
-        problems += [*bad, *unused]
-        read = search.values
+    with rope_warnings():
+        search = find_culprits(reader.kind.model_type, values, reader.make)
+    made, read = search.result, search.values
+    problems = [*_no_such_setting(reader, source, refused, made), *problems, *search.problems]
+    if made is not None and search.is_sound:
+        bad = [*_bad_sizes(reader, made, read), *_bad_token_ids(made, source)]
+        problems += [*bad, *_unused_rope_keys(reader, source, read)]
         for one in unread:  # what is left of these is switched off
             read = without(read, one.path)
-        problems += _without_effect(reader, search.result, source, read)
+        with rope_warnings():
+            problems += _without_effect(reader, made, source, read)
         search = replace(search, is_sound=not bad)
     return Checked(reader, search, problems, [one for one in unread if not source.is_own(one.path)])
 
@@ -139,9 +131,7 @@ def find_reader(source: Source) -> Reader:
     kind = CONFIG_MAPPING[model_type] if is_known else None
     text_type = _text_model(kind, values) if kind else None
     if kind is None:
-        near = difflib.get_close_matches(model_type[:100], CONFIG_MAPPING, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        message = f"transformers knows no model type {model_type[:100]!r}{hint}"
+        message = f"transformers knows no model type {model_type[:100]!r}{did_you_mean(model_type, CONFIG_MAPPING)}"
     elif text_type in CONFIG_MAPPING and CONFIG_MAPPING[text_type] in AutoModelForCausalLM._model_mapping:
         how = "which takes the text part of the file" if source.file else "with that type's own settings"
         message = f"{model_type} wraps a text model; set model.config.model_type: {text_type}, {how}"
@@ -233,12 +223,12 @@ def _bad_token_ids(made: PreTrainedConfig, source: Source) -> Iterator[Problem]:
                 yield Problem((name,), f"expected a token from 0 to {made.vocab_size - 1}, got {one}")
 
 
-def _unused_rope_keys(source: Source, warned: list[str]) -> Iterator[Problem]:
+def _unused_rope_keys(reader: Reader, source: Source, values: Mapping[str, Any]) -> Iterator[Problem]:
     """Settings of rotary positions that their type does not use, as Transformers itself finds them."""
-    for text in warned:
-        found = re.search(r"Unrecognized keys in `rope_parameters` for 'rope_type'='([^']*)': \{(.*)\}", text)
-        if found is None:
-            continue
+    with rope_warnings() as texts:
+        reader.make(values)
+    pattern = r"Unrecognized keys in `rope_parameters` for 'rope_type'='([^']*)': \{(.*)\}"
+    for found in filter(None, (re.search(pattern, text) for text in texts)):
         for name in re.findall(r"'([^']+)'", found[2]):
             for outer in ROPE_NAMES:
                 if source.is_own((outer, name)):

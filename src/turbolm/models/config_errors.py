@@ -1,15 +1,14 @@
-"""Which setting is behind an error of Transformers, and the error in plain words.
+"""Find the setting behind an error of Transformers, and put the error in plain words.
 
-Errors come from its validators, from the constructors of layers and from torch, and most name no setting. The one
-without which the error does not come is found by leaving out one after another.
+Errors come from its validators, from the constructors of layers and from torch, and most name no setting. The culprit
+is the setting without which the error goes away, found by leaving out one after another.
 """
 
 from __future__ import annotations
 
-import difflib
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +16,14 @@ from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from turbolm.errors import did_you_mean
 from turbolm.recipe.messages import describe
 
 Path = tuple[str, ...]
 Attempt = Callable[[Mapping[str, Any]], Any]
 
 _MAX_PROBLEMS = 20
+_MAX_TEXT = 300
 _SEARCH_SEC = 60.0
 _HEADS = ("num_attention_heads", "num_heads", "n_head", "n_heads", "num_key_value_heads")  # 1 divides every width
 _KINDS = {
@@ -50,9 +51,9 @@ class Search:
     """What a search for the settings behind errors found."""
 
     problems: list[Problem]
-    result: Any  # of the values that are left; None where an error remains
+    result: Any  # made from the values that are left; None where an error remains
     values: Mapping[str, Any]
-    is_sound: bool  # whether what stands in for the refused values says nothing about the others
+    is_sound: bool  # False where the values that replace refused ones may cause errors of their own
 
 
 def find_culprits(
@@ -63,13 +64,12 @@ def find_culprits(
     only_sure: bool = False,
     usual: Mapping[str, Any] | None = None,
 ) -> Search:
-    """What `attempt` makes of `values` without the settings that it raises for, and the problems with those.
+    """Return what `attempt` makes of `values` without the settings that it raises for, and the problems with those.
 
     The search takes no more than `seconds`. Where no setting is behind an error the problem has no path. With
     `only_sure` a setting is named only if nothing is raised without it. `usual` has values of settings that may be
     missing.
     """
-    usual = usual or {}
     found: list[Problem] = []
     deadline = time.monotonic() + seconds
     is_sound = True
@@ -77,34 +77,43 @@ def find_culprits(
         try:
             return Search(found, attempt(values), values, is_sound)
         except Exception as error:
-            if not is_sound and not isinstance(error, StrictDataclassFieldValidationError):
+            is_typed = isinstance(error, StrictDataclassFieldValidationError)
+            if not is_sound and not is_typed:
                 return Search(found, None, values, False)  # it may come from what was left out
-            path, rest = _culprit(values, attempt, error, _trials(values, usual, str(error)), deadline, only_sure)
+            typed = _refused_field(values, str(error)) if is_typed else None
+            trials = _trials(values, usual or {}, str(error))
+            path, rest = typed or _culprit(values, attempt, error, trials, deadline, only_sure)
+            if not path:
+                trials = _together(values, usual or {})
+                path, rest = _culprit(values, attempt, error, trials, deadline, only_sure=True)
             found.append(_explain(model_type, values, path, error))
             if not path or len(found) == _MAX_PROBLEMS:
                 return Search(found, None, values, False)
-            is_size = re.search(r"expected (int|float)", str(error)) or not isinstance(
-                _at(values, path), (str, Mapping)
-            )
+            is_size = "expected int" in str(error) or "expected float" in str(error)
+            is_size = is_size or not isinstance(_at(values, path), (str, Mapping))
             is_given = path in set(_paths(values))  # else it was missing, and has a value that may not fit
             is_sound = is_sound and is_given and (_at(rest, path) is not None or not is_size)
             values = rest
+
+
+def _refused_field(values: Mapping[str, Any], text: str) -> tuple[Path, Mapping[str, Any]] | None:
+    """The setting that a validator names, and values with the number that its text spells, or without it."""
+    field = re.search(r"field '([^']+)'", text)
+    if field is None or field[1] not in values:
+        return None
+    number = re.search(r"expected int, got (?:str|float)", text) and re.fullmatch(r"(\d+)(\.0)?", str(values[field[1]]))
+    return (field[1],), {**values, field[1]: int(number[1])} if number else without(values, (field[1],))
 
 
 def _culprit(
     values: Mapping[str, Any],
     attempt: Attempt,
     error: Exception,
-    trials: Iterable[tuple[Path, Mapping[str, Any]]],
+    trials: Iterator[tuple[Path, Mapping[str, Any]]],
     deadline: float,
     only_sure: bool,
 ) -> tuple[Path, Mapping[str, Any]]:
     """The setting without which the error does not come, or at least another one does; and values to go on with."""
-    text = str(error)
-    if isinstance(error, StrictDataclassFieldValidationError):
-        field = re.search(r"field '([^']+)'", text)
-        if field is not None and field[1] in values:
-            return (field[1],), _of_right_type(values, field[1], text)
     better: tuple[Path, Mapping[str, Any]] = ((), values)
     for path, tried in trials:
         if time.monotonic() > deadline:
@@ -121,7 +130,7 @@ def _culprit(
 
 
 def _trials(values: Mapping[str, Any], usual: Mapping[str, Any], text: str) -> Iterator[tuple[Path, Mapping[str, Any]]]:
-    """Each setting, with values without it: those first that the error mentions, and last what may be missing."""
+    """Each setting, with values without it: first those that the error mentions, last those that may be missing."""
     paths = list(_paths(values))
     paths.sort(key=lambda path: (path[-1] not in _HEADS, re.search(rf"\b{re.escape(path[-1])}\b", text) is None))
     for path in paths:
@@ -133,10 +142,12 @@ def _trials(values: Mapping[str, Any], usual: Mapping[str, Any], text: str) -> I
             yield (name,), {**values, name: value}
 
 
-def _of_right_type(values: Mapping[str, Any], name: str, text: str) -> Mapping[str, Any]:
-    """The values with a number where its text stands, if it was meant to be a whole number; else without it."""
-    meant = re.search(r"expected int, got (?:str|float)", text) and re.fullmatch(r"(\d+)(\.0)?", str(values[name]))
-    return {**values, name: int(meant[1])} if meant else without(values, (name,))
+def _together(values: Mapping[str, Any], usual: Mapping[str, Any]) -> Iterator[tuple[Path, Mapping[str, Any]]]:
+    """Values with one more of the missing settings each time: several may be missing at once."""
+    for name, value in usual.items():
+        if name not in values:
+            values = {**values, name: value}
+            yield (name,), values
 
 
 def _kind_of(error: Exception) -> tuple[str, str]:
@@ -154,7 +165,7 @@ def _paths(values: Mapping[str, Any], above: Path = ()) -> Iterator[Path]:
 
 
 def without(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """`values` without one setting."""
+    """Return `values` without one setting."""
     name, *rest = path
     if rest and isinstance(values.get(name), Mapping):
         return {**values, name: without(values[name], tuple(rest))}
@@ -175,9 +186,7 @@ def _explain(model_type: str, values: Mapping[str, Any], path: Path, error: Exce
         return Problem(path, _type_message(text, value))
     known = {*ACT2FN, *ROPE_INIT_FUNCTIONS}
     if isinstance(error, KeyError) and isinstance(value, str) and value not in known:
-        near = difflib.get_close_matches(value[:100], sorted(known), n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        return Problem(path, f"{model_type} knows no {describe(value)}{hint}")
+        return Problem(path, f"{model_type} knows no {describe(value)}{did_you_mean(value, known)}")
     plain = isinstance(error, ValueError) or error.__cause__ is not None
     cause = _cut(text if plain else f"{type(error).__name__}: {text}")
     if path and path[-1] not in (_at(values, path[:-1]) or {}):
@@ -186,7 +195,7 @@ def _explain(model_type: str, values: Mapping[str, Any], path: Path, error: Exce
 
 
 def _type_message(text: str, value: object) -> str:
-    """`Field 'x' expected int, got str (value: '1')` as a recipe's messages say it; what says more is kept."""
+    """Put `Field 'x' expected int, got str (value: '1')` as a recipe's messages do; what says more is kept."""
     one = re.match(r"Field '[^']*' expected (\w+), got ", text)
     several = re.search(r"doesn't match any type in \((.*?)\)\.", text)
     names = [one[1]] if one else re.findall(r"(\w+)'>", several[1]) if several else []
@@ -197,4 +206,4 @@ def _type_message(text: str, value: object) -> str:
 
 
 def _cut(text: str) -> str:
-    return text if len(text) <= 300 else text[:297] + "..."
+    return text if len(text) <= _MAX_TEXT else text[: _MAX_TEXT - 3] + "..."

@@ -69,39 +69,30 @@ class Reader:
         return self.kind(**{name: value for name, value in decoded.items() if name != "model_type"})
 
     def reacts(self, values: Mapping[str, Any], name: str) -> bool:
-        """Whether the value of `name` moves anything that counts: the class reads it, under whatever name it keeps it.
-
-        False where `values` make no configuration.
-        """
-        try:
-            before = self.effect(values)
-        except Exception:
-            return False
+        """Whether the value of `name` changes anything that counts, or an error; False where `values` are refused."""
+        before = self.effect(values)
         without = {key: value for key, value in values.items() if key != name}
-        for others in (without, *({**values, name: other} for other in _other_values(values[name]))):
-            try:
-                if self.effect(others) != before:
-                    return True
-            except Exception:  # it minds the value
-                return True
-        return False
+        others = [without, *({**values, name: other} for other in _other_values(values[name]))]
+        return before is not None and any(self.effect(other) != before for other in others)
 
     def agrees(self, values: Mapping[str, Any], name: str) -> bool:
-        """Whether what a setting does alone is the case with all `values`, though others decide it."""
-        try:
-            alone, here = self.effect({name: values[name]}), self.effect(values)
-            others = [self.effect({name: other}) for other in _other_values(values[name])]
-        except Exception:
+        """Whether what a setting does alone holds with all `values`, though other settings decide it."""
+        alone, here = self.effect({name: values[name]}), self.effect(values)
+        others = [self.effect({name: other}) for other in _other_values(values[name])]
+        if alone is None or here is None or None in others:
             return False
-        moved = {leaf for leaf in alone for other in others if alone[leaf] != other.get(leaf)}
+        moved = {leaf for leaf in alone for other in others if other and alone[leaf] != other.get(leaf)}
         return bool(moved) and all(here.get(leaf) == alone[leaf] for leaf in moved)
 
-    def effect(self, values: Mapping[str, Any]) -> dict[str, str]:
-        """What counts of the configuration made from `values`, by dotted name. Raises whatever Transformers raises."""
+    def effect(self, values: Mapping[str, Any]) -> dict[str, str] | None:
+        """Return what counts of the configuration made from `values`, by dotted name; None where they are refused."""
         found: dict[str, str] = {}
-        for name, value in vars(self.make(values)).items():
-            if name in valid_names(self):
-                _flatten(name, value, found)
+        try:
+            made = vars(self.make(values))
+        except Exception:  # of any kind
+            return None
+        for name in made.keys() & valid_names(self):
+            _flatten(name, made[name], found)
         return found
 
 

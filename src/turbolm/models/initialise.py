@@ -183,12 +183,10 @@ def _children_first(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def seed_for_rank(seed: int, rank: int) -> None:
-    """Give each rank random numbers of its own from here on, for models with dropout."""
-    digest = hashlib.sha256(f"{seed}/rank/{rank}".encode()).digest()
-    torch.manual_seed(int.from_bytes(digest[:7], "big"))
+    """Seed each rank differently from here on, for models with dropout."""
+    _seed(seed, f"rank/{rank}")
 
 
-def count_parameters(module: nn.Module, *, min_dims: int = 0) -> int:
-    """Elements of all parameters with at least `min_dims` dimensions, sharded or not; tied ones count once."""
-    shapes = [sharding.whole_shape(parameter) for parameter in module.parameters()]
-    return sum(math.prod(shape) for shape in shapes if len(shape) >= min_dims)
+def count_parameters(module: nn.Module) -> int:
+    """Return the number of elements of all parameters, sharded or not; tied ones count once."""
+    return sum(math.prod(sharding.whole_shape(parameter)) for parameter in module.parameters())

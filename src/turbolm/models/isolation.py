@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -149,13 +151,8 @@ def check_isolation(
     """
     kind = "this model" if config is None else config.model_type
     rows = {"vocab_size": vocab_size, "seq_len": seq_len, "num_rows": min(num_rows, 2)}
-    try:
+    with _told(f"model: {kind} cannot be trained with {attention} attention"):
         probe = Probe(model, attention=attention, packed=packed, **rows)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # of any kind: what a model type cannot do fails wherever its code comes to it
-        traceback.print_exc()
-        raise UserError(f"model: {kind} cannot be trained with {attention} attention: {_one_line(error)}") from error
     if not torch.isfinite(probe.logits).all():
         raise UserError(
             f"model: the logits of {kind} are not finite (NaN or infinite) before the first step, in {precision}: a "
@@ -186,12 +183,8 @@ def check_isolation(
 
 def _check_alone(probe: Probe, kind: str, precision: str) -> None:
     """Raise UserError where Transformers' own forward pass of a document is not what is trained."""
-    try:
+    with _told(f"model: {kind} cannot run a document without positions"):
         difference = probe.differ_alone()
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
-        raise UserError(f"model: {kind} cannot run a document without positions: {_one_line(error)}") from error
     if not difference <= _ALONE_TOLERANCE[precision]:
         raise UserError(
             f"model: {kind} does not compute for a document in a row what it does for it alone (logits differ by "
@@ -231,5 +224,13 @@ def _causal_cure(config: PreTrainedConfig | None) -> str:
     return "choose a model type that reads from left to right"
 
 
-def _one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]
+@contextmanager
+def _told(what: str) -> Iterator[None]:
+    """Turn an error into a UserError; it may be of any kind and come from anywhere in the code of a model type."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        traceback.print_exc()
+        raise UserError(f"{what}: {type(error).__name__}: {error}".splitlines()[0]) from error

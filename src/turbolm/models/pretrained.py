@@ -33,6 +33,7 @@ _OTHER_PARTS = re.compile(
 _OLD_BUFFERS = re.compile(r"(inv_freq|masked_bias|causal_mask|position_ids|(cos|sin)_cached)$")
 _QUANTIZATION_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")  # beside a config.json
 _SHOWN = 4
+_MAX_POINTER_BYTES = 1024
 
 
 def load_pretrained(
@@ -162,11 +163,7 @@ def _open(folder: Path, files: ExitStack) -> tuple[dict[str, Any], dict[str, lis
 
 
 def _lfs_hint(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            is_pointer = file.read(40).startswith(b"version https://git-lfs")
-    except OSError:
-        is_pointer = False
+    is_pointer = path.stat().st_size < _MAX_POINTER_BYTES and path.read_bytes().startswith(b"version https://git-lfs")
     return " (a Git LFS pointer: run `git lfs pull` in the folder)" if is_pointer else ""
 
 

@@ -1,8 +1,6 @@
-"""Rows for a tokenizer that has more tokens than a pretrained model has embedding rows (`model.resize_embeddings`)."""
+"""Add embedding rows for a tokenizer that has more tokens than a pretrained model (`model.resize_embeddings`)."""
 
 from __future__ import annotations
-
-import copy
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -12,7 +10,7 @@ from turbolm.recipe.schema import Model
 
 
 def fit_vocabulary(model: Model, config: PreTrainedConfig, vocab_size: int) -> None:
-    """Give a pretrained model's configuration the rows that the tokenizer needs. Raises UserError where it may not."""
+    """Set the rows that the tokenizer needs in a pretrained model's configuration. Raises UserError where not allowed."""
     if config.vocab_size >= vocab_size:
         return
     if not model.resize_embeddings:
@@ -24,15 +22,6 @@ def fit_vocabulary(model: Model, config: PreTrainedConfig, vocab_size: int) -> N
     if others:
         raise UserError(f"model.resize_embeddings: {config.model_type} has a second table of tokens ({others[0]})")
     config.vocab_size = vocab_size
-
-
-def with_rows(config: PreTrainedConfig, num_rows: int) -> PreTrainedConfig:
-    """The configuration with the number of rows that are in the folder's weights."""
-    if config.vocab_size == num_rows:
-        return config
-    config = copy.deepcopy(config)
-    config.vocab_size = num_rows
-    return config
 
 
 @torch.no_grad()

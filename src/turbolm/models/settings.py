@@ -1,12 +1,12 @@
-"""What the keys of a recipe's `model` section change in a configuration: noise on routers, factors of rotary positions.
+"""Apply keys of a recipe's `model` section to a configuration: noise on routers, factors of rotary positions.
 
-Both are written into the configuration, so that the exported model computes what was trained and evaluated.
+Both are written into the configuration, so the exported model computes what was trained and evaluated.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -23,13 +23,18 @@ _SAMPLING_ROUTERS = ("PhimoeTopKRouter",)
 
 
 def apply_router_noise(config: PreTrainedConfig, model: Model) -> None:
-    """Set every amplitude of noise on a router to `model.router_noise`, unless `model.config` names it.
+    """Set every noise amplitude of a router to `model.router_noise`, unless `model.config` names it.
 
     Raises UserError where a number is asked for and the type has no such amplitude.
     """
     if model.router_noise == "config":
         return
-    keys = list(_noise_keys(config, model.config or {}))
+    keys = [
+        (owner, key, key in named)
+        for owner, named in _configs(config, model.config or {})
+        for key in vars(owner)
+        if ("jitter" in key or "noise" in key) and not {key, f"{owner.model_type}.{key}"} & _NOT_NOISE
+    ]
     if model.router_noise and not keys:
         raise UserError(
             f"model.router_noise: {config.model_type} has no noise on its routers to set; leave it out, or set it to 0"
@@ -37,16 +42,6 @@ def apply_router_noise(config: PreTrainedConfig, model: Model) -> None:
     for owner, key, is_named in keys:
         if not is_named and (model.router_noise or getattr(owner, key)):  # an absent one stays absent
             setattr(owner, key, model.router_noise)
-
-
-def _noise_keys(config: PreTrainedConfig, named: dict[str, Any]) -> Iterator[tuple[PreTrainedConfig, str, bool]]:
-    """(configuration, key, whether `named`, the recipe's own mapping, sets it) of every amplitude."""
-    for key, value in list(vars(config).items()):
-        if isinstance(value, PreTrainedConfig):
-            inner = named.get(key)
-            yield from _noise_keys(value, inner if isinstance(inner, dict) else {})
-        elif ("jitter" in key or "noise" in key) and not {key, f"{config.model_type}.{key}"} & _NOT_NOISE:
-            yield config, key, key in named
 
 
 def stop_sampling_routers(built: PreTrainedModel, model: Model) -> None:
@@ -73,7 +68,7 @@ def fix_rope_factors(config: PreTrainedConfig, model: Model, seq_len: int) -> No
     """
     if model.rope_factors == "by_length":
         return
-    configs = [part for part in _configs(config) if ropes_by_length(part)]
+    configs = [part for part, _ in _configs(config, {}) if ropes_by_length(part)]
     for part in configs:
         part.rope_parameters = copy.deepcopy(part.rope_parameters)  # the recipe's own mapping stays as it is
     found = [(part, rope) for part in configs for rope in ropes_by_length(part)]
@@ -121,8 +116,12 @@ def _follows_length(rope: dict[str, Any]) -> bool:
     return kind == "longrope" or ("dynamic" in kind and not rope.get("alpha"))  # with an alpha (Hunyuan) it is fixed
 
 
-def _configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
-    yield config
-    for value in vars(config).values():
+def _configs(
+    config: PreTrainedConfig, named: Mapping[str, Any]
+) -> Iterator[tuple[PreTrainedConfig, Mapping[str, Any]]]:
+    """Yield the configuration and those nested in it, each with what `named`, the recipe's own mapping, says of it."""
+    yield config, named
+    for key, value in vars(config).items():
         if isinstance(value, PreTrainedConfig):
-            yield from _configs(value)
+            inner = named.get(key)
+            yield from _configs(value, inner if isinstance(inner, dict) else {})

@@ -6,7 +6,6 @@ processes: a type that crashes, hangs or needs too much memory costs only itself
 
 from __future__ import annotations
 
-import difflib
 import importlib.metadata
 import itertools
 import json
@@ -22,7 +21,7 @@ from pathlib import Path
 from subprocess import PIPE
 from typing import IO, Any
 
-from turbolm.errors import UserError
+from turbolm.errors import UserError, did_you_mean
 from turbolm.plan.count import causal_model_types
 
 README = Path(__file__).with_name("README.md")
@@ -82,8 +81,7 @@ def show_or_try(types: Sequence[str], write: bool) -> bool:
     known = causal_model_types()
     for model_type in types:
         if model_type not in known:
-            near = difflib.get_close_matches(model_type, known, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
+            hint = did_you_mean(model_type, known)
             raise UserError(f"Transformers has no causal language model {model_type!r}{hint}")
     trials = try_types(known if write else types, num_processes=2)
     if write:

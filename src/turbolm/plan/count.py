@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import difflib
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -15,8 +14,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+<<<<<<< HEAD
 from turbolm.errors import UserError
 from turbolm.files import load_json, write_atomic
+=======
+from turbolm.errors import UserError, did_you_mean
+>>>>>>> 7fd7244 (Models: fewer helpers, errors told once; a missing setting is named also where several are missing)
 from turbolm.hub import cached_config, check_revisions, config_command
 from turbolm.plan.parameters import estimate_parameters, read_architecture
 from turbolm.plan.plain_config import is_plain
@@ -213,8 +216,7 @@ def _check_model_type(file: Mapping[str, Any] | None, config: Mapping[str, Any])
     known = _model_types("auto_mappings.py", "CONFIG_MAPPING_NAMES")
     model_type = str(config.get("model_type"))
     if known and model_type not in known:
-        near = difflib.get_close_matches(model_type[:100], known, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(model_type, known)
         key = "model.config.model_type" if file is None else "model.config_file: model_type"
         raise UserError(f"{key}: transformers knows no causal language model {model_type[:100]!r}{hint}")
 
