@@ -29,15 +29,9 @@ class RunError(_CleanError):
 
     The process exits with `EXIT_FAILED`.
     """
-<<<<<<< HEAD
-=======
-
-    def __init__(self, message: str) -> None:
-        super().__init__(redact(message))
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return the end of a message about an unknown name: "; did you mean 'llama'?", or nothing where none is near."""
     near = difflib.get_close_matches(name[:100], sorted(known), n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
->>>>>>> 7fd7244 (Models: fewer helpers, errors told once; a missing setting is named also where several are missing)

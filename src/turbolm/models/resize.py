@@ -10,7 +10,7 @@ from turbolm.recipe.schema import Model
 
 
 def fit_vocabulary(model: Model, config: PreTrainedConfig, vocab_size: int) -> None:
-    """Set the rows that the tokenizer needs in a pretrained model's configuration. Raises UserError where not allowed."""
+    """Set the rows that the tokenizer needs in a pretrained model's configuration. Raises UserError."""
     if config.vocab_size >= vocab_size:
         return
     if not model.resize_embeddings:

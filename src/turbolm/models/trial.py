@@ -25,10 +25,11 @@ from transformers import AutoConfig, PreTrainedModel
 
 from turbolm.errors import UserError
 from turbolm.models.attention import model_inputs
-from turbolm.models.loss import IGNORED_TARGET, attach_loss
+from turbolm.models.loss import attach_loss
 from turbolm.models.router import attach_router_loss, find_routers
 from turbolm.models.shrink import shrink
 from turbolm.models.start import CPU, VOCAB, start_small
+from turbolm.plan.batch import IGNORED_TARGET
 from turbolm.recipe.schema import Model
 
 SEQ_LEN = 48

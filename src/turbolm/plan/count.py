@@ -14,12 +14,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-<<<<<<< HEAD
-from turbolm.errors import UserError
-from turbolm.files import load_json, write_atomic
-=======
 from turbolm.errors import UserError, did_you_mean
->>>>>>> 7fd7244 (Models: fewer helpers, errors told once; a missing setting is named also where several are missing)
+from turbolm.files import load_json, write_atomic
 from turbolm.hub import cached_config, check_revisions, config_command
 from turbolm.plan.parameters import estimate_parameters, read_architecture
 from turbolm.plan.plain_config import is_plain
