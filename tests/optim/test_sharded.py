@@ -17,8 +17,8 @@ from turbolm.recipe.optimizers import OPTIMIZERS
 
 STEPS = 4
 RATES = {"sgd": 0.3, "adafactor": 0.1, "lion": 1e-3, "rmsprop": 1e-3}
-SHARDED = [name for name, traits in OPTIMIZERS.items() if traits.works_sharded and name not in ("adamw", "adamw_8bit")]
-WHOLE = [name for name, traits in OPTIMIZERS.items() if not traits.works_sharded]
+WHOLE = [name for name, kind in OPTIMIZERS.items() if kind.zero_stages == (0,)]
+SHARDED = [name for name in OPTIMIZERS if name not in (*WHOLE, "adamw", "adamw_8bit")]
 
 
 def optimizer_cell(name: str, stage: int, **settings: object) -> Cell:

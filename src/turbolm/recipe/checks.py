@@ -248,16 +248,14 @@ def _optimizer(values: Values) -> Iterator[tuple[str, str]]:
         return
     traits = OPTIMIZERS[name]
     if stage is not None and stage not in traits.zero_stages:
-        allowed = ", ".join(str(number) for number in traits.zero_stages)
         yield (
             "execution.zero_stage",
-            f"must be {allowed} with optimizer.name {name}, got {stage}: {traits.reason}; set zero_stage: "
-            f"{traits.zero_stages[0]} with train.precision: fp32, or optimizer.name: muon, which works at every stage",
+            f"must be {traits.zero_stages[0]} with optimizer.name {name}, got {stage}: it works on whole matrices, and "
+            "ZeRO 1 to 3 leave each process a flat part of the parameters; set zero_stage: 0 with train.precision: "
+            "fp32, or optimizer.name: muon, which works at every stage",
         )
-    if values["execution.offload_optimizer"] and not traits.offload:
-        yield "execution.offload_optimizer", f"does not work with optimizer.name {name}: {traits.offload_reason}"
-    if values["schedule.momentum"] is not None and name == "adafactor":
-        yield "schedule.momentum", "has nothing to act on: optimizer.name adafactor keeps no momentum; remove it"
+    if values["schedule.momentum"] is not None and not traits.has_momentum:
+        yield "schedule.momentum", f"has nothing to act on: optimizer.name {name} keeps no momentum; remove it"
     if values["execution.adam_kernel"] == "deepspeed" and name != "adamw":
         yield (
             "execution.adam_kernel",

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Annotated, Any
+from typing import Annotated, Any, Union, get_args
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PlainSerializer,
+    Tag,
+    WithJsonSchema,
+)
 
 from turbolm import units
 from turbolm.units import Span
@@ -16,6 +27,28 @@ class Section(BaseModel):
     """Base of every part of a recipe: frozen, strict, and closed to unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+def by_tag(*kinds: type[Any]) -> dict[str, type[Any]]:
+    """Section classes by the text that each has as the only value of its `name` or `type`."""
+    return {get_args(kind.model_fields[tag_of(kind)].annotation)[0]: kind for kind in kinds}
+
+
+def tag_of(kind: type[Section]) -> str:
+    """The key that tells which of several sections is meant."""
+    return "type" if "type" in kind.model_fields else "name"
+
+
+def tagged_union(kinds: Mapping[str, type[Section]], default: str | None = None) -> Any:
+    """The annotation of a section that is one of `kinds`, by its tag; `default` is meant where it has none."""
+    tag = tag_of(next(iter(kinds.values())))
+
+    def given(value: object) -> str | None:
+        name = value.get(tag, default) if isinstance(value, Mapping) else getattr(value, tag, default)
+        return None if name is None else str(name)
+
+    choices = tuple(Annotated[kind, Tag(name)] for name, kind in kinds.items())
+    return Annotated[Union[choices], Discriminator(given)]  # noqa: UP007 (a tuple of choices)
 
 
 @dataclass(frozen=True)

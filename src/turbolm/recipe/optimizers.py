@@ -1,19 +1,34 @@
-"""The `optimizer` section: one class for each optimizer with the settings it takes, and where each one works.
+"""The `optimizer` section: one class for each optimizer, with its settings, its traits and how it is built. Torch-free.
 
-Torch-free; `turbolm.optim.build` makes the optimizers, and src/turbolm/optim/README.md shows this as a table.
+To add one, write its class here and a line in OPTIMIZERS: recipes, checks, the memory estimate, the JSON schema and the
+table of src/turbolm/optim/README.md follow from them. A `build` imports what it needs when it is called.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag
+from pydantic import AfterValidator, BeforeValidator, Field
 
-from turbolm.recipe.fields import Beta, Number, PositiveNumber, Section, TrainingSpan, list_is_tuple, positive_span
+from turbolm.recipe.fields import (
+    Beta,
+    Number,
+    PositiveNumber,
+    Section,
+    TrainingSpan,
+    by_tag,
+    list_is_tuple,
+    positive_span,
+    tagged_union,
+)
 from turbolm.units import Span
 
+if TYPE_CHECKING:
+    import torch
+
+    from turbolm.recipe.schema import Recipe
+
+Groups = list[dict[str, Any]]  # as `turbolm.optim.groups` makes them
 NotNegative = Annotated[Number, Field(ge=0)]
 Betas = Annotated[tuple[Beta, Beta], BeforeValidator(list_is_tuple)]
 ThreeBetas = Annotated[tuple[Beta, Beta, Beta], BeforeValidator(list_is_tuple)]
@@ -23,6 +38,8 @@ _NAME = "which optimizer"
 _LR = "peak learning rate"
 _BETAS = "decay of the running mean of the gradient and of its square"
 _EPS = "added to the root of the mean square"
+_COUPLED_DECAY = "added to the gradient; not on norms, biases and embeddings"
+_DECOUPLED_DECAY = "decoupled, times the learning rate; not on norms, biases and embeddings"
 
 
 class LrMultipliers(Section):
@@ -34,83 +51,64 @@ class LrMultipliers(Section):
     vectors: PositiveNumber = Field(1.0, description="norms, biases, and the dynamics of state-space models")
 
 
-class _Optimizer(Section):
+class Optimizer(Section):
+    """What every optimizer has. ZeRO 0 is fp32 only, and offloading needs stage 1 to 3 (`turbolm.recipe.checks`)."""
+
+    zero_stages: ClassVar[tuple[int, ...]] = (0, 1, 2, 3)
+    package: ClassVar[str | None] = None  # what it needs besides torch; `pip install 'turbolm[optimizers]'` brings it
+    state_bytes: ClassVar[float] = 8  # for each parameter, about
+    has_momentum: ClassVar[bool] = True
+    is_orthogonal: ClassVar[bool] = False  # makes the updates of hidden matrices orthogonal: they are a group apart
+
     name: str
     lr: PositiveNumber = Field(3e-4, description=_LR)
-    weight_decay: NotNegative = Field(
-        0.1, description="decoupled, times the learning rate; not on norms, biases and embeddings"
-    )
+    weight_decay: NotNegative = Field(0.1, description=_DECOUPLED_DECAY)
     lr_multipliers: LrMultipliers = Field(LrMultipliers(), description="factors on lr by kind of parameter")
 
+    def build(self, groups: Groups, recipe: Recipe) -> torch.optim.Optimizer:
+        """The torch optimizer over these parameter groups, which hold their weight decay."""
+        raise NotImplementedError
 
-class AdamW(_Optimizer):
+
+class _Adam(Optimizer):
+    betas: Betas = Field((0.9, 0.95), description=_BETAS)
+    eps: PositiveNumber = Field(1e-8, description=_EPS)
+
+    @property
+    def _adam(self) -> dict[str, Any]:
+        return {"lr": self.lr, "betas": self.betas, "eps": self.eps}
+
+
+class AdamW(_Adam):
     """AdamW (arXiv 1711.05101). Weight decay acts on matrices only: not on norms, biases and embeddings."""
 
     name: Literal["adamw"] = Field("adamw", description=_NAME)
-    betas: Betas = Field((0.9, 0.95), description=_BETAS)
-    eps: PositiveNumber = Field(1e-8, description=_EPS)
+
+    def build(self, groups: Groups, recipe: Recipe) -> torch.optim.Optimizer:
+        """`adam_kernel` auto takes DeepSpeed's vectorized CPUAdam when the optimizer state is offloaded to the host,
+        and torch's fused kernel (one pass over parameters and both moments, on CPU as on GPU) otherwise; `torch` and
+        `deepspeed` force one. DeepSpeed compiles its kernels on first use, which needs a C++ compiler (on a GPU also
+        nvcc).
+        """
+        import torch
+
+        offload, kernel = recipe.execution.offload_optimizer, recipe.execution.adam_kernel
+        if kernel == "torch" or (kernel == "auto" and not offload):
+            return torch.optim.AdamW(groups, fused=True, **self._adam)
+        if offload or not torch.cuda.is_available():
+            from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+            return DeepSpeedCPUAdam(groups, adamw_mode=True, fp32_optimizer_states=True, **self._adam)
+        from deepspeed.ops.adam import FusedAdam
+
+        return FusedAdam(groups, adam_w_mode=True, **self._adam)
 
 
-class AdamW8bit(_Optimizer):
-    """AdamW with both moments in 8 bits, quantized in blocks of 256 (arXiv 2110.02861); from torchao."""
-
-    name: Literal["adamw_8bit"] = Field(description=_NAME)
-    betas: Betas = Field((0.9, 0.95), description=_BETAS)
-    eps: PositiveNumber = Field(1e-8, description=_EPS)
-
-
-class CautiousAdamW(_Optimizer):
-    """AdamW that leaves out the elements of its update whose sign is not the gradient's (arXiv 2411.16085)."""
-
-    name: Literal["cautious_adamw"] = Field(description=_NAME)
-    betas: Betas = Field((0.9, 0.95), description=_BETAS)
-    eps: PositiveNumber = Field(1e-8, description=_EPS)
-
-
-class AdEMAMix(_Optimizer):
-    """AdamW with a second, slow mean of the gradient (arXiv 2409.03137)."""
-
-    name: Literal["ademamix"] = Field(description=_NAME)
-    betas: ThreeBetas = Field(
-        (0.9, 0.999, 0.9999), description="decay of the fast mean, of the mean square, and of the slow mean"
-    )
-    alpha: NotNegative = Field(5.0, description="weight of the slow mean")
-    slow_warmup: Annotated[TrainingSpan, AfterValidator(positive_span)] = Field(
-        Span(1.0, "share"), description="how long alpha and the slow mean's decay take to grow to their values"
-    )
-    eps: PositiveNumber = Field(1e-8, description=_EPS)
-
-
-class Lion(_Optimizer):
-    """The sign of a mean of the gradient (arXiv 2302.06675); wants about a third to a tenth of AdamW's rate."""
-
-    name: Literal["lion"] = Field(description=_NAME)
-    lr: PositiveNumber = Field(1e-4, description=_LR)
-    betas: Betas = Field((0.9, 0.99), description="decay of the mean in the update, and of the mean that is kept")
-
-
-class Sgd(_Optimizer):
-    """Gradient descent with momentum, a baseline."""
-
-    name: Literal["sgd"] = Field(description=_NAME)
-    lr: PositiveNumber = Field(0.1, description=_LR)
-    momentum: Beta = Field(0.9, description="decay of the running sum of gradients; 0: none")
-    nesterov: bool = Field(False, description="look ahead by one step of the momentum")
-    weight_decay: NotNegative = Field(0.0, description="added to the gradient; not on norms, biases and embeddings")
-
-
-class RMSprop(_Optimizer):
-    """The gradient divided by its running root mean square, a baseline (Tieleman and Hinton 2012)."""
-
-    name: Literal["rmsprop"] = Field(description=_NAME)
-    alpha: Beta = Field(0.95, description="decay of the running mean square")
-    eps: PositiveNumber = Field(1e-8, description=_EPS)
-    momentum: Beta = Field(0.0, description="decay of the running sum of updates; 0: none")
-    weight_decay: NotNegative = Field(0.0, description="added to the gradient; not on norms, biases and embeddings")
-
-
-class Muon(_Optimizer):
+class Muon(Optimizer):
     """Momentum made orthogonal for matrices (arXiv 2502.16982), AdamW for embeddings, head, norms and biases."""
+
+    state_bytes = 4
+    is_orthogonal = True
 
     name: Literal["muon"] = Field(description=_NAME)
     momentum: Beta = Field(0.95, description="of the matrices: decay of the running mean of the gradient")
@@ -126,9 +124,119 @@ class Muon(_Optimizer):
     betas: Betas = Field((0.9, 0.95), description="of AdamW for the rest")
     eps: PositiveNumber = Field(1e-8, description="of AdamW for the rest")
 
+    def build(self, groups: Groups, recipe: Recipe) -> torch.optim.Optimizer:
+        import torch
 
-class Soap(_Optimizer):
+        from turbolm.optim.muon import Muon as Implementation
+
+        for group in groups:
+            if group["orthogonal"]:
+                group |= {name: getattr(self, name) for name in ("momentum", "nesterov", "ns_steps", "adjust_lr")}
+        ns_dtype = torch.float32 if recipe.train.precision == "fp32" else torch.bfloat16
+        return Implementation(groups, ns_dtype=ns_dtype, lr=self.lr, betas=self.betas, eps=self.eps, fused=True)
+
+
+class CautiousAdamW(_Adam):
+    """AdamW that leaves out the elements of its update whose sign is not the gradient's (arXiv 2411.16085)."""
+
+    name: Literal["cautious_adamw"] = Field(description=_NAME)
+
+    def build(self, groups: Groups, recipe: Recipe) -> torch.optim.Optimizer:
+        from turbolm.optim.cautious import CautiousAdamW as Implementation
+
+        return Implementation(groups, **self._adam)
+
+
+class AdEMAMix(Optimizer):
+    """AdamW with a second, slow mean of the gradient (arXiv 2409.03137)."""
+
+    package = "pytorch_optimizer"
+    state_bytes = 12
+
+    name: Literal["ademamix"] = Field(description=_NAME)
+    betas: ThreeBetas = Field(
+        (0.9, 0.999, 0.9999), description="decay of the fast mean, of the mean square, and of the slow mean"
+    )
+    alpha: NotNegative = Field(5.0, description="weight of the slow mean")
+    slow_warmup: Annotated[TrainingSpan, AfterValidator(positive_span)] = Field(
+        Span(1.0, "share"), description="how long alpha and the slow mean's decay take to grow to their values"
+    )
+    eps: PositiveNumber = Field(1e-8, description=_EPS)
+
+    def build(self, groups: Groups, recipe: Recipe) -> torch.optim.Optimizer:
+        from pytorch_optimizer import AdEMAMix as Implementation
+
+        train = recipe.train
+        warmup_steps = self.slow_warmup.tokens(train.budget, train.global_batch) / train.global_batch
+        return Implementation(
+            groups,
+            lr=self.lr,
+            betas=self.betas,
+            alpha=self.alpha,
+            t_alpha_beta3=max(warmup_steps, 1.0),
+            eps=self.eps,
+            weight_decouple=True,
+        )
+
+
+class Lion(Optimizer):
+    """The sign of a mean of the gradient (arXiv 2302.06675); wants about a third to a tenth of AdamW's lr."""
+
+    package = "pytorch_optimizer"
+    state_bytes = 4
+
+    name: Literal["lion"] = Field(description=_NAME)
+    lr: PositiveNumber = Field(1e-4, description=_LR)
+    betas: Betas = Field((0.9, 0.99), description="decay of the mean in the update, and of the mean that is kept")
+
+    def build(self, groups: Groups, recipe: Recipe) -> torch.optim.Optimizer:
+        from pytorch_optimizer import Lion as Implementation
+
+        return Implementation(groups, lr=self.lr, betas=self.betas)
+
+
+class Sgd(Optimizer):
+    """Gradient descent with momentum, a baseline."""
+
+    state_bytes = 4
+
+    name: Literal["sgd"] = Field(description=_NAME)
+    lr: PositiveNumber = Field(0.1, description=_LR)
+    momentum: Beta = Field(0.9, description="decay of the running sum of gradients; 0: none")
+    nesterov: bool = Field(False, description="look ahead by one step of the momentum")
+    weight_decay: NotNegative = Field(0.0, description=_COUPLED_DECAY)
+
+    def build(self, groups: Groups, recipe: Recipe) -> torch.optim.Optimizer:
+        from torch.optim import SGD
+
+        momentum = _largest_momentum(self.momentum, recipe)
+        return SGD(groups, lr=self.lr, momentum=momentum, nesterov=self.nesterov)
+
+
+class RMSprop(Optimizer):
+    """The gradient divided by its running root mean square, a baseline (Tieleman and Hinton 2012)."""
+
+    state_bytes = 4
+
+    name: Literal["rmsprop"] = Field(description=_NAME)
+    alpha: Beta = Field(0.95, description="decay of the running mean square")
+    eps: PositiveNumber = Field(1e-8, description=_EPS)
+    momentum: Beta = Field(0.0, description="decay of the running sum of updates; 0: none")
+    weight_decay: NotNegative = Field(0.0, description=_COUPLED_DECAY)
+
+    def build(self, groups: Groups, recipe: Recipe) -> torch.optim.Optimizer:
+        from torch.optim import RMSprop as Implementation
+
+        momentum = _largest_momentum(self.momentum, recipe)
+        return Implementation(groups, lr=self.lr, alpha=self.alpha, eps=self.eps, momentum=momentum)
+
+
+class Soap(Optimizer):
     """AdamW in the eigenbasis of Shampoo's preconditioner (arXiv 2409.11321)."""
+
+    package = "pytorch_optimizer"
+    zero_stages = (0,)
+    state_bytes = 24
 
     name: Literal["soap"] = Field(description=_NAME)
     betas: Betas = Field((0.95, 0.95), description=_BETAS)
@@ -138,9 +246,25 @@ class Soap(_Optimizer):
         10_000, description="a side of a matrix longer than this (such as the vocabulary) is left as it is"
     )
 
+    def build(self, groups: Groups, recipe: Recipe) -> torch.optim.Optimizer:
+        from pytorch_optimizer import SOAP
 
-class Adafactor(_Optimizer):
+        return SOAP(
+            groups,
+            lr=self.lr,
+            betas=self.betas,
+            eps=self.eps,
+            precondition_frequency=self.precondition_every,
+            max_precondition_dim=self.max_precondition_dim,
+        )
+
+
+class Adafactor(Optimizer):
     """The mean square of a matrix kept as that of its rows and its columns (arXiv 1804.04235); no momentum."""
+
+    zero_stages = (0,)
+    state_bytes = 0
+    has_momentum = False
 
     name: Literal["adafactor"] = Field(description=_NAME)
     lr: PositiveNumber = Field(1e-2, description="peak relative rate: an update is this share of its parameter's size")
@@ -148,63 +272,40 @@ class Adafactor(_Optimizer):
         -0.8, description="the mean square decays by 1 - step ** beta2_decay"
     )
     clip_rms: PositiveNumber = Field(1.0, description="an update whose root mean square is larger is scaled down to it")
-    weight_decay: NotNegative = Field(
-        0.0, description="decoupled, times the learning rate; not on norms, biases and embeddings"
-    )
+    weight_decay: NotNegative = Field(0.0, description=_DECOUPLED_DECAY)
+
+    def build(self, groups: Groups, recipe: Recipe) -> torch.optim.Optimizer:
+        from torch.optim import Adafactor as Implementation
+
+        eps = (1e-15, 1e-3)  # torch squares the first: the paper's 1e-30; its own default would damp small gradients
+        return Implementation(groups, lr=self.lr, beta2_decay=self.beta2_decay, d=self.clip_rms, eps=eps)
 
 
-def _name_of(value: object) -> str:
-    """The optimizer that a section asks for: AdamW when it does not say."""
-    name = value.get("name", "adamw") if isinstance(value, Mapping) else getattr(value, "name", "adamw")
-    return str(name)
+class AdamW8bit(_Adam):
+    """AdamW with both moments in 8 bits, quantized in blocks of 256 (arXiv 2110.02861); from torchao."""
+
+    package = "torchao"
+    state_bytes = 2
+
+    name: Literal["adamw_8bit"] = Field(description=_NAME)
+
+    def build(self, groups: Groups, recipe: Recipe) -> torch.optim.Optimizer:
+        from torchao.optim import AdamW8bit as Implementation
+
+        return Implementation(groups, **self._adam)
 
 
-Optimizer = Annotated[
-    Annotated[AdamW, Tag("adamw")]
-    | Annotated[AdamW8bit, Tag("adamw_8bit")]
-    | Annotated[CautiousAdamW, Tag("cautious_adamw")]
-    | Annotated[AdEMAMix, Tag("ademamix")]
-    | Annotated[Lion, Tag("lion")]
-    | Annotated[Sgd, Tag("sgd")]
-    | Annotated[RMSprop, Tag("rmsprop")]
-    | Annotated[Muon, Tag("muon")]
-    | Annotated[Soap, Tag("soap")]
-    | Annotated[Adafactor, Tag("adafactor")],
-    Discriminator(_name_of),
-]
+def _largest_momentum(momentum: float, recipe: Recipe) -> float:
+    """torch keeps a momentum buffer only if there is a momentum at the start: give it the largest of a schedule, which
+    sets it every step."""
+    ramp = recipe.schedule.momentum
+    return momentum if ramp is None else max(ramp.start, ramp.end)
 
 
-@dataclass(frozen=True)
-class Traits:
-    """Where an optimizer works and what it costs.
-
-    `reason` says why the ZeRO stages that are missing from `zero_stages` cannot work. ZeRO 0 is fp32 only for every
-    optimizer (`turbolm.recipe.checks`), and offloading needs a stage from 1 to 3.
-    """
-
-    zero_stages: tuple[int, ...] = (0, 1, 2, 3)
-    reason: str = ""
-    offload: bool = True
-    offload_reason: str = ""
-    package: str | None = None  # what it needs besides torch; `pip install 'turbolm[optimizers]'` brings it
-    state_bytes: float = 8  # for each parameter
-
-    @property
-    def works_sharded(self) -> bool:
-        """Whether it works where ZeRO cuts parameters into flat parts."""
-        return 1 in self.zero_stages
-
-
-_WHOLE_MATRICES = "it works on whole matrices, and ZeRO 1 to 3 leave each process a flat part of the parameters"
-OPTIMIZERS: dict[str, Traits] = {
-    "adamw": Traits(),
-    "cautious_adamw": Traits(),
-    "sgd": Traits(state_bytes=4),
-    "rmsprop": Traits(state_bytes=4),
-    "muon": Traits(state_bytes=4),
-    "lion": Traits(state_bytes=4, package="pytorch_optimizer"),
-    "ademamix": Traits(state_bytes=12, package="pytorch_optimizer"),
-    "soap": Traits(zero_stages=(0,), reason=_WHOLE_MATRICES, state_bytes=24, package="pytorch_optimizer"),
-    "adafactor": Traits(zero_stages=(0,), reason=_WHOLE_MATRICES, state_bytes=0),
-    "adamw_8bit": Traits(state_bytes=2, package="torchao"),
-}
+OPTIMIZERS: dict[str, type[Optimizer]] = by_tag(
+    AdamW, Muon, CautiousAdamW, AdEMAMix, Lion, Sgd, RMSprop, Soap, Adafactor, AdamW8bit
+)
+if TYPE_CHECKING:
+    AnyOptimizer = Optimizer
+else:
+    AnyOptimizer = tagged_union(OPTIMIZERS, default="adamw")

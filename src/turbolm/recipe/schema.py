@@ -29,7 +29,7 @@ from turbolm.recipe.fields import (
     positive_span,
 )
 from turbolm.recipe.model_config import lay_over, read_config_file
-from turbolm.recipe.optimizers import AdamW, Optimizer
+from turbolm.recipe.optimizers import AdamW, AnyOptimizer
 from turbolm.units import Span
 
 RENAMED: dict[str, str] = {}
@@ -288,7 +288,7 @@ class Recipe(Section):
     tokenizer: Tokenizer
     data: Data
     train: Train
-    optimizer: Optimizer = Field(AdamW(), description="how gradients become updates; AdamW when it does not say")
+    optimizer: AnyOptimizer = Field(AdamW(), description="how gradients become updates; AdamW when it does not say")
     schedule: Schedule = Schedule()
     anomalies: Annotated[Anomalies, Before(Anomalies())] = Anomalies()
     cluster: Cluster = Cluster()
