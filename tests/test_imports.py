@@ -10,7 +10,7 @@ import pytest
 import turbolm
 
 TORCH_FREE = [
-    "units", "errors", "files", "shipped", "recipe", "schedules", "plan", "data", "launch", "ablate", "report", "cli",
+    "units", "errors", "files", "shipped", "recipe", "plan", "data", "launch", "ablate", "report", "cli",
 ]  # fmt: skip
 HEAVY = ["torch", "transformers", "deepspeed", "accelerate"]
 

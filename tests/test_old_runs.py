@@ -114,6 +114,54 @@ def test_a_renamed_key_is_read_under_its_old_name(
         load_recipe(recipe_file)
 
 
+FORMER_FINGERPRINTS = {  # of zero1.yaml with overrides, as commit c5235fc computed them
+    "00dfeda5b2578a7f3776420be5d59d32c2e4345fc7008742e5c4e2b871d5ce50": [
+        "schedule.name=restarts", "schedule.cycle=15%", "train.restarts.seeds=2",
+    ],
+    "16ec76f6780d290b692d78f3993b346ade1dc2012cca17dc5d481fc7a2210686": [
+        "schedule.name=wsd", "schedule.decay_shape=sqrt",
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("former", FORMER_FINGERPRINTS)
+def test_renamed_keys_and_settings_of_one_schedule_keep_their_fingerprint(
+    former: str, fixtures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides = FORMER_FINGERPRINTS[former]
+    recipe = load_recipe("zero1.yaml", overrides)
+    assert fingerprint(contract_of(recipe)) == former
+    told = capsys.readouterr().err
+    assert ("schedule.name restarts is called warm_restarts now" in told) == ("schedule.name=restarts" in overrides)
+    assert ("train.restarts is called random_restarts now" in told) == ("schedule.name=restarts" in overrides)
+
+
+def test_a_run_whose_contract_has_settings_of_another_schedule_resumes(fixtures: Path) -> None:
+    """They were written down and never used: `decay` of a cosine, which a recipe can no longer say."""
+    former = "599daaf541fda09c768cb178cc7d36f5a077b4c8eb54491860afd670373daaa0"  # of c5235fc, with these two settings
+    run = Path("runs/zero1")
+    record = json.loads((run / "contract.json").read_text())
+    manifest = next(run.glob("checkpoints/step-*/manifest.json"))
+    manifest.write_text(manifest.read_text().replace(record["fingerprint"], former))
+    record["contract"]["schedule"] |= {"decay": "7%", "cycle": "11%"}
+    (run / "contract.json").write_text(json.dumps(record | {"fingerprint": former}))
+    (run / "recipe.yaml").write_text((run / "recipe.yaml").read_text().replace("decay: 20%", "decay: 7%"))
+    assert load_recipe(run / "recipe.yaml").schedule == load_recipe("zero1.yaml").schedule  # as `fork` reads it
+    with pytest.raises(UserError, match=r"schedule\.decay: not a setting of cosine, but of wsd"):
+        load_recipe("zero1.yaml", ["schedule.decay=7%"])
+    other, _ = as_started(load_recipe("zero1.yaml", ["schedule.name=wsd", "schedule.decay=7%"]))
+    with pytest.raises(UserError, match=r'schedule\.decay: \(not set\) -> "7%"') as refused:
+        check_contract(RunDirectory(run), other, None)
+    assert 'schedule.name: "cosine" -> "wsd"' in str(refused.value)
+    assert run_world(2, train_rank, fixtures, "zero1") == [0, 0]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    expected = {line["step"]: line["train/loss"] for line in EXPECTED["zero1"]["steps"]}
+    resumed = {
+        line["step"]: line["train/loss"] for line in lines if line["step"] > STOPPED_AFTER and "train/loss" in line
+    }
+    assert resumed == pytest.approx({step: expected[step] for step in (7, 8, 9, 10)}, rel=1e-6)
+
+
 def test_a_start_that_ends_before_its_first_step_pins_nothing(tmp_path: Path, fixtures: Path) -> None:
     run = RunDirectory(tmp_path / "run")
     settle_contract(run, load_recipe("zero1.yaml", ["optimizer.lr=6"]), "s")

@@ -9,12 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from turbolm.recipe.schema import Ramp, Schedule
-from turbolm.schedules import lr_ratio, ramp_value
+from turbolm.recipe.schedules import SCHEDULES, Ramp, Schedule, lr_ratio
 
 
 def schedule(name: str, **settings: Any) -> Schedule:
-    return Schedule.model_validate({"name": name, "warmup": "10%", "min_lr_ratio": 0.1} | settings)
+    return SCHEDULES[name].model_validate({"name": name, "warmup": "10%", "min_lr_ratio": 0.1} | settings)
 
 
 def ratio(tokens: float, this: Schedule, *budgets: int) -> float:
@@ -37,11 +36,17 @@ CURVES: list[tuple[Schedule, dict[int, float]]] = [
     (schedule("inverse_sqrt", min_lr_ratio=0.4), {400: 0.5, 625: 0.4, 900: 0.4, 1000: 0.4}),
     (schedule("inverse_sqrt", warmup="0"), {0: 1, 10: 1, 40: 0.5, 250: 0.2, 1000: 0.1}),
     # Cosines from 100 to 400, 700 and 1000.
-    (schedule("restarts", cycle="300"), {0: 0, 50: 0.5, 100: 1, 250: 0.55, 400: 0.1, 550: 0.55, 700: 0.1, 1000: 0.1}),
-    (schedule("restarts", cycle="300"), {200: 0.1 + 0.9 * 0.75, 300: 0.1 + 0.9 * 0.25, 600: 0.1 + 0.9 * 0.25}),
+    (
+        schedule("warm_restarts", cycle="300"),
+        {0: 0, 50: 0.5, 100: 1, 250: 0.55, 400: 0.1, 550: 0.55, 700: 0.1, 1000: 0.1},
+    ),
+    (
+        schedule("warm_restarts", cycle="300"),
+        {200: 0.1 + 0.9 * 0.75, 300: 0.1 + 0.9 * 0.25, 600: 0.1 + 0.9 * 0.25, 1000: 0.1},
+    ),
     # Cosines from 160 to 280, then twice as long to 520, and again to 1000.
     (
-        schedule("restarts", cycle_growth=2, cycle="12 steps", min_lr_ratio=0, warmup="16%"),
+        schedule("warm_restarts", cycle_growth=2, cycle="12 steps", min_lr_ratio=0, warmup="16%"),
         {160: 1, 220: 0.5, 280: 0, 400: 0.5, 520: 0, 760: 0.5, 1000: 0},
     ),
 ]
@@ -100,10 +105,10 @@ def test_wsd_stretch_goes_back_to_the_plateau() -> None:
 )  # fmt: skip
 def test_ramps_of_weight_decay_and_momentum(settings: dict[str, Any], points: dict[int, float]) -> None:
     ramp = Ramp.model_validate(settings)
-    assert {tokens: ramp_value(ramp, tokens, 1000, 10) for tokens in points} == pytest.approx(points)
+    assert {tokens: ramp.value(tokens, 1000, 10) for tokens in points} == pytest.approx(points)
 
 
-names = st.sampled_from(["constant", "linear", "cosine", "sqrt", "inverse_sqrt", "restarts", "wsd"])
+names = st.sampled_from(list(SCHEDULES))
 spans = st.sampled_from(["0", "1%", "10%", "100%", "7 steps", "333"])
 
 
@@ -111,7 +116,7 @@ spans = st.sampled_from(["0", "1%", "10%", "100%", "7 steps", "333"])
 def test_extending_changes_nothing_up_to_the_old_budget(
     name: str, warmup: str, decay: str, on_extend: str, tokens: float
 ) -> None:
-    this = schedule(name, warmup=warmup, decay=decay, on_extend=on_extend)
+    this = schedule(name, warmup=warmup, on_extend=on_extend, **({"decay": decay} if name == "wsd" else {}))
     assert ratio(tokens, this, 1000, 5000) == ratio(tokens, this, 1000)
     assert ratio(tokens, this, 1000, 5000, 9000) == ratio(tokens, this, 1000)
     assert ratio(4 * tokens + 1000, this, 1000, 5000, 9000) == ratio(4 * tokens + 1000, this, 1000, 5000)
@@ -119,4 +124,5 @@ def test_extending_changes_nothing_up_to_the_old_budget(
 
 @given(names, spans, spans, st.floats(0, 6000))
 def test_the_ratio_stays_between_zero_and_one(name: str, warmup: str, decay: str, tokens: float) -> None:
-    assert 0 <= ratio(tokens, schedule(name, warmup=warmup, decay=decay), 1000, 5000) <= 1
+    own = {"decay": decay} if name == "wsd" else {}
+    assert 0 <= ratio(tokens, schedule(name, warmup=warmup, **own), 1000, 5000) <= 1

@@ -51,7 +51,9 @@ def summary_of(recipe: str, *overrides: str) -> Summary:
 def test_random_restarts_show_what_they_cost() -> None:
     """Of 8 candidates that take 10% of the budget each, 7 come on top."""
     plain = summary_of(LLAMA_8B, "train.budget=100B")
-    with_restarts = summary_of(LLAMA_8B, "train.budget=100B", "train.restarts.seeds=8", "train.restarts.over=10%")
+    with_restarts = summary_of(
+        LLAMA_8B, "train.budget=100B", "train.random_restarts.seeds=8", "train.random_restarts.over=10%"
+    )
     schedule, batch = with_restarts.as_dict()["schedule"], with_restarts.batch.global_batch_tokens
     assert schedule["restart_steps"] == 2385 == -(-(10**10) // batch)
     assert schedule["restart_tokens"] == 7 * 2385 * batch

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from turbolm.recipe.contract import canonical_json, changed_keys, contract_of, fingerprint
 from turbolm.recipe.load import load_recipe
 from turbolm.recipe.optimizers import AdamW
+from turbolm.recipe.schedules import Cosine
 from turbolm.recipe.schema import CONTRACT_SECTIONS, Recipe
 
 BASE = {
@@ -71,7 +72,7 @@ def all_fields() -> list[tuple[str, str]]:
     fields = []
     for section, info in Recipe.model_fields.items():
         if section != "name":
-            kind = AdamW if section == "optimizer" else info.annotation
+            kind = {"optimizer": AdamW, "schedule": Cosine}.get(section, info.annotation)
             assert isinstance(kind, type)
             fields += [(section, name) for name in kind.model_fields]
     return fields
@@ -99,10 +100,10 @@ tokenizer: {train: {vocab_size: 512}}
 data: {seq_len: 2048, sources: [{type: text, path: a}]}
 train: {budget: 2M, global_batch: 4096}
 optimizer: {lr: 1e-3, weight_decay: 0}
-schedule: {warmup: 2.0%, decay: 1M}
+schedule: {name: wsd, warmup: 2.0%, decay: 1M}
 """
     second = """\
-schedule: {decay: 1000000, warmup: 2%}
+schedule: {decay: 1000000, name: wsd, warmup: 2%}
 optimizer: {weight_decay: 0.0, lr: 0.001}
 train: {global_batch: 4_096, budget: 2000000}
 data: {sources: [{path: [a], type: text}], seq_len: 2Ki}

@@ -45,7 +45,7 @@ train:
   z_loss: 1e-4
 optimizer: {name: muon, lr: 2e-3, momentum: 0.95, lr_multipliers: {embeddings: 2}}
 schedule:
-  name: restarts
+  name: warm_restarts
   warmup: 2%
   cycle: 20%
   cycle_growth: 1.5

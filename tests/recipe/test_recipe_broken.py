@@ -61,7 +61,7 @@ ADDED = {
     ),
     "schedule: {name: cosin}": (
         "a.yaml:11: schedule.name: expected 'constant', 'linear', 'cosine', 'sqrt', 'inverse_sqrt', 'wsd' or "
-        "'restarts', got 'cosin'; "
+        "'warm_restarts', got 'cosin'; "
         "did you mean 'cosine'?"
     ),
     "schedule: {warmup: soon}": (
@@ -144,11 +144,13 @@ ADDED = {
     "schedule: {weight_decay: {start: 1}}": (
         "a.yaml:11: schedule.weight_decay.end: required key is missing (at the end of `over`, and from there on)"
     ),
-    "schedule: {name: restarts, cycle: 0}": "a.yaml:11: schedule.cycle: expected more than 0",
-    "  restarts: {seeds: 1}": "a.yaml:11: train.restarts.seeds: must be at least 2, got 1",
-    "  restarts: {over: 100%}": "a.yaml:11: train.restarts.over: must be less than train.budget (2000000), got 100%",
-    "  restarts: {over: 500 steps}": (
-        "a.yaml:11: train.restarts.over: must be less than train.budget (2000000), got 500 steps"
+    "schedule: {name: warm_restarts, cycle: 0}": "a.yaml:11: schedule.cycle: expected more than 0",
+    "  random_restarts: {seeds: 1}": "a.yaml:11: train.random_restarts.seeds: must be at least 2, got 1",
+    "  random_restarts: {over: 100%}": (
+        "a.yaml:11: train.random_restarts.over: must be less than train.budget (2000000), got 100%"
+    ),
+    "  random_restarts: {over: 500 steps}": (
+        "a.yaml:11: train.random_restarts.over: must be less than train.budget (2000000), got 500 steps"
     ),
     "optimizer: {name: 3}": (
         "a.yaml:11: optimizer.name: expected 'adamw', 'adamw_8bit', 'cautious_adamw', 'ademamix', 'lion', 'sgd', "
@@ -455,7 +457,8 @@ def test_paths_that_are_no_file(tmp_path: Path) -> None:
 
 
 def test_given_weights_leave_nothing_to_draw(tmp_path: Path) -> None:
-    text = GOOD.replace("config: {model_type: llama}", "pretrained: weights") + "  restarts: {seeds: 2}\n"
+    text = GOOD.replace("config: {model_type: llama}", "pretrained: weights") + "  random_restarts: {seeds: 2}\n"
     assert problems(tmp_path, text) == [
-        "a.yaml:11: train.restarts: has no initial weights to draw: model.pretrained gives them; remove one of the two"
+        "a.yaml:11: train.random_restarts: has no initial weights to draw: model.pretrained gives them; remove one of "
+        "the two"
     ]

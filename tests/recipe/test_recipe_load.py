@@ -100,8 +100,22 @@ def test_scalars_follow_yaml_1_2(tmp_path: Path, text: str, value: object) -> No
     assert type(recipe.model.config["x"]) is type(value)
 
 
+def test_another_schedule_takes_no_settings_of_the_one_before(tmp_path: Path) -> None:
+    """From a file or from the command line; what the command line itself asks for is never dropped."""
+    wsd = write(tmp_path, base=MINIMAL + "schedule: {name: wsd, warmup: 1%, decay: 30%, min_lr_ratio: 0}\n")
+    cosine = write(tmp_path, a="extends: base.yaml\nschedule: {name: cosine}\n")
+    assert load_recipe(cosine).schedule == load_recipe(wsd, ["schedule.name=cosine"]).schedule
+    assert load_recipe(wsd, ["schedule={name: cosine}"]).schedule == load_recipe(cosine).schedule
+    assert (str(load_recipe(cosine).schedule.warmup), load_recipe(cosine).schedule.min_lr_ratio) == ("1%", 0)
+    assert str(load_recipe(cosine, ["schedule.name=wsd"]).schedule.decay) == "20%"
+    assert str(load_recipe(cosine, ["schedule.decay=5%", "schedule.name=wsd"]).schedule.decay) == "5%"
+    for overrides in (["schedule.decay=5%"], ["schedule.decay=5%", "schedule.name=linear"]):
+        with pytest.raises(RecipeError, match=r"schedule\.decay: not a setting of (cosine|linear), but of wsd"):
+            load_recipe(cosine, overrides)
+
+
 def test_small_aliases_are_allowed(tmp_path: Path) -> None:
-    text = MINIMAL + "schedule: {warmup: &w 5%, decay: *w}\n"
+    text = MINIMAL + "schedule: {name: wsd, warmup: &w 5%, decay: *w}\n"
     assert load_recipe(write(tmp_path, a=text)).schedule.decay == Span(0.05, "share")
 
 
@@ -130,7 +144,9 @@ def test_str_of_the_error_has_one_line_a_problem(tmp_path: Path) -> None:
 
 
 def test_loading_needs_no_torch() -> None:
-    modules = "turbolm.recipe.load, turbolm.recipe.contract, turbolm.plan.batch, turbolm.plan.flops, turbolm.schedules"
+    modules = (
+        "turbolm.recipe.load, turbolm.recipe.contract, turbolm.plan.batch, turbolm.plan.flops, turbolm.recipe.schedules"
+    )
     heavy = "{'torch', 'transformers', 'deepspeed', 'accelerate'}"
     code = f"import sys, {modules}; assert not {heavy} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -39,7 +39,7 @@ LEARNED = {
     "batch_ramp": "train.batch_ramp",
     "z_loss": "train.z_loss",
     "depth_scaled_init": "model.init",
-    "random_restarts": "train.restarts",
+    "random_restarts": "train.random_restarts",
     "padded_vocab": "model.pad_vocab_to_multiple",
     **dict.fromkeys("no_clip clip_by_value".split(), "train.max_grad_norm"),
     "zero0": "train.precision",  # fp32 only

@@ -13,8 +13,8 @@ from turbolm.checkpoint.manifest import read_manifest
 from turbolm.errors import UserError
 from turbolm.recipe.contract import contract_of, fingerprint
 from turbolm.recipe.load import dump_recipe, load_recipe
+from turbolm.recipe.schedules import lr_ratio
 from turbolm.recipe.schema import Recipe
-from turbolm.schedules import lr_ratio
 from turbolm.train.fork import _check_plateau, _check_same_past, _decaying, fork
 from turbolm.train.run_contract import settle_contract
 from turbolm.train.run_directory import RunDirectory

@@ -70,7 +70,7 @@ def test_every_step_after_a_resume_a_rollback_and_a_restart_is_that_of_plain_pyt
         train={
             "budget": STEPS * BINS_PER_BATCH * SEQ_LEN,
             "seed": SEED,
-            "restarts": {"seeds": 2, "over": f"{TRIED} steps"},
+            "random_restarts": {"seeds": 2, "over": f"{TRIED} steps"},
         },
         anomalies={"non_finite": "rollback"},
         evaluation={"every": f"{STOPPED} steps", "tokens": 2 * SEQ_LEN},

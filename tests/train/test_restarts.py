@@ -32,7 +32,7 @@ INITIAL = [SEED, SEED + 1_000_003, SEED + 2_000_006]
 def recipe_of(folder: Path, name: str, *, restarts: bool = False, **sections: Any) -> Recipe:
     train = {"seed": SEED, "budget": STEPS * BATCH, **sections.pop("train", {})}
     if restarts:
-        train["restarts"] = {"seeds": SEEDS, "over": f"{TRIED} steps"}
+        train["random_restarts"] = {"seeds": SEEDS, "over": f"{TRIED} steps"}
     recipe = make_recipe(
         folder,
         train=train,
@@ -227,7 +227,7 @@ def test_candidates_with_an_anomaly_are_given_up(tmp_path: Path) -> None:
     some, every = recipe_of(tmp_path, "some", restarts=True), recipe_of(tmp_path, "every", restarts=True)
     prepare(some)
     ends = run_world(1, _some_and_all_bad, some, every)[0]
-    assert ends[0] == 0 and "every candidate of train.restarts met an anomaly" in ends[1]
+    assert ends[0] == 0 and "every candidate of train.random_restarts met an anomaly" in ends[1]
     restarts = json.loads((run_directory(some).path / "results.json").read_text())["restarts"]
     assert restarts["chosen"] == 1 and restarts["losses"] == [None, restarts["losses"][1], None]
     assert len(curve(steps_of(run_directory(some).path))) == STEPS

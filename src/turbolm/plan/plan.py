@@ -44,8 +44,8 @@ class Plan:
 
     @property
     def restart_steps(self) -> int:
-        """Steps of each candidate of train.restarts; 0 without. They are the first steps of the run as well."""
-        restarts, train = self.recipe.train.restarts, self.recipe.train
+        """Steps of each candidate of train.random_restarts; 0 without. They are the first steps of the run as well."""
+        restarts, train = self.recipe.train.random_restarts, self.recipe.train
         if restarts is None:
             return 0
         tokens = restarts.over.tokens(self.curriculum.budgets_tokens[0], train.global_batch)
@@ -54,7 +54,7 @@ class Plan:
     @property
     def restart_tokens(self) -> int:
         """Tokens that the candidates take that are not trained on: what restarts cost on top of the budget."""
-        restarts = self.recipe.train.restarts
+        restarts = self.recipe.train.random_restarts
         return (restarts.seeds - 1) * self.curriculum.tokens_seen(self.restart_steps) if restarts else 0
 
     def with_budgets(self, budgets_tokens: Sequence[int]) -> Plan:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from turbolm.plan.plan import Plan
+from turbolm.recipe.schedules import lr_ratio
 from turbolm.recipe.schema import BatchRamp
-from turbolm.schedules import lr_ratio, ramp_value
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ def step_rates(plan: Plan, step: int, batch_index: int | None = None) -> Rates:
     tokens = curriculum.tokens_seen(step) + batch / 2
     ratio = lr_ratio(schedule, tokens, curriculum.whole_budgets_tokens, full_batch)
     weight_decay, momentum = (
-        None if ramp is None else ramp_value(ramp, tokens, curriculum.budgets_tokens[0], full_batch)
+        None if ramp is None else ramp.value(tokens, curriculum.budgets_tokens[0], full_batch)
         for ramp in (schedule.weight_decay, schedule.momentum)
     )
     lr = recipe.optimizer.lr * ratio * lr_factor(recipe.train.batch_ramp, batch, full_batch)

@@ -9,6 +9,7 @@ import yaml
 
 from turbolm.plan.batch import plan_batch
 from turbolm.plan.summary import Summary
+from turbolm.recipe.schedules import Wsd
 from turbolm.units import format_bytes, format_count, format_duration
 
 _PLOT_ROWS = 6
@@ -79,15 +80,16 @@ def _schedule(summary: Summary) -> Iterator[str]:
     schedule = recipe.schedule
     tokens = plan.curriculum.tokens_seen(plan.num_steps)
     yield f"{plan.num_steps} steps, {format_count(tokens)} tokens (budget {recipe.train.budget})"
-    if recipe.train.restarts is not None:
+    restarts = recipe.train.random_restarts
+    if restarts is not None:
         extra = plan.restart_tokens
         yield (
-            f"random restarts: {recipe.train.restarts.seeds} candidates of {plan.restart_steps} steps each; those not "
-            f"chosen take {format_count(extra)} tokens on top ({extra / tokens:.1%})"
+            f"random restarts: {restarts.seeds} candidates of {plan.restart_steps} steps each; those "
+            f"not chosen take {format_count(extra)} tokens on top ({extra / tokens:.1%})"
         )
     every = f"evaluate every {plan.evaluate_every_steps} steps" if recipe.data.validation else "no evaluation"
     yield f"{every}, checkpoint every {plan.checkpoint_every_steps} steps"
-    shape = f"{schedule.name}, decay {schedule.decay}" if schedule.name == "wsd" else schedule.name
+    shape = f"{schedule.name}, decay {schedule.decay}" if isinstance(schedule, Wsd) else schedule.name
     yield f"learning rate: {shape}, warmup {schedule.warmup}"
     rates = [rate for _, rate in summary.learning_rate]
     labels = [f"{max(rates):.3g}", *[""] * (_PLOT_ROWS - 2), "0"]

@@ -16,6 +16,7 @@ from turbolm.recipe.gpus import GPUS
 from turbolm.recipe.messages import Finding, describe
 from turbolm.recipe.model_config import lay_over
 from turbolm.recipe.optimizers import OPTIMIZERS
+from turbolm.recipe.schedules import SCHEDULES
 from turbolm.recipe.schema import Recipe
 from turbolm.redaction import holds_secret
 
@@ -23,59 +24,30 @@ Values = Mapping[str, Any]  # by dotted key; a value that is missing or not vali
 
 _GPT2_POSITIONS = 1024  # its default; the one model type here with a table of positions
 _MAX_REMIX_PERIODS = 1000
-_KEYS = (
-    "model.config",
-    "model.config_file",
-    "model.pretrained",
-    "model.resize_embeddings",
-    "tokenizer.train",
-    "data.seq_len",
-    "data.packing",
-    "data.length_schedule",
-    "data.validation",
-    "train.budget",
-    "train.global_batch",
-    "train.batch_ramp",
-    "train.restarts",
-    "train.precision",
-    "train.fp8",
-    "optimizer.name",
-    "schedule.momentum",
-    "cluster.num_nodes",
-    "cluster.gpus_per_node",
-    "cluster.gpu",
-    "cluster.processes_per_node",
-    "cluster.device",
-    "execution.zero_stage",
-    "execution.offload_optimizer",
-    "execution.offload_parameters",
-    "execution.hierarchical_partition",
-    "execution.quantized_weights",
-    "execution.quantized_gradients",
-    "execution.micro_batch",
-    "execution.loss",
-    "execution.compile",
-    "execution.activation_checkpointing",
-    "execution.overlap_communication",
-    "execution.communication_bucket",
-    "execution.attention",
-    "execution.adam_kernel",
-    "checkpoint.keep_best",
-)
+_UNIONS: dict[str, Mapping[str, type[Section]]] = {"optimizer": OPTIMIZERS, "schedule": SCHEDULES}
+
+
+class _Values(dict[str, Any]):
+    """Values of a recipe by dotted key, looked up when a rule asks; a value that is missing or not valid is None."""
+
+    def __init__(self, find: Callable[[str, str], Any]) -> None:
+        super().__init__()
+        self.find = find
+
+    def __missing__(self, key: str) -> Any:
+        section, _, name = key.partition(".")
+        value = self[key] = self.find(section, name)
+        return value
 
 
 def check_recipe(recipe: Recipe) -> list[Finding]:
     """The findings of every rule on a valid recipe."""
-    values = {}
-    for key in _KEYS:
-        section, _, name = key.partition(".")
-        values[key] = getattr(getattr(recipe, section), name)
-    return _findings(values)
+    return _findings(_Values(lambda section, name: getattr(getattr(recipe, section), name)))
 
 
 def check_values(data: Mapping[str, Any]) -> list[Finding]:
     """The findings of every rule on what is valid of `data`, a recipe as plain values."""
-    return _findings({key: _valid_value(data, key) for key in _KEYS})
+    return _findings(_Values(lambda section, name: _valid_value(data, section, name)))
 
 
 def find_secrets(data: object, path: tuple[str | int, ...] = ()) -> Iterator[Finding]:
@@ -115,17 +87,19 @@ def _findings(values: Values) -> list[Finding]:
     return [Finding(tuple(key.split(".")), message) for rule in _RULES for key, message in rule(values)]
 
 
-def _valid_value(data: Mapping[str, Any], key: str) -> Any:
-    section_name, _, name = key.partition(".")
-    section = Recipe.model_fields[section_name].annotation
-    if key == "optimizer.name":
-        given = data.get("optimizer", {})
-        name = given.get("name", "adamw") if isinstance(given, Mapping) else "adamw"
-        return name if isinstance(name, str) and name in OPTIMIZERS else None
-    assert isinstance(section, type)
-    assert issubclass(section, Section)
-    field = section.model_fields[name]
+def _valid_value(data: Mapping[str, Any], section_name: str, name: str) -> Any:
     given = data.get(section_name, {})
+    kinds = _UNIONS.get(section_name)
+    if kinds is None:
+        section = Recipe.model_fields[section_name].annotation
+    else:
+        default = Recipe.model_fields[section_name].get_default().name
+        chosen = given.get("name", default) if isinstance(given, Mapping) else default
+        section = kinds.get(str(chosen))
+        if section is None or name == "name":
+            return section and chosen
+    assert isinstance(section, type) and issubclass(section, Section)
+    field = section.model_fields[name]
     if not isinstance(given, Mapping) or name not in given:
         return None if field.is_required() else field.get_default()
     try:
@@ -220,13 +194,16 @@ def _batches(values: Values) -> Iterator[tuple[str, int]]:
 
 
 def _restarts(values: Values) -> Iterator[tuple[str, str]]:
-    restarts, budget, batch = (values[k] for k in ("train.restarts", "train.budget", "train.global_batch"))
+    restarts, budget, batch = (values[k] for k in ("train.random_restarts", "train.budget", "train.global_batch"))
     if restarts is None:
         return
     if values["model.pretrained"] is not None:
-        yield "train.restarts", "has no initial weights to draw: model.pretrained gives them; remove one of the two"
+        yield (
+            "train.random_restarts",
+            "has no initial weights to draw: model.pretrained gives them; remove one of the two",
+        )
     if budget and batch and restarts.over.tokens(budget, batch) >= budget:
-        yield "train.restarts.over", f"must be less than train.budget ({budget}), got {restarts.over}"
+        yield "train.random_restarts.over", f"must be less than train.budget ({budget}), got {restarts.over}"
 
 
 def _zero_stage(values: Values) -> Iterator[tuple[str, str]]:

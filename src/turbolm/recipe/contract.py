@@ -19,7 +19,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from turbolm.recipe.fields import Before, FormerDefault, Section
-from turbolm.recipe.schema import CONTRACT_SECTIONS, RENAMED, Recipe
+from turbolm.recipe.schedules import FORMERLY_IN_ALL
+from turbolm.recipe.schema import CONTRACT_SECTIONS, RENAMED, RENAMED_CHOICES, Recipe
 
 _MAX_EXACT = 2**53  # beyond it a float no longer names one whole number
 _TAGS = ("name", "type")  # the keys that choose among the classes of a union
@@ -48,22 +49,43 @@ def comparable_section(section: Section) -> dict[str, Any]:
 
 
 def _with_new_names(contract: Mapping[str, Any]) -> dict[str, Any]:
-    result: dict[str, Any] = json.loads(json.dumps(contract))
-    for old, new in RENAMED.items():
-        *path, last = old.split(".")
-        place: Any = result
-        for part in path:
-            place = place.get(part) if isinstance(place, dict) else None
-        if isinstance(place, dict) and last in place:
-            place[new] = place.pop(last)
+    return _renamed(json.loads(json.dumps(contract)), RENAMED, RENAMED_CHOICES)
+
+
+def _as_fingerprinted(contract: Mapping[str, Any]) -> dict[str, Any]:
+    """What is comparable of a contract, in the form that fingerprints have had from the start."""
+    keys = {f"{key.rpartition('.')[0]}.{new}": key.rpartition(".")[2] for key, new in RENAMED.items()}
+    choices = {key: {new: old for old, new in names.items()} for key, names in RENAMED_CHOICES.items()}
+    result = _renamed(comparable(contract), keys, choices)
+    if "schedule" in result:
+        result["schedule"] = FORMERLY_IN_ALL | result["schedule"]
     return result
 
 
-def _without_unchanged(section: type[Section], values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def _renamed(
+    contract: dict[str, Any], keys: Mapping[str, str], choices: Mapping[str, Mapping[str, str]]
+) -> dict[str, Any]:
+    """The contract, changed in place. Every renamed key and choice belongs to a section."""
+    for key, new in keys.items():
+        section, name = key.split(".")
+        if name in contract.get(section, {}):
+            contract[section][new] = contract[section].pop(name)
+    for key, names in choices.items():
+        section, name = key.split(".")
+        if contract.get(section, {}).get(name) in names:
+            contract[section][name] = names[contract[section][name]]
+    return contract
+
+
+def _without_unchanged(
+    section: type[Section], values: Mapping[str, Any], others: frozenset[str] = frozenset()
+) -> Iterator[tuple[str, Any]]:
+    """Of the keys that `section` does not know, those of the `others` it was chosen among mean nothing."""
     for name, value in values.items():
         field = section.model_fields.get(name)
         if field is None:
-            yield name, value
+            if name not in others:
+                yield name, value
         elif not any(_same(value, marker.value) for marker in _markers(field, Before)):
             yield name, _inner(field.annotation, value)
 
@@ -72,9 +94,11 @@ def _inner(annotation: Any, value: Any) -> Any:
     if isinstance(value, list):
         return [_inner(annotation, entry) for entry in value]
     if isinstance(value, dict):
-        for section in _sections(annotation):
+        sections = list(_sections(annotation))
+        others = frozenset(name for section in sections for name in section.model_fields)
+        for section in sections:
             if _is_chosen(section, value):
-                return dict(_without_unchanged(section, value))
+                return dict(_without_unchanged(section, value, others))
     return value
 
 
@@ -145,7 +169,7 @@ def canonical_json(obj: object) -> str:
 
 def fingerprint(contract: Mapping[str, Any]) -> str:
     """SHA-256 of the canonical form of what is comparable of the contract, in hexadecimal."""
-    return hashlib.sha256(canonical_json(_plain(comparable(contract))).encode()).hexdigest()
+    return hashlib.sha256(canonical_json(_plain(_as_fingerprinted(contract))).encode()).hexdigest()
 
 
 def changed_keys(old: object, new: object, key: str = "") -> list[tuple[str, Any, Any]]:

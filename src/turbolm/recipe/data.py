@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
@@ -17,8 +17,10 @@ from turbolm.recipe.fields import (
     StagedWeight,
     Text,
     TrainingSpan,
+    by_tag,
     list_is_tuple,
     positive_span,
+    tagged_union,
 )
 from turbolm.units import Span
 
@@ -120,7 +122,11 @@ class LengthBuckets(Section):
     )
 
 
-LengthSchedule = Annotated[LengthStages | LengthGrowth | LengthBuckets, Field(discriminator="name")]
+LENGTH_SCHEDULES: dict[str, type[Section]] = by_tag(LengthStages, LengthGrowth, LengthBuckets)
+if TYPE_CHECKING:
+    LengthSchedule = LengthStages | LengthGrowth | LengthBuckets
+else:
+    LengthSchedule = tagged_union(LENGTH_SCHEDULES)
 
 
 class Data(Section):

@@ -28,9 +28,9 @@ def recipe_json_schema() -> dict[str, Any]:
     for name, definition in (("", generated), *generated["$defs"].items()):
         if not name.endswith("Source"):
             definition.pop("required", None)
-    # A file that extends another may leave the optimizer's name to it, so more than one alternative may fit.
-    optimizer = generated["properties"]["optimizer"]
-    optimizer["anyOf"] = optimizer.pop("oneOf")
+    # A file that extends another may leave the name to it, so more than one alternative may fit.
+    for section in ("optimizer", "schedule"):
+        generated["properties"][section]["anyOf"] = generated["properties"][section].pop("oneOf")
     generated["properties"] = {"extends": _EXTENDS, **generated["properties"]}
     schema = {"$schema": _DIALECT, **generated, "title": "turbolm recipe"}
     mended = _mend(schema)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,6 +13,7 @@ import yaml
 from pydantic import ValidationError
 
 from turbolm.recipe.checks import check_recipe, check_values, find_secrets
+from turbolm.recipe.data import LENGTH_SCHEDULES
 from turbolm.recipe.document import (
     MAX_DEPTH,
     MAX_FILE_BYTES,
@@ -23,18 +24,22 @@ from turbolm.recipe.document import (
     join_key,
     parse_document,
 )
+from turbolm.recipe.fields import Section
 from turbolm.recipe.messages import Finding, describe, validation_findings
-from turbolm.recipe.schema import RENAMED, Recipe
+from turbolm.recipe.optimizers import OPTIMIZERS, Optimizer
+from turbolm.recipe.schedules import SCHEDULES, Schedule
+from turbolm.recipe.schema import RENAMED, RENAMED_CHOICES, Recipe
 
 __all__ = ["Problem", "RecipeError", "dump_recipe", "dump_values", "load_piece", "load_recipe"]
 
 _MAX_FILES = 64
-# Sections whose `name` chooses the settings that there are, and the settings that every choice has.
-_CHOICES: dict[tuple[str, ...], tuple[str, ...]] = {
-    ("optimizer",): ("lr", "weight_decay", "lr_multipliers"),
-    ("data", "length_schedule"): (),
+_COMMAND_LINE = "command line: "  # what the origin of an override begins with
+# Sections whose `name` chooses the settings that there are: what every choice has, the choices, and the default one.
+_CHOICES: dict[tuple[str, ...], tuple[type[Section], Mapping[str, type[Section]], str | None]] = {
+    ("optimizer",): (Optimizer, OPTIMIZERS, "adamw"),
+    ("schedule",): (Schedule, SCHEDULES, "cosine"),
+    ("data", "length_schedule"): (Section, LENGTH_SCHEDULES, None),
 }
-_DEFAULT_CHOICES: dict[tuple[str, ...], str] = {("optimizer",): "adamw"}
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str | Path] = ()) -> Recipe:
@@ -152,8 +157,7 @@ class _Reader:
 
     def _extend(self, tree: Tree, path: Path, shown: str, chain: tuple[tuple[str, str], ...]) -> Tree:
         own = Tree({key: value for key, value in tree.value.items() if key != "extends"}, tree.file, tree.line)
-        for old, new in RENAMED.items():
-            own = _rename(own, old.split("."), old, new, self.problems)
+        own = _with_new_names(own, self.problems)
         extends = tree.value.get("extends")
         if extends is None:
             return own
@@ -202,24 +206,28 @@ def _read_text(path: Path) -> tuple[str, str, int | None]:
 
 
 def _lay_over(base: Tree, child: Tree) -> Tree:
-    """`child` merged over `base`; where it chooses another optimizer, the settings of the one before do not stay."""
-    for path, common in _CHOICES.items():
-        base = _without_other_choice(base, child, path, common, _DEFAULT_CHOICES.get(path))
+    """`child` merged over `base`; where it chooses another optimizer or schedule, the settings of the one before do not
+    stay."""
+    for path, (common, _, default) in _CHOICES.items():
+        old, new = _section(base, path), _section(child, path)
+        before = old["name"].value if "name" in old else default
+        if old and "name" in new and new["name"].value != before:
+            base = _replace(base, path, {key: value for key, value in old.items() if key in common.model_fields})
     return _merge(base, child)
 
 
-def _without_other_choice(base: Tree, child: Tree, path: tuple[str, ...], common: Sequence[str], default: Any) -> Tree:
-    old, new = (tree.value.get(path[0]) if isinstance(tree.value, dict) else None for tree in (base, child))
-    if old is None or new is None or not isinstance(old.value, dict) or not isinstance(new.value, dict):
-        return base
-    if len(path) > 1:
-        kept = _without_other_choice(old, new, path[1:], common, default)
-    else:
-        before, after = (section.value["name"].value if "name" in section.value else None for section in (old, new))
-        if after is None or after == (before or default):
-            return base
-        kept = Tree({key: value for key, value in old.value.items() if key in common}, old.file, old.line)
-    return Tree({**base.value, path[0]: kept}, base.file, base.line)
+def _section(tree: Tree, path: Sequence[str]) -> dict[str, Tree]:
+    """The mapping at `path`; an empty one where there is none."""
+    for part in path:
+        tree = tree.value.get(part, Tree(None, "", None)) if isinstance(tree.value, dict) else Tree(None, "", None)
+    return tree.value if isinstance(tree.value, dict) else {}
+
+
+def _replace(tree: Tree, path: Sequence[str], section: dict[str, Tree]) -> Tree:
+    """The tree with another mapping at `path`, where it has one."""
+    if not path:
+        return Tree(section, tree.file, tree.line)
+    return Tree({**tree.value, path[0]: _replace(tree.value[path[0]], path[1:], section)}, tree.file, tree.line)
 
 
 def _merge(base: Tree, child: Tree) -> Tree:
@@ -235,20 +243,34 @@ def _merge(base: Tree, child: Tree) -> Tree:
 # ---------------------------------------------------------------------------------------------------- renamed keys
 
 
-def _rename(tree: Tree, parts: Sequence[str], old: str, new: str, problems: list[Problem]) -> Tree:
-    """The tree of one file with the renamed key `old` under its new name, which is told on standard error."""
-    if not isinstance(tree.value, dict) or parts[0] not in tree.value:
-        return tree
-    children = dict(tree.value)
-    if len(parts) > 1:
-        children[parts[0]] = _rename(children[parts[0]], parts[1:], old, new, problems)
-    elif new in children:
-        at = children.pop(parts[0])
-        problems.append(Problem(at.file, at.line, old, f"is called {new} now, and {new} stands here too; remove one"))
-    else:
-        children[new] = children.pop(parts[0])
-        _tell_of_new_name(children[new], old, new)
-    return Tree(children, tree.file, tree.line)
+def _with_new_names(tree: Tree, problems: list[Problem]) -> Tree:
+    """The tree of one file with what is renamed under its new name, which is told on standard error."""
+    for old, new in RENAMED.items():
+        *path, last = old.split(".")
+        section = _section(tree, path)
+        if last not in section:
+            continue
+        at, rest = section[last], {key: value for key, value in section.items() if key != last}
+        if new in rest:
+            message = f"is called {new} now, and {new} stands here too; remove one"
+            problems.append(Problem(at.file, at.line, old, message))
+        else:
+            rest[new] = at
+            _tell_of_new_name(at, old, new)
+        tree = _replace(tree, path, rest)
+    for key, names in RENAMED_CHOICES.items():
+        *path, last = key.split(".")
+        section = _section(tree, path)
+        if last in section:
+            tree = _replace(tree, path, {**section, last: _with_new_value(section[last], key, names)})
+    return tree
+
+
+def _with_new_value(value: Tree, key: str, names: Mapping[str, str]) -> Tree:
+    if not isinstance(value.value, str) or value.value not in names:
+        return value
+    _tell_of_new_name(value, f"{key} {value.value}", names[value.value])
+    return Tree(names[value.value], value.file, value.line)
 
 
 def _tell_of_new_name(value: Tree, old: str, new: str) -> None:
@@ -263,7 +285,7 @@ def _override(tree: Tree, override: str, problems: list[Problem]) -> Tree:
     """The tree with one `key.path=value` from the command line in it."""
     key, equals, text = override.partition("=")
     parts = key.strip().split(".")
-    origin = f"command line: {override if override.isprintable() and len(override) <= 200 else ascii(override[:200])}"
+    origin = f"{_COMMAND_LINE}{override if override.isprintable() and len(override) <= 200 else ascii(override[:200])}"
     if not equals or not all(parts) or len(parts) > MAX_DEPTH:
         problems.append(Problem(origin, None, "", "expected key.path=value, such as optimizer.lr=3e-4"))
         return tree
@@ -276,10 +298,28 @@ def _override(tree: Tree, override: str, problems: list[Problem]) -> Tree:
     value = parse_document(text, origin, problems, show_lines=False)
     if value is None:
         return tree
-    if (old := ".".join(parts)) in RENAMED:
-        _tell_of_new_name(value, old, RENAMED[old])
-        parts[-1] = RENAMED[old]
-    return _set(tree, parts, value, "", problems)
+    for old, new in RENAMED.items():
+        names = old.split(".")
+        if parts[: len(names)] == names:
+            _tell_of_new_name(value, old, new)
+            parts[len(names) - 1] = new
+    value = _with_new_value(value, key, RENAMED_CHOICES.get(key.strip(), {}))
+    return _without_former_choice(_set(tree, parts, value, "", problems))
+
+
+def _without_former_choice(tree: Tree) -> Tree:
+    """Where the command line chooses an optimizer or schedule, without the files' settings that it does not have."""
+    for path, (_, kinds, _) in _CHOICES.items():
+        section = _section(tree, path)
+        kind = kinds.get(str(section["name"].value)) if "name" in section else None
+        if kind is not None and section["name"].file.startswith(_COMMAND_LINE):
+            kept = {
+                key: value
+                for key, value in section.items()
+                if key in kind.model_fields or value.file.startswith(_COMMAND_LINE)
+            }
+            tree = _replace(tree, path, kept)
+    return tree
 
 
 def _set(tree: Tree, parts: Sequence[str], value: Tree, at: str, problems: list[Problem]) -> Tree:

@@ -303,7 +303,7 @@ def _largest_momentum(momentum: float, recipe: Recipe) -> float:
 
 
 OPTIMIZERS: dict[str, type[Optimizer]] = by_tag(
-    AdamW, Muon, CautiousAdamW, AdEMAMix, Lion, Sgd, RMSprop, Soap, Adafactor, AdamW8bit
+    AdamW, AdamW8bit, CautiousAdamW, AdEMAMix, Lion, Sgd, RMSprop, Muon, Soap, Adafactor
 )
 if TYPE_CHECKING:
     AnyOptimizer = Optimizer

@@ -15,7 +15,6 @@ from turbolm.recipe.data import Data
 from turbolm.recipe.execution import Checkpoint, Cluster, Evaluation, Execution, Logging
 from turbolm.recipe.fields import (
     Before,
-    Beta,
     Bytes,
     Limit,
     Name,
@@ -30,11 +29,14 @@ from turbolm.recipe.fields import (
 )
 from turbolm.recipe.model_config import lay_over, read_config_file
 from turbolm.recipe.optimizers import AdamW, AnyOptimizer
+from turbolm.recipe.schedules import AnySchedule, Cosine
 from turbolm.units import Span
 
-RENAMED: dict[str, str] = {}
+RENAMED = {"train.restarts": "random_restarts"}
 """Keys that have another name now, in the same section: the dotted old key, and the new name of its last part. Recipes
-and contracts are read under either."""
+and contracts are read under either, and fingerprints hold the old one."""
+RENAMED_CHOICES = {"schedule.name": {"restarts": "warm_restarts"}}
+"""The same for values that choose a class: the dotted key, and its new value for an old one."""
 CONTRACT_SECTIONS = ("model", "tokenizer", "data", "train", "optimizer", "schedule", "anomalies")
 
 
@@ -156,7 +158,7 @@ class BatchRamp(Section):
         return self
 
 
-class Restarts(Section):
+class RandomRestarts(Section):
     """Several initial weights are trained for a few steps, and the best is trained on (arXiv 2002.06305)."""
 
     seeds: Annotated[int, Field(ge=2, le=1000)] = Field(4, description="different initial weights that are tried")
@@ -174,7 +176,7 @@ class Train(Section):
     global_batch: Positive = Field(description="tokens of one optimizer step over all processes")
     batch_ramp: BatchRamp | None = Field(None, description="smaller batches at the start of the run")
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(0, description="of initial weights, data order and dropout")
-    restarts: Annotated[Restarts | None, Before(None)] = Field(
+    random_restarts: Annotated[RandomRestarts | None, Before(None)] = Field(
         None, description="choose among several initial weights first; those not chosen cost tokens beside the budget"
     )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
@@ -204,55 +206,6 @@ class Train(Section):
         if self.max_grad_norm is not None and self.max_grad_value is not None:
             raise ValueError("expected at most one of max_grad_norm and max_grad_value; set the other to `off`")
         return self
-
-
-class Ramp(Section):
-    """A value that goes from `start` to `end` and stays there."""
-
-    start: Annotated[Number, Field(ge=0)] = Field(description="at the start of the run")
-    end: Annotated[Number, Field(ge=0)] = Field(description="at the end of `over`, and from there on")
-    over: Annotated[TrainingSpan, AfterValidator(positive_span)] = Field(
-        Span(1.0, "share"), description="tokens, steps or a share of the budget that it takes"
-    )
-    shape: Literal["linear", "cosine"] = Field("linear", description="cosine: slow at both ends")
-
-
-class MomentumRamp(Ramp):
-    """A momentum that goes from `start` to `end` and stays there."""
-
-    start: Beta = Field(description="at the start of the run")
-    end: Beta = Field(description="at the end of `over`, and from there on")
-
-
-class Schedule(Section):
-    """The learning rate, and on demand weight decay and momentum, over the tokens seen."""
-
-    name: Literal["constant", "linear", "cosine", "sqrt", "inverse_sqrt", "wsd", "restarts"] = Field(
-        "cosine",
-        description="shape after the warmup; wsd: warmup, stable, decay; inverse_sqrt: falls with the root of the "
-        "tokens; restarts: a cosine again and again",
-    )
-    warmup: TrainingSpan = Field(Span(0.02, "share"), description="rise from 0 to the peak")
-    decay: TrainingSpan = Field(Span(0.2, "share"), description="wsd only: the last part of the budget")
-    decay_shape: Literal["linear", "cosine", "sqrt"] = Field("linear", description="wsd only")
-    min_lr_ratio: Annotated[Number, Field(ge=0, le=1)] = Field(0.1, description="where it ends, as a share of the peak")
-    cycle: Annotated[TrainingSpan, AfterValidator(positive_span)] = Field(
-        Span(0.25, "share"), description="restarts only: length of the first cosine after the warmup"
-    )
-    cycle_growth: Annotated[Number, Field(ge=1, le=100)] = Field(
-        1.0, description="restarts only: each cosine is this much longer than the one before"
-    )
-    weight_decay: Ramp | None = Field(None, description="factor on optimizer.weight_decay; none: 1 throughout")
-    momentum: MomentumRamp | None = Field(
-        None,
-        description="replaces optimizer.momentum, or the first of optimizer.betas where there is no momentum; none: "
-        "constant",
-    )
-    on_extend: Literal["rewarm", "stretch", "refuse"] = Field(
-        "rewarm",
-        description="when a finished run gets a larger budget: warm up again and run the same shape over the added "
-        "tokens; follow the larger budget's curve from here; or refuse",
-    )
 
 
 class Anomalies(Section):
@@ -289,7 +242,7 @@ class Recipe(Section):
     data: Data
     train: Train
     optimizer: AnyOptimizer = Field(AdamW(), description="how gradients become updates; AdamW when it does not say")
-    schedule: Schedule = Schedule()
+    schedule: AnySchedule = Field(Cosine(), description="the learning rate over the tokens seen; cosine by default")
     anomalies: Annotated[Anomalies, Before(Anomalies())] = Anomalies()
     cluster: Cluster = Cluster()
     execution: Execution = Execution()

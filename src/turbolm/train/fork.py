@@ -16,8 +16,8 @@ from turbolm.plan.curriculum import build_curriculum
 from turbolm.recipe.contract import comparable, contract_of, fingerprint, pin_to
 from turbolm.recipe.fields import Section
 from turbolm.recipe.load import dump_recipe, load_recipe
+from turbolm.recipe.schedules import Wsd
 from turbolm.recipe.schema import Recipe
-from turbolm.schedules import lr_ratio
 from turbolm.train.run_directory import RunDirectory
 from turbolm.units import Span
 
@@ -81,21 +81,19 @@ def fork(checkpoint: Path, decay: Span, name: str | None = None, changes: Mappin
 
 
 def _check_plateau(recipe: Recipe, tokens: int) -> None:
-    schedule, budget, batch = recipe.schedule, recipe.train.budget, recipe.train.global_batch
-    has_plateau = schedule.name in ("constant", "wsd")
-    if has_plateau and tokens < budget and lr_ratio(schedule, tokens, [budget], batch) == 1.0:
-        return
-    if not has_plateau:
+    schedule, budget = recipe.schedule, recipe.train.budget
+    plateau = schedule.plateau(budget, recipe.train.global_batch)
+    if plateau is None:
         raise UserError(
             f"schedule.name is {schedule.name}, whose learning rate has no plateau to branch a decay from; train with "
             "schedule.name=wsd or constant"
         )
-    start = schedule.warmup.tokens(budget, batch)
-    end = budget - schedule.decay.tokens(budget, batch) if schedule.name == "wsd" else budget
-    raise UserError(
-        f"at {tokens} tokens the learning rate is off its plateau, which lasts from {start:.0f} to {end:.0f} tokens; "
-        "fork a checkpoint from there"
-    )
+    start, end = plateau
+    if not start <= tokens <= end or tokens >= budget:
+        raise UserError(
+            f"at {tokens} tokens the learning rate is off its plateau, which lasts from {start:.0f} to {end:.0f} "
+            "tokens; fork a checkpoint from there"
+        )
 
 
 def _check_same_past(old: Recipe, new: Recipe, num_steps: int) -> None:
@@ -120,8 +118,9 @@ def _decaying(old: Recipe, branch_tokens: int, decay: Span, changes: dict[str, A
     num_steps = max(1, round(decay_tokens / batch))
     sections = {name: _in_tokens(getattr(old, name), old.train.budget) for name in _LEARNED}
     sections["train"] = sections["train"].model_copy(update={"budget": branch_tokens + num_steps * batch})
-    shape = {"name": "wsd", "decay": Span(num_steps * batch, "tokens")}
-    sections["schedule"] = sections["schedule"].model_copy(update={**shape, **changes})
+    schedule = {name: value for name, value in sections["schedule"] if name in Wsd.model_fields}
+    schedule |= {"name": "wsd", "decay": Span(num_steps * batch, "tokens"), **changes}
+    sections["schedule"] = Wsd.model_construct(**schedule)  # `fork` checks what the changes ask for
     return old.model_copy(update=sections)
 
 

@@ -46,7 +46,7 @@ def choose_start(session: Session) -> None:
     it was stopped or killed at is. When asked to stop it leaves the session at step 0, where training stops as well.
     Raises RunError when no candidate gets through without an anomaly, or none can be saved.
     """
-    settings = session.plan.recipe.train.restarts
+    settings = session.plan.recipe.train.random_restarts
     if settings is None or session.step > 0:
         return
     folder, num_steps, seed = session.context.run.restarts, session.plan.restart_steps, session.plan.recipe.train.seed
@@ -76,8 +76,8 @@ def choose_start(session: Session) -> None:
     best = _best(losses)
     if best is None:
         raise RunError(
-            "every candidate of train.restarts met an anomaly; try a lower learning rate or a longer warmup, and move "
-            f"{folder} away"
+            "every candidate of train.random_restarts met an anomaly; try a lower learning rate or a longer warmup, "
+            f"and move {folder} away"
         )
     with heartbeat.phase(heartbeat.STARTING):
         restore(session, folder / str(best) / checkpoint_name(num_steps))
@@ -169,7 +169,9 @@ def _save(session: Session, folder: Path) -> None:
     try:
         save_checkpoint(folder, session.engine, **about, keep_last=1, group=session.context.group)
     except RuntimeError as error:
-        raise RunError(f"a candidate of train.restarts was not saved: {error}; the same command tries again") from error
+        raise RunError(
+            f"a candidate of train.random_restarts was not saved: {error}; the same command tries again"
+        ) from error
 
 
 def _metrics(folder: Path, candidate: int) -> Path:

@@ -164,9 +164,13 @@ def start_fresh(recipe: Recipe) -> None:
 
 
 def known_fingerprints(run: RunDirectory, recipe: Recipe, budgets: Sequence[int]) -> list[str]:
-    """The fingerprints under which this run has saved checkpoints: of each budget, and of former `anomalies`."""
+    """The fingerprints under which this run has saved checkpoints: of each budget, and those that it recorded.
+
+    A recorded one is not always that of its contract today: it may hold settings that the schedule never used.
+    """
     record = read_json(run.contract) or {}
     return [
+        *([record["fingerprint"]] if "fingerprint" in record else []),
         *(fingerprint(contract_of(with_budget(recipe, budget))) for budget in budgets),
         *record.get("former_fingerprints", ()),
     ]

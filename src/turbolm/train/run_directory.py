@@ -7,7 +7,7 @@ runs/<name>/
   attempts/<n>/   plan.json, ds_config.json, accelerate.yaml, environment.json, log.rank<k>.txt, outcome.json,
                   hung/ (ranks and their stacks, of an attempt that hung)
   metrics.jsonl   one line a step      checkpoints/    results.json, report.html, export/
-  restarts/       the candidates of train.restarts and the steps of those not chosen
+  restarts/       the candidates of train.random_restarts and the steps of those not chosen
   stop            its presence asks the run to save and stop
 """
 

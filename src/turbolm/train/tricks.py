@@ -96,5 +96,10 @@ TRICKS = (
     Trick("balance experts", "engine", lambda r: True, _balance_experts),
     Trick("compile", "engine", lambda r: r.execution.compile != "none", _compile),
     Trick("fp8", "engine", lambda r: r.train.fp8 != "off", _multiply_in_8_bits),
-    Trick("random restarts", "start", lambda r: r.train.restarts is not None, lambda session, _: choose_start(session)),
+    Trick(
+        "random restarts",
+        "start",
+        lambda r: r.train.random_restarts is not None,
+        lambda session, _: choose_start(session),
+    ),
 )
