@@ -29,9 +29,9 @@ import numpy as np
 from turbolm.data.batch.loader import BatchLoader
 from turbolm.data.order.batch_order import BatchOrder, constant_order
 from turbolm.data.order.packing import Packing, pack, pack_best_fit, pack_single
-from turbolm.data.prepare.sources import iter_documents
+from turbolm.data.prepare.reader import Reader
 from turbolm.data.store.token_store import TokenStore
-from turbolm.recipe.data import StdlibSource
+from turbolm.recipe.sources.stdlib import StdlibSource
 
 BYTES_PER_TOKEN = 4  # usual for English text and a vocabulary of some ten thousand tokens
 WINDOW_DOCUMENTS = 65536  # BatchOrder's default: what a recipe packs at a time
@@ -91,7 +91,7 @@ def corpus_lengths(arguments: argparse.Namespace) -> tuple[np.ndarray, str]:
         texts = pq.read_table(arguments.corpus, columns=[arguments.column])[arguments.column]
         num_bytes, name = pc.binary_length(texts.drop_null()).to_numpy(), "parquet corpus"
     else:
-        texts = (text for _, text in iter_documents([StdlibSource(type="stdlib")]))
+        texts = Reader(StdlibSource(type="stdlib"))
         num_bytes = np.array([len(text.encode("utf-8", "replace")) for text in texts])
         name = "Python's standard library"
     return np.maximum(1, num_bytes // BYTES_PER_TOKEN).astype(np.int64), f"{name}, bytes / {BYTES_PER_TOKEN}"

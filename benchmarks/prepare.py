@@ -32,8 +32,8 @@ DATASETS_MAP, WORDS, GIGATOKEN, PLAIN = "datasets.map", "tokenizers", "gigatoken
 
 def corpus_texts(path: Path | None) -> list[str]:
     if path is None:
-        from turbolm.data.prepare.sources import Reader
-        from turbolm.recipe.data import StdlibSource
+        from turbolm.data.prepare.reader import Reader
+        from turbolm.recipe.sources.stdlib import StdlibSource
 
         return [text for text in Reader(StdlibSource(type="stdlib")) if text]
     import pyarrow.parquet
@@ -241,8 +241,8 @@ def speeds(arguments: argparse.Namespace, texts: list[str], tokenizer: Path, fol
 
 def reading_speed(texts: list[str], folder: Path, text_mb: int) -> dict[str, float]:
     """MB/s of the one process that reads, hashes and deals out text for all workers."""
-    from turbolm.data.prepare.shards import Dropped, cut_shards
-    from turbolm.data.prepare.sources import SourceSizes
+    from turbolm.data.prepare.cut import Dropped, cut_shards
+    from turbolm.data.prepare.reader import SourceSizes
     from turbolm.recipe.schema import Recipe
 
     parquet, jsonl = folder / "read.parquet", folder / "read.jsonl"
@@ -260,7 +260,7 @@ def reading_speed(texts: list[str], folder: Path, text_mb: int) -> dict[str, flo
         settings["data"]["sources"] = ({"type": kind, "path": str(path)},)
         recipe = Recipe.model_validate(settings)
         start = time.process_time()
-        for shard, _ in cut_shards(recipe, folder, 32 * 10**6, SourceSizes(recipe.data.sources), Dropped()):
+        for shard in cut_shards(recipe, folder, 32 * 10**6, SourceSizes(recipe.data.sources), Dropped()):
             shard.remove_texts()
         name = kind + (", duplicates left out" if deduplicate == "exact" else "")
         figures[name] = text_bytes / (time.process_time() - start) / 1e6

@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 
 from turbolm.data.prepare import build as prepare_module
+from turbolm.data.prepare import cut
 from turbolm.data.prepare import shards as shards_module
-from turbolm.data.prepare import sources as sources_module
 from turbolm.data.prepare.build import find_store, finished_shards, prepare, store_folder, store_key
+from turbolm.data.prepare.cut import is_validation
 from turbolm.data.prepare.digests import DIGEST_BYTES, DigestSet
 from turbolm.data.prepare.engines import Plain
 from turbolm.data.prepare.progress import Meter, Progress
 from turbolm.data.prepare.sample import Sample
-from turbolm.data.prepare.shards import is_validation
 from turbolm.data.prepare.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from turbolm.data.store.token_store import SPLITS, TokenStore, open_store
 from turbolm.errors import UserError
@@ -128,15 +128,15 @@ def test_interrupted_prepare_goes_on(tmp_path: Path, corpus: Path, monkeypatch: 
     damaged = folder / "shard-00001.tokens"
     damaged.write_bytes(b"\0" * damaged.stat().st_size)
     read: list[tuple[int, int]] = []
-    reader = sources_module.Reader
+    reader = cut.Reader
 
     class Watched(reader):  # type: ignore[valid-type, misc]
         def __iter__(self) -> Any:
             for text in super().__iter__():
-                read.append(self.place)
+                read.append(self.offset)
                 yield text
 
-    monkeypatch.setattr(sources_module, "Reader", Watched)
+    monkeypatch.setattr(cut, "Reader", Watched)
     assert prepare(recipe, num_workers=1) == folder
     assert contents(folder) == contents(undisturbed)
     rewritten = {path.name for path, inode in before.items() if path.stat().st_ino != inode}
@@ -295,6 +295,12 @@ def test_errors(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -
         prepare(make_recipe(tmp_path / "file", sources))
 
 
+def test_sources_without_documents(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b"\n\n")
+    with pytest.raises(UserError, match="The sources hold no documents at all"):
+        prepare(make_recipe(tmp_path, [{"type": "jsonl", "path": str(tmp_path / "a.jsonl")}]), num_workers=1)
+
+
 def test_sources_that_change_meanwhile(tmp_path: Path, texts: list[str]) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", texts)
     recipe = make_recipe(tmp_path, [{"type": "jsonl", "path": str(path)}])
@@ -308,16 +314,16 @@ def test_killed_worker_is_reported(tmp_path: Path, corpus: Path, monkeypatch: py
         prepare(make_recipe(tmp_path, [{"type": "jsonl", "path": str(corpus)}]), num_workers=1)
 
 
-def test_long_texts_are_tokenized_in_pieces(tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards_module, "_PIECE_BYTES", 50)
+def test_long_texts_are_tokenized_in_parts(tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards_module, "_PART_BYTES", 50)
     tokenizer = load_tokenizer(tokenizer_dir)
     texts = ["short", "line of text\n" * 20, "x" * 120, "ü" + "🙂" * 40, *make_texts(5)]
     parts = list(shards_module.tokenize(Plain(tokenizer_dir), [text.encode() for text in texts]))
     ids, lengths = (np.concatenate(column) for column in zip(*parts, strict=True))
     documents = np.split(ids, np.cumsum(lengths)[:-1])
     assert [tokenizer.decode(document.tolist()) for document in documents] == texts
-    pieces = [[len(piece) for piece in shards_module._pieces(text.encode())] for text in texts[1:4]]
-    assert pieces == [[39] * 6 + [26], [50, 50, 20], [50, 48, 48, 16]]
+    sizes = [[len(part) for part in shards_module._parts(text.encode())] for text in texts[1:4]]
+    assert sizes == [[39] * 6 + [26], [50, 50, 20], [50, 48, 48, 16]]
 
 
 def test_sample_is_spread_and_bounded(tmp_path: Path) -> None:

@@ -14,9 +14,9 @@ import pytest
 import zstandard
 from pydantic import TypeAdapter
 
-from turbolm.data.prepare.sources import iter_documents, list_files
+from turbolm.data.prepare.reader import Reader
 from turbolm.errors import UserError
-from turbolm.recipe.data import Source
+from turbolm.recipe.sources import Source
 
 TEXTS = ["first", "zwei über\r\nlines", "", "猫 🙂", " "]
 
@@ -26,7 +26,7 @@ def source(**keys: Any) -> Source:
 
 
 def read(**keys: Any) -> list[str]:
-    return [text for _, text in iter_documents([source(**keys)])]
+    return list(Reader(source(**keys)))
 
 
 def jsonl_bytes(texts: list[str], field: str = "text") -> bytes:
@@ -42,7 +42,7 @@ def write_parquet(path: Path, columns: dict[str, list[Any]]) -> Path:
 
 
 def test_stdlib() -> None:
-    files = list_files(source(type="stdlib"))
+    files = source(type="stdlib").files()
     root = Path(sysconfig.get_path("stdlib"))
     names = [path.relative_to(root).as_posix() for path in files]
     assert names == sorted(names)
@@ -55,8 +55,7 @@ def test_stdlib() -> None:
         "site-packages",
         "dist-packages",
     }
-    documents = iter_documents([source(type="stdlib")])
-    assert next(documents) == (0, files[0].read_text(encoding="utf-8"))
+    assert next(iter(Reader(source(type="stdlib")))) == files[0].read_text(encoding="utf-8")
 
 
 def test_stdlib_decodes_or_skips_other_encodings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,7 +64,7 @@ def test_stdlib_decodes_or_skips_other_encodings(tmp_path: Path, monkeypatch: py
     (tmp_path / "c.py").write_bytes(b"c = 1\n")
     (tmp_path / "test").mkdir()
     (tmp_path / "test" / "d.py").write_bytes(b"d = 1\n")
-    monkeypatch.setattr("turbolm.data.prepare.sources.sysconfig.get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr("turbolm.recipe.sources.stdlib.sysconfig.get_path", lambda name: str(tmp_path))
     assert read(type="stdlib") == ["# -*- coding: latin-1 -*-\n# é\n", "c = 1\n"]
 
 
@@ -107,7 +106,7 @@ def test_a_parquet_file_is_read_a_row_group_at_a_time(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet", row_group_size=15)
     del texts
     allocated = []
-    for _ in iter_documents([source(type="parquet", path=str(tmp_path / "a.parquet"))]):
+    for _ in Reader(source(type="parquet", path=str(tmp_path / "a.parquet"))):
         allocated.append(pyarrow.total_allocated_bytes())
     assert max(allocated) < 20e6  # of 36 MB in 12 row groups; read all at once they are taken apart to 78 MB
 
@@ -118,7 +117,7 @@ def test_datasets_folders(tmp_path: Path) -> None:
     rows = datasets.Dataset.from_dict({"text": TEXTS})
     rows.save_to_disk(tmp_path / "one")
     assert read(type="datasets", path=str(tmp_path / "one")) == TEXTS
-    assert len(list_files(source(type="datasets", path=str(tmp_path / "one")))) >= 3
+    assert len(source(type="datasets", path=str(tmp_path / "one")).files()) >= 3
     datasets.DatasetDict({"train": rows, "test": rows.select([0])}).save_to_disk(tmp_path / "splits")
     assert read(type="datasets", path=str(tmp_path / "splits"), split="test") == TEXTS[:1]
     with pytest.raises(UserError, match="no split 'dev'; it has train, test"):
@@ -136,16 +135,6 @@ def test_datasets_of_local_files_as_a_stream(tmp_path: Path, monkeypatch: pytest
         read(type="datasets", path=str(tmp_path / "files"), split="nope", streaming=True)
 
 
-def test_sources_are_numbered(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("a")
-    (tmp_path / "b.jsonl").write_bytes(jsonl_bytes(["b", "c"]))
-    sources = [
-        source(type="jsonl", path=str(tmp_path / "b.jsonl")),
-        source(type="text", path=str(tmp_path / "a.txt")),
-    ]
-    assert list(iter_documents(sources)) == [(0, "b"), (0, "c"), (1, "a")]
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -156,7 +145,6 @@ def test_sources_are_numbered(tmp_path: Path) -> None:
         (b'{"text": 3}\n', "bad.jsonl:1: field 'text' is int, not text"),
         (b'{"text": "\\ud800"}\n', "bad.jsonl:1: field 'text' has half a surrogate pair at character 0"),
         (b'{"text": "a"}\n{"text": "\xff"}\n', r"bad.jsonl:2: byte 10 of the line \(0xff\) is not UTF-8"),
-        (b"\n\n", "hold no documents at all"),
     ],
 )
 def test_bad_jsonl(tmp_path: Path, content: bytes, message: str) -> None:

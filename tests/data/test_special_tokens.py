@@ -15,6 +15,7 @@ from turbolm.data.prepare.engines import Gigatoken, Plain, Words, choose_engine
 from turbolm.data.prepare.special_tokens import Finder
 from turbolm.data.prepare.tokenizer import save_tokenizer, train_tokenizer
 from turbolm.data.store.token_store import SPLITS, TokenStore, open_store
+from turbolm.files import sha256_json
 
 from .conftest import make_recipe, make_texts, write_jsonl
 
@@ -84,20 +85,19 @@ def test_split_has_the_key_of_stores_before_there_was_a_choice(
 ) -> None:
     sources = [{"type": "jsonl", "path": str(write_jsonl(tmp_path / "a.jsonl", TEXTS))}]
     hashed: list[dict[str, Any]] = []
-    dumps = json.dumps
 
-    def note(content: Any, **keywords: Any) -> str:
+    def note(content: Any) -> str:
         hashed.append(content)
-        return dumps(content, **keywords)
+        return sha256_json(content)
 
-    monkeypatch.setattr(prepare_module.json, "dumps", note)
+    monkeypatch.setattr(prepare_module, "sha256_json", note)
     folders = set()
     for chosen in ({}, {"special_tokens_in_text": "split"}, {"special_tokens_in_text": "keep"}):
         recipe = make_recipe(tmp_path, sources, **(tokenizer or {"path": str(folder)}), **chosen)
         folders.add(store_folder(recipe))
     assert len(folders) == 2
     keyed = [content for content in hashed if isinstance(content, dict) and "shard_text_bytes" in content]
-    assert ["special_tokens_in_text" in dumps(content) for content in keyed] == [False, False, True]
+    assert ["special_tokens_in_text" in content for content in keyed] == [False, False, True]
 
 
 @pytest.mark.parametrize("meaning", ["split", "keep"])

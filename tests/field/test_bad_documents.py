@@ -12,14 +12,14 @@ from tests.data.test_prepare import contents, stored_texts
 from turbolm.data.prepare import build as prepare_module
 from turbolm.data.prepare.build import prepare, store_folder, store_key
 from turbolm.data.prepare.progress import Progress
-from turbolm.data.prepare.sources import Reader
+from turbolm.data.prepare.reader import Reader
 from turbolm.data.prepare.tokenizer import save_tokenizer, train_tokenizer
 from turbolm.data.store.token_store import open_store
 from turbolm.errors import UserError
 from turbolm.launch.store import prepare_store
 from turbolm.recipe.contract import contract_of, fingerprint
-from turbolm.recipe.data import JsonlSource
 from turbolm.recipe.schema import Recipe
+from turbolm.recipe.sources.jsonl import JsonlSource
 
 from .cases import not_utf8, parquet
 

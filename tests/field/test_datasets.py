@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from turbolm.data.prepare.sources import Reader, _with_cause
+from turbolm.data.prepare.reader import Reader
 from turbolm.errors import UserError
-from turbolm.recipe.data import DatasetsSource
+from turbolm.recipe.sources.datasets import DatasetsSource, _with_cause
 
 SHORT = ["a", "b"]
 

@@ -11,10 +11,9 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter
 
-from turbolm.data.prepare import files
-from turbolm.data.prepare.sources import Reader
+from turbolm.data.prepare.reader import Reader
 from turbolm.errors import UserError
-from turbolm.recipe.data import Source
+from turbolm.recipe.sources import Source, files
 
 from .cases import FILES, TEXTS, Case, compress, jsonl, parquet
 

@@ -7,9 +7,9 @@ import signal
 import sys
 from pathlib import Path
 
-from turbolm.data.prepare.bad import tell_left_out
 from turbolm.data.prepare.build import finished_shards, prepare
 from turbolm.data.prepare.progress import ProgressLine
+from turbolm.data.prepare.reader import tell_left_out
 from turbolm.data.store.token_store import read_manifest
 from turbolm.errors import EXIT_REQUEUE, EXIT_SIGNAL, EXIT_STOPPED
 from turbolm.recipe.schema import Recipe

@@ -8,78 +8,19 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from turbolm.recipe.fields import (
     Before,
-    Name,
-    Paths,
     Positive,
     Section,
     Share,
     StagedTokens,
-    StagedWeight,
-    Text,
     TrainingSpan,
     by_tag,
     list_is_tuple,
     positive_span,
     tagged_union,
 )
+from turbolm.recipe.sources import Source
+from turbolm.recipe.sources.stdlib import StdlibSource
 from turbolm.units import Span
-
-
-class Weighted(Section):
-    """What a mixture needs to know of a source."""
-
-    label: Name | None = Field(None, description="what reports call this source; default: its type and number")
-    weight: StagedWeight | None = Field(
-        None,
-        description="share of the tokens, relative to the other sources; a mapping such as {0%: 3, 80%: 1} changes it "
-        "as the budget is used; without weights every document is read once an epoch",
-    )
-
-
-class StdlibSource(Weighted):
-    """The source files of the running Python's standard library: always there, real, long-tailed."""
-
-    type: Literal["stdlib"] = Field(description="which kind of source this is")
-
-
-class TextSource(Weighted):
-    """Text files, plain or compressed (gzip, zstd, xz, bz2); each file is one document."""
-
-    type: Literal["text"] = Field(description="which kind of source this is")
-    path: Paths = Field(description="a path, a glob (`**` allowed) or a list of them")
-
-
-class JsonlSource(Weighted):
-    """JSON lines, plain or compressed (gzip, zstd, xz, bz2), one document a line; or a JSON array of documents."""
-
-    type: Literal["jsonl"] = Field(description="which kind of source this is")
-    path: Paths = Field(description="a path, a glob (`**` allowed) or a list of them")
-    field: Text = Field("text", description="the key or column that holds the document's text")
-
-
-class ParquetSource(Weighted):
-    """Parquet files; each row is one document."""
-
-    type: Literal["parquet"] = Field(description="which kind of source this is")
-    path: Paths = Field(description="a path, a glob (`**` allowed) or a list of them")
-    field: Text = Field("text", description="the key or column that holds the document's text")
-
-
-class DatasetsSource(Weighted):
-    """A data set of the `datasets` library, by hub name or local path."""
-
-    type: Literal["datasets"] = Field(description="which kind of source this is")
-    path: Text = Field(description="name on the hub, or a local path")
-    name: Text | None = Field(None, description="configuration of the data set, where it has several")
-    split: Text = Field("train", description="which split is read")
-    revision: Text | None = Field(None, description="branch, tag or commit on the hub")
-    streaming: bool = Field(False, description="read while downloading, without a local copy")
-    field: Text = Field("text", description="the key or column that holds the document's text")
-
-
-Source = Annotated[
-    StdlibSource | TextSource | JsonlSource | ParquetSource | DatasetsSource, Field(discriminator="type")
-]
 
 
 class LengthStages(Section):

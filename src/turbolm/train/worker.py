@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 
 from turbolm.checkpoint.verify import hash_ahead
-from turbolm.data.prepare.bad import check_left_out
 from turbolm.data.prepare.build import find_store
+from turbolm.data.prepare.reader import check_left_out
 from turbolm.data.store.token_store import TokenStore, check_held_out, check_tokenizer, open_store
 from turbolm.engine.start import build_accelerator, control_group
 from turbolm.errors import EXIT_FAILED, EXIT_OK, EXIT_REQUEUE, UserError

@@ -24,14 +24,24 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from turbolm.data.prepare.bad import check_left_out
+from turbolm.data.prepare.cut import Dropped, cut_shards, is_validation
 from turbolm.data.prepare.engines import EngineMismatch, EngineName, choose_engine
 from turbolm.data.prepare.progress import Meter, OnProgress, Progress
+from turbolm.data.prepare.reader import Offset, Reader, SourceSizes, check_left_out, empty_files, no_documents
 from turbolm.data.prepare.sample import Sample
-from turbolm.data.prepare.shards import Dropped, Layout, cut_shards, is_validation, write_shards
+from turbolm.data.prepare.shards import Layout, Shard, write_shards
 from turbolm.data.prepare.special_tokens import SpecialTokens
+from turbolm.data.prepare.tokenizer import (
+    copy_tokenizer,
+    load_tokenizer,
+    save_tokenizer,
+    special_ids,
+    tokenizer_fingerprint,
+    train_tokenizer,
+    vocabulary_size,
+)
 from turbolm.data.store.token_store import (
     FORMAT_VERSION,
     MANIFEST,
@@ -48,10 +58,6 @@ from turbolm.files import load_json, sha256_json, write_json
 from turbolm.hub import tokenizer_path
 from turbolm.recipe.contract import comparable_section
 from turbolm.recipe.schema import Recipe
-
-if TYPE_CHECKING:
-    from turbolm.data.prepare.sources import Place
-
 
 # Shards grow up to this size from a sixteenth of it, so that a small corpus has work for several processes as well.
 SHARD_TEXT_BYTES = 32 * 10**6
@@ -92,8 +98,8 @@ def prepare(
         raise UserError(f"The token store {folder} cannot be written: {error}") from None
     except BrokenProcessPool:
         raise UserError(
-            "A worker process of prepare was killed, perhaps for want of memory. Lower execution.prepare_workers and "
-            "run it again; finished shards are kept."
+            "A worker process of prepare was killed, possibly by the out-of-memory killer. Lower "
+            "execution.prepare_workers and run it again; finished shards are kept."
         ) from None
     return folder
 
@@ -120,8 +126,6 @@ def store_folder(recipe: Recipe) -> Path:
 
 def store_key(recipe: Recipe) -> str:
     """SHA-256 over everything that decides the content of a store."""
-    from turbolm.data.prepare.tokenizer import load_tokenizer, special_ids, tokenizer_fingerprint
-
     if recipe.tokenizer.path is None:
         return _key(recipe, [])
     path = tokenizer_path(recipe.tokenizer)
@@ -135,7 +139,7 @@ def _key(recipe: Recipe, tokenizer: list[str | int]) -> str:
         "format_version": FORMAT_VERSION,
         "shard_text_bytes": SHARD_TEXT_BYTES,
         "sources": [_content(source) for source in recipe.data.sources],
-        "files": [_listing(source) for source in recipe.data.sources],
+        "files": [source.listing() for source in recipe.data.sources],
         "validation": recipe.data.validation,
         "deduplicate": recipe.data.deduplicate,
     }
@@ -150,23 +154,6 @@ def _content(source: Any) -> dict[str, Any]:
     return {key: value for key, value in comparable_section(source).items() if key not in ("label", "weight")}
 
 
-def _listing(source: Any) -> list[tuple[str, int, int]]:
-    """Name, size in bytes and time of change (ns) of the files of a source."""
-    from turbolm.data.prepare.sources import list_files
-
-    rows = []
-    for path in list_files(source):
-        try:
-            status = path.stat()
-        except OSError as error:
-            raise UserError(f"{path} cannot be read: {error.strerror}") from None
-        # Each node may have installed its own standard library: there, sizes must do.
-        changed = 0 if source.type == "stdlib" else status.st_mtime_ns
-        name = "/".join(path.parts[-2:]) if source.type == "stdlib" else str(path)
-        rows.append((name, status.st_size, changed))
-    return rows
-
-
 def _is_complete(folder: Path, recipe: Recipe) -> bool:
     """Whether the store is there and sound. Raises UserError where it can never be trained on."""
     if not (folder / MANIFEST).is_file():
@@ -174,7 +161,7 @@ def _is_complete(folder: Path, recipe: Recipe) -> bool:
     try:
         store = open_store(folder)
     except UserError:
-        return False  # damaged or of an older format: build again what is not sound
+        return False  # corrupt or of an older format: build again what is not sound
     if not str(store.manifest["key"]).startswith(folder.name):
         return False  # another recipe's
     check_held_out(store.num_documents("validation"), store.manifest["validation"])
@@ -207,15 +194,12 @@ def _locked(path: Path, on_progress: OnProgress) -> Iterator[None]:
 def _build(
     recipe: Recipe, folder: Path, num_workers: int, on_progress: OnProgress, warn: Callable[[str], None]
 ) -> None:
-    from turbolm.data.prepare.sources import empty_files
-    from turbolm.data.prepare.tokenizer import load_tokenizer, special_ids, tokenizer_fingerprint, vocabulary_size
-
     if empty := empty_files(recipe.data.sources):
         warn(f"{len(empty)} files of data.sources have 0 bytes and hold no documents, such as {empty[0]}")
     (folder / MANIFEST).unlink(missing_ok=True)
     for leftover in folder.glob("*.tmp"):
         shutil.rmtree(leftover) if leftover.is_dir() and not leftover.is_symlink() else leftover.unlink()
-    tokenizer_files = _place_tokenizer(recipe, folder, on_progress)
+    tokenizer_files = _put_tokenizer(recipe, folder, on_progress)
     tokenizer = load_tokenizer(folder / TOKENIZER_FOLDER)
     bos_id, eos_id = special_ids(folder / TOKENIZER_FOLDER, tokenizer)
     vocab_size = vocabulary_size(tokenizer)
@@ -275,8 +259,6 @@ def _spelled_out(documents: Counter[str], special_tokens: SpecialTokens) -> str:
 
 
 def _check_counts(recipe: Recipe, num_train: int, num_validation: int, dropped: Dropped) -> None:
-    from turbolm.data.prepare.sources import no_documents
-
     if not num_train + num_validation + dropped.empty:
         raise no_documents()
     if not num_train + num_validation:
@@ -289,8 +271,6 @@ def _check_counts(recipe: Recipe, num_train: int, num_validation: int, dropped: 
 
 
 def _engine(recipe: Recipe, folder: Path, warn: Callable[[str], None]) -> EngineName:
-    from turbolm.data.prepare.sources import SourceSizes
-
     sizes, wanted = SourceSizes(recipe.data.sources), recipe.execution.tokenizer_engine
     if wanted != "gigatoken" and sizes.known and sizes.num_bytes < _ENGINE_BYTES:
         return "tokenizers"
@@ -301,29 +281,26 @@ def _write_all(
     recipe: Recipe, layout: Layout, num_workers: int, on_progress: OnProgress
 ) -> tuple[list[dict[str, Any]], Dropped]:
     """Every shard's record, in order, and how many documents no shard holds."""
-    from turbolm.data.prepare.sources import SourceSizes
-
     dropped, meter, sizes = Dropped(), Meter("tokenize", on_progress), SourceSizes(recipe.data.sources)
     num_documents, text_bytes, share_done = 0, 0, 0.0
 
-    def on_finish(record: dict[str, Any], is_new: bool, share: float) -> None:
+    def on_finish(shard: Shard) -> None:
         nonlocal num_documents, text_bytes, share_done
-        shard_bytes = sum(record[split]["text_bytes"] for split in SPLITS)
-        num_documents += sum(record[split]["documents"] for split in SPLITS)
+        splits = [shard.record[split] for split in SPLITS]
+        shard_bytes = sum(split["text_bytes"] for split in splits)
+        num_documents += sum(split["documents"] for split in splits)
         text_bytes += shard_bytes
-        share_done += share
-        if not is_new:
-            meter.skip(shard_bytes, share)
+        share_done += shard.share
+        if not shard.texts:
+            meter.skip(shard_bytes, shard.share)
         meter.report(num_documents, text_bytes, share_done if sizes.known else None)
 
     shards = cut_shards(recipe, Path(layout.folder), SHARD_TEXT_BYTES, sizes, dropped)
     return write_shards(shards, layout, num_workers, on_finish, lambda: on_progress(Progress("stopping"))), dropped
 
 
-def _place_tokenizer(recipe: Recipe, folder: Path, on_progress: OnProgress) -> list[dict[str, Any]]:
+def _put_tokenizer(recipe: Recipe, folder: Path, on_progress: OnProgress) -> list[dict[str, Any]]:
     """Train the recipe's tokenizer, or copy it, into the store's folder, unless it is there; the files of it."""
-    from turbolm.data.prepare.tokenizer import copy_tokenizer, save_tokenizer, train_tokenizer
-
     target, unfinished = folder / TOKENIZER_FOLDER, folder / f"{TOKENIZER_FOLDER}.tmp"
     before = _tokenizer_files(folder)
     if before and not any(check_file(folder, part, full=True) for part in before):
@@ -363,12 +340,10 @@ def _remove_shards(folder: Path) -> None:
 
 
 def _read_sample(sample: Sample, recipe: Recipe, state_file: Path, on_progress: OnProgress) -> None:
-    """Read all sources for the tokenizer's training text; how far it came is saved now and then and when it ends."""
-    from turbolm.data.prepare.sources import Reader, SourceSizes, list_files, no_documents
-
+    """Read all sources for the tokenizer's training text; progress is saved periodically and on exit."""
     sizes, meter = SourceSizes(recipe.data.sources), Meter("sample", on_progress)
-    # Source, place, documents and bytes of text up to which everything has been considered
-    done: tuple[int, Place, int, int] = (0, (0, 0), 0, 0)
+    # Source, offset in it, documents and bytes of text up to which everything has been considered
+    done: tuple[int, Offset, int, int] = (0, (0, 0), 0, 0)
     if state := sample.load(state_file):
         done = (state["source"], (state["place"][0], state["place"][1]), state["documents"], state["text_bytes"])
     first, start, num_documents, text_bytes = done
@@ -376,12 +351,12 @@ def _read_sample(sample: Sample, recipe: Recipe, state_file: Path, on_progress: 
     saved_at = time.monotonic()
 
     def save() -> None:
-        if list_files(recipe.data.sources[done[0]]):  # the next run may find another data set on the hub
+        if recipe.data.sources[done[0]].files():  # the next run may find another data set on the hub
             sample.save(state_file, dict(zip(("source", "place", "documents", "text_bytes"), done, strict=True)))
 
     try:
         for source in range(first, len(recipe.data.sources)):
-            begin: Place = start if source == first else (0, 0)
+            begin: Offset = start if source == first else (0, 0)
             reader = Reader(recipe.data.sources[source], begin, recipe.data.on_bad_document)
             for text in reader:
                 content = text.encode()
@@ -389,9 +364,9 @@ def _read_sample(sample: Sample, recipe: Recipe, state_file: Path, on_progress: 
                 if text and not is_validation(digest, recipe.data.validation):
                     sample.add(digest, text)
                 num_documents, text_bytes = num_documents + 1, text_bytes + len(content)
-                done = (source, reader.place, num_documents, text_bytes)
+                done = (source, reader.offset, num_documents, text_bytes)
                 if num_documents % 1000 == 0:
-                    share = sizes.share(source, reader.place, reader.share_of_file)
+                    share = sizes.share(source, reader.offset, reader.share_of_file)
                     meter.report(num_documents, text_bytes, share if sizes.known else None)
                     if time.monotonic() - saved_at > _SAVE_EVERY_SEC:
                         save()

@@ -14,12 +14,13 @@ import lzma
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
 from turbolm.errors import UserError
+from turbolm.recipe.sources.base import Gauge
 
 Wanted = Literal["text", "JSON lines"]
 
@@ -78,12 +79,6 @@ _MARKUP = re.compile(rb"\s*<(?:!doctype\s+html|html|head|body|\?xml|error)\b", r
 _PLAIN_SUFFIXES = {"", ".txt", ".text"}  # markup is no surprise in a file of another name
 
 
-class Gauge:
-    """Tells how much of a file has been read; each reader sets `share`."""
-
-    share: Callable[[], float] = staticmethod(lambda: 0.0)
-
-
 def sniff(head: bytes) -> str:
     """What a file that begins with `head` (1,024 bytes, or all of it) holds.
 
@@ -112,9 +107,9 @@ def _is_binary(head: bytes, name: str) -> bool:
 
 
 def read_utf8(path: Path, wanted: Wanted, gauge: Gauge) -> Iterator[bytes]:
-    """The text of a file as UTF-8 in pieces of any length, decompressed and without a byte order mark.
+    """The text of a file as UTF-8 in chunks of any length, decompressed and without a byte order mark.
 
-    That each piece is valid UTF-8 is not checked. Raises UserError for what is not `wanted`, and for compressed data
+    That each chunk is valid UTF-8 is not checked. Raises UserError for what is not `wanted`, and for compressed data
     that is corrupt or truncated.
     """
     try:
@@ -242,16 +237,16 @@ def _transcode(chunks: Iterator[bytes], encoding: str, path: Path) -> Iterator[b
 
 def split_lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
     """The lines without their ends. The time is linear in the length of a line."""
-    pieces: list[bytes] = []  # of the line that the next chunk goes on with
+    parts: list[bytes] = []  # of the line that the next chunk continues
     for chunk in chunks:
         lines = chunk.split(b"\n")
         if len(lines) > 1:
-            pieces.append(lines[0])
-            yield b"".join(pieces)
+            parts.append(lines[0])
+            yield b"".join(parts)
             yield from lines[1:-1]
-            pieces.clear()
-        pieces.append(lines[-1])
-    if last := b"".join(pieces):
+            parts.clear()
+        parts.append(lines[-1])
+    if last := b"".join(parts):
         yield last
 
 

@@ -1,0 +1,81 @@
+"""Parquet files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from turbolm.errors import UserError
+from turbolm.recipe.fields import Text
+from turbolm.recipe.sources.base import Bad, FileSource, Gauge, Unusable, no_field, not_utf8
+from turbolm.recipe.sources.files import why_not_parquet
+
+_ROWS = 256  # decoded at a time; a row may be megabytes
+
+
+class ParquetSource(FileSource):
+    """Parquet files; each row is one document."""
+
+    type: Literal["parquet"] = Field(description="which kind of source this is")
+    field: Text = Field("text", description="the key or column that holds the document's text")
+
+    def read(self, path: Path, skip: int, gauge: Gauge) -> Iterator[str | Bad]:
+        """The text of each row. Row groups before the first row to read are not decoded."""
+        import pyarrow
+        import pyarrow.parquet
+
+        row = 0
+        try:
+            # With a buffer a row group is read page by page, so that one which is as large as its file costs no memory.
+            with pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20) as file:
+                _check_column(file.schema_arrow, self.field, path)
+                counts = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+                group = 0  # the first row group to read; `row` is its first row
+                while group < len(counts) and row + counts[group] <= skip:
+                    group, row = group + 1, row + counts[group]
+                num_rows = max(1, sum(counts))
+                gauge.share = lambda: row / num_rows
+                for number in range(group, len(counts)):  # one call for all of them would keep what it has read of each
+                    for batch in file.iter_batches(_ROWS, row_groups=[number], columns=[self.field], use_threads=False):
+                        # `a.b` means the column of that name, and to pyarrow the field b of a column a as well.
+                        for value in _values(batch.column(batch.schema.names.index(self.field))):
+                            row += 1
+                            if row > skip:
+                                yield value if isinstance(value, str) else Bad(f"{path}: row {row}", str(value))
+        except (pyarrow.ArrowException, OSError) as error:
+            if problem := why_not_parquet(path):
+                raise UserError(f"{path} {problem}") from None
+            raise UserError(f"{path} cannot be read as parquet after row {row}: {error}") from None
+
+
+def _check_column(schema: Any, name: str, path: Path) -> None:
+    """Refuse a file unless one column has this name, and it holds text."""
+    from pyarrow import types
+
+    if name not in schema.names:
+        raise UserError(f"{path}: {no_field(name, schema.names)}")
+    if schema.names.count(name) > 1:
+        raise UserError(f"{path}: {schema.names.count(name)} columns have the name {name!r}; rename all but one")
+    kind = schema.field(name).type
+    text = kind.value_type if types.is_dictionary(kind) else getattr(kind, "storage_type", kind)
+    checks = (types.is_string, types.is_large_string, types.is_string_view, types.is_null)
+    if not any(check(text) for check in checks):
+        raise UserError(f"{path}: field {name!r} is {str(kind)[:100]}, not text")
+
+
+def _values(column: Any) -> Sequence[object]:
+    """The texts of an Arrow array; for each that is not UTF-8, why."""
+    try:
+        return [value or "" for value in column.to_pylist()]
+    except UnicodeDecodeError:
+        return [_value(value) for value in column]
+
+
+def _value(value: Any) -> object:
+    try:
+        return value.as_py() or ""
+    except UnicodeDecodeError as error:
+        return Unusable(f"byte {error.start} of the text {not_utf8(error)}")
