@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import os
 import select
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+from typer import Option
 
 from turbolm import __version__
 from turbolm.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_OK, EXIT_REQUEUE, UserError
@@ -23,19 +24,14 @@ if TYPE_CHECKING:
     from turbolm.plan.preview import StoreSize
     from turbolm.recipe.schema import Recipe
 
-
-app = typer.Typer(
-    name="turbolm",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-)
+app = typer.Typer(name="turbolm", no_args_is_help=True, pretty_exceptions_enable=False)
 
 RecipeFile = Annotated[
     str,
     typer.Argument(
         metavar="RECIPE",
         help="a recipe file, or the name of a shipped recipe, such as quickstart",
-        callback=lambda name: find_recipe(name),
+        callback=find_recipe,
         autocompletion=lambda: list(recipes_by_name()),
     ),
 ]
@@ -44,21 +40,7 @@ RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="a run directory,
 CheckpointFolder = Annotated[
     Path, typer.Argument(metavar="CHECKPOINT", help="such as runs/quickstart/checkpoints/step-00000120")
 ]
-Fresh = Annotated[bool, typer.Option("--fresh", help="move an old run of this name aside, and start over")]
-
-
-class Clock(StrEnum):
-    """What `turbolm ablate` measures time by."""
-
-    wall = "wall"
-    cpu = "cpu"
-
-
-class Task(StrEnum):
-    """What a recipe of `turbolm adapt` starts from."""
-
-    pretrain = "pretrain"
-    proceed = "continue"
+Fresh = Annotated[bool, Option("--fresh", help="move an old run of this name aside, and start over")]
 
 
 def _show_version(wanted: bool) -> None:
@@ -69,9 +51,7 @@ def _show_version(wanted: bool) -> None:
 
 @app.callback()
 def options(
-    version: Annotated[
-        bool, typer.Option("--version", help="show the version", is_eager=True, callback=_show_version)
-    ] = False,
+    version: Annotated[bool, Option("--version", help="show the version", callback=_show_version)] = False,
 ) -> None:
     """Pretrain language models fast, on Accelerate and DeepSpeed, from one recipe."""
 
@@ -104,12 +84,10 @@ def prepare(recipe: RecipeFile, overrides: Overrides = None) -> None:
 def plan(
     recipe: RecipeFile,
     overrides: Overrides = None,
-    as_json: Annotated[bool, typer.Option("--json", help="one JSON object with stable keys")] = False,
-    steps: Annotated[bool, typer.Option("--steps", help="one JSON object a step: its learning rate and such")] = False,
+    as_json: Annotated[bool, Option("--json", help="one JSON object with stable keys")] = False,
+    steps: Annotated[bool, Option("--steps", help="one JSON object a step: its learning rate and such")] = False,
 ) -> None:
     """Show everything that follows from a recipe, for the machines it describes or for this one."""
-    import json
-
     from turbolm.launch.local import accelerate_config
     from turbolm.plan.rates import preview_steps
     from turbolm.plan.summary import collect_summary
@@ -130,23 +108,22 @@ def adapt(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="a folder, a config.json, a model type, or owner/name on the hub")
     ],
-    task: Annotated[Task, typer.Option("--task", help="from new weights, or on from the model's own")] = Task.pretrain,
+    task: Annotated[Literal["pretrain", "continue"], Option(help="from new weights, or from the model's")] = "pretrain",
     cluster: Annotated[
-        str | None,
-        typer.Option("--cluster", help="of recipes/_clusters, such as h100x8, or 8xH100-80GB; default: this machine"),
+        str | None, Option(help="of recipes/_clusters, such as h100x8, or 8xH100-80GB; default: this machine")
     ] = None,
-    seq_len: Annotated[str | None, typer.Option("--seq-len", help="tokens of a row")] = None,
-    budget: Annotated[str | None, typer.Option("--budget", help="tokens to train on, such as 20B")] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="the recipe; default: MODEL-TASK.yaml")] = None,
+    seq_len: Annotated[str | None, Option(help="tokens of a sequence")] = None,
+    budget: Annotated[str | None, Option(help="tokens to train on, such as 20B")] = None,
+    out: Annotated[Path | None, Option(help="the recipe; default: MODEL-TASK.yaml")] = None,
 ) -> None:
     """Write a recipe for another model, after trying a small copy of it."""
     from turbolm.adapt.run import adapt as write_recipe
 
-    print(write_recipe(model, task.value, cluster=cluster, seq_len=seq_len, budget=budget, out=out))
+    print(write_recipe(model, task, cluster=cluster, seq_len=seq_len, budget=budget, out=out))
 
 
 @app.command()
-def recipes(write: Annotated[bool, typer.Option("--write", help="write recipes/README.md")] = False) -> None:
+def recipes(write: Annotated[bool, Option("--write", help="write recipes/README.md")] = False) -> None:
     """Show the table of recipes."""
     from turbolm.plan.recipe_table import render_readme
 
@@ -154,10 +131,8 @@ def recipes(write: Annotated[bool, typer.Option("--write", help="write recipes/R
 
 
 @app.command()
-def schema(write: Annotated[bool, typer.Option("--write", help="write recipes/schema.json")] = False) -> None:
+def schema(write: Annotated[bool, Option("--write", help="write recipes/schema.json")] = False) -> None:
     """Print the JSON schema of recipe files."""
-    import json
-
     from turbolm.recipe.json_schema import recipe_json_schema
 
     text = json.dumps(recipe_json_schema(), indent=1, ensure_ascii=False) + "\n"
@@ -167,7 +142,7 @@ def schema(write: Annotated[bool, typer.Option("--write", help="write recipes/sc
 @app.command()
 def models(
     types: Annotated[list[str] | None, typer.Argument(metavar="[TYPE]...", help="try these types here and now")] = None,
-    write: Annotated[bool, typer.Option("--write", help="try all types, and write the table")] = False,
+    write: Annotated[bool, Option("--write", help="try all types, and write the table")] = False,
 ) -> None:
     """Show which model types are trained packed, which one document a row, and which are refused."""
     from turbolm.models.table import show_or_try
@@ -195,7 +170,7 @@ def train(recipe: RecipeFile, overrides: Overrides = None, fresh: Fresh = False)
 def submit(
     recipe: RecipeFile,
     overrides: Overrides = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="write and print the script; submit nothing")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="write and print the script; submit nothing")] = False,
     fresh: Fresh = False,
 ) -> None:
     """Train on a Slurm cluster: render the job's script into the run directory and submit it."""
@@ -213,15 +188,11 @@ def submit(
 
 @app.command()
 def status(
-    runs: Annotated[
-        list[Path] | None, typer.Argument(metavar="[RUN]...", help="default: every run below --runs")
-    ] = None,
-    runs_dir: Annotated[Path, typer.Option("--runs", help="the folder of run directories")] = Path("runs"),
-    as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
+    runs: Annotated[list[Path] | None, typer.Argument(metavar="[RUN]...", help="default: all below --runs")] = None,
+    runs_dir: Annotated[Path, Option("--runs", help="the folder of run directories")] = Path("runs"),
+    as_json: Annotated[bool, Option("--json", help="for programs")] = False,
 ) -> None:
     """List runs, their attempts, progress and remaining time."""
-    import json
-
     from turbolm.launch.status import find_runs, format_status, read_status
 
     found = [read_status(path) for path in (runs or find_runs(runs_dir))]
@@ -309,12 +280,10 @@ def export(
 @app.command()
 def fork(
     checkpoint: CheckpointFolder,
-    decay: Annotated[str, typer.Option("--decay", help="how long: 10% of the new run, 2M (tokens) or 200 steps")],
-    name: Annotated[str | None, typer.Option("--name", help="of the new run; default: RUN-decay-STEP")] = None,
-    decay_shape: Annotated[str | None, typer.Option("--decay-shape", help="linear, sqrt or cosine")] = None,
-    min_lr_ratio: Annotated[
-        float | None, typer.Option("--min-lr-ratio", help="where the rate ends, as a share of the peak")
-    ] = None,
+    decay: Annotated[str, Option(help="how long: 10% of the new run, 2M (tokens) or 200 steps")],
+    name: Annotated[str | None, Option(help="of the new run; default: RUN-decay-STEP")] = None,
+    decay_shape: Annotated[str | None, Option(help="linear, sqrt or cosine")] = None,
+    min_lr_ratio: Annotated[float | None, Option(help="where the learning rate ends, as a share of the peak")] = None,
 ) -> None:
     """Branch a decay of the learning rate from a checkpoint on its plateau, as a run of its own."""
     from pydantic import ValidationError
@@ -338,31 +307,23 @@ def ablate(
     recipe: RecipeFile,
     overrides: Overrides = None,
     tricks: Annotated[
-        list[str] | None,
-        typer.Option("--tricks", help="names from recipes/_tricks, paths of pieces, or NAME:KEY=VALUE+KEY=VALUE"),
+        list[str] | None, Option(help="names from recipes/_tricks, paths of pieces, or NAME:KEY=VALUE+KEY=VALUE")
     ] = None,
-    seeds: Annotated[int, typer.Option("--seeds", min=1, max=100, help="runs of each arm")] = 1,
+    seeds: Annotated[int, Option(min=1, max=100, help="runs of each arm")] = 1,
     target_loss: Annotated[
-        float | None,
-        typer.Option("--target-loss", help="held-out loss to reach; default: 0.5% above the baseline's final one"),
+        float | None, Option(help="held-out loss to reach; default: 0.5% above the baseline's final one")
     ] = None,
     sweep_lr: Annotated[
-        str | None,
-        typer.Option("--sweep-lr", help="lo,hi,n: first find the learning rate of each arm that may want its own"),
+        str | None, Option(help="lo,hi,n: first find the learning rate of each arm that may want its own")
     ] = None,
-    alone: Annotated[bool, typer.Option("--alone", help="each trick by itself: no combinations")] = False,
-    noise: Annotated[str, typer.Option("--noise", help="differences that are taken for chance")] = "5%",
-    clock: Annotated[
-        Clock,
-        typer.Option("--clock", help="wall, or cpu: processor time, for a machine that is shared"),
-    ] = Clock.wall,
-    name: Annotated[str | None, typer.Option("--name", help="of the folder; default: the recipe's")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="check and list the arms; train nothing")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="results as one JSON object; progress on stderr")] = False,
+    alone: Annotated[bool, Option("--alone", help="each trick by itself: no combinations")] = False,
+    noise: Annotated[str, Option(help="differences that are taken for chance")] = "5%",
+    clock: Annotated[Literal["wall", "cpu"], Option(help="cpu: processor time, for a shared machine")] = "wall",
+    name: Annotated[str | None, Option(help="of the folder; default: the recipe's")] = None,
+    dry_run: Annotated[bool, Option("--dry-run", help="check and list the arms; train nothing")] = False,
+    as_json: Annotated[bool, Option("--json", help="results as one JSON object; progress on stderr")] = False,
 ) -> None:
     """Measure what each trick is worth: train with and without it. Resumes by itself."""
-    import json
-
     from turbolm.ablate.design import describe_arms
     from turbolm.ablate.render import render_table
     from turbolm.ablate.results import collect_results
@@ -376,7 +337,7 @@ def ablate(
         sweep=Sweep.parse(sweep_lr) if sweep_lr else None,
         alone=alone,
         noise=noise,
-        clock=clock.value,
+        clock=clock,
         name=name,
         command=shlex.join(["turbolm", *sys.argv[1:]]),
     )
