@@ -7,28 +7,15 @@ that must be powers of two are written out (`2048`) or with the binary suffix `K
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
 
-_COUNT_SUFFIXES = {
-    "": 1,
-    "k": 10**3,
-    "K": 10**3,
-    "M": 10**6,
-    "B": 10**9,
-    "G": 10**9,
-    "T": 10**12,
-    "Ki": 2**10,
-    "Mi": 2**20,
-    "Gi": 2**30,
-}
-_BYTE_SUFFIXES = {"B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12} | {
-    "KiB": 2**10,
-    "MiB": 2**20,
-    "GiB": 2**30,
-    "TiB": 2**40,
-}
+_DECIMAL = {"k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_BINARY = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+_COUNT_SUFFIXES = {"": 1, "B": 10**9} | _DECIMAL | _BINARY
+_BYTE_SUFFIXES = {"": 1, "B": 1} | {f"{prefix}B": scale for prefix, scale in (_DECIMAL | _BINARY).items()}
 _NUMBER = r"([0-9][0-9_]*(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)"
 _COUNT = re.compile(rf"^{_NUMBER}\s*([A-Za-z]*)$")
 _PERCENT = re.compile(rf"^{_NUMBER}\s*%$")
@@ -56,7 +43,7 @@ def parse_count(value: object, suffixes: dict[str, int] = _COUNT_SUFFIXES) -> in
 def parse_bytes(value: object) -> int:
     """`512MB`, `8GiB` or a plain integer, in bytes."""
     try:
-        return parse_count(value, {"": 1} | _BYTE_SUFFIXES)
+        return parse_count(value, _BYTE_SUFFIXES)
     except ValueError:
         raise ValueError(f"expected a size such as 512MB or 8GiB, got {value!r}") from None
 
@@ -81,10 +68,7 @@ def parse_duration(value: object) -> int:
     if isinstance(value, str) and (text := value.strip()):
         if text.isdigit() and len(text) < 12:
             return int(text)
-        if match := _DURATION.match(text):
-            days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
-            return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
-        if match := _CLOCK.match(text):
+        if match := _DURATION.match(text) or _CLOCK.match(text):
             days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
             return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
     raise ValueError(f"expected a duration such as 1h30m, 45s or 01:30:00, got {value!r}")
@@ -124,6 +108,12 @@ class Span:
         return f"{int(self.amount)} steps" if self.unit == "steps" else f"{int(self.amount)}"
 
 
+def align_columns(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of a table as lines, each column as wide as its widest cell."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
 def format_count(count: float) -> str:
     """1234567 as `1.23M`."""
     for suffix, scale in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
@@ -134,9 +124,9 @@ def format_count(count: float) -> str:
 
 def format_bytes(num_bytes: float) -> str:
     """Bytes with a binary suffix: 1536 as `1.5 KiB`."""
-    for suffix, power in (("TiB", 4), ("GiB", 3), ("MiB", 2), ("KiB", 1)):
-        if num_bytes >= 1024**power:
-            return f"{num_bytes / 1024**power:.3g} {suffix}"
+    for prefix, scale in reversed(_BINARY.items()):
+        if num_bytes >= scale:
+            return f"{num_bytes / scale:.3g} {prefix}B"
     return f"{int(num_bytes)} B"
 
 

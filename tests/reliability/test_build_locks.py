@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -74,7 +75,7 @@ def test_a_builder_that_may_be_out_of_sight_gets_time(
     lock.parent.mkdir()
     lock.touch()
     if why == "another host":
-        monkeypatch.setattr(build_locks, "_file_systems", lambda device: iter(["nfs4"]))
+        monkeypatch.setattr(build_locks.subprocess, "run", lambda *_, **__: SimpleNamespace(stdout="nfs\n"))
     else:
         monkeypatch.setattr(build_locks.os, "geteuid", lambda: os.getuid() + 1)
     (message,) = clear_stale_locks(tmp_path)

@@ -13,7 +13,7 @@ from turbolm.ablate.verdict import SIGNIFICANCE
 from turbolm.report.charts import COLORS, Point, curve, dot_chart, line_chart
 from turbolm.report.metrics import is_number
 from turbolm.report.page import format_rows, format_value, render_page
-from turbolm.units import format_bytes, format_count, format_duration
+from turbolm.units import align_columns, format_bytes, format_count, format_duration
 
 Results = dict[str, Any]
 Arm = dict[str, Any]
@@ -36,9 +36,7 @@ _RUN_COLUMNS = (
 def render_table(results: Results) -> str:
     """For a terminal."""
     head, rows = _arm_table(results)
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in (head, *rows)]
-    return "\n".join([*lines, "", *_remarks(results)])
+    return "\n".join([align_columns([head, *rows]), "", *_remarks(results)])
 
 
 def render_csv(results: Results) -> str:

@@ -34,9 +34,8 @@ def launch(plan: Plan, machine: Machine, run: RunDirectory, recipe_file: str, ov
     RunLock(run.path).wait_until_free()
     attempt = open_attempt(run)
     folder = run.attempt(attempt)
-    config_file = folder / "accelerate.yaml"
-    config_file.write_text(yaml.safe_dump(accelerate_config(plan)), encoding="utf-8")
-    command = launch_command(config_file, plan, recipe_file, overrides, attempt, free_port())
+    arguments = ["--recipe", recipe_file, "--attempt", str(attempt), *overrides]
+    command = launch_command(folder / "accelerate.yaml", accelerate_config(plan), free_port(), arguments)
     process = start_ranks(command, process_environment(plan), folder / "launcher.log")
     wait_for_ranks(process, run)
     run.stop_file.unlink(missing_ok=True)
@@ -63,22 +62,17 @@ def accelerate_config(plan: Plan, num_nodes: int = 1, node: int = 0) -> dict[str
 
 
 def launch_command(
-    config_file: Path,
-    plan: Plan,
-    recipe_file: str,
-    overrides: Sequence[str],
-    attempt: int,
-    port: int,
-    num_nodes: int = 1,
+    config_file: Path, config: dict[str, object], port: int, arguments: Sequence[str], several: Sequence[str] = ()
 ) -> list[str]:
-    """The exact command that starts the ranks."""
-    num_processes = plan.processes_per_node * num_nodes
+    """The exact command that starts the ranks with these `arguments`; writes its configuration file.
+
+    `several` are the options of a run on several nodes.
+    """
+    config_file.write_text(yaml.safe_dump(config), encoding="utf-8")
+    sizes = ("--num_processes", str(config["num_processes"]), "--num_machines", str(config["num_machines"]))
     return [
-        *(sys.executable, "-m", "accelerate.commands.launch"),
-        *("--config_file", str(config_file)),
-        *("--num_processes", str(num_processes), "--num_machines", str(num_nodes)),
-        *("--main_process_port", str(port), "-m", "turbolm.train"),
-        *("--recipe", recipe_file, "--attempt", str(attempt), *overrides),
+        *(sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config_file), *sizes),
+        *("--main_process_port", str(port), *several, "-m", "turbolm.train", *arguments),
     ]
 
 

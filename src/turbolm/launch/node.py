@@ -20,8 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from turbolm.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_OK, EXIT_REQUEUE, UserError
 from turbolm.files import read_json, write_json
 from turbolm.launch.local import (
@@ -154,17 +152,14 @@ def node_command(
     folder: Path, plan: Plan, recipe_file: str, attempt: int, place: Place, nodes: Sequence[dict[str, Any]]
 ) -> list[str]:
     """The `accelerate launch` of this node."""
-    num_nodes, head = len(nodes), nodes[0]
+    head, several = nodes[0], []
+    if len(nodes) > 1:  # rdzv_backend and same_network are read from the command line only
+        several = ["--deepspeed_multinode_launcher", "standard", "--machine_rank", str(place.node)]
+        several += ["--main_process_ip", head["address"], "--rdzv_backend", "static", "--same_network"]
     config_file = folder / f"accelerate.node{place.node}.yaml"
-    config_file.write_text(yaml.safe_dump(accelerate_config(plan, num_nodes, place.node)), encoding="utf-8")
-    command = launch_command(config_file, plan, recipe_file, (), attempt, head["main_port"], num_nodes)
-    if num_nodes == 1:
-        return command
-    at = command.index("-m", command.index("--main_process_port"))
-    # rdzv_backend and same_network are read from the command line only.
-    several = ["--deepspeed_multinode_launcher", "standard", "--machine_rank", str(place.node)]
-    several += ["--main_process_ip", head["address"], "--rdzv_backend", "static", "--same_network"]
-    return [*command[:at], *several, *command[at:]]
+    arguments = ["--recipe", recipe_file, "--attempt", str(attempt)]
+    config = accelerate_config(plan, len(nodes), place.node)
+    return launch_command(config_file, config, head["main_port"], arguments, several)
 
 
 def build_extensions(plan: Plan, environment: dict[str, str]) -> None:

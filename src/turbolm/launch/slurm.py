@@ -27,6 +27,7 @@ from turbolm.train.run_contract import as_started, check_contract, start_fresh
 from turbolm.train.run_directory import RunDirectory, run_directory
 
 SCRIPT = "submit.slurm"
+_IN_TEMPLATE = ("modules", "setup", "environment", "container", "cpus_per_task", "requeue")  # of cluster.slurm
 RECIPE = "recipe.yaml"
 _MAX_NAME_WITH_SEED = 100 - len("-seed4294967295")
 
@@ -105,16 +106,11 @@ def render_script(recipe: Recipe, recipe_files: Sequence[str], runs: Sequence[st
         num_nodes=recipe.cluster.num_nodes,
         directives=_directives(recipe, slurm, runs),
         folder=os.getcwd(),
-        modules=slurm.modules,
-        setup=slurm.setup,
-        environment=slurm.environment,
         recipes=recipe_files,
         runs=runs,
         python=sys.executable,
-        container=slurm.container,
         container_flags=_container_flags(recipe, slurm),
-        cpus_per_task=slurm.cpus_per_task,
-        requeue=slurm.requeue,
+        **{name: getattr(slurm, name) for name in _IN_TEMPLATE},
     )
 
 
@@ -127,27 +123,18 @@ def _directives(recipe: Recipe, slurm: Slurm, runs: Sequence[str]) -> list[str]:
         "nodes": recipe.cluster.num_nodes,
         "ntasks-per-node": 1,
         "cpus-per-task": slurm.cpus_per_task,
-        "mem": slurm.mem,
-        "partition": slurm.partition,
-        "account": slurm.account,
-        "qos": slurm.qos,
+        **{name: getattr(slurm, name) for name in ("mem", "partition", "account", "qos")},
         "time": _clock(slurm.time) if slurm.time else None,
-        "constraint": slurm.constraint,
-        "exclude": slurm.exclude,
-        "nodelist": slurm.nodelist,
-        "reservation": slurm.reservation,
-        "dependency": slurm.dependency,
+        **{name: getattr(slurm, name) for name in ("constraint", "exclude", "nodelist", "reservation", "dependency")},
         "array": f"0-{len(slurm.seeds) - 1}" if slurm.seeds else None,
         "signal": f"B:USR2@{slurm.stop_grace}",
         "open-mode": "append",
         "output": _directive_text(parent.replace("%", "%%") + "/" + name),
     }
     lines = [f"--{key}={value}" for key, value in options.items() if value is not None]
-    num_gpus = recipe.cluster.gpus_per_node
-    if num_gpus:
-        kind = f"{slurm.gpu_type}:" if slurm.gpu_type else ""
-        request = f"--gres=gpu:{kind}{num_gpus}" if slurm.gpu_request == "gres" else f"--gpus-per-node={kind}{num_gpus}"
-        lines.append(request)
+    if num_gpus := recipe.cluster.gpus_per_node:
+        gpus = f"{slurm.gpu_type}:{num_gpus}" if slurm.gpu_type else f"{num_gpus}"
+        lines.append(f"--gres=gpu:{gpus}" if slurm.gpu_request == "gres" else f"--gpus-per-node={gpus}")
     if slurm.exclusive:
         lines.append("--exclusive")
     return [*lines, "--requeue" if slurm.requeue else "--no-requeue"]

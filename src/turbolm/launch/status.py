@@ -15,7 +15,7 @@ from turbolm.launch.job import JOB, newest_step
 from turbolm.reliability.outcome import COMPLETE, FINISHED, read_outcome
 from turbolm.report.metrics import read_lines
 from turbolm.train.run_directory import RunDirectory, list_attempts
-from turbolm.units import format_count, format_duration
+from turbolm.units import align_columns, format_count, format_duration
 
 _SILENT_SEC = 900  # an attempt without an end and without a sign of life for that long was probably killed
 _RATE_STEPS = 50  # steps whose median speed the remaining time is reckoned from
@@ -98,8 +98,7 @@ def format_status(runs: Sequence[RunStatus], *, detailed: bool) -> str:
                 str(len(run.attempts)),
             )
         )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines = [align_columns(rows)]
     if detailed:
         lines += [_attempt_line(attempt) for run in runs for attempt in run.attempts]
     return "\n".join(lines)

@@ -8,8 +8,9 @@ But a live one has it open, which the kernel tells of processes of this host.
 from __future__ import annotations
 
 import os
+import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from turbolm.reliability.processes import holders
@@ -18,7 +19,7 @@ from turbolm.units import format_duration
 _LOCK = "lock"
 _RELEASE_SEC = 1.0  # a builder closes the file just before it removes it
 _SILENT_SEC = 900.0  # longer than one file takes to compile; for builders that cannot be seen from here
-_SHARED = ("nfs", "lustre", "gpfs", "beegfs", "ceph", "cifs", "smb", "fuse", "9p", "afs", "orangefs", "pvfs", "wekafs")
+_LOCAL = ("ext2/ext3", "xfs", "btrfs", "zfs", "f2fs", "tmpfs", "ramfs", "overlayfs")
 
 
 def extensions_root(environment: Mapping[str, str]) -> Path:
@@ -66,19 +67,6 @@ def _last_write(folder: Path) -> float:
 
 
 def _is_shared(path: Path) -> bool:
-    """Whether the path is on a network file system, or one that cannot be told."""
-    device = f"{os.major(path.stat().st_dev)}:{os.minor(path.stat().st_dev)}"
-    kinds = list(_file_systems(device))
-    return not kinds or any(kind.startswith(_SHARED) for kind in kinds)
-
-
-def _file_systems(device: str) -> Iterator[str]:
-    """The types of what is mounted from a device, see proc_pid_mountinfo(5)."""
-    try:
-        lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return
-    for line in lines:
-        before, _, after = line.partition(" - ")
-        if before.split()[2] == device:
-            yield after.split()[0]
+    """Whether other hosts may see the path too: whether its file system is none that is known to be local."""
+    done = subprocess.run(["stat", "-f", "-c", "%T", str(path)], capture_output=True, text=True, check=False)
+    return done.stdout.strip() not in _LOCAL

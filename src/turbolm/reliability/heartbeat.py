@@ -17,9 +17,11 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TextIO
 
+from turbolm.files import temporary
 from turbolm.reliability.processes import start_time
 
 STARTING = "start-up"  # until the first step is done
@@ -54,82 +56,79 @@ class Sign:
     python_ran_sec: float = 0.0  # when a thread of it last ran, on the same clock
 
 
-class Heartbeat:
-    """Writes one rank's signs to `folder`, and the stacks it is asked for."""
+@dataclass
+class _Heartbeat:
+    """This rank's signs, written to memory of its own where nobody watches."""
 
-    def __init__(self, folder: Path, rank: int):
-        self._rank, self._pid = rank, os.getpid()
-        self.progress, self.step, self.attempt, self.phase = 0, 0, 0, STARTING
-        self._stacks = stacks_file(folder, rank).open("w", encoding="utf-8")
-        faulthandler.register(STACKS_SIGNAL, file=self._stacks, all_threads=True, chain=False)
-        temporary = folder / f".{rank}.{self._pid}"
-        with temporary.open("w+b") as file:
-            file.truncate(_RECORD.size + _PYTHON_RUNS.size)
-            self._memory = mmap.mmap(file.fileno(), 0)
-        self.write()
-        threading.Thread(target=self._note_that_python_runs, name="turbolm-heartbeat", daemon=True).start()
-        temporary.replace(_sign_file(folder, rank))  # whoever reads finds a whole one
+    memory: bytearray | mmap.mmap = field(default_factory=lambda: bytearray(_RECORD.size + _PYTHON_RUNS.size))
+    rank: int = 0
+    progress: int = 0
+    step: int = 0
+    attempt: int = 0
+    phase: str = STARTING
+    stacks: TextIO | None = None
 
     def write(self) -> None:
-        """Give a sign."""
         place = (self.progress, self.step, time.monotonic(), self.attempt, self.phase.encode())
-        _RECORD.pack_into(self._memory, 0, self._pid, self._rank, *place)
-
-    def _note_that_python_runs(self) -> None:
-        while True:
-            _PYTHON_RUNS.pack_into(self._memory, _RECORD.size, time.monotonic())
-            time.sleep(_PYTHON_RUNS_SEC)
+        _RECORD.pack_into(self.memory, 0, os.getpid(), self.rank, *place)
 
 
-_own: Heartbeat | None = None  # of this process; None where nobody watches
+_own = _Heartbeat()
 _notes = 0  # of threads beside the main one
 _others_awaited = False  # whether such a thread waits for other ranks
 _JOIN_SEC = 0.5
 
 
 def start(folder: Path, rank: int) -> None:
-    """Give signs from now on, and write stacks when asked."""
-    global _own
-    _own = Heartbeat(folder, rank)
+    """Give signs in `folder` from now on, and write stacks there when asked."""
+    _own.stacks = stacks_file(folder, rank).open("w", encoding="utf-8")
+    faulthandler.register(STACKS_SIGNAL, file=_own.stacks, all_threads=True, chain=False)
+    path = folder / f"{rank}.sign"
+    with temporary(path).open("w+b") as file:
+        file.truncate(len(_own.memory))
+        _own.memory, _own.rank = mmap.mmap(file.fileno(), 0), rank
+    beat()
+    threading.Thread(target=_note_that_python_runs, name="turbolm-heartbeat", daemon=True).start()
+    temporary(path).replace(path)  # whoever reads finds a whole one
+
+
+def _note_that_python_runs() -> None:
+    while True:
+        _PYTHON_RUNS.pack_into(_own.memory, _RECORD.size, time.monotonic())
+        time.sleep(_PYTHON_RUNS_SEC)
 
 
 def beat() -> None:
-    """Something went forward on this rank. Call it from the main thread only."""
-    if _own is not None:
-        _own.write()
+    """Report progress on this rank. Call it from the main thread only."""
+    _own.write()
 
 
 def advance(phase: str | None = None, step: int | None = None) -> None:
-    """A place that all ranks pass in the same order; perhaps the beginning of another phase, the end of a step."""
-    if _own is not None:
-        _own.progress += 1
-        _own.phase = _own.phase if phase is None else phase
-        _own.step = _own.step if step is None else step
-        _own.write()
+    """Report a place that all ranks pass in the same order; it may start another phase, or end a step."""
+    _own.progress += 1
+    _own.phase = _own.phase if phase is None else phase
+    _own.step = _own.step if step is None else step
+    _own.write()
 
 
 def set_attempt(attempt: int) -> None:
     """Say which attempt of the run this is."""
-    if _own is not None:
-        _own.attempt = attempt
-        _own.write()
+    _own.attempt = attempt
+    _own.write()
 
 
 @contextlib.contextmanager
 def phase(name: str) -> Iterator[None]:
-    """A part of the run that may take another time; what was before goes on after it."""
+    """A part of the run that may take longer; afterwards the phase before it continues."""
     before = change_phase(name)
     try:
         yield
     finally:
-        if before is not None:
-            change_phase(before)
+        change_phase(before)
 
 
-def change_phase(name: str) -> str | None:
-    """Begin another phase; returns the one before."""
-    if _own is None:
-        return None
+def change_phase(name: str) -> str:
+    """Start another phase; returns the one before."""
     before, _own.phase = _own.phase, name
     _own.write()
     return before
@@ -199,7 +198,3 @@ def read_signs(folder: Path) -> list[Sign]:
 def stacks_file(folder: Path, rank: int) -> Path:
     """Where a rank writes its stacks."""
     return folder / f"{rank}.stacks"
-
-
-def _sign_file(folder: Path, rank: int) -> Path:
-    return folder / f"{rank}.sign"

@@ -34,18 +34,10 @@ DONE, BAD_INPUT, LOST_PEER, ERROR = "done", "refused", "communication", "error"
 
 # What gloo, NCCL and the rendezvous store say when a peer is gone or silent.
 _LOST_PEER_TEXTS = (
-    "Timed out waiting",
-    "Connection closed by peer",
-    "Connection reset by peer",
-    "Connection refused",
-    "Broken pipe",
-    "gloo/transport",
-    "Gloo connectFullMesh failed",
-    "Socket Timeout",
-    "NCCL error",
-    "failed to connect",
+    "Timed out waiting", "Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe",
+    "gloo/transport", "Gloo connectFullMesh failed", "Socket Timeout", "NCCL error", "failed to connect",
     "wait timeout",
-)
+)  # fmt: skip
 _LOST_PEER_TYPES = {"DistBackendError", "DistNetworkError", "DistStoreError", "QueueEmptyError"}
 _MAX_LINES = 8  # of ranks that say the same
 _LAST_WORDS = 15  # lines of a launcher's log

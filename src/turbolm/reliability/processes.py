@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 
@@ -10,6 +11,11 @@ def start_time(pid: int) -> str | None:
     """When a process started, in clock ticks since boot; None when it does not run."""
     fields = _fields(pid)
     return None if fields is None or fields[0] in "ZX" else fields[19]
+
+
+def living(started: Mapping[int, str | None]) -> list[int]:
+    """Those of the processes that still run, by when each was started."""
+    return [pid for pid, when in started.items() if when is not None and start_time(pid) == when]
 
 
 def process_state(pid: int) -> str:
@@ -20,7 +26,8 @@ def process_state(pid: int) -> str:
 
 def descendants(pids: set[int]) -> set[int]:
     """The processes that these have started, and those that they have, as far as they run."""
-    parents = {int(path.name): _parent(int(path.name)) for path in Path("/proc").glob("[0-9]*")}
+    fields = {int(path.name): _fields(int(path.name)) for path in Path("/proc").glob("[0-9]*")}
+    parents = {pid: int(found[1]) for pid, found in fields.items() if found is not None}
     found: set[int] = set()
     while more := {pid for pid, parent in parents.items() if parent in pids | found} - found - pids:
         found |= more
@@ -41,11 +48,6 @@ def holders(path: Path) -> set[int]:
         except OSError:
             continue
     return found
-
-
-def _parent(pid: int) -> int | None:
-    fields = _fields(pid)
-    return None if fields is None else int(fields[1])
 
 
 def _fields(pid: int) -> list[str] | None:

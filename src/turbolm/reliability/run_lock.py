@@ -71,7 +71,7 @@ class RunLock:
         since = time.monotonic()
         first_sign = None
         while True:
-            holder, age_sec, sign = self._look()
+            holder, age_sec, sign = self._look(self.path)
             if holder is None:
                 return None
             first_sign = sign if first_sign is None else first_sign
@@ -124,23 +124,23 @@ class RunLock:
         finally:
             record.unlink(missing_ok=True)
 
-    def _look(self) -> tuple[Holder | None, float, int]:
+    def _look(self, path: Path) -> tuple[Holder | None, float, int]:
         """The holder, the seconds since its last sign, and the time of that sign in ns; None when there is no lock."""
         try:
-            touched = self.path.stat().st_mtime_ns
+            touched = path.stat().st_mtime_ns
         except FileNotFoundError:
             return None, 0.0, 0
         with self._record() as record:
             age_sec = (record.stat().st_mtime_ns - touched) / 1e9
         unknown = Holder(token="", host="an unknown host", boot="", space="", pid=0, started="")
-        return _read(self.path) or unknown, age_sec, touched
+        return _read(path) or unknown, age_sec, touched
 
     def _take_over(self, stale: Holder) -> None:
         """Remove the lock of a holder that is gone. Of several processes that judged the same lock, one does it."""
         right = self.path.with_name(f".lock-from-{stale.token or 'unknown'}")
         if not self._link(right):
-            other = _read(right)
-            if other is None or is_gone(other, self._me) or _age_sec(right) > SILENT_SEC:
+            other, age_sec, _ = self._look(right)
+            if other is None or is_gone(other, self._me) or age_sec > SILENT_SEC:
                 right.unlink(missing_ok=True)
             time.sleep(_POLL_SEC)
             return
@@ -189,10 +189,3 @@ def _read(path: Path) -> Holder | None:
         return Holder(**load_json(path))
     except (OSError, ValueError, TypeError):
         return None
-
-
-def _age_sec(path: Path) -> float:
-    try:
-        return time.time() - path.stat().st_mtime
-    except OSError:
-        return 0.0

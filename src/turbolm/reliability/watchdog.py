@@ -1,6 +1,6 @@
 """The process beside the ranks of a host that ends a job which hangs, and says where. Torch-free.
 
-    python -m turbolm.reliability.watchdog FOLDER --run RUN --hang-sec 600 --startup-sec 3600 --ranks 8 --world-size 16
+    python -m turbolm.reliability.watchdog FOLDER RUN HANG_SEC STARTUP_SEC NUM_RANKS WORLD_SIZE
 
 Local rank 0 starts it before anything large is imported, however the ranks were launched; it is in a session of its own
 and ends when the ranks have ended. It reads their signs (`heartbeat`). When one is silent for too long it has all of
@@ -9,7 +9,6 @@ them write their stacks, judges which one hangs (`hang`), writes that down and k
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import fcntl
 import os
@@ -30,7 +29,7 @@ from turbolm.reliability import heartbeat
 from turbolm.reliability.hang import RankState, Verdict, judge, main_thread_frames
 from turbolm.reliability.heartbeat import Sign, read_signs, stacks_file
 from turbolm.reliability.outcome import FINISHED, HUNG, Outcome, read_outcome, write_outcome
-from turbolm.reliability.processes import descendants, process_state, start_time
+from turbolm.reliability.processes import descendants, living, process_state, start_time
 from turbolm.units import format_duration
 
 _PATIENT = (heartbeat.STARTING, heartbeat.COMPILING, heartbeat.EXPORTING, heartbeat.SAVED_HERE)
@@ -54,10 +53,9 @@ def watch_over(run_folder: Path, hang_sec: int | None, startup_sec: int | None, 
         return
     heartbeat.set_attempt(attempt or 0)
     if local_rank == 0:
-        command = [sys.executable, "-m", "turbolm.reliability.watchdog", str(folder), "--run", str(run_folder)]
-        command += ["--hang-sec", str(hang_sec), "--startup-sec", str(startup_sec or "inf")]
-        command += ["--ranks", os.environ.get("LOCAL_WORLD_SIZE", "1")]
-        command += ["--world-size", os.environ.get("WORLD_SIZE", "1")]
+        sizes = [os.environ.get(name, "1") for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE")]
+        settings = [str(folder), str(run_folder), str(hang_sec), str(startup_sec or "inf"), *sizes]
+        command = [sys.executable, "-m", "turbolm.reliability.watchdog", *settings]
         # Not to hold the terminal's pipe open; what it has to say goes where the launcher's errors go.
         subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
 
@@ -193,15 +191,13 @@ class Watchdog:
     def _kill(self, ranks: list[Sign]) -> None:
         """End these ranks and all they have started, such as compilers."""
         pids = {sign.pid for sign in ranks}
-        everything = pids | descendants(pids) - {os.getpid()}
-        started = {pid: start_time(pid) for pid in everything}
-        for number, wait_sec in ((signal.SIGTERM, _GRACE_SEC), (signal.SIGKILL, _GRACE_SEC)):
-            deadline = time.monotonic() + wait_sec
-            everything = {pid for pid in everything if start_time(pid) and start_time(pid) == started[pid]}
-            for pid in everything:
+        started = {pid: start_time(pid) for pid in pids | descendants(pids) - {os.getpid()}}
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            deadline = time.monotonic() + _GRACE_SEC
+            for pid in living(started):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, number)
-            while time.monotonic() < deadline and any(start_time(pid) == started[pid] for pid in everything):
+            while living(started) and time.monotonic() < deadline:
                 time.sleep(0.05)
 
     def _stacks(self, sign: Sign) -> str:
@@ -250,20 +246,13 @@ def _read_states(path: Path) -> list[RankState]:
 
 def main() -> None:
     """Watch until the ranks have ended, then leave nothing behind."""
-    parser = argparse.ArgumentParser(prog="python -m turbolm.reliability.watchdog", description=__doc__)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--run", type=Path, required=True)
-    parser.add_argument("--hang-sec", type=float, required=True)
-    parser.add_argument("--startup-sec", type=float, required=True)
-    parser.add_argument("--ranks", type=int, required=True)
-    parser.add_argument("--world-size", type=int, required=True)
-    given = parser.parse_args()
-    with (given.folder / "watchdog").open("w") as lock:
+    folder, run, hang_sec, startup_sec, num_ranks, world_size = sys.argv[1:]
+    dog = Watchdog(Path(folder), Path(run), float(hang_sec), float(startup_sec), int(num_ranks), int(world_size))
+    with (dog.folder / "watchdog").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # one at a time: ranks without a LOCAL_RANK each start one
-        dog = Watchdog(given.folder, given.run, given.hang_sec, given.startup_sec, given.ranks, given.world_size)
         dog.watch()
         if not dog.living():
-            shutil.rmtree(given.folder, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
     os._exit(0)  # a thread may still be writing to a file system that hangs
 
 
