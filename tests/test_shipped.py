@@ -60,8 +60,8 @@ def test_a_folder_of_that_name_is_no_recipe(home: Path) -> None:
     ("name", "message"),
     [
         ("big", "big names several recipes: big/continue, big/pretrain"),
-        ("smal", "'smal' is neither a file nor a shipped recipe; did you mean small?"),
-        ("big/pretain", "did you mean big/pretrain"),
+        ("smal", "'smal' is neither a file nor a shipped recipe; did you mean 'small'"),
+        ("big/pretain", "did you mean 'big/pretrain'"),
         ("xyz", r"neither a file nor a shipped recipe \(known: big/continue, big/pretrain, small/pretrain\)"),
         ("_base", "neither a file nor a shipped recipe"),
     ],

@@ -17,7 +17,7 @@ import typer
 from typer import Option
 
 from turbolm import __version__
-from turbolm.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_OK, EXIT_REQUEUE, UserError
+from turbolm.errors import EXIT_FAILED, EXIT_OK, EXIT_REQUEUE, UserError, exit_code_of
 from turbolm.shipped import find_recipe, recipes_by_name, shipped
 
 if TYPE_CHECKING:
@@ -452,12 +452,9 @@ def _exit_code(end: SystemExit) -> int | str | None:
 def main() -> None:
     """Run a command; a mistake of the user's is one message and exit code 2."""
     try:
-        app()
+        sys.exit(exit_code_of(app))  # Typer itself ends by SystemExit
     except SystemExit as end:
         sys.exit(_exit_code(end))
-    except UserError as error:
-        print(f"turbolm: {error}" if "\n" not in str(error) else str(error), file=sys.stderr)
-        sys.exit(EXIT_BAD_INPUT)
     except Exception:  # a bug; what it quotes must not tell secrets
         import traceback
 

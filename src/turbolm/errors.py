@@ -1,7 +1,8 @@
 """User-fixable errors, and the exit codes that launchers and schedulers rely on."""
 
 import difflib
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable
 
 from turbolm.redaction import redact
 
@@ -35,3 +36,12 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return the end of a message about an unknown name: "; did you mean 'llama'?", or nothing where none is near."""
     near = difflib.get_close_matches(name[:100], sorted(known), n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def exit_code_of(command: Callable[[], int]) -> int:
+    """The exit code that `command` returns; a UserError becomes a message and `EXIT_BAD_INPUT`."""
+    try:
+        return command()
+    except UserError as error:
+        print(f"turbolm: {error}" if "\n" not in str(error) else str(error), file=sys.stderr)
+        return EXIT_BAD_INPUT

@@ -6,11 +6,10 @@ in a checkout, and so in an editable install, the checkout's own files are read,
 
 from __future__ import annotations
 
-import difflib
 import os
 from pathlib import Path
 
-from turbolm.errors import UserError
+from turbolm.errors import UserError, did_you_mean
 
 _PACKAGE = Path(__file__).parent
 
@@ -56,6 +55,5 @@ def find_recipe(name: str) -> str:
     if found:
         options = ", ".join(key for key in known if key.startswith(f"{name}/"))
         raise UserError(f"{name} names several recipes: {options}")
-    near = difflib.get_close_matches(name[:100], {*known, *(key.split("/")[0] for key in known)}, n=3)
-    hint = f"; did you mean {' or '.join(near)}?" if near else f" (known: {', '.join(known)})"
+    hint = did_you_mean(name, [*known, *(key.split("/")[0] for key in known)]) or f" (known: {', '.join(known)})"
     raise UserError(f"{name[:100]!r} is neither a file nor a shipped recipe{hint}")

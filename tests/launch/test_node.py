@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import signal
 import socket
@@ -17,7 +16,7 @@ import pytest
 from turbolm.errors import UserError
 from turbolm.files import write_json
 from turbolm.launch import network, node
-from turbolm.launch.network import choose_port, interface_of, own_address, port_candidates, probe, resolve
+from turbolm.launch.network import free_port, interface_of, own_address, probe, resolve
 from turbolm.launch.node import Place, build_extensions, check_same, find_place, meet, node_command
 from turbolm.plan.machine import Machine
 from turbolm.plan.plan import build_plan
@@ -62,20 +61,21 @@ def test_the_head_is_never_the_loopback(monkeypatch: pytest.MonkeyPatch) -> None
     assert own_address(0, ("a",)) == "127.0.0.1"
 
 
-def test_ports_of_jobs_on_one_node_differ_and_change_with_a_restart() -> None:
-    first = {(job, restart): port_candidates(job, restart)[0] for job in range(1000, 1150) for restart in range(4)}
-    assert len(set(first.values())) == len(first)
-    everything = set(itertools.chain.from_iterable(port_candidates(job, 0) for job in (1, 99_999_999)))
-    assert min(everything) >= 10_000
-    assert max(everything) < 32_768  # Linux takes ports for outgoing connections from there on
+def test_ports_are_spread_and_below_those_of_outgoing_connections() -> None:
+    ports = {free_port() for _ in range(50)}
+    assert len(ports) > 40
+    assert 10_000 <= min(ports) <= max(ports) < 32_768  # Linux takes ports for outgoing connections from there on
 
 
-def test_a_port_in_use_is_passed_over() -> None:
-    environment = {"SLURM_JOB_ID": "4711", "SLURM_RESTART_COUNT": "2"}
-    first = choose_port("127.0.0.1", environment)
+def test_a_port_in_use_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as other:
-        other.bind(("", first))
-        assert choose_port("127.0.0.1", environment) != first
+        other.bind(("", free_port()))
+        taken = other.getsockname()[1]
+        monkeypatch.setattr(network.random, "sample", lambda ports, count: [taken, taken + 1, taken + 2])
+        assert free_port() in (taken + 1, taken + 2)
+        monkeypatch.setattr(network.random, "sample", lambda ports, count: [taken])
+        with pytest.raises(UserError, match="no free port"):
+            free_port()
 
 
 def test_probe_and_interface() -> None:

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from turbolm.checkpoint.manifest import list_checkpoints
-from turbolm.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_OK, EXIT_REQUEUE, EXIT_STOPPED, UserError
+from turbolm.errors import EXIT_FAILED, EXIT_OK, EXIT_REQUEUE, EXIT_STOPPED, UserError, exit_code_of
 from turbolm.files import read_json, write_json
 from turbolm.launch.slurm import copy_script
 from turbolm.recipe.load import load_recipe
@@ -100,27 +100,30 @@ def settle(run: RunDirectory, recipe: Recipe, attempt: int) -> tuple[int, str]:
     return EXIT_REQUEUE, message
 
 
-def main() -> int:
-    """Parse and run one of the two commands."""
-    parser = argparse.ArgumentParser(prog="python -m turbolm.launch.job", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, option in (("open", "--hosts"), ("settle", "--attempt")):
-        command = commands.add_parser(name)
-        command.add_argument("--recipe", type=Path, required=True)
-        command.add_argument(option, required=True)
-    arguments = parser.parse_args()
-    try:
-        recipe = load_recipe(arguments.recipe)
-        run = run_directory(recipe)
-        if arguments.command == "open":
-            print(open_job_attempt(run, recipe, arguments.recipe, arguments.hosts))
-            return EXIT_OK
-        code, message = settle(run, recipe, int(arguments.attempt))
-    except UserError as error:
-        print(f"turbolm: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
+def _open(recipe_file: Path, hosts: str) -> int:
+    recipe = load_recipe(recipe_file)
+    print(open_job_attempt(run_directory(recipe), recipe, recipe_file, hosts))
+    return EXIT_OK
+
+
+def _settle(recipe_file: Path, attempt: str) -> int:
+    recipe = load_recipe(recipe_file)
+    code, message = settle(run_directory(recipe), recipe, int(attempt))
     print(f"turbolm: {message}", file=sys.stderr)
     return code
+
+
+def main() -> int:
+    """Run one of the two commands."""
+    parser = argparse.ArgumentParser(prog="python -m turbolm.launch.job", description=__doc__)
+    commands = parser.add_subparsers(required=True)
+    for name, option, action in (("open", "--hosts", _open), ("settle", "--attempt", _settle)):
+        command = commands.add_parser(name)
+        command.add_argument("--recipe", type=Path, required=True)
+        command.add_argument(option, dest="value", required=True)
+        command.set_defaults(action=action)
+    given = parser.parse_args()
+    return exit_code_of(lambda: given.action(given.recipe, given.value))
 
 
 if __name__ == "__main__":

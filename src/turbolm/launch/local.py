@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ from types import FrameType
 
 import yaml
 
+from turbolm.launch.network import free_port
 from turbolm.plan.machine import Machine
 from turbolm.plan.plan import Plan
 from turbolm.reliability.orphans import END_WITH_PARENT, end_with_parent
@@ -115,13 +115,6 @@ def _before_exec() -> None:
     for number in _STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     end_with_parent()
-
-
-def free_port() -> int:
-    """A port that nothing listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def wait_for_ranks(process: subprocess.Popen[bytes], run: RunDirectory) -> None:

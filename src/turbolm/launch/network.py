@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import ipaddress
+import random
 import socket
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 
 from turbolm.errors import UserError
 
-_FIRST_PORT, _NUM_PORTS = 10_000, 20_000  # below the range from which Linux takes ports for outgoing connections
+_PORTS = (10_000, 30_000)  # below the range from which Linux takes ports for outgoing connections
 _PROBES = 64
 _CONNECT_TIMEOUT_SEC = 3
 _SIOCGIFADDR = 0x8915  # ioctl(2): the IPv4 address of an interface
@@ -48,20 +49,13 @@ def resolve(host: str) -> str:
     return next((address for address in others if ":" not in address), others[0])
 
 
-def port_candidates(job_id: int, restarts: int) -> list[int]:
-    """Ports to try in turn: far apart for neighbouring jobs, and another one after each restart."""
-    first = job_id * 101 + restarts * 7
-    return [_FIRST_PORT + (first + probe * 37) % _NUM_PORTS for probe in range(_PROBES)]
-
-
-def choose_port(address: str, environment: Mapping[str, str]) -> int:
-    """A port for this start of this job that nothing on this node, the head, has bound."""
-    job_id, restarts = int(environment.get("SLURM_JOB_ID") or 0), int(environment.get("SLURM_RESTART_COUNT") or 0)
-    for port in port_candidates(job_id, restarts):
+def free_port(address: str = "") -> int:
+    """A port that nothing on this machine has bound; random, so that neighboring jobs and restarts choose others."""
+    for port in random.sample(range(*_PORTS), _PROBES):
         with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe, suppress(OSError):
             probe.bind(("", port))  # on every interface, as the rendezvous will
             return port
-    raise UserError(f"no free port on {address}: tried {_PROBES} from {_FIRST_PORT} on")
+    raise UserError(f"no free port on this machine: tried {_PROBES} of {_PORTS[0]} to {_PORTS[1]}")
 
 
 def probe(address: str, port: int) -> str:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from turbolm.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_OK, EXIT_REQUEUE, UserError
+from turbolm.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_OK, EXIT_REQUEUE, UserError, exit_code_of
 from turbolm.files import read_json, write_json
 from turbolm.launch.local import (
     accelerate_config,
@@ -29,7 +29,7 @@ from turbolm.launch.local import (
     start_ranks,
     wait_for_ranks,
 )
-from turbolm.launch.network import choose_port, interface_of, own_address, probe
+from turbolm.launch.network import free_port, interface_of, own_address, probe
 from turbolm.plan.machine import check_machine, detect_machine
 from turbolm.plan.plan import Plan, build_plan
 from turbolm.recipe.load import load_recipe
@@ -83,20 +83,22 @@ def run_node(recipe: Recipe, recipe_file: str, attempt: int, place: Place) -> in
         try:
             plan = _plan_here(recipe, place, mine)
             if place.node == 0:
-                mine["main_port"] = choose_port(address, os.environ)
+                mine["main_port"] = free_port(address)
             write_json(record, mine)
-            nodes = meet(folder / "nodes", place, _meet_timeout_sec(recipe))
+            nodes = meet(folder / "nodes", place, min(_MEET_TIMEOUT_SEC, recipe.execution.process_group_timeout))
             check_same(nodes)
         except UserError as error:
             write_json(record, {**mine, "refused": str(error)})
             raise
         except TimeoutError as error:
+            print(f"turbolm: {error}", file=sys.stderr)
             write_json(record, {**mine, "exit_code": EXIT_FAILED, "lost": [str(error)]})
             (folder / _FAILED).touch()
-            raise
-        build_extensions(plan, process_environment(plan) | _extensions_folder(recipe))
+            return EXIT_FAILED
+        environment = process_environment(plan) | _extensions_folder(recipe)
+        build_extensions(plan, environment)
         command = node_command(folder, plan, recipe_file, attempt, place, nodes)
-        environment = process_environment(plan) | _extensions_folder(recipe) | _network_environment(plan, address)
+        environment |= _network_environment(plan, address)
         process = start_ranks(command, environment, folder / f"launcher.node{place.node}.log")
         wait_for_ranks(process, run)
         code, lost = _judge(run, attempt, plan, place, nodes)
@@ -195,10 +197,6 @@ def _network_environment(plan: Plan, address: str) -> dict[str, str]:
     return {"GLOO_SOCKET_IFNAME": interface} if interface else {}
 
 
-def _meet_timeout_sec(recipe: Recipe) -> float:
-    return float(min(_MEET_TIMEOUT_SEC, recipe.execution.process_group_timeout))
-
-
 def _judge(
     run: RunDirectory, attempt: int, plan: Plan, place: Place, nodes: Sequence[dict[str, Any]]
 ) -> tuple[int, list[str]]:
@@ -228,15 +226,12 @@ def main() -> int:
     parser.add_argument("--attempt", type=int, required=True)
     parser.add_argument("--hosts", required=True, help="the job's hosts by node number, with commas")
     arguments = parser.parse_args()
-    try:
+
+    def run() -> int:
         recipe = load_recipe(arguments.recipe)
         return run_node(recipe, arguments.recipe, arguments.attempt, find_place(recipe, arguments.hosts))
-    except UserError as error:
-        print(f"turbolm: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
-    except TimeoutError as error:
-        print(f"turbolm: {error}", file=sys.stderr)
-        return EXIT_FAILED
+
+    return exit_code_of(run)
 
 
 if __name__ == "__main__":

@@ -88,13 +88,7 @@ class AnomalyWatch:
 
     def state(self) -> dict[str, Any]:
         """For the checkpoint, as JSON."""
-        return {
-            "in_a_row": self.in_a_row,
-            "num_rollbacks": self.num_rollbacks,
-            "losses": self.losses,
-            "norms": self.norms,
-            "segment": self.segment,
-        }
+        return {name: getattr(self, name) for name in ("in_a_row", "num_rollbacks", "losses", "norms", "segment")}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from `state`; from nothing where a checkpoint has none."""
