@@ -40,5 +40,5 @@ lock: ## pin the newest suitable packages in requirements.lock (needs uv)
 		--upgrade --override - --no-emit-index-url --no-emit-find-links --no-annotate --quiet -o requirements.lock
 
 clean: ## remove caches and build products; keeps .venv, runs and prepared data
-	@rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis src/turbolm.egg-info
+	@rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	@find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
