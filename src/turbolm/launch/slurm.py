@@ -27,7 +27,6 @@ from turbolm.train.run_contract import as_started, check_contract, start_fresh
 from turbolm.train.run_directory import RunDirectory, run_directory
 
 SCRIPT = "submit.slurm"
-_IN_TEMPLATE = ("modules", "setup", "environment", "container", "cpus_per_task", "requeue")  # of cluster.slurm
 RECIPE = "recipe.yaml"
 _MAX_NAME_WITH_SEED = 100 - len("-seed4294967295")
 
@@ -109,13 +108,13 @@ def render_script(recipe: Recipe, recipe_files: Sequence[str], runs: Sequence[st
         recipes=recipe_files,
         runs=runs,
         python=sys.executable,
-        container_flags=_container_flags(recipe, slurm),
-        **{name: getattr(slurm, name) for name in _IN_TEMPLATE},
+        gpus_per_node=recipe.cluster.gpus_per_node,
+        **dict(slurm),
     )
 
 
-def _directives(recipe: Recipe, slurm: Slurm, runs: Sequence[str]) -> list[str]:
-    """The `#SBATCH` options."""
+def _directives(recipe: Recipe, slurm: Slurm, runs: Sequence[str]) -> dict[str, object]:
+    """The `#SBATCH` options that have a value; the template adds the others."""
     log = f"{runs[0]}/slurm-%j.out" if len(runs) == 1 else f"{Path(runs[0]).parent}/{recipe.name}-slurm-%A_%a.out"
     parent, _, name = log.rpartition("/")
     options: dict[str, object] = {
@@ -131,13 +130,7 @@ def _directives(recipe: Recipe, slurm: Slurm, runs: Sequence[str]) -> list[str]:
         "open-mode": "append",
         "output": _directive_text(parent.replace("%", "%%") + "/" + name),
     }
-    lines = [f"--{key}={value}" for key, value in options.items() if value is not None]
-    if num_gpus := recipe.cluster.gpus_per_node:
-        gpus = f"{slurm.gpu_type}:{num_gpus}" if slurm.gpu_type else f"{num_gpus}"
-        lines.append(f"--gres=gpu:{gpus}" if slurm.gpu_request == "gres" else f"--gpus-per-node={gpus}")
-    if slurm.exclusive:
-        lines.append("--exclusive")
-    return [*lines, "--requeue" if slurm.requeue else "--no-requeue"]
+    return {key: value for key, value in options.items() if value is not None}
 
 
 def _directive_text(value: str) -> str:
@@ -149,18 +142,6 @@ def _clock(seconds: int) -> str:
     """Slurm's D-HH:MM:SS."""
     days, rest = divmod(seconds, 86400)
     return f"{days}-{rest // 3600:02d}:{rest // 60 % 60:02d}:{rest % 60:02d}"
-
-
-def _container_flags(recipe: Recipe, slurm: Slurm) -> list[str]:
-    container = slurm.container
-    if container is None:
-        return []
-    if container.runtime == "pyxis":
-        mounts = [f"--container-mounts={','.join(container.mounts)}"] if container.mounts else []
-        return [f"--container-image={container.image}", *mounts, f"--container-workdir={os.getcwd()}"]
-    gpu = ["--nv"] if recipe.cluster.gpus_per_node else []
-    mounts = [flag for mount in container.mounts for flag in ("--bind", mount)]
-    return ["apptainer", "exec", *gpu, *mounts, "--pwd", os.getcwd(), container.image]
 
 
 def _recipes_of_seeds(recipe: Recipe, seeds: Sequence[int]) -> list[Recipe]:
