@@ -104,7 +104,7 @@ def measure(arguments: argparse.Namespace, mode: str) -> dict[str, Any]:
             float(train_step(engine, [batch], recipe.train.global_batch, "sdpa").loss_sum)
             cpu[length].append(time.process_time() - started[0])
             clock[length].append(time.perf_counter() - started[1])
-    engine.destroy()
+    engine.deepspeed_engine.destroy()
     return {
         "compilations": num_compiled,
         "compile_sec": compile_seconds,

@@ -93,7 +93,7 @@ def _missing_by_layout() -> dict[str, list[str]]:
         if not torch.equal(engine(torch.zeros_like(inputs)).float(), torch.full((1, 2), 0.4375)):
             missing.append("publish_weights: the model does not compute with what was written")
         found[layout] = sorted(missing)
-        engine.destroy()
+        engine.deepspeed_engine.destroy()
     return found
 
 

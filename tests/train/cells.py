@@ -94,7 +94,7 @@ def train_cell(folder: Path, cell: Cell) -> list[list[float]]:
                 late.save(step, {"step": step, "order_digest": ""})
     if cell.save_late_in:
         late.finish()
-    engine.destroy()
+    engine.deepspeed_engine.destroy()
     (folder / f"{cell.name}.ledger.json").write_text(json.dumps(ledger), encoding="utf-8")
     return trained
 

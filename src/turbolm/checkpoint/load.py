@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections import defaultdict
 from contextlib import ExitStack
 from pathlib import Path
@@ -157,7 +156,7 @@ def load_checkpoint(checkpoint: Path, engine: Engine) -> dict[str, Any]:
         buffers = dict(engine.module.named_buffers())
         for name, value in reader.buffers().items():
             buffers[name].copy_(value)
-        _set_model_weights(reader, engine)
+        engine.publish_weights()
         _set_rng_state(*reader.rng_state(dist.get_rank()))
         state = reader.trainer_state()
     engine.restore_loss_scaler(state["scaler"])
@@ -199,21 +198,6 @@ def _load_fragment(
             raise UserError(f"{reader.checkpoint}: {state} of {name} is of shape {tuple(values.shape)}")
         tensor.copy_(values.reshape(tensor.shape))
     set_scalars(optimizer, fragment, {key: value for key, value in scalars.items() if key in ours.scalars})
-
-
-@torch.no_grad()
-def _set_model_weights(reader: CheckpointReader, engine: Engine) -> None:
-    """The weights that the model computes with, from the optimizer's fp32 copies of them. Collective.
-
-    ZeRO 1 and 2 keep the weights whole on every rank. Ranks of one host that compute on its processors read them from
-    the file, which is in memory by now, instead of sending them to one another.
-    """
-    on_one_host = os.environ.get("LOCAL_WORLD_SIZE") == str(dist.get_world_size())
-    if not (on_one_host and engine.zero_stage in (1, 2) and engine.device.type == "cpu"):
-        engine.publish_weights()
-        return
-    for name, parameter in engine.module.named_parameters():
-        parameter.copy_(reader.read_whole(name))
 
 
 def _set_rng_state(torch_states: dict[str, torch.Tensor], host_state: dict[str, Any]) -> None:

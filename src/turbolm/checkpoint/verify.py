@@ -1,15 +1,12 @@
-"""Whether a checkpoint is whole: every file as its manifest says, and together a state to go on from. Torch-free."""
+"""Verify a checkpoint: every file matches its manifest, and together they form a resumable state. Torch-free."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
-import threading
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +20,8 @@ from turbolm.checkpoint.manifest import (
     read_manifest,
 )
 from turbolm.errors import UserError
-from turbolm.files import load_json
+from turbolm.files import load_json, sha256_file
 
-_CHUNK_BYTES = 2**20  # stays in the processor's cache between reading and hashing
-_AHEAD_BYTES = 64 * 2**20
 _MAX_HEADER_BYTES = 100 * 2**20  # the safetensors library takes no larger one either
 
 
@@ -38,10 +33,10 @@ def verify_checkpoint(checkpoint: Path, contracts: Collection[str] | None = None
     return verify_files(checkpoint, contracts) or verify_structure(checkpoint)
 
 
-Hashed = Callable[[Path, Mapping[str, Any]], list[str] | None]  # what `hash_ahead` found, or None where it did not look
+Hashed = Callable[[Path], list[str] | None]  # what `hash_ahead` found, or None where it did not look
 
 
-def not_hashed(checkpoint: Path, files: Mapping[str, Any]) -> None:
+def not_hashed(checkpoint: Path) -> None:
     """Nothing was hashed ahead."""
 
 
@@ -65,60 +60,26 @@ def verify_files(
         return [f"its manifest is of step {manifest['step']}"]
     if contracts is not None and manifest["contract"] not in contracts:
         return ["saved under another learning contract than the run's"]
-    found = hashed(checkpoint, manifest["files"])
+    found = hashed(checkpoint)
     return _hash_files(checkpoint, manifest["files"], share) if found is None else found
 
 
 def hash_ahead(folder: Path, share: tuple[int, int]) -> Hashed:
-    """Begin to hash this process's share of the newest checkpoint in a thread; waits for it when it is asked.
+    """Start to hash this process's share of the newest checkpoint in a thread; waits for it when asked for the result.
 
-    For a start, whose processors have little else to do while the ranks meet and build the model. Nobody writes
-    checkpoints then: whoever starts has the run to itself, or is sent away. A file that has been touched since counts
-    as not looked at.
+    For a process that owns the run, so nobody else changes checkpoints, and is about to build its model.
     """
     newest = max(list_checkpoints(folder), default=None)
     if newest is None:
         return not_hashed
-    done: list[tuple[Mapping[str, Any], list[Any], list[str]]] = []
-
-    def hash_share() -> None:
-        with suppress(Exception):  # met again, and told, where the checkpoint is verified
-            files = read_manifest(newest[1])["files"]
-            done.append((files, _versions(newest[1], files, share), _hash_files(newest[1], files, share)))
-
-    thread = threading.Thread(target=hash_share, name="turbolm-hash-ahead", daemon=True)
-    thread.start()
-
-    def found(checkpoint: Path, files: Mapping[str, Any]) -> list[str] | None:
-        thread.join()
-        if not done or checkpoint != newest[1]:
-            return None
-        hashed, versions, problems = done[0]
-        return problems if files == hashed and _versions(checkpoint, files, share) == versions else None
-
-    return found
-
-
-def _share_of(records: Mapping[str, Any], share: tuple[int, int]) -> list[tuple[str, Any]]:
-    part, parts = share
-    return sorted(records.items(), key=lambda item: (-item[1]["bytes"], item[0]))[part::parts]
-
-
-def _versions(checkpoint: Path, records: Mapping[str, Any], share: tuple[int, int]) -> list[Any]:
-    """What is another for a file of the share after anybody has written to it; None for one that is not there."""
-    versions: list[Any] = []
-    for name, _ in _share_of(records, share):
-        try:
-            status = (checkpoint / name).lstat()
-            versions.append((status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
-        except OSError:
-            versions.append(None)
-    return versions
+    problems = ThreadPoolExecutor(1).submit(lambda: _hash_files(newest[1], read_manifest(newest[1])["files"], share))
+    return lambda checkpoint: problems.result() if checkpoint == newest[1] else None
 
 
 def _hash_files(checkpoint: Path, records: Mapping[str, Any], share: tuple[int, int]) -> list[str]:
-    files = _share_of(records, share)
-    threads = min(8, max(1, (os.cpu_count() or 1) // share[1]))
+    part, parts = share
+    files = sorted(records.items(), key=lambda item: (-item[1]["bytes"], item[0]))[part::parts]
+    threads = min(8, max(1, (os.cpu_count() or 1) // parts))
     with ThreadPoolExecutor(threads) as pool:
         found = pool.map(lambda item: _file_problem(checkpoint, *item), files)
         return sorted(f"{name}: {problem}" for (name, _), problem in zip(files, found, strict=True) if problem)
@@ -128,7 +89,7 @@ def verify_structure(checkpoint: Path) -> list[str]:
     """What is wrong with how the files, each as its manifest says, fit together."""
     try:
         _check_structure(checkpoint, read_manifest(checkpoint))
-    except (_Unfit, UserError) as error:
+    except UserError as error:
         return [str(error)]
     return []
 
@@ -180,10 +141,6 @@ def read_tensor_header(path: Path) -> dict[str, Any]:
     return header
 
 
-class _Unfit(Exception):
-    """What is wrong with files that are as their manifest says."""
-
-
 def _file_problem(checkpoint: Path, name: str, expected: Mapping[str, Any]) -> str | None:
     path = checkpoint / name
     if Path(name).name != name or path.is_symlink():
@@ -192,31 +149,15 @@ def _file_problem(checkpoint: Path, name: str, expected: Mapping[str, Any]) -> s
         return "missing"
     if path.stat().st_size != expected["bytes"]:
         return f"{path.stat().st_size} bytes instead of {expected['bytes']}"
-    return None if _sha256(path) == expected["sha256"] else "content changed (SHA-256 differs)"
-
-
-def _sha256(path: Path) -> str:
-    """Of a file's content, while the disk reads what comes next."""
-    digest, chunk = hashlib.sha256(), memoryview(bytearray(_CHUNK_BYTES))
-    position = announced = 0
-    with path.open("rb", buffering=0) as file:
-        while True:
-            if position + _AHEAD_BYTES > announced and hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(file.fileno(), announced, _AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
-                announced += _AHEAD_BYTES
-            num_bytes = file.readinto(chunk)
-            if not num_bytes:
-                return digest.hexdigest()
-            digest.update(chunk[:num_bytes])
-            position += num_bytes
+    return None if sha256_file(path) == expected["sha256"] else "content changed (SHA-256 differs)"
 
 
 def _check_structure(checkpoint: Path, manifest: Mapping[str, Any]) -> None:
-    """Every rank's files are there, of this step, and cover every parameter once; raises _Unfit."""
+    """Every rank's files are there, of this step, and cover every parameter once; raises UserError."""
     step, files = manifest["step"], manifest["files"]
     trainer_state = _read_mapping(checkpoint, TRAINER_STATE, files)
     if trainer_state.get("step") != step:
-        raise _Unfit(f"{TRAINER_STATE}: not of step {step}")
+        raise UserError(f"{TRAINER_STATE}: not of step {step}")
     _check_trainer_state(trainer_state)
     if BUFFERS in files:
         _read_header(checkpoint, BUFFERS)
@@ -225,29 +166,30 @@ def _check_structure(checkpoint: Path, manifest: Mapping[str, Any]) -> None:
         name = index_file(rank)
         index = _read_mapping(checkpoint, name, files)
         if (index.get("step"), index.get("rank")) != (step, rank):
-            raise _Unfit(f"{name}: not of step {step} and rank {rank}")
+            raise UserError(f"{name}: not of step {step} and rank {rank}")
         tensors = _tensors_of_rank(checkpoint, rank, files)
         if "rng/cpu" not in tensors or not isinstance(index.get("rng"), dict):
-            raise _Unfit(f"{name}: the random state of rank {rank} is missing")
+            raise UserError(f"{name}: the random state of rank {rank} is missing")
         for parameter, (start, numel) in _fragments(name, index, tensors).items():
             if parameter not in places:
-                raise _Unfit(f"{name}: {parameter} is not a parameter of the manifest")
+                raise UserError(f"{name}: {parameter} is not a parameter of the manifest")
             places[parameter].append((start, numel))
     for parameter, shape in manifest["parameters"].items():
         end = 0
         for start, numel in sorted(places[parameter]):
             if start != end:
-                raise _Unfit(f"elements {min(start, end)} to {max(start, end)} of {parameter} are missing or doubled")
+                first, last = sorted((start, end))
+                raise UserError(f"elements {first} to {last} of {parameter} are missing or doubled")
             end = start + numel
         if end != math.prod(shape):
-            raise _Unfit(f"{end} of {math.prod(shape)} elements of {parameter} are there")
+            raise UserError(f"{end} of {math.prod(shape)} elements of {parameter} are there")
 
 
 def _check_trainer_state(state: Mapping[str, Any]) -> None:
     """All that a run reads there to go on, of the right kind."""
     for key, kind in {"scaler": dict, "order_digest": str}.items():
         if not isinstance(state.get(key), kind):
-            raise _Unfit(f"{TRAINER_STATE}: lacks {key}, or has it of another type")
+            raise UserError(f"{TRAINER_STATE}: lacks {key}, or has it of another type")
     best, anomalies, restarts = state.get("best_eval_loss"), state.get("anomalies", {}), state.get("restarts")
     try:
         windows = [(int(first), int(end)) for first, end in anomalies.get("skipped_batches", ())]
@@ -256,9 +198,9 @@ def _check_trainer_state(state: Mapping[str, Any]) -> None:
         is_sound = (best is None or math.isfinite(best)) and (restarts is None or isinstance(restarts, dict))
         is_sound = is_sound and all(0 <= first < end for first, end in windows) and min(counts) >= 0
     except (TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise _Unfit(f"{TRAINER_STATE}: not a trainer's state: {error}") from None
+        raise UserError(f"{TRAINER_STATE}: not a trainer's state: {error}") from None
     if not is_sound or not all(map(math.isfinite, recent)):
-        raise _Unfit(f"{TRAINER_STATE}: not a trainer's state")
+        raise UserError(f"{TRAINER_STATE}: not a trainer's state")
 
 
 def _fragments(name: str, index: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
@@ -272,9 +214,9 @@ def _fragments(name: str, index: Mapping[str, Any], tensors: Mapping[str, Any]) 
         }
         wrong = [key for key, numel in wanted.items() if key not in tensors or tensors[key]["shape"] != [numel]]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise _Unfit(f"{name}: not an index of fragments: {error!r}") from None
+        raise UserError(f"{name}: not an index of fragments: {error!r}") from None
     if wrong:
-        raise _Unfit(f"{name}: the tensor {wrong[0]} is missing or of another size")
+        raise UserError(f"{name}: the tensor {wrong[0]} is missing or of another size")
     return fragments
 
 
@@ -290,16 +232,16 @@ def _read_header(checkpoint: Path, name: str) -> dict[str, Any]:
     try:
         return read_tensor_header(checkpoint / name)
     except (OSError, ValueError) as error:
-        raise _Unfit(f"{name}: {error}") from None
+        raise UserError(f"{name}: {error}") from None
 
 
 def _read_mapping(checkpoint: Path, name: str, files: Collection[str]) -> dict[str, Any]:
     if name not in files:
-        raise _Unfit(f"{name}: missing in the manifest")
+        raise UserError(f"{name}: missing in the manifest")
     try:
         value = load_json(checkpoint / name)
     except (OSError, ValueError) as error:
-        raise _Unfit(f"{name}: {error}") from None
+        raise UserError(f"{name}: {error}") from None
     if not isinstance(value, dict):
-        raise _Unfit(f"{name}: not a JSON object")
+        raise UserError(f"{name}: not a JSON object")
     return value

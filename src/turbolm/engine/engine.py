@@ -47,10 +47,6 @@ class Engine:
         """Put the model into evaluation mode."""
         self.deepspeed_engine.eval()
 
-    def destroy(self) -> None:
-        """Release hooks and memory; for a process that builds another engine."""
-        self.deepspeed_engine.destroy()
-
     def guard_updates(self, gate: Gate) -> None:
         """Ask `gate` before every update from now on."""
         self._gate = gate
@@ -93,14 +89,9 @@ class Engine:
                 for group in sums:
                     sums[group] = None
 
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The optimizer's parameter groups, with their hyperparameters."""
-        return self.optimizer.param_groups
-
     def set_learning_rate(self, lr: float) -> None:
         """Write the learning rate of this step into every parameter group, times the group's own `lr_scale`."""
-        for group in self.param_groups:
+        for group in self.optimizer.param_groups:
             scaled = lr * group.get("lr_scale", 1.0)
             if torch.is_tensor(group["lr"]):  # torchao's, which compiles its update
                 group["lr"].fill_(scaled)
@@ -111,17 +102,17 @@ class Engine:
         """Write what this step uses into every parameter group."""
         self.set_learning_rate(rates.lr)
         if rates.weight_decay_factor is not None:
-            for group in self.param_groups:
+            for group in self.optimizer.param_groups:
                 group["weight_decay"] = rates.weight_decay_factor * group["base_weight_decay"]
         if rates.momentum is not None:
             self._set_momentum(rates.momentum)
 
     def _set_momentum(self, momentum: float) -> None:
         """Where no group has a momentum, it is the first of its `betas`."""
-        with_momentum = [group for group in self.param_groups if "momentum" in group]
+        with_momentum = [group for group in self.optimizer.param_groups if "momentum" in group]
         for group in with_momentum:
             group["momentum"] = momentum
-        for group in [] if with_momentum else self.param_groups:
+        for group in [] if with_momentum else self.optimizer.param_groups:
             group["betas"] = (momentum, *group["betas"][1:])
 
     def fragments(self) -> list[Fragment]:

@@ -149,16 +149,14 @@ def validation_entropy(plan: Plan, store: TokenStore) -> float:
 
 def model_card(run: RunDirectory, results: dict[str, Any], store: TokenStore) -> str:
     """The README.md of the export."""
-    rows = {"precision": results["precision"], "token store": f"`{store.fingerprint}`"}
-    if "unigram_entropy" in results:
-        rows = {"unigram entropy": f"{results['unigram_entropy']:.4f} nats per token", **rows}
-    if "bits_per_byte" in results:
-        rows = {"bits per byte": f"{results['bits_per_byte']:.4f}", **rows}
+    about = {"precision": results["precision"], "token store": f"`{store.fingerprint}`"}
+    rows = {**_measured_rows(results), **about}
     held_out = "No documents were held out for evaluation."
-    if "eval_loss" in results:
-        loss = f"{results['eval_loss']:.4f} nats per token over {results['eval_targets']:,} held-out tokens"
-        rows = {"eval loss": loss, **rows}
-        held_out = "Documents were held out for evaluation by content hash; no text is on both sides."
+    if "eval_targets" in results:
+        held_out = (
+            "Documents were held out for evaluation by content hash, and no text is on both sides; evaluated on "
+            f"{results['eval_targets']:,} of their tokens."
+        )
     return _CARD.format(
         name=results["name"],
         parameters=format_count(results["parameters"]),
@@ -172,38 +170,41 @@ def model_card(run: RunDirectory, results: dict[str, Any], store: TokenStore) ->
 
 def summary(results: dict[str, Any]) -> str:
     """What a finished run prints."""
-    lines = [
-        f"finished  {format_count(results['parameters'])} parameters, {format_count(results['tokens_seen'])} tokens, "
-        f"{results['steps']} steps",
-        *_measured_lines(results),
-        f"  checkpoint       {results['checkpoint']}",
-        f"  export           {results['export'] or 'none: it failed, see above'}",
-    ]
+    rows = {
+        **(_measured_rows(results) or {"eval loss": "none: data.validation is 0"}),
+        "checkpoint": results["checkpoint"],
+        "export": results["export"] or "none: it failed, see above",
+    }
     if results.get("restarts"):
         restarts = results["restarts"]
-        lines.append(
-            f"  random restarts  candidate {restarts['chosen'] + 1} of {len(restarts['losses'])}; the others took "
+        rows["random restarts"] = (
+            f"candidate {restarts['chosen'] + 1} of {len(restarts['losses'])}; the others took "
             f"{format_count(restarts['extra_tokens'])} tokens on top"
         )
     if results.get("report"):
-        lines.append(f"  report           {results['report']}")
+        rows["report"] = results["report"]
+    lines = [
+        f"finished  {format_count(results['parameters'])} parameters, {format_count(results['tokens_seen'])} tokens, "
+        f"{results['steps']} steps",
+        *(f"  {name:<16} {value}" for name, value in rows.items()),
+    ]
     if results.get("sample"):
         indented = "\n".join(f"    | {line}" for line in results["sample"].splitlines()[:20])
         lines.append(f"  a sample the model wrote:\n{indented}")
     return "\n".join(lines)
 
 
-def _measured_lines(results: dict[str, Any]) -> list[str]:
+def _measured_rows(results: dict[str, Any]) -> dict[str, str]:
+    """What the summary and the model card say of the last evaluation; empty where nothing is held out."""
     if "eval_loss" not in results:
-        return ["  eval loss        none: data.validation is 0"]
+        return {}
     loss = results["eval_loss"]
     perplexity = math.exp(min(loss, _MAX_EXPONENT))
-    lines = [f"  eval loss        {loss:.4f} nats/token (perplexity {perplexity:.1f})"]
+    rows = {"eval loss": f"{loss:.4f} nats/token (perplexity {perplexity:.1f})"}
     if "unigram_entropy" in results:
-        below = results["unigram_entropy"] - loss
-        where = "below" if below >= 0 else "above"
         entropy = results["unigram_entropy"]
-        lines.append(f"  unigram entropy  {entropy:.4f} nats/token: the model is {abs(below):.2f} {where} it")
+        where = "below" if loss <= entropy else "above"
+        rows["unigram entropy"] = f"{entropy:.4f} nats/token: the model is {abs(entropy - loss):.2f} {where} it"
     if "bits_per_byte" in results:
-        lines.append(f"  bits per byte    {results['bits_per_byte']:.4f}")
-    return lines
+        rows["bits per byte"] = f"{results['bits_per_byte']:.4f}"
+    return rows

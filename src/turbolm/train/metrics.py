@@ -110,14 +110,12 @@ class MetricsLog:
 
     def add_evaluation(self, step: int, loss: float, bits_per_byte: float | None) -> None:
         """Write and show an evaluation."""
-        if dist.get_rank() == 0:
-            values, shown = {"eval/loss": loss}, f"step {step}  eval loss {loss:.4f}"
-            if bits_per_byte is not None:
-                values["eval/bits_per_byte"] = bits_per_byte
-                shown += f"  bits per byte {bits_per_byte:.4f}"
-            tokens_seen = self.curriculum.tokens_seen(step)
-            self._append([{"step": step, "attempt": self.attempt, "tokens_seen": tokens_seen, **values}])
-            self.say(shown)
+        values, shown = {"eval/loss": loss}, f"step {step}  eval loss {loss:.4f}"
+        if bits_per_byte is not None:
+            values["eval/bits_per_byte"] = bits_per_byte
+            shown += f"  bits per byte {bits_per_byte:.4f}"
+        self.add_event(step, values)
+        self.say(shown)
 
     def add_event(self, step: int, values: dict[str, Any]) -> None:
         """Write a line about something that happened at `step`."""

@@ -78,7 +78,6 @@ def _run_locked(recipe: Recipe, attempt: int | None, lock: RunLock) -> int:
     store, run = _open_prepared_store(recipe), run_directory(recipe)
     stop = StopRequest(run.stop_file)
     stop.listen()
-    hashed = hash_ahead(run.checkpoints, (int(os.environ.get("RANK", "0")), plan.world_size))
     timeout_sec = recipe.execution.process_group_timeout
     accelerator = build_accelerator(
         plan.ds_config, device=plan.device, precision=plan.precision, timeout_sec=timeout_sec
@@ -93,6 +92,7 @@ def _run_locked(recipe: Recipe, attempt: int | None, lock: RunLock) -> int:
         print(f"as this run was started: {line}")
     if is_finished(run, recipe.train.budget):
         return _complete(context) if dist.get_rank() == 0 else EXIT_OK
+    hashed = hash_ahead(run.checkpoints, (dist.get_rank(), plan.world_size))  # while the model is built
     session = build_session(accelerator, context)
     session.saver.before_commit = lock.check
     for note in filter(None, (untested_note(recipe.execution), *store.notes)):
