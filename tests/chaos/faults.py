@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
-from turbolm.checkpoint.save import save_checkpoint
 from turbolm.data.batch.loader import BatchLoader
 from turbolm.data.order.batch_order import recipe_order
 from turbolm.data.prepare.build import find_store
@@ -95,6 +94,8 @@ def train_on(
     faults: Mapping[int, Fault] | None = None,
 ) -> None:
     """The reference: for each (step, batch) one plain training step, none where the batch is None."""
+    from tests.train.cells import save
+
     _fresh_process()
     plan = build_plan(recipe, detect_machine(), int(os.environ["WORLD_SIZE"]))
     store = open_store(find_store(recipe) or "missing")
@@ -110,14 +111,7 @@ def train_on(
                 engine.set_rates(step_rates(plan, index))
                 train_step(engine, batch.micro_batches, batch.num_targets, attention)
             if index + 1 in save_at:
-                save_checkpoint(
-                    folder,
-                    engine,
-                    step=index + 1,
-                    trainer_state={"step": index + 1, "order_digest": ""},
-                    contract_fingerprint="test",
-                    keep_last=9,
-                )
+                save(str(folder), engine, index + 1)
 
 
 def flip_a_bit(recipe: Recipe, at_batch: int, name: str, on_rank: int) -> int | str:

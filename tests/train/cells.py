@@ -21,9 +21,9 @@ from deepspeed.utils import safe_get_full_grad
 from tests.train.harness import MIXTURES, Cell, cell_recipe
 from turbolm.checkpoint.load import load_checkpoint
 from turbolm.checkpoint.retention import Retention
-from turbolm.checkpoint.save import save_checkpoint
+from turbolm.checkpoint.save import gather_over, write_checkpoint
 from turbolm.checkpoint.saver import CheckpointSaver
-from turbolm.checkpoint.snapshot import Snapshot
+from turbolm.checkpoint.snapshot import Snapshot, take_snapshot
 from turbolm.data.batch.loader import BatchLoader
 from turbolm.data.order.batch_order import recipe_order
 from turbolm.data.prepare.build import find_store
@@ -136,7 +136,8 @@ def watch_routers(engine: Any) -> list[float]:
 def save(folder: str, engine: Any, step: int) -> None:
     """Save a checkpoint of an engine after `step` steps."""
     state = {"step": step, "order_digest": ""}
-    save_checkpoint(Path(folder), engine, step=step, trainer_state=state, contract_fingerprint="test", keep_last=9)
+    snapshot = take_snapshot(engine, step, state)
+    write_checkpoint(Path(folder), snapshot, {"contract": "test"}, Retention(9), agree=gather_over(None))
 
 
 def late_saver(folder: str, engine: Any) -> CheckpointSaver:

@@ -12,9 +12,8 @@ import torch.distributed as dist
 
 from turbolm.checkpoint import manifest
 from turbolm.checkpoint.retention import Retention, remove_old
-from turbolm.checkpoint.snapshot import Snapshot, take_snapshot, use_device
+from turbolm.checkpoint.snapshot import Snapshot, use_device
 from turbolm.checkpoint.tensor_file import write_tensors
-from turbolm.engine.engine import Engine
 from turbolm.files import write_json
 from turbolm.reliability import heartbeat
 
@@ -22,26 +21,6 @@ _PART_BYTES = 512 * 2**20  # of a safetensors file, so that several threads writ
 _MAX_THREADS = 4
 
 Agree = Callable[[Any], list[Any]]
-
-
-def save_checkpoint(
-    folder: Path,
-    engine: Engine,
-    *,
-    step: int,
-    trainer_state: Mapping[str, Any],
-    contract_fingerprint: str,
-    keep_last: int,
-    group: dist.ProcessGroup | None = None,
-) -> Path:
-    """Save the state after `step` steps as `folder/step-<n>`, now, and remove older ones. Collective.
-
-    `folder` must be on a file system that all ranks share; `group` is a host-side process group. If any rank fails,
-    all raise RuntimeError and earlier checkpoints stay.
-    """
-    snapshot = take_snapshot(engine, step, trainer_state)
-    about = {"contract": contract_fingerprint}
-    return write_checkpoint(folder, snapshot, about, Retention(keep_last), agree=gather_over(group))
 
 
 def write_checkpoint(

@@ -24,7 +24,6 @@ class Snapshot:
 
     step: int
     rank: int
-    world_size: int
     tensors: dict[str, torch.Tensor]
     index: dict[str, Any]
     buffers: dict[str, torch.Tensor]  # rank 0 only
@@ -83,7 +82,6 @@ def take_snapshot(engine: Engine, step: int, trainer_state: Mapping[str, Any]) -
     return Snapshot(
         step=step,
         rank=rank,
-        world_size=dist.get_world_size(),
         tensors=tensors,
         index=index,
         buffers=_persistent_buffers(engine.module) if rank == 0 else {},

@@ -34,9 +34,7 @@ from turbolm.models.positions import check_positions
 from turbolm.models.router import find_routers, freeze_balancing_biases
 from turbolm.models.size import measure_model
 from turbolm.optim.build import build_optimizer, eight_bit_share
-from turbolm.optim.cautious import CautiousAdamW
 from turbolm.optim.groups import group_table
-from turbolm.optim.muon import Muon
 from turbolm.plan.flops import training_flops_per_token
 from turbolm.plan.machine import Machine
 from turbolm.plan.plan import Plan
@@ -129,7 +127,7 @@ def build_engine(accelerator: Accelerator, plan: Plan, store: TokenStore, run: R
     if recipe.optimizer.name == "adamw_8bit":
         share = eight_bit_share(engine.stepped_partitions() or list(engine.module.parameters()))
         print(f"moments in 8 bits for {share:.1%} of the parameters here; the others' are not in whole blocks: fp32")
-    if isinstance(optimizer, (Muon, CautiousAdamW)) and recipe.execution.zero_stage > 0:
+    if engine.zero_stage > 0 and hasattr(optimizer, "distribute"):  # it needs to know whole parameters
         optimizer.distribute(engine.stepped_partitions(), engine.fragments(), engine.device)
     _check_isolation(engine, plan, store, attention)
     tokens = np.arange(8)[None]

@@ -16,13 +16,14 @@ from __future__ import annotations
 import copy
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from turbolm.checkpoint.manifest import checkpoint_name, remove_folder
-from turbolm.checkpoint.save import gather_over, save_checkpoint
+from turbolm.checkpoint.retention import Retention
+from turbolm.checkpoint.save import gather_over, write_checkpoint
+from turbolm.checkpoint.snapshot import take_snapshot
 from turbolm.checkpoint.verify import find_newest_valid
 from turbolm.errors import RunError
 from turbolm.files import read_json, write_json
@@ -164,10 +165,10 @@ def _best(losses: list[float | None]) -> int | None:
 @heartbeat.phase(heartbeat.SAVING)
 def _save(session: Session, folder: Path) -> None:
     """Save the session as it is, now. Collective. Raises RunError."""
-    contract, state = session.saver.contract_fingerprint, trainer_state(session)
-    about: dict[str, Any] = {"step": session.step, "trainer_state": state, "contract_fingerprint": contract}
+    about, agree = {"contract": session.saver.contract_fingerprint}, gather_over(session.context.group)
     try:
-        save_checkpoint(folder, session.engine, **about, keep_last=1, group=session.context.group)
+        snapshot = take_snapshot(session.engine, session.step, trainer_state(session))
+        write_checkpoint(folder, snapshot, about, Retention(keep_last=1), agree=agree)
     except RuntimeError as error:
         raise RunError(
             f"a candidate of train.random_restarts was not saved: {error}; the same command tries again"
