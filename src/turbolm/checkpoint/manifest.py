@@ -1,4 +1,4 @@
-"""Which checkpoints a run has, and how one comes to be there. Torch-free."""
+"""Which checkpoints a run has, and how one is put in place. Torch-free."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The state of whatever optimizer runs inside the engine, by parameter and enumerated rather than named.
+"""The state of any optimizer inside the engine, by parameter; tensors are enumerated, not known by name.
 
 A state tensor of the parameter's shape (a moment) is cut like the parameter and fits every layout. Any other tensor (a
 factor, a preconditioner, the scales of 8-bit moments) is saved whole, for the layout it was made in: at stage 0 that
@@ -68,7 +68,7 @@ def set_scalars(optimizer: torch.optim.Optimizer, fragment: Fragment, values: Ma
 
 
 def layouts(engine: Engine) -> dict[str, str]:
-    """What the whole states of each own fragment are bound to: texts that are equal where they can be read."""
+    """The layout that each own fragment's whole states are bound to: only an equal text can read them."""
     fragments = engine.fragments()
     if engine.zero_stage == 0:
         return {fragment.name: "parameter" for fragment in fragments}
@@ -81,7 +81,7 @@ def layouts(engine: Engine) -> dict[str, str]:
 
 
 def group_numbers(optimizer: torch.optim.Optimizer) -> list[dict[str, float]]:
-    """What the optimizer counts in its parameter groups, such as FusedAdam's `step`."""
+    """Counters that the optimizer keeps in its parameter groups, such as FusedAdam's `step`."""
     return [
         {
             name: value.item() if torch.is_tensor(value) else value
@@ -108,7 +108,7 @@ def set_group_numbers(
 
 
 def check_same_states(name: str, saved: set[str], ours: set[str]) -> None:
-    """Raise UserError when the checkpoint holds other state tensors of a parameter than this optimizer keeps."""
+    """Raise UserError when checkpoint and optimizer keep different state tensors of a parameter."""
     if saved != ours:
         raise UserError(
             f"the optimizer's state of {name} in the checkpoint is {', '.join(sorted(saved)) or 'empty'}, and this "
@@ -138,7 +138,7 @@ def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _is_cut_like(value: torch.Tensor, flat: torch.Tensor) -> bool:
-    """Whether a state's elements are those of the parameter, one for one and in the same order in memory."""
+    """Whether a state's elements match the parameter's one to one, in the same order in memory."""
     return value.numel() == flat.numel() and (value.shape == flat.shape or value.dim() == 1) and value.is_contiguous()
 
 

@@ -1,4 +1,4 @@
-"""Write a checkpoint: every rank its own files, then one manifest, then the rename."""
+"""Write a checkpoint: each rank writes its files, rank 0 writes the manifest and renames the folder."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def write_rank_files(folder: Path, snapshot: Snapshot) -> dict[str, Any]:
 
 
 def gather_over(group: dist.ProcessGroup | None) -> Agree:
-    """What every rank gave, by rank, over a host-side process group."""
+    """Gather what each rank passes, by rank, over a host-side process group."""
 
     def agree(value: Any) -> list[Any]:
         gathered: list[Any] = [None] * dist.get_world_size(group)
@@ -112,7 +112,7 @@ def _in_step(agree: Agree, action: Callable[[], Any] | None) -> list[Any]:
 
 
 def _failures(by_rank: list[str | None]) -> str:
-    """What any rank failed with; the same text for ranks with the same reason is said once."""
+    """What any rank failed with; ranks with the same reason share one text."""
     ranks: dict[str, list[str]] = {}
     for rank, failure in enumerate(by_rank):
         if failure:

@@ -1,7 +1,7 @@
-"""Save beside the training: an update waits only until the state before it is copied to the host's memory.
+"""Save while training goes on: an update waits only until the state before it is copied to host memory.
 
-One thread of each rank copies the state, while the next step computes its gradients, and then writes it. Weights and
-optimizer state change in the optimizer's step alone, which waits where the copy is not done yet; CheckFreq (Mohan et
+One thread of each rank copies the state while the next step computes its gradients, and then writes it. Only the
+optimizer's step changes weights and optimizer state, and it waits for a copy that is not done yet; CheckFreq (Mohan et
 al., FAST 2021) calls this a pipelined snapshot. The ranks' threads agree over a process group of their own, so that
 their messages and the training's never meet.
 """
@@ -29,7 +29,7 @@ from turbolm.units import format_bytes
 
 @dataclass
 class CheckpointSaver:
-    """Saves the checkpoints of one run. Every method is called by all ranks, at the same step.
+    """Save the checkpoints of one run. Every method is called by all ranks, at the same step.
 
     `report` takes a line for the terminal and the log. A save that failed is reported, leaves earlier checkpoints as
     they were, and is what `failure` says until a later one succeeds. `before_commit` may raise on rank 0 to keep a
@@ -56,7 +56,7 @@ class CheckpointSaver:
         self.engine.optimizer.register_step_pre_hook(lambda *_: self.wait_for_copy())
 
     def prepare(self) -> None:
-        """After a step, when the optimizer has its state: get the memory for copies ready beside the training, once.
+        """After a step, when the optimizer has its state: prepare the memory for copies in the background, once.
 
         Raises RunError for a state that no checkpoint can hold, rather than at the first save.
         """
@@ -98,7 +98,7 @@ class CheckpointSaver:
         self.waited_sec = time.perf_counter() - start
 
     def wait_for_copy(self) -> None:
-        """Until the state that is being saved may change; every step of the optimizer begins with it."""
+        """Wait until the state that is being saved may change; every step of the optimizer starts with this."""
         start = time.perf_counter()
         self._copied.wait()
         self.waited_sec += time.perf_counter() - start

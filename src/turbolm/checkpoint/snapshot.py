@@ -20,7 +20,7 @@ _ALIGNMENT_BYTES = 64
 
 @dataclass
 class Snapshot:
-    """What this rank saves of `step`. The tensors may be the live ones, which the next update changes."""
+    """What this rank saves after `step`. The tensors may be the live ones, which the next update changes."""
 
     step: int
     rank: int
@@ -33,7 +33,7 @@ class Snapshot:
 
     @property
     def num_bytes(self) -> int:
-        """Of all tensors, each padded to its place in a `HostCopy`."""
+        """Bytes of all tensors, each padded as in a `HostCopy`."""
         return sum(_padded_bytes(tensor) for group in (self.tensors, self.buffers) for tensor in group.values())
 
 
@@ -92,7 +92,7 @@ def take_snapshot(engine: Engine, step: int, trainer_state: Mapping[str, Any]) -
 
 
 def use_device(device: torch.device) -> None:
-    """Make `device` current for the calling thread: to be called before the thread touches a GPU.
+    """Make `device` current for the calling thread; call it before the thread touches a GPU.
 
     Every thread starts on GPU 0, and pinned memory or a stream would leave a context there, about 0.5 GiB for each
     rank of the host.
@@ -102,7 +102,7 @@ def use_device(device: torch.device) -> None:
 
 
 class HostCopy:
-    """Memory on the host that snapshots are copied to, kept from one to the next because fresh memory is slow.
+    """Host memory that snapshots are copied to, reused from one to the next because fresh memory is slow.
 
     `follow` is for the thread that trains, the rest for one beside it.
     """
@@ -112,14 +112,14 @@ class HostCopy:
         self._stream: torch.cuda.Stream | None = None  # the device copies on it beside the training's
 
     def reserve(self, num_bytes: int) -> None:
-        """Have so much memory, touched, so that `fill` finds it."""
+        """Allocate and touch this much memory, so that `fill` finds it ready."""
         if len(self._memory) < num_bytes:
             self._memory = torch.empty(0, dtype=torch.uint8)  # let go of it first
             self._memory = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
             self._memory.fill_(0)
 
     def follow(self) -> None:
-        """What `fill` copies is the state once the device has done all that it has been given until now."""
+        """Make `fill` copy the state as it is once the device has finished all work queued so far."""
         if torch.cuda.is_available():
             self._stream = self._stream or torch.cuda.Stream()
             self._stream.wait_stream(torch.cuda.current_stream())

@@ -26,7 +26,7 @@ _MAX_HEADER_BYTES = 100 * 2**20  # the safetensors library takes no larger one e
 
 
 def verify_checkpoint(checkpoint: Path, contracts: Collection[str] | None = None) -> list[str]:
-    """Every reason why this checkpoint cannot be resumed from; empty for a whole one.
+    """Every reason why this checkpoint cannot be resumed from; empty for a valid one.
 
     `contracts` are the fingerprints of the run's learning contract, None to take any.
     """
@@ -46,7 +46,7 @@ def verify_files(
     share: tuple[int, int] = (0, 1),
     hashed: Hashed = not_hashed,
 ) -> list[str]:
-    """What is wrong with the manifest, or with files by themselves.
+    """Problems of the manifest, or of single files.
 
     With `share` (k, n) only the k-th part of the files in n is hashed; none where that has been done ahead.
     """
@@ -86,7 +86,7 @@ def _hash_files(checkpoint: Path, records: Mapping[str, Any], share: tuple[int, 
 
 
 def verify_structure(checkpoint: Path) -> list[str]:
-    """What is wrong with how the files, each as its manifest says, fit together."""
+    """Problems of how files that match their manifest fit together."""
     try:
         _check_structure(checkpoint, read_manifest(checkpoint))
     except UserError as error:
@@ -153,7 +153,7 @@ def _file_problem(checkpoint: Path, name: str, expected: Mapping[str, Any]) -> s
 
 
 def _check_structure(checkpoint: Path, manifest: Mapping[str, Any]) -> None:
-    """Every rank's files are there, of this step, and cover every parameter once; raises UserError."""
+    """Check that every rank's files are there, of this step, and cover each parameter once. Raises UserError."""
     step, files = manifest["step"], manifest["files"]
     trainer_state = _read_mapping(checkpoint, TRAINER_STATE, files)
     if trainer_state.get("step") != step:
@@ -186,7 +186,7 @@ def _check_structure(checkpoint: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def _check_trainer_state(state: Mapping[str, Any]) -> None:
-    """All that a run reads there to go on, of the right kind."""
+    """Check everything a run reads there to resume. Raises UserError."""
     for key, kind in {"scaler": dict, "order_digest": str}.items():
         if not isinstance(state.get(key), kind):
             raise UserError(f"{TRAINER_STATE}: lacks {key}, or has it of another type")

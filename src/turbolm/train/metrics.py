@@ -26,7 +26,7 @@ from turbolm.units import format_count, format_duration
 
 @dataclass
 class MetricsLog:
-    """Collects the steps of a run and writes them out when they are due.
+    """Collect the steps of a run and write them when they are due.
 
     Losses stay on the device until then, so that logging never stalls a step. Only rank 0 writes; `flush` is
     collective. `peak_flops` is that of all devices together, or None where it is not known.
@@ -79,7 +79,7 @@ class MetricsLog:
         self.pace.add_step(result.forward, seconds)
 
     def restart_clock(self) -> None:
-        """Leave out of the next step's time what was not training: evaluation, saving."""
+        """Keep evaluation and saving out of the next step's time."""
         self._last_time, self._last_cpu_time = time.perf_counter(), time.process_time()
 
     def flush(self, *, show: bool = False) -> None:
@@ -124,7 +124,7 @@ class MetricsLog:
             self._append([{"step": step, "attempt": self.attempt, "tokens_seen": tokens_seen, **values}])
 
     def say(self, text: str) -> None:
-        """A lasting line on the terminal and in the log. Rank 0 only."""
+        """Print a permanent line on the terminal and in the log. Rank 0 only."""
         if dist.get_rank() == 0:
             if self.terminal.isatty():
                 self.terminal.write("\r\x1b[K")
@@ -182,7 +182,7 @@ class MetricsLog:
 
 
 def _sums(result: StepResult) -> torch.Tensor:
-    """What is added up over the ranks for a step, 1-D: its loss, then what `_values` takes of a mixture of experts."""
+    """Per-rank values of a step to sum over ranks, 1-D: its loss, then what `_values` reads of routers."""
     parts = (result.loss_sum, result.router_loss_sum, result.expert_load)
     return torch.cat([part.flatten() for part in parts if part is not None])
 
@@ -201,7 +201,7 @@ def _values(result: StepResult, sums: np.ndarray, num_targets: int) -> dict[str,
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most this process has held so far: tensors on a GPU, else its whole resident memory."""
+    """Peak memory of this process so far: tensors on a GPU, else its whole resident memory."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
@@ -221,13 +221,13 @@ def measure_peak_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def _log(text: str) -> None:
-    """To the rank's log file, on a disk that may be full."""
+    """Print to the rank's log file; the disk may be full."""
     with contextlib.suppress(OSError):
         print(text, file=sys.stdout, flush=True)
 
 
 def _finite(line: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no NaN and no infinity: they are written as text."""
+    """JSON has no NaN or infinity: write them as text."""
     return {
         key: str(value) if isinstance(value, float) and not math.isfinite(value) else value
         for key, value in line.items()

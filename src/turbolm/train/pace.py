@@ -1,4 +1,4 @@
-"""How long each rank's own work takes, without what it waits for others.
+"""How long each rank's own work takes, not counting its waits for other ranks.
 
 Own work is the forward passes of a step, and how late a rank comes to the one agreement of all ranks at the start of
 the next: reading data, and whatever else the host did. The backward pass is left out, in which ranks wait for each
@@ -38,7 +38,7 @@ class ForwardTime:
         self._pairs[-1].append(self._now())
 
     def seconds(self) -> float:
-        """All of them together; 0 where they cannot be told from waiting."""
+        """Their sum; 0 where they cannot be told apart from waiting."""
         if self._is_unknown:
             return 0.0
         return sum(start.elapsed_time(end) / 1e3 if self._on_gpu else end - start for start, end in self._pairs)
@@ -52,7 +52,7 @@ class ForwardTime:
 
 
 class Pace:
-    """Collects this rank's own times, and compares all ranks' as often as a sum over ranks is made anyway."""
+    """Collect this rank's own times, and compare all ranks whenever a sum over ranks is computed anyway."""
 
     def __init__(self, hosts: Sequence[str]):
         self._world_size = len(hosts)
@@ -62,17 +62,17 @@ class Pace:
         self._is_first = True
 
     def add_wait(self, seconds: float) -> None:
-        """Note how long this rank waited for the others to come to the agreement."""
+        """Note how long this rank waited for the others to reach the agreement."""
         self._waited_sec += seconds
 
     def add_step(self, forward: ForwardTime, step_sec: float) -> None:
-        """Note a finished step. One rank has nobody to be compared with, and would keep its notes for ever."""
+        """Note a finished step. A single rank has nobody to be compared with and keeps no notes."""
         if self._world_size > 1:
             self._forwards.append(forward)
             self._stretch_sec += step_sec
 
     def take(self) -> torch.Tensor:
-        """This rank's times at its place, to be summed over all ranks; empty when it is too early for a report.
+        """This rank's times in its slot, to be summed over all ranks; empty when it is too early for a report.
 
         (2 * world_size,): seconds of the forward passes by rank, then seconds waited.
         """
@@ -84,7 +84,7 @@ class Pace:
         return times.view(-1)
 
     def report(self, times: torch.Tensor) -> tuple[dict[str, float], str | None]:
-        """What the metrics and the log say of all ranks' times, the sum of what `take` gave; then start anew.
+        """Metrics and log line for all ranks' times, which are the sum of what `take` returned; then start over.
 
         The first steps are left out: they load kernels and compile.
         """

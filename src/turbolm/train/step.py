@@ -74,7 +74,7 @@ def train_step(
 
 
 def micro_batch_loss(engine: Engine, micro_batch: dict[str, np.ndarray], attention: str) -> tuple[Any, ...]:
-    """What is minimised for one micro-batch, and its negative log likelihood; both summed, in nats.
+    """The objective of one micro-batch and its negative log likelihood; both summed, in nats.
 
     With gradients, a mixture of experts adds its router loss and load, as in `StepResult`.
     """

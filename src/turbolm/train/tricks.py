@@ -3,8 +3,8 @@
 A trick changes the model, the optimizer, the engine or the beginning of a run, and is applied where its `point` is
 reached. To add one, write its function (here, or in a file of its own where it takes more than a few lines) and add a
 line to `TRICKS`. Whatever it keeps for a parameter belongs in the optimizer's state of that parameter, which
-checkpoints hold by name. The z-loss is a part of the loss (`models.loss`), batches and lengths that grow are in the
-curriculum (`plan.curriculum`), and what optimizers do is theirs.
+checkpoints hold by name. The z-loss is part of the loss (`models.loss`); growing batches and lengths are part of the
+curriculum (`plan.curriculum`); what an optimizer does belongs to its class (`recipe.optimizers`).
 """
 
 from __future__ import annotations

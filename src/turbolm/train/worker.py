@@ -129,7 +129,7 @@ def _train(session: Session) -> int:
 
 
 def _complete(context: Context) -> int:
-    """What is left to do of a run whose results are there: an export that failed or was interrupted. Rank 0 only."""
+    """Finish a run whose results are there but whose export failed or was interrupted. Rank 0 only."""
     run = context.run
 
     def say(text: str) -> None:
@@ -147,7 +147,7 @@ def _complete(context: Context) -> int:
 
 
 def _conclude(context: Context, status: str, results: dict[str, Any]) -> int:
-    """The exit code of a trained run. One without its export is no success to whatever comes after it."""
+    """The exit code of a trained run. Without its export it is a failure to whatever runs next."""
     code, message = (EXIT_OK, "") if results.get("export") else (EXIT_FAILED, "trained and saved; the export failed")
     write_outcome(context.run.attempt(context.attempt), Outcome(status, code, message))
     return code
