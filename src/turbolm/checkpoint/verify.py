@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError, safe_open
 
 from turbolm.checkpoint.manifest import (
     BUFFERS,
@@ -21,8 +22,6 @@ from turbolm.checkpoint.manifest import (
 )
 from turbolm.errors import UserError
 from turbolm.files import load_json, sha256_file
-
-_MAX_HEADER_BYTES = 100 * 2**20  # the safetensors library takes no larger one either
 
 
 def verify_checkpoint(checkpoint: Path, contracts: Collection[str] | None = None) -> list[str]:
@@ -125,20 +124,13 @@ def find_newest_valid(
     return None, rejected
 
 
-def read_tensor_header(path: Path) -> dict[str, Any]:
-    """The header of a safetensors file: by name `dtype`, `shape` and `data_offsets`. Raises ValueError."""
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        if not 2 <= size <= _MAX_HEADER_BYTES:
-            raise ValueError("not a safetensors file")
-        try:
-            header = json.loads(file.read(size))
-        except RecursionError:
-            raise ValueError("not a safetensors file") from None
-    if not isinstance(header, dict):
-        raise ValueError("not a safetensors file")
-    header.pop("__metadata__", None)
-    return header
+def tensor_shapes(path: Path) -> dict[str, list[int]]:
+    """The shape of every tensor in a safetensors file. Raises UserError."""
+    try:
+        with safe_open(path, "np") as file:
+            return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path.name}: {error}") from None
 
 
 def _file_problem(checkpoint: Path, name: str, expected: Mapping[str, Any]) -> str | None:
@@ -160,17 +152,20 @@ def _check_structure(checkpoint: Path, manifest: Mapping[str, Any]) -> None:
         raise UserError(f"{TRAINER_STATE}: not of step {step}")
     _check_trainer_state(trainer_state)
     if BUFFERS in files:
-        _read_header(checkpoint, BUFFERS)
+        tensor_shapes(checkpoint / BUFFERS)
     places: dict[str, list[tuple[int, int]]] = {name: [] for name in manifest["parameters"]}
     for rank in range(manifest["world_size"]):
         name = index_file(rank)
         index = _read_mapping(checkpoint, name, files)
         if (index.get("step"), index.get("rank")) != (step, rank):
             raise UserError(f"{name}: not of step {step} and rank {rank}")
-        tensors = _tensors_of_rank(checkpoint, rank, files)
-        if "rng/cpu" not in tensors or not isinstance(index.get("rng"), dict):
+        shapes: dict[str, list[int]] = {}
+        for file in files:
+            if rank_of_tensor_file(file) == rank:
+                shapes |= tensor_shapes(checkpoint / file)
+        if "rng/cpu" not in shapes or not isinstance(index.get("rng"), dict):
             raise UserError(f"{name}: the random state of rank {rank} is missing")
-        for parameter, (start, numel) in _fragments(name, index, tensors).items():
+        for parameter, (start, numel) in _fragments(name, index, shapes).items():
             if parameter not in places:
                 raise UserError(f"{name}: {parameter} is not a parameter of the manifest")
             places[parameter].append((start, numel))
@@ -203,7 +198,7 @@ def _check_trainer_state(state: Mapping[str, Any]) -> None:
         raise UserError(f"{TRAINER_STATE}: not a trainer's state")
 
 
-def _fragments(name: str, index: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+def _fragments(name: str, index: Mapping[str, Any], shapes: Mapping[str, list[int]]) -> dict[str, tuple[int, int]]:
     """(start, numel) of each fragment of a rank, whose tensors are all there."""
     try:
         fragments = {key: (int(place["start"]), int(place["numel"])) for key, place in index["fragments"].items()}
@@ -212,27 +207,12 @@ def _fragments(name: str, index: Mapping[str, Any], tensors: Mapping[str, Any]) 
             for key, (_, numel) in fragments.items()
             for state in ("weight", *index["states"].get(key, ()))
         }
-        wrong = [key for key, numel in wanted.items() if key not in tensors or tensors[key]["shape"] != [numel]]
+        wrong = [key for key, numel in wanted.items() if shapes.get(key) != [numel]]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{name}: not an index of fragments: {error!r}") from None
     if wrong:
         raise UserError(f"{name}: the tensor {wrong[0]} is missing or of another size")
     return fragments
-
-
-def _tensors_of_rank(checkpoint: Path, rank: int, files: Collection[str]) -> dict[str, Any]:
-    tensors: dict[str, Any] = {}
-    for name in files:
-        if rank_of_tensor_file(name) == rank:
-            tensors.update(_read_header(checkpoint, name))
-    return tensors
-
-
-def _read_header(checkpoint: Path, name: str) -> dict[str, Any]:
-    try:
-        return read_tensor_header(checkpoint / name)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{name}: {error}") from None
 
 
 def _read_mapping(checkpoint: Path, name: str, files: Collection[str]) -> dict[str, Any]:
