@@ -1,9 +1,9 @@
-"""What the batch shell of a Slurm job asks of Python: open an attempt, and decide what its end means.
+"""Called by the batch shell of a Slurm job: open an attempt, and decide what its end means.
 
     python -m turbolm.launch.job open --recipe FILE --hosts a,b     prints the attempt's number
     python -m turbolm.launch.job settle --recipe FILE --attempt N   exit code 75: start the job again
 
-An attempt is started again when it stopped in good order because Slurm asked (its outcome says 75), or when it lost a
+An attempt is started again when it stopped cleanly because Slurm asked (its outcome says 75), or when it lost a
 node: some rank or node launcher is gone, or could not reach the others, and none has an error of its own.
 """
 

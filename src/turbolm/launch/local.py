@@ -1,4 +1,4 @@
-"""Start a run on this machine through `accelerate launch`, watch over it, and stop it in good order."""
+"""Start a run on this machine through `accelerate launch`, watch it, and stop it cleanly."""
 
 from __future__ import annotations
 

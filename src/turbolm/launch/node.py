@@ -70,7 +70,7 @@ def find_place(recipe: Recipe, hosts: str) -> Place:
 
 
 def run_node(recipe: Recipe, recipe_file: str, attempt: int, place: Place) -> int:
-    """Start this node's ranks and wait for them; returns 0 when all of them ended in good order."""
+    """Start this node's ranks and wait for them; returns 0 when all of them ended cleanly."""
     run = run_directory(recipe)
     folder = run.attempt(attempt)
     record = folder / "nodes" / f"{place.node}.json"

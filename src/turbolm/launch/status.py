@@ -1,4 +1,4 @@
-"""What a run directory tells of its run: attempts, progress, remaining time. Torch-free, and no Slurm is asked."""
+"""Read the status of a run from its directory: attempts, progress, remaining time. Torch-free, without Slurm."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from turbolm.report.metrics import read_lines
 from turbolm.train.run_directory import RunDirectory, list_attempts
 from turbolm.units import align_columns, format_count, format_duration
 
-_SILENT_SEC = 900  # an attempt without an end and without a sign of life for that long was probably killed
-_RATE_STEPS = 50  # steps whose median speed the remaining time is reckoned from
+_SILENT_SEC = 900  # an attempt that neither ended nor wrote anything for that long was probably killed
+_RATE_STEPS = 50  # steps whose median speed gives the remaining time
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Prepare a recipe's data before a run starts: show how far it is, and stop in good order."""
+"""Prepare a recipe's data before a run starts: show progress, and stop cleanly."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from turbolm.units import format_bytes
 
 
 def prepare_store(recipe: Recipe) -> Path:
-    """The recipe's token store, built unless it is there. Ctrl-C and TERM stop it in good order, and the process."""
+    """The recipe's token store, built unless it is there. Ctrl-C and TERM stop it cleanly and end the process."""
     stopped_by = signal.SIGINT
 
     def stop(number: int, frame: object) -> None:

@@ -1,1 +1,1 @@
-"""Stopping in good order."""
+"""Keep runs alive and honest: stops, hangs, anomalies, replicas, one writer per run, and how attempts ended."""

@@ -1,4 +1,4 @@
-"""What is an anomaly, and what follows from it: decisions over plain numbers, the same on every rank. Torch-free.
+"""Detect anomalous steps and decide what follows, from numbers that are the same on every rank. Torch-free.
 
 A spike is measured against the median of a window of recent steps, in median absolute deviations: unlike mean and
 standard deviation (OLMo's SkipStepOptimizer, arXiv 2501.00656) these are not moved by the spikes themselves.

@@ -1,8 +1,8 @@
-"""Locks that a killed build of a C++ extension left behind, for which later starts would wait for ever. Torch-free.
+"""Remove the locks that killed builds of C++ extensions leave behind; later starts would wait forever. Torch-free.
 
 torch builds an extension under a file `lock` in its folder (torch/utils/file_baton.py): the builder creates it, keeps
 it open and removes it; all others wait until it is gone. A killed builder removes nothing, and the file names nobody.
-But a live one has it open, which the kernel tells of processes of this host.
+But a live builder has it open, and the kernel knows which processes of this host do.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def extensions_root(environment: Mapping[str, str]) -> Path:
 
 
 def clear_stale_locks(root: Path) -> list[str]:
-    """Remove the locks whose builders are gone; says which, and whom a start will wait for otherwise.
+    """Remove the locks whose builders are gone; returns a message for each, and for each that a start waits for.
 
     On a file system that other hosts share, or in another user's folder, a builder may be out of sight: there a lock
     is left until nothing was written beside it for a quarter of an hour.

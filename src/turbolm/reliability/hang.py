@@ -1,4 +1,4 @@
-"""Which rank a job hangs on, from what is known of its ranks. Torch-free.
+"""Find the rank that a job hangs on. Torch-free.
 
 Training is synchronous: when one rank stops, all others wait for it in their next collective operation, and all look
 alike from outside. What tells them apart, strongest first: a stopped process, an interpreter that runs no Python code,

@@ -1,8 +1,8 @@
-"""Signs of life: every rank tells, on its own host, where it is; the watchdog beside it reads. Torch-free.
+"""Heartbeats: each rank records where it is, on its own host, and the watchdog beside it reads that. Torch-free.
 
-A sign is written by the main thread and by no other, so that a process that is stopped, or whose interpreter is held,
-falls silent by itself. It is a record in a file mapped into memory and costs a few microseconds. A thread notes beside
-it that Python code runs at all, which tells a rank whose interpreter is held from one that waits.
+Only the main thread writes a heartbeat, so a process that is stopped, or whose interpreter is held, falls silent by
+itself. It is a record in a memory-mapped file and costs a few microseconds. Beside it a thread records that Python code
+runs at all, which tells a rank whose interpreter is held from one that waits.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _PYTHON_RUNS_SEC = 0.5
 
 @dataclass(frozen=True)
 class Sign:
-    """The last sign of a rank. `progress` counts places that all ranks pass in the same order."""
+    """The last heartbeat of a rank. `progress` counts places that all ranks pass in the same order."""
 
     pid: int
     rank: int
@@ -58,7 +58,7 @@ class Sign:
 
 @dataclass
 class _Heartbeat:
-    """This rank's signs, written to memory of its own where nobody watches."""
+    """This rank's heartbeat; it goes to private memory while nobody watches."""
 
     memory: bytearray | mmap.mmap = field(default_factory=lambda: bytearray(_RECORD.size + _PYTHON_RUNS.size))
     rank: int = 0
@@ -80,7 +80,7 @@ _JOIN_SEC = 0.5
 
 
 def start(folder: Path, rank: int) -> None:
-    """Give signs in `folder` from now on, and write stacks there when asked."""
+    """Write heartbeats to `folder` from now on, and stacks when asked."""
     _own.stacks = stacks_file(folder, rank).open("w", encoding="utf-8")
     faulthandler.register(STACKS_SIGNAL, file=_own.stacks, all_threads=True, chain=False)
     path = folder / f"{rank}.sign"
@@ -135,7 +135,7 @@ def change_phase(name: str) -> str:
 
 
 def note() -> None:
-    """What this thread does, and what the main thread may be waiting for, goes forward."""
+    """Report progress of this thread, for which the main thread may be waiting."""
     global _notes
     _notes += 1
 
@@ -152,7 +152,7 @@ def awaiting_others() -> Iterator[None]:
 
 
 def join(thread: threading.Thread, timeout_sec: float | None = None) -> None:
-    """Wait for a thread that saves, with a sign of life whenever it has noted that it goes forward."""
+    """Wait for a saving thread, with a heartbeat whenever that thread has reported progress."""
     end = None if timeout_sec is None else time.monotonic() + timeout_sec
     seen, waited = _notes, _others_awaited
     with phase(SAVED_HERE if waited else SAVING):
@@ -164,7 +164,7 @@ def join(thread: threading.Thread, timeout_sec: float | None = None) -> None:
 
 
 def host_folder() -> Path:
-    """Where the ranks that one launcher started on this host leave their signs; private to the user.
+    """Where the ranks that one launcher started on this host keep their heartbeats; private to the user.
 
     They have their parent in common, and nothing needs to be passed on to them; one that is alone needs nobody to find
     it. Raises OSError.
@@ -181,7 +181,7 @@ def host_folder() -> Path:
 
 
 def read_signs(folder: Path) -> list[Sign]:
-    """The last sign of every rank on this host, by rank."""
+    """The last heartbeat of every rank on this host, by rank."""
     signs = []
     for path in folder.glob("*.sign"):
         try:

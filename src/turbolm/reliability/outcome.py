@@ -91,7 +91,7 @@ def classify(error: BaseException) -> tuple[int, str, str]:
 
 
 def failure_kind(error: BaseException) -> str:
-    """LOST_PEER when the error tells of a lost or silent peer, else ERROR: something is wrong on this rank."""
+    """LOST_PEER when the error means a lost or silent peer, else ERROR: something is wrong on this rank."""
     names = {kind.__name__ for kind in type(error).__mro__}
     lost_peer = isinstance(error, (RuntimeError, OSError)) and any(text in str(error) for text in _LOST_PEER_TEXTS)
     return LOST_PEER if lost_peer or names & _LOST_PEER_TYPES else ERROR
@@ -154,5 +154,5 @@ def _last_words(log: Path) -> list[str]:
 
 def _exit_code(launcher_code: int) -> int:
     if launcher_code < 0:
-        return EXIT_SIGNAL - launcher_code  # as a shell tells of a signal
+        return EXIT_SIGNAL - launcher_code  # as a shell does
     return launcher_code if launcher_code not in (EXIT_OK, EXIT_BAD_INPUT) else EXIT_FAILED

@@ -1,4 +1,4 @@
-"""What the kernel tells of processes (Linux only; elsewhere nothing is known). Torch-free."""
+"""Process information from /proc (Linux only; elsewhere nothing is known). Torch-free."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def process_state(pid: int) -> str:
 
 
 def descendants(pids: set[int]) -> set[int]:
-    """The processes that these have started, and those that they have, as far as they run."""
+    """Children, grandchildren and so on of these processes that still run."""
     fields = {int(path.name): _fields(int(path.name)) for path in Path("/proc").glob("[0-9]*")}
     parents = {pid: int(found[1]) for pid, found in fields.items() if found is not None}
     found: set[int] = set()

@@ -1,4 +1,4 @@
-"""The rank that all others wait for: named once it has been slower for a while. Torch-free."""
+"""Name the rank that all others wait for, once it has been slower for a while. Torch-free."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import median
 
 _FACTOR = 1.2  # of the median of the other ranks
-_COST = 0.05  # of the time of a step: what is slow and hardly matters is not worth a word
+_COST = 0.05  # of the time of a step: a slow rank that hardly costs anything is not reported
 _REPORTS = 3  # in a row, to be told, and to be told that it is over
 
 

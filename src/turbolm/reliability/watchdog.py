@@ -1,10 +1,10 @@
-"""The process beside the ranks of a host that ends a job which hangs, and says where. Torch-free.
+"""The process beside the ranks of a host that ends a hung job and says where it hangs. Torch-free.
 
     python -m turbolm.reliability.watchdog FOLDER RUN HANG_SEC STARTUP_SEC NUM_RANKS WORLD_SIZE
 
 Local rank 0 starts it before anything large is imported, however the ranks were launched; it is in a session of its own
-and ends when the ranks have ended. It reads their signs (`heartbeat`). When one is silent for too long it has all of
-them write their stacks, judges which one hangs (`hang`), writes that down and kills them: the launcher does the rest.
+and ends when the ranks have ended. It reads their heartbeats. When one is silent for too long it has all of
+them write their stacks, finds out which one hangs (`hang`), records that and kills them: the launcher does the rest.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _WRITE_SEC = 10.0  # the run's file system may be what hangs
 
 
 def watch_over(run_folder: Path, hang_sec: int | None, startup_sec: int | None, attempt: int | None) -> None:
-    """Give signs from now on; local rank 0 also starts the watchdog of this host. Without `hang_sec` nobody watches."""
+    """Write heartbeats from now on; local rank 0 starts this host's watchdog too. Without `hang_sec` nobody watches."""
     if hang_sec is None:
         return
     rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
@@ -56,13 +56,13 @@ def watch_over(run_folder: Path, hang_sec: int | None, startup_sec: int | None, 
         sizes = [os.environ.get(name, "1") for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE")]
         settings = [str(folder), str(run_folder), str(hang_sec), str(startup_sec or "inf"), *sizes]
         command = [sys.executable, "-m", "turbolm.reliability.watchdog", *settings]
-        # Not to hold the terminal's pipe open; what it has to say goes where the launcher's errors go.
+        # Do not hold the terminal's pipe open: its messages go where the launcher's errors go.
         subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
 
 
 @dataclass
 class Watchdog:
-    """Watches the ranks that give their signs in `folder`. `num_ranks` are expected on this host."""
+    """Watches the ranks whose heartbeats are in `folder`. `num_ranks` are expected on this host."""
 
     folder: Path
     run: Path
@@ -137,7 +137,7 @@ class Watchdog:
         own_culprit = missing > 0 or any(state.rank in verdict.culprits for state in here)
         _within(_WRITE_SEC, lambda: self._record(attempt, text, own_culprit))
         self._kill([sign for sign in signs if self._lives(sign)])
-        _within(_WRITE_SEC, lambda: self._record(attempt, text, own_culprit))  # a rank may have stopped in good order
+        _within(_WRITE_SEC, lambda: self._record(attempt, text, own_culprit))  # a rank may have stopped cleanly
         return verdict
 
     def _examine(self, signs: list[Sign]) -> list[RankState]:
@@ -213,7 +213,7 @@ class Watchdog:
 
 
 def report(verdict: Verdict, ranks: list[RankState]) -> str:
-    """What is said of a hang: whose it is, how that is known, and where every rank is."""
+    """The report of a hang: which rank, how that is known, and where every rank is."""
     names = ", ".join(f"rank {rank}" for rank in verdict.culprits)
     first = (
         f"{names} hangs: it {verdict.reason}" if len(verdict.culprits) == 1 else f"{names} hang: each {verdict.reason}"
@@ -225,7 +225,7 @@ def report(verdict: Verdict, ranks: list[RankState]) -> str:
 
 
 def _within(limit_sec: float, action: Callable[[], None]) -> None:
-    """Do it, but do not wait for longer; what goes wrong is said."""
+    """Run `action`, but wait no longer than this; print what goes wrong."""
 
     def attempt() -> None:
         try:
