@@ -1,6 +1,6 @@
 # One command for each thing one does with this repository. `make` alone lists them and changes nothing.
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-slow chaos models lint lock clean
+.PHONY: help setup train test test-fast test-slow chaos models lint lock clean
 PYTHON_VENV := .venv/bin/python
 # Set-up leaves it to the first import to compile a module: without a cache every process would do that again.
 unexport PYTHONDONTWRITEBYTECODE
@@ -16,6 +16,9 @@ train: setup ## train recipes/quickstart (ARGS='train.budget=1M' overrides the r
 
 test: setup lint ## lint, then run the tests (ARGS='-k packing' selects)
 	@$(PYTHON_VENV) -m pytest -n 2 $(ARGS)
+
+test-fast: setup ## the tests that start no other process, in about a minute (ARGS='-k packing' selects)
+	@$(PYTHON_VENV) -m pytest -n 2 --fast $(ARGS)
 
 test-slow: setup ## run the tests marked slow, which `make test` leaves out
 	@$(PYTHON_VENV) -m pytest -n 2 -m slow $(ARGS)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing.process
 import os
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -36,3 +39,27 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             return unit_of(nodeid)
 
     return UnitScheduling(config, log)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fast", action="store_true", help="skip each test the moment it starts a world or a Python")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """With `--fast`, skip tests by what they do, so that no list of them can be out of date."""
+    if not config.getoption("--fast"):
+        return
+    start_program = subprocess.Popen.__init__
+
+    def start_or_skip(self: Any, args: Any, *others: Any, **settings: Any) -> None:
+        program = args if isinstance(args, str | bytes | os.PathLike) else args[0]
+        name = Path(os.fsdecode(program).partition(" ")[0]).name
+        if name.startswith("python") or name in ("bash", "sh", "turbolm", "accelerate", "torchrun"):
+            pytest.skip(f"starts {name}")
+        start_program(self, args, *others, **settings)
+
+    def skip(*_: Any) -> None:
+        pytest.skip("starts a process")
+
+    subprocess.Popen.__init__ = start_or_skip  # type: ignore[method-assign]
+    multiprocessing.process.BaseProcess.start = skip  # type: ignore[method-assign]

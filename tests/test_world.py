@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -45,3 +47,16 @@ def test_the_first_error_ends_all() -> None:
         run_world(1, die)
     with pytest.raises(AssertionError, match=r"ranks \[0\] did not end within 0.5 s"):
         run_world(1, time.sleep, 600, timeout_sec=0.5)
+
+
+def test_logs_of_a_failing_world_are_kept_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    for keeps in ("", "1"):
+        monkeypatch.setenv("KEEP_LOGS", keeps)
+        with pytest.raises(AssertionError, match="rank 1 failed") as caught:
+            run_world(2, fail_on_one)
+        notes = getattr(caught.value, "__notes__", [])
+        assert len(notes) == len(keeps)
+        for note in notes:
+            folder = Path(note.removeprefix("logs of the ranks: "))
+            assert "ValueError: no such thing" in (folder / "rank1.log").read_text()
+            shutil.rmtree(folder)

@@ -8,6 +8,8 @@
 
     assert run_world(2, add, 10) == [21.0, 21.0]
 
+With KEEP_LOGS=1 the logs of the ranks of a failing world stay, and the error says where.
+
 The ranks find the environment that torchrun gives: RANK, WORLD_SIZE and the rest. What a launcher itself does is tested
 with the launcher (tests/test_end_to_end.py, tests/slurm).
 """
@@ -18,12 +20,13 @@ import contextlib
 import gc
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -48,7 +51,7 @@ def run_world(
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # free of races for a port
     world = _environment(world_size, store.port, device)
     processes, receivers = [], {}
-    with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ, world):
+    with _logs_folder() as folder, patch.dict(os.environ, world):
         logs = [Path(folder) / f"rank{rank}.log" for rank in range(world_size)]
         try:
             for rank, log in enumerate(logs):
@@ -70,6 +73,21 @@ def run_world(
                 process.join(timeout=3)
                 process.kill()
                 process.join()
+
+
+@contextlib.contextmanager
+def _logs_folder() -> Iterator[str]:
+    """A folder for the ranks' logs; with KEEP_LOGS=1 it stays where a test fails, and the error says where it is."""
+    folder = tempfile.mkdtemp(prefix="turbolm-ranks-")
+    try:
+        yield folder
+    except BaseException as error:
+        if os.environ.get("KEEP_LOGS"):
+            error.add_note(f"logs of the ranks: {folder}")
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _environment(world_size: int, port: int, device: str) -> dict[str, str]:

@@ -18,9 +18,8 @@ from turbolm.recipe.schema import Model
 TYPES = sorted(AutoModelForCausalLM._model_mapping._model_mapping)
 # Constructors alone set weights of apertus and openai-gpt.
 COMMON = {
-    "apertus", "bart", "bert", "bloom", "deepseek_v3", "falcon", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "gpt_oss",
-    "gptj", "granitemoe", "llama", "mamba", "mistral", "mixtral", "olmoe", "openai-gpt", "opt", "phi3", "qwen2",
-    "qwen3", "qwen3_moe", "smollm3", "xlstm",
+    "apertus", "bart", "deepseek_v3", "gemma3_text", "gpt2", "gpt_oss", "gptj", "llama", "mamba", "mixtral",
+    "openai-gpt", "qwen3_moe", "xlstm",
 }  # fmt: skip
 
 

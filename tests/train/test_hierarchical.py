@@ -64,6 +64,7 @@ def _trains(recipe: Recipe) -> list[Any]:
     return [*exits, evaluated]
 
 
+@pytest.mark.slow
 def test_every_step_after_a_resume_a_rollback_and_a_restart_is_that_of_plain_pytorch(tmp_path: Path) -> None:
     recipe = make_recipe(
         tmp_path,
@@ -106,6 +107,13 @@ def test_every_step_after_a_resume_a_rollback_and_a_restart_is_that_of_plain_pyt
     at_stop = next(line["eval/loss"] for line in lines if "eval/loss" in line)
     assert evaluated == [pytest.approx(at_stop, rel=1e-6)], "the same weights before the stop and after the resume"
     assert "quantized option: not tested" in (run.attempt(1) / "log.rank0.txt").read_text()
+
+
+def test_it_trains_as_plain_pytorch_and_resumes_bitwise(tmp_path: Path) -> None:
+    cells = [writing(tmp_path, "whole", **HPZ), reading(tmp_path, "resumed", "whole", **HPZ)]
+    trained = run_cells(tmp_path, 4, cells)
+    assert trained["resumed"] == trained["whole"][SAVED:]
+    np.testing.assert_allclose(trained["whole"], reference(tmp_path), rtol=1e-6)
 
 
 @pytest.mark.slow
