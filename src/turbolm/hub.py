@@ -54,7 +54,7 @@ class Origin:
 
     @property
     def is_on_hub(self) -> bool:
-        """Whether the value is no path here, and reads like a hub name."""
+        """Whether the value is no path here and looks like a hub name."""
         name = self.value
         if os.path.lexists(name) or name.endswith((".json", ".git")) or ".." in name or "--" in name:
             return False
@@ -62,7 +62,7 @@ class Origin:
 
     @property
     def download_command(self) -> str:
-        """What a user runs where there is a network."""
+        """The command for a user to run where there is a network."""
         return f"hf download {self.value} --revision {self.revision or DEFAULT_REVISION}"
 
 

@@ -1,4 +1,4 @@
-"""The text of an adapted recipe: every value with what it follows from."""
+"""Render an adapted recipe as YAML: every value with its reason."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _COMMENT_COLUMN, _WIDTH = 33, 110
 
 @dataclass(frozen=True)
 class Entry:
-    """A value of the recipe, and why it is there."""
+    """A value of the recipe and its reason."""
 
     value: Any
     why: str = ""
@@ -25,12 +25,12 @@ Entries = Mapping[str, Union[Entry, "Entries"]]
 
 
 def plain(entries: Entries) -> dict[str, Any]:
-    """The values alone."""
+    """Return the values without reasons."""
     return {key: entry.value if isinstance(entry, Entry) else plain(entry) for key, entry in entries.items()}
 
 
 def render_recipe(title: str, command: str, findings: Mapping[str, str], entries: Entries) -> str:
-    """The recipe as YAML, its findings in the opening comment."""
+    """Return the recipe as YAML with the findings in its opening comment."""
     lines = [f"# {title}", "#", f"# command:   {command}", "#", "# What a small copy of the model showed:"]
     for name, text in findings.items():
         lines += _wrapped(text, f"#   {name:<10} ", f"#   {'':<10} ")

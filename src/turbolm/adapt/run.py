@@ -1,4 +1,4 @@
-"""Adapt a recipe to a model: look at it, try a small copy, choose the numbers, write the recipe and plan it."""
+"""Adapt a recipe to a model: read it, try a small copy, choose the numbers, write the recipe and plan it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def adapt(
     budget: str | None = None,
     out: Path | None = None,
 ) -> str:
-    """Write a recipe for the model `given`, and say what it holds; its plan has been made once when it is there.
+    """Write a recipe for the model `given` after planning it once; returns what to print about it.
 
     Raises UserError for a model that cannot be trained, or does not fit, and where a file would be overwritten.
     """
@@ -77,7 +77,7 @@ def _parse(option: str, text: str | None) -> int | None:
 
 
 def _report(out: Path, findings: Mapping[str, str], summary: Summary, command: str) -> list[str]:
-    """What is said once the recipe is there."""
+    """Return the lines to print once the recipe is written."""
     width = max(map(len, findings))
     size, plan, train = summary.size, summary.plan, summary.recipe.train
     assert size is not None

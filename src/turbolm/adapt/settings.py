@@ -1,4 +1,4 @@
-"""The numbers of an adapted recipe: lengths, batch, budget, learning rate, and the ZeRO stage that fits."""
+"""Choose the numbers of an adapted recipe: lengths, batch, budget, learning rate, and a ZeRO stage that fits."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _RECOMPUTED_FROM = 1.5e9  # parameters: activations of so large a model are reco
 
 
 def choose_seq_len(given: int | None, num_positions: int | None, device: str) -> tuple[int, str]:
-    """Tokens of a row, and why. Raises UserError for more than the model has positions."""
+    """Return the tokens of a sequence, and why. Raises UserError for more than the model has positions."""
     if given is not None:
         if num_positions is not None and given > num_positions:
             raise UserError(f"--seq-len: the model has positions for {num_positions} tokens, fewer than {given}")
@@ -44,14 +44,14 @@ def choose_seq_len(given: int | None, num_positions: int | None, device: str) ->
 
 
 def choose_budget(given: int | None, task: Task, num_parameters: int) -> tuple[int, str]:
-    """Tokens to train on, and why."""
+    """Return the tokens to train on, and why."""
     if given is not None:
         return given, "as asked for"
     return _round(TOKENS_PER_PARAMETER[task] * num_parameters), BUDGET_SOURCES[task]
 
 
 def choose_batch(size: ModelSize, budget: int, seq_len: int, world_size: int) -> tuple[int, str]:
-    """Tokens of a step: a power of two of rows near the Step Law's, at least one row for each process, and why."""
+    """Return the tokens of a step, and why: 2^n sequences near the Step Law, at least one per process."""
     least = world_size * seq_len
     if budget < least:
         raise UserError(
@@ -65,7 +65,7 @@ def choose_batch(size: ModelSize, budget: int, seq_len: int, world_size: int) ->
 
 
 def choose_lr(task: Task, size: ModelSize, budget: int) -> tuple[float, str]:
-    """The peak learning rate, and why."""
+    """Return the peak learning rate, and why."""
     if task == "continue":
         return _CONTINUE_LR, "our choice; arXiv 2403.08763 uses 3e-4 on 10B parameters: lower forgets less"
     law = suggest(_inner(size), budget)
@@ -75,7 +75,7 @@ def choose_lr(task: Task, size: ModelSize, budget: int) -> tuple[float, str]:
 
 
 def choose_execution(recipe: Recipe, target: Target, size: ModelSize) -> tuple[dict[str, Any], Target, str]:
-    """`zero_stage` and recomputation, the target with as many nodes as it takes, and why.
+    """Return `zero_stage` and recomputation, the target with as many nodes as it takes, and why.
 
     Raises UserError when the model state does not fit.
     """

@@ -1,4 +1,4 @@
-"""What `turbolm adapt MODEL` is asked about: a folder, a config.json, a name on the hub, or a model type."""
+"""Find the MODEL of `turbolm adapt`: a folder, a config.json, a name on the hub, or a model type."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Subject:
 
 
 def find_subject(given: str, task: Task) -> Subject:
-    """Read MODEL, downloading the configuration and the tokenizer of a hub name, but no weights.
+    """Find MODEL; of a hub name, download the configuration and the tokenizer but no weights.
 
     An existing path comes first, then a model type, then a hub name. Raises UserError.
     """
@@ -65,11 +65,11 @@ def _of_path(given: str, path: Path) -> Subject:
 
 
 def as_path(path: Path) -> str:
-    """A path that no one takes for a hub name, wherever the recipe is used."""
+    """Return a path that cannot be taken for a hub name, wherever the recipe is used."""
     return str(path) if path.is_absolute() or path.parts[:1] == ("..",) else f"./{path}"
 
 
 def run_name(text: str) -> str:
-    """A name for a run, made of the last part of a path or a hub name."""
+    """Return a name for a run, made of the last part of a path or a hub name."""
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", text.rstrip("/").rpartition("/")[2]).strip("._-").lower()
     return name[:80] or "model"

@@ -1,4 +1,4 @@
-"""Where an adapted recipe is meant to run: this machine, or a cluster that a piece of `recipes/_clusters` describes."""
+"""Find where an adapted recipe will run: this machine, or a cluster that a file in recipes/_clusters describes."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Target:
 
 
 def find_target(name: str | None) -> Target:
-    """The cluster of that name, or this machine. Raises UserError.
+    """Return the cluster of that name, or this machine. Raises UserError.
 
     A name is that of a file in recipes/_clusters, the path of such a file, or a GPU with how many: 8xH100-80GB.
     """
@@ -67,12 +67,12 @@ def find_target(name: str | None) -> Target:
 
 
 def machine_of(recipe: Recipe) -> Machine:
-    """One node of what the recipe describes, or this machine."""
+    """Return one node of what the recipe describes, or this machine."""
     return described_machine(recipe) or detect_machine()
 
 
 def memory_bytes(recipe: Recipe, machine: Machine, num_processes: int) -> int | None:
-    """What one process may take: of its GPU, or its share of this machine's memory. None for an unknown GPU."""
+    """Return the memory for one process: its GPU's, or its share of this machine's. None for an unknown GPU."""
     if recipe.cluster.gpu is not None:
         return GPUS[recipe.cluster.gpu].memory_bytes
     if machine.num_gpus == 0 or recipe.cluster.device == "cpu":

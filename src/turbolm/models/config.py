@@ -1,7 +1,7 @@
-"""Make the configuration of a model from a recipe, or say in one line for each problem which key is wrong.
+"""Make a model's configuration from a recipe, or report each problem in one line with its key.
 
-Transformers keeps every name it is given, so a misspelt setting would train without a word; here a name that nothing
-reads is refused. `turbolm plan`, `submit` and `train` all ask this module.
+Transformers keeps every name it is given, so a misspelled setting would train without a word; here a name that nothing
+reads is refused. `turbolm plan`, `submit` and `train` all use this module.
 """
 
 from __future__ import annotations
@@ -36,23 +36,23 @@ _DECIDED_HERE = {
     "quantization_config": (None, "new weights are trained unquantized"),
     "compression_config": (None, "new weights are trained unquantized"),
 }
-"""Names under `model.config` that change how a model runs here: the value that each has, and why."""
+"""Names under `model.config` that turbolm sets itself: their value, and why."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A configuration as the recipe has it: what a config.json says, and the recipe's own keys."""
+    """A configuration as the recipe gives it: what a config.json says, and the recipe's own keys."""
 
     file: Mapping[str, Any] | None
     config: Mapping[str, Any] | None
 
     @property
     def values(self) -> dict[str, Any]:
-        """The two together."""
+        """Both, merged."""
         return lay_over(self.file, self.config) or {}
 
     def is_own(self, path: Path) -> bool:
-        """Whether the recipe says this itself."""
+        """Whether the recipe itself sets this."""
         here: Any = self.config
         for part in path:
             if not isinstance(here, Mapping) or part not in here:
@@ -61,7 +61,7 @@ class Source:
         return True
 
     def line(self, problem: Problem) -> str:
-        """The problem under its key in the recipe."""
+        """Return the problem with its key in the recipe."""
         name = shown(problem.path)
         if self.file is None or (name and self.is_own(problem.path)):
             return f"model.config{'.' if name else ''}{name}: {problem.message}"
@@ -69,22 +69,22 @@ class Source:
 
 
 def shown(path: Path) -> str:
-    """A path with dots; a name that would garble a message is quoted."""
+    """Return a dotted path; a name that would garble a message is quoted."""
     return reduce(join_key, path, "")
 
 
 @dataclass(frozen=True)
 class Checked:
-    """What became of a configuration."""
+    """A configuration and what is wrong with it."""
 
     reader: Reader
-    search: Search  # the configuration, made without what is refused and with misspelt names under the right ones
+    search: Search  # the configuration, made without refused values, and with misspelled names corrected
     problems: list[Problem]
     unread: list[Unread]  # names of the file that nothing reads
 
 
 def make_config(file: Mapping[str, Any] | None, config: Mapping[str, Any] | None) -> PreTrainedConfig:
-    """The configuration that is trained. Raises UserError with every problem of its names and values."""
+    """Return the configuration to train. Raises UserError with every problem of its names and values."""
     source = Source(file, config)
     checked = check_config(source)
     if checked.problems:
@@ -99,12 +99,12 @@ def check_config(source: Source) -> Checked:
     if len(values) > _MAX_SETTINGS:
         raise UserError(source.line(Problem((), f"{len(values)} settings, which no model has")))
     unread = list(unread_names(reader, values))
-    refused = [one for one in unread if source.is_own(one.path) and (one.is_misspelt or not one.is_off)]
+    refused = [one for one in unread if source.is_own(one.path) and (one.is_misspelled or not one.is_off)]
     problems = [*_decided_here(source), *_too_large(reader, values)]
     for path in (*(one.path for one in refused), *(problem.path for problem in problems)):
         values = without(values, path)
     for one in refused:
-        if one.is_misspelt and one.nearest and one.nearest not in values and len(one.path) == 1:
+        if one.is_misspelled and one.nearest and one.nearest not in values and len(one.path) == 1:
             values[one.nearest] = source.values[one.path[0]]
     with rope_warnings():
         search = find_culprits(reader.kind.model_type, values, reader.make)
@@ -122,7 +122,7 @@ def check_config(source: Source) -> Checked:
 
 
 def find_reader(source: Source) -> Reader:
-    """The classes of a causal language model. Raises UserError where Transformers has none, or for a wrapper of one."""
+    """Return the classes of a causal language model. Raises UserError where Transformers has none, or a wrapper."""
     values = source.values
     model_type = str(values.get("model_type"))
     if model_type == "mistral" and "layer_types" in values:
@@ -148,7 +148,7 @@ def find_reader(source: Source) -> Reader:
 
 
 def _text_model(kind: type[PreTrainedConfig], values: Mapping[str, Any]) -> str | None:
-    """The model type of the text part of a multimodal configuration."""
+    """Return the model type of the text part of a multimodal configuration."""
     if "text_config" not in kind.sub_configs:
         return None
     given = values.get("text_config")
@@ -165,8 +165,8 @@ def _no_such_setting(
     reader: Reader, source: Source, refused: list[Unread], made: PreTrainedConfig | None
 ) -> Iterator[Problem]:
     for one in refused:
-        # A value that the class derives, or another type's name of a setting; it says what is the case.
-        names = one.path if one.is_misspelt else (*one.path, one.nearest or "")
+        # A value that the class derives, or another type's name for a setting, whose value is already the case.
+        names = one.path if one.is_misspelled else (*one.path, one.nearest or "")
         if len(one.path) == 1 and any(_value(made, name) == source.values[one.path[0]] for name in names):
             continue
         hint = f"; did you mean {one.nearest!r}?" if one.nearest else ""
@@ -180,7 +180,7 @@ def _decided_here(source: Source) -> Iterator[Problem]:
 
 
 def _too_large(reader: Reader, values: Mapping[str, Any]) -> Iterator[Problem]:
-    """Sizes that would take a computer down before any error says so."""
+    """Find sizes that would exhaust the machine before any error is raised."""
     for name, value in values.items():
         most = _MAX_LAYERS if re.search(r"(layers?|blocks|depth)$", name) else _MAX_SIZE
         is_size = type(value) is int and type(getattr(reader.kind, name, None)) in (int, type(None))
@@ -201,14 +201,14 @@ def _bad_sizes(reader: Reader, made: PreTrainedConfig, values: Mapping[str, Any]
 
 
 def _given(reader: Reader, values: Mapping[str, Any], name: str) -> str | None:
-    """The key under which a setting is given: its common name, or the one that this type has for it."""
+    """Return the key under which a setting is given: its common name, or this type's own."""
     names = reader.kind.attribute_map
     kept = names.get(name, name)
     return next((key for key in values if names.get(key, key) == kept), None)
 
 
 def _value(made: PreTrainedConfig | None, name: str) -> Any:
-    """A setting of the whole model; None where there is none, or each layer has its own."""
+    """Return a setting of the whole model; None where there is none, or each layer has its own."""
     try:
         return getattr(made, name, None)
     except Exception:
@@ -224,7 +224,7 @@ def _bad_token_ids(made: PreTrainedConfig, source: Source) -> Iterator[Problem]:
 
 
 def _unused_rope_keys(reader: Reader, source: Source, values: Mapping[str, Any]) -> Iterator[Problem]:
-    """Settings of rotary positions that their type does not use, as Transformers itself finds them."""
+    """Find settings of rotary positions that their type does not use, by Transformers' own warnings."""
     with rope_warnings() as texts:
         reader.make(values)
     pattern = r"Unrecognized keys in `rope_parameters` for 'rope_type'='([^']*)': \{(.*)\}"
@@ -238,7 +238,7 @@ def _unused_rope_keys(reader: Reader, source: Source, values: Mapping[str, Any])
 def _without_effect(
     reader: Reader, made: PreTrainedConfig, source: Source, values: Mapping[str, Any]
 ) -> Iterator[Problem]:
-    """Keys of the recipe that another name overrules: of the file, or the new name of the same setting."""
+    """Find keys of the recipe that another name overrides: one of the file, or a newer name of the same setting."""
     for name, value in (source.config or {}).items():
         if name in NOT_LEARNED or name in ("model_type", "per_layer_config") or value is None:
             continue

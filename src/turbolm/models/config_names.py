@@ -1,4 +1,4 @@
-"""Which names of a configuration mean anything to its model type, and what a name that does not was meant to be."""
+"""Tell which names of a configuration a model type reads, and what an unknown name was meant to be."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Unread:
 
     path: Path
     nearest: str | None
-    is_misspelt: bool  # looks like a misspelling of `nearest`
+    is_misspelled: bool  # looks like a misspelling of `nearest`
     is_off: bool  # says what a model without the setting does anyway
 
 
@@ -63,7 +63,7 @@ class Reader:
     owner: str = "config"
 
     def make(self, values: Mapping[str, Any]) -> PreTrainedConfig:
-        """The configuration. Raises whatever Transformers raises."""
+        """Return the configuration. Raises whatever Transformers raises."""
         # Its classes write into the mappings that they are given, and read infinities in a form of their own.
         decoded = PreTrainedConfig._decode_special_floats(json.loads(json.dumps(values)))
         return self.kind(**{name: value for name, value in decoded.items() if name != "model_type"})
@@ -98,7 +98,7 @@ class Reader:
 
 @cache
 def valid_names(reader: Reader) -> frozenset[str]:
-    """The names that the class declares, has other names for, or that the model's code reads."""
+    """Return the names that the class declares or has other names for, and those that the model's code reads."""
     kind, owner = reader.kind, reader.owner
     names = declared_names(reader) | set(kind.attribute_map)
     if "rope_parameters" in names:
@@ -112,7 +112,7 @@ def valid_names(reader: Reader) -> frozenset[str]:
 
 
 def unread_names(reader: Reader, values: Mapping[str, Any]) -> Iterator[Unread]:
-    """The names in `values` that neither the class, its old names nor the model's code reads, nested ones included."""
+    """Yield the names in `values` that neither the class, its old names nor the model's code reads, at any depth."""
     for name, value in values.items():
         if not _is_read(reader, values, name):
             yield _unread(name, values, valid_names(reader), declared_names(reader))
@@ -136,12 +136,12 @@ def _below(name: str, found: Iterator[Unread]) -> Iterator[Unread]:
 
 
 def _unread_keys(values: Mapping[str, Any], valid: frozenset[str], is_rope: bool) -> Iterator[Unread]:
-    """Keys of a mapping that no code looks up; of other mappings than rotary positions only misspellings."""
+    """Yield keys of a mapping that no code looks up; except in rotary positions, only those that look misspelled."""
     valid = valid | set(ALLOWED_LAYER_TYPES) if is_rope else valid
     for name, value in values.items():
         if name not in valid:
             found = _unread(name, values, valid)
-            if is_rope or found.is_misspelt:
+            if is_rope or found.is_misspelled:
                 yield found
         elif isinstance(value, Mapping):
             yield from _below(name, _unread_keys(value, valid, is_rope))
@@ -169,13 +169,13 @@ def _is_off(value: object) -> bool:
 
 
 def declared_names(reader: Reader) -> frozenset[str]:
-    """The settings of the class, without other names for them."""
+    """Return the settings of the class, without aliases."""
     return frozenset(field.name for field in dataclasses.fields(reader.kind))
 
 
 @cache
 def _generation_names() -> frozenset[str]:
-    """Names of text generation, which Transformers drops from a configuration."""
+    """Return names of text generation, which Transformers drops from a configuration."""
     return frozenset(GenerationConfig._get_default_generation_params())
 
 

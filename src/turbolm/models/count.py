@@ -99,11 +99,11 @@ def _notes(source: Source, unread: list[Unread]) -> list[str]:
     """Return notes on a file: the names without effect in one line, and each that looks like a misspelling."""
     if source.file is None:
         return []
-    names = [shown(one.path) for one in unread if not one.is_misspelt]
+    names = [shown(one.path) for one in unread if not one.is_misspelled]
     names += [name for name in ("quantization_config", "compression_config") if name in source.file]
     lines = [f"model.config_file: nothing reads {', '.join(names)}"] if names else []
     for one in unread:
-        if one.is_misspelt:
+        if one.is_misspelled:
             too = ", which is there as well" if len(one.path) == 1 and one.nearest in source.values else ""
             lines.append(f"model.config_file: nothing reads {shown(one.path)}; did you mean {one.nearest}{too}?")
     return lines

@@ -1,4 +1,4 @@
-"""Initial weights that depend on the seed and the model alone, whole or already sharded by ZeRO-3."""
+"""Draw initial weights that depend only on the seed and the model, whole or already sharded by ZeRO-3."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def _seed(seed: int, name: str) -> None:
 
 
 def _residual_outputs(model: PreTrainedModel) -> set[int]:
-    """Ids of the matrices of the layers whose product is added to the residual stream."""
+    """Return the ids of the matrices whose product is added to the residual stream."""
     found = set()
     for name, module in model.named_modules():
         parts = name.split(".")
@@ -105,10 +105,10 @@ def _draw(
 
 
 class _ConstructedValues:
-    """What the constructors of a model's modules give its parameters, in fp32 on the CPU.
+    """The values that the constructors of a model's modules give its parameters, in fp32 on the CPU.
 
-    The model is constructed once more with `torch.empty` on the meta device, so what only takes memory takes none. The
-    calls of `torch.nn.init` are noted; `of` makes those of one parameter, with the random numbers of the moment.
+    The model is constructed again with `torch.empty` on the meta device, so that its weights take no memory. Calls to
+    `torch.nn.init` are recorded; `of` replays those of one parameter with the current random numbers.
     """
 
     def __init__(self, model: PreTrainedModel, seed: int) -> None:
@@ -118,9 +118,7 @@ class _ConstructedValues:
         try:
             with self._noting():
                 built = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32, trust_remote_code=False)
-        except (
-            Exception
-        ):  # on one rank of many, so it goes on: the values stay NaN, and the check of the logits refuses
+        except Exception:  # on one rank of many: the values stay NaN, and the check of the logits refuses them
             traceback.print_exc()
             return
         self._parameters = dict(built.named_parameters())
@@ -145,7 +143,7 @@ class _ConstructedValues:
             yield
 
     def of(self, name: str, otherwise: torch.Tensor) -> torch.Tensor:
-        """The value of the parameter `name`; `otherwise` where no constructor sets one."""
+        """Return the value of the parameter `name`; `otherwise` where no constructor sets one."""
         parameter = self._parameters.get(name)
         calls = [call for tensor, call in self._noted if tensor is parameter]
         if parameter is None or (parameter.is_meta and not calls):

@@ -1,4 +1,4 @@
-"""How many positions a model can tell apart."""
+"""Count the positions that a model can tell apart."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _TABLES = ("embed_positions", "position_embeddings", "positions_embed", "wpe")
 
 
 def num_positions(model: PreTrainedModel) -> int | None:
-    """Tokens that fit into the model's positions, by its configuration and its learned tables; None: no limit.
+    """Return how many tokens fit the model's positions, by its configuration and learned tables; None: no limit.
 
     A table with a padding row (RoBERTa's) counts positions from the row after it.
     """
@@ -27,7 +27,7 @@ def num_positions(model: PreTrainedModel) -> int | None:
 
 
 def check_positions(model: PreTrainedModel, seq_len: int) -> None:
-    """Raise UserError where a sequence is longer than the model's positions, whatever its type calls them."""
+    """Raise UserError where a sequence is longer than the model's positions."""
     positions = num_positions(model)
     if positions is not None and seq_len > positions:
         raise UserError(f"data.seq_len: the model has positions for {positions} tokens, fewer than {seq_len}")

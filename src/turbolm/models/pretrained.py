@@ -1,4 +1,4 @@
-"""Load a model folder with every tensor accounted for: what is missing, left over or damaged stops the start."""
+"""Load a model folder with every tensor accounted for: missing, unexpected or corrupt weights stop the start."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _MAX_POINTER_BYTES = 1024
 def load_pretrained(
     folder: Path, config: PreTrainedConfig, kind: type[PreTrainedModel], attention_implementation: str
 ) -> PreTrainedModel:
-    """The model of class `kind` with the weights of `folder`, in fp32 on the CPU, in evaluation mode.
+    """Return the model of class `kind` with the weights of `folder`, in fp32 on the CPU, in evaluation mode.
 
     Only the folder's safetensors are read, once. Raises UserError for weights that are missing (but those tied to one
     that is there), of another shape, not finite, or left over inside the model's own modules; parts that text does not
@@ -51,7 +51,7 @@ def load_pretrained(
     with ExitStack() as files:
         tensors, shapes = _open(folder, files)
         _refuse_quantized(folder, tensors)
-        # Told of below, all at once and in one line: no report of Transformers' own, nor what it raises with it.
+        # Reported below in one line, so without Transformers' own report and what it raises.
         with patch.object(modeling_utils, "log_state_dict_report", lambda *_, **__: None):
             model, info = kind.from_pretrained(
                 None,
@@ -104,7 +104,7 @@ def _quantized_message(folder: Path, method: str) -> str:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The safetensors that make up the model. Raises UserError when that is not clear, or one is not there."""
+    """Return the safetensors that make up the model. Raises UserError when that is unclear, or one is missing."""
     whole, index = folder / _WEIGHTS, folder / _INDEX
     if not index.is_file():
         if whole.is_file():
@@ -135,7 +135,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _open(folder: Path, files: ExitStack) -> tuple[dict[str, Any], dict[str, list[int]]]:
-    """The folder's tensors, not read yet, and their shapes; wrappers' parts are taken out of the names."""
+    """Return the folder's tensors, not read yet, and their shapes, by names without the prefixes of wrappers."""
     tensors: dict[str, Any] = {}
     shapes: dict[str, list[int]] = {}
     wrapped = []
@@ -220,7 +220,7 @@ def _refuse_non_finite(folder: Path, model: PreTrainedModel) -> None:
 
 
 def settle_tying(model: PreTrainedModel) -> None:
-    """Have the configuration say what the model does: whether embedding and head are one parameter."""
+    """Set in the configuration whether embedding and head are one parameter, as they are in the model."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if head is None or not hasattr(embedding, "weight"):
         return

@@ -26,7 +26,7 @@ def fit_vocabulary(model: Model, config: PreTrainedConfig, vocab_size: int) -> N
 
 @torch.no_grad()
 def add_rows(model: PreTrainedModel, num_rows: int) -> None:
-    """Grow embedding and output head to `num_rows` rows; the new ones are the mean of the old, the same everywhere.
+    """Grow embedding and output head to `num_rows` rows; each new row is the mean of the old ones.
 
     Near the mean, a new token starts with less than an average token's probability and moves no other far
     (Hewitt 2021, "Initializing New Word Embeddings for Pretrained Language Models").

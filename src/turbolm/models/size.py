@@ -1,4 +1,4 @@
-"""How large a built model is, and how much of it a token passes through."""
+"""Measure how large a built model is, and how much of it a token passes through."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _EXPERTS_PER_TOKEN = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts
 
 
 def measure_model(model: PreTrainedModel) -> ModelSize:
-    """The size of a model on any device, sharded or not; each weight counts once."""
+    """Return the size of a model on any device, sharded or not; each weight counts once."""
     embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
     has_own_head = output is not None and output.weight is not embedding.weight
     tables = {id(m.weight): _numel(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}  # and positions
@@ -31,7 +31,7 @@ def measure_model(model: PreTrainedModel) -> ModelSize:
 
 
 def expert_parameters(model: nn.Module) -> Iterator[tuple[nn.Parameter, int]]:
-    """Parameters that hold one slice for each expert, and how many experts those are."""
+    """Yield parameters that hold one slice per expert, and their number of experts."""
     for name, module in model.named_modules():
         number = getattr(module, "num_experts", getattr(module, "moe_num_experts", None))
         if not isinstance(number, int) or number < 1:
@@ -44,7 +44,7 @@ def expert_parameters(model: nn.Module) -> Iterator[tuple[nn.Parameter, int]]:
 
 
 def _count_idle(model: PreTrainedModel) -> int:
-    """Weights of experts that a token does not pass through: all but the share of those it is sent to."""
+    """Count the weights of experts that a token does not pass through."""
     parts = (model.config.get_text_config(), getattr(model.config, "ffn_config", None))  # DBRX has the latter
     per_token = next((n for part in parts for name in _EXPERTS_PER_TOKEN if (n := getattr(part, name, None))), None)
     if not isinstance(per_token, int):
@@ -54,7 +54,7 @@ def _count_idle(model: PreTrainedModel) -> int:
 
 
 def _attention_width(config: Any) -> int:
-    """Heads x head size of all attention layers together, by the names that nearly all configurations use; else 0."""
+    """Return heads x head size summed over attention layers, by the usual names of configurations; else 0."""
     num_layers = getattr(config, "num_hidden_layers", None)
     if not isinstance(num_layers, int):
         return 0
