@@ -1,4 +1,4 @@
-"""Compiled code against the NumPy that takes its place, and what happens where it cannot be compiled."""
+"""Compiled loops against plain Python, and what happens where they cannot be compiled."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from hypothesis import strategies as st
 
 from turbolm.data import native
 from turbolm.data.batch import collate
-from turbolm.data.native import argsort_random
-from turbolm.data.order import packing
+from turbolm.data.order import stream, window
 from turbolm.data.order.batch_order import order_of_lengths
-from turbolm.data.order.packing import pack_best_fit
+from turbolm.data.order.packing import Sequences, pack_best_fit
 from turbolm.data.store import token_store as store
 from turbolm.data.store.token_store import TokenStore
 from turbolm.errors import UserError
+from turbolm.plan.batch import IGNORED_TARGET
 from turbolm.plan.curriculum import Segment
 
+from . import reference
 from .test_collate import store_in_memory
 
 DOCUMENTS = [([5, 0, 9], [2]), ([], []), ([30, 1], []), ([], [4, 4])]
@@ -36,26 +37,6 @@ def fresh() -> Iterator[None]:
     native.library.cache_clear()
 
 
-@pytest.fixture
-def without(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "library", lambda: None)
-
-
-def filled(tokens: TokenStore, seq_len: int, only_numpy: bool) -> list[np.ndarray]:
-    sequences = pack_best_fit(tokens.lengths("train"), seq_len)
-    chosen = np.array([-1, *range(len(sequences)), -1])
-    block = np.full((3, len(chosen), seq_len), 77)
-    with pytest.MonkeyPatch.context() as patch:
-        if only_numpy:
-            patch.setattr(native, "library", lambda: None)
-        return [block, collate.fill(block, sequences, chosen, tokens, "train")]
-
-
-def test_it_is_compiled_here() -> None:
-    """Or else none of the others means anything; the tests' machine has a compiler."""
-    assert native.library() is not None
-
-
 @given(
     counts=st.lists(st.integers(0, 60), min_size=1, max_size=70),
     seq_len=st.integers(1, 70),
@@ -65,14 +46,12 @@ def test_pieces_go_where_python_puts_them(counts: list[int], seq_len: int) -> No
     histogram[1 : len(counts) + 1] = counts[: seq_len - 1]
     lengths = np.ascontiguousarray(np.flatnonzero(histogram)[::-1])
     arguments = lengths, histogram[lengths], seq_len
-    np.testing.assert_array_equal(native.best_fit(*arguments), packing._best_fit_in_python(*arguments))
+    np.testing.assert_array_equal(native.best_fit(*arguments), reference.best_fit(*arguments))
 
 
 def test_a_long_row_has_room_in_its_last_word() -> None:
     lengths, counts = np.array([4097, 4095, 63, 1]), np.array([3, 5, 700, 9000])
-    np.testing.assert_array_equal(
-        native.best_fit(lengths, counts, 8192), packing._best_fit_in_python(lengths, counts, 8192)
-    )
+    np.testing.assert_array_equal(native.best_fit(lengths, counts, 8192), reference.best_fit(lengths, counts, 8192))
 
 
 @given(numbers=st.lists(st.integers(0, 2**64 - 1) | st.sampled_from([0, 1 << 63, 2**64 - 1]), max_size=300))
@@ -81,14 +60,7 @@ def test_random_numbers_are_sorted_stably(numbers: list[int]) -> None:
     np.testing.assert_array_equal(native.argsort_random(array), np.argsort(array, kind="stable"))
 
 
-def test_without_a_library_random_numbers_are_sorted_too(without: None) -> None:
-    raw = np.random.Philox(3).random_raw(70_000)
-    raw[:100] = raw[-100:] ^ 1  # alike in all bits that are looked at first
-    np.testing.assert_array_equal(argsort_random(raw), np.argsort(raw, kind="stable"))
-
-
-def test_the_order_of_a_run_is_the_same_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ranks of one run may be on machines with and without a compiler."""
+def test_the_order_of_a_run_is_that_of_plain_python(monkeypatch: pytest.MonkeyPatch) -> None:
     lengths = np.random.default_rng(0).geometric(1 / 150, 4000) + 1
 
     def batches() -> list[object]:
@@ -99,59 +71,56 @@ def test_the_order_of_a_run_is_the_same_without_it(monkeypatch: pytest.MonkeyPat
         return [[np.asarray(column).tolist() for column in batch] for batch in columns] + [order.digest(100)]
 
     compiled = batches()
-    monkeypatch.setattr(native, "library", lambda: None)
+    monkeypatch.setattr(native, "best_fit", reference.best_fit)
+    for module in (stream, window):
+        monkeypatch.setattr(module, "argsort_random", lambda numbers: np.argsort(numbers, kind="stable"))
     assert compiled == batches()
 
 
 @pytest.mark.parametrize("dtype", ["<u2", "<u4"])
 @pytest.mark.parametrize("seq_len", [1, 7, 64])
-def test_rows_are_the_same_without_it(seq_len: int, dtype: str) -> None:
+def test_sequences_are_filled_as_in_plain_python(seq_len: int, dtype: str) -> None:
     tokens = store_in_memory(DOCUMENTS, dtype)
-    for compiled, plain in zip(filled(tokens, seq_len, False), filled(tokens, seq_len, True), strict=True):
-        np.testing.assert_array_equal(compiled, plain)
+    sequences = pack_best_fit(tokens.lengths("train"), seq_len)
+    chosen = np.array([-1, *range(len(sequences)), -1])
+    compiled, plain = np.full((2, 3, len(chosen), seq_len), 77)
+    ends = collate.fill(compiled, sequences, chosen, tokens, "train")
+    assert ends.tolist() == reference.fill(plain, sequences, chosen, tokens, "train", IGNORED_TARGET)
+    np.testing.assert_array_equal(compiled, plain)
 
 
 @pytest.mark.parametrize("split", ["train", "validation"])
-def test_lengths_are_the_same_without_it(split: store.Split, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lengths_of_some_documents(split: store.Split) -> None:
     tokens = store_in_memory(DOCUMENTS, "<u2")
     some = np.array([2, 0, 1, 2])
-    compiled = tokens.lengths_of(split, some).tolist()
-    monkeypatch.setattr(native, "library", lambda: None)
-    assert compiled == tokens.lengths_of(split, some).tolist() == tokens.lengths(split)[some].tolist()
+    assert tokens.lengths_of(split, some).tolist() == tokens.lengths(split)[some].tolist()
 
 
-@pytest.mark.parametrize("only_numpy", [False, True])
 @pytest.mark.parametrize(("row", "end"), [(0, -3), (1, 2**40), (4, 1000)])
-def test_an_index_that_points_outside_its_shard_is_refused(
-    row: int, end: int, only_numpy: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_index_that_points_outside_its_shard_is_refused(row: int, end: int) -> None:
     """Its file is as the manifest says, but what it says is wrong: compiled code would read any memory."""
     tokens = store_in_memory([([3, 5, 4, 6, 2, 7], [])], "<u2")
     tokens.manifest["shards"][0]["index"] = {"file": "shard-00000.index"}
     tokens._maps[0, "index"][2 * row] = end
-    sequences = packing.Sequences(8, np.arange(7), np.arange(6), np.zeros(6, np.int64), np.full(6, 2))
+    sequences = Sequences(8, np.arange(7), np.arange(6), np.zeros(6, np.int64), np.full(6, 2))
     block = np.empty((3, 6, 8), np.int64)
-    if only_numpy:
-        monkeypatch.setattr(native, "library", lambda: None)
     with pytest.raises(UserError, match=r"shard-00000\.index has documents beyond .*turbolm verify"):
         collate.fill(block, sequences, np.arange(6), tokens, "train")
 
 
 def test_a_piece_without_room_in_its_row_is_refused() -> None:
     tokens = store_in_memory([([30, 30], [])], "<u2")
-    sequences = packing.Sequences(32, np.array([0, 2]), np.array([0, 1]), np.zeros(2, np.int64), np.array([20, 20]))
+    sequences = Sequences(32, np.array([0, 2]), np.array([0, 1]), np.zeros(2, np.int64), np.array([20, 20]))
     block = np.empty((3, 1, 32), np.int64)
     shards = tokens.shards("train", sequences.document)
     assert native.fill(block, shards, "<u2", sequences, np.array([0]), -100)[1] == 1
 
 
 @pytest.mark.parametrize("document", [-1, 3])
-def test_documents_that_do_not_exist_are_refused(document: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_documents_that_do_not_exist_are_refused(document: int) -> None:
     tokens = store_in_memory([([3, 5, 4], [])], "<u2")
-    for _ in range(2):
-        with pytest.raises(IndexError, match="3 documents for train"):
-            tokens.lengths_of("train", np.array([0, document]))
-        monkeypatch.setattr(native, "library", lambda: None)
+    with pytest.raises(IndexError, match="3 documents for train"):
+        tokens.lengths_of("train", np.array([0, document]))
 
 
 def test_files_in_use_stay_mapped_when_others_are_opened(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,8 +134,7 @@ def test_files_in_use_stay_mapped_when_others_are_opened(monkeypatch: pytest.Mon
     assert np.flatnonzero(later.memory["tokens"]).tolist() == [2, 4]
     assert np.flatnonzero(held.memory["tokens"]).tolist() == [0, 1]
     assert [len(shards.files) for shards in (held, later)] == [4, 4]
-    everything = filled(tokens, 6, False)  # all five at once
-    np.testing.assert_array_equal(everything[0], filled(tokens, 6, True)[0])
+    assert tokens.lengths_of("train", np.arange(10)).tolist() == tokens.lengths("train").tolist()  # all five at once
 
 
 def test_a_store_that_is_sent_to_another_process_opens_its_files_anew() -> None:
@@ -193,7 +161,7 @@ def test_it_is_compiled_once_by_many(fresh: None, tmp_path: Path, monkeypatch: p
     "obstacle",
     ["no compiler", "a compiler that fails", "a compiler that hangs", "no folder", "a damaged file", "no home"],
 )
-def test_where_it_cannot_be_compiled_numpy_does_it(
+def test_where_it_cannot_be_compiled_a_user_is_told(
     obstacle: str, fresh: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
@@ -215,7 +183,5 @@ def test_where_it_cannot_be_compiled_numpy_does_it(
             raise RuntimeError("Could not determine home directory.")
 
         monkeypatch.setattr(Path, "home", no_home)
-    assert native.library() is None
-    tokens = store_in_memory(DOCUMENTS, "<u2")
-    np.testing.assert_array_equal(filled(tokens, 16, False)[0], filled(tokens, 16, True)[0])
-    assert tokens.lengths_of("train", np.arange(5)).tolist() == [5, 0, 9, 30, 1]
+    with pytest.raises(UserError, match="(?s)could not be compiled: .*Install a C compiler"):
+        native.library()

@@ -1,6 +1,6 @@
-"""`native.c`, compiled at its first use on a machine that has a C compiler; and its callers.
+"""`native.c`, compiled at its first use on a machine, and its callers.
 
-What is in it is written in NumPy or Python as well, which takes its place where it cannot be compiled.
+NumPy needs several passes for these loops, and Python one step for each slice: they are the reference in the tests.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from turbolm.errors import UserError
 
 if TYPE_CHECKING:
     from turbolm.data.order.packing import Sequences
@@ -40,18 +42,21 @@ _NUM_ARGUMENTS = {
 
 
 @functools.cache
-def library() -> ctypes.CDLL | None:
-    """The compiled file, or None: without a compiler or a place to write, or where its libraries do not fit."""
-    if sys.byteorder != "little":  # as the store's files are
-        return None
+def library() -> ctypes.CDLL:
+    """The compiled file. Raises UserError without a C compiler or a place to write."""
+    assert sys.byteorder == "little"  # as the store's files are
     try:
         loaded = ctypes.CDLL(str(_compiled(_folder())))
-        for name, count in _NUM_ARGUMENTS.items():
-            function = getattr(loaded, name)
-            function.argtypes, function.restype = [ctypes.c_int64] * count, ctypes.c_int64
-        return loaded
-    except (OSError, AttributeError, RuntimeError, subprocess.SubprocessError):  # RuntimeError: there is no home
-        return None
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: there is no home
+        said = getattr(error, "stderr", None) or b""
+        raise UserError(
+            f"The loops that read training data could not be compiled: {error} {said[-500:].decode(errors='replace')}\n"
+            "Install a C compiler (gcc or clang) or set CC; TORCH_EXTENSIONS_DIR names another folder for the result."
+        ) from None
+    for name, count in _NUM_ARGUMENTS.items():
+        function = getattr(loaded, name)
+        function.argtypes, function.restype = [ctypes.c_int64] * count, ctypes.c_int64
+    return loaded
 
 
 @dataclass(frozen=True)
@@ -114,8 +119,6 @@ def best_fit(lengths: IntArray, counts: IntArray, seq_len: int) -> IntArray:
 
 def argsort_random(numbers: np.ndarray) -> IntArray:
     """Stable argsort, int64, of random uint64."""
-    if not library():
-        return np.argsort(numbers, kind="stable")
     numbers = np.ascontiguousarray(numbers, np.uint64)
     bits = min(max(len(numbers).bit_length(), 1), 16)  # as many counters as numbers, in a core's cache
     starts, order = np.zeros(2**bits + 1, np.int64), np.empty(len(numbers), np.int64)

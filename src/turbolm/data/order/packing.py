@@ -168,42 +168,7 @@ def _best_fit(histogram: IntArray, seq_len: int) -> tuple[IntArray, ...]:
     sequence takes `room // length` at once.
     """
     sizes = np.flatnonzero(histogram)[::-1]
-    best_fit = native.best_fit if native.library() else _best_fit_in_python
-    return tuple(best_fit(np.ascontiguousarray(sizes), histogram[sizes], seq_len).T)
-
-
-def _best_fit_in_python(lengths: IntArray, counts: IntArray, seq_len: int) -> IntArray:
-    """The actions of `_best_fit`, int64 [num_actions, 4], for `counts` slices of these lengths, longest first."""
-    actions: list[tuple[int, int, int, int]] = []
-    # By room: (first sequence, number of sequences, slices in each).
-    runs: list[list[tuple[int, int, int]]] = [[] for _ in range(seq_len + 1)]
-    with_room = 0  # bit r is set where runs[r] is not empty
-    next_sequence = 0
-    for length, count in zip(lengths.tolist(), counts.tolist(), strict=True):
-        while count:
-            fitting = with_room >> length
-            if fitting:
-                room = length + (fitting & -fitting).bit_length() - 1
-                first, available, before = runs[room].pop()
-                if not runs[room]:
-                    with_room ^= 1 << room
-            else:
-                room, first, before = seq_len, next_sequence, 0
-                available = -(-count // (seq_len // length))
-                next_sequence += available
-            each = room // length
-            used = min(available, count // each)
-            if not used:  # fewer slices left than one sequence takes
-                each, used = count, 1
-            actions.append((first, used, each, before))
-            count -= used * each
-            left = room - each * length
-            untouched, filled = (first + used, available - used, before), (first, used, before + each)
-            for room_now, run in ((room, untouched), (left, filled)):
-                if room_now and run[1]:
-                    runs[room_now].append(run)
-                    with_room |= 1 << room_now
-    return np.array(actions, dtype=np.int64).reshape(-1, 4)
+    return tuple(native.best_fit(np.ascontiguousarray(sizes), histogram[sizes], seq_len).T)
 
 
 def _cumulative(counts: IntArray) -> IntArray:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import mmap
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -103,29 +103,24 @@ class TokenStore:
 
     def lengths(self, split: Split, first: int = 0, end: int | None = None) -> IntArray:
         """Positions (inputs that have a target) of the documents from `first` up to but not including `end`, int64."""
-        return self._gather(split, first, end, lambda index, rows: np.diff(_boundaries(index, rows)) - 1)
+        return _join(
+            np.diff(_boundaries(self._index(shard), rows)) - 1 for shard, rows in self._rows(split, first, end)
+        )
 
     def text_bytes(self, split: Split, first: int = 0, end: int | None = None) -> IntArray:
         """UTF-8 bytes of the texts of the documents from `first` up to but not including `end`, int64."""
-        return self._gather(split, first, end, lambda index, rows: index[rows, 1])
+        return _join(self._index(shard)[rows, 1] for shard, rows in self._rows(split, first, end))
 
     def lengths_of(self, split: Split, documents: IntArray) -> IntArray:
         """Positions of each of these documents, int64 [len(documents)]."""
-        if native.library():
-            return native.lengths(self.shards(split, documents), documents)
-        _, begins, ends = self.locate(split, documents)
-        return ends - begins - 1
+        return native.lengths(self.shards(split, documents), documents)
 
-    def locate(self, split: Split, documents: IntArray) -> tuple[IntArray, IntArray, IntArray]:
-        """Of each document its shard, and where in it it begins and ends, in tokens: int64 [num_documents] each."""
-        shards = self._shards_of(split, documents)
-        rows = documents + (self._first_row[split] - self._first_document[split][:-1])[shards]
-        begins, ends = np.empty((2, len(shards)), np.int64)
-        for shard in np.unique(shards).tolist():
-            here, index = shards == shard, self._index(shard)
-            ends[here] = index[rows[here], 0]
-            begins[here] = np.where(rows[here] > 0, index[rows[here] - 1, 0], 0)  # where the one before it ends
-        return shards, begins, ends
+    def locate(self, split: Split, document: int) -> tuple[int, int, int]:
+        """The shard of a document, and where in it the document begins and ends, in tokens."""
+        (shard,) = self._shards_of(split, np.array([document])).tolist()
+        row = document - int(self._first_document[split][shard]) + int(self._first_row[split][shard])
+        begin, end = _boundaries(self._index(shard), slice(row, row + 1)).tolist()
+        return shard, begin, end
 
     def shards(self, split: Split, documents: IntArray) -> native.Shards:
         """The shards as compiled code reads them: those with these documents are open, others may be."""
@@ -155,9 +150,9 @@ class TokenStore:
 
     def read(self, split: Split, document: int, start: int, length: int) -> np.ndarray:
         """The `length` inputs from position `start` on, and the target of the last: a view of length + 1 tokens."""
-        (shard,), (begin,), _ = self.locate(split, np.array([document]))
-        assert start >= 0 and length > 0 and start + length <= self.lengths(split, document, document + 1)[0]
-        return self.tokens(int(shard))[begin + start : begin + start + length + 1]
+        shard, begin, end = self.locate(split, document)
+        assert start >= 0 and length > 0 and start + length < end - begin
+        return self.tokens(shard)[begin + start : begin + start + length + 1]
 
     def token_counts(self, split: Split, max_tokens: int | None = None) -> IntArray:
         """How often each token is a target, int64 [vocab_size], over the first documents of the split.
@@ -166,7 +161,7 @@ class TokenStore:
         """
         counts = np.zeros(self.vocab_size, np.int64)
         left = max_tokens
-        for shard, rows in self._rows(split, 0, self.num_documents(split)):
+        for shard, rows in self._rows(split, 0, None):
             boundaries = _boundaries(self._index(shard), rows)
             if left is not None:
                 seen = np.cumsum(np.diff(boundaries) - 1)
@@ -211,9 +206,10 @@ class TokenStore:
             sums[shard["source"]] += count(shard[split])
         return sums
 
-    def _rows(self, split: Split, first: int, end: int) -> Iterator[tuple[int, slice]]:
+    def _rows(self, split: Split, first: int, end: int | None) -> Iterator[tuple[int, slice]]:
         """The shards that hold these documents, in order, and the rows of each one's index."""
         first_document = self._first_document[split]
+        end = int(first_document[-1]) if end is None else end
         assert 0 <= first <= end <= first_document[-1]
         shard = int(np.searchsorted(first_document, first, side="right")) - 1
         while first < end:
@@ -222,19 +218,6 @@ class TokenStore:
                 offset = int(self._first_row[split][shard] - first_document[shard])
                 yield shard, slice(first + offset, stop + offset)
             first, shard = max(first, stop), shard + 1
-
-    def _gather(
-        self, split: Split, first: int, end: int | None, values: Callable[[np.ndarray, slice], np.ndarray]
-    ) -> IntArray:
-        """`values` of the index rows of these documents, int64 [end - first]."""
-        end = self.num_documents(split) if end is None else end
-        gathered = np.empty(end - first, np.int64)
-        at = 0
-        for shard, rows in self._rows(split, first, end):
-            count = rows.stop - rows.start
-            gathered[at : at + count] = values(self._index(shard), rows)
-            at += count
-        return gathered
 
     def _index(self, shard: int) -> np.ndarray:
         """End of each document in tokens and its text's bytes, little-endian int64 [num_documents, 2]."""
@@ -258,6 +241,10 @@ def _boundaries(index: np.ndarray, rows: slice) -> IntArray:
     if rows.start:
         return index[rows.start - 1 : rows.stop, 0].astype(np.int64)
     return np.concatenate([[0], index[: rows.stop, 0]])  # a shard's first document begins at 0
+
+
+def _join(parts: Iterable[np.ndarray]) -> IntArray:
+    return np.concatenate([np.zeros(0, np.int64), *parts])
 
 
 def open_store(folder: str | Path, *, verify: Literal["quick", "full"] = "quick") -> TokenStore:
