@@ -95,11 +95,6 @@ def test_overlap_and_pinned_memory_need_a_gpu():
     assert "offload_optimizer" not in resolve_ds_config(recipe(2), Batch(), "cpu", "fp32")["zero_optimization"]
 
 
-def test_offloading_needs_a_zero_stage():
-    with pytest.raises(UserError, match="zero_stage"):
-        resolve_ds_config(recipe(0, offload=True), Batch(), "cpu", "fp32")
-
-
 @pytest.mark.parametrize("base", STAGE_3)
 def test_the_options_of_stage_3_keep_the_rest_of_its_base(base):
     plain = resolve_ds_config(recipe(3), Batch(world_size=4), "cuda", "bf16")
@@ -119,9 +114,6 @@ def test_the_options_of_stage_3_keep_the_rest_of_its_base(base):
 @pytest.mark.parametrize(
     ("stage", "device", "execution", "message"),
     [
-        (2, "cuda", {"offload_parameters": True}, "offload_parameters needs execution.zero_stage 3, got 2"),
-        (1, "cuda", {"hierarchical_partition": 2}, "hierarchical_partition needs execution.zero_stage 3, got 1"),
-        (2, "cuda", {"quantized_weights": True}, "needs execution.zero_stage 3, got 2"),
         (3, "cpu", {"quantized_gradients": True}, "need CUDA"),
         (3, "cpu", {"hierarchical_partition": 3}, "must divide the 4 processes, got 3"),
     ],

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from turbolm.plan.parameters import Architecture, estimate_parameters, read_architecture
+from turbolm.plan.parameters import estimate_size
 
 SMALL: dict[str, Any] = {"vocab_size": 128, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2}
 SMALL |= {"num_attention_heads": 4, "pad_token_id": None}
@@ -51,46 +51,40 @@ def test_counts_match_the_model_that_transformers_builds(config: dict[str, Any])
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **fields))
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     embedding = sum(size for name, size in sizes.items() if "embed" in name or "wte" in name or "wpe" in name)
-    layer = sum(size for name, size in sizes.items() if ".layers.0." in name or ".h.0." in name)
     matrices = sum(
         p.numel() for name, p in model.named_parameters() if p.ndim == 2 and (".layers." in name or ".h." in name)
     )
     head = model.get_output_embeddings().weight
 
-    counts = estimate_parameters(config)
+    counts = estimate_size(config)
     assert counts is not None
     assert counts.total == sum(sizes.values())
     assert counts.embedding == embedding
-    assert counts.per_layer == layer
     assert counts.head == (0 if head is model.get_input_embeddings().weight else head.numel())
-    assert counts.non_embedding == counts.total - counts.embedding - counts.head
     assert counts.matmul == matrices + head.numel()
 
 
 def test_published_models() -> None:
     llama = {"model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336}
     llama |= {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8}
-    counts = estimate_parameters(llama)
+    counts = estimate_size(llama)
     assert counts is not None
     assert counts.total == 8_030_261_248
-    gpt2 = estimate_parameters({"model_type": "gpt2"})
+    gpt2 = estimate_size({"model_type": "gpt2"})
     assert gpt2 is not None
     assert gpt2.total == 124_439_808
 
 
-def test_architecture() -> None:
-    assert read_architecture({"model_type": "qwen3", **GQA}) == Architecture(
-        "qwen3", 128, 48, 96, 2, 4, 2, 128, 0, False
-    )
-    assert read_architecture({"model_type": "gpt2"}) == Architecture(
-        "gpt2", 50257, 768, 3072, 12, 12, 12, 64, 1024, True
-    )
+def test_attention_width() -> None:
+    """Heads x head size x layers: Qwen 3's heads are wider than its hidden size, GPT-2's are not."""
+    widths = [estimate_size(config) for config in ({"model_type": "qwen3", **GQA}, {"model_type": "gpt2"})]
+    assert [size and size.attention_width for size in widths] == [4 * 128 * 2, 768 * 12]
 
 
 def test_unknown_types_are_none_and_bad_sizes_are_named() -> None:
-    assert estimate_parameters({"model_type": "mamba"}) is None
-    assert estimate_parameters({}) is None
+    assert estimate_size({"model_type": "mamba"}) is None
+    assert estimate_size({}) is None
     with pytest.raises(
         ValueError, match=r"^model.config.hidden_size: expected a whole number of at least 1, got '4k'$"
     ):
-        estimate_parameters({"model_type": "llama", "hidden_size": "4k"})
+        estimate_size({"model_type": "llama", "hidden_size": "4k"})

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from turbolm.plan.parameters import estimate_parameters
+from turbolm.plan.parameters import estimate_size
 from turbolm.plan.plain_config import is_plain
 
 LLAMA = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
@@ -50,7 +50,7 @@ def test_plain_configurations_are_accepted_and_counted_alike() -> None:
 
     for config in PLAIN:
         assert is_plain(config), config
-        answer, counts = examine(None, config), estimate_parameters(config)
+        answer, counts = examine(None, config), estimate_size(config)
         assert answer.problems == answer.notes == (), config
         assert answer.size is not None and counts is not None
         sizes = (answer.size.total, answer.size.embedding, answer.size.head)

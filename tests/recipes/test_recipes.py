@@ -12,7 +12,7 @@ import yaml
 
 from turbolm.plan.count import read_model_config, size_model
 from turbolm.plan.machine import described_machine
-from turbolm.plan.parameters import estimate_parameters
+from turbolm.plan.parameters import estimate_size
 from turbolm.plan.recipe_table import read_header, render_readme
 from turbolm.plan.summary import collect_summary
 from turbolm.recipe.json_schema import recipe_json_schema
@@ -117,7 +117,7 @@ def test_the_architecture_is_what_transformers_builds(name: str) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **fields))
     assert sum(parameter.numel() for parameter in model.parameters()) == PUBLISHED_PARAMETERS[name]
-    counts = estimate_parameters(config)
+    counts = estimate_size(config)
     assert counts is not None and counts.total == PUBLISHED_PARAMETERS[name]
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from turbolm.engine.sharding import whole_shape
-from turbolm.plan.count import ModelSize
+from turbolm.plan.parameters import ModelSize
 
 _EXPERTS_PER_TOKEN = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts", "moe_top_k")
 
@@ -20,13 +20,15 @@ def measure_model(model: PreTrainedModel) -> ModelSize:
     embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
     has_own_head = output is not None and output.weight is not embedding.weight
     tables = {id(m.weight): _numel(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}  # and positions
+    total, idle, embedding_size = sum(map(_numel, model.parameters())), _count_idle(model), sum(tables.values())
     return ModelSize(
-        total=sum(map(_numel, model.parameters())),
-        embedding=sum(tables.values()),
+        total=total,
+        embedding=embedding_size,
         head=sum(map(_numel, output.parameters())) if has_own_head else 0,
         source="counted",
-        idle=_count_idle(model),
+        idle=idle,
         attention_width=_attention_width(model.config.get_text_config()),
+        matmul=total - idle - (embedding_size if has_own_head else 0),  # norms and biases are a thousandth of it
     )
 
 

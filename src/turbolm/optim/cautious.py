@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from turbolm.optim.muon import Piece
+from turbolm.engine.partitions import Fragment
 
 
 class CautiousAdamW(torch.optim.Optimizer):
@@ -22,13 +22,13 @@ class CautiousAdamW(torch.optim.Optimizer):
 
     def __init__(self, groups: list[dict[str, Any]], *, lr: float, betas: tuple[float, float], eps: float):
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
-        self.pieces: dict[int, list[Piece]] = {}  # by the flat partition; none where parameters are whole
+        self.fragments: dict[int, list[Fragment]] = {}  # by the flat partition; none where parameters are whole
         self.device: torch.device | None = None
 
-    def distribute(self, flats: Sequence[torch.Tensor], pieces: Sequence[Piece], device: torch.device) -> None:
+    def distribute(self, flats: Sequence[torch.Tensor], fragments: Sequence[Fragment], device: torch.device) -> None:
         """Learn where tensors lie in this rank's partitions, as `Muon.distribute` does."""
         self.device = device
-        self.pieces = {id(flat): [piece for piece in pieces if piece.flat is flat] for flat in flats}
+        self.fragments = {id(flat): [fragment for fragment in fragments if fragment.flat is flat] for flat in flats}
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
@@ -53,13 +53,13 @@ class CautiousAdamW(torch.optim.Optimizer):
 
     def _make_up(self, kept: torch.Tensor, parameter: torch.Tensor, group: dict[str, Any]) -> None:
         """Multiply the mask of each tensor by elements / (elements kept + 1)."""
-        pieces = self.pieces.get(id(parameter))
-        if pieces is None:
+        fragments = self.fragments.get(id(parameter))
+        if fragments is None:
             kept.mul_(kept.numel() / (kept.sum() + 1))
             return
         places = {name: place for place, name in enumerate(group["tensor_names"])}
         counts = torch.zeros(len(places), 2, dtype=torch.float64)  # kept elements and all, of each tensor
-        parts = [(places[piece.name], kept.narrow(0, piece.offset, piece.numel)) for piece in pieces]
+        parts = [(places[fragment.name], kept.narrow(0, fragment.offset, fragment.numel)) for fragment in fragments]
         for place, part in parts:
             counts[place] += torch.tensor([part.sum(dtype=torch.float64), part.numel()], dtype=torch.float64)
         counts = counts.to(self.device)

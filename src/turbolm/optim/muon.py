@@ -11,30 +11,15 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from turbolm.engine.partitions import Fragment
+
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the post: steepest at zero, singular values end in about [0.7, 1.2]
-
-
-class Piece(Protocol):
-    """Elements [start, start + numel) of the parameter `name`, at `offset` in the flat tensor `flat`."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    @property
-    def start(self) -> int: ...
-    @property
-    def numel(self) -> int: ...
-    @property
-    def flat(self) -> torch.Tensor: ...
-    @property
-    def offset(self) -> int: ...
 
 
 class Muon(torch.optim.AdamW):
@@ -62,13 +47,14 @@ class Muon(torch.optim.AdamW):
                         self._step_matrices(parameter, group)
         return loss
 
-    def distribute(self, flats: Sequence[torch.Tensor], pieces: Sequence[Piece], device: torch.device) -> None:
+    def distribute(self, flats: Sequence[torch.Tensor], fragments: Sequence[Fragment], device: torch.device) -> None:
         """Learn where the matrices lie in this rank's partitions; collective, once, after ZeRO cut them.
 
-        `flats` holds the partitions in the order in which all ranks step them, `pieces` what this rank has of each
+        `flats` holds the partitions in the order in which all ranks step them, `fragments` what this rank has of each
         parameter. `device` is where matrices are made orthogonal: the GPU, also when the partitions are on the host.
         """
-        here = [[_Place.of(piece) for piece in pieces if piece.flat is flat] for flat in flats]
+        no_tensor = torch.empty(0)  # what other ranks need to know of a fragment is where it lies
+        here = [[replace(one, flat=no_tensor) for one in fragments if one.flat is flat] for flat in flats]
         everywhere: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everywhere, here)
         names = {name for group in self.param_groups if group["orthogonal"] for name in group["tensor_names"]}
@@ -121,21 +107,6 @@ def update_scale(shape: Sequence[int], adjust_lr: str) -> float:
     return 0.2 * math.sqrt(max(rows, columns))  # arXiv 2502.16982, section 2.2: the size of AdamW's updates
 
 
-@dataclass(frozen=True)
-class _Place:
-    """A Piece without its tensor, for other ranks to know."""
-
-    name: str
-    shape: tuple[int, ...]
-    start: int
-    numel: int
-    offset: int
-
-    @staticmethod
-    def of(piece: Piece) -> _Place:
-        return _Place(piece.name, tuple(piece.shape), piece.start, piece.numel, piece.offset)
-
-
 class _Exchange:
     """Puts the matrices of one set of partitions together, each on one rank, and takes them apart again.
 
@@ -143,7 +114,7 @@ class _Exchange:
     parameters in one long row, only the few matrices that lie across two partitions travel.
     """
 
-    def __init__(self, by_rank: Sequence[Sequence[_Place]], device: torch.device):
+    def __init__(self, by_rank: Sequence[Sequence[Fragment]], device: torch.device):
         self.device = device
         owners, rank = _owners(by_rank), dist.get_rank()
         ranks = range(len(by_rank))
@@ -168,7 +139,7 @@ class _Exchange:
             target.copy_(part)
 
 
-def _owners(by_rank: Sequence[Sequence[_Place]]) -> dict[str, int]:
+def _owners(by_rank: Sequence[Sequence[Fragment]]) -> dict[str, int]:
     """Which rank works on which matrix; every rank comes to the same answer."""
     held: dict[str, dict[int, int]] = defaultdict(dict)  # matrix: {rank: elements}
     shapes = {}
@@ -191,7 +162,7 @@ def _concatenate(parts: Sequence[torch.Tensor], device: torch.device, dtype: tor
     )
 
 
-def _all_to_all(sent: torch.Tensor, to: Sequence[Sequence[_Place]], of: Sequence[Sequence[_Place]]) -> torch.Tensor:
+def _all_to_all(sent: torch.Tensor, to: Sequence[Sequence[Fragment]], of: Sequence[Sequence[Fragment]]) -> torch.Tensor:
     """Send consecutive parts of `sent` to each rank, as long as its places in `to`; receive as long as in `of`."""
     sizes_to, sizes_of = ([sum(place.numel for place in places) for places in side] for side in (to, of))
     received = sent.new_empty(sum(sizes_of))

@@ -17,7 +17,7 @@ from typing import Any
 from turbolm.errors import UserError, did_you_mean
 from turbolm.files import load_json, write_atomic
 from turbolm.hub import cached_config, check_revisions, config_command
-from turbolm.plan.parameters import estimate_parameters, read_architecture
+from turbolm.plan.parameters import ModelSize, estimate_size
 from turbolm.plan.plain_config import is_plain
 from turbolm.recipe.contract import canonical_json
 from turbolm.recipe.model_config import is_dropout, text_part
@@ -28,23 +28,6 @@ _COUNT_TIMEOUT_SEC = 300
 _EXAMINERS = tuple(
     f"models/{name}.py" for name in ("config", "config_errors", "config_names", "config_source", "count", "size")
 )
-
-
-@dataclass(frozen=True)
-class ModelSize:
-    """Parameters of a model, each weight counted once."""
-
-    total: int
-    embedding: int  # the token embedding, and the positions where they are learned
-    head: int  # the output projection; 0 when it is the token embedding
-    source: str  # "formula" or "counted"
-    idle: int  # weights of experts that a token does not pass through
-    attention_width: int  # heads x head size, of all layers together
-
-    @property
-    def matmul(self) -> int:
-        """Weights a token is multiplied with: all but idle experts and the embedding, which is the head when tied."""
-        return self.total - self.idle - (self.embedding if self.head else 0)
 
 
 @dataclass(frozen=True)
@@ -165,14 +148,9 @@ def size_model(config: Mapping[str, Any], cache_dir: str | Path) -> ModelSize:
 
 def _formula(config: Mapping[str, Any]) -> ModelSize | None:
     try:
-        counts = estimate_parameters(config)
+        return estimate_size(config)
     except ValueError as error:
         raise UserError(str(error)) from None
-    shape = read_architecture(config)
-    if counts is None or shape is None:
-        return None
-    width = shape.num_layers * shape.attention_width
-    return ModelSize(counts.total, counts.embedding, counts.head, "formula", idle=0, attention_width=width)
 
 
 def _differences(recipe: Recipe) -> list[str]:

@@ -15,12 +15,11 @@ from itertools import pairwise
 from typing import TypeVar
 
 from turbolm.errors import UserError
-from turbolm.recipe.data import LengthBuckets, LengthGrowth, LengthStages
+from turbolm.recipe.lengths import Changes
 from turbolm.recipe.schema import Recipe
 from turbolm.units import Span
 
 _Value = TypeVar("_Value")
-_LENGTH_MULTIPLE = 8  # derived row lengths are multiples of it: tensor cores and vector units like them
 
 
 @dataclass(frozen=True)
@@ -106,9 +105,19 @@ def build_curriculum(recipe: Recipe, budgets_tokens: Sequence[int] | None = None
     """
     budgets = tuple(budgets_tokens or [recipe.train.budget])
     budget, full_batch = budgets[0], recipe.train.global_batch
-    lengths = length_changes(recipe, budget)
-    batches = batch_changes(recipe, budget)
-    weights, cycles = _weight_changes(recipe, budget), _cycles(recipe, budget)
+    schedule, seq_len = recipe.data.length_schedule, recipe.data.seq_len
+    batches, weights = batch_changes(recipe, budget), _weight_changes(recipe, budget)
+    lengths: Changes = [(0.0, (seq_len,))]
+    num_cycles = 0
+    if schedule is not None:
+        divided = math.gcd(*(tokens for _, tokens in batches))
+        lengths = schedule.changes(seq_len, budget, full_batch, divided)
+        num_cycles = schedule.num_cycles
+    cycles = [(budget * number / num_cycles, number) for number in range(num_cycles)] or [(0.0, 0)]
+
+    def segment_at(step: int, token: int, place: float, batch: int, cycle: int) -> Segment:
+        return Segment(step, token, _value_at(lengths, place), batch, _value_at(weights, place), num_cycles > 0, cycle)
+
     places = sorted(
         {place for changes in (lengths, batches, weights, cycles) for place, _ in changes if place < budget}
     )
@@ -120,79 +129,16 @@ def build_curriculum(recipe: Recipe, budgets_tokens: Sequence[int] | None = None
             continue
         at = max(place, token)
         batch = _value_at(batches, at)
-        settings = _value_at(lengths, at), batch, _value_at(weights, at), _value_at(cycles, at)
-        segment = _segment(recipe, step, token, *settings)
+        segment = segment_at(step, token, at, batch, _value_at(cycles, at))
         if not segments or _settings(segments[-1]) != _settings(segment):
             segments.append(segment)
         num_steps = _ceil(after - token, batch)
         step, token = step + num_steps, token + num_steps * batch
     if len(budgets) > 1:  # an extension goes on with what the schedules lead to
-        settings = _value_at(lengths, math.inf), full_batch, _value_at(weights, math.inf), len(cycles)
-        final = _segment(recipe, step, token, *settings)
+        final = segment_at(step, token, math.inf, full_batch, num_cycles)
         if _settings(final) != _settings(segments[-1]):
             segments.append(final)
     return Curriculum(tuple(segments), budgets)
-
-
-def _segment(
-    recipe: Recipe,
-    step: int,
-    token: int,
-    seq_len: int,
-    batch_tokens: int,
-    weights: tuple[float, ...] | None,
-    cycle: int,
-) -> Segment:
-    schedule = recipe.data.length_schedule
-    if isinstance(schedule, LengthBuckets):
-        grow = schedule.order == "grow"
-        return Segment(step, token, bucket_lengths(recipe), batch_tokens, weights, grow, cycle if grow else 0)
-    return Segment(step, token, (seq_len,), batch_tokens, weights)
-
-
-def bucket_lengths(recipe: Recipe) -> tuple[int, ...]:
-    """The powers of two from the smallest bucket up to data.seq_len."""
-    schedule = recipe.data.length_schedule
-    assert isinstance(schedule, LengthBuckets)
-    lengths = [schedule.smallest]
-    while lengths[-1] < recipe.data.seq_len:
-        lengths.append(lengths[-1] * 2)
-    return tuple(lengths)
-
-
-def length_changes(recipe: Recipe, budget_tokens: int) -> list[tuple[float, int]]:
-    """(tokens, row length from there on), the first at 0."""
-    schedule, seq_len, batch = recipe.data.length_schedule, recipe.data.seq_len, recipe.train.global_batch
-    if isinstance(schedule, LengthStages):
-        return [(span.tokens(budget_tokens, batch), length) for span, length in schedule.at]
-    if not isinstance(schedule, LengthGrowth):
-        return [(0.0, seq_len)]
-    divided = math.gcd(*(tokens for _, tokens in batch_changes(recipe, budget_tokens)))
-    lengths = growth_lengths(schedule, seq_len, divided)
-    over = schedule.over.tokens(budget_tokens, batch)
-    changes = [(over * _progress(schedule, length, seq_len), length) for length in lengths]
-    if not schedule.remix or len(lengths) < 2:
-        return changes
-    # Short rows again at the end of each period, so that what they taught is not lost; never at the end of the run.
-    period = schedule.remix_every.tokens(budget_tokens, batch)
-    num_periods = int((budget_tokens - over) / period) if period else 0
-    for number in range(num_periods):
-        begin = over + (number + 1) * period
-        short = lengths[-2 - number % (len(lengths) - 1)]
-        if begin < budget_tokens:
-            changes += [(begin - schedule.remix * period, short), (begin, seq_len)]
-    return changes
-
-
-def growth_lengths(schedule: LengthGrowth, seq_len: int, batch_tokens: int) -> list[int]:
-    """The row lengths that growth goes through, ascending: they divide the batch and are spread in even ratios."""
-    divisors = [n for n in range(_LENGTH_MULTIPLE, seq_len, _LENGTH_MULTIPLE) if batch_tokens % n == 0]
-    between = [n for n in divisors if schedule.start < n]
-    count = max(schedule.num_lengths - 2, 0)
-    ratio = seq_len / schedule.start
-    wanted = [schedule.start * ratio ** ((index + 1) / (count + 1)) for index in range(count)]
-    chosen = {min(between, key=lambda n: abs(math.log(n / target))) for target in wanted} if between else set()
-    return sorted({schedule.start, seq_len, *chosen})
 
 
 def batch_changes(recipe: Recipe, budget_tokens: int) -> list[tuple[float, int]]:
@@ -218,15 +164,6 @@ def ramp_levels(recipe: Recipe) -> list[int]:
     return [max(level, unit) for level in levels] + [full]
 
 
-def _progress(schedule: LengthGrowth, length: int, seq_len: int) -> float:
-    """How far growth has come, from 0 to 1, when the curve reaches `length`."""
-    if length == schedule.start:
-        return 0.0
-    if schedule.shape == "linear":
-        return (length - schedule.start) / (seq_len - schedule.start)
-    return math.log(length / schedule.start) / math.log(seq_len / schedule.start)
-
-
 def _weight_changes(recipe: Recipe, budget_tokens: int) -> list[tuple[float, tuple[float, ...] | None]]:
     """(tokens, shares of the sources from there on), the first at 0; one None where no source has a weight."""
     staged = [source.weight for source in recipe.data.sources]
@@ -244,13 +181,6 @@ def _weight_changes(recipe: Recipe, budget_tokens: int) -> list[tuple[float, tup
             raise UserError(f"data.sources: every weight is 0 from {at:.0f} tokens on; give one of them more")
         changes.append((at, tuple(value / sum(values) for value in values)))
     return changes
-
-
-def _cycles(recipe: Recipe, budget_tokens: int) -> list[tuple[float, int]]:
-    """(tokens, number of the cycle over the buckets from there on), the first at 0."""
-    schedule = recipe.data.length_schedule
-    count = schedule.cycles if isinstance(schedule, LengthBuckets) and schedule.order == "grow" else 1
-    return [(budget_tokens * number / count, number) for number in range(count)]
 
 
 def _value_at(changes: Sequence[tuple[float, _Value]], tokens: float) -> _Value:

@@ -6,9 +6,10 @@ What each key does, and why its value is written out, stands in ds_configs/READM
 from __future__ import annotations
 
 import json
-from typing import Any, Protocol
+from typing import Any
 
 from turbolm.errors import UserError
+from turbolm.plan.batch import BatchPlan
 from turbolm.recipe.schema import Execution, Recipe
 from turbolm.shipped import read_shipped, shipped
 
@@ -17,18 +18,7 @@ from turbolm.shipped import read_shipped, shipped
 _BUCKET_ELEMENTS = {"cuda": 100_000_000, "cpu": 25_000_000}
 
 
-class Batch(Protocol):
-    """What a batch plan must tell (`turbolm.plan.batch`)."""
-
-    @property
-    def world_size(self) -> int: ...
-    @property
-    def micro_batch_bins(self) -> int: ...
-    @property
-    def gradient_accumulation_steps(self) -> int: ...
-
-
-def resolve_ds_config(recipe: Recipe, batch: Batch, device: str, precision: str) -> dict[str, Any]:
+def resolve_ds_config(recipe: Recipe, batch: BatchPlan, device: str, precision: str) -> dict[str, Any]:
     """The complete configuration for `device` (cpu or cuda) and `precision` (fp32, bf16 or fp16)."""
     execution = recipe.execution
     base = _base_name(recipe)
@@ -83,18 +73,10 @@ def untested_note(execution: Execution) -> str | None:
 
 
 def _base_name(recipe: Recipe) -> str:
+    """The base of a recipe whose options fit its stage (`recipe.checks` has seen to it)."""
     execution = recipe.execution
     stage = execution.zero_stage
-    if execution.offload_optimizer and stage == 0:
-        raise UserError("execution.offload_optimizer needs execution.zero_stage 1, 2 or 3")
     quantized = execution.quantized_weights or execution.quantized_gradients
-    for key, asked in (
-        ("offload_parameters", execution.offload_parameters),
-        ("hierarchical_partition", execution.hierarchical_partition),
-        ("quantized_weights or quantized_gradients", quantized),
-    ):
-        if asked and stage != 3:
-            raise UserError(f"execution.{key} needs execution.zero_stage 3, got {stage}")
     if execution.hierarchical_partition or quantized:
         return "zeropp"
     return (
@@ -104,7 +86,7 @@ def _base_name(recipe: Recipe) -> str:
     )
 
 
-def _check_zeropp(recipe: Recipe, batch: Batch, device: str) -> None:
+def _check_zeropp(recipe: Recipe, batch: BatchPlan, device: str) -> None:
     execution = recipe.execution
     if device == "cpu" and (execution.quantized_weights or execution.quantized_gradients):
         raise UserError(

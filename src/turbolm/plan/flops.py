@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from turbolm.plan.count import ModelSize
-from turbolm.plan.parameters import estimate_parameters, read_architecture
+from turbolm.plan.parameters import ModelSize, estimate_size
 
 
 def training_flops_per_token(
@@ -26,10 +25,8 @@ def training_flops_per_token(
     pass: 12 L H S. This is appendix B of PaLM (arXiv 2204.02311), with the span that causal masking and the limits of
     packed documents leave (`mean_causal_span`) in place of the whole sequence. Recomputed activations do not count.
     """
-    shape, counts = read_architecture(config), estimate_parameters(config)
-    if shape is None or counts is None:
-        return None if size is None else 6.0 * size.matmul + 12.0 * size.attention_width * mean_span
-    return 6.0 * counts.matmul + 12.0 * shape.num_layers * shape.attention_width * mean_span
+    size = estimate_size(config) or size
+    return None if size is None else 6.0 * size.matmul + 12.0 * size.attention_width * mean_span
 
 
 def mean_causal_span(document_lengths: Iterable[int]) -> float:

@@ -130,14 +130,11 @@ def resolve_processes_per_node(recipe: Recipe, machine: Machine, device: Device)
 
 def resolve_precision(recipe: Recipe, machine: Machine, device: Device) -> Precision:
     """bf16 where the processor computes in it, else fp32, unless the recipe says otherwise."""
-    wanted, zero_stage = recipe.train.precision, recipe.execution.zero_stage
-    if wanted == "auto":
-        return "bf16" if zero_stage > 0 and _computes_in_bf16(machine, device) else "fp32"
+    wanted = recipe.train.precision
+    if wanted == "auto":  # stage 0 trains in fp32
+        return "bf16" if recipe.execution.zero_stage > 0 and _computes_in_bf16(machine, device) else "fp32"
     if wanted == "fp32":
         return wanted
-    if zero_stage == 0:
-        # DeepSpeed's half-precision optimizer of stage 0 hides its state, which checkpoints need by name.
-        raise UserError(f"train.precision={wanted} needs execution.zero_stage 1, 2 or 3; stage 0 trains in fp32")
     if wanted == "fp16" and device == "cpu":
         raise UserError("train.precision=fp16 needs a GPU; set bf16 or fp32")
     needed = BF16_CAPABILITY if wanted == "bf16" else _FP16_CAPABILITY

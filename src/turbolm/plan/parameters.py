@@ -1,4 +1,4 @@
-"""Parameter counts from a Hugging Face configuration, without building the model."""
+"""The size of a model from its Hugging Face configuration, without building the model. Torch-free."""
 
 from __future__ import annotations
 
@@ -8,43 +8,24 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Architecture:
-    """The shape of a decoder-only transformer, with the defaults of its configuration class filled in."""
-
-    model_type: str
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    num_learned_positions: int  # 0 with rotary positions
-    tied_head: bool
-
-    @property
-    def attention_width(self) -> int:
-        """Heads times their size: the width of the queries, which need not be `hidden_size`."""
-        return self.num_heads * self.head_dim
-
-
-@dataclass(frozen=True)
-class ParameterCounts:
-    """How many parameters a model has, each weight counted once."""
+class ModelSize:
+    """Parameters of a model, each weight counted once."""
 
     total: int
-    embedding: int  # token embedding, and the positions where they are learned
-    head: int  # output projection; 0 when it is the token embedding
-    per_layer: int
-    non_embedding: int  # total - embedding - head: the layers and the final norm
-    matmul: int  # weights a token is multiplied with: the matrices of the layers, and the head even when tied
+    embedding: int  # the token embedding, and the positions where they are learned
+    head: int  # the output projection; 0 when it is the token embedding
+    source: str  # "formula" or "counted"
+    idle: int  # weights of experts that a token does not pass through
+    attention_width: int  # heads x head size, of all layers together
+    matmul: int  # weights a token is multiplied with, the head among them even when tied
 
 
 @dataclass(frozen=True)
 class _Family:
     """What tells one model type from another. A bias is always there, never, or where a configuration key says so."""
 
-    defaults: Mapping[str, Any]  # those of the configuration class in transformers 5
+    sizes: tuple[int, int, int | None, int, int]  # defaults: vocabulary, hidden, inner, layers, heads
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # others of the configuration class in transformers 5
     aliases: Mapping[str, str] = field(default_factory=dict)  # its own names for the common ones
     inner_key: str = "intermediate_size"
     qkv_bias: bool | str = False
@@ -57,99 +38,56 @@ class _Family:
     learned_positions: bool = False
     own_head_dim: bool = True  # False: always hidden_size / heads, and no grouped queries
 
+    def values(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The configuration over the defaults, under the common names."""
+        names = ("vocab_size", "hidden_size", self.inner_key, "num_hidden_layers", "num_attention_heads")
+        own = {self.aliases.get(name, name): value for name, value in config.items()}
+        return {**dict(zip(names, self.sizes, strict=True)), **self.defaults, **own}
 
-def _sizes(vocab: int, hidden: int, inner: int | None, layers: int, heads: int, **others: Any) -> dict[str, Any]:
-    sizes = {"vocab_size": vocab, "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads}
-    return sizes | ({} if inner is None else {"intermediate_size": inner}) | others
 
-
+_ATTENTION_BIAS: dict[str, Any] = {"qkv_bias": "attention_bias", "out_bias": "attention_bias"}
+_LAYER_NORM: dict[str, Any] = {"mlp_bias": True, "gated": False, "norm_bias": True, "own_head_dim": False}
+_GPT2_NAMES = {"n_embd": "hidden_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads"}
 _FAMILIES = {
-    "llama": _Family(
-        _sizes(32000, 4096, 11008, 32, 32, attention_bias=False, mlp_bias=False, tie_word_embeddings=False),
-        qkv_bias="attention_bias",
-        out_bias="attention_bias",
-        mlp_bias="mlp_bias",
-    ),
-    "mistral": _Family(
-        _sizes(32000, 4096, 14336, 32, 32, num_key_value_heads=8, tie_word_embeddings=False),
-    ),
-    "qwen2": _Family(
-        _sizes(151936, 4096, 22016, 32, 32, num_key_value_heads=32, tie_word_embeddings=False),
-        qkv_bias=True,
-    ),
+    "llama": _Family((32000, 4096, 11008, 32, 32), mlp_bias="mlp_bias", **_ATTENTION_BIAS),
+    "mistral": _Family((32000, 4096, 14336, 32, 32), {"num_key_value_heads": 8}),
+    "qwen2": _Family((151936, 4096, 22016, 32, 32), {"num_key_value_heads": 32}, qkv_bias=True),
     "qwen3": _Family(
-        _sizes(
-            151936,
-            4096,
-            22016,
-            32,
-            32,
-            num_key_value_heads=32,
-            head_dim=128,
-            attention_bias=False,
-            tie_word_embeddings=False,
-        ),
-        qkv_bias="attention_bias",
-        out_bias="attention_bias",
+        (151936, 4096, 22016, 32, 32),
+        {"num_key_value_heads": 32, "head_dim": 128},
         query_key_norm=True,
+        **_ATTENTION_BIAS,
     ),
     "gemma2": _Family(
-        _sizes(
-            256000,
-            2304,
-            9216,
-            26,
-            8,
-            num_key_value_heads=4,
-            head_dim=256,
-            attention_bias=False,
-            tie_word_embeddings=True,
-        ),
-        qkv_bias="attention_bias",
-        out_bias="attention_bias",
+        (256000, 2304, 9216, 26, 8),
+        {"num_key_value_heads": 4, "head_dim": 256, "tie_word_embeddings": True},
         norms_per_layer=4,
+        **_ATTENTION_BIAS,
     ),
-    "phi3": _Family(
-        _sizes(32064, 3072, 8192, 32, 32, tie_word_embeddings=False),
-    ),
+    "phi3": _Family((32064, 3072, 8192, 32, 32)),
     "gpt2": _Family(
-        _sizes(50257, 768, None, 12, 12, max_position_embeddings=1024, tie_word_embeddings=True),
-        aliases={
-            "n_embd": "hidden_size",
-            "n_layer": "num_hidden_layers",
-            "n_head": "num_attention_heads",
-            "n_positions": "max_position_embeddings",
-        },
+        (50257, 768, None, 12, 12),
+        {"max_position_embeddings": 1024, "tie_word_embeddings": True},
+        {**_GPT2_NAMES, "n_positions": "max_position_embeddings"},
         inner_key="n_inner",
         qkv_bias=True,
         out_bias=True,
-        mlp_bias=True,
-        gated=False,
-        norm_bias=True,
         learned_positions=True,
-        own_head_dim=False,
+        **_LAYER_NORM,
     ),
-    "gpt_neox": _Family(
-        _sizes(50432, 6144, 24576, 44, 64, attention_bias=True, tie_word_embeddings=False),
-        qkv_bias="attention_bias",
-        out_bias="attention_bias",
-        mlp_bias=True,
-        gated=False,
-        norm_bias=True,
-        own_head_dim=False,
-    ),
+    "gpt_neox": _Family((50432, 6144, 24576, 44, 64), {"attention_bias": True}, **_ATTENTION_BIAS, **_LAYER_NORM),
 }
 
 
-def read_architecture(config: Mapping[str, Any]) -> Architecture | None:
-    """The shape a configuration describes, or None for a model type that is not known here.
+def estimate_size(config: Mapping[str, Any]) -> ModelSize | None:
+    """The size of a causal language model, or None for a model type that is not known here.
 
     Raises ValueError for a size that is not a positive whole number.
     """
     family = _FAMILIES.get(str(config.get("model_type")))
     if family is None or config.get("add_cross_attention"):
         return None
-    values = _values(family, config)
+    values = family.values(config)
 
     def size(name: str, fallback: int | None = None) -> int:
         value = values.get(name)
@@ -158,36 +96,18 @@ def read_architecture(config: Mapping[str, Any]) -> Architecture | None:
             raise ValueError(f"model.config.{name}: expected a whole number of at least 1, got {value!r}")
         return value
 
-    hidden_size, num_heads = size("hidden_size"), size("num_attention_heads")
-    head_dim = hidden_size // num_heads
-    return Architecture(
-        model_type=str(config["model_type"]),
-        vocab_size=size("vocab_size"),
-        hidden_size=hidden_size,
-        intermediate_size=size(family.inner_key, 4 * hidden_size),
-        num_layers=size("num_hidden_layers"),
-        num_heads=num_heads,
-        num_kv_heads=size("num_key_value_heads", num_heads) if family.own_head_dim else num_heads,
-        head_dim=size("head_dim", head_dim) if family.own_head_dim else head_dim,
-        num_learned_positions=size("max_position_embeddings") if family.learned_positions else 0,
-        tied_head=bool(values["tie_word_embeddings"]),
-    )
-
-
-def estimate_parameters(config: Mapping[str, Any]) -> ParameterCounts | None:
-    """The parameter counts of a causal language model, or None for a model type that is not known here."""
-    shape = read_architecture(config)
-    if shape is None:
-        return None
-    family = _FAMILIES[shape.model_type]
-    values = _values(family, config)
-    hidden, inner, queries = shape.hidden_size, shape.intermediate_size, shape.attention_width
-    keys_values = 2 * shape.num_kv_heads * shape.head_dim
-    num_wide = 2 if family.gated else 1
-
     def bias(which: bool | str, width: int) -> int:
         return width if (values.get(which) if isinstance(which, str) else which) else 0
 
+    vocabulary, hidden, layers, heads = map(
+        size, ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+    )
+    inner = size(family.inner_key, 4 * hidden)
+    head_dim, kv_heads = hidden // heads, heads
+    if family.own_head_dim:
+        head_dim, kv_heads = size("head_dim", head_dim), size("num_key_value_heads", heads)
+    queries, keys_values = heads * head_dim, 2 * kv_heads * head_dim
+    num_wide = 2 if family.gated else 1
     matrices = hidden * (queries + keys_values) + queries * hidden + (num_wide + 1) * hidden * inner
     biases = (
         bias(family.qkv_bias, queries + keys_values)
@@ -195,21 +115,16 @@ def estimate_parameters(config: Mapping[str, Any]) -> ParameterCounts | None:
         + bias(family.mlp_bias, num_wide * inner + hidden)
     )
     norm = 2 * hidden if family.norm_bias else hidden
-    norms = family.norms_per_layer * norm + (2 * shape.head_dim if family.query_key_norm else 0)
-    per_layer = matrices + biases + norms
-    embedding = (shape.vocab_size + shape.num_learned_positions) * hidden
-    head = 0 if shape.tied_head else shape.vocab_size * hidden
-    non_embedding = shape.num_layers * per_layer + norm
-    return ParameterCounts(
-        total=embedding + head + non_embedding,
+    norms = family.norms_per_layer * norm + (2 * head_dim if family.query_key_norm else 0)
+    positions = size("max_position_embeddings") if family.learned_positions else 0
+    embedding = (vocabulary + positions) * hidden
+    head = 0 if values.get("tie_word_embeddings") else vocabulary * hidden
+    return ModelSize(
+        total=embedding + head + layers * (matrices + biases + norms) + norm,
         embedding=embedding,
         head=head,
-        per_layer=per_layer,
-        non_embedding=non_embedding,
-        matmul=shape.num_layers * matrices + shape.vocab_size * hidden,
+        source="formula",
+        idle=0,
+        attention_width=layers * queries,
+        matmul=layers * matrices + vocabulary * hidden,
     )
-
-
-def _values(family: _Family, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration over the defaults, under the common names."""
-    return {**family.defaults, **{family.aliases.get(name, name): value for name, value in config.items()}}

@@ -8,43 +8,13 @@ from pathlib import Path
 
 from turbolm.plan.count import examine_model
 from turbolm.plan.machine import described_machine
-from turbolm.plan.summary import ASSUMED_MFU, collect_summary
+from turbolm.plan.summary import collect_summary
 from turbolm.recipe.load import load_recipe
 from turbolm.recipe.schema import Recipe
 from turbolm.shipped import recipes_by_name, shipped
 from turbolm.units import format_count
 
-_INTRODUCTION = f"""\
-# Recipes
-
-One folder per model and task. `turbolm plan RECIPE` shows what follows from a recipe, on this machine or on the \
-cluster it describes. `turbolm train` and `turbolm submit` run it. Override any value on the command line, such as \
-`train.budget=1B`. If no recipe here fits your model, data or cluster, [adapt a recipe to your model](ADAPT.md).
-
-Until a recipe is measured, its days are estimated from the FLOPs and {ASSUMED_MFU:.0%} of the GPUs' dense bf16 peak. \
-`turbolm recipes --write` writes this page.
-
-"""
-_TRICKS = """
-## Tricks
-
-Each file in `_tricks/` is one speed-up. List it in a recipe's `extends:`, after the files it builds on:
-
-```yaml
-extends: [../quickstart/config.yaml, ../_tricks/muon.yaml, ../_tricks/growth.yaml]
-name: quickstart-fast
-```
-
-`turbolm ablate RECIPE --tricks muon,growth` measures what tricks are worth for a recipe on this machine \
-([how](../src/turbolm/ablate/README.md)). [RESULTS.md](../benchmarks/RESULTS.md) has what was measured here; the \
-column below is what the source claims. *Same result* means the same loss curve as the recipe without the trick.
-
-"""
 _TRICK_COLUMNS = ("trick", "family", "changes", "works", "claimed", "source")
-_CONCLUSION = """
-`extends:` builds a recipe from pieces: machines in `_clusters/`, models, data and optimizers in `_base/`, speed-ups \
-in `_tricks/`. `schema.json` tells editors what each key means; `turbolm schema --write` writes it.
-"""
 _COLUMNS = ("recipe", "model", "parameters", "cluster", "tokens", "steps", "estimated days", "measured")
 
 
@@ -64,10 +34,15 @@ def read_header(path: Path) -> dict[str, str]:
 
 
 def render_readme() -> str:
-    """The text of recipes/README.md."""
+    """The text of recipes/README.md with its two tables as they should be."""
+    text = shipped("recipes", "README.md").read_text(encoding="utf-8")
     recipes = _table(_COLUMNS, [_row(name, path) for name, path in recipes_by_name().items()])
     tricks = _table(_TRICK_COLUMNS, [_trick_row(path) for path in trick_files()])
-    return f"{_INTRODUCTION}{recipes}{_CONCLUSION}{_TRICKS}{tricks}"
+    for table in (recipes, tricks):
+        header = re.escape(table.partition("\n")[0])
+        old = re.search(rf"^{header}\n(\|.*\n)*", text, flags=re.MULTILINE)
+        text = text if old is None else text.replace(old[0], table)
+    return text
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

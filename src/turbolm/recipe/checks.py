@@ -13,6 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 from turbolm.recipe.execution import RECIPES_ARE_COPIED
 from turbolm.recipe.fields import Section
 from turbolm.recipe.gpus import GPUS
+from turbolm.recipe.lengths import LengthGrowth
 from turbolm.recipe.messages import Finding, describe
 from turbolm.recipe.model_config import lay_over
 from turbolm.recipe.optimizers import OPTIMIZERS
@@ -126,33 +127,19 @@ def _sizes(values: Values) -> Iterator[tuple[str, str]]:
         yield "execution.micro_batch", f"must be at most train.global_batch ({batch}), got {micro_batch}"
 
 
-def _row_lengths(values: Values) -> Iterator[tuple[str, str]]:
-    """The rows of every length fill each batch, and data.seq_len is the longest."""
+def _lengths(values: Values) -> Iterator[tuple[str, str]]:
+    """The sequences of every length fill each batch, and data.seq_len is the longest."""
     schedule, seq_len = values["data.length_schedule"], values["data.seq_len"]
     if schedule is None or not seq_len:
         return
-    key = f"data.length_schedule.{ {'stages': 'at', 'growth': 'start', 'buckets': 'smallest'}[schedule.name] }"
-    if schedule.name == "stages":
-        lengths = [length for _, length in schedule.at]
-        if max(lengths) != seq_len:
-            yield key, f"must reach data.seq_len ({seq_len}) and no more, got {max(lengths)} as its longest"
-    else:
-        shortest = schedule.start if schedule.name == "growth" else schedule.smallest
-        lengths = [shortest]
-        if shortest >= seq_len:
-            yield key, f"must be less than data.seq_len ({seq_len}), got {shortest}"
-        elif schedule.name == "buckets":
-            if seq_len % shortest or (seq_len // shortest).bit_count() != 1:
-                yield key, f"must be data.seq_len ({seq_len}) divided by a power of two, got {shortest}"
-            if values["data.packing"] not in (None, "best_fit"):
-                yield "data.packing", f"must be best_fit with buckets, got {values['data.packing']}"
-    ramp = values["train.batch_ramp"]
+    yield from schedule.find_problems(seq_len, values["data.packing"])
+    key, ramp = f"data.length_schedule.{schedule.length_key}", values["train.batch_ramp"]
     if ramp is not None and ramp.start:
-        for length in lengths:
+        for length in schedule.named_lengths:
             if seq_len % length:
                 yield key, f"must divide data.seq_len ({seq_len}) with train.batch_ramp.start, got {length}"
     for batch_key, batch in _batches(values):
-        for length in lengths:
+        for length in schedule.named_lengths:
             if batch % length:
                 yield key, f"every row length must divide {batch_key} ({batch}), got {length}"
 
@@ -160,7 +147,7 @@ def _row_lengths(values: Values) -> Iterator[tuple[str, str]]:
 def _remix(values: Values) -> Iterator[tuple[str, str]]:
     """Short rows do not come back so often that the plan of it is longer than the run."""
     schedule, budget, batch = (values[k] for k in ("data.length_schedule", "train.budget", "train.global_batch"))
-    if schedule is None or schedule.name != "growth" or not schedule.remix or not budget or not batch:
+    if not isinstance(schedule, LengthGrowth) or not schedule.remix or not budget or not batch:
         return
     num_periods = budget / schedule.remix_every.tokens(budget, batch)
     if num_periods > _MAX_REMIX_PERIODS:
@@ -409,7 +396,7 @@ def _is_count(value: object) -> bool:
 _RULES: tuple[Callable[[Values], Iterator[tuple[str, str]]], ...] = (
     _whole_bins,
     _sizes,
-    _row_lengths,
+    _lengths,
     _remix,
     _batch_ramp,
     _restarts,

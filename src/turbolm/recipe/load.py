@@ -13,7 +13,6 @@ import yaml
 from pydantic import ValidationError
 
 from turbolm.recipe.checks import check_recipe, check_values, find_secrets
-from turbolm.recipe.data import LENGTH_SCHEDULES
 from turbolm.recipe.document import (
     MAX_DEPTH,
     MAX_FILE_BYTES,
@@ -25,6 +24,7 @@ from turbolm.recipe.document import (
     parse_document,
 )
 from turbolm.recipe.fields import Section
+from turbolm.recipe.lengths import LENGTH_SCHEDULES, LengthSchedule
 from turbolm.recipe.messages import Finding, describe, validation_findings
 from turbolm.recipe.optimizers import OPTIMIZERS, Optimizer
 from turbolm.recipe.schedules import SCHEDULES, Schedule
@@ -38,7 +38,7 @@ _COMMAND_LINE = "command line: "  # what the origin of an override begins with
 _CHOICES: dict[tuple[str, ...], tuple[type[Section], Mapping[str, type[Section]], str | None]] = {
     ("optimizer",): (Optimizer, OPTIMIZERS, "adamw"),
     ("schedule",): (Schedule, SCHEDULES, "cosine"),
-    ("data", "length_schedule"): (Section, LENGTH_SCHEDULES, None),
+    ("data", "length_schedule"): (LengthSchedule, LENGTH_SCHEDULES, None),
 }
 
 
