@@ -42,7 +42,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--fast", action="store_true", help="skip each test the moment it starts a world or a Python")
+    parser.addoption(
+        "--fast", action="store_true", help="skip each test the moment it starts ranks, a Python, a shell or a compiler"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -54,7 +56,7 @@ def pytest_configure(config: pytest.Config) -> None:
     def start_or_skip(self: Any, args: Any, *others: Any, **settings: Any) -> None:
         program = args if isinstance(args, str | bytes | os.PathLike) else args[0]
         name = Path(os.fsdecode(program).partition(" ")[0]).name
-        if name.startswith("python") or name in ("bash", "sh", "turbolm", "accelerate", "torchrun"):
+        if name.startswith("python") or name in ("bash", "sh", "g++", "turbolm", "accelerate", "torchrun"):
             pytest.skip(f"starts {name}")
         start_program(self, args, *others, **settings)
 
