@@ -43,15 +43,19 @@ _NUM_ARGUMENTS = {
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The compiled file. Raises UserError without a C compiler or a place to write."""
+    """The compiled file. Raises UserError without a C compiler."""
     assert sys.byteorder == "little"  # as the store's files are
     try:
-        loaded = ctypes.CDLL(str(_compiled(_folder())))
-    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: there is no home
+        try:
+            loaded = ctypes.CDLL(str(_compiled(_folder())))
+        except (OSError, RuntimeError):  # no home, one that cannot be written, or a damaged file: for this process only
+            with tempfile.TemporaryDirectory(prefix="turbolm-") as folder:
+                loaded = ctypes.CDLL(str(_compiled(Path(folder))))
+    except (OSError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", None) or b""
         raise UserError(
             f"The loops that read training data could not be compiled: {error} {said[-500:].decode(errors='replace')}\n"
-            "Install a C compiler (gcc or clang) or set CC; TORCH_EXTENSIONS_DIR names another folder for the result."
+            "Install a C compiler (gcc or clang), or set CC."
         ) from None
     for name, count in _NUM_ARGUMENTS.items():
         function = getattr(loaded, name)

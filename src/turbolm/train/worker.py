@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from turbolm.checkpoint.verify import hash_ahead
+from turbolm.data import native
 from turbolm.data.prepare.build import find_store
 from turbolm.data.prepare.reader import check_left_out
 from turbolm.data.store.token_store import TokenStore, check_held_out, check_tokenizer, open_store
@@ -173,6 +174,7 @@ def _open_prepared_store(recipe: Recipe) -> TokenStore:
     if folder is None:
         raise UserError("the data is not prepared; run `turbolm prepare RECIPE` once, before the ranks start")
     store = open_store(folder)
+    native.library()  # a missing compiler is reported before the model is built
     check_held_out(store.num_documents("validation"), store.manifest["validation"])
     check_left_out(store.manifest, recipe.data.on_bad_document)
     pretrained = pretrained_folder(recipe.model) if recipe.model.pretrained is not None else None
