@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Annotated, Any, Union, get_args
+from typing import Annotated, Any, TypeVar, Union, get_args
 
 from pydantic import (
     AfterValidator,
@@ -29,7 +29,10 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
-def by_tag(*kinds: type[Any]) -> dict[str, type[Any]]:
+Kind = TypeVar("Kind", bound=Section)
+
+
+def by_tag(*kinds: type[Kind]) -> dict[str, type[Kind]]:
     """Section classes by the text that each has as the only value of its `name` or `type`."""
     return {get_args(kind.model_fields[tag_of(kind)].annotation)[0]: kind for kind in kinds}
 

@@ -174,7 +174,7 @@ class LengthBuckets(LengthSchedule):
         return [(0.0, tuple(lengths))]
 
 
-LENGTH_SCHEDULES: dict[str, type[LengthSchedule]] = by_tag(LengthStages, LengthGrowth, LengthBuckets)
+LENGTH_SCHEDULES = by_tag(LengthStages, LengthGrowth, LengthBuckets)
 if TYPE_CHECKING:
     AnyLengthSchedule = LengthSchedule
 else:

@@ -302,9 +302,7 @@ def _largest_momentum(momentum: float, recipe: Recipe) -> float:
     return momentum if ramp is None else max(ramp.start, ramp.end)
 
 
-OPTIMIZERS: dict[str, type[Optimizer]] = by_tag(
-    AdamW, AdamW8bit, CautiousAdamW, AdEMAMix, Lion, Sgd, RMSprop, Muon, Soap, Adafactor
-)
+OPTIMIZERS = by_tag(AdamW, AdamW8bit, CautiousAdamW, AdEMAMix, Lion, Sgd, RMSprop, Muon, Soap, Adafactor)
 if TYPE_CHECKING:
     AnyOptimizer = Optimizer
 else:

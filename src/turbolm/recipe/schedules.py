@@ -175,7 +175,7 @@ _SHAPES = {
     "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
     "sqrt": lambda progress: 1 - math.sqrt(progress),  # "1-sqrt" of arXiv 2405.18392
 }
-SCHEDULES: dict[str, type[Schedule]] = by_tag(Constant, Linear, Cosine, Sqrt, InverseSqrt, Wsd, WarmRestarts)
+SCHEDULES = by_tag(Constant, Linear, Cosine, Sqrt, InverseSqrt, Wsd, WarmRestarts)
 
 
 def _as_resolved_before(value: Any) -> Any:
