@@ -25,8 +25,8 @@ NAMES = {name: outcome for outcome, name in table.OUTCOMES.items()}
 WRITTEN = {
     model_type: NAMES[name] for model_type, name in re.findall(r"^\| ([\w-]+) \| ([\w ]+) \|", table.read_table(), re.M)
 }
-FAST = """apertus bart bloom cpmant deepseek_v3 gemma3_text gpt2 gpt_oss llama mamba mixtral nemotron openai-gpt
-    qwen3 roberta""".split()
+FAST = """apertus bart bert bloom cpmant deepseek_v3 falcon gemma2 gemma3_text gpt2 gpt_neox gpt_oss llama mamba mistral
+    mixtral nemotron olmo2 openai-gpt opt phi3 qwen2 qwen3 qwen3_moe roberta smollm3 stablelm""".split()
 NUM_SHARDS = 6
 
 
