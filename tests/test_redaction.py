@@ -31,6 +31,28 @@ CANARY = "c4n4ry-0123456789abcdef"
         (f'AWS_SECRET_ACCESS_KEY="{CANARY}"', 'AWS_SECRET_ACCESS_KEY="***"'),
         (f"environment={{WANDB_API_KEY: {CANARY}, A: b}}", "environment={WANDB_API_KEY: ***, A: b}"),
         (f"Authorization: Bearer {CANARY}", "Authorization: Bearer ***"),
+        ("Authorization: Basic dXNlcjpwYXNz", "Authorization: Basic ***"),
+        (f"authorization: token {CANARY}", "authorization: token ***"),
+        (f"Authorization: {CANARY}", "Authorization: ***"),
+        (f"{{'Authorization': 'Bearer {CANARY}', 'Accept': '*'}}", "{'Authorization': 'Bearer ***', 'Accept': '*'}"),
+        (f"X-Api-Key: {CANARY}", "X-Api-Key: ***"),
+        (f"PRIVATE-TOKEN: {CANARY}", "PRIVATE-TOKEN: ***"),
+        (f"set-cookie: {CANARY}; Path=/", "set-cookie: ***; Path=/"),
+        (f'"api_key": "{CANARY}"', '"api_key": ***'),
+        (f"'access_token':'{CANARY}'", "'access_token':***"),
+        (f"password = '{CANARY} with blanks'", "password = ***"),
+        (f"hf_token: {CANARY}", "hf_token: ***"),
+        (f"db_pass={CANARY}", "db_pass=***"),
+        (f"export DB_PASS={CANARY}", "export DB_PASS=***"),
+        (f"MYSQL_PWD={CANARY} mysql", "MYSQL_PWD=*** mysql"),
+        (f"s3://user:p@ss@{CANARY}@host/x", "s3://***@host/x"),
+        (f"postgres://me:{CANARY}@db:5432/x", "postgres://***@db:5432/x"),
+        (f"Server=db;User Id=me;Password={CANARY};", "Server=db;User Id=me;Password=***;"),
+        (f"AccountName=a;AccountKey={CANARY}==;EndpointSuffix=x", "AccountName=a;AccountKey=***;EndpointSuffix=x"),
+        (f"401 for hf_{'a' * 34} here", "401 for *** here"),
+        (f"ghp_{'A1' * 18}", "***"),
+        (f"key sk-proj-{'a1' * 12}.", "key ***."),
+        ("AKIAIOSFODNN7EXAMPLE", "***"),
     ],
 )
 def test_what_is_hidden(text: str, shown: str) -> None:
@@ -50,6 +72,18 @@ def test_what_is_hidden(text: str, shown: str) -> None:
         "model.config={pad_token_id: 0}",
         "cluster.slurm.environment.HF_TOKEN: expected text",
         "a@b.c: 3/4",
+        "eos_token: </s>",
+        "tokenizer.special_tokens_in_text: keep",
+        "pad_token='<pad>'",
+        "max_tokens=64, min_tokens: 5",
+        "password: expected text",
+        "step 10: 14k tokens/s, key: value",
+        "the basic idea; the bearer of news",
+        "hf_hub_download and sk-learn",
+        "PWD=/home/me",
+        "http://[::1]:8080/x",
+        "api_key=$KEY",
+        "bypass: 3 compass: 4",
     ],
 )
 def test_what_stays(text: str) -> None:
@@ -58,7 +92,8 @@ def test_what_stays(text: str) -> None:
 
 def test_names_of_secrets() -> None:
     secret = "HF_TOKEN WANDB_API_KEY AWS_SECRET_ACCESS_KEY MY_PASSWORD DB_PASSWD GITHUB_PAT TOKEN hf_token".split()
-    plain = "TOKENIZERS_PARALLELISM NCCL_DEBUG HF_TOKEN_PATH KEYBOARD PATH PWD HF_HOME MONKEY".split()
+    secret += ["DB_PASS", "MYSQL_PWD"]
+    plain = "TOKENIZERS_PARALLELISM NCCL_DEBUG HF_TOKEN_PATH KEYBOARD PATH PWD OLDPWD COMPASS HF_HOME MONKEY".split()
     assert all(map(is_secret_name, secret)) and not any(map(is_secret_name, plain))
 
 
