@@ -122,7 +122,8 @@ def process_of_rank(name: str, rank: int) -> int:
 @pytest.fixture(scope="module")
 def resumed(folder: Path) -> Path:
     """The same through `turbolm train`, interrupted by Ctrl-C, then by TERM to one of its ranks."""
-    command, target = [*TURBOLM, "train", str(folder / "recipe.yaml"), "name=resumed"], folder / "runs" / "resumed"
+    overrides, target = ["name=resumed", "logging.trackers=[tensorboard]"], folder / "runs" / "resumed"
+    command = [*TURBOLM, "train", str(folder / "recipe.yaml"), *overrides]
     interrupt(command, target, 1, lambda process: process.send_signal(signal.SIGINT))
     first = len(steps_of(target))
     output = interrupt(command, target, 2, lambda _: os.kill(process_of_rank("resumed", 1), signal.SIGTERM))
@@ -141,6 +142,18 @@ def test_an_interrupted_run_equals_an_uninterrupted_one(uninterrupted: Path, res
     last = f"checkpoints/step-{STEPS:08d}"
     for name in ("fragments-00000.safetensors", "fragments-00001.safetensors"):
         assert (resumed / last / name).read_bytes() == (uninterrupted / last / name).read_bytes()
+
+
+def test_tensorboard_shows_the_metrics_of_an_interrupted_run(resumed: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(resumed / "trackers" / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    written = [json.loads(line) for line in (resumed / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    for name in ("train/loss", "train/lr", "train/grad_norm", "tokens_seen", "perf/tokens_per_sec", "eval/loss"):
+        lines = {line["step"]: line[name] for line in written if name in line}
+        shown = {event.step: event.value for event in events.Scalars(name)}
+        assert shown == pytest.approx(lines, rel=1e-6), name
 
 
 def test_torchrun_starts_the_same_training(folder: Path, uninterrupted: Path) -> None:

@@ -73,13 +73,14 @@ def described_machine(recipe: Recipe) -> Machine | None:
 
 def missing_package(recipe: Recipe) -> str | None:
     """What to say when a package that the recipe needs is not installed here, or None."""
-    name = recipe.optimizer.name
-    needed = [(OPTIMIZERS[name].package, f"optimizer.name {name}")]
+    name, cure = recipe.optimizer.name, "turbolm[optimizers]"
+    needed = [(OPTIMIZERS[name].package, f"optimizer.name {name}", cure)]
     if recipe.train.fp8 != "off":
-        needed.append(("torchao", f"train.fp8 {recipe.train.fp8}"))
-    for package, what in needed:
+        needed.append(("torchao", f"train.fp8 {recipe.train.fp8}", cure))
+    needed += [(tracker, f"logging.trackers {tracker}", tracker) for tracker in recipe.logging.trackers]
+    for package, what, cure in needed:
         if package is not None and importlib.util.find_spec(package) is None:
-            return f"{what} needs the package {package}; install it with: pip install 'turbolm[optimizers]'"
+            return f"{what} needs the package {package}; install it with: pip install '{cure}'"
     return None
 
 

@@ -16,6 +16,7 @@ from turbolm.recipe.fields import (
     TrainingSpan,
     list_is_tuple,
     positive_span,
+    text_is_tuple,
     whole,
 )
 from turbolm.recipe.gpus import GPUS
@@ -277,6 +278,9 @@ class Checkpoint(Section):
     )
 
 
+Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow", "aim", "clearml", "comet_ml", "dvclive", "swanlab"]
+
+
 class Logging(Section):
     """What is shown while it runs; metrics.jsonl always has every step."""
 
@@ -284,3 +288,7 @@ class Logging(Section):
     sample_tokens: Annotated[int, Field(ge=0)] = Field(
         64, description="length of the sample generated at the end, at most the model's positions"
     )
+    trackers: Annotated[tuple[Tracker, ...], BeforeValidator(text_is_tuple)] = Field(
+        (), description="services that show the metrics as well, each through its own package"
+    )
+    project: Text = Field("turbolm", description="what the trackers file the run under")

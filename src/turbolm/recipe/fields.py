@@ -99,7 +99,7 @@ def off_is_none(value: object) -> object:
     return None if value == "off" else value
 
 
-def _text_is_tuple(value: object) -> object:
+def text_is_tuple(value: object) -> object:
     return (value,) if isinstance(value, str) else list_is_tuple(value)
 
 
@@ -126,7 +126,7 @@ Seconds = Annotated[int, BeforeValidator(units.parse_duration), WithJsonSchema(U
 Text = Annotated[str, Field(min_length=1, pattern=r"^[^\x00-\x1f\x7f]+$")]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 _PATHS = {"anyOf": [{"type": "string", "minLength": 1}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]}
-Paths = Annotated[tuple[Text, ...], BeforeValidator(_text_is_tuple), Field(min_length=1), WithJsonSchema(_PATHS)]
+Paths = Annotated[tuple[Text, ...], BeforeValidator(text_is_tuple), Field(min_length=1), WithJsonSchema(_PATHS)]
 _LIMIT = {"anyOf": [{"type": "number", "exclusiveMinimum": 0}, {"const": "off"}, {"type": "null"}]}
 Limit = Annotated[PositiveNumber | None, BeforeValidator(off_is_none), WithJsonSchema(_LIMIT)]
 _TIME_LIMIT = {"anyOf": [{"type": "number"}, {"type": "string"}, {"type": "null"}]}

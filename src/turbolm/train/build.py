@@ -49,6 +49,7 @@ from turbolm.train.metrics import MetricsLog, measure_peak_flops
 from turbolm.train.pace import Pace
 from turbolm.train.run_directory import RunDirectory
 from turbolm.train.session import Session
+from turbolm.train.trackers import build_trackers
 from turbolm.train.tricks import apply_tricks
 
 
@@ -73,6 +74,8 @@ def build_session(accelerator: Accelerator, context: Context) -> Session:
         terminal=context.terminal,
         pace=Pace(gather_over(group)(platform.node())),
     )
+    if dist.get_rank() == 0:
+        log.trackers = build_trackers(context, log.say)
     routers = find_routers(engine.module, recipe.train.router_aux_loss)
     if routers is not None:
         log.say(routers.message)

@@ -21,6 +21,7 @@ from turbolm.models.compile import compilations
 from turbolm.plan.curriculum import Curriculum
 from turbolm.train.pace import Pace
 from turbolm.train.step import StepResult
+from turbolm.train.trackers import Trackers
 from turbolm.units import format_count, format_duration
 
 
@@ -39,6 +40,7 @@ class MetricsLog:
     group: dist.ProcessGroup | None
     terminal: TextIO
     pace: Pace
+    trackers: Trackers | None = None
     _pending: list[tuple[dict[str, Any], StepResult]] = field(default_factory=list)
     _last_time: float = field(default_factory=time.perf_counter)
     _last_cpu_time: float = field(default_factory=time.process_time)
@@ -132,8 +134,15 @@ class MetricsLog:
             self.terminal.flush()
             _log(text)
 
+    def close(self) -> None:
+        """Give the trackers time to send what they have, once nothing more will be logged."""
+        if self.trackers is not None:
+            self.trackers.close()
+
     def _append(self, lines: list[dict[str, Any]]) -> None:
         """Append to metrics.jsonl; what cannot be written now (a full disk) is kept and comes with a later call."""
+        if self.trackers is not None:
+            self.trackers.log([_finite(line) for line in lines])
         self._unwritten += [json.dumps(_finite(line)) + "\n" for line in lines]
         try:
             with self.path.open("ab", buffering=0) as file:

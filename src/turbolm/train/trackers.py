@@ -17,8 +17,10 @@ from typing import Any
 
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
+from turbolm.files import read_json, write_json
+from turbolm.recipe.contract import contract_of, fingerprint
 from turbolm.redaction import redact
-from turbolm.train.run_directory import read_json, write_json
+from turbolm.train.context import Context
 
 Line = dict[str, Any]
 _CLOSE_SEC = 30.0  # how long the end of a run waits for what is still on its way
@@ -58,6 +60,19 @@ class Trackers:
         deadline = time.monotonic() + timeout_sec
         for feed in self._feeds:
             feed.join(max(0.0, deadline - time.monotonic()))
+
+
+def build_trackers(context: Context, say: Callable[[str], None]) -> Trackers | None:
+    """The recipe's trackers, opened with the first line that is logged. For rank 0."""
+    recipe, plan = context.recipe, context.plan
+    if not recipe.logging.trackers:
+        return None
+    contract = contract_of(recipe)
+    execution = recipe.execution.model_dump(mode="json")
+    about = {"fingerprint": fingerprint(contract), "world_size": plan.world_size, "device": plan.device}
+    settings = flatten({**contract, "execution": execution, **about})
+    target = Target(recipe.name, context.run.path / "trackers", recipe.logging.project, settings)
+    return Trackers(recipe.logging.trackers, target, say)
 
 
 class _Feed:

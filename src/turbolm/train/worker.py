@@ -112,8 +112,10 @@ def _train(session: Session) -> int:
         is_done = train(session)
     except BaseException:
         session.saver.wait(_LAST_WRITE_SEC)  # what is being written is a good state
+        session.log.close()
         raise
     session.log.flush()
+    session.log.close()
     dist.barrier(group=context.group)
     if dist.get_rank() > 0:
         return EXIT_OK if is_done else EXIT_REQUEUE
