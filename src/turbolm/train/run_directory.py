@@ -8,6 +8,7 @@ runs/<name>/
                   hung/ (ranks and their stacks, of an attempt that hung)
   metrics.jsonl   one line a step      checkpoints/    results.json, report.html, export/
   restarts/       the candidates of train.random_restarts and the steps of those not chosen
+  trackers/       what TensorBoard, W&B and others keep here, and how a later attempt continues it
   stop            its presence asks the run to save and stop
 """
 
