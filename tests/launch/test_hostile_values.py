@@ -54,6 +54,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "train": {"budget": 64000, "global_batch": 1024},
         "cluster": {"num_nodes": 2, "slurm": _SLURM},
         "execution": {"cache_dir": "c", "runs_dir": "r"},
+        "logging": {"project": "p"},
     }
 }
 LAYOUTS["hub"] = LAYOUTS["files"] | {
