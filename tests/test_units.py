@@ -52,7 +52,7 @@ def test_shares() -> None:
     ("text", "seconds"),
     [
         ("1h30m", 5400), ("45s", 45), ("2d", 172_800), ("01:30:00", 5400), ("1-12:00:00", 129_600), ("90", 90),
-        (90, 90), ("1d2h3m4s", 93_784), ("10min", 600), ("5sec", 5), ("12:30", 45_000),
+        (90, 90), ("1d2h3m4s", 93_784), ("10min", 600), ("5sec", 5), ("1-12:30", 131_400),
     ],
 )  # fmt: skip
 def test_durations(text: object, seconds: int) -> None:
@@ -63,6 +63,11 @@ def test_durations(text: object, seconds: int) -> None:
 def test_what_is_no_duration(bad: object) -> None:
     with pytest.raises(ValueError, match="expected a duration"):
         units.parse_duration(bad)
+
+
+def test_a_clock_of_two_parts_has_two_readings() -> None:
+    with pytest.raises(ValueError, match="12:30 is minutes and seconds for Slurm, .* write 12m30s or 12h30m"):
+        units.parse_duration("12:30")
 
 
 def test_spans() -> None:

@@ -62,13 +62,22 @@ def parse_share(value: object) -> float:
 
 
 def parse_duration(value: object) -> int:
-    """`1h30m`, `45s`, `2d`, `01:30:00`, `1-12:00:00` or a plain number of seconds, in seconds."""
+    """`1h30m`, `45s`, `2d`, `01:30:00`, `1-12:00:00` or a plain number of seconds, in seconds.
+
+    Raises ValueError for anything else, and for `12:30`, which has two readings.
+    """
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
         return value
     if isinstance(value, str) and (text := value.strip()):
         if text.isdigit() and len(text) < 12:
             return int(text)
-        if match := _DURATION.match(text) or _CLOCK.match(text):
+        clock = _CLOCK.match(text)
+        if clock and clock[1] is None and clock[4] is None:
+            raise ValueError(
+                f"{text} is minutes and seconds for Slurm, hours and minutes for others; write {clock[2]}m{clock[3]}s or "
+                f"{clock[2]}h{clock[3]}m"
+            )
+        if match := _DURATION.match(text) or clock:
             days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
             return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
     raise ValueError(f"expected a duration such as 1h30m, 45s or 01:30:00, got {value!r}")

@@ -35,7 +35,7 @@ PAYLOADS = [
 _MODEL = {"model_type": "llama", "hidden_size": 32, "_name_or_path": "text"}
 _SLURM = {
     "partition": "p", "account": "a", "qos": "q", "mem": "1G", "gpu_type": "t", "constraint": "c", "exclude": "e",
-    "nodelist": "n", "reservation": "r", "dependency": "d", "modules": ["m"], "environment": {"NAME": "value"},
+    "nodelist": "n", "reservation": "r", "dependency": "singleton", "modules": ["m"], "environment": {"NAME": "value"},
 }  # fmt: skip
 # Recipes that together have every string field.
 LAYOUTS: dict[str, dict[str, Any]] = {

@@ -185,7 +185,7 @@ class SlurmCluster:
         (self.root / "hosts").write_text("\n".join(hosts) + "\n")
         nodes = "\n".join(
             f"NodeName={node.name} NodeAddr={node.address} CPUs={self._cpus_per_node} RealMemory=8000 "
-            f"Gres=gpu:{self._gpus_per_node}"
+            f"Gres=gpu:{self._gpus_per_node} Feature=ib,ssd"
             for node in self.nodes
         )
         for i in range(self._gpus_per_node):

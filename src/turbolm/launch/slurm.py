@@ -2,7 +2,7 @@
 
 The recipe reaches the job as a file, fully resolved, so that neither a later edit nor a shell on the way can change it.
 Only what Slurm or the batch shell must know stands in the script: directives whose grammar needs no quoting
-(`recipe.schema.SlurmValue`), and quoted words.
+(`recipe.slurm_values`), and quoted words.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from turbolm.plan.count import check_model
 from turbolm.recipe.execution import Slurm
 from turbolm.recipe.load import dump_recipe, load_recipe
 from turbolm.recipe.schema import Recipe
+from turbolm.recipe.slurm_values import slurm_clock
 from turbolm.shipped import read_shipped
 from turbolm.train.run_contract import as_started, check_contract, start_fresh
 from turbolm.train.run_directory import RunDirectory, run_directory
@@ -123,7 +124,7 @@ def _directives(recipe: Recipe, slurm: Slurm, runs: Sequence[str]) -> dict[str, 
         "ntasks-per-node": 1,
         "cpus-per-task": slurm.cpus_per_task,
         **{name: getattr(slurm, name) for name in ("mem", "partition", "account", "qos")},
-        "time": _clock(slurm.time) if slurm.time else None,
+        "time": None if slurm.time is None else slurm_clock(slurm.time),
         **{name: getattr(slurm, name) for name in ("constraint", "exclude", "nodelist", "reservation", "dependency")},
         "array": f"0-{len(slurm.seeds) - 1}" if slurm.seeds else None,
         "signal": f"B:USR2@{slurm.stop_grace}",
@@ -136,12 +137,6 @@ def _directives(recipe: Recipe, slurm: Slurm, runs: Sequence[str]) -> dict[str, 
 def _directive_text(value: str) -> str:
     """A value as sbatch reads it back: it strips quotes and backslashes, and takes a bare `#` for a comment."""
     return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
-
-
-def _clock(seconds: int) -> str:
-    """Slurm's D-HH:MM:SS."""
-    days, rest = divmod(seconds, 86400)
-    return f"{days}-{rest // 3600:02d}:{rest // 60 % 60:02d}:{rest % 60:02d}"
 
 
 def _recipes_of_seeds(recipe: Recipe, seeds: Sequence[int]) -> list[Recipe]:

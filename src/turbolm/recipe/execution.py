@@ -20,24 +20,9 @@ from turbolm.recipe.fields import (
     whole,
 )
 from turbolm.recipe.gpus import GPUS
+from turbolm.recipe.slurm_values import Constraint, Dependency, Hosts, SlurmMemory, SlurmTime, SlurmValue
 from turbolm.redaction import is_secret_name
 from turbolm.units import Span
-
-
-def _slurm_value(value: str) -> str:
-    """Slurm's own grammar for lists and expressions needs no blank, quote or backslash: none of it means a shell."""
-    if not re.fullmatch(r"[\w\[(~!@%/][\w.,:+*%@=/\[\]()|&!~^?{}-]*", value, re.ASCII):
-        raise ValueError(
-            "expected letters, digits and any of _.,:+*%@=/[]()|&!~^?{}- without blanks and quotes, "
-            f"not starting with '-', got {value!r}"
-        )
-    return value
-
-
-def _slurm_memory(value: str) -> str:
-    if not re.fullmatch(r"[0-9]+[KMGT]?", value, re.ASCII):
-        raise ValueError(f"expected a size as Slurm writes it, such as 64G, got {value!r}")
-    return value
 
 
 def _argument(value: str) -> str:
@@ -69,8 +54,6 @@ def _environment_name(value: str) -> str:
     return value
 
 
-SlurmValue = Annotated[Text, AfterValidator(_slurm_value)]
-SlurmMemory = Annotated[Text, AfterValidator(_slurm_memory)]
 Argument = Annotated[Text, AfterValidator(_argument)]
 Mount = Annotated[Argument, AfterValidator(_mount)]
 EnvironmentName = Annotated[Text, AfterValidator(_environment_name)]
@@ -99,8 +82,12 @@ class Slurm(Section):
     partition: SlurmValue | None = Field(None, description="where the job queues")
     account: SlurmValue | None = Field(None, description="who is charged")
     qos: SlurmValue | None = Field(None, description="quality of service")
-    time: Annotated[Seconds, Field(gt=0)] | None = Field(None, description="limit of one start; a requeue gets it anew")
-    mem: SlurmMemory | None = Field(None, description="memory of each node, such as 64G; 0: all of it")
+    time: SlurmTime | None = Field(
+        None, description="limit of one start, such as 1h30m, 1-12:00:00 or UNLIMITED; a requeue gets it anew"
+    )
+    mem: SlurmMemory | None = Field(
+        None, description="memory of each node, such as 64G; a bare number is in MB; 0: all of it"
+    )
     cpus_per_task: Annotated[int, Field(ge=1)] | None = Field(
         None, description="CPUs of each node: there is one task a node"
     )
@@ -108,11 +95,11 @@ class Slurm(Section):
         "gres", description="how cluster.gpus_per_node is asked for: --gres=gpu:N or --gpus-per-node=N"
     )
     gpu_type: SlurmValue | None = Field(None, description="Slurm's name of the GPU, such as h100")
-    constraint: SlurmValue | None = Field(None, description="features the nodes need, such as ib&ssd")
-    exclude: SlurmValue | None = Field(None, description="nodes to avoid, such as node[03,07-09]")
-    nodelist: SlurmValue | None = Field(None, description="nodes that must be among those given")
+    constraint: Constraint | None = Field(None, description="features the nodes need, such as ib&ssd")
+    exclude: Hosts | None = Field(None, description="nodes to avoid, such as node[03,07-09]")
+    nodelist: Hosts | None = Field(None, description="nodes that must be among those given")
     reservation: SlurmValue | None = Field(None, description="a reservation to run in")
-    dependency: SlurmValue | None = Field(None, description="jobs to wait for, such as afterok:1234")
+    dependency: Dependency | None = Field(None, description="jobs to wait for, such as afterok:1234")
     exclusive: bool = Field(False, description="share the nodes with no other job")
     seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**32)], ...], BeforeValidator(list_is_tuple)] = Field(
         (), description="a job array: one run for each, named NAME-seedN, with train.seed N"
@@ -135,7 +122,7 @@ class Slurm(Section):
 
     @model_validator(mode="after")
     def _coherent(self) -> Slurm:
-        if self.time is not None and self.time <= self.stop_grace:
+        if isinstance(self.time, int) and self.time <= self.stop_grace:
             raise ValueError(f"expected `time` ({self.time} s) to be longer than `stop_grace` ({self.stop_grace} s)")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError("expected every seed once in `seeds`")
