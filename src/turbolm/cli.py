@@ -258,11 +258,11 @@ def _verify_store(folder: Path) -> int:
 @app.command()
 def export(
     checkpoint: CheckpointFolder,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="the folder to write; replaced if it is there")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="the folder to write; an export there is replaced")],
 ) -> None:
     """Write a checkpoint in the Hugging Face layout."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, which Transformers imports, need not look for GPUs
-    from turbolm.checkpoint.export import export_checkpoint, is_export, short_card
+    from turbolm.checkpoint.export import export_checkpoint, short_card
     from turbolm.files import read_json
     from turbolm.train.run_directory import RunDirectory
 
@@ -270,8 +270,6 @@ def export(
     contract = read_json(run.contract)
     if contract is None:
         raise UserError(f"{checkpoint}: expected a checkpoint inside a run directory; {run.contract} cannot be read")
-    if os.path.lexists(out) and not is_export(out):
-        raise UserError(f"{out} exists and is not a model that turbolm exported; choose another folder")
     card = short_card(run.path, checkpoint)
     precision = contract["contract"]["train"]["precision"]
     print(f"exported to {export_checkpoint(checkpoint, run.model, out, precision=precision, card=card)}")

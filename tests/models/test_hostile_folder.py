@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.canary import assert_it_sings, pickles
-from turbolm.checkpoint.export import is_export, tokenizer
+from turbolm.checkpoint.export import tokenizer
 from turbolm.errors import UserError
 from turbolm.models.build import build_config, build_model
 from turbolm.plan.count import read_model_config, size_model
@@ -153,16 +153,6 @@ def test_a_kernel_named_by_the_configuration_is_not_fetched(folder: Path) -> Non
     """`attn_implementation: owner/name` would download and run code; the recipe alone chooses the kernel."""
     edit(folder / "config.json", attn_implementation="evil/kernel", _attn_implementation="evil/kernel")
     assert use(folder).config._attn_implementation == "eager"
-
-
-def test_only_an_export_is_replaced(whole: Path, tmp_path: Path) -> None:
-    """`turbolm export` must not empty a model folder that someone else made, nor what a link leads to."""
-    assert not is_export(whole)
-    export = Path(shutil.copytree(whole, tmp_path / "export"))
-    (export / "README.md").write_text("Exported from step-00000001 with turbolm.\n")
-    assert is_export(export)
-    (tmp_path / "link").symlink_to(export)
-    assert not is_export(tmp_path / "link")
 
 
 def _recipe(folder: Path) -> object:

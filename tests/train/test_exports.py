@@ -81,9 +81,14 @@ def test_plain_transformers_computes_the_runs_loss_from_its_export(tmp_path: Pat
 
 def check_exports_again(checkpoint: Path, model_folder: Path, out: Path) -> None:
     """The checkpoint of a head of its own, with the configuration that an older version wrote; and a faulty writer."""
-    edit_config(model_folder, tie_word_embeddings=True)
+    code = {"AutoModelForCausalLM": "owner/model--modeling.Evil"}
+    edit_config(model_folder, tie_word_embeddings=True, auto_map=code, custom_pipelines={"x": {"impl": "a.B"}})
+    tokenizer_config = json.loads((model_folder / "tokenizer_config.json").read_text())
+    (model_folder / "tokenizer_config.json").write_text(json.dumps({**tokenizer_config, "auto_map": code}))
     export_checkpoint(checkpoint, model_folder, out, precision="fp32", card="turbolm")
     assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
+    for path in out.glob("*.json"):
+        assert not {"auto_map", "custom_pipelines"} & json.loads(path.read_text()).keys(), path
     clean_save = PreTrainedModel.save_pretrained
 
     def faulty_save(model: Any, *arguments: Any, **keywords: Any) -> None:
@@ -95,6 +100,12 @@ def check_exports_again(checkpoint: Path, model_folder: Path, out: Path) -> None
     with patch.object(PreTrainedModel, "save_pretrained", faulty_save), refused:
         export_checkpoint(checkpoint, model_folder, out, precision="bf16", card="turbolm")
     assert (out / "model.safetensors").read_bytes() == weights, "the older export stays"
+    export_checkpoint(checkpoint, model_folder, out, precision="fp32", card="of turbolm, again")
+    assert (out / "README.md").read_text() == "of turbolm, again"
+    (out / "README.md").write_text("mine")
+    with pytest.raises(UserError, match=r"changed since: README\.md; move that away"):
+        export_checkpoint(checkpoint, model_folder, out, precision="fp32", card="turbolm")
+    assert (out / "README.md").read_text() == "mine"
 
 
 def edit_config(folder: Path, **changes: Any) -> None:

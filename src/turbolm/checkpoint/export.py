@@ -15,6 +15,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from turbolm.checkpoint.export_folder import check_replaceable, drop_code, replace_export
 from turbolm.checkpoint.load import CheckpointReader
 from turbolm.checkpoint.manifest import remove_folder
 from turbolm.checkpoint.verify import verify_checkpoint
@@ -28,10 +29,11 @@ def export_checkpoint(checkpoint: Path, model_folder: Path, out: Path, *, precis
     """Write the checkpoint's weights, in the precision they were trained in, to `out`.
 
     `model_folder` holds the run's configuration and tokenizer, `card` is the text of the model card. What was written
-    is loaded again as Transformers does and compared with the checkpoint, tensor by tensor. A folder that is already
-    there is replaced once the new one is complete. Raises UserError for a damaged checkpoint, and where the new folder
-    would hold another model.
+    is loaded again as Transformers does and compared with the checkpoint, tensor by tensor. An earlier export that is
+    already there is replaced once the new one is complete. Raises UserError for a damaged checkpoint, where the new
+    folder would hold another model, and where `out` holds a file that no export wrote.
     """
+    check_replaceable(out)
     problems = verify_checkpoint(checkpoint)
     if problems:
         raise UserError(f"{checkpoint} cannot be exported: {problems[0]}")
@@ -41,11 +43,11 @@ def export_checkpoint(checkpoint: Path, model_folder: Path, out: Path, *, precis
     try:
         with CheckpointReader(checkpoint) as reader:
             _build(reader, model_folder, dtype).save_pretrained(temporary)
+            tokenizer(model_folder).save_pretrained(temporary)
+            drop_code(temporary)
             _compare(reader, temporary, dtype)
-        tokenizer(model_folder).save_pretrained(temporary)
         (temporary / "README.md").write_text(card, encoding="utf-8")
-        remove_folder(out)
-        temporary.rename(out)
+        replace_export(out, temporary)
     finally:
         remove_folder(temporary)  # of an export that failed; a full disk needs the room
     return out
@@ -123,15 +125,6 @@ def _same(exported: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) ->
     if expected.is_floating_point():
         exported, expected = exported.to(dtype), expected.to(dtype)
     return torch.allclose(exported, expected, rtol=0, atol=0, equal_nan=True)
-
-
-def is_export(folder: Path) -> bool:
-    """Whether a folder holds a model that was exported here, so that it may be replaced; a link is not one."""
-    try:
-        card = (folder / "README.md").read_text(encoding="utf-8")
-    except (OSError, ValueError):
-        return False
-    return not folder.is_symlink() and (folder / "config.json").is_file() and "turbolm" in card
 
 
 def generate_sample(model_folder: Path, num_tokens: int, *, seed: int = 0, prompt: str = "") -> str:

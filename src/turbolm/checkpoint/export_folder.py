@@ -1,0 +1,98 @@
+"""The folder of an exported model: which files export wrote, and nothing in them that names code. Torch-free."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from turbolm.checkpoint.manifest import remove_folder
+from turbolm.errors import UserError
+from turbolm.files import read_json, sha256_file, write_json
+
+RECORD = "turbolm_export.json"  # size and SHA-256 of each file that export wrote
+_NAMES_CODE = {"auto_map", "custom_pipelines", "custom_generate", "trust_remote_code", "code_revision"}
+_MAX_NAMED = 3
+
+
+def check_replaceable(out: Path) -> None:
+    """Raise UserError, naming files, unless nothing is at `out` but what an export wrote."""
+    if not os.path.lexists(out):
+        return
+    if out.is_symlink() or not out.is_dir():
+        raise UserError(f"{out} is not a folder but a {'link' if out.is_symlink() else 'file'}; choose another folder")
+    if _is_early_export(out):
+        return
+    others = _others(out)
+    if others:
+        more = f" and {len(others) - _MAX_NAMED} more" if len(others) > _MAX_NAMED else ""
+        raise UserError(
+            f"{out} holds what no export wrote, or what was changed since: {', '.join(others[:_MAX_NAMED])}{more}; "
+            "move that away, or choose another folder"
+        )
+
+
+def replace_export(out: Path, new: Path) -> None:
+    """Record the files of `new` and rename it to `out`, in place of an earlier export. Raises UserError."""
+    files = {name: {"bytes": (new / name).stat().st_size, "sha256": sha256_file(new / name)} for name in _files(new)}
+    write_json(new / RECORD, {"files": files})
+    check_replaceable(out)
+    if out.is_dir() and _is_early_export(out):
+        number = 1
+        while os.path.lexists(aside := out.with_name(f"{out.name}.{number}")):
+            number += 1
+        out.rename(aside)
+        print(f"turbolm: {out} has no record of what an export wrote there; it is moved to {aside}", file=sys.stderr)
+    remove_folder(out)
+    new.rename(out)
+
+
+def drop_code(folder: Path) -> None:
+    """Take all that names code to import out of every JSON file of an export but its tokenizer, and its Python files.
+
+    Of a published model they name code that is not in the folder, and that plain Transformers would ask to run.
+    """
+    for path in folder.rglob("*.py"):
+        path.unlink()
+    for path in folder.glob("*config.json"):
+        values = json.loads(path.read_text(encoding="utf-8"))
+        plain = _without_code(values)
+        if plain != values:
+            path.write_text(json.dumps(plain, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _without_code(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_code(child) for key, child in value.items() if key not in _NAMES_CODE}
+    return [_without_code(child) for child in value] if isinstance(value, list) else value
+
+
+def _files(folder: Path) -> list[str]:
+    """Everything below the folder that is not a folder itself."""
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_symlink() or not p.is_dir())
+
+
+def _others(folder: Path) -> list[str]:
+    files = (read_json(folder / RECORD) or {}).get("files")
+    recorded = files if isinstance(files, dict) else {}
+
+    def is_ours(name: str) -> bool:
+        path, entry = folder / name, recorded.get(name)
+        if name == RECORD and recorded:
+            return True
+        if not isinstance(entry, dict) or path.is_symlink() or not path.is_file():
+            return False
+        return path.stat().st_size == entry.get("bytes") and sha256_file(path) == entry.get("sha256")
+
+    return [name for name in _files(folder) if not is_ours(name)]
+
+
+def _is_early_export(folder: Path) -> bool:
+    """Whether a version before the record exported here: what is in the folder cannot be told from the user's own."""
+    try:
+        card = (folder / "README.md").read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return False
+    return not (folder / RECORD).exists() and (folder / "config.json").is_file() and "turbolm" in card
