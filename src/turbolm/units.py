@@ -74,8 +74,8 @@ def parse_duration(value: object) -> int:
         clock = _CLOCK.match(text)
         if clock and clock[1] is None and clock[4] is None:
             raise ValueError(
-                f"{text} is minutes and seconds for Slurm, hours and minutes for others; write {clock[2]}m{clock[3]}s or "
-                f"{clock[2]}h{clock[3]}m"
+                f"{text} is minutes and seconds for Slurm, hours and minutes for others; write "
+                f"{clock[2]}m{clock[3]}s or {clock[2]}h{clock[3]}m"
             )
         if match := _DURATION.match(text) or clock:
             days, hours, minutes, seconds = (int(part or 0) for part in match.groups())

@@ -197,7 +197,7 @@ def link_the_folder(checkpoint: Path) -> None:
         (forge_the_best_loss, "trainer.json: not a trainer's state: "),
         (change_the_contract, "another learning contract"),
         (remove_the_random_state, f"{INDEX}: the random state of rank 0 is missing"),
-        (remove_a_rank, "fragments-00001.json: missing"),
+        (remove_a_rank, "buffers.safetensors: not of world_size 2, but of '1'"),
         (remove_a_fragment, "0 of 35 elements of inner.weight"),
         (shift_a_fragment, "elements 0 to 1 of inner.weight"),
         (rename_to_a_later_step, "its manifest is of step 2"),

@@ -19,9 +19,10 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import safe_get_full_grad
 
 from tests.train.harness import MIXTURES, Cell, cell_recipe
+from turbolm.checkpoint.agreement import gather_over
 from turbolm.checkpoint.load import load_checkpoint
 from turbolm.checkpoint.retention import Retention
-from turbolm.checkpoint.save import gather_over, write_checkpoint
+from turbolm.checkpoint.save import write_checkpoint
 from turbolm.checkpoint.saver import CheckpointSaver
 from turbolm.checkpoint.snapshot import Snapshot, take_snapshot
 from turbolm.data.batch.loader import BatchLoader

@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 
+from turbolm.checkpoint.agreement import Agree, gather_over, in_step
+from turbolm.checkpoint.host_rng import set_host_rng_state
 from turbolm.checkpoint.manifest import BUFFERS, TRAINER_STATE, index_file, rank_of_tensor_file, read_manifest
 from turbolm.checkpoint.optimizer_state import (
     check_same_states,
@@ -20,7 +22,6 @@ from turbolm.checkpoint.optimizer_state import (
     set_group_numbers,
     set_scalars,
 )
-from turbolm.checkpoint.snapshot import set_host_rng_state
 from turbolm.engine.engine import Engine
 from turbolm.engine.partitions import Fragment
 from turbolm.errors import UserError
@@ -132,33 +133,73 @@ class CheckpointReader:
             raise UserError(f"{self.checkpoint / name}: {error}") from None
 
 
-def load_checkpoint(checkpoint: Path, engine: Engine) -> dict[str, Any]:
-    """Restore weights, optimizer state and random state of a freshly built engine; returns the trainer's state.
+def load_checkpoint(checkpoint: Path, engine: Engine, agree: Agree | None = None) -> dict[str, Any]:
+    """Restore weights, optimizer state and random state of an engine; returns the trainer's state.
 
-    Collective. The checkpoint must have been verified; its contract is the caller's to compare. Raises UserError when
-    its tensors do not fit this model, optimizer or layout.
+    Collective, through `agree` (the default process group's). The checkpoint must have been verified; its contract is
+    the caller's to compare. Whatever fails on any rank is a UserError on all, such as tensors that do not fit this
+    model, optimizer or layout; the engine must then be loaded from another checkpoint, which restores all of it.
     """
-    optimizer = engine.optimizer
-    with CheckpointReader(checkpoint) as reader:
-        ours = engine.parameter_shapes()
-        if ours != reader.shapes:
-            different = sorted(name for name in {*ours, *reader.shapes} if ours.get(name) != reader.shapes.get(name))
-            raise UserError(f"{checkpoint}: the model's parameters differ, first {different[0]}")
-        if reader.states:
+    agree = agree or gather_over(None)
+    with ExitStack() as stack:
+        opened: list[CheckpointReader] = []
+
+        def open_and_check() -> bool:
+            reader = stack.enter_context(CheckpointReader(checkpoint))
+            _check_fits(reader, engine)
+            opened.append(reader)
+            return bool(reader.states)
+
+        has_states = in_step(agree, open_and_check, UserError)
+        reader = opened[0]
+        if any(has_states):
             engine.materialise_state()
-        bound_to, seen = layouts(engine), set()
-        for fragment in engine.fragments():
-            is_first = id(fragment.flat) not in seen
-            _load_fragment(reader, fragment, optimizer, bound_to[fragment.name] if is_first else None)
-            seen.add(id(fragment.flat))
-        counted = {name: value for scalars in reader.scalars.values() for name, value in scalars.items()}
-        set_group_numbers(optimizer, reader.groups, {"step": counted["step"]} if "step" in counted else {})
-        buffers = dict(engine.module.named_buffers())
-        for name, value in reader.buffers().items():
-            buffers[name].copy_(value)
+        in_step(agree, lambda: _load_own_part(reader, engine), UserError)
         engine.publish_weights()
-        _set_rng_state(*reader.rng_state(dist.get_rank()))
-        state = reader.trainer_state()
+        state: dict[str, Any] = in_step(agree, lambda: _load_rest(reader, engine), UserError)[dist.get_rank()]
+        return state
+
+
+def _check_fits(reader: CheckpointReader, engine: Engine) -> None:
+    """All that can be seen before anything is changed. Raises UserError."""
+    ours, checkpoint = engine.parameter_shapes(), reader.checkpoint
+    if ours != reader.shapes:
+        different = sorted(name for name in {*ours, *reader.shapes} if ours.get(name) != reader.shapes.get(name))
+        raise UserError(f"{checkpoint}: the model's parameters differ, first {different[0]}")
+    buffers = dict(engine.module.named_buffers())
+    for name, value in reader.buffers().items():
+        if name not in buffers or buffers[name].shape != value.shape:
+            raise UserError(f"{checkpoint}: the model has no buffer {name} of shape {tuple(value.shape)}")
+    rank = dist.get_rank()
+    try:
+        for device, state in reader.rng_state(rank)[0].items():
+            if device == "cpu" or torch.cuda.is_available():
+                torch.Generator(device).set_state(state)
+    except (RuntimeError, TypeError) as error:
+        raise UserError(f"{checkpoint}: the random state of rank {rank} is not one: {error}") from None
+    scaler = reader.trainer_state()["scaler"]
+    if not all(isinstance(value, (int, float)) for value in scaler.values()):
+        raise UserError(f"{checkpoint}: {TRAINER_STATE}: the loss scaler's state is not numbers")
+
+
+def _load_own_part(reader: CheckpointReader, engine: Engine) -> None:
+    """This rank's fragments and what goes with them."""
+    optimizer, bound_to, seen = engine.optimizer, layouts(engine), set()
+    for fragment in engine.fragments():
+        is_first = id(fragment.flat) not in seen
+        _load_fragment(reader, fragment, optimizer, bound_to[fragment.name] if is_first else None)
+        seen.add(id(fragment.flat))
+    counted = {name: value for scalars in reader.scalars.values() for name, value in scalars.items()}
+    set_group_numbers(optimizer, reader.groups, {"step": counted["step"]} if "step" in counted else {})
+    buffers = dict(engine.module.named_buffers())
+    for name, value in reader.buffers().items():
+        buffers[name].copy_(value)
+
+
+def _load_rest(reader: CheckpointReader, engine: Engine) -> dict[str, Any]:
+    """What follows the weights; returns the trainer's state."""
+    state = reader.trainer_state()
+    _set_rng_state(*reader.rng_state(dist.get_rank()))
     engine.restore_loss_scaler(state["scaler"])
     return state
 
@@ -172,8 +213,8 @@ def _load_fragment(
     def read(state: str) -> torch.Tensor:
         return reader.read(state, fragment.name, fragment.start, fragment.numel)
 
-    name = fragment.name
-    fragment.view(fragment.flat).copy_(read("weight"))
+    name, weight = fragment.name, fragment.view(fragment.flat)
+    weight.copy_(_of_its_kind(reader, f"weight of {name}", read("weight"), weight))
     ours = parameter_state(optimizer, fragment)
     saved, scalars = reader.states_of.get(name, set()), reader.scalars.get(name, {})
     if not saved and not scalars and not any(parameter == name for parameter, _ in reader.whole):
@@ -194,10 +235,17 @@ def _load_fragment(
     for state, tensor in {**ours.sharded, **ours_whole}.items():
         # A tensor in another order in memory is saved whole, and the same state may lie otherwise here.
         values = read(state) if state in saved else reader.read_bound(state, name, str(layout))
-        if values.numel() != tensor.numel():
-            raise UserError(f"{reader.checkpoint}: {state} of {name} is of shape {tuple(values.shape)}")
-        tensor.copy_(values.reshape(tensor.shape))
+        tensor.copy_(_of_its_kind(reader, f"{state} of {name}", values, tensor).reshape(tensor.shape))
     set_scalars(optimizer, fragment, {key: value for key, value in scalars.items() if key in ours.scalars})
+
+
+def _of_its_kind(reader: CheckpointReader, what: str, values: torch.Tensor, ours: torch.Tensor) -> torch.Tensor:
+    """`values`, where they have the type of ours and its shape, flattened or not. Raises UserError."""
+    is_flat = 1 in (values.dim(), ours.dim()) and values.numel() == ours.numel()
+    if values.dtype != ours.dtype or not (is_flat or values.shape == ours.shape):
+        shapes = [f"{str(one.dtype).removeprefix('torch.')} of shape {tuple(one.shape)}" for one in (values, ours)]
+        raise UserError(f"{reader.checkpoint}: {what} is {shapes[0]}, expected {shapes[1]}")
+    return values
 
 
 def _set_rng_state(torch_states: dict[str, torch.Tensor], host_state: dict[str, Any]) -> None:

@@ -27,6 +27,11 @@ def checkpoint_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def step_of(checkpoint: Path) -> int:
+    """The step that the folder name of a checkpoint says."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
 def temporary_folder(folder: Path, step: int) -> Path:
     """Where the checkpoint of a step is written before it is complete."""
     return folder / f"{_TEMPORARY}{checkpoint_name(step)}"

@@ -18,8 +18,9 @@ from typing import Any
 
 import torch.distributed as dist
 
+from turbolm.checkpoint.agreement import gather_over
 from turbolm.checkpoint.retention import Retention
-from turbolm.checkpoint.save import gather_over, write_checkpoint
+from turbolm.checkpoint.save import write_checkpoint
 from turbolm.checkpoint.snapshot import HostCopy, Snapshot, take_snapshot, use_device
 from turbolm.engine.engine import Engine
 from turbolm.errors import RunError

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
+from turbolm.checkpoint.host_rng import host_rng_state
 from turbolm.checkpoint.optimizer_state import group_numbers, layouts, parameter_state
 from turbolm.engine.engine import Engine
 
@@ -64,6 +63,7 @@ def take_snapshot(engine: Engine, step: int, trainer_state: Mapping[str, Any]) -
     index = {
         "step": step,
         "rank": rank,
+        "world_size": dist.get_world_size(),
         "fragments": fragments,
         "states": states,
         "scalars": scalars,
@@ -141,24 +141,6 @@ class HostCopy:
         if self._stream:
             self._stream.synchronize()
         return Snapshot(**{**vars(snapshot), "tensors": copies[0], "buffers": copies[1]})
-
-
-def host_rng_state() -> dict[str, Any]:
-    """The state of Python's and numpy's global generators, as JSON can hold it."""
-    version, numbers, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-    return {
-        "python": [version, list(numbers), gauss],
-        "numpy": [str(name), np.asarray(keys).tolist(), int(position), int(has_gauss), float(cached)],
-    }
-
-
-def set_host_rng_state(saved: Mapping[str, Any]) -> None:
-    """Write `host_rng_state` back."""
-    version, numbers, gauss = saved["python"]
-    random.setstate((version, tuple(numbers), gauss))
-    name, keys, *rest = saved["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
 
 
 def _persistent_buffers(module: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from turbolm.checkpoint.host_rng import host_rng_problem
 from turbolm.checkpoint.manifest import (
     BUFFERS,
     TRAINER_STATE,
@@ -90,6 +91,8 @@ def verify_structure(checkpoint: Path) -> list[str]:
         _check_structure(checkpoint, read_manifest(checkpoint))
     except UserError as error:
         return [str(error)]
+    except Exception as error:  # one rank looks, and the others wait for what it finds
+        return [f"{type(error).__name__}: {error}"]
     return []
 
 
@@ -124,13 +127,22 @@ def find_newest_valid(
     return None, rejected
 
 
-def tensor_shapes(path: Path) -> dict[str, list[int]]:
-    """The shape of every tensor in a safetensors file. Raises UserError."""
+def _read_header(path: Path, labels: Mapping[str, int]) -> dict[str, tuple[str, list[int]]]:
+    """The type and shape of every tensor in a safetensors file that says the same `labels` inside. Raises UserError."""
     try:
         with safe_open(path, "np") as file:
-            return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            _check_labels(path.name, file.metadata() or {}, labels)
+            return {name: (one.get_dtype(), one.get_shape()) for name, one in slices.items()}
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path.name}: {error}") from None
+
+
+def _check_labels(name: str, found: Mapping[str, Any], expected: Mapping[str, int]) -> None:
+    """A file says inside which step and rank it is of, and of how many ranks, which earlier versions left out."""
+    for label, value in expected.items():
+        if label in found and str(found[label]) != str(value):
+            raise UserError(f"{name}: not of {label} {value}, but of {found[label]!r}")
 
 
 def _file_problem(checkpoint: Path, name: str, expected: Mapping[str, Any]) -> str | None:
@@ -151,21 +163,24 @@ def _check_structure(checkpoint: Path, manifest: Mapping[str, Any]) -> None:
     if trainer_state.get("step") != step:
         raise UserError(f"{TRAINER_STATE}: not of step {step}")
     _check_trainer_state(trainer_state)
+    labels = {"step": step, "rank": 0, "world_size": manifest["world_size"]}
     if BUFFERS in files:
-        tensor_shapes(checkpoint / BUFFERS)
+        _read_header(checkpoint / BUFFERS, labels)
     places: dict[str, list[tuple[int, int]]] = {name: [] for name in manifest["parameters"]}
     for rank in range(manifest["world_size"]):
         name = index_file(rank)
         index = _read_mapping(checkpoint, name, files)
-        if (index.get("step"), index.get("rank")) != (step, rank):
-            raise UserError(f"{name}: not of step {step} and rank {rank}")
-        shapes: dict[str, list[int]] = {}
+        labels["rank"] = rank
+        _check_labels(name, {"step": None, "rank": None, **index}, labels)
+        tensors: dict[str, tuple[str, list[int]]] = {}
         for file in files:
             if rank_of_tensor_file(file) == rank:
-                shapes |= tensor_shapes(checkpoint / file)
-        if "rng/cpu" not in shapes or not isinstance(index.get("rng"), dict):
+                tensors |= _read_header(checkpoint / file, labels)
+        if "rng/cpu" not in tensors or not isinstance(index.get("rng"), dict):
             raise UserError(f"{name}: the random state of rank {rank} is missing")
-        for parameter, (start, numel) in _fragments(name, index, shapes).items():
+        if problem := host_rng_problem(index["rng"]):
+            raise UserError(f"{name}: the random state of rank {rank} is not one: {problem}")
+        for parameter, (start, numel) in _fragments(name, index, tensors).items():
             if parameter not in places:
                 raise UserError(f"{name}: {parameter} is not a parameter of the manifest")
             places[parameter].append((start, numel))
@@ -198,8 +213,10 @@ def _check_trainer_state(state: Mapping[str, Any]) -> None:
         raise UserError(f"{TRAINER_STATE}: not a trainer's state")
 
 
-def _fragments(name: str, index: Mapping[str, Any], shapes: Mapping[str, list[int]]) -> dict[str, tuple[int, int]]:
-    """(start, numel) of each fragment of a rank, whose tensors are all there."""
+def _fragments(
+    name: str, index: Mapping[str, Any], tensors: Mapping[str, tuple[str, list[int]]]
+) -> dict[str, tuple[int, int]]:
+    """(start, numel) of each fragment of a rank, whose tensors are all there, and the weights in fp32."""
     try:
         fragments = {key: (int(place["start"]), int(place["numel"])) for key, place in index["fragments"].items()}
         wanted = {
@@ -207,11 +224,14 @@ def _fragments(name: str, index: Mapping[str, Any], shapes: Mapping[str, list[in
             for key, (_, numel) in fragments.items()
             for state in ("weight", *index["states"].get(key, ()))
         }
-        wrong = [key for key, numel in wanted.items() if shapes.get(key) != [numel]]
+        wrong = [key for key, numel in wanted.items() if key not in tensors or tensors[key][1] != [numel]]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{name}: not an index of fragments: {error!r}") from None
     if wrong:
         raise UserError(f"{name}: the tensor {wrong[0]} is missing or of another size")
+    narrow = [f"weight/{key}" for key in fragments if tensors[f"weight/{key}"][0] != "F32"]
+    if narrow:
+        raise UserError(f"{name}: the tensor {narrow[0]} is not in fp32")
     return fragments
 
 

@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 
+from turbolm.checkpoint.agreement import gather_over
 from turbolm.checkpoint.retention import Retention
-from turbolm.checkpoint.save import gather_over
 from turbolm.checkpoint.saver import CheckpointSaver
 from turbolm.data.batch.loader import BatchLoader, GlobalBatch
 from turbolm.data.order.batch_order import recipe_order

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from turbolm.checkpoint.manifest import TRAINER_STATE, clear_leftovers, discard
-from turbolm.checkpoint.save import gather_over
+from turbolm.checkpoint.agreement import gather_over
+from turbolm.checkpoint.manifest import TRAINER_STATE, clear_leftovers, discard, step_of
 from turbolm.checkpoint.verify import Hashed, find_newest_valid, not_hashed
 from turbolm.data.batch.loader import GlobalBatch
 from turbolm.errors import RunError, UserError
@@ -27,25 +27,57 @@ def newest_valid(
     return find_newest_valid(context.run.checkpoints, context.contracts, share, agree, below_step, hashed)
 
 
-def resume(session: Session, hashed: Hashed) -> None:
-    """Resume from the newest valid checkpoint, if the run has any, which all ranks verify and choose together.
+def restore_newest(session: Session, hashed: Hashed = not_hashed) -> tuple[Path | None, list[str]]:
+    """Restore the newest checkpoint that is valid and loads; each newer one is passed over with its reason. Collective.
 
-    Collective. Raises UserError where there are checkpoints and none is valid.
+    Returns that checkpoint, None where there is none, and the reasons.
+    """
+    passed_over: list[str] = []
+    below_step: int | None = None
+    while True:
+        checkpoint, rejected = newest_valid(session, below_step, hashed)
+        for reason in rejected:
+            session.log.say(f"rejected checkpoint {reason}")
+        passed_over += rejected
+        if checkpoint is None:
+            return None, passed_over
+        failure = try_restore(session, checkpoint)
+        if failure is None:
+            return checkpoint, passed_over
+        passed_over.append(failure)
+        below_step = step_of(checkpoint)
+
+
+def try_restore(session: Session, checkpoint: Path) -> str | None:
+    """Restore the session, or log and return why this valid checkpoint does not load; all ranks alike. Collective.
+
+    Nothing half-loaded is trained on: another checkpoint restores everything, or the run ends.
+    """
+    try:
+        restore(session, checkpoint)
+    except UserError as error:
+        session.log.say(f"passed over checkpoint {checkpoint}, which does not load: {error}")
+        return f"{checkpoint}: {error}"
+    return None
+
+
+def resume(session: Session, hashed: Hashed) -> None:
+    """Resume from the newest checkpoint that is valid and loads, if the run has any; all ranks choose it together.
+
+    Collective. Raises UserError where there are checkpoints and none will do.
     """
     run = session.context.run
     if dist.get_rank() == 0:
         clear_leftovers(run.checkpoints)
-    newest, rejected = newest_valid(session, hashed=hashed)
-    for reason in rejected:
-        session.log.say(f"rejected checkpoint {reason}")
-    if newest is None and rejected:
+    checkpoint, passed_over = restore_newest(session, hashed)
+    if checkpoint is None and passed_over:
         raise UserError(
-            f"no checkpoint of {run.path} is valid. To start over, move {run.checkpoints} away; nothing was changed"
+            f"no checkpoint of {run.path} is valid. To start over, move {run.checkpoints} away; nothing was changed. "
+            f"The newest: {passed_over[0]}"
         )
-    if newest is None:
+    if checkpoint is None:
         return
-    restore(session, newest)
-    session.log.say(f"resumed from {newest}")
+    session.log.say(f"resumed from {checkpoint}")
     session.log.restart_clock()
 
 
@@ -111,11 +143,11 @@ def roll_back(session: Session, batch: GlobalBatch) -> Path:
                 "learning rate or a longer warmup"
             )
         state = load_json(checkpoint / TRAINER_STATE)
-        if not state.get("anomalies", {}).get("in_a_row", 0):
+        if state.get("anomalies", {}).get("in_a_row", 0):
+            given_up.append(checkpoint)
+        elif try_restore(session, checkpoint) is None:
             break
-        given_up.append(checkpoint)
-        below_step = int(state["step"])
-    restore(session, checkpoint)
+        below_step = step_of(checkpoint)
     if dist.get_rank() == 0:
         for later in given_up:
             discard(later)

@@ -20,9 +20,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from turbolm.checkpoint.agreement import gather_over
 from turbolm.checkpoint.manifest import checkpoint_name, remove_folder
 from turbolm.checkpoint.retention import Retention
-from turbolm.checkpoint.save import gather_over, write_checkpoint
+from turbolm.checkpoint.save import write_checkpoint
 from turbolm.checkpoint.snapshot import take_snapshot
 from turbolm.checkpoint.verify import find_newest_valid
 from turbolm.errors import RunError

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from turbolm.checkpoint.agreement import gather_over, in_step
 from turbolm.checkpoint.load import load_checkpoint
 from turbolm.checkpoint.saver import CheckpointSaver
 from turbolm.data.batch.loader import BatchLoader, GlobalBatch
@@ -80,21 +81,30 @@ def save(session: Session, *, eval_loss: float | None = None, last: bool = False
 
 
 def restore(session: Session, checkpoint: Path) -> None:
-    """Put the session where `checkpoint` was saved. Collective; the checkpoint has been verified. Raises UserError."""
-    state = load_checkpoint(checkpoint, session.engine)
-    session.step = session.saved_step = int(state["step"])
-    anomalies = state.get("anomalies", {})
+    """Put the session where `checkpoint` was saved. Collective; the checkpoint has been verified.
+
+    Whatever fails on any rank is a UserError on all: the session must then be restored from another checkpoint.
+    """
+    agree = gather_over(session.context.group)
+    state = load_checkpoint(checkpoint, session.engine, agree)
+    in_step(agree, lambda: _take_state(session, state, checkpoint), UserError)
+
+
+def _take_state(session: Session, state: dict[str, Any], checkpoint: Path) -> None:
+    """`trainer_state` back."""
+    step, anomalies, best = int(state["step"]), state.get("anomalies", {}), state.get("best_eval_loss")
     windows = anomalies.get("skipped_batches", ())
-    set_skipped(session, SkippedBatches(tuple((int(first), int(end)) for first, end in windows)))
-    if state["order_digest"] != session.loader.order.digest(session.skipped.batch_index(session.step)):
+    skipped = SkippedBatches(tuple((int(first), int(end)) for first, end in windows))
+    if state["order_digest"] != session.loader.order.digest(skipped.batch_index(step)):
         raise UserError(
             f"the order of the data is not the one {checkpoint} was trained with, so the run cannot resume exactly: "
             "another version of turbolm wrote it. Use that version, or start a run with a new `name`"
         )
     session.gate.watch.restore(anomalies)
+    set_skipped(session, skipped)
+    session.step = session.saved_step = step
     session.restarts = state.get("restarts")
-    if state.get("best_eval_loss") is not None:
-        session.best_eval_loss = float(state["best_eval_loss"])
+    session.best_eval_loss = math.inf if best is None else float(best)
 
 
 def set_skipped(session: Session, skipped: SkippedBatches) -> None:
