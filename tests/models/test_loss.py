@@ -164,13 +164,6 @@ def test_what_cannot_be_chunked_is_refused_or_left_full() -> None:
     assert choose_loss("full", granite, granite, inputs, "fp16") == "full"
 
 
-def test_liger_falls_back_where_there_is_no_gpu(capfd: pytest.CaptureFixture[str]) -> None:
-    llama = make_model(CONFIGS["llama"], "sdpa")
-    inputs = model_inputs(packed_row(1), "sdpa", CPU)
-    assert choose_loss("liger", llama, llama, inputs, "bf16") == "chunked"
-    assert "liger needs a GPU" in capfd.readouterr().out
-
-
 @pytest.mark.parametrize("z_loss", [0.0, pytest.param(0.1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["chunked", pytest.param("full", marks=pytest.mark.slow)])
 def test_the_loss_is_part_of_the_compiled_graph(kind: str, z_loss: float) -> None:

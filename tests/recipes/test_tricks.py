@@ -24,7 +24,7 @@ PROMISED = """muon lion ademamix soap adafactor cautious_adamw adamw_8bit wsd ws
     compile_layers compile_model chunked_loss recompute_full recompute_selective z_loss depth_scaled_init padded_vocab
     random_restarts no_clip clip_by_value zero0 zero2 zero3 offload_optimizer overlap""".split()
 # On two CPUs: where it cannot work, and what is said then.
-REFUSED = {"fp16": "fp16 needs a GPU", "zeropp": "need CUDA", "fp8": "needs a GPU"}
+REFUSED = {"fp16": "fp16 needs a GPU", "zeropp": "need CUDA", "fp8": "needs a GPU", "liger_loss": "liger needs"}
 # What it changes of the quickstart's contract: the first of the keys is enough. Nothing where it is missing.
 LEARNED = {
     **dict.fromkeys("muon lion ademamix soap adafactor cautious_adamw adamw_8bit speedrun".split(), "optimizer.name"),

@@ -39,11 +39,8 @@ def choose_attention(
 
     torch's own varlen attention (FlashAttention kernels, torch >= 2.10) needs no extra package and computes nothing
     across documents, but it joins the rows of a micro-batch, over which a model that `carries_state` would carry it;
-    sdpa builds a dense [seq_len, seq_len] mask but runs everywhere. Raises UserError for a kernel that cannot train
-    here.
+    sdpa builds a dense [seq_len, seq_len] mask but runs everywhere.
     """
-    if requested == "flex" and device == "cpu":
-        raise UserError("execution.attention: flex attention cannot train on a CPU (torch has no backward pass there)")
     if requested != "auto":
         return requested
     if not model_class._supports_sdpa:

@@ -7,7 +7,6 @@ where a compiler sees it. `chunked` never holds the logits of more than a few ro
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -197,9 +196,6 @@ def choose_loss(
     if problem:
         print(f"execution.loss: full, because {problem}")
         return "full"
-    if requested == "liger" and (model.device.type != "cuda" or importlib.util.find_spec("liger_kernel") is None):
-        print("execution.loss: liger needs a GPU and the package liger-kernel; the chunked loss is used instead")
-        return "chunked"
     return "chunked" if requested == "auto" else requested
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from turbolm.errors import UserError
 from turbolm.recipe.gpus import BF16_CAPABILITY, FP8_CAPABILITY, GPUS
+from turbolm.recipe.kernels import kernel_problems
 from turbolm.recipe.optimizers import OPTIMIZERS
 from turbolm.recipe.schema import Recipe
 
@@ -77,6 +78,10 @@ def missing_package(recipe: Recipe) -> str | None:
     needed = [(OPTIMIZERS[name].package, f"optimizer.name {name}", cure)]
     if recipe.train.fp8 != "off":
         needed.append(("torchao", f"train.fp8 {recipe.train.fp8}", cure))
+    if recipe.execution.loss == "liger":
+        needed.append(("liger_kernel", "execution.loss liger", "turbolm[liger]"))
+    if recipe.execution.attention == "flash":
+        needed.append(("flash_attn", "execution.attention flash", "flash-attn"))
     needed += [(tracker, f"logging.trackers {tracker}", tracker) for tracker in recipe.logging.trackers]
     for package, what, cure in needed:
         if package is not None and importlib.util.find_spec(package) is None:
@@ -162,6 +167,20 @@ def check_fp8(recipe: Recipe, machine: Machine, device: Device, precision: Preci
             f"train.fp8={fp8} needs a GPU of compute capability {FP8_CAPABILITY[0]}.{FP8_CAPABILITY[1]} (Hopper) or "
             f"later, but {machine.gpu_name} has {capability[0]}.{capability[1]}; set train.fp8=off, which leaves bf16"
         )
+
+
+def check_kernels(recipe: Recipe, machine: Machine, device: Device, precision: Precision) -> None:
+    """Raises UserError, a line for each key of the execution plan whose kernel does not work here."""
+    found = kernel_problems(
+        recipe.execution.attention,
+        recipe.execution.loss,
+        device=device,
+        precision=precision,
+        gpu=machine.gpu_name,
+        capability=machine.gpu_compute_capability,
+    )
+    if problems := [f"{key}: {problem}" for key, problem in found]:
+        raise UserError("\n".join(problems))
 
 
 def _computes_in_bf16(machine: Machine, device: Device) -> bool:

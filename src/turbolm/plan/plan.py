@@ -13,6 +13,7 @@ from turbolm.plan.deepspeed import resolve_ds_config
 from turbolm.plan.machine import (
     Machine,
     check_fp8,
+    check_kernels,
     resolve_device,
     resolve_precision,
     resolve_processes_per_node,
@@ -70,6 +71,7 @@ def build_plan(recipe: Recipe, machine: Machine, world_size: int | None = None) 
     device = resolve_device(recipe, machine)
     precision = resolve_precision(recipe, machine, device)
     check_fp8(recipe, machine, device, precision)
+    check_kernels(recipe, machine, device, precision)
     if world_size is None:
         processes_per_node = resolve_processes_per_node(recipe, machine, device)
         world_size = processes_per_node * recipe.cluster.num_nodes

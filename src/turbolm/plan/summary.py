@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 from turbolm.errors import UserError
@@ -17,7 +18,8 @@ from turbolm.plan.memory import ModelState, estimate_model_state
 from turbolm.plan.plan import Plan, build_plan
 from turbolm.plan.preview import SourceUse, StoreSize, constant_span, mean_span, run_out_notes, source_uses
 from turbolm.plan.rates import step_rates
-from turbolm.plan.suggestions import Suggestion, suggest
+from turbolm.plan.spans import check_spans, span_notes
+from turbolm.plan.suggestions import Suggestion, is_accepted, nearest_batch, suggest
 from turbolm.recipe.gpus import GPUS, peak_flops
 from turbolm.recipe.schema import Execution, Recipe
 from turbolm.units import format_bytes, format_duration
@@ -77,6 +79,12 @@ class Summary:
         size = self.size
         return suggest(size.total - size.embedding - size.head, self.recipe.train.budget) if size else None
 
+    @cached_property
+    def suggested_batch(self) -> int | None:
+        """The law's batch in tokens as this recipe would accept it, if it would."""
+        law = self.suggestion
+        return nearest_batch(self.recipe, self.machine, law.global_batch_tokens) if law else None
+
     @property
     def launch_command(self) -> str:
         """What starts the run."""
@@ -100,7 +108,7 @@ class Summary:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON types; the keys are a stable interface."""
-        plan, batch, recipe = self.plan, self.batch, self.recipe
+        plan, batch, recipe, law = self.plan, self.batch, self.recipe, self.suggestion
         return {
             "recipe": {"file": self.recipe_file, "name": recipe.name, "overrides": list(self.overrides)},
             "cluster": {
@@ -138,7 +146,7 @@ class Summary:
             "ds_config": plan.ds_config,
             "accelerate_config": dict(self.accelerate_config),
             "launch": {"command": self.launch_command, "accelerate_command": self.accelerate_command},
-            "suggestions": asdict(self.suggestion) if self.suggestion else None,
+            "suggestions": {**asdict(law), "global_batch_tokens": self.suggested_batch} if law else None,
             "notes": list(self.notes),
         }
 
@@ -161,6 +169,10 @@ def collect_summary(
     facts = ModelFacts(None, None)
     try:
         plan = build_plan(recipe, machine)
+    except UserError as error:
+        problems.append(str(error))
+    try:
+        check_spans(recipe)
     except UserError as error:
         problems.append(str(error))
     try:
@@ -192,7 +204,7 @@ def collect_summary(
         sources=uses,
         constant_span_tokens=constant_span(plan.curriculum, store),
         accelerate_config=accelerate_config(plan, recipe.cluster.num_nodes),
-        notes=(*notes, *run_out_notes(uses)),
+        notes=(*notes, *span_notes(recipe, plan.curriculum), *run_out_notes(uses)),
     )
 
 
@@ -209,9 +221,11 @@ def _too_large(plan: Plan, memory: ModelState, gpu_bytes: int, num_parameters: i
     )
     for stage in range(execution.zero_stage + 1, 4):
         other = execution.model_copy(update={"zero_stage": stage})
-        if _state(plan, other, num_parameters).device_bytes < gpu_bytes:
+        if is_accepted(plan.recipe, execution=other) and _state(plan, other, num_parameters).device_bytes < gpu_bytes:
             return f"execution.zero_stage: {wanted}; zero_stage: {stage} fits"
-    return f"execution.zero_stage: {wanted}; use more GPUs, execution.offload_optimizer=true or a smaller model"
+    offloaded = execution.model_copy(update={"offload_optimizer": True})
+    offload = ", execution.offload_optimizer=true" if is_accepted(plan.recipe, execution=offloaded) else ""
+    return f"execution.zero_stage: {wanted}; use more GPUs{offload} or a smaller model"
 
 
 def _cost(

@@ -136,7 +136,8 @@ def _suggestions(summary: Summary) -> Iterator[str]:
     far = ", far from the sizes it was fitted on" if suggestion.is_extrapolated else ""
     yield f"{suggestion.source}, for AdamW{far}:"
     yield f"  optimizer.lr {suggestion.lr:.2g} (the recipe has {recipe.optimizer.lr:g})"
-    yield f"  train.global_batch {suggestion.global_batch_tokens} tokens (the recipe has {recipe.train.global_batch})"
+    if summary.suggested_batch is not None:
+        yield f"  train.global_batch {summary.suggested_batch} tokens (the recipe has {recipe.train.global_batch})"
 
 
 def _model(summary: Summary) -> Iterator[str]:

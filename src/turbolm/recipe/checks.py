@@ -5,7 +5,9 @@ Each rule sees the values that are valid by themselves, so that these findings c
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Annotated, Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -13,6 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from turbolm.recipe.execution import RECIPES_ARE_COPIED
 from turbolm.recipe.fields import Section
 from turbolm.recipe.gpus import GPUS
+from turbolm.recipe.kernels import kernel_problems
 from turbolm.recipe.lengths import LengthGrowth
 from turbolm.recipe.messages import Finding, describe
 from turbolm.recipe.model_config import lay_over
@@ -63,11 +66,13 @@ def find_secrets(data: object, path: tuple[str | int, ...] = ()) -> Iterator[Fin
         yield Finding(path, f"spells out a password, token or key, but {RECIPES_ARE_COPIED}")
 
 
-def not_whole_bins(tokens: int, seq_len: int) -> str:
-    """What to say of a number of tokens that is not a multiple of `seq_len`."""
+def not_whole_bins(tokens: int, seq_len: int, is_fine: Callable[[int], bool] = lambda tokens: True) -> str:
+    """What to say of a number of tokens that is not a multiple of `seq_len`, with the nearest that would be fine."""
     below = tokens // seq_len * seq_len
-    nearest = f"{below} and {below + seq_len}" if below else f"{seq_len}"
-    return f"must be a multiple of data.seq_len ({seq_len}), got {tokens}; nearest: {nearest}"
+    nearest = " and ".join(str(near) for near in (below, below + seq_len) if near and is_fine(near))
+    return f"must be a multiple of data.seq_len ({seq_len}), got {tokens}" + (
+        f"; nearest: {nearest}" if nearest else ""
+    )
 
 
 def too_few_sequences(batch_tokens: int, seq_len: int, world_size: int) -> str | None:
@@ -116,7 +121,16 @@ def _whole_bins(values: Values) -> Iterator[tuple[str, str]]:
     for key in ("train.global_batch", "execution.micro_batch"):
         tokens = values[key]
         if seq_len and isinstance(tokens, int) and tokens % seq_len:
-            yield key, not_whole_bins(tokens, seq_len)
+            yield key, not_whole_bins(tokens, seq_len, partial(_goes_with_the_rest, values, key))
+
+
+def _goes_with_the_rest(values: Values, key: str, value: int) -> bool:
+    """Whether another value of `key` is right there, and breaks no rule of another key that holds now."""
+
+    def broken(values: Values) -> set[str]:
+        return {key for rule in _RULES if rule is not _whole_bins for key, _ in rule(values)}
+
+    return broken(ChainMap({key: value}, values)) <= broken(values) - {key}  # type: ignore[arg-type]
 
 
 def _sizes(values: Values) -> Iterator[tuple[str, str]]:
@@ -294,6 +308,19 @@ def _described_cluster(values: Values) -> Iterator[tuple[str, str]]:
         )
 
 
+def _kernels(values: Values) -> Iterator[tuple[str, str]]:
+    """Kernels on a device that the recipe names; on any other they are checked where it trains (`plan.machine`)."""
+    gpu, precision = values["cluster.gpu"], values["train.precision"]
+    if precision == "auto" and values["execution.zero_stage"] == 0:
+        precision = "fp32"
+    chosen = values["execution.attention"], values["execution.loss"]
+    if values["cluster.device"] == "cpu":
+        yield from kernel_problems(*chosen, device="cpu", precision=precision)
+    elif gpu is not None:
+        capability = GPUS[gpu].compute_capability
+        yield from kernel_problems(*chosen, device="cuda", precision=precision, gpu=gpu, capability=capability)
+
+
 def _fp8(values: Values) -> Iterator[tuple[str, str]]:
     """Where products in 8 bits work; the GPU of an undescribed machine is seen at the start."""
     fp8, precision, gpu = values["train.fp8"], values["train.precision"], values["cluster.gpu"]
@@ -406,6 +433,7 @@ _RULES: tuple[Callable[[Values], Iterator[tuple[str, str]]], ...] = (
     _communication,
     _compile,
     _described_cluster,
+    _kernels,
     _fp8,
     _world_size,
     _no_evaluation,

@@ -10,6 +10,7 @@ from typing import Any
 from turbolm.errors import UserError
 from turbolm.files import read_json, write_json
 from turbolm.hub import fetch, find_origins
+from turbolm.plan.spans import check_spans
 from turbolm.recipe.contract import changed_keys, comparable, contract_of, fingerprint, pin_to
 from turbolm.recipe.schema import Recipe
 from turbolm.reliability.run_lock import RunLock
@@ -30,10 +31,12 @@ def as_started(recipe: Recipe) -> tuple[Recipe, list[str]]:
     """The recipe with the defaults and commits its run was started with, and a line for each default that is another
     one now.
 
-    Raises UserError for a damaged contract.json.
+    Raises UserError for a damaged contract.json, and where a new run would have a span shorter than one step; an old
+    run keeps what it has.
     """
     run = run_directory(recipe)
     if not run.contract.exists() or not has_learned(run):
+        check_spans(recipe)
         return recipe, []
     contract = _read_contract(run)["contract"]
     recipe, pinned = pin_to(with_commits(recipe), contract)
@@ -148,8 +151,9 @@ def check_contract(run: RunDirectory, recipe: Recipe, store_fingerprint: str | N
 def start_fresh(recipe: Recipe) -> None:
     """Rename the folder of the recipe's run, if there is one, so that the next start begins anew.
 
-    Raises UserError while a process trains the run.
+    Raises UserError while a process trains the run, and for a recipe that no new run starts with.
     """
+    check_spans(recipe)
     run = run_directory(recipe)
     if not run.path.is_dir():
         return
