@@ -1,4 +1,4 @@
-"""How even the work of the ranks is, how full the rows, and whether neighbouring batches are alike.
+"""How even the work of the ranks is, how full the sequences, and whether neighbouring batches are alike.
 
     python benchmarks/balance.py --corpus corpus.parquet --column text
 
@@ -22,17 +22,17 @@ from turbolm.plan.curriculum import Segment
 TARGETS = {"imbalance": 1.05, "neighbour_correlation": 0.15, "padding": 0.001}
 
 
-def imbalance(sequences: Sequences, world_size: int, micro_batch_bins: int) -> float:
+def imbalance(sequences: Sequences, world_size: int, micro_batch_size: int) -> float:
     """Attention cost of the dearest rank over the mean of all, added up over the micro-batches of a step."""
     cost = np.append(sequences.attention_cost, 0)[
-        deal_sequences(sequences.attention_cost, world_size, micro_batch_bins)
+        deal_sequences(sequences.attention_cost, world_size, micro_batch_size)
     ].sum(axis=2)
     return float(cost.max(axis=1).sum() / cost.mean(axis=1).sum())
 
 
-def as_drawn(sequences: Sequences, world_size: int, micro_batch_bins: int) -> float:
-    """The same without dealing by cost: rows go to ranks as they come."""
-    cost = sequences.attention_cost.reshape(-1, world_size, micro_batch_bins).sum(axis=2)
+def as_drawn(sequences: Sequences, world_size: int, micro_batch_size: int) -> float:
+    """The same without dealing by cost: sequences go to ranks as they come."""
+    cost = sequences.attention_cost.reshape(-1, world_size, micro_batch_size).sum(axis=2)
     return float(cost.max(axis=1).sum() / cost.mean(axis=1).sum())
 
 
@@ -46,26 +46,26 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=3)
     arguments = parser.parse_args()
     lengths, name = corpus_lengths(arguments)
-    print(f"{len(lengths):,} documents, {lengths.sum():,} tokens ({name}), rows of {arguments.seq_len}")
-    print("grouping  rows a rank  micro-batch  imbalance (dealt as drawn)  neighbours  padding")
+    print(f"{len(lengths):,} documents, {lengths.sum():,} tokens ({name}), sequences of {arguments.seq_len}")
+    print("grouping  sequences per rank  micro-batch  imbalance (dealt as drawn)  neighbours  padding")
     figures = {}
-    for rows_per_rank, micro_batch_bins in ((8, 1), (8, 4), (32, 8), (2, 1), (1, 1)):
+    for per_rank, micro_batch_size in ((8, 1), (8, 4), (32, 8), (2, 1), (1, 1)):
         for grouping in ("batch", "window"):
-            sequences_per_batch = rows_per_rank * arguments.world_size
+            sequences_per_batch = per_rank * arguments.world_size
             segment = Segment(0, 0, (arguments.seq_len,), arguments.seq_len * sequences_per_batch)
             order = order_of_lengths(lengths, [segment], grouping=grouping)
             num_steps = int(lengths.sum() * arguments.epochs / segment.global_batch_tokens)
             batches = [order.batch(step) for step in range(num_steps)]
-            uneven = np.median([imbalance(b, arguments.world_size, micro_batch_bins) for b in batches])
-            drawn = np.median([as_drawn(b, arguments.world_size, micro_batch_bins) for b in batches])
+            uneven = np.median([imbalance(b, arguments.world_size, micro_batch_size) for b in batches])
+            drawn = np.median([as_drawn(b, arguments.world_size, micro_batch_size) for b in batches])
             mean_lengths = np.array([b.num_positions / len(b.length) for b in batches])
             neighbours = float(np.corrcoef(mean_lengths[1:], mean_lengths[:-1])[0, 1])
             padding = 1 - sum(b.num_positions for b in batches) / (num_steps * segment.global_batch_tokens)
             print(
-                f"{grouping:<9} {rows_per_rank:>11}  {micro_batch_bins:>11}  {uneven:>9.4f}  {drawn:>15.4f}  "
+                f"{grouping:<9} {per_rank:>18}  {micro_batch_size:>11}  {uneven:>9.4f}  {drawn:>15.4f}  "
                 f"{neighbours:>10.3f}  {padding:.5%}"
             )
-            figures[f"{grouping}-{rows_per_rank}x{micro_batch_bins}"] = {
+            figures[f"{grouping}-{per_rank}x{micro_batch_size}"] = {
                 "imbalance": float(uneven),
                 "imbalance_as_drawn": float(drawn),
                 "neighbour_correlation": neighbours,

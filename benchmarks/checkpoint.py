@@ -1,6 +1,6 @@
 """What a checkpoint costs, beside `accelerator.save_state`, DeepSpeed's engine and torch's distributed checkpoint.
 
-    python benchmarks/checkpoint.py [--rounds 3] [--restarts 3] [--folder DIR] [--layers 12] [--hidden 768]
+    python benchmarks/checkpoint.py [--rounds 3] [--resumes 3] [--folder DIR] [--layers 12] [--hidden 768]
 
 Two processes, ZeRO-2, fp32, AdamW, a model of 100M parameters: 1.2 GB of weights and moments. Each round saves and
 loads with everything in turn, on the same disk, with `dd` before each. The rivals do not wait for the disk, so `dd`
@@ -8,9 +8,9 @@ with fsync is the measure of writing. What training waits for a save beside it i
 returns, and before the update until the state is copied; `copy_sec` is that without a step's forward and backward pass
 to copy beside. Then each is started anew and loads what it saved, as a run does that goes on:
 that is what loading is judged by. Loads are measured twice: from the disk, and from the page cache. Last, the time
-from turbolm's restart to its first step is taken apart. The last line is one JSON object.
+from turbolm's resume to its first step is taken apart. The last line is one JSON object.
 
-A restart of turbolm hashes the files while it builds the engine, as the trainer does; what it waits for is the rest of
+A resuming turbolm hashes the files while it builds the engine, as the trainer does; what it waits for is the rest of
 that and the reading. Within a process, as when a run rolls back, hashing is part of the wait.
 """
 
@@ -110,7 +110,7 @@ class Worker:
         self.folder = Path(arguments.folder)
         self.paths = {name: self.folder / name for name in ("turbolm", *RIVALS)}
         self.hashed = not_hashed
-        if arguments.worker == "restart" and arguments.contender == "turbolm":  # as early as the trainer
+        if arguments.worker == "resume" and arguments.contender == "turbolm":  # as early as the trainer
             self.hashed = hash_ahead(self.paths["turbolm"], (int(os.environ["RANK"]), 2))
         self.accelerator = build_accelerator(plan.ds_config, device="cpu", precision="fp32", timeout_sec=1800)
         self.part("process group")
@@ -315,7 +315,7 @@ class Worker:
             figures["bytes"] = [float(num_bytes)]
         return figures
 
-    def restart(self, name: str, source: str) -> dict[str, Any]:
+    def resume(self, name: str, source: str) -> dict[str, Any]:
         """Load what `name` saved into the engine just built; what that took, and for turbolm the parts of the start."""
         if source == "cache" and name != "turbolm" and self.dist.get_rank() == 1:
             remember(
@@ -340,7 +340,7 @@ def work(arguments: argparse.Namespace) -> None:
     result: Any = (
         worker.measure(arguments.rounds)
         if arguments.worker == "measure"
-        else worker.restart(arguments.contender, arguments.source)
+        else worker.resume(arguments.contender, arguments.source)
     )
     if worker.dist.get_rank() == 0:
         (Path(arguments.folder) / f"{arguments.worker}.json").write_text(json.dumps(result))
@@ -359,32 +359,32 @@ def launch(arguments: argparse.Namespace, what: str, *options: str) -> Any:
     return json.loads((Path(arguments.folder) / f"{what}.json").read_text())
 
 
-def measure_restarts(arguments: argparse.Namespace) -> dict[str, list[Any]]:
+def measure_resumes(arguments: argparse.Namespace) -> dict[str, list[Any]]:
     """By contender and source, of every round: what a fresh process takes to load. They take turns."""
-    restarts: dict[str, list[Any]] = {}
-    for _ in range(arguments.restarts):
+    resumes: dict[str, list[Any]] = {}
+    for _ in range(arguments.resumes):
         for source in SOURCES:
             for name in ("turbolm", *RIVALS):
                 folder = Path(arguments.folder) / name
                 (remember if source == "cache" else forget)(folder)
-                taken = launch(arguments, "restart", f"--contender={name}", f"--source={source}")
-                print(f"restart, {name} from {source}: {taken}", flush=True)
-                restarts.setdefault(f"{name}_{source}", []).append(taken)
-    return restarts
+                taken = launch(arguments, "resume", f"--contender={name}", f"--source={source}")
+                print(f"resume, {name} from {source}: {taken}", flush=True)
+                resumes.setdefault(f"{name}_{source}", []).append(taken)
+    return resumes
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--restarts", type=int, default=3, help="rounds of restarts, eight in each")
+    parser.add_argument("--resumes", type=int, default=3, help="rounds of resumes, eight in each")
     parser.add_argument("--folder", help="where to write; default: a temporary folder")
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--hidden", type=int, default=768)
     for hidden in ("worker", "contender", "source"):
         parser.add_argument(f"--{hidden}", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if min(arguments.rounds, arguments.restarts) < 1:
-        parser.error("--rounds and --restarts: at least 1")
+    if min(arguments.rounds, arguments.resumes) < 1:
+        parser.error("--rounds and --resumes: at least 1")
     if arguments.worker:
         work(arguments)
     from turbolm.data.prepare.build import prepare
@@ -394,8 +394,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         arguments.folder = folder
         figures = launch(arguments, "measure")
-        restarts = measure_restarts(arguments)
-    report(figures, restarts)
+        resumes = measure_resumes(arguments)
+    report(figures, resumes)
 
 
 def ratio(ours: list[float], theirs: list[list[float]]) -> float:
@@ -403,8 +403,8 @@ def ratio(ours: list[float], theirs: list[list[float]]) -> float:
     return statistics.median(row[0] / min(row[1:]) for row in zip(ours, *theirs, strict=True))
 
 
-def report(figures: dict[str, list[float]], restarts: dict[str, list[Any]]) -> None:
-    for name, taken in restarts.items():
+def report(figures: dict[str, list[float]], resumes: dict[str, list[Any]]) -> None:
+    for name, taken in resumes.items():
         contender, source = name.rsplit("_", 1)
         for key in taken[0]:
             if key != "parts":
@@ -439,7 +439,7 @@ def report(figures: dict[str, list[float]], restarts: dict[str, list[Any]]) -> N
                 "figures": {name: value for name, value in medians.items() if not name.startswith(is_rival)},
                 "rivals": {name: value for name, value in medians.items() if name.startswith(is_rival)},
                 "ratios": ratios,
-                "restart_sec": {source: restarts[f"turbolm_{source}"][-1]["parts"] for source in SOURCES},
+                "restart_sec": {source: resumes[f"turbolm_{source}"][-1]["parts"] for source in SOURCES},
                 "targets": TARGETS,
                 "met": met,
             }

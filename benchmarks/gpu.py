@@ -42,11 +42,11 @@ TINY = {
               "num_key_value_heads": 1, "head_dim": 32, "vocab_size": 4096},
 }  # fmt: skip
 
-# Ours at its best known settings. Micro-batches in rows; a global batch of 16 of them keeps the update's share small.
+# Ours at its best known settings. A global batch of 16 micro-batches keeps the share of the update small.
 BEST = {"compile": "model", "loss": "auto", "attention": "auto"}
 EAGER = {"compile": "none"}  # where the shapes vary, each of which would be compiled
-SMALL = {"model": GPT2, "seq_len": 1024, "rows": 32, "accumulation": 8, "execution": BEST}
-LARGE = {"model": LLAMA_1B, "seq_len": 4096, "rows": 4, "accumulation": 8, "execution": BEST}
+SMALL = {"model": GPT2, "seq_len": 1024, "num_sequences": 32, "accumulation": 8, "execution": BEST}
+LARGE = {"model": LLAMA_1B, "seq_len": 4096, "num_sequences": 4, "accumulation": 8, "execution": BEST}
 
 
 def _row(kind: str, base: Settings, **changes: Any) -> Settings:
@@ -57,20 +57,24 @@ def _row(kind: str, base: Settings, **changes: Any) -> Settings:
 # In the order of their worth, as the time may not do for all of them.
 ROWS: dict[str, Settings] = {
     "gpt2-124m turbolm": _row("rate", SMALL),
-    "gpt2-124m Trainer, defaults": _row("rate", SMALL, who="trainer", rows=8, accumulation=1),
+    "gpt2-124m Trainer, defaults": _row("rate", SMALL, who="trainer", num_sequences=8, accumulation=1),
     "llama-1b turbolm": _row("rate", LARGE),
-    "llama-1b Trainer, defaults": _row("rate", LARGE, who="trainer", rows=8, accumulation=1, steps=2),
+    "llama-1b Trainer, defaults": _row("rate", LARGE, who="trainer", num_sequences=8, accumulation=1, steps=2),
     "128k vocabulary, largest micro-batch, turbolm": _row("largest", SMALL, model=GPT2_128K, execution=EAGER),
     "128k vocabulary, largest micro-batch, Trainer": _row("largest", SMALL, model=GPT2_128K, who="trainer"),
-    "gpt2-124m Trainer, tuned": _row("rate", SMALL, who="trainer_tuned", rows=16, accumulation=16),
-    "llama-1b Trainer, tuned": _row("rate", LARGE, who="trainer_tuned", rows=2, accumulation=16),
+    "gpt2-124m Trainer, tuned": _row("rate", SMALL, who="trainer_tuned", num_sequences=16, accumulation=16),
+    "llama-1b Trainer, tuned": _row("rate", LARGE, who="trainer_tuned", num_sequences=2, accumulation=16),
     "gpt2-124m without compile": _row("rate", SMALL, execution=EAGER),
-    "gpt2-124m with all logits at once": _row("rate", SMALL, rows=16, accumulation=16, execution={"loss": "full"}),
+    "gpt2-124m with all logits at once": _row(
+        "rate", SMALL, num_sequences=16, accumulation=16, execution={"loss": "full"}
+    ),
     "gpt2-124m with sdpa and a dense mask": _row("rate", SMALL, execution={"attention": "sdpa"}),
     "llama-1b in fp8, tensorwise": _row("rate", LARGE, fp8="tensorwise"),
     "llama-1b in fp8, rowwise": _row("rate", LARGE, fp8="rowwise"),
     "gpt2-124m loss after 40 s, turbolm": _row("time_to_loss", SMALL, accumulation=2),
-    "gpt2-124m loss after 40 s, Trainer": _row("time_to_loss", SMALL, who="trainer_tuned", rows=16, accumulation=4),
+    "gpt2-124m loss after 40 s, Trainer": _row(
+        "time_to_loss", SMALL, who="trainer_tuned", num_sequences=16, accumulation=4
+    ),
 }  # fmt: skip
 TRAINING_SEC = 40
 TARGETS = {
@@ -96,7 +100,7 @@ def run_row(row: Settings, smoke: bool) -> Settings:
     from turbolm.recipe.schema import Recipe
 
     if smoke:
-        row = row | {"model": row["model"] | TINY[row["model"]["model_type"]], "seq_len": 128, "rows": 2,
+        row = row | {"model": row["model"] | TINY[row["model"]["model_type"]], "seq_len": 128, "num_sequences": 2,
                      "accumulation": 2, "steps": 1}  # fmt: skip
         row["execution"] = row["execution"] | {"compile": "none"}
     with tempfile.TemporaryDirectory() as folder:
@@ -112,7 +116,7 @@ def run_row(row: Settings, smoke: bool) -> Settings:
 
 
 def recipe_of(row: Settings, folder: Path, *, on_gpu: bool) -> Settings:
-    micro_batch = row["rows"] * row["seq_len"]
+    micro_batch = row["num_sequences"] * row["seq_len"]
     precision = "bf16" if on_gpu else "fp32"
     execution = row["execution"] if on_gpu else row["execution"] | {"attention": "sdpa"}
     return {
@@ -144,14 +148,14 @@ Batches = list[tuple[list[Settings], int]]  # the micro-batches of each global b
 class Contender:
     """`run` trains on global batches and returns the seconds of the steps, the device's work included.
 
-    `loss` sums the held-out loss of a micro-batch; `use_rows` sets the rows of a micro-batch, and how many of them make
-    a global batch.
+    `loss` sums the held-out loss of a micro-batch; `use_sequences` sets the sequences per micro-batch, and the
+    micro-batches per global batch.
     """
 
     model: Any
     run: Callable[[Batches], float]
     loss: Callable[[Settings], float]
-    use_rows: Callable[[int, int], None]
+    use_sequences: Callable[[int, int], None]
 
 
 def turbolm_trainer(row: Settings, plan: Any, store: Any, folder: Path) -> Contender:
@@ -178,13 +182,13 @@ def turbolm_trainer(row: Settings, plan: Any, store: Any, folder: Path) -> Conte
         with torch.no_grad():
             return float(micro_batch_loss(engine, micro_batch, attention)[1])
 
-    return Contender(engine.module, run, loss, use_rows=lambda *_: None)  # what it is given says it
+    return Contender(engine.module, run, loss, use_sequences=lambda *_: None)  # what it is given says it
 
 
 def hf_trainer(row: Settings, plan: Any, store: Any, folder: Path) -> Contender:
-    """`transformers.Trainer`: as it comes (fp32, eight rows), or in bf16 with its fused optimizer, compiled.
+    """`transformers.Trainer`: as it comes (fp32, eight sequences), or in bf16 with its fused optimizer, compiled.
 
-    It sees the same packed rows, without their documents kept apart, which is how it is used and costs it no mask.
+    It sees the same packed sequences, without their documents kept apart, which is how it is used and costs it no mask.
     """
     import torch
     from step_clock import StepClock
@@ -227,8 +231,8 @@ def hf_trainer(row: Settings, plan: Any, store: Any, folder: Path) -> Contender:
         trainers[0].train()
         return clock.seconds
 
-    def use_rows(rows: int, accumulation: int) -> None:
-        arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps = rows, accumulation
+    def use_sequences(num_sequences: int, accumulation: int) -> None:
+        arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps = num_sequences, accumulation
         trainers.clear()
 
     def loss(micro_batch: Settings) -> float:
@@ -240,13 +244,13 @@ def hf_trainer(row: Settings, plan: Any, store: Any, folder: Path) -> Contender:
         nll = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum")
         return float(nll)
 
-    return Contender(model, run, loss, use_rows)
+    return Contender(model, run, loss, use_sequences)
 
 
 def rate(row: Settings, build: Callable[[], Contender], loader: Any, plan: Any, store: Any) -> Settings:
     """Tokens/s, MFU and peak memory after the first steps, which compile.
 
-    A rival whose micro-batch does not fit gets half of it twice: eight rows, Trainer's default, are many for 1B.
+    A rival whose micro-batch does not fit gets half of it twice: eight sequences, Trainer's default, are many for 1B.
     """
     from turbolm.plan.flops import training_flops_per_token
     from turbolm.plan.machine import detect_machine
@@ -254,12 +258,12 @@ def rate(row: Settings, build: Callable[[], Contender], loader: Any, plan: Any, 
 
     contender, num_steps = build(), row.get("steps", 5)
     batches = [loader.global_batch(index) for index in range(2 * num_steps + 2)]
-    rows, accumulation = plan.batch.micro_batch_bins, plan.batch.gradient_accumulation_steps
+    num_sequences, accumulation = plan.batch.micro_batch_bins, plan.batch.gradient_accumulation_steps
     while not fits_in_memory(lambda: contender.run(arrays(batches[:2]))):
-        if row["who"] == "turbolm" or rows == 1:
-            raise MemoryError(f"{rows} rows do not fit")
-        rows, accumulation = rows // 2, 2 * accumulation
-        contender.use_rows(rows, accumulation)
+        if row["who"] == "turbolm" or num_sequences == 1:
+            raise MemoryError(f"{num_sequences} sequences do not fit")
+        num_sequences, accumulation = num_sequences // 2, 2 * accumulation
+        contender.use_sequences(num_sequences, accumulation)
     reset_peak()
     seconds = []
     for first in (2, 2 + num_steps):
@@ -274,7 +278,7 @@ def rate(row: Settings, build: Callable[[], Contender], loader: Any, plan: Any, 
         "tokens_per_sec": plan.batch.global_batch_tokens / best,
         "mfu": flops * num_targets / best / peak if flops and peak else None,
         "peak_bytes": peak_bytes(),
-        "micro_batch_rows": rows,
+        "micro_batch_rows": num_sequences,
         "mean_span": span,
         "num_parameters": sum(parameter.numel() for parameter in contender.model.parameters()),
     }
@@ -300,18 +304,18 @@ def arrays(batches: list[Any]) -> Batches:
 
 
 def largest(row: Settings, build: Callable[[], Contender], loader: Any, plan: Any, store: Any) -> Settings:
-    """The most rows of a micro-batch whose step fits in memory: doubled until it does not, then halved in between."""
+    """Find the largest micro-batch whose step fits in memory: doubled until it does not, then by bisection."""
     import numpy as np
     import torch
 
     contender, seq_len = build(), plan.batch.seq_len
 
-    def fits(rows: int) -> bool:
-        tokens = np.random.default_rng(0).integers(0, 4096, (rows, seq_len))
+    def fits(num_sequences: int) -> bool:
+        tokens = np.random.default_rng(0).integers(0, 4096, (num_sequences, seq_len))
         positions = np.broadcast_to(np.arange(seq_len), tokens.shape).copy()
-        ends = np.arange(rows + 1, dtype=np.int32) * seq_len
+        ends = np.arange(num_sequences + 1, dtype=np.int32) * seq_len
         micro = {"input_ids": tokens, "position_ids": positions, "targets": tokens, "cu_seqlens": ends}
-        contender.use_rows(rows, 1)
+        contender.use_sequences(num_sequences, 1)
         return fits_in_memory(lambda: contender.run([([micro], tokens.size)]))
 
     fitting, too_many = 0, 1
@@ -334,7 +338,7 @@ def time_to_loss(row: Settings, build: Callable[[], Contender], loader: Any, pla
         batches = arrays([loader.global_batch(index + number) for number in range(chunk)])
         spent += contender.run(batches)
         index += chunk
-    held_out = evaluation_batches(store, plan.batch.seq_len, 200_000, micro_batch_bins=plan.batch.micro_batch_bins,
+    held_out = evaluation_batches(store, plan.batch.seq_len, 200_000, micro_batch_size=plan.batch.micro_batch_bins,
                                   fixed_cu_seqlens=plan.recipe.execution.compile != "none")  # fmt: skip
     nll = num_targets = 0.0
     for batch in held_out:
@@ -412,9 +416,9 @@ def describe(result: Settings) -> str:
         parts.append(f"{result['tokens_per_sec']:,.0f} tokens/s")
         parts.append(f"MFU {result['mfu']:.1%}" if result["mfu"] else "MFU unknown")
         parts.append(f"peak {result['peak_bytes'] / 2**30:.1f} GiB" if result["peak_bytes"] else "peak unknown")
-        parts.append(f"{result['micro_batch_rows']} rows")
+        parts.append(f"{result['micro_batch_rows']} sequences")
     if "largest_micro_batch_rows" in result:
-        parts.append(f"{result['largest_micro_batch_rows']} rows of {result['seq_len']}")
+        parts.append(f"{result['largest_micro_batch_rows']} sequences of {result['seq_len']}")
     if "eval_loss" in result:
         tokens, seconds = result["tokens"], result["seconds"]
         parts.append(f"held-out loss {result['eval_loss']:.3f} after {tokens:,} tokens in {seconds:.0f} s")

@@ -1,13 +1,13 @@
-"""What a schedule of row lengths saves on the clock, as a share of what its FLOPs predict; compiled and not.
+"""What a schedule of sequence lengths saves on the clock, as a share of what its FLOPs predict; compiled and not.
 
     python benchmarks/length_schedule.py [--lengths 128 512 2048] [--rounds 5] [--modes none layers model]
 
 Steps of each length are timed in turns through turbolm's own engine and step (one process, fp32), and a run with equal
-parts of its tokens at each length is compared with one that has the longest rows throughout. Every row is one long
-document behind a very short one: a query attends to nearly half a row on average, and a mask is needed, as in real
-packed rows. sdpa computes whole rows under a mask, so the saving by what is computed is shown beside that predicted.
-Times are of the processor (one thread), because other work on the machine moves the clock; the clock's are shown too.
-The last line is one JSON object.
+parts of its tokens at each length is compared with one that has the longest sequences throughout. Every sequence is a
+long document after a very short one: a query attends to nearly half a sequence on average, and a mask is needed, as in
+real packed sequences. sdpa computes full sequences under a mask, so the saving by what is computed is shown beside that
+predicted. Times are of the processor (one thread), because other work on the machine moves the clock; the clock's are
+shown too. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ TARGET = 0.95
 
 
 def make_recipe(arguments: argparse.Namespace) -> Recipe:
-    """A small Llama in which attention over the longest rows matters."""
+    """A small Llama in which attention over the longest sequences matters."""
     longest = max(arguments.lengths)
     config = {
         "model_type": "llama", "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4,
@@ -80,7 +80,7 @@ def build(recipe: Recipe, mode: str) -> Any:
 
 
 def micro_batch(seq_len: int, num_tokens: int) -> dict[str, np.ndarray]:
-    """Rows of a short document and a long one."""
+    """Sequences of a short document and a long one."""
     shape = (num_tokens // seq_len, seq_len)
     tokens = np.random.default_rng(seq_len).integers(0, VOCAB_SIZE, shape)
     positions = np.broadcast_to(np.append(np.arange(SHORT), np.arange(seq_len - SHORT)), shape).copy()
@@ -132,7 +132,7 @@ def main() -> None:
     }
     dense = {n: training_flops_per_token(config, n) or 0.0 for n in arguments.lengths}
     predicted, predicted_dense = saved(flops), saved(dense)
-    print(f"FLOPs saved: {predicted:.1%} (causal), {predicted_dense:.1%} (whole rows)", flush=True)
+    print(f"FLOPs saved: {predicted:.1%} (causal), {predicted_dense:.1%} (full sequences)", flush=True)
     figures: dict[str, Any] = {"flops_saved": predicted, "whole_row_flops_saved": predicted_dense}
     for mode in arguments.modes:
         found = measure(arguments, mode)

@@ -2,10 +2,10 @@
 
     python benchmarks/loading.py --corpus corpus.parquet
 
-Every loader reads the same rows in the same order from files that were written before, in one process without workers,
-and gives batches of int64 inputs, positions and targets; the first batch of each is compared with ours. They take
-turns. Rates are tokens per second of processor time, medians of `--rounds` passes; latencies are by the clock. The
-last line of the output is a JSON object.
+Every loader reads the same sequences in the same order from existing files, in one process without workers, and gives
+batches of int64 inputs, positions and targets; the first batch of each is compared with ours. They take turns. Rates
+are tokens per second of processor time, medians of `--rounds` passes; latencies are by the clock. The last line of the
+output is a JSON object.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Loader:
     arrays: Callable[[Any], list[np.ndarray]]
     note: str = ""
     is_rival: bool = True
-    order: np.ndarray | None = None  # of the rows, where it is not ours
+    order: np.ndarray | None = None  # of the sequences, where it is not ours
     rates: list[float] = field(default_factory=list)
     latencies_ms: list[float] = field(default_factory=list)
 
@@ -79,7 +79,7 @@ def recipe_of(folder: Path, arguments: argparse.Namespace, budget: int) -> Recip
             "model": {"config": {"model_type": "llama"}},
             "tokenizer": {"train": {"vocab_size": 8192, "sample_bytes": 4 * 10**6}},
             "data": {"seq_len": arguments.seq_len, "sources": (source,), "validation": 0.0},
-            "train": {"budget": budget, "global_batch": arguments.seq_len * arguments.batch_rows},
+            "train": {"budget": budget, "global_batch": arguments.seq_len * arguments.batch_size},
             "execution": {"cache_dir": str(folder)},
         }
     )
@@ -101,27 +101,27 @@ def ours(recipe: Recipe, store: TokenStore, num_batches: int) -> Loader:
     return Loader("turbolm", batches, lambda batch: [batch[name] for name in COLUMNS], note, is_rival=False)
 
 
-def rows_of(loader: Loader) -> np.ndarray:
-    """Everything a pass gives, int64 [num_rows, 3, seq_len]: what the rivals' files are written from."""
+def sequences_of(loader: Loader) -> np.ndarray:
+    """Everything a pass gives, int64 [num_sequences, 3, seq_len]: what the rivals' files are written from."""
     return np.concatenate([np.stack(loader.arrays(batch), axis=1) for batch in loader.batches()])
 
 
-# Rivals: each writes the rows to a folder and returns its ways to read them.
+# Rivals: each writes the sequences to a folder and returns its ways to read them.
 
 
-def datasets_loaders(rows: np.ndarray, folder: Path, batch_rows: int) -> list[Loader]:
+def datasets_loaders(sequences: np.ndarray, folder: Path, batch_size: int) -> list[Loader]:
     import datasets
     import pyarrow as pa
 
     datasets.disable_progress_bars()
-    seq_len = rows.shape[2]
-    columns = [pa.FixedSizeListArray.from_arrays(rows[:, i].ravel(), seq_len) for i in range(len(COLUMNS))]
+    seq_len = sequences.shape[2]
+    columns = [pa.FixedSizeListArray.from_arrays(sequences[:, i].ravel(), seq_len) for i in range(len(COLUMNS))]
     datasets.Dataset(pa.table(dict(zip(COLUMNS, columns, strict=True)))).save_to_disk(str(folder))
     data = datasets.load_from_disk(str(folder))
 
-    def ways(kind: str, rows_of: Any = data) -> Callable[[], Batches]:
-        formatted = rows_of.with_format(kind)
-        return lambda: (formatted[i : i + batch_rows] for i in range(0, len(formatted), batch_rows))
+    def ways(kind: str, sequences_of: Any = data) -> Callable[[], Batches]:
+        formatted = sequences_of.with_format(kind)
+        return lambda: (formatted[i : i + batch_size] for i in range(0, len(formatted), batch_size))
 
     def views(table: Any) -> list[np.ndarray]:
         parts = [table[name].combine_chunks() for name in COLUMNS]
@@ -134,27 +134,27 @@ def datasets_loaders(rows: np.ndarray, folder: Path, batch_rows: int) -> list[Lo
     }
     loaders = [Loader(f"{name}, {kind} format", ways(kind), arrays[kind]) for kind in arrays]
     order = np.random.default_rng(0).permutation(len(data))
-    note = "not compared: rows in a new order each epoch, as ours are, by a list of row numbers (`Dataset.shuffle`)"
+    note = "not compared: sequences in a new order each epoch, as ours are, by a list of numbers (`Dataset.shuffle`)"
     ways_shuffled = ways("numpy", data.select(order))
     shuffled = Loader(f"{name}, numpy format, shuffled", ways_shuffled, arrays["numpy"], note, False, order)
-    note = "not a rival: hands out the memory map itself, 24 bytes a token, rows for ever in this order"
+    note = "not a rival: hands out the memory map itself, 24 bytes a token, sequences for ever in this order"
     return [*loaders, shuffled, Loader(f"{name}, arrow format", ways("arrow"), views, note, is_rival=False)]
 
 
-def litdata_loaders(rows: np.ndarray, folder: Path, batch_rows: int) -> list[Loader]:
+def litdata_loaders(sequences: np.ndarray, folder: Path, batch_size: int) -> list[Loader]:
     import torch
     from litdata.streaming import StreamingDataLoader, StreamingDataset, TokensLoader
     from litdata.streaming.writer import BinaryWriter
 
-    num_rows, _, seq_len = rows.shape
+    num_sequences, _, seq_len = sequences.shape
     block, per_chunk = 3 * seq_len, 512
     for name, options in (("dict", {"chunk_size": per_chunk}), ("tokens", {"chunk_size": per_chunk * block})):
         (folder / name).mkdir(parents=True)
         loader = {"item_loader": TokensLoader(block_size=block)} if name == "tokens" else {}
         writer = BinaryWriter(str(folder / name), **options, **loader)
-        for index in range(num_rows):
-            row = torch.from_numpy(rows[index])
-            writer[index] = row.reshape(-1) if name == "tokens" else dict(zip(COLUMNS, row, strict=True))
+        for index in range(num_sequences):
+            sequence = torch.from_numpy(sequences[index])
+            writer[index] = sequence.reshape(-1) if name == "tokens" else dict(zip(COLUMNS, sequence, strict=True))
         writer.done()
         writer.merge()
 
@@ -162,29 +162,29 @@ def litdata_loaders(rows: np.ndarray, folder: Path, batch_rows: int) -> list[Loa
         def batches() -> Batches:
             loader = {"item_loader": TokensLoader(block_size=block)} if name == "tokens" else {}
             data = StreamingDataset(str(folder / name), shuffle=False, **loader)
-            return iter(StreamingDataLoader(data, batch_size=batch_rows, num_workers=0))
+            return iter(StreamingDataLoader(data, batch_size=batch_size, num_workers=0))
 
         return batches
 
     name = f"litdata {version('litdata')}"
     return [
-        Loader(f"{name}, a dict of tensors a row", ways("dict"), lambda b: [b[c].numpy() for c in COLUMNS]),
+        Loader(f"{name}, a dict of tensors a sequence", ways("dict"), lambda b: [b[c].numpy() for c in COLUMNS]),
         Loader(f"{name}, TokensLoader", ways("tokens"), lambda b: list(b.view(-1, 3, seq_len).numpy().swapaxes(0, 1))),
     ]
 
 
-def streaming_loaders(rows: np.ndarray, folder: Path, batch_rows: int) -> list[Loader]:
+def streaming_loaders(sequences: np.ndarray, folder: Path, batch_size: int) -> list[Loader]:
     import torch.utils.data
     from streaming import MDSWriter, StreamingDataset
 
-    kinds = dict.fromkeys(COLUMNS, f"ndarray:int64:{rows.shape[2]}")
+    kinds = dict.fromkeys(COLUMNS, f"ndarray:int64:{sequences.shape[2]}")
     with MDSWriter(out=str(folder), columns=kinds) as writer:
-        for row in rows:
-            writer.write(dict(zip(COLUMNS, row, strict=True)))
-    data = StreamingDataset(local=str(folder), shuffle=False, batch_size=batch_rows)
+        for sequence in sequences:
+            writer.write(dict(zip(COLUMNS, sequence, strict=True)))
+    data = StreamingDataset(local=str(folder), shuffle=False, batch_size=batch_size)
 
     def batches() -> Batches:
-        return iter(torch.utils.data.DataLoader(data, batch_size=batch_rows, num_workers=0))
+        return iter(torch.utils.data.DataLoader(data, batch_size=batch_size, num_workers=0))
 
     name = f"mosaicml-streaming {version('mosaicml-streaming')}"
     return [Loader(name, batches, lambda batch: [batch[c].numpy() for c in COLUMNS])]
@@ -227,21 +227,21 @@ def compare(
     arguments: argparse.Namespace, folder: Path, recipe: Recipe, store: TokenStore
 ) -> tuple[list[Loader], list[dict[str, Any]]]:
     """Our loader and every rival, having taken turns; and the rivals that are not installed."""
-    loaders = [ours(recipe, store, arguments.rows // arguments.batch_rows)]
-    rows, missing = rows_of(loaders[0]), []
+    loaders = [ours(recipe, store, arguments.sequences // arguments.batch_size)]
+    sequences, missing = sequences_of(loaders[0]), []
     for name, build in (("datasets", datasets_loaders), ("litdata", litdata_loaders), ("streaming", streaming_loaders)):
         try:
-            loaders += build(rows, folder / name, arguments.batch_rows)
+            loaders += build(sequences, folder / name, arguments.batch_size)
         except ImportError as error:
             missing.append({"name": name, "note": f"not measured: {error}"[:200]})
     for contender in loaders:  # the first batches of each are ours
         for index, batch in zip(range(3), contender.batches(), strict=False):
-            places = np.arange(index * arguments.batch_rows, (index + 1) * arguments.batch_rows)
-            expected = rows[places if contender.order is None else contender.order[places]]
+            indices = np.arange(index * arguments.batch_size, (index + 1) * arguments.batch_size)
+            expected = sequences[indices if contender.order is None else contender.order[indices]]
             np.testing.assert_array_equal(np.stack(contender.arrays(batch), axis=1), expected)
     for number in range(-1, arguments.rounds):
         for contender in loaders:
-            one_pass(contender, rows.shape[0] * rows.shape[2])
+            one_pass(contender, sequences.shape[0] * sequences.shape[2])
             if number < 0:  # not counted: threads that the others have begun are still busy
                 contender.rates.clear()
                 contender.latencies_ms.clear()
@@ -387,8 +387,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--corpus", type=Path, help="Parquet file with a column `text`; else Python's standard library")
     parser.add_argument("--folder", type=Path, help="keep stores and tables here for the next run")
     parser.add_argument("--seq-len", type=int, default=2048)
-    parser.add_argument("--batch-rows", type=int, default=64)
-    parser.add_argument("--rows", type=int, default=17_408, help="of a pass: an epoch of the corpus")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--sequences", type=int, default=17_408, help="of a pass: an epoch of the corpus")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--documents", type=int, default=100_000_000, help="of the store to resume on; 0: leave it out")
     parser.add_argument("--resumes", type=int, default=20, help="steps to resume at")
@@ -405,11 +405,11 @@ def main(argv: list[str] | None = None) -> None:
         arguments.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         folder, kept = Path(name), arguments.folder or Path(name)
-        recipe = recipe_of(kept / "cache", arguments, arguments.rows * arguments.seq_len)
+        recipe = recipe_of(kept / "cache", arguments, arguments.sequences * arguments.seq_len)
         store = open_store(prepare(recipe))
         contenders, missing = compare(arguments, folder, recipe, store)
         rows = report(contenders)
-        waits = stalls_ms(batch_loader(recipe, store), arguments.rows // arguments.batch_rows, busy_ms=20.0)
+        waits = stalls_ms(batch_loader(recipe, store), arguments.sequences // arguments.batch_size, busy_ms=20.0)
         figures["wait_ms"] = {"median": percentile(waits, 50), "p99": percentile(waits, 99)}
         print(f"a step of 20 ms waits for its batch (ms): {figures['wait_ms']}", flush=True)
         if arguments.documents:

@@ -193,7 +193,7 @@ class Rival:
     wall_docs_per_s: float | None = None
     utilisation: float | None = None
     ratio: float | None = None
-    keeps_apart: bool = True  # documents that share a row
+    keeps_apart: bool = True  # documents that share a sequence
     note: str = ""
 
 
@@ -221,7 +221,7 @@ def rival_row(name: str, task: str, timing: Timing, num_sequences: int, setting:
 
 
 def trl_rows(setting: Setting) -> list[Rival]:
-    """TRL's pack_dataset on a data set in memory, documents longer than a row split and not truncated."""
+    """TRL's pack_dataset on a data set in memory, documents longer than a sequence split and not truncated."""
     try:
         import datasets
         import pyarrow as pa
@@ -259,7 +259,7 @@ def trl_rows(setting: Setting) -> list[Rival]:
 
 
 def axolotl_rows(setting: Setting) -> list[Rival]:
-    """Axolotl's packing with its defaults, on our slices (it leaves out documents longer than a row)."""
+    """Axolotl's packing with its defaults, on our slices (it skips documents longer than a sequence)."""
     try:
         from axolotl.utils.samplers import multipack
     except Exception as error:
@@ -275,7 +275,7 @@ def axolotl_rows(setting: Setting) -> list[Rival]:
     rows = []
     for name, work in packers.items():
         timing, num_sequences = measure(work, max(2, setting.repeats))  # the first call compiles
-        note = "documents cut to rows beforehand, not timed"
+        note = "documents cut to sequences beforehand, not timed"
         rows.append(rival_row(f"{release} {name}", "plan", timing, num_sequences, setting, note=note))
     return rows
 

@@ -2,13 +2,13 @@
 
     python benchmarks/speedrun.py [--corpus corpus.parquet] [--share 0.45] [--folder FOLDER]
 
-The baseline is `benchmarks/speedrun.yaml`: AdamW with a cosine to zero on rows of one length, cut from the stream of
-documents. Both learning rates are swept with the first seed, then the other seeds are trained at the best ones. Every
-run has one process of one thread, and `--parallel` of them run at a time, the same for both. Speedrun gets `--share` of
-the baseline's token budget, and its schedules are made for that: there it has to be at the mean of the baseline's final
-losses. Seconds are those of the steps by the clock, without start-up and evaluation, which both need alike; `cpu` is
-their processor time. Without a corpus, the source files of the running Python are learned. With `--folder` an
-interrupted benchmark goes on. The last line is one JSON object.
+The baseline is `benchmarks/speedrun.yaml`: AdamW with a cosine to zero on sequences of one length, cut from the stream
+of documents. Both learning rates are swept with the first seed, then the other seeds are trained at the best ones.
+Every run has one process of one thread, and `--parallel` of them run at a time, the same for both. Speedrun gets
+`--share` of the baseline's token budget, and its schedules are made for that: there it has to be at the mean of the
+baseline's final losses. Seconds are those of the steps by the clock, without start-up and evaluation, which both need
+alike; `cpu` is their processor time. Without a corpus, the source files of the running Python are learned. With
+`--folder` an interrupted benchmark goes on. The last line is one JSON object.
 """
 
 from __future__ import annotations

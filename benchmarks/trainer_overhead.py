@@ -2,12 +2,13 @@
 
     python benchmarks/trainer_overhead.py [--rounds 40] [--steps 1] [--zero-stage 0] [--threads N]
 
-The same model, rows, micro-batches, threads, fused AdamW, clipping and fp32 in all three; each is a process of its own,
-because Accelerate's state and environment are a process's, and they take turns, so that a machine whose speed drifts is
-the same for all. Only steps are timed, not what Trainer sets up before its first. turbolm's processes run in the
-environment that its launcher gives them, in which glibc keeps freed memory; the rivals both in that (`_same_memory`)
-and as they come. The loop is judged in the same, Trainer as it comes. The rows come from the quickstart recipe's data:
-real packed documents, with the positions that keep them apart. The last line is one JSON object.
+The same model, sequences, micro-batches, threads, fused AdamW, clipping and fp32 in all three; each is a separate
+process, because Accelerate's state and environment are a process's, and they take turns, so that a machine whose speed
+drifts is the same for all. Only steps are timed, not what Trainer sets up before its first. turbolm's processes run in
+the environment that its launcher gives them, in which glibc keeps freed memory; the rivals both in that
+(`_same_memory`) and as they come. The loop is judged in the same, Trainer as it comes. The sequences come from the
+quickstart recipe's data: real packed documents, with the positions that keep them apart. The last line is one JSON
+object.
 """
 
 from __future__ import annotations

@@ -71,8 +71,8 @@ def test_stopped_prepare_says_how_to_go_on(
     assert len(finished) >= 3
     assert turbolm(monkeypatch, "prepare", recipe) == 0
     output = capsys.readouterr()
-    assert "left out: 1 empty documents" in output.out
-    assert "left out: 2 duplicate documents" in output.out
+    assert "skipped: 1 empty documents" in output.out
+    assert "skipped: 2 duplicate documents" in output.out
     assert all(path.is_file() for path in finished)
 
 
@@ -85,7 +85,7 @@ def test_verify_names_every_damaged_file(
     folder = Path(capsys.readouterr().out.rsplit("token store: ", 1)[1].strip())
     for what in (recipe, folder):
         assert turbolm(monkeypatch, "verify", what) == 0
-        assert "whole; " in capsys.readouterr().out
+        assert "intact; " in capsys.readouterr().out
     files = {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     middle = len(files["shard-00002.tokens"]) // 2
     content = bytearray(files["shard-00002.tokens"])

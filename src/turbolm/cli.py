@@ -35,12 +35,12 @@ RecipeFile = Annotated[
         autocompletion=lambda: list(recipes_by_name()),
     ),
 ]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="values to replace")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="recipe values to override")]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="a run directory, such as runs/quickstart")]
 CheckpointFolder = Annotated[
     Path, typer.Argument(metavar="CHECKPOINT", help="such as runs/quickstart/checkpoints/step-00000120")
 ]
-Fresh = Annotated[bool, Option("--fresh", help="move an old run of this name aside, and start over")]
+Fresh = Annotated[bool, Option("--fresh", help="move an existing run of this name aside, and start over")]
 
 
 def _show_version(wanted: bool) -> None:
@@ -58,7 +58,7 @@ def options(
 
 @app.command()
 def prepare(recipe: RecipeFile, overrides: Overrides = None) -> None:
-    """Tokenize the recipe's sources into a token store, once."""
+    """Tokenize the recipe's sources into a token store; does nothing if it exists."""
     from turbolm.data.store.token_store import open_store
     from turbolm.launch.store import prepare_store
     from turbolm.recipe.load import load_recipe
@@ -74,7 +74,7 @@ def prepare(recipe: RecipeFile, overrides: Overrides = None) -> None:
         print(f"{split}: {', '.join(counts)}, {format_bytes(total['text_bytes'])} of text")
     for what in ("empty", "duplicate"):
         if count := manifest[f"{what}_documents"]:
-            print(f"left out: {format_count(count)} {what} documents")
+            print(f"skipped: {format_count(count)} {what} documents")
     for note in store.notes:
         print(f"turbolm: {note}", file=sys.stderr)
     print(f"token store: {folder}")
@@ -85,9 +85,9 @@ def plan(
     recipe: RecipeFile,
     overrides: Overrides = None,
     as_json: Annotated[bool, Option("--json", help="one JSON object with stable keys")] = False,
-    steps: Annotated[bool, Option("--steps", help="one JSON object a step: its learning rate and such")] = False,
+    steps: Annotated[bool, Option("--steps", help="one JSON object per step, with its learning rate")] = False,
 ) -> None:
-    """Show everything that follows from a recipe, for the machines it describes or for this one."""
+    """Show what a recipe will run, for the machines it describes or for this one."""
     from turbolm.launch.local import accelerate_config
     from turbolm.plan.rates import preview_steps
     from turbolm.plan.summary import collect_summary
@@ -108,13 +108,13 @@ def adapt(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="a folder, a config.json, a model type, or owner/name on the hub")
     ],
-    task: Annotated[Literal["pretrain", "continue"], Option(help="from new weights, or from the model's")] = "pretrain",
+    task: Annotated[Literal["pretrain", "continue"], Option(help="new weights, or the model's")] = "pretrain",
     cluster: Annotated[
-        str | None, Option(help="of recipes/_clusters, such as h100x8, or 8xH100-80GB; default: this machine")
+        str | None, Option(help="a file of recipes/_clusters, such as h100x8, or 8xH100-80GB; default: this machine")
     ] = None,
-    seq_len: Annotated[str | None, Option(help="tokens of a sequence")] = None,
+    seq_len: Annotated[str | None, Option(help="tokens per sequence")] = None,
     budget: Annotated[str | None, Option(help="tokens to train on, such as 20B")] = None,
-    out: Annotated[Path | None, Option(help="the recipe; default: MODEL-TASK.yaml")] = None,
+    out: Annotated[Path | None, Option(help="the recipe to write; default: MODEL-TASK.yaml")] = None,
 ) -> None:
     """Write a recipe for another model, after trying a small copy of it."""
     from turbolm.adapt.run import adapt as write_recipe
@@ -141,10 +141,10 @@ def schema(write: Annotated[bool, Option("--write", help="write recipes/schema.j
 
 @app.command()
 def models(
-    types: Annotated[list[str] | None, typer.Argument(metavar="[TYPE]...", help="try these types here and now")] = None,
-    write: Annotated[bool, Option("--write", help="try all types, and write the table")] = False,
+    types: Annotated[list[str] | None, typer.Argument(metavar="[TYPE]...", help="model types to try here")] = None,
+    write: Annotated[bool, Option("--write", help="try all types, and update the table")] = False,
 ) -> None:
-    """Show which model types are trained packed, which one document a row, and which are refused."""
+    """Show how each model type is trained: packed, one document per sequence, or refused."""
     from turbolm.models.table import show_or_try
 
     if not show_or_try(types or [], write):
@@ -153,7 +153,7 @@ def models(
 
 @app.command()
 def train(recipe: RecipeFile, overrides: Overrides = None, fresh: Fresh = False) -> None:
-    """Prepare the data if needed, then train on this machine; resumes by itself."""
+    """Prepare the data if needed, then train on this machine. Resumes an unfinished run."""
     from turbolm.plan.count import check_model
     from turbolm.recipe.load import load_recipe
     from turbolm.train.run_contract import start_fresh
@@ -170,10 +170,10 @@ def train(recipe: RecipeFile, overrides: Overrides = None, fresh: Fresh = False)
 def submit(
     recipe: RecipeFile,
     overrides: Overrides = None,
-    dry_run: Annotated[bool, Option("--dry-run", help="write and print the script; submit nothing")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="write and print the script without submitting it")] = False,
     fresh: Fresh = False,
 ) -> None:
-    """Train on a Slurm cluster: render the job's script into the run directory and submit it."""
+    """Train on a Slurm cluster: write the job script into the run directory and submit it."""
     from turbolm.launch.slurm import submit as submit_script
     from turbolm.launch.slurm import write_submission
 
@@ -188,8 +188,8 @@ def submit(
 
 @app.command()
 def status(
-    runs: Annotated[list[Path] | None, typer.Argument(metavar="[RUN]...", help="default: all below --runs")] = None,
-    runs_dir: Annotated[Path, Option("--runs", help="the folder of run directories")] = Path("runs"),
+    runs: Annotated[list[Path] | None, typer.Argument(metavar="[RUN]...", help="default: all in --runs")] = None,
+    runs_dir: Annotated[Path, Option("--runs", help="the folder that contains run directories")] = Path("runs"),
     as_json: Annotated[bool, Option("--json", help="for programs")] = False,
 ) -> None:
     """List runs, their attempts, progress and remaining time."""
@@ -201,7 +201,7 @@ def status(
 
 @app.command()
 def stop(run: RunFolder) -> None:
-    """Ask a run to save and stop; a Slurm job that trains it ends and does not start again."""
+    """Ask a run to save and stop. Its Slurm job ends and is not requeued."""
     from turbolm.launch.status import read_status
     from turbolm.reliability.stop import ask_to_stop
     from turbolm.train.run_directory import RunDirectory
@@ -216,7 +216,7 @@ def stop(run: RunFolder) -> None:
 @app.command()
 def verify(
     path: Annotated[
-        Path, typer.Argument(metavar="PATH", help="a checkpoint, a token store's folder, or a recipe: its token store")
+        Path, typer.Argument(metavar="PATH", help="a checkpoint, a token store, or a recipe (for its token store)")
     ],
     overrides: Overrides = None,
 ) -> None:
@@ -235,17 +235,17 @@ def verify(
         # A store may have lost its manifest, or its shards.
         is_store = (path / "tokenizer").is_dir() or any(path.glob("shard-*"))
     if is_store:
-        print(f"{path}: whole; {_verify_store(path)} shards")
+        print(f"{path}: intact; {_verify_store(path)} shards")
         return
     problems = verify_checkpoint(path)
     if problems:
         raise UserError("\n".join(f"{path}: {problem}" for problem in problems))
     manifest = read_manifest(path)
-    print(f"{path}: whole; step {manifest['step']}, {len(manifest['files'])} files")
+    print(f"{path}: intact; step {manifest['step']}, {len(manifest['files'])} files")
 
 
 def _verify_store(folder: Path) -> int:
-    """The number of shards. Raises UserError with every damaged file."""
+    """Return the number of shards. Raises UserError with every corrupt file."""
     from turbolm.data.store.token_store import find_damage, read_manifest
 
     manifest = read_manifest(folder)
@@ -258,7 +258,7 @@ def _verify_store(folder: Path) -> int:
 @app.command()
 def export(
     checkpoint: CheckpointFolder,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="the folder to write; an export there is replaced")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="the folder to write; an earlier export is replaced")],
 ) -> None:
     """Write a checkpoint in the Hugging Face layout."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, which Transformers imports, need not look for GPUs
@@ -278,12 +278,12 @@ def export(
 @app.command()
 def fork(
     checkpoint: CheckpointFolder,
-    decay: Annotated[str, Option(help="how long: 10% of the new run, 2M (tokens) or 200 steps")],
-    name: Annotated[str | None, Option(help="of the new run; default: RUN-decay-STEP")] = None,
+    decay: Annotated[str, Option(help="length of the decay: 10% (of the new run), 2M (tokens) or 200 steps")],
+    name: Annotated[str | None, Option(help="name of the new run; default: RUN-decay-STEP")] = None,
     decay_shape: Annotated[str | None, Option(help="linear, sqrt or cosine")] = None,
-    min_lr_ratio: Annotated[float | None, Option(help="where the learning rate ends, as a share of the peak")] = None,
+    min_lr_ratio: Annotated[float | None, Option(help="final learning rate, as a share of the peak")] = None,
 ) -> None:
-    """Branch a decay of the learning rate from a checkpoint on its plateau, as a run of its own."""
+    """Branch a learning-rate decay from a checkpoint on the plateau, as a separate run."""
     from pydantic import ValidationError
 
     from turbolm.train.fork import fork as fork_run
@@ -305,23 +305,23 @@ def ablate(
     recipe: RecipeFile,
     overrides: Overrides = None,
     tricks: Annotated[
-        list[str] | None, Option(help="names from recipes/_tricks, paths of pieces, or NAME:KEY=VALUE+KEY=VALUE")
+        list[str] | None, Option(help="names from recipes/_tricks, paths of such files, or NAME:KEY=VALUE+KEY=VALUE")
     ] = None,
-    seeds: Annotated[int, Option(min=1, max=100, help="runs of each arm")] = 1,
+    seeds: Annotated[int, Option(min=1, max=100, help="runs per arm, with different seeds")] = 1,
     target_loss: Annotated[
-        float | None, Option(help="held-out loss to reach; default: 0.5% above the baseline's final one")
+        float | None, Option(help="held-out loss to reach; default: 0.5% above the baseline's final loss")
     ] = None,
     sweep_lr: Annotated[
-        str | None, Option(help="lo,hi,n: first find the learning rate of each arm that may want its own")
+        str | None, Option(help="lo,hi,n: first find the learning rate of each arm that may need its own")
     ] = None,
-    alone: Annotated[bool, Option("--alone", help="each trick by itself: no combinations")] = False,
-    noise: Annotated[str, Option(help="differences that are taken for chance")] = "5%",
-    clock: Annotated[Literal["wall", "cpu"], Option(help="cpu: processor time, for a shared machine")] = "wall",
-    name: Annotated[str | None, Option(help="of the folder; default: the recipe's")] = None,
+    alone: Annotated[bool, Option("--alone", help="test each trick separately, without combinations")] = False,
+    noise: Annotated[str, Option(help="differences below this are treated as noise")] = "5%",
+    clock: Annotated[Literal["wall", "cpu"], Option(help="cpu: measure processor time, for a shared machine")] = "wall",
+    name: Annotated[str | None, Option(help="name of the results folder; default: the recipe's name")] = None,
     dry_run: Annotated[bool, Option("--dry-run", help="check and list the arms; train nothing")] = False,
     as_json: Annotated[bool, Option("--json", help="results as one JSON object; progress on stderr")] = False,
 ) -> None:
-    """Measure what each trick is worth: train with and without it. Resumes by itself."""
+    """Measure the effect of each trick by training with and without it. Resumes unfinished runs."""
     from turbolm.ablate.design import describe_arms
     from turbolm.ablate.render import render_table
     from turbolm.ablate.results import collect_results
@@ -351,7 +351,7 @@ def ablate(
     elif not dry_run:
         print(f"\n{render_table(results)}\n{ablation.folder}: report.html, ablation.json, ablation.csv")
     if code == EXIT_REQUEUE:
-        print("stopped; the same command goes on from here", file=sys.stderr)
+        print("stopped; the same command resumes", file=sys.stderr)
     raise typer.Exit(code)
 
 
@@ -364,7 +364,7 @@ def report(run: RunFolder) -> None:
 
 
 def _train_here(recipe: Recipe, recipe_file: str, overrides: Sequence[str]) -> int:
-    """Prepare and train on this machine; returns the run's exit code."""
+    """Prepare and train on this machine; return the run's exit code."""
     from turbolm.data.store.token_store import open_store
     from turbolm.launch.local import launch
     from turbolm.launch.store import prepare_store
@@ -377,7 +377,7 @@ def _train_here(recipe: Recipe, recipe_file: str, overrides: Sequence[str]) -> i
     machine = detect_machine()
     check_machine(recipe, machine)
     recipe, _ = as_started(recipe)
-    check_contract(run, build_plan(recipe, machine).recipe, None)  # what data say is compared once they are prepared
+    check_contract(run, build_plan(recipe, machine).recipe, None)  # the data's part is compared once they are prepared
     recipe = settle_commits(recipe)
     plan = build_plan(recipe, machine)
     store = open_store(prepare_store(recipe))
@@ -396,7 +396,7 @@ def _train_here(recipe: Recipe, recipe_file: str, overrides: Sequence[str]) -> i
 
 @contextlib.contextmanager
 def _standard_output_as_error() -> Iterator[None]:
-    """What this process and its children print goes to standard error."""
+    """Redirect the output of this process and its children to standard error."""
     sys.stdout.flush()
     kept = os.dup(1)
     os.dup2(2, 1)
@@ -409,7 +409,7 @@ def _standard_output_as_error() -> Iterator[None]:
 
 
 def _store_size(recipe: Recipe) -> StoreSize | None:
-    """What the recipe's store holds, if it has been prepared and is sound."""
+    """Return the size of the recipe's store, if it has been prepared and is intact."""
     from turbolm.data.prepare.build import find_store
     from turbolm.data.store.token_store import open_store
     from turbolm.plan.preview import StoreSize
@@ -418,7 +418,7 @@ def _store_size(recipe: Recipe) -> StoreSize | None:
         folder = find_store(recipe)
         store = open_store(folder) if folder else None
     except UserError:
-        return None  # sources or tokenizer that are elsewhere; `plan` is for any machine
+        return None  # sources or tokenizer on another machine; `plan` works for any machine
     if store is None:
         return None
     sample = store.lengths("train", 0, min(store.num_documents("train"), 20_000))
@@ -434,26 +434,26 @@ def _print_or_write(text: str, path: Path | None) -> None:
 
 
 def _exit_code(end: SystemExit) -> int | str | None:
-    """The exit code of a command; a reader of its output who has seen enough (`| head -1`) is not an error."""
+    """Return the exit code of a command; a closed pipe (`| head -1`) is not an error."""
     with contextlib.suppress(BrokenPipeError):
         sys.stdout.flush()
     output = select.poll()
     output.register(1, 0)
     if not any(event & select.POLLERR for _, event in output.poll(0)):
         return end.code
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what Python flushes at exit
-    # Typer makes exit code 1 of a broken pipe. What is left undone by `train` stays undone, whoever reads.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for Python's flush at exit
+    # Typer turns a broken pipe into exit code 1. An interrupted `train` stays an error, whoever reads its output.
     caused = isinstance(end.__context__, BrokenPipeError) and sys.argv[1:2] not in (["train"], ["ablate"])
     return EXIT_OK if caused else end.code
 
 
 def main() -> None:
-    """Run a command; a mistake of the user's is one message and exit code 2."""
+    """Run a command; a user error is one message and exit code 2."""
     try:
         sys.exit(exit_code_of(app))  # Typer itself ends by SystemExit
     except SystemExit as end:
         sys.exit(_exit_code(end))
-    except Exception:  # a bug; what it quotes must not tell secrets
+    except Exception:  # a bug; its message must not leak secrets
         import traceback
 
         from turbolm.redaction import redact

@@ -26,7 +26,7 @@ class UserError(_CleanError):
 
 
 class RunError(_CleanError):
-    """Why a run cannot go on, where neither its recipe nor a bug is to blame: a full disk, another writer.
+    """A run cannot continue, and neither its recipe nor a bug is the cause: a full disk, another writer.
 
     The process exits with `EXIT_FAILED`.
     """

@@ -1,4 +1,4 @@
-"""Files, told once: JSON, hashes, whole or not at all, and safe on the disk. Standard library only."""
+"""Read and write JSON atomically, hash files, and fsync. Standard library only."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ def test_a_model_type_becomes_a_recipe_that_plans(model_type: str, adapt: Adapt)
     assert plan.num_steps >= 50 and recipe.train.global_batch >= plan.world_size * recipe.data.seq_len
     packs = model_type != "mamba"
     assert recipe.data.packing == ("best_fit" if packs else "single")
-    assert ("documents share rows" in said) == packs
+    assert ("documents share sequences" in said) == packs
     assert ("recurrent state" in said) == (not packs)
     assert ("router loss of each packed sequence" in said) == (model_type == "mixtral")
     text = Path(f"{model_type}-pretrain.yaml").read_text()

@@ -132,7 +132,7 @@ def test_too_many_in_a_row_go_back_leave_the_batches_out_and_at_last_stop(stage:
     assert answers[0] == answers[1], "all ranks decide alike"
     stopped, finished = answers[0]
     assert "stopped at step 8, batch 11: loss nan" in stopped
-    assert "gone back 1 times" in stopped
+    assert "rolled back 1 times" in stopped
     assert finished == 0
     recipe = recipe_of(tmp_path, f"back{stage}")
     checkpoints = run_path(recipe) / "checkpoints"

@@ -32,13 +32,13 @@ def store_in_memory(shards: list[tuple[list[int], list[int]]], dtype: str) -> To
 
 
 def reference(
-    sequences: Sequences, row: int, store: TokenStore, split: Split
+    sequences: Sequences, index: int, store: TokenStore, split: Split
 ) -> tuple[list[int], list[int], list[int]]:
     inputs: list[int] = []
     positions: list[int] = []
     targets: list[int] = []
-    if row >= 0:
-        for part in range(sequences.offsets[row], sequences.offsets[row + 1]):
+    if index >= 0:
+        for part in range(sequences.offsets[index], sequences.offsets[index + 1]):
             tokens = store.read(
                 split, int(sequences.document[part]), int(sequences.start[part]), int(sequences.length[part])
             )
@@ -57,7 +57,7 @@ documents = st.lists(st.integers(0, 40), max_size=12)
     split=st.sampled_from(["train", "validation"]),
     packing=st.sampled_from(get_args(Packing)),
     seq_len=st.integers(1, 24),
-    micro_batch_bins=st.integers(1, 4),
+    micro_batch_size=st.integers(1, 4),
     dtype=st.sampled_from(["<u2", "<u4"]),
     data=st.data(),
 )
@@ -66,20 +66,20 @@ def test_micro_batches_hold_what_the_bins_say(
     split: Split,
     packing: Packing,
     seq_len: int,
-    micro_batch_bins: int,
+    micro_batch_size: int,
     dtype: str,
     data: st.DataObject,
 ) -> None:
     store = store_in_memory(shards, dtype)
     sequences = pack(store.lengths(split), seq_len, packing)
     num_micro = data.draw(st.integers(1, 3))
-    rows = st.lists(st.integers(-1, len(sequences) - 1), min_size=micro_batch_bins, max_size=micro_batch_bins)
-    indices = np.array(data.draw(st.lists(rows, min_size=num_micro, max_size=num_micro)), np.int64)
-    max_slices = micro_batch_bins * seq_len
+    chosen = st.lists(st.integers(-1, len(sequences) - 1), min_size=micro_batch_size, max_size=micro_batch_size)
+    indices = np.array(data.draw(st.lists(chosen, min_size=num_micro, max_size=num_micro)), np.int64)
+    max_slices = micro_batch_size * seq_len
     micro_batches = collate(sequences, indices, store, split, max_slices)
     assert len(micro_batches) == num_micro
-    for micro_batch, its_rows in zip(micro_batches, indices.tolist(), strict=True):
-        columns = zip(*(reference(sequences, row, store, split) for row in its_rows), strict=True)
+    for micro_batch, its_indices in zip(micro_batches, indices.tolist(), strict=True):
+        columns = zip(*(reference(sequences, index, store, split) for index in its_indices), strict=True)
         for name, expected in zip(("input_ids", "position_ids", "targets"), columns, strict=True):
             assert micro_batch[name].dtype == np.int64
             assert micro_batch[name].tolist() == list(expected)

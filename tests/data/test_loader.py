@@ -24,12 +24,12 @@ from turbolm.plan.curriculum import Segment
 
 from .samples import sample_ids
 
-SEQ_LEN, BINS_PER_BATCH = 64, 10
+SEQ_LEN, SEQUENCES_PER_BATCH = 64, 10
 
 
 @pytest.fixture(scope="module", params=get_args(Packing))
 def order(store: TokenStore, request: pytest.FixtureRequest) -> BatchOrder:
-    return order_of(store, BINS_PER_BATCH, request.param)
+    return order_of(store, SEQUENCES_PER_BATCH, request.param)
 
 
 def order_of(store: TokenStore, sequences_per_batch: int, packing: Packing) -> BatchOrder:
@@ -37,27 +37,27 @@ def order_of(store: TokenStore, sequences_per_batch: int, packing: Packing) -> B
     return order_of_lengths(store.lengths("train"), [segment], packing=packing, window_documents=100)
 
 
-def rows(batches: list[GlobalBatch]) -> Counter[bytes]:
-    """The rows of all ranks that have any target, as a multiset."""
+def sequences_of(batches: list[GlobalBatch]) -> Counter[bytes]:
+    """The sequences of all ranks that have any target, as a multiset."""
     found: Counter[bytes] = Counter()
     for micro in (micro for batch in batches for micro in batch.micro_batches):
-        for row in np.stack([micro["input_ids"], micro["position_ids"], micro["targets"]], axis=1):
-            if (row[2] != IGNORED_TARGET).any():
-                found[row.tobytes()] += 1
+        for sequence in np.stack([micro["input_ids"], micro["position_ids"], micro["targets"]], axis=1):
+            if (sequence[2] != IGNORED_TARGET).any():
+                found[sequence.tobytes()] += 1
     return found
 
 
 def test_batches_are_the_same_for_every_layout(store: TokenStore, order: BatchOrder) -> None:
-    expected = rows([BatchLoader(order, store, "train", 1, 0, SEQ_LEN).global_batch(3)])
-    assert expected.total() == BINS_PER_BATCH
-    for world_size, micro_batch_bins in product((1, 2, 3, 4, 8), (1, 2, 3)):
+    expected = sequences_of([BatchLoader(order, store, "train", 1, 0, SEQ_LEN).global_batch(3)])
+    assert expected.total() == SEQUENCES_PER_BATCH
+    for world_size, micro_batch_size in product((1, 2, 3, 4, 8), (1, 2, 3)):
         batches = [
-            BatchLoader(order, store, "train", world_size, rank, micro_batch_bins * SEQ_LEN).global_batch(3)
+            BatchLoader(order, store, "train", world_size, rank, micro_batch_size * SEQ_LEN).global_batch(3)
             for rank in range(world_size)
         ]
-        assert rows(batches) == expected
+        assert sequences_of(batches) == expected
         assert len({len(batch.micro_batches) for batch in batches}) == 1
-        shape = (min(micro_batch_bins, -(-BINS_PER_BATCH // world_size)), SEQ_LEN)
+        shape = (min(micro_batch_size, -(-SEQUENCES_PER_BATCH // world_size)), SEQ_LEN)
         assert all(micro["input_ids"].shape == shape for batch in batches for micro in batch.micro_batches)
         targets = sum(int((m["targets"] != IGNORED_TARGET).sum()) for batch in batches for m in batch.micro_batches)
         assert {batch.num_targets for batch in batches} == {targets}
@@ -78,8 +78,8 @@ def test_rows_of_scheduled_lengths_are_the_same_for_every_layout(store: TokenSto
         read_ahead = zip(*(loader.iterate(2, 11) for loader in loaders), strict=True)
         for index, batches in enumerate(read_ahead, start=2):
             again = BatchLoader(order, store, "train", 1, 0, 320).global_batch(index)
-            assert rows(list(batches)) == rows([again])
-            assert rows(list(batches)).total() == len(again.sequences)
+            assert sequences_of(list(batches)) == sequences_of([again])
+            assert sequences_of(list(batches)).total() == len(again.sequences)
             shapes = {micro["input_ids"].shape for batch in batches for micro in batch.micro_batches}
             assert len(shapes) == 1
             if micro_batch != "auto":
@@ -93,23 +93,23 @@ def test_imbalance_by_hand(store: TokenStore) -> None:
     assert batch.imbalance == pytest.approx((64 + 16) / (40 + 8))
 
 
-def test_rows_hold_the_pieces_one_after_the_other(store: TokenStore, order: BatchOrder) -> None:
-    batch = BatchLoader(order, store, "train", 1, 0, BINS_PER_BATCH * SEQ_LEN).global_batch(0)
+def test_sequences_hold_their_slices_one_after_the_other(store: TokenStore, order: BatchOrder) -> None:
+    batch = BatchLoader(order, store, "train", 1, 0, SEQUENCES_PER_BATCH * SEQ_LEN).global_batch(0)
     arrays, sequences = batch.micro_batches[0], batch.sequences
     assert {name: array.dtype.name for name, array in arrays.items()} == dict.fromkeys(arrays, "int64")
-    for row, index in enumerate(batch.indices[0]):
+    for sequence, index in enumerate(batch.indices[0]):
         used = 0
         for part in range(sequences.offsets[index], sequences.offsets[index + 1]):
             document, start, length = (int(x[part]) for x in (sequences.document, sequences.start, sequences.length))
             whole = store.read("train", document, 0, int(store.lengths("train")[document]))
             where = slice(used, used + length)
-            np.testing.assert_array_equal(arrays["input_ids"][row, where], whole[start : start + length])
-            np.testing.assert_array_equal(arrays["targets"][row, where], whole[start + 1 : start + length + 1])
-            np.testing.assert_array_equal(arrays["position_ids"][row, where], np.arange(length))
+            np.testing.assert_array_equal(arrays["input_ids"][sequence, where], whole[start : start + length])
+            np.testing.assert_array_equal(arrays["targets"][sequence, where], whole[start + 1 : start + length + 1])
+            np.testing.assert_array_equal(arrays["position_ids"][sequence, where], np.arange(length))
             used += length
-        assert (arrays["input_ids"][row, used:] == 0).all()
-        assert (arrays["targets"][row, used:] == IGNORED_TARGET).all()
-        np.testing.assert_array_equal(arrays["position_ids"][row, used:], np.arange(SEQ_LEN - used))
+        assert (arrays["input_ids"][sequence, used:] == 0).all()
+        assert (arrays["targets"][sequence, used:] == IGNORED_TARGET).all()
+        np.testing.assert_array_equal(arrays["position_ids"][sequence, used:], np.arange(SEQ_LEN - used))
     eos = store.manifest["eos_id"]
     inside = arrays["position_ids"] > 0
     assert not ((arrays["input_ids"] == eos) & inside & (arrays["targets"] != IGNORED_TARGET)).any()
@@ -134,7 +134,7 @@ def test_numbers_of_a_batch(store: TokenStore, order: BatchOrder) -> None:
     slices = sample_ids(batch)
     assert batch.num_targets == sum(length for _, _, length in slices)
     assert batch.num_documents == len({document for document, _, _ in slices})
-    assert batch.padding_fraction == pytest.approx(1 - batch.num_targets / (BINS_PER_BATCH * SEQ_LEN))
+    assert batch.padding_fraction == pytest.approx(1 - batch.num_targets / (SEQUENCES_PER_BATCH * SEQ_LEN))
     assert batch.attention_pairs == sum(length * (length + 1) // 2 for _, _, length in slices)
 
 
@@ -155,12 +155,12 @@ def test_cu_seqlens_have_one_size_for_all_batches(store: TokenStore, order: Batc
 @given(
     cost=st.lists(st.integers(1, 1000), min_size=1, max_size=60),
     world_size=st.integers(1, 8),
-    micro_batch_bins=st.integers(1, 5),
+    micro_batch_size=st.integers(1, 5),
 )
-def test_every_bin_is_dealt_once(cost: list[int], world_size: int, micro_batch_bins: int) -> None:
-    dealt = deal_sequences(np.array(cost), world_size, micro_batch_bins)
-    per_micro = world_size * micro_batch_bins
-    assert dealt.shape == (-(-len(cost) // per_micro), world_size, micro_batch_bins)
+def test_every_sequence_is_dealt_once(cost: list[int], world_size: int, micro_batch_size: int) -> None:
+    dealt = deal_sequences(np.array(cost), world_size, micro_batch_size)
+    per_micro = world_size * micro_batch_size
+    assert dealt.shape == (-(-len(cost) // per_micro), world_size, micro_batch_size)
     assert sorted(dealt[dealt >= 0].tolist()) == list(range(len(cost)))
     assert (dealt[:-1] >= 0).all()  # empty places are in the last micro step
     empty = (dealt[-1] < 0).sum(axis=1)
@@ -251,7 +251,7 @@ def test_held_out_documents_are_cut_alike_however_training_packs(store: TokenSto
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_evaluation_batches_hold_every_target_once(store: TokenStore, world_size: int) -> None:
     ranks = [
-        list(evaluation_batches(store, SEQ_LEN, 10**9, world_size=world_size, rank=rank, micro_batch_bins=2))
+        list(evaluation_batches(store, SEQ_LEN, 10**9, world_size=world_size, rank=rank, micro_batch_size=2))
         for rank in range(world_size)
     ]
     assert len({len(batches) for batches in ranks}) == 1

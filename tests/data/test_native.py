@@ -41,7 +41,7 @@ def fresh() -> Iterator[None]:
     counts=st.lists(st.integers(0, 60), min_size=1, max_size=70),
     seq_len=st.integers(1, 70),
 )
-def test_pieces_go_where_python_puts_them(counts: list[int], seq_len: int) -> None:
+def test_slices_go_where_python_puts_them(counts: list[int], seq_len: int) -> None:
     histogram = np.zeros(seq_len, np.int64)
     histogram[1 : len(counts) + 1] = counts[: seq_len - 1]
     lengths = np.ascontiguousarray(np.flatnonzero(histogram)[::-1])
@@ -108,7 +108,7 @@ def test_an_index_that_points_outside_its_shard_is_refused(row: int, end: int) -
         collate.fill(block, sequences, np.arange(6), tokens, "train")
 
 
-def test_a_piece_without_room_in_its_row_is_refused() -> None:
+def test_a_slice_without_room_in_its_sequence_is_refused() -> None:
     tokens = store_in_memory([([30, 30], [])], "<u2")
     sequences = Sequences(32, np.array([0, 2]), np.array([0, 1]), np.zeros(2, np.int64), np.array([20, 20]))
     block = np.empty((3, 1, 32), np.int64)

@@ -28,7 +28,7 @@ def slices(sequences: Sequences | Slices) -> list[Slice]:
 
 
 def segments_of(*parts: tuple[int, tuple[int, ...], int]) -> list[Segment]:
-    """Segments from (steps, row lengths, sequences of the longest length in a batch); the last one is open-ended."""
+    """Segments from (steps, sequence lengths, longest sequences in a batch); the last one is open-ended."""
     found, step, token = [], 0, 0
     for steps, seq_lens, sequences in parts:
         batch = seq_lens[-1] * sequences
@@ -38,8 +38,8 @@ def segments_of(*parts: tuple[int, tuple[int, ...], int]) -> list[Segment]:
 
 
 LENGTHS = st.lists(st.integers(1, 90), min_size=1, max_size=60)
-ROW_LENGTHS = st.sampled_from([(8,), (12,), (32,), (40,), (4, 8, 16, 32), (8, 16)])
-PARTS = st.lists(st.tuples(st.integers(1, 7), ROW_LENGTHS, st.integers(1, 6)), min_size=1, max_size=4)
+SEQ_LENS = st.sampled_from([(8,), (12,), (32,), (40,), (4, 8, 16, 32), (8, 16)])
+PARTS = st.lists(st.tuples(st.integers(1, 7), SEQ_LENS, st.integers(1, 6)), min_size=1, max_size=4)
 ORDER: dict[str, Any] = {
     "seed": st.integers(0, 3),
     "packing": st.sampled_from(get_args(Packing)),
@@ -207,7 +207,7 @@ def test_a_table_is_read_back(tmp_path: Path) -> None:
     assert not load_table(tmp_path / "missing.npz", order.key)
 
 
-def test_the_most_pieces_of_a_bin() -> None:
+def test_the_most_slices_of_a_sequence() -> None:
     lengths = np.random.default_rng(0).integers(1, 40, 300)
     order = order_of_lengths(lengths, segments_of((10, (32,), 4), (10, (16,), 8)), window_documents=50)
     seen: dict[int, int] = {}

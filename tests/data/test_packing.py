@@ -74,32 +74,32 @@ def test_single_covers_every_position_once(corpus: tuple[list[int], int]) -> Non
     assert len(sequences) == sum(-(-length // seq_len) for length in corpus[0])
 
 
-def rows(sequences: Sequences) -> list[list[tuple[int, int, int]]]:
+def slices_of(sequences: Sequences) -> list[list[tuple[int, int, int]]]:
     """(document, start, length) of the slices of each sequence."""
     slices = list(zip(sequences.document.tolist(), sequences.start.tolist(), sequences.length.tolist(), strict=True))
     return [slices[first:last] for first, last in zip(sequences.offsets[:-1], sequences.offsets[1:], strict=True)]
 
 
 def by_hand(lengths: list[int], seq_len: int) -> list[list[tuple[int, int, int]]]:
-    """Rows of `pack_concat`, one position at a time."""
+    """Sequences of `pack_concat`, one position at a time."""
     stream = [(document, start) for document, length in enumerate(lengths) for start in range(length)]
     found = []
     for first in range(0, len(stream), seq_len):
-        row: list[tuple[int, int, int]] = []
+        sequence: list[tuple[int, int, int]] = []
         for document, start in stream[first : first + seq_len]:
-            if row and row[-1][0] == document:
-                row[-1] = (document, row[-1][1], row[-1][2] + 1)
+            if sequence and sequence[-1][0] == document:
+                sequence[-1] = (document, sequence[-1][1], sequence[-1][2] + 1)
             else:
-                row.append((document, start, 1))
-        found.append(row)
+                sequence.append((document, start, 1))
+        found.append(sequence)
     return found
 
 
 @given(corpora)
-def test_concat_is_the_documents_end_to_end_cut_where_a_bin_is_full(corpus: tuple[list[int], int]) -> None:
+def test_concat_is_the_documents_end_to_end_cut_where_a_sequence_is_full(corpus: tuple[list[int], int]) -> None:
     lengths, seq_len = np.array(corpus[0], dtype=np.int64), corpus[1]
     sequences = pack_concat(lengths, seq_len)
-    assert rows(sequences) == by_hand(corpus[0], seq_len)
+    assert slices_of(sequences) == by_hand(corpus[0], seq_len)
     assert_covers(sequences, lengths, whole=False)
     assert (sequences.used[:-1] == seq_len).all()
     assert len(sequences) == -(-sum(corpus[0]) // seq_len)
@@ -114,20 +114,20 @@ def test_concat_is_the_documents_end_to_end_cut_where_a_bin_is_full(corpus: tupl
 
 def test_best_fit_by_hand() -> None:
     sequences = pack_best_fit(np.array([3, 21, 7, 10]), 10)
-    found = sorted(sorted(row) for row in rows(sequences))
+    found = sorted(sorted(sequence) for sequence in slices_of(sequences))
     assert found == [[(0, 0, 3), (2, 0, 7)], [(1, 0, 10)], [(1, 10, 10)], [(1, 20, 1)], [(3, 0, 10)]]
     assert sorted(sequences.attention_cost.tolist()) == [1, 58, 100, 100, 100]
 
 
 def test_concat_by_hand() -> None:
     sequences = pack_concat(np.array([3, 0, 21, 7]), 10)
-    assert rows(sequences) == [[(0, 0, 3), (2, 0, 7)], [(2, 7, 10)], [(2, 17, 4), (3, 0, 6)], [(3, 6, 1)]]
+    assert slices_of(sequences) == [[(0, 0, 3), (2, 0, 7)], [(2, 7, 10)], [(2, 17, 4), (3, 0, 6)], [(3, 6, 1)]]
 
 
 @given(corpora)
-def test_documents_of_one_bin_lie_longest_first(corpus: tuple[list[int], int]) -> None:
-    for row in rows(pack_best_fit(np.array(corpus[0], dtype=np.int64), corpus[1])):
-        assert row == sorted(row, key=lambda part: (-part[2], part[0]))
+def test_documents_of_one_sequence_lie_longest_first(corpus: tuple[list[int], int]) -> None:
+    for sequence in slices_of(pack_best_fit(np.array(corpus[0], dtype=np.int64), corpus[1])):
+        assert sequence == sorted(sequence, key=lambda part: (-part[2], part[0]))
 
 
 @settings(max_examples=30)

@@ -193,7 +193,7 @@ FILES = [
     one("a.json", b'[{"text": "a"}]\n[{"text": "b"}]\n', "after document 1: something follows its end", "two arrays"),
     one("a.json", b'[{"text": "a"}, 7]', "document 2: expected a JSON object, got int", "a number in a JSON array"),
     one("a.json", b'[{"text": "\xff"}]', r"byte 11 \(0xff\) is not UTF-8", "JSON array that is not UTF-8"),
-    one("a.jsonl", b'{\n "text": "a"\n}\n', "a.jsonl:1: not valid JSON.*must be a whole JSON object", "indented JSON",
+    one("a.jsonl", b'{\n "text": "a"\n}\n', "a.jsonl:1: not valid JSON.*be a complete JSON object", "indented JSON",
         "longzw1997/Open-GroundingDino#96"),
     one("a.jsonl", jsonl(["a"])[:-1] + jsonl(["b"]), "a.jsonl:1: not valid JSON: Extra data", "two objects in a line",
         "facebookresearch/lingua#42"),

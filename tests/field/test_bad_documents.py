@@ -52,7 +52,7 @@ def test_prepare_counts_what_it_leaves_out(
     assert fingerprint(contract_of(skip)) != fingerprint(contract_of(refuse))
 
     # What was finished before the first bad document is kept (and nothing that ends in .tmp)
-    with pytest.raises(UserError, match=r"a.jsonl:61: not valid JSON.*`data.on_bad_document: skip` leaves such"):
+    with pytest.raises(UserError, match=r"a.jsonl:61: not valid JSON.*`data.on_bad_document: skip` skips such"):
         prepare(refuse, num_workers=1)
     before = {path: path.stat().st_ino for path in store_folder(refuse).glob("shard-*[!p]")}
     assert len(before) > 4
@@ -91,7 +91,7 @@ def test_prepare_counts_what_it_leaves_out(
         prepare(refuse, num_workers=1)
     assert prepare_store(skip) == folder
     assert [line.strip() for line in capsys.readouterr().out.splitlines()[-11:]] == [
-        f"left out: {len(bad_at) + 1} bad documents, such as", *first
+        f"skipped: {len(bad_at) + 1} bad documents, such as", *first
     ]  # fmt: skip
 
 

@@ -100,7 +100,7 @@ def test_execution_tricks_follow_plain_pytorch(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mode", ["model", "layers"])
 def test_varlen_compiles_once_for_each_length(mode: str) -> None:
-    """However many documents the rows hold."""
+    """However many documents the sequences hold."""
     model = make_model(CONFIGS["llama"], "varlen").cuda().to(torch.bfloat16)
     apply_compile(model, mode)
     for seq_len in (*LENGTHS, *LENGTHS):

@@ -16,7 +16,7 @@ from transformers import (
     StableLmForCausalLM,
 )
 
-from tests.models.test_isolation import CONFIGS, SEQ_LEN, SHAPE, VOCAB, make_model, packed_row
+from tests.models.test_isolation import CONFIGS, SEQ_LEN, SHAPE, VOCAB, make_model, packed_sequence
 from turbolm.errors import UserError
 from turbolm.models.attention import choose_attention, model_inputs, varlen_attention_forward
 from turbolm.models.isolation import check_isolation
@@ -48,8 +48,8 @@ def loop_over_documents(
 @pytest.mark.parametrize("name", ["llama", "qwen3", "mistral-sliding", "gpt2"])
 def test_varlen_gives_what_sdpa_gives(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(varlen, "varlen_attn", loop_over_documents)
-    rows = [packed_row(seed) for seed in (1, 2, 3)]
-    batch = {key: np.concatenate([row[key] for row in rows]) for key in rows[0]}  # [3, seq_len]
+    sequences = [packed_sequence(seed) for seed in (1, 2, 3)]
+    batch = {key: np.concatenate([one[key] for one in sequences]) for key in sequences[0]}  # [3, seq_len]
     expected = make_model(CONFIGS[name], "sdpa")(**model_inputs(batch, "sdpa", CPU)).logits
     flat = make_model(CONFIGS[name], "varlen")(**model_inputs(batch, "varlen", CPU)).logits
     assert flat.shape[:2] == (1, 3 * SEQ_LEN)
@@ -62,12 +62,12 @@ def test_varlen_gives_what_sdpa_gives(name: str, monkeypatch: pytest.MonkeyPatch
 
 
 def test_what_joins_rows_is_kept_from_models_that_carry_a_state(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second row would begin with the state that the first one ends with."""
+    """The second sequence would begin with the state that the first one ends with."""
     monkeypatch.setattr(varlen, "varlen_attn", loop_over_documents)
     layers = {"layer_types": ["conv", "full_attention"], "num_key_value_heads": 2}
     model = make_model({"model_type": "lfm2", **layers, **SHAPE}, "varlen")
     settings = {"vocab_size": VOCAB, "seq_len": SEQ_LEN, "precision": "fp32", "packed": False}
-    with pytest.raises(UserError, match="the rows of a micro-batch see each other .* set execution.attention: sdpa"):
+    with pytest.raises(UserError, match="sequences of a micro-batch see each other .* set execution.attention: sdpa"):
         check_isolation(model, attention="varlen", **settings)
     model.set_attn_implementation("sdpa")
     check_isolation(model, attention="sdpa", **settings)

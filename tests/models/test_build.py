@@ -174,7 +174,7 @@ def test_the_vocabulary_is_padded() -> None:
     assert complete(Model(config=LLAMA, pad_vocab_to_multiple=64)).vocab_size == 128
     assert complete(Model(config={**LLAMA, "vocab_size": 129}, pad_vocab_to_multiple=64)).vocab_size == 192
     assert complete(Model(config={**LLAMA, "vocab_size": 192}, pad_vocab_to_multiple=64)).vocab_size == 192
-    with pytest.raises(ValueError, match="neither `init` nor `pad_vocab_to_multiple` beside `pretrained`"):
+    with pytest.raises(ValueError, match="neither `init` nor `pad_vocab_to_multiple` with `pretrained`"):
         Model(pretrained="x", pad_vocab_to_multiple=64)
 
 

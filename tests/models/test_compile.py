@@ -1,4 +1,4 @@
-"""Compiled models give what they gave before, from one graph for each row length (and one more for evaluation)."""
+"""Compiled models give what they gave before, from one graph for each sequence length (and one more for evaluation)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch._inductor import config as inductor_config
 
-from tests.models.test_isolation import CONFIGS, VOCAB, make_model, packed_row
+from tests.models.test_isolation import CONFIGS, VOCAB, make_model, packed_sequence
 from turbolm.errors import UserError
 from turbolm.models import attention as attention_module
 from turbolm.models.attention import model_inputs
@@ -19,8 +19,8 @@ CPU = torch.device("cpu")
 LENGTHS = (16, 32)
 
 
-def rows(seq_len: int, num_documents: list[int], seed: int) -> dict[str, np.ndarray]:
-    """As many rows as numbers are given, each of so many documents."""
+def sequences(seq_len: int, num_documents: list[int], seed: int) -> dict[str, np.ndarray]:
+    """As many sequences as numbers are given, each of so many documents."""
     generator = np.random.default_rng(seed)
     positions = [
         np.concatenate([np.arange(len(part)) for part in np.array_split(np.arange(seq_len), number)])
@@ -33,9 +33,12 @@ def rows(seq_len: int, num_documents: list[int], seed: int) -> dict[str, np.ndar
 
 
 def batches(seq_len: int) -> list[dict[str, np.ndarray]]:
-    """Micro-batches of 64 tokens. Transformers leaves the mask out where every row is one document."""
-    num_rows = 64 // seq_len
-    return [rows(seq_len, [1 + (seed + row) % 3 * (seed > 0) for row in range(num_rows)], seed) for seed in range(4)]
+    """Micro-batches of 64 tokens. Transformers leaves the mask out where every sequence is one document."""
+    num_sequences = 64 // seq_len
+    return [
+        sequences(seq_len, [1 + (seed + number) % 3 * (seed > 0) for number in range(num_sequences)], seed)
+        for seed in range(4)
+    ]
 
 
 CASES = [("layers", "none", "llama", "eager")] + [
@@ -79,8 +82,8 @@ def test_one_compilation_for_each_length_and_one_more_to_evaluate(
 def test_documents_stay_apart(name: str, mode: str) -> None:
     model = make_model(CONFIGS[name], "sdpa")
     apply_compile(model, mode, backend="eager")
-    split = int(np.flatnonzero(packed_row(1)["position_ids"][0] == 0)[1])
-    first, second = (model(**model_inputs(packed_row(seed), "sdpa", CPU)).logits[0, split:] for seed in (1, 2))
+    split = int(np.flatnonzero(packed_sequence(1)["position_ids"][0] == 0)[1])
+    first, second = (model(**model_inputs(packed_sequence(seed), "sdpa", CPU)).logits[0, split:] for seed in (1, 2))
     assert (first - second).abs().max() <= 1e-6
     assert compilations.count >= 1
 
@@ -97,7 +100,7 @@ def _(query: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("mode", ["layers", pytest.param("model", marks=pytest.mark.slow)])
-def test_the_number_of_pieces_compiles_nothing_anew(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_of_slices_compiles_nothing_anew(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The varlen kernel needs a GPU; an operator that takes the same boundaries stands in for it."""
 
     def forward(module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> tuple[Any, None]:
@@ -120,7 +123,7 @@ def test_a_model_that_is_not_one_graph_is_refused() -> None:
     model.model.layers[0].mlp.register_forward_hook(lambda *_: torch._dynamo.graph_break())
     apply_compile(model, "layers", backend="eager")
     with pytest.raises(UserError, match=r"execution\.compile: llama cannot be compiled by layers: .*; use none"):
-        model(**model_inputs(packed_row(1), "sdpa", CPU))
+        model(**model_inputs(packed_sequence(1), "sdpa", CPU))
 
 
 def test_a_cpu_without_a_compiler_is_refused() -> None:

@@ -1,4 +1,4 @@
-"""Documents packed in one row do not see each other, on the models people train; and the check that proves it works."""
+"""Documents in one sequence do not see each other, on the models people train; and the check that proves it works."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def make_model(config: dict[str, Any], attention: str, checkpointing: str = "non
     return model.train()
 
 
-def packed_row(seed: int) -> dict[str, np.ndarray]:
-    """Two documents in a row; the second is always the same."""
+def packed_sequence(seed: int) -> dict[str, np.ndarray]:
+    """Two documents in a sequence; the second is always the same."""
     first = np.random.default_rng(seed).integers(0, VOCAB, SPLIT)
     second = np.random.default_rng(99).integers(0, VOCAB, SEQ_LEN - SPLIT)
     positions = np.concatenate([np.arange(SPLIT), np.arange(SEQ_LEN - SPLIT)])
@@ -64,20 +64,20 @@ KERNELS = [
 def test_the_second_document_does_not_see_the_first(name: str, attention: str, checkpointing: str) -> None:
     model = make_model(CONFIGS[name], attention, checkpointing)
     with torch.set_grad_enabled(attention != "flex"):  # torch has no backward pass of flex attention on a CPU
-        rows = [model(**model_inputs(packed_row(seed), attention, CPU)).logits[0, SPLIT:] for seed in (1, 2)]
-        assert (rows[0] - rows[1]).abs().max() <= 1e-6
-        alone = {key: value[:, SPLIT:] for key, value in packed_row(1).items()}
+        found = [model(**model_inputs(packed_sequence(seed), attention, CPU)).logits[0, SPLIT:] for seed in (1, 2)]
+        assert (found[0] - found[1]).abs().max() <= 1e-6
+        alone = {key: value[:, SPLIT:] for key, value in packed_sequence(1).items()}
         separate = model(**model_inputs(alone, attention, CPU)).logits[0]
-    assert (rows[0] - separate).abs().max() <= 1e-5, "nor does it lose sight of its own past"
+    assert (found[0] - separate).abs().max() <= 1e-5, "nor does it lose sight of its own past"
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_cache_would_leak(name: str) -> None:
     """Transformers' default `use_cache` drops the document mask, in training mode too: why we always turn it off."""
     model = make_model(CONFIGS[name], "sdpa")
-    inputs = [{**model_inputs(packed_row(seed), "sdpa", CPU), "use_cache": True} for seed in (1, 2)]
-    rows = [model(**values).logits[0, SPLIT:] for values in inputs]
-    assert (rows[0] - rows[1]).abs().max() > 1e-3
+    inputs = [{**model_inputs(packed_sequence(seed), "sdpa", CPU), "use_cache": True} for seed in (1, 2)]
+    found = [model(**values).logits[0, SPLIT:] for values in inputs]
+    assert (found[0] - found[1]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("name", LEAKING)
@@ -108,13 +108,13 @@ def check(config: dict[str, Any], seq_len: int = SEQ_LEN, **settings: Any) -> fl
 
 
 def test_a_neighbours_length_must_not_matter() -> None:
-    """In the same row, and in another row of the micro-batch."""
+    """In the same sequence, and in another one of the micro-batch."""
     check(PHI3, seq_len=64)  # all its documents get the short factors
     with pytest.raises(UserError, match=r"in phi3 a document's logits follow the length .*set model\.rope_factors"):
         check(PHI3, seq_len=65)
     with pytest.raises(UserError, match=r"set model\.rope_factors: .*, or execution\.micro_batch to data\.seq_len"):
         check(PHI3, seq_len=256, packed=False)
-    check(PHI3, seq_len=256, packed=False, num_rows=1)
+    check(PHI3, seq_len=256, packed=False, num_sequences=1)
     for factors in ("short", "long"):
         assert check(PHI3, seq_len=256, model={"rope_factors": factors}) == 0
     sliding = {"rope_type": "default", "rope_theta": 1e4}

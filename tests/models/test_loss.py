@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.models.test_isolation import CONFIGS, SHAPE, VOCAB, make_model, packed_row
+from tests.models.test_isolation import CONFIGS, SHAPE, VOCAB, make_model, packed_sequence
 from turbolm.errors import UserError
 from turbolm.models.attention import model_inputs
 from turbolm.models.compile import apply_compile, compilations
@@ -125,7 +125,7 @@ def test_logits_are_never_held(kind: str, holds_logits: bool) -> None:
 def loss_of(model: Any, targets: torch.Tensor) -> list[float]:
     """Loss, and gradient norm, of a model whose forward pass takes targets."""
     model.zero_grad()
-    objective, nll = model(**model_inputs(packed_row(1), "sdpa", CPU), targets=targets)
+    objective, nll = model(**model_inputs(packed_sequence(1), "sdpa", CPU), targets=targets)
     objective.backward()
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
     return [objective.item(), nll.item(), norm.item()]
@@ -134,7 +134,7 @@ def loss_of(model: Any, targets: torch.Tensor) -> list[float]:
 @pytest.mark.parametrize("config", [*CONFIGS.values(), GEMMA, PHI], ids=lambda config: config["model_type"])
 def test_a_model_with_its_loss_inside(config: dict[str, Any]) -> None:
     targets = torch.from_numpy(np.random.default_rng(0).integers(0, VOCAB, (1, 32)))
-    inputs = model_inputs(packed_row(1), "sdpa", CPU)
+    inputs = model_inputs(packed_sequence(1), "sdpa", CPU)
     losses = []
     for kind in ("full", "chunked"):
         model = make_model(config, "eager" if config is GEMMA else "sdpa")
@@ -151,7 +151,7 @@ def test_a_model_with_its_loss_inside(config: dict[str, Any]) -> None:
 
 
 def test_what_cannot_be_chunked_is_refused_or_left_full() -> None:
-    inputs = model_inputs(packed_row(1), "sdpa", CPU)
+    inputs = model_inputs(packed_sequence(1), "sdpa", CPU)
     granite, llama = make_model(GRANITE, "sdpa"), make_model(CONFIGS["llama"], "sdpa")
     assert choose_loss("auto", granite, granite, inputs, "bf16") == "full"
     with pytest.raises(

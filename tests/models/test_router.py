@@ -68,10 +68,12 @@ def micro_batch(lengths: list[list[int]], seed: int = 0) -> dict[str, np.ndarray
     shape = (len(lengths), SEQ_LEN)
     tokens, positions = rng.integers(1, VOCAB, shape), np.zeros(shape, np.int64)
     targets = rng.integers(1, VOCAB, shape)
-    for row, documents in enumerate(lengths):
+    for index, documents in enumerate(lengths):
         ends = np.cumsum([*documents, SEQ_LEN - sum(documents)])
-        positions[row] = np.concatenate([np.arange(end - begin) for begin, end in zip([0, *ends], ends, strict=False)])
-        targets[row, sum(documents) :] = IGNORED_TARGET
+        positions[index] = np.concatenate(
+            [np.arange(end - begin) for begin, end in zip([0, *ends], ends, strict=False)]
+        )
+        targets[index, sum(documents) :] = IGNORED_TARGET
     return {"input_ids": tokens, "position_ids": positions, "targets": targets}
 
 
@@ -115,8 +117,8 @@ def test_it_is_a_sum_over_sequences_however_they_are_batched(kind: str) -> None:
     whole = run(model, micro_batch(lengths))
     gradient = model.model.layers[0].mlp.gate.weight.grad.clone()
     batch, parts, gradients = micro_batch(lengths), [], []
-    for rows in ([0, 1, 2], [3], [4, 5]):
-        parts.append(run(model, {name: value[rows] for name, value in batch.items()}))
+    for chosen in ([0, 1, 2], [3], [4, 5]):
+        parts.append(run(model, {name: value[chosen] for name, value in batch.items()}))
         gradients.append(model.model.layers[0].mlp.gate.weight.grad.clone())
     for whole_sum, *part_sums in zip(whole, *parts, strict=True):
         torch.testing.assert_close(sum(part_sums), whole_sum, rtol=1e-5, atol=1e-6)
@@ -131,13 +133,13 @@ def test_it_is_a_sum_over_sequences_however_they_are_batched(kind: str) -> None:
 
 
 def test_rows_laid_end_to_end_are_split_again() -> None:
-    """Kernels that read cumulative lengths get one long row."""
+    """Kernels that read cumulative lengths get one long sequence."""
     batch, model = micro_batch([[5, 7], [8, 2], [12]]), attached(make("olmoe", "sdpa"))
-    rows = run(model, batch)
+    separate = run(model, batch)
     model.zero_grad()
     flat = {name: value.reshape(1, -1) for name, value in batch.items() if name != "targets"}
     end_to_end = model(**model_inputs(flat, "sdpa", CPU), targets=torch.from_numpy(batch["targets"]))
-    torch.testing.assert_close(end_to_end, rows, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(end_to_end, separate, rtol=1e-5, atol=1e-5)
 
 
 def test_the_load_is_the_choices_of_tokens_that_are_not_padding() -> None:

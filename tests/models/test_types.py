@@ -16,7 +16,7 @@ from transformers import Llama4TextConfig
 from tests.models.test_attention import loop_over_documents
 from turbolm.errors import UserError
 from turbolm.models import start, table, trial
-from turbolm.models.attention import check_long_rows, choose_attention
+from turbolm.models.attention import check_long_sequences, choose_attention
 from turbolm.models.build import build_config
 from turbolm.plan.count import causal_model_types
 from turbolm.recipe.schema import Model
@@ -32,7 +32,7 @@ NUM_SHARDS = 6
 
 def is_as_written(model_type: str) -> None:
     tried = trial.try_type(model_type)
-    assert tried.outcome == WRITTEN[model_type], f"{tried}: `make models` writes the table anew"
+    assert tried.outcome == WRITTEN[model_type], f"{tried}: `make models` writes the table again"
 
 
 @pytest.mark.parametrize("model_type", FAST)
@@ -51,7 +51,7 @@ def test_all_types_are_as_the_table_says(shard: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("shard", range(NUM_SHARDS))
 def test_no_type_is_trained_wrongly_with_what_a_gpu_chooses(shard: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`auto` is varlen there, which joins rows and gets no mask; a plain loop stands in for its kernel."""
+    """`auto` is varlen there, which joins sequences and gets no mask; a plain loop stands in for its kernel."""
     monkeypatch.setattr(varlen, "varlen_attn", loop_over_documents)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
 
@@ -84,23 +84,23 @@ def test_a_trial_finds_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("model_type", ["big_bird", "reformer"])
 def test_attention_that_is_another_one_in_long_rows_is_refused(model_type: str) -> None:
-    """Probes are short; big_bird reads both ways from some 700 tokens on, reformer sorts rows by hashes."""
+    """Probes are short; big_bird reads both ways from some 700 tokens on, reformer sorts sequences by hashes."""
     section = Model(config={"model_type": model_type, "is_decoder": True})
-    with pytest.raises(UserError, match="attention_type: big_bird's block_sparse|reformer sorts a row's tokens"):
+    with pytest.raises(UserError, match="attention_type: big_bird's block_sparse|reformer sorts a sequence's tokens"):
         build_config(section, seq_len=32, vocab_size=50000, bos_token_id=0, eos_token_id=0)
 
 
 def test_long_rows_of_llama4() -> None:
-    """Its temperature counts the tokens of a row, and varlen attention knows no chunks."""
+    """Its temperature counts the tokens of a sequence, and varlen attention knows no chunks."""
     config = Llama4TextConfig(attention_chunk_size=64, floor_scale=64)
-    check_long_rows(config, "sdpa", seq_len=63, row_tokens=63, packed=True)
-    check_long_rows(config, "sdpa", seq_len=128, row_tokens=256, packed=False)
+    check_long_sequences(config, "sdpa", seq_len=63, joined_tokens=63, packed=True)
+    check_long_sequences(config, "sdpa", seq_len=128, joined_tokens=256, packed=False)
     with pytest.raises(UserError, match="not in its document, from 64 on; set `data.packing: single` and"):
-        check_long_rows(config, "sdpa", seq_len=64, row_tokens=64, packed=True)
-    with pytest.raises(UserError, match="row of 80 tokens, not in its document"):
-        check_long_rows(config, "varlen", seq_len=40, row_tokens=80, packed=False)
+        check_long_sequences(config, "sdpa", seq_len=64, joined_tokens=64, packed=True)
+    with pytest.raises(UserError, match="sequence of 80 tokens, not in its document"):
+        check_long_sequences(config, "varlen", seq_len=40, joined_tokens=80, packed=False)
     with pytest.raises(UserError, match="varlen has no attention by chunks, which llama4_text has of 64 tokens"):
-        check_long_rows(config, "varlen", seq_len=65, row_tokens=65, packed=True)
+        check_long_sequences(config, "varlen", seq_len=65, joined_tokens=65, packed=True)
 
 
 def test_a_type_that_kills_its_process_costs_only_itself(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_the_written_table_is_what_was_tried(monkeypatch: pytest.MonkeyPatch, tm
     )
     text = readme.read_text()
     assert text.startswith("# Models\n\nOther text.\n\n## Every") and "old" not in text
-    assert "3 types: 1 packed, 1 one document a row, 1 refused." in text
+    assert "3 types: 1 packed, 1 one document per sequence, 1 refused." in text
     assert text.splitlines()[-3:] == [
-        "| a | refused | a \\| b |", "| b | packed |  |", "| z | one document a row | with sdpa attention it leaks |",
+        "| a | refused | a \\| b |", "| b | packed |  |", "| z | one document per sequence | with sdpa attention it leaks |",  # noqa: E501
     ]  # fmt: skip

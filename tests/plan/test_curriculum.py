@@ -1,4 +1,4 @@
-"""Where row length, batch and mixture change: against places worked out by hand."""
+"""Where sequence length, batch and mixture change, against points worked out by hand."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_nothing_scheduled() -> None:
     assert [curriculum.steps_for(tokens) for tokens in (0, 1, 1024, 1025)] == [0, 1, 1, 2]
 
 
-def test_stages_begin_at_the_first_step_at_or_after_their_place() -> None:
+def test_stages_begin_at_the_first_step_at_or_after_their_point() -> None:
     # 30% is 30,000 tokens, in step 29.3; 60 steps are 61,440 tokens.
     stages = {"name": "stages", "at": {"0%": 128, "30%": 256, "60%": 512}}
     assert lengths(curriculum_of(data={"length_schedule": stages})) == [(0, 128), (30, 256), (59, 512)]
@@ -79,7 +79,7 @@ def test_lengths_of_growth_divide_the_batch() -> None:
 
 def test_remix_brings_short_rows_back() -> None:
     growth = {"name": "growth", "start": 128, "over": "20%", "num_lengths": 3, "remix": 0.25, "remix_every": "40%"}
-    # After 20,000 tokens periods of 40,000 whose last quarter is short; but the run does not end with short rows.
+    # After 20,000 tokens periods of 40,000 whose last quarter is short; but the run does not end with short sequences.
     expected = [(0, 128), (10, 256), (20, 512), (49, 256), (59, 512)]
     assert lengths(curriculum_of(data={"length_schedule": growth})) == expected
 
@@ -156,7 +156,7 @@ def test_an_extension_without_schedules_changes_no_segment() -> None:
         (
             {"length_schedule": {"name": "stages", "at": {"0%": 96, "50%": 512}}},
             {},
-            "data.length_schedule.at: every row length must divide train.global_batch (1024), got 96",
+            "data.length_schedule.at: every sequence length must divide train.global_batch (1024), got 96",
         ),
         (
             {"length_schedule": {"name": "growth", "start": 512}},

@@ -39,7 +39,12 @@ def test_even_split() -> None:
 
 
 @pytest.mark.parametrize(
-    ("bins", "world_size", "micro_batch", "expected"),  # expected: bins of a micro-batch, accumulation, filler
+    (
+        "num_sequences",
+        "world_size",
+        "micro_batch",
+        "expected",
+    ),  # expected: sequences of a micro-batch, accumulation, filler
     [
         (64, 1, "auto", (16, 4, 0)),
         (40, 1, "auto", (14, 3, 2)),  # 40 in three parts of at most 16
@@ -51,25 +56,25 @@ def test_even_split() -> None:
         (8, 4, 8 * 1024, (2, 1, 0)),  # no more than the share
     ],
 )
-def test_shares(bins: int, world_size: int, micro_batch: Any, expected: tuple[int, int, int]) -> None:
-    plan = plan_batch(recipe(bins * 1024, micro_batch=micro_batch), world_size)
+def test_shares(num_sequences: int, world_size: int, micro_batch: Any, expected: tuple[int, int, int]) -> None:
+    plan = plan_batch(recipe(num_sequences * 1024, micro_batch=micro_batch), world_size)
     assert (plan.micro_batch_bins, plan.gradient_accumulation_steps, plan.num_filler_bins) == expected
 
 
-def test_a_bin_longer_than_16k_goes_alone() -> None:
+def test_a_sequence_longer_than_16k_goes_alone() -> None:
     plan = plan_batch(recipe(4 * 32768, seq_len=32768), 2)
     assert (plan.micro_batch_bins, plan.micro_batch_tokens, plan.gradient_accumulation_steps) == (1, 32768, 2)
 
 
 @given(st.integers(1, 300), st.integers(1, 300), st.none() | st.integers(1, 40))
-def test_every_bin_has_a_slot(bins: int, world_size: int, micro_bins: int | None) -> None:
-    if world_size > bins:
+def test_every_sequence_has_a_slot(num_sequences: int, world_size: int, micro_size: int | None) -> None:
+    if world_size > num_sequences:
         return
-    plan = plan_batch(recipe(bins * 1024, micro_batch=micro_bins * 1024 if micro_bins else "auto"), world_size)
+    plan = plan_batch(recipe(num_sequences * 1024, micro_batch=micro_size * 1024 if micro_size else "auto"), world_size)
     slots = plan.micro_batch_bins * plan.gradient_accumulation_steps * world_size
-    assert slots == bins + plan.num_filler_bins
+    assert slots == num_sequences + plan.num_filler_bins
     assert plan.num_filler_bins < plan.micro_batch_bins * world_size  # one accumulation step less would not do
-    assert plan.micro_batch_bins <= (micro_bins or AUTO_MICRO_BATCH_TOKENS // 1024)
+    assert plan.micro_batch_bins <= (micro_size or AUTO_MICRO_BATCH_TOKENS // 1024)
 
 
 def test_errors_say_what_would_work() -> None:

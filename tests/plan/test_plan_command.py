@@ -146,8 +146,8 @@ def test_a_checkpoint_that_is_elsewhere_is_noted(tmp_path: Path) -> None:
         "train: {budget: 1M, global_batch: 8192}\ncluster: {gpu: H100-80GB, gpus_per_node: 8}\n"
     )
     text, _ = plan("a.yaml", folder=tmp_path)
-    assert "nowhere is not on this machine: the size of the model is not known" in text
-    assert "parameters: not known here" in text
+    assert "nowhere is not on this machine: the size of the model is unknown" in text
+    assert "parameters: unknown here" in text
     (tmp_path / "nowhere").mkdir()
     _, errors = plan("a.yaml", code=2, folder=tmp_path)
     assert "model.pretrained: nowhere/config.json is missing" in errors

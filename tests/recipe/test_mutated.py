@@ -181,7 +181,7 @@ def test_what_is_not_broken_is_planned(folder: Path) -> None:
         (["data.sources.0.weight={0%: 0, 80%: 0}", "data.sources.1.weight=0"], "every weight is 0 from 0 tokens on"),
         (["model.config.model_type=lama"], "knows no causal language model 'lama'; did you mean 'llama'?"),
         (["execution.process_group_timeout=99999999999d"], "process_group_timeout: must be at most 31536000"),
-        (["extends=/etc/shadow"], "extends: can only stand in a file"),
+        (["extends=/etc/shadow"], "extends: can only be set in a file"),
     ],
 )
 def test_what_would_take_forever_or_divide_by_nothing(overrides: list[str], message: str, folder: Path) -> None:

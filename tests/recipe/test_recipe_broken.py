@@ -227,7 +227,7 @@ ADDED = {
     ),
     "cluster: {gpus_per_node: 4, gpu: H100-80GB, processes_per_node: 8}": (
         "a.yaml:11: cluster.processes_per_node: must be at most cluster.gpus_per_node (4), got 8: each process needs "
-        "a GPU of its own"
+        "its own GPU"
     ),
     "  precision: bf16\ncluster: {gpu: V100-32GB, gpus_per_node: 8}": (
         "a.yaml:11: train.precision: bf16 needs a newer GPU than cluster.gpu V100-32GB; set fp16 or fp32"
@@ -251,11 +251,11 @@ REPLACED = [
         "name: a b",
         "a.yaml:1: name: expected letters, digits, '.', '_' and '-', at most 100, no sign in front, got 'a b'",
     ),
-    ("name: tiny\n", "", "a.yaml:1: name: required key is missing (of the run and its directory)"),
+    ("name: tiny\n", "", "a.yaml:1: name: required key is missing (name of the run and its directory)"),
     (
         "  budget: 2M\n",
         "",
-        "a.yaml:8: train.budget: required key is missing (tokens to train on (bins x seq_len of all steps))",
+        "a.yaml:8: train.budget: required key is missing (tokens to train on (sequences x seq_len, over all steps))",
     ),
     ("budget: 2M", "budget: 2Q", "a.yaml:9: train.budget: expected a count such as 4096, 32k or 2M, got '2Q'"),
     ("budget: 2M", "budget: -1", "a.yaml:9: train.budget: expected a count such as 4096, 32k or 2M, got -1"),
@@ -371,7 +371,7 @@ OVERRIDES = {
     "a..b=1": "command line: a..b=1: expected key.path=value, such as optimizer.lr=3e-4",
     "optimizer.lr=abc": "command line: optimizer.lr=abc: optimizer.lr: expected a number such as 3e-4, got 'abc'",
     "name.x=3": "command line: name.x=3: name.x: name is a value, not a mapping of keys",
-    "extends=b.yaml": "command line: extends=b.yaml: extends: can only stand in a file",
+    "extends=b.yaml": "command line: extends=b.yaml: extends: can only be set in a file",
     "logging=[1": "command line: logging=[1: not valid YAML: expected ',' or ']', but got '<stream end>'",
     "optimizer.beta=1": (
         f"command line: optimizer.beta=1: optimizer.beta: unknown key; did you mean 'betas'? (known: {OPTIMIZER})"
@@ -427,7 +427,7 @@ def test_aliases_that_blow_up_are_refused(tmp_path: Path) -> None:
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 12)]
     found = problems(tmp_path, "\n".join(lines))
-    assert sum("the aliases write out to more than 5000 values" in line for line in found) == 1
+    assert sum("the aliases expand to more than 5000 values" in line for line in found) == 1
 
 
 def test_files_that_are_no_recipe(tmp_path: Path) -> None:

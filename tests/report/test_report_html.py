@@ -72,7 +72,7 @@ def test_the_charts_hold_the_logged_values(run_dir):
     assert curves["train, each step"]["y"] == [pytest.approx(9 / step, rel=1e-4) for step in range(1, 101)]
     assert (curves["held out"]["x"], curves["held out"]["y"]) == ([100_000], [0.5])
     assert (curves["unigram entropy"]["x"], curves["unigram entropy"]["y"]) == ([1000, 100_000], [5.5, 5.5])
-    assert charts["Loss"]["restarts"] == [51_000]
+    assert charts["Loss"]["resumes"] == [51_000]
     assert charts["Learning rate"]["curves"][0]["y"] == [1e-3] * 100
 
 

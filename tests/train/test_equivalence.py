@@ -124,7 +124,7 @@ SCHEDULES: dict[str, dict[str, dict[str, object]]] = {
 
 
 def test_every_strategy_and_schedule(tmp_path: Path) -> None:
-    """Rows and batches of changing size, through the trainer on two processes."""
+    """Sequences and batches of changing size, through the trainer on two processes."""
     cells = [
         Cell(name=name, zero_stage=2, micro_batch_bins=2, steps=8, **settings)  # type: ignore[arg-type]
         for name, settings in SCHEDULES.items()
@@ -148,5 +148,5 @@ def test_every_strategy_and_schedule(tmp_path: Path) -> None:
             rates.append(rate * (batch / full if cell.name == "ramp" else 1))
         expected = train_reference(recipe, store, rates)
         np.testing.assert_allclose(trained[cell.name], expected, rtol=1e-5, err_msg=cell.name)
-    # The ramp: 2, 3.5 and 5 rows, rounded to an even number.
+    # The ramp: 2, 3.5 and 5 sequences, rounded to an even number.
     assert {(8, 20), (16, 10), (32, 5), (32, 2), (32, 4)} <= shapes

@@ -121,10 +121,10 @@ def loss_of_each_slice(model: Any, recipe: Recipe) -> tuple[float, int]:
         length = int(store.lengths("validation", number, number + 1)[0])
         tokens = torch.from_numpy(np.asarray(store.read("validation", number, 0, length)).astype(np.int64))
         for start in range(0, length - 1, SEQ_LEN):
-            piece = tokens[start : start + SEQ_LEN + 1]
-            logits = model(piece[None, :-1]).logits[0].double()
-            total += float(torch.nn.functional.cross_entropy(logits, piece[1:], reduction="sum"))
-            num_targets += len(piece) - 1
+            part = tokens[start : start + SEQ_LEN + 1]
+            logits = model(part[None, :-1]).logits[0].double()
+            total += float(torch.nn.functional.cross_entropy(logits, part[1:], reduction="sum"))
+            num_targets += len(part) - 1
     return total / num_targets, num_targets
 
 

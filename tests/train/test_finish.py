@@ -126,8 +126,8 @@ def test_bits_per_byte_are_left_out_where_text_is_lost(runs: dict[str, Any]) -> 
     results, _ = read(run)
     log = (run / "attempts/1/log.rank0.txt").read_text().splitlines()
     assert results["eval_loss"] > 0 and results["unigram_entropy"] > 0 and "bits_per_byte" not in results
-    assert sum("does not give its text back: " in line for line in log) == 1
+    assert sum("does not reproduce its text: " in line for line in log) == 1
     texts = [*log, (run / "metrics.jsonl").read_text(), (run / "export/README.md").read_text()]
     shown = [text for text in texts if "bits per byte" in text or "bits_per_byte" in text]
-    assert len(shown) == 1 and shown[0].endswith("bits per byte is left out")
+    assert len(shown) == 1 and shown[0].endswith("bits per byte is not reported")
     assert "<dt>bits per byte" not in (run / "report.html").read_text()

@@ -98,7 +98,7 @@ def test_every_step_after_a_resume_a_rollback_and_a_restart_is_that_of_plain_pyt
     found = [[line["train/loss"], line["train/grad_norm"]] for line in steps]
     del found[len(before)]  # the faulty one
     np.testing.assert_allclose(found, [*first, *whole[STOPPED:]], rtol=1e-6)
-    candidate = [line for line in read_lines(run.restarts / "candidate-0.jsonl") if "train/loss" in line]
+    candidate = [line for line in read_lines(run.random_restarts / "candidate-0.jsonl") if "train/loss" in line]
     np.testing.assert_allclose(
         [[line["train/loss"], line["train/grad_norm"]] for line in candidate],
         train_reference(recipe, store, rates[:TRIED], initial_seed=lost),

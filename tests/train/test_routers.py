@@ -30,8 +30,8 @@ def sample() -> Iterator[tuple[int, Cell]]:
     for i, model in enumerate(MIXTURES):
         for stage in (0, 1, 2, 3):
             world_size, accumulation = 1 + (i + stage) % 2, 1 + 2 * ((i + stage // 2) % 2)
-            rows = math.ceil(BINS_PER_BATCH / world_size / accumulation)
-            settings = {"model": model, "zero_stage": stage, "micro_batch_bins": rows, "steps": STEPS}
+            num_sequences = math.ceil(BINS_PER_BATCH / world_size / accumulation)
+            settings = {"model": model, "zero_stage": stage, "micro_batch_bins": num_sequences, "steps": STEPS}
             yield world_size, Cell(name=f"{model}-zero{stage}", **settings, **RUNS[(stage + 2 * i) % 4])
 
 

@@ -64,9 +64,8 @@ def design(
 ) -> list[Arm]:
     """The baseline, each trick alone, all together, and all but one. Each set of tricks appears once.
 
-    `alone` leaves out the combinations. Raises UserError with every reason why the arms cannot be compared: tricks that
-    do not work here, change nothing, change more than they say, change what all arms must share, or contradict each
-    other.
+    `alone` skips the combinations. Raises UserError with every reason why the arms cannot be compared: tricks that do
+    not work here, change nothing, change more than they say, change what all arms must share, or contradict each other.
     """
     problems = [] if alone else _contradictions(tricks)
     for trick in tricks:

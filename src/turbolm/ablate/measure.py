@@ -31,9 +31,9 @@ class RunMeasures:
 
     `training_sec` is the time of its steps by the chosen clock, `compile_sec` the wall-clock time they compiled.
     `whole_sec` is the wall-clock time of the whole command with startup, evaluation, checkpoints and export, and
-    `cpu_sec` the processor time of all its processes. `tokens_per_sec` leaves out steps that compiled something. `mfu`
-    is weighted by time. `peak_bytes` is the peak memory of one process. The tokens and time of the candidates that
-    random restarts dropped count as if they came first; steps are those of the run.
+    `cpu_sec` the processor time of all its processes. `tokens_per_sec` excludes steps that compiled something. `mfu` is
+    weighted by time. `peak_bytes` is the peak memory of one process. The tokens and time of the candidates that random
+    restarts dropped count as if they came first; steps are those of the run.
     """
 
     seed: int

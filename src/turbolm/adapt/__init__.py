@@ -1,1 +1,1 @@
-"""`turbolm adapt`: write a recipe for a model that no recipe is there for. Torch-free."""
+"""`turbolm adapt`: write a recipe for a model that has none. Torch-free."""

@@ -31,7 +31,7 @@ class Case:
 
 
 def compose(case: Case, seq_len: int | None, budget: int | None) -> Entries:
-    """Return the recipe; `seq_len` and `budget` are what the user asked for. Raises UserError where they do not fit."""
+    """Return the recipe; `seq_len` and `budget` are the user's. Raises UserError where they do not fit."""
     task, target, found = case.task, case.target, case.found
     seq_len, seq_len_why = choose_seq_len(seq_len, found["num_positions"], target.device)
     head: Entries = {
@@ -48,15 +48,15 @@ def compose(case: Case, seq_len: int | None, budget: int | None) -> Entries:
     budget, budget_why = choose_budget(budget, task, size.total - size.idle)
     batch, batch_why = choose_batch(size, budget, seq_len, world_size)
     lr, lr_why = choose_lr(task, size, budget)
-    if found["one_row"]:
+    if found["one_sequence"]:
         execution["micro_batch"] = seq_len
-    reasons = {"zero_stage": fits, "micro_batch": "one row: rows follow each other"}
+    reasons = {"zero_stage": fits, "micro_batch": "one sequence: those of a micro-batch affect each other"}
     small_run = {"evaluation": {"tokens": Entry("100k", "of held-out text, at most")}} if target.device == "cpu" else {}
     return {
         **head,
         "train": {
             "budget": Entry(_count(budget), f"{_parameters(size)}: {budget_why}"),
-            "global_batch": Entry(batch, f"{batch // seq_len} rows: {batch_why}"),
+            "global_batch": Entry(batch, f"{batch // seq_len} sequences: {batch_why}"),
         },
         "optimizer": {
             "name": Entry("adamw"),
@@ -98,7 +98,7 @@ def _model(case: Case) -> Entries:
             sizes = sizes | {"pad_token_id": None}  # the type's default lies outside of the vocabulary
         entries["config"] = {n: Entry(size, why if n == "model_type" else "") for n, size in sizes.items()}
     if rope_factors != "by_length":
-        entries["rope_factors"] = Entry(rope_factors, "the same for every length, so that documents can share rows")
+        entries["rope_factors"] = Entry(rope_factors, "the same for every length, so that documents can be packed")
     return entries
 
 
@@ -123,7 +123,7 @@ def _data(packing: str, seq_len: int, why: str) -> Entries:
         "A stand-in that is always there: Python's own standard library. Your own text goes here, such as\n"
         "- {type: jsonl, path: data/*.jsonl.zst, field: text}   # or text, parquet, datasets",
     )
-    single = {"packing": Entry("single", "documents cannot share a row, see above")} if packing == "single" else {}
+    single = {"packing": Entry("single", "documents cannot share a sequence, see above")} if packing == "single" else {}
     held_out = {"validation": Entry("1%", "of the documents, held out by the hash of their text")}
     return {"sources": sources, "seq_len": Entry(seq_len, why), **single, **held_out}
 

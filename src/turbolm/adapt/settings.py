@@ -59,9 +59,10 @@ def choose_batch(size: ModelSize, budget: int, seq_len: int, world_size: int) ->
             f"which takes {least}"
         )
     wanted = min(suggest(_inner(size), budget).global_batch_tokens, budget / _MIN_STEPS)
-    rows = 2 ** max(0, round(math.log2(max(1.0, wanted / seq_len))))
-    tokens = max(rows, 2 ** math.ceil(math.log2(world_size))) * seq_len
-    return (tokens if tokens <= budget else least), f"near what the {STEP_LAW} gives, in whole rows of every process"
+    num_sequences = 2 ** max(0, round(math.log2(max(1.0, wanted / seq_len))))
+    tokens = max(num_sequences, 2 ** math.ceil(math.log2(world_size))) * seq_len
+    why = f"near what the {STEP_LAW} gives, a multiple of one sequence per process"
+    return (tokens if tokens <= budget else least), why
 
 
 def choose_lr(task: Task, size: ModelSize, budget: int) -> tuple[float, str]:

@@ -95,7 +95,7 @@ def group_numbers(optimizer: torch.optim.Optimizer) -> list[dict[str, float]]:
 def set_group_numbers(
     optimizer: torch.optim.Optimizer, saved: list[dict[str, float]], counted: Mapping[str, float]
 ) -> None:
-    """Write `group_numbers` back; what this optimizer does not have is left out.
+    """Restore `group_numbers`; settings that this optimizer does not have are skipped.
 
     `counted` are a parameter's scalars: one kernel of Adam counts its steps there, another in the groups.
     """

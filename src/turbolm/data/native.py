@@ -1,6 +1,6 @@
 """`native.c`, compiled at its first use on a machine, and its callers.
 
-NumPy needs several passes for these loops, and Python one step for each slice: they are the reference in the tests.
+NumPy would need several passes for these loops, and Python one step per slice: those are the reference in the tests.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from turbolm.data.order.packing import Sequences
 
 IntArray = np.ndarray  # int64 unless said otherwise
-# Where a shard's files lie in memory, zero while they are not open: `struct shard` of native.c.
+# Addresses of a shard's files in memory, 0 while they are not open: `struct shard` of native.c.
 SHARD = np.dtype([("index", np.uint64), ("tokens", np.uint64), ("num_tokens", np.int64)])
 _SOURCE = Path(__file__).with_name("native.c")
 _FLAGS = ("-O3", "-shared", "-fPIC")
@@ -43,12 +43,12 @@ _NUM_ARGUMENTS = {
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The compiled file. Raises UserError without a C compiler."""
+    """Return the loaded library. Raises UserError without a C compiler."""
     assert sys.byteorder == "little"  # as the store's files are
     try:
         try:
             loaded = ctypes.CDLL(str(_compiled(_folder())))
-        except (OSError, RuntimeError):  # no home, one that cannot be written, or a damaged file: for this process only
+        except (OSError, RuntimeError):  # no home, a read-only one or a corrupt file: compile for this process only
             with tempfile.TemporaryDirectory(prefix="turbolm-") as folder:
                 loaded = ctypes.CDLL(str(_compiled(Path(folder))))
     except (OSError, subprocess.SubprocessError) as error:
@@ -65,10 +65,10 @@ def library() -> ctypes.CDLL:
 
 @dataclass(frozen=True)
 class Shards:
-    """The shards of a store, for the documents of one split; their files stay mapped as long as this is held.
+    """The shards of a store, for the documents of one split; their files stay mapped while this object exists.
 
-    `memory` is `SHARD` [num_shards]; `first_document`, int64 [num_shards + 1], and `first_row`, int64 [num_shards], say
-    which documents each shard holds and in which rows of its index.
+    `memory` is `SHARD` [num_shards]; `first_document`, int64 [num_shards + 1], and `first_row`, int64 [num_shards],
+    give the documents of each shard and their rows in its index.
     """
 
     memory: np.ndarray
@@ -83,7 +83,7 @@ class Shards:
 
 
 def lengths(shards: Shards, documents: IntArray) -> IntArray:
-    """Positions of these documents, whose shards are open: int64 [len(documents)]."""
+    """Return the positions of these documents, whose shards are open: int64 [len(documents)]."""
     documents = np.ascontiguousarray(documents, np.int64)
     found = np.empty_like(documents)
     _call("turbolm_lengths", shards.as_struct(), len(documents), documents, found)
@@ -95,10 +95,9 @@ def fill(
 ) -> tuple[IntArray, int | None]:
     """Write inputs, positions and targets of the sequences `indices` to `block`, int64 [3, len(indices), seq_len].
 
-    Padding only where an index is -1; its targets are `ignored`. Tokens are of the store's `dtype`. Other threads run
-    meanwhile. Returns where the slices, and the padding that ends a sequence, end when all sequences are laid end to
-    end; and the first slice that is not in its shard or does not fit in its sequence (then nothing else means
-    anything), or None.
+    Index -1 gives padding only; its targets are `ignored`. Tokens are of the store's `dtype`. Releases the GIL. Returns
+    the ends of the slices, and of the padding at the end of a sequence, when all sequences are put end to end; and the
+    first slice that is outside its shard or does not fit into its sequence (then the rest is meaningless), or None.
     """
     columns = (indices, sequences.offsets, sequences.document, sequences.start, sequences.length)
     assert all(array.dtype == np.int64 and array.flags.c_contiguous for array in (block, *columns))
@@ -111,7 +110,7 @@ def fill(
 
 
 def best_fit(lengths: IntArray, counts: IntArray, seq_len: int) -> IntArray:
-    """The actions of `packing._best_fit`, int64 [num_actions, 4], for `counts` slices of these lengths."""
+    """Return the actions of `packing._best_fit`, int64 [num_actions, 4], for `counts` slices of these lengths."""
     assert lengths.dtype == counts.dtype == np.int64 and len(lengths) == len(counts)
     assert all(array.flags.c_contiguous for array in (lengths, counts))
     most = int(counts.sum())  # far fewer are used, and the rest is not touched
@@ -122,33 +121,33 @@ def best_fit(lengths: IntArray, counts: IntArray, seq_len: int) -> IntArray:
 
 
 def argsort_random(numbers: np.ndarray) -> IntArray:
-    """Stable argsort, int64, of random uint64."""
+    """Return the stable argsort, int64, of random uint64."""
     numbers = np.ascontiguousarray(numbers, np.uint64)
-    bits = min(max(len(numbers).bit_length(), 1), 16)  # as many counters as numbers, in a core's cache
+    bits = min(max(len(numbers).bit_length(), 1), 16)  # as many counters as numbers, within a core's cache
     starts, order = np.zeros(2**bits + 1, np.int64), np.empty(len(numbers), np.int64)
     _call("turbolm_argsort_random", len(numbers), bits, numbers, starts, order)
     return order
 
 
 def address(array: np.ndarray) -> int:
-    """Where the array's first value lies in memory."""
+    """Return the address of the array's first value."""
     return int(array.__array_interface__["data"][0])  # a third of the time that `array.ctypes.data` takes
 
 
 def _call(name: str, *arguments: np.ndarray | int) -> int:
-    """An array is given by its address."""
+    """Pass an array as its address."""
     numbers = [argument if isinstance(argument, int) else address(argument) for argument in arguments]
     return int(getattr(library(), name)(*numbers))
 
 
 def _folder() -> Path:
-    """Beside what torch compiles, which the launcher keeps apart for each node."""
+    """Return the cache folder: beside torch's compiled extensions, which the launcher separates by node."""
     root = os.environ.get("TORCH_EXTENSIONS_DIR")
     return Path(root) if root else Path.home() / ".cache" / "turbolm"
 
 
 def _compiled(folder: Path) -> Path:
-    """The library's file; compiled where there is none of this source and compiler yet."""
+    """Return the library's file; compile it if there is none for this source and compiler yet."""
     compiler = shlex.split(os.environ.get("CC") or "cc")
     made_of = repr((compiler, _FLAGS, platform.machine(), platform.libc_ver())).encode() + _SOURCE.read_bytes()
     path = folder / f"turbolm-{hashlib.sha256(made_of).hexdigest()[:16]}.so"
@@ -158,7 +157,7 @@ def _compiled(folder: Path) -> Path:
             compiled = Path(unfinished) / path.name
             command = [*compiler, *_FLAGS, "-o", str(compiled), str(_SOURCE)]
             subprocess.run(command, capture_output=True, check=True, timeout=_COMPILE_SEC)
-            with compiled.open("rb") as file:  # half a library, after a power cut, would kill the process that loads it
+            with compiled.open("rb") as file:  # a truncated library (power cut) would crash its users
                 os.fsync(file.fileno())
             compiled.replace(path)
     return path

@@ -1,4 +1,4 @@
-"""The one place that knows DeepSpeed.
+"""The only package that knows DeepSpeed's internals.
 
 Everything else works with `engine.Engine`, whatever the ZeRO stage. DeepSpeed has no public way to read and write its
 partitions, to judge an update before it is applied, or to build a model twice, so this package uses attributes that

@@ -1,4 +1,4 @@
-"""A typed engine: what training, checkpoints and checks ask of DeepSpeed."""
+"""A typed engine: everything that training, checkpoints and checks need from DeepSpeed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Engine:
     """A model, its optimizer, and how ZeRO partitions both over the ranks.
 
     `zero_stage` is 0 to 3. `optimizer` is the torch optimizer inside DeepSpeed's, which steps the fp32 tensors this
-    rank owns; its state is keyed by them. Called, it is the model's forward pass.
+    rank owns; its state is keyed by them. Calling the engine runs the model's forward pass.
     """
 
     def __init__(self, deepspeed_engine: Any):
@@ -36,7 +36,7 @@ class Engine:
 
     @property
     def training(self) -> bool:
-        """Whether the model is in training mode."""
+        """Return whether the model is in training mode."""
         return self.module.training
 
     def train(self) -> None:
@@ -48,16 +48,16 @@ class Engine:
         self.deepspeed_engine.eval()
 
     def guard_updates(self, gate: Gate) -> None:
-        """Ask `gate` before every update from now on."""
+        """Let `gate` decide before every update from now on."""
         self._gate = gate
         if self.zero_stage > 0:
             install_gate(self._zero, gate, scales_loss=self.deepspeed_engine.fp16_enabled())
 
     def backward_and_step(self, loss: torch.Tensor, *, is_boundary: bool) -> torch.Tensor | float | None:
-        """Backward of one micro-batch; at the boundary also clip and update. Returns the gradient norm before clipping.
+        """Run the backward pass of one micro-batch, and at the boundary clip and update. Returns the unclipped norm.
 
-        What `accelerator.backward` does, taken apart because ZeRO-0 in fp32 keeps no norm: it is computed between the
-        two calls there. None within an accumulation; infinite when DeepSpeed skipped the update.
+        This is `accelerator.backward`, split because ZeRO-0 in fp32 keeps no norm: there it is computed between the two
+        calls. The result is None within an accumulation, and infinite when DeepSpeed skipped the update.
         """
         engine = self.deepspeed_engine
         engine.set_gradient_accumulation_boundary(is_boundary=is_boundary)
@@ -70,7 +70,7 @@ class Engine:
             norm = nn.utils.get_total_norm(gradients)
             if self._gate and self._gate.is_open and self._gate.refuses(norm):
                 engine.zero_grad()
-                engine.set_gradient_accumulation_boundary(is_boundary=False)  # it counts the micro-batch, and no more
+                engine.set_gradient_accumulation_boundary(is_boundary=False)  # only counts the micro-batch
         engine.step()
         if self.zero_stage in (1, 2) and self._zero.overflow:
             self._forget_offloaded_gradients()
@@ -78,12 +78,13 @@ class Engine:
 
     @property
     def dropped_update(self) -> bool:
-        """Whether ZeRO 1-3 did not apply the last update; at stage 0 only the gate knows."""
+        """Return whether ZeRO 1-3 skipped the last update; at stage 0 only the gate knows."""
         return self.zero_stage > 0 and self._zero.overflow
 
     def _forget_offloaded_gradients(self) -> None:
-        """After a skipped update: DeepSpeed (0.19.8) clears what it sums gradients in, but not where the optimizer is
-        offloaded and they are summed in fp32. All steps from the next on would add to what was not finite."""
+        """Clear the gradient buffers after a skipped update. DeepSpeed (0.19.8) does so itself, except where the
+        optimizer is offloaded and gradients are summed in fp32: all later steps would add to values that are not
+        finite."""
         if getattr(self._zero, "cpu_offload", False):
             for sums in (self._zero.averaged_gradients, self._zero.all_grad_tensors):
                 for group in sums:
@@ -93,13 +94,13 @@ class Engine:
         """Write the learning rate of this step into every parameter group, times the group's own `lr_scale`."""
         for group in self.optimizer.param_groups:
             scaled = lr * group.get("lr_scale", 1.0)
-            if torch.is_tensor(group["lr"]):  # torchao's, which compiles its update
+            if torch.is_tensor(group["lr"]):  # torchao's optimizer, which compiles its update
                 group["lr"].fill_(scaled)
             else:
                 group["lr"] = scaled
 
     def set_rates(self, rates: Rates) -> None:
-        """Write what this step uses into every parameter group."""
+        """Write this step's settings into every parameter group."""
         self.set_learning_rate(rates.lr)
         if rates.weight_decay_factor is not None:
             for group in self.optimizer.param_groups:
@@ -108,7 +109,7 @@ class Engine:
             self._set_momentum(rates.momentum)
 
     def _set_momentum(self, momentum: float) -> None:
-        """Where no group has a momentum, it is the first of its `betas`."""
+        """Set the momentum; a group without one uses the first of its `betas`."""
         with_momentum = [group for group in self.optimizer.param_groups if "momentum" in group]
         for group in with_momentum:
             group["momentum"] = momentum
@@ -116,19 +117,19 @@ class Engine:
             group["betas"] = (momentum, *group["betas"][1:])
 
     def fragments(self) -> list[Fragment]:
-        """Every fragment of a parameter that this rank's optimizer updates."""
+        """Return every fragment of a parameter that this rank's optimizer updates."""
         return list(partitions.own_fragments(self.zero_stage, self.module, self._zero))
 
     def stepped_partitions(self) -> list[torch.Tensor]:
-        """The flat partitions that this rank's optimizer steps, in the order all ranks step them; none at stage 0."""
+        """Return the flat partitions that this rank's optimizer steps, in the order of all ranks; none at stage 0."""
         return sum(partitions.flats_of_groups(self.zero_stage, self._zero), []) if self.zero_stage else []
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
-        """The whole shape of every parameter by name; tied parameters appear once."""
+        """Return the full shape of every parameter by name; tied parameters appear once."""
         return {name: whole_shape(parameter) for name, parameter in self.module.named_parameters()}
 
     def replicated_parameters(self) -> dict[str, torch.Tensor]:
-        """The parameters every rank holds whole, as the model computes with them: all, or at stage 3 the small ones."""
+        """Return the parameters that every rank holds in full, as the model uses them; at stage 3 the small ones."""
         whole = self.module.named_parameters()
         if self.zero_stage == 3:
             return {name: p.data for name, p in whole if p.ds_persist and p.data.numel() == p.ds_numel}
@@ -140,9 +141,9 @@ class Engine:
 
     @torch.no_grad()
     def copy_weights(self, source: nn.Module) -> None:
-        """Take the weights of a model that was built as this engine's was. Collective.
+        """Load the weights of a model that was built the same way as this engine's. Collective.
 
-        The optimizer's fp32 copy gets what the type that the model computes in leaves of them, as at a start.
+        The optimizer's fp32 copy gets them rounded to the type the model computes in, as at a start.
         """
         dtype, parameters = next(self.module.parameters()).dtype, dict(source.named_parameters())
         for fragment in self.fragments():
@@ -151,20 +152,21 @@ class Engine:
         self.publish_weights()
 
     def materialise_state(self) -> None:
-        """Make the optimizer create its state. Weights and state are the caller's to overwrite. Collective.
+        """Make the optimizer create its state. The caller overwrites weights and state afterwards. Collective.
 
-        Of all it steps, without a fragment of this rank too: a step may be collective.
+        It covers all tensors that the optimizer steps, also those with no fragment on this rank: a step may be
+        collective.
         """
         state.materialise_state(self.optimizer, partitions.flats_of_groups(self.zero_stage, self._zero))
 
     def loss_scaler_state(self) -> dict[str, float]:
-        """The numbers of the loss scaler (fp16); empty where none is in use."""
+        """Return the state of the loss scaler (fp16); empty if none is in use."""
         scaler = getattr(self._zero, "loss_scaler", None)
         numbers = vars(scaler) if scaler is not None else {}
         return {name: value for name, value in numbers.items() if isinstance(value, (int, float))}
 
     def restore_loss_scaler(self, saved: dict[str, float]) -> None:
-        """Write `loss_scaler_state` back."""
+        """Restore `loss_scaler_state`."""
         scaler = getattr(self._zero, "loss_scaler", None)
         for name, value in saved.items():
             if hasattr(scaler, name):

@@ -1,8 +1,8 @@
 """A gate between the gradients of a step and its update, inside DeepSpeed's ZeRO optimizers.
 
-They can drop a step: when the global gradient norm is not finite, they clear every buffer of their stage and offload
-setting and leave weights and optimizer state as they were. The gate drops steps in the same way for its own reasons.
-ZeRO-0 has no such check; there `Engine.backward_and_step` asks the gate before it steps.
+These optimizers can skip a step: when the global gradient norm is not finite, they clear every buffer of their stage
+and offload setting and leave weights and optimizer state unchanged. The gate skips steps the same way, for its own
+reasons. ZeRO-0 has no such check; there `Engine.backward_and_step` calls the gate before it steps.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from deepspeed.runtime.utils import combine_grad_norm_groups
 
 
 class Gate(Protocol):
-    """Judges updates. Every method that answers is collective and gives every rank the same answer."""
+    """Decides whether updates are applied. Its queries are collective and return the same answer on every rank."""
 
     @property
     def is_open(self) -> bool:
-        """Whether the update that comes next is to be judged."""
+        """Return whether the next update is to be checked."""
 
     @property
     def judges_finite(self) -> bool:
-        """Whether it also refuses updates whose gradients are finite; if not, it is not asked about them."""
+        """Return whether it also refuses updates with finite gradients; if not, `refuses` is not called for them."""
 
     def refuses(self, norm: torch.Tensor | float) -> bool:
-        """Whether the update must not be applied; `norm` is that of the gradients before clipping, NaN if unknown."""
+        """Return whether to skip the update; `norm` is that of the gradients before clipping, NaN if unknown."""
 
     def leaves_to_scaler(self) -> bool:
-        """Whether an overflow of scaled gradients is the loss scaler's to handle."""
+        """Return whether the loss scaler handles an overflow of scaled gradients."""
 
 
 def install_gate(zero: Any, gate: Gate, *, scales_loss: bool) -> None:
@@ -46,7 +46,7 @@ def install_gate(zero: Any, gate: Gate, *, scales_loss: bool) -> None:
     update_scale: Callable[[bool], None] = zero._update_scale
 
     def update_scale_or_drop(has_overflow: bool = False) -> None:
-        """DeepSpeed calls it once a step, between the norm and the update, and then reads `overflow`."""
+        """DeepSpeed calls this once a step, between norm and update. Sets `overflow` if the gate refuses."""
         if not gate.is_open:
             update_scale(has_overflow)
         elif has_overflow:

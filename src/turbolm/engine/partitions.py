@@ -2,7 +2,8 @@
 
 Stages 1 and 2 flatten the parameters of a group and give each rank one contiguous partition of the fp32 copy; a
 parameter may straddle two ranks. Stage 3 gives each rank an equal part of every parameter, padded at the end. Stage 0
-keeps everything everywhere. All of them come out as `Fragment`s, so saving and loading are the same at every stage.
+keeps everything on every rank. All stages are described as `Fragment`s, so saving and loading are the same at every
+stage.
 
 `zero` is DeepSpeed's optimizer: of stage 3, of stages 1 and 2, of stage 1 in bf16 (a class of its own), or at stage 0
 the torch optimizer itself.
@@ -35,18 +36,18 @@ class Fragment:
     offset: int
 
     def view(self, tensor: torch.Tensor) -> torch.Tensor:
-        """This fragment's elements of `flat` or of a state tensor of the same shape, 1-D, sharing memory."""
+        """Return a 1-D view of this fragment's elements in `flat` or in a state tensor of the same shape."""
         return tensor.detach().view(-1).narrow(0, self.offset, self.numel)
 
 
 def own_fragments(stage: int, module: nn.Module, zero: Any) -> Iterator[Fragment]:
-    """Every fragment that this rank's optimizer updates."""
+    """Return every fragment that this rank's optimizer updates."""
     find = {0: _whole_parameters, 1: _partition_fragments, 2: _partition_fragments, 3: _shard_fragments}[stage]
     return find(module, zero)
 
 
 def flats_of_groups(stage: int, zero: Any) -> list[list[torch.Tensor]]:
-    """The tensors that this rank's optimizer steps, by parameter group, in the order all ranks step them."""
+    """Return the tensors that this rank's optimizer steps, by parameter group, in the order that all ranks use."""
     if stage == 0:
         return [list(group["params"]) for group in zero.param_groups]
     if stage in (1, 2):
@@ -73,7 +74,7 @@ def publish_weights(stage: int, zero: Any) -> None:
 
 
 def own_part(parameter: torch.Tensor, fragment: Fragment) -> torch.Tensor:
-    """The fragment's elements of `parameter`, 1-D: of one that is whole, or one that ZeRO-3 has partitioned alike."""
+    """Return a 1-D view of the fragment's elements in `parameter`, which is full or partitioned in the same way."""
     if hasattr(parameter, "ds_tensor"):
         return parameter.ds_tensor.view(-1)[: fragment.numel]
     return parameter.view(-1)[fragment.start : fragment.start + fragment.numel]
@@ -98,7 +99,7 @@ def _partition_fragments(module: nn.Module, zero: Any) -> Iterator[Fragment]:
 
 
 def _groups_and_flats(zero: Any) -> tuple[list[list[nn.Parameter]], list[torch.Tensor]]:
-    """The parameters of each group and this rank's fp32 partition of them."""
+    """Yield the parameters of each group and this rank's fp32 partition of them."""
     if hasattr(zero, "bf16_groups"):
         return zero.bf16_groups, zero.fp32_groups_flat_partition
     return zero.bit16_groups, zero.single_partition_of_fp32_groups

@@ -1,6 +1,6 @@
-"""Models whose parameters ZeRO-3 partitions while they are built.
+"""Partition a model's parameters (ZeRO-3) while it is built.
 
-DeepSpeed is imported where it is used: examining a model must not take seconds longer for it.
+DeepSpeed is imported inside the functions: examining a model must not wait seconds for that import.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from torch import nn
 
 
 def building(ds_config: dict[str, Any] | None) -> AbstractContextManager[Any]:
-    """Within it each process keeps only its part of every new parameter; None: parameters stay whole."""
+    """Inside this context each process keeps only its part of every new parameter. With None, parameters stay whole."""
     if ds_config is None:
         return nullcontext()
     import deepspeed
     from deepspeed.utils import groups
 
-    # DeepSpeed makes the process group of hpZ at the first model of a process and refuses to make it again; random
-    # restarts build more models.
+    # DeepSpeed makes the process group of hpZ at the first model of a process and refuses to make it again;
+    # `random_restarts` builds more models.
     is_hierarchical = ds_config["zero_optimization"].get("zero_hpz_partition_size", 1) > 1
     existing = groups._get_zero_param_intra_parallel_group() if is_hierarchical else None
     return deepspeed.zero.Init(config_dict_or_path=ds_config, zero_param_parallel_group=existing)
@@ -30,9 +30,9 @@ def building(ds_config: dict[str, Any] | None) -> AbstractContextManager[Any]:
 
 @contextmanager
 def gathered(parameters: Sequence[nn.Parameter], changed_by: int | None = None) -> Iterator[bool]:
-    """Within it partitioned parameters are whole. Collective where there are any.
+    """Gather partitioned parameters inside this context. Collective if there are any.
 
-    Yields whether what this rank writes to them is kept: of partitioned ones that of rank `changed_by` alone.
+    Yields whether this rank's writes are kept: for partitioned parameters, only those of rank `changed_by` are.
     """
     if not hasattr(parameters[0], "ds_id"):
         yield True
@@ -44,12 +44,12 @@ def gathered(parameters: Sequence[nn.Parameter], changed_by: int | None = None) 
 
 
 def whole_shape(parameter: torch.Tensor) -> tuple[int, ...]:
-    """The shape of the whole parameter, of which ZeRO-3 may hold a part here."""
+    """Return the shape of the full parameter, even if ZeRO-3 holds only a part of it here."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def gather_whole(model: nn.Module, kinds: list[type[nn.Module]]) -> None:
-    """Have ZeRO-3 gather the weights of modules of these classes at once, before their forward pass."""
+    """Make ZeRO-3 gather all weights of modules of these classes before their forward pass."""
     from deepspeed.utils import set_z3_leaf_modules
 
     set_z3_leaf_modules(model, kinds)

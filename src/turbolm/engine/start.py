@@ -1,4 +1,4 @@
-"""The process group and Accelerate, from one resolved DeepSpeed configuration."""
+"""Start the process group and Accelerate from one resolved DeepSpeed configuration."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _ACCELERATE_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 def build_accelerator(ds_config: dict[str, Any], *, device: str, precision: str, timeout_sec: int) -> Accelerator:
     """Start the process group and Accelerate. Collective.
 
-    On a CPU the backend must be named: left to itself Accelerate takes every process for a world of its own.
+    On a CPU the backend must be named: without it, Accelerate treats every process as a world of its own.
     """
     for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
         os.environ.setdefault(name, value)
@@ -32,9 +32,9 @@ def build_accelerator(ds_config: dict[str, Any], *, device: str, precision: str,
     backend = "gloo" if device == "cpu" else "nccl"
     # A C++ extension for inference that DeepSpeed would compile (40 s) at the first start on a CPU.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # The recipe overrules what the launcher or an accelerate YAML says about precision and DeepSpeed.
+    # The recipe overrides what the launcher or an accelerate YAML says about precision and DeepSpeed.
     os.environ["ACCELERATE_MIXED_PRECISION"] = _ACCELERATE_PRECISION[precision]
-    # DeepSpeed and Accelerate make further groups without naming a timeout: torch's default of 30 minutes would hold.
+    # DeepSpeed and Accelerate create more groups without a timeout; torch's default of 30 minutes would apply to them.
     timeout = timedelta(seconds=timeout_sec)
     c10d.default_pg_timeout = c10d.default_pg_nccl_timeout = timeout
     plugin = DeepSpeedPlugin(hf_ds_config=ds_config, zero3_init_flag=False)
@@ -47,10 +47,10 @@ def build_accelerator(ds_config: dict[str, Any], *, device: str, precision: str,
 
 
 def wrap(accelerator: Accelerator, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> Engine:
-    """The engine that trains `model` with `optimizer`. Collective."""
+    """Return the engine that trains `model` with `optimizer`. Collective."""
     return Engine(accelerator.prepare(model, optimizer)[0])
 
 
 def control_group() -> dist.ProcessGroup | None:
-    """A gloo group for small host-side agreements, so that they never wait for the GPU's stream."""
+    """Return a gloo group for small host-side agreements, so that they never wait for the GPU's stream."""
     return None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")

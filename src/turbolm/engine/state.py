@@ -1,4 +1,4 @@
-"""The state of an optimizer that has not stepped yet, which a checkpoint is then loaded into."""
+"""Create the state of an optimizer that has not stepped yet, so that a checkpoint can be loaded into it."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _ELEMENT_WISE = {"torch.optim.adamw.AdamW", "deepspeed.ops.adam.cpu_adam.DeepSpe
 def materialise_state(optimizer: torch.optim.Optimizer, by_group: list[list[torch.Tensor]]) -> None:
     """Make the optimizer create its state for `by_group`, the tensors it steps in each of its groups. Collective.
 
-    It creates the state itself, in its own form, by one update with zero gradients at learning rate 0. Where every
-    state tensor is known to be like the parameter, that update is of one element in place of each tensor without
-    state, and the state is then made as large: this saves the memory of the gradients, and most of the time. Weights
-    and state are the caller's to overwrite.
+    The optimizer creates the state in its own format, by one update with zero gradients at learning rate 0. If every
+    state tensor is known to have the parameter's shape, that update runs on one element per tensor and the state is
+    then enlarged: this saves the memory of the gradients and most of the time. The caller overwrites weights and state
+    afterwards.
     """
     if f"{type(optimizer).__module__}.{type(optimizer).__name__}" not in _ELEMENT_WISE:
         _step_without_change(optimizer, by_group)
@@ -33,7 +33,7 @@ def materialise_state(optimizer: torch.optim.Optimizer, by_group: list[list[torc
 
 @torch.no_grad()
 def _step_without_change(optimizer: torch.optim.Optimizer, by_group: list[list[torch.Tensor]]) -> None:
-    """One update of these tensors in place of the groups' own, with zero gradients at learning rate 0."""
+    """Run one update of these tensors instead of the groups' own, with zero gradients at learning rate 0."""
     flats = {id(flat): flat for flats in by_group for flat in flats}
     gradients = {key: flat.grad for key, flat in flats.items()}
     for flat in flats.values():

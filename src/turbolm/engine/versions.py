@@ -8,11 +8,11 @@ from packaging.requirements import Requirement
 
 from turbolm.errors import UserError
 
-_CHECKED = ("deepspeed", "accelerate")  # turbolm reaches into both
+_CHECKED = ("deepspeed", "accelerate")  # turbolm uses private parts of both
 
 
 def check_versions() -> None:
-    """Compare what is installed with the ranges in turbolm's own metadata. Raises UserError."""
+    """Compare the installed versions with the ranges in turbolm's own metadata. Raises UserError."""
     for requirement in map(Requirement, importlib.metadata.requires("turbolm") or ()):
         if requirement.name not in _CHECKED:
             continue

@@ -73,7 +73,7 @@ def newest_step(run: RunDirectory) -> int:
     """The step of the newest complete checkpoint, or 0; in random restarts, how many candidates are done."""
     checkpoints = list_checkpoints(run.checkpoints)
     if not checkpoints:
-        return len((read_json(run.restarts / "candidates.json") or {}).get("losses", ()))
+        return len((read_json(run.random_restarts / "candidates.json") or {}).get("losses", ()))
     return checkpoints[-1][0]
 
 

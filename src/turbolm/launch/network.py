@@ -50,7 +50,7 @@ def resolve(host: str) -> str:
 
 
 def free_port(address: str = "") -> int:
-    """A port that nothing on this machine has bound; random, so that neighboring jobs and restarts choose others."""
+    """A port that nothing on this machine has bound; random, so that neighboring jobs and later starts differ."""
     for port in random.sample(range(*_PORTS), _PROBES):
         with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe, suppress(OSError):
             probe.bind(("", port))  # on every interface, as the rendezvous will

@@ -1,1 +1,1 @@
-"""Hugging Face causal language models: building, initial weights, attention for packed rows, isolation checks."""
+"""Hugging Face causal language models: building, initial weights, attention for packed sequences, isolation checks."""

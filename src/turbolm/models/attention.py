@@ -1,8 +1,9 @@
-"""Attention for packed rows: which kernels exist, which one a machine should use, and the inputs each needs.
+"""Attention for packed sequences: which kernels exist, which one a machine should use, and the inputs of each.
 
-A packed row holds several documents. Positions restart at each, and Transformers builds the mask that keeps them apart
-from the positions alone, provided that no attention mask and no cache is passed (`use_cache=False`). Kernels of the
-FlashAttention family read cumulative lengths instead: their micro-batch is one long row, [1, sequences x seq_len].
+A packed sequence holds several documents. Positions start again at each, and Transformers builds the mask that keeps
+them apart from the positions alone, provided that no attention mask and no cache is passed (`use_cache=False`). Kernels
+of the FlashAttention family read cumulative lengths instead: their micro-batch is one long sequence, [1, sequences x
+seq_len].
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ def choose_attention(
     """The attention kernel for `auto`: varlen on a GPU in half precision, else sdpa, else the model's own code.
 
     torch's own varlen attention (FlashAttention kernels, torch >= 2.10) needs no extra package and computes nothing
-    across documents, but it joins the rows of a micro-batch, over which a model that `carries_state` would carry it;
-    sdpa builds a dense [seq_len, seq_len] mask but runs everywhere.
+    across documents, but it joins the sequences of a micro-batch, over which a model that `carries_state` would carry
+    it; sdpa builds a dense [seq_len, seq_len] mask but runs everywhere.
     """
     if requested != "auto":
         return requested
@@ -55,10 +56,12 @@ def choose_attention(
     return "sdpa"
 
 
-def check_long_rows(config: PreTrainedConfig, attention: str, *, seq_len: int, row_tokens: int, packed: bool) -> None:
-    """Raise UserError for what a kernel computes otherwise from some length of row on, which no short probe sees.
+def check_long_sequences(
+    config: PreTrainedConfig, attention: str, *, seq_len: int, joined_tokens: int, packed: bool
+) -> None:
+    """Raise UserError for attention that changes beyond some length, which a short probe does not see.
 
-    `row_tokens` are those that the kernel has in one row: a micro-batch's where it reads cumulative lengths.
+    `joined_tokens`: the tokens of a micro-batch, which kernels that read cumulative lengths join to one sequence.
     """
     has_chunks = "chunked_attention" in (getattr(config, "layer_types", None) or ())
     if attention in _FLATTENED and has_chunks and seq_len > config.attention_chunk_size:
@@ -67,10 +70,10 @@ def check_long_rows(config: PreTrainedConfig, attention: str, *, seq_len: int, r
             f"{config.attention_chunk_size} tokens; set sdpa"
         )
     tuned_from = getattr(config, "floor_scale", None) if getattr(config, "attn_temperature_tuning", False) else None
-    long = row_tokens if attention in _FLATTENED else seq_len
+    long = joined_tokens if attention in _FLATTENED else seq_len
     if tuned_from is not None and long >= tuned_from and (packed or long > seq_len):
         raise UserError(
-            f"data.packing: {config.model_type} scales attention by a token's place in its row of {long} tokens, not "
+            f"data.packing: {config.model_type} scales attention by a position in its sequence of {long} tokens, not "
             f"in its document, from {tuned_from} on; set `data.packing: single` and `execution.attention: sdpa`, or "
             "`model.config.attn_temperature_tuning: false`"
         )
@@ -88,9 +91,9 @@ def _varlen_is_usable() -> bool:
 def model_inputs(batch: dict[str, np.ndarray], attention: str, device: torch.device) -> dict[str, Any]:
     """What the model is called with for one micro-batch of shape [sequences, seq_len].
 
-    For kernels that read cumulative lengths the rows are joined to [1, sequences x seq_len] and `cu_seq_lens_*` (int32,
-    one entry more than there are slices, or the micro-batch's own `cu_seqlens`, which end with empty slices) and
-    `max_length_*` (an int) are added; they are computed on the host, so that no layer has to ask the device.
+    For kernels that read cumulative lengths the sequences are joined to [1, sequences x seq_len] and `cu_seq_lens_*`
+    (int32, one entry more than there are slices, or the micro-batch's own `cu_seqlens`, which end with empty slices)
+    and `max_length_*` (an int) are added; they are computed on the host, so that no layer has to ask the device.
     """
     tokens, positions = batch["input_ids"], batch["position_ids"]
     if attention not in _FLATTENED:
@@ -171,13 +174,13 @@ def varlen_attention_forward(
 
 
 ALWAYS_MASKED_SDPA = "turbolm_sdpa_masked"
-"""sdpa that gets a mask for every batch. Transformers leaves it out when each row holds one document, and layers that
-are compiled apart from the model would be compiled for both."""
+"""sdpa that gets a mask for every batch. Transformers leaves it out when each sequence holds one document, and layers
+that are compiled apart from the model would be compiled for both."""
 
 
 def _always_mask(*arguments: Any, allow_is_causal_skip: bool = False, **kwargs: Any) -> torch.Tensor | None:
     mask = sdpa_mask(*arguments, allow_is_causal_skip=False, **kwargs)
-    return None if mask is None else mask.contiguous()  # else its strides differ where rows share a mask
+    return None if mask is None else mask.contiguous()  # else its strides differ where sequences share a mask
 
 
 AttentionInterface.register(ALWAYS_MASKED_SDPA, sdpa_attention_forward)

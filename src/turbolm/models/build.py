@@ -71,10 +71,11 @@ def build_config(
 
 
 def _refuse_other_attention(config: PreTrainedConfig) -> None:
-    """Raise UserError for a type whose attention is another one in long rows, which no probe of a short row sees."""
+    """Raise UserError for a type whose attention changes in long sequences, which no short probe sees."""
     if config.model_type == "reformer":
         raise UserError(
-            "model: reformer sorts a row's tokens, padding too, into chunks that see each other; choose another type"
+            "model: reformer sorts a sequence's tokens, padding too, into chunks that see each other; choose "
+            "another type"
         )
     if config.model_type == "big_bird" and config.attention_type != "original_full":
         raise UserError(
@@ -138,7 +139,7 @@ def check_all_trained(model: PreTrainedModel) -> None:
 
 
 def carries_state_across_documents(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> str | None:
-    """Return why documents in one row cannot be kept apart in this kind of model, or None where attention does it."""
+    """Return why documents in one sequence cannot be kept apart in this kind of model; None if attention does it."""
     if getattr(model_class, "_is_stateful", False):
         return f"{config.model_type} carries a recurrent state from token to token"
     foreign = sorted(set(getattr(config, "layer_types", None) or ()) - _ISOLATING_LAYER_TYPES)

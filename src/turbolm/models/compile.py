@@ -1,4 +1,5 @@
-"""torch.compile for training: the whole model or each layer, with static shapes, one compilation a row length."""
+"""torch.compile for training: the whole model or each layer, with static shapes, one compilation per sequence
+length."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ from turbolm.errors import UserError
 from turbolm.models.attention import ALWAYS_MASKED_SDPA
 from turbolm.models.initialise import count_parameters
 
-# Graphs of one piece of code that torch keeps: two (with gradients and without) for each row length and kind of layer.
+# Graphs that torch keeps of one function: with and without gradients, for each sequence length and kind of layer.
 _MAX_COMPILATIONS = 256
 
 
@@ -62,9 +63,9 @@ def apply_compile(model: PreTrainedModel, mode: str, *, backend: str = "inductor
     """Compile `model` in place: `none`, `model` (the whole forward pass) or `layers` (each layer of the stack).
 
     Call it on the model inside its engine: what is compiled lies within the hooks of DeepSpeed. Layers of one kind
-    share their code, so a stack is compiled once. Shapes are static: inputs of another shape compile anew, and nothing
-    else does. Raises UserError where there is no compiler, and at its first forward pass for a model that cannot be
-    compiled as one graph.
+    share their code, so a stack is compiled once. Shapes are static: only inputs of another shape compile again. Raises
+    UserError where there is no compiler, and at its first forward pass for a model that cannot be compiled as one
+    graph.
     """
     if mode == "none":
         return

@@ -139,9 +139,7 @@ def find_reader(source: Source) -> Reader:
         part = f", and none for its text part, {text_type}" if text_type else ""
         message = f"transformers has no causal language model {model_type!r}{part}"
     elif not hasattr(kind, "vocab_size"):
-        message = (
-            f"{model_type} has no vocabulary of its own: it wraps models, or is a part of one; choose a text model"
-        )
+        message = f"{model_type} has no vocabulary: it wraps models, or is a part of one; choose a text model"
     else:
         return Reader(kind, AutoModelForCausalLM._model_mapping[kind])
     raise UserError(source.line(Problem(("model_type",), message)))

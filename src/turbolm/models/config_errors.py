@@ -1,7 +1,7 @@
 """Find the setting behind an error of Transformers, and put the error in plain words.
 
 Errors come from its validators, from the constructors of layers and from torch, and most name no setting. The culprit
-is the setting without which the error goes away, found by leaving out one after another.
+is the setting without which the error goes away, found by removing one after another.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def find_culprits(
         except Exception as error:
             is_typed = isinstance(error, StrictDataclassFieldValidationError)
             if not is_sound and not is_typed:
-                return Search(found, None, values, False)  # it may come from what was left out
+                return Search(found, None, values, False)  # it may come from what was removed
             typed = _refused_field(values, str(error)) if is_typed else None
             trials = _trials(values, usual or {}, str(error))
             path, rest = typed or _culprit(values, attempt, error, trials, deadline, only_sure)
@@ -113,7 +113,7 @@ def _culprit(
     deadline: float,
     only_sure: bool,
 ) -> tuple[Path, Mapping[str, Any]]:
-    """The setting without which the error does not come, or at least another one does; and values to go on with."""
+    """Find the setting without which the error disappears or changes. Returns it and the values to continue with."""
     better: tuple[Path, Mapping[str, Any]] = ((), values)
     for path, tried in trials:
         if time.monotonic() > deadline:

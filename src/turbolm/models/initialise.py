@@ -26,7 +26,7 @@ _RESIDUAL_OUTPUTS = {"o_proj", "out_proj", "c_proj", "down_proj", "dense", "dens
 
 @torch.no_grad()
 def initialise_weights(model: PreTrainedModel, seed: int, *, depth_scaled: bool = False) -> None:
-    """Draw the weights with the model's own `_init_weights`, one layer at a time, each from a seed of its own.
+    """Draw the weights with the model's own `_init_weights`, one layer at a time, each from its own seed.
 
     The random numbers of a layer do not depend on which layers were drawn before it, nor on where its parameters live:
     they are drawn in fp32 on the CPU and copied. Parameters that ZeRO-3 has partitioned are gathered layer by layer,
@@ -44,9 +44,9 @@ def initialise_weights(model: PreTrainedModel, seed: int, *, depth_scaled: bool 
     constructed = functools.cache(lambda: _ConstructedValues(model, seed))
 
     def draw(name: str, owner: PreTrainedModel, modules: list[nn.Module], parameters: list[nn.Parameter]) -> None:
-        places = [parameter.data for parameter in parameters]
-        for parameter, place in zip(parameters, places, strict=True):
-            parameter.data = torch.full(place.shape, math.nan, dtype=torch.float32)
+        originals = [parameter.data for parameter in parameters]
+        for parameter, original in zip(parameters, originals, strict=True):
+            parameter.data = torch.full(original.shape, math.nan, dtype=torch.float32)
         _seed(seed, name)
         _draw(owner, modules, parameters, scaled, std)
         undrawn = [parameter for parameter in parameters if parameter.data.isnan().any()]
@@ -56,9 +56,9 @@ def initialise_weights(model: PreTrainedModel, seed: int, *, depth_scaled: bool 
                 parameter.data = constructed().of(names[id(parameter)], parameter.data)
             _seed(seed, name)
             _draw(owner, modules, parameters, scaled, std)
-        for parameter, place in zip(parameters, places, strict=True):
-            place.copy_(parameter.data)
-            parameter.data = place
+        for parameter, original in zip(parameters, originals, strict=True):
+            original.copy_(parameter.data)
+            parameter.data = original
 
     for name, owner, modules in _layers(model, "", model):
         parameters = [p for module in modules for p in module.parameters(recurse=False) if id(p) not in drawn]
@@ -129,7 +129,7 @@ class _ConstructedValues:
 
         def note(function: Callable[..., Any], tensor: torch.Tensor, *arguments: Any, **kwargs: Any) -> torch.Tensor:
             if tensor.is_meta:
-                self._noted.append((tensor, lambda place: function(place, *arguments, **kwargs)))
+                self._noted.append((tensor, lambda values: function(values, *arguments, **kwargs)))
             else:
                 function(tensor, *arguments, **kwargs)
             return tensor

@@ -22,7 +22,7 @@ from turbolm.models.settings import ropes_by_length
 # twentieth of how far a document's own tokens move its logits.
 _TOLERANCE = {"fp32": 1e-5, "bf16": 1e-3, "fp16": 1e-3}
 _ALONE_TOLERANCE = {"fp32": 1e-3, "bf16": 0.2, "fp16": 0.2}  # see `Probe.differ_alone`; other positions move it by 1
-_ROW_TOKENS = 32
+_SEQUENCE_TOKENS = 32
 _MASKED = 1e9  # logits beyond it, either way, are those of tokens that the model rules out
 # Settings that make a type that reads both ways read from left to right.
 _CAUSAL_SETTINGS = {"is_decoder": True, "causal": True, "attn_type": "uni", "use_bidirectional_attention": False}
@@ -31,11 +31,12 @@ _CAUSAL_SETTINGS = {"is_decoder": True, "causal": True, "attn_type": "uni", "use
 class Probe:
     """Forward passes of one small micro-batch, with changes that must not matter.
 
-    It has two rows (or one, with `num_rows`) of at most 32 tokens; with `packed`, each holds two documents. The
-    document that must not change is the last one of the last row: kernels that join rows put it behind all others. The
-    model runs as it trains and draws the same random numbers in every pass; the caller's random state is restored. A
-    compiled model runs uncompiled: its graphs do the same, and compiling one for these rows would take longer than all
-    the rest. Every rank must make the same calls, because under ZeRO-3 a forward pass gathers weights.
+    It has two sequences (or one, with `num_sequences`) of at most 32 tokens; with `packed`, each holds two documents.
+    The document that must not change is the last one of the last sequence: kernels that join sequences put it behind
+    all others. The model runs as it trains and draws the same random numbers in every pass; the caller's random state
+    is restored. A compiled model runs uncompiled: its graphs do the same, and compiling one for these sequences would
+    take longer than all the rest. Every rank must make the same calls, because under ZeRO-3 a forward pass gathers
+    weights.
     """
 
     def __init__(
@@ -46,21 +47,21 @@ class Probe:
         seq_len: int,
         attention: str,
         packed: bool = True,
-        num_rows: int = 2,
+        num_sequences: int = 2,
     ) -> None:
         self.model, self.attention, self.device, self.vocab_size = model, attention, model.device, vocab_size
-        self.seq_len, self.num_tokens, self.row = seq_len, min(seq_len, _ROW_TOKENS), num_rows - 1
+        self.seq_len, self.num_tokens, self.sequence = seq_len, min(seq_len, _SEQUENCE_TOKENS), num_sequences - 1
         self.first = self.num_tokens // 3 if packed else 0  # where the document that must not change begins
         self.middle = (self.first + self.num_tokens) // 2
-        self.tokens = np.random.default_rng(0).integers(0, vocab_size, (num_rows, self.num_tokens))
-        row = np.concatenate([np.arange(self.first), np.arange(self.num_tokens - self.first)])
-        self.positions = np.tile(row, (num_rows, 1))
+        self.tokens = np.random.default_rng(0).integers(0, vocab_size, (num_sequences, self.num_tokens))
+        sequence = np.concatenate([np.arange(self.first), np.arange(self.num_tokens - self.first)])
+        self.positions = np.tile(sequence, (num_sequences, 1))
         self.logits = self._run(self.tokens, self.positions)
         usable = self.logits[self.logits.abs() < _MASKED]
         self.scale = float(usable.abs().max()) if usable.numel() else 0.0
 
     def _run(self, tokens: np.ndarray, positions: np.ndarray) -> torch.Tensor:
-        """Return the logits in fp32, [rows, tokens, vocabulary]."""
+        """Return the logits in fp32, [sequences, tokens, vocabulary]."""
         inputs = model_inputs({"input_ids": tokens, "position_ids": positions}, self.attention, self.device)
         return self._forward(inputs).reshape(*tokens.shape, -1)
 
@@ -75,23 +76,23 @@ class Probe:
     def move_by_neighbors(self) -> float:
         """Return how far the document's logits move when all other documents change; NaN if they become NaN."""
         tokens = self.tokens.copy()
-        self._change(tokens[self.row, : self.first])
-        self._change(tokens[: self.row])
+        self._change(tokens[self.sequence, : self.first])
+        self._change(tokens[: self.sequence])
         return self._moved(self._run(tokens, self.positions), slice(self.first, None))
 
     def move_by_lengths(self) -> float:
         """Return the same when the other documents are `seq_len` tokens long, as their last positions say."""
         positions = self.positions.copy()
-        positions[: self.row, -1] = self.seq_len - 1
+        positions[: self.sequence, -1] = self.seq_len - 1
         if self.first:
-            positions[self.row, self.first - 1] = self.seq_len - 1
+            positions[self.sequence, self.first - 1] = self.seq_len - 1
         return self._moved(self._run(self.tokens, positions), slice(self.first, None))
 
     def move_by_tokens(self) -> tuple[float, float]:
         """Return how far the document's logits before its middle tokens, and after them, move when those change."""
         last = (self.middle + self.num_tokens) // 2
         tokens = self.tokens.copy()
-        self._change(tokens[self.row, self.middle : last])
+        self._change(tokens[self.sequence, self.middle : last])
         logits = self._run(tokens, self.positions)
         return self._moved(logits, slice(self.first, self.middle)), self._moved(logits, slice(last, None))
 
@@ -104,16 +105,17 @@ class Probe:
         """
         first, last, end = self.first, self.num_tokens - self.num_tokens // 4, self.num_tokens
         tokens, positions = self.tokens.copy(), self.positions.copy()
-        tokens[self.row, last:] = 0
-        positions[self.row] = np.concatenate([np.arange(first), np.arange(last - first), np.arange(end - last)])
-        batch = {"input_ids": tokens[self.row :, first:last], "position_ids": positions[self.row :, first:last]}
+        tokens[self.sequence, last:] = 0
+        positions[self.sequence] = np.concatenate([np.arange(first), np.arange(last - first), np.arange(end - last)])
+        part = slice(self.sequence, None), slice(first, last)
+        batch = {"input_ids": tokens[part], "position_ids": positions[part]}
         alone = model_inputs(batch, self.attention, self.device)
         del alone["position_ids"]
         was_training = self.model.training
         self.model.eval()
         try:
             expected = self._forward(alone)[0]
-            difference = self._run(tokens, positions)[self.row, first:last] - expected
+            difference = self._run(tokens, positions)[self.sequence, first:last] - expected
         finally:
             if was_training:
                 self.model.train()
@@ -127,8 +129,8 @@ class Probe:
         tokens %= self.vocab_size
 
     def _moved(self, logits: torch.Tensor, where: slice) -> float:
-        expected = self.logits[self.row, where]
-        return float((logits[self.row, where] - expected).masked_fill(expected.abs() >= _MASKED, 0.0).abs().max())
+        expected = self.logits[self.sequence, where]
+        return float((logits[self.sequence, where] - expected).masked_fill(expected.abs() >= _MASKED, 0.0).abs().max())
 
 
 def check_isolation(
@@ -139,20 +141,20 @@ def check_isolation(
     attention: str,
     precision: str,
     packed: bool = True,
-    num_rows: int = 2,
+    num_sequences: int = 2,
     config: PreTrainedConfig | None = None,
 ) -> float:
     """Refuse to train a model whose logits are not finite, or depend on later tokens or on other documents.
 
-    `model` is the model or its engine, `seq_len` the recipe's; `packed` says whether documents share a row, `num_rows`
-    how many rows a micro-batch has (at most two are probed); `config` is the model's, for the message. Runs six forward
-    passes of at most 64 tokens, see `Probe`. Returns how far the logits moved when the other documents changed. Raises
-    UserError.
+    `model` is the model or its engine, `seq_len` the recipe's; `packed` says whether documents share a sequence,
+    `num_sequences` how many a micro-batch has (at most two are probed); `config` is the model's, for the message. Runs
+    six forward passes of at most 64 tokens, see `Probe`. Returns how far the logits moved when the other documents
+    changed. Raises UserError.
     """
     kind = "this model" if config is None else config.model_type
-    rows = {"vocab_size": vocab_size, "seq_len": seq_len, "num_rows": min(num_rows, 2)}
+    sizes = {"vocab_size": vocab_size, "seq_len": seq_len, "num_sequences": min(num_sequences, 2)}
     with _told(f"model: {kind} cannot be trained with {attention} attention"):
-        probe = Probe(model, attention=attention, packed=packed, **rows)
+        probe = Probe(model, attention=attention, packed=packed, **sizes)
     if not torch.isfinite(probe.logits).all():
         raise UserError(
             f"model: the logits of {kind} are not finite (NaN or infinite) before the first step, in {precision}: a "
@@ -170,7 +172,7 @@ def check_isolation(
             f"model: {kind} sees later tokens (changing one moved the logits before it by {before:.2g}), so it would "
             f"be given what it has to predict; {_causal_cure(config)}"
         )
-    has_neighbors = packed or num_rows > 1
+    has_neighbors = packed or num_sequences > 1
     moved = probe.move_by_neighbors() if has_neighbors else 0.0
     if not moved <= limit:
         raise UserError(_leak_message(moved, attention, packed))
@@ -187,7 +189,7 @@ def _check_alone(probe: Probe, kind: str, precision: str) -> None:
         difference = probe.differ_alone()
     if not difference <= _ALONE_TOLERANCE[precision]:
         raise UserError(
-            f"model: {kind} does not compute for a document in a row what it does for it alone (logits differ by "
+            f"model: {kind} does not compute for a document in a sequence what it does for it alone (logits differ by "
             f"{difference:.0%}): it counts positions from elsewhere, or reads the padding; choose another model type"
         )
 
@@ -199,16 +201,16 @@ def _leak_message(leak: float, attention: str, packed: bool) -> str:
             f"moved its neighbour's logits by {leak:.2g}); set `data.packing: single` or another execution.attention"
         )
     return (
-        f"execution.micro_batch: with {attention} attention the rows of a micro-batch see each other in this model "
-        f"(changing one moved the other's logits by {leak:.2g}); set execution.attention: sdpa, or else "
-        "execution.micro_batch to data.seq_len, one row"
+        f"execution.micro_batch: with {attention} attention the sequences of a micro-batch see each other in this "
+        f"model (changing one moved the other's logits by {leak:.2g}); set execution.attention: sdpa, or else "
+        "execution.micro_batch to data.seq_len, one sequence"
     )
 
 
 def _length_message(moved: float, kind: str, packed: bool, config: PreTrainedConfig | None) -> str:
-    cure = "`data.packing: single` with execution.micro_batch: data.seq_len, one row"
+    cure = "`data.packing: single` with execution.micro_batch: data.seq_len, one sequence"
     if not packed:
-        cure = "execution.micro_batch to data.seq_len, one row"
+        cure = "execution.micro_batch to data.seq_len, one sequence"
     if config is None or ropes_by_length(config) or ropes_by_length(config.get_text_config()):
         cure = f"model.rope_factors: short (or long), which fixes its rotary factors, or {cure}"
     return (

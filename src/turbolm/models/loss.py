@@ -181,8 +181,8 @@ def choose_loss(
 
     In fp32, logits of `micro_batch_tokens` that take little memory are all made at once, which is faster there.
 
-    Runs `forward` (the engine) once on `inputs` to see whether they are; every rank must call it. Raises UserError
-    when another kind was asked for than can work.
+    Runs `forward` (the engine) once on `inputs` to see whether they are; every rank must call it. Raises UserError if
+    the requested kind cannot work.
     """
     is_small = micro_batch_tokens is not None and micro_batch_tokens * model.config.vocab_size <= _FEW_LOGITS
     if requested == "full" or (requested == "auto" and is_small and precision == "fp32"):

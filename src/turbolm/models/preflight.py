@@ -40,13 +40,13 @@ class Way:
 
     packing: str
     rope_factors: str = "by_length"
-    one_row: bool = False  # one sequence per micro-batch
+    one_sequence: bool = False  # one sequence per micro-batch
 
     def __str__(self) -> str:
-        single = "one document a row" if self.packing == "single" else "documents share rows and are kept apart"
-        rows = ", one row a micro-batch" if self.one_row else ""
+        single, packed = "one document per sequence", "documents share sequences and are kept apart"
+        sequences = ", one sequence per micro-batch" if self.one_sequence else ""
         ropes = f" with model.rope_factors: {self.rope_factors}" if self.rope_factors != "by_length" else ""
-        return single + rows + ropes
+        return (single if self.packing == "single" else packed) + sequences + ropes
 
 
 def examine(section: Model, seq_len: int) -> dict[str, Any]:
@@ -54,8 +54,8 @@ def examine(section: Model, seq_len: int) -> dict[str, Any]:
 
     Returns, as plain values: `class_name` and `model_type`; `num_positions` (None: no limit), `vocab_size` and the
     type's default `pad_token_id`; `sizes`, the settings that make the model as large as it is, and `small`, those of a
-    model of the same structure that a CPU can train; `packing`, `rope_factors` and `one_row`, the most efficient way to
-    batch that works; and `said`, the findings in words by subject.
+    model of the same structure that a CPU can train; `packing`, `rope_factors` and `one_sequence`, the most efficient
+    way to batch that works; and `said`, the findings in words by subject.
 
     Raises UserError for a model that cannot be trained, or whose loss differs from that of Transformers.
     """
@@ -75,13 +75,13 @@ def examine(section: Model, seq_len: int) -> dict[str, Any]:
 def _examine(section: Model, seq_len: int, *, is_sound: bool) -> dict[str, Any]:
     try:
         default = AutoConfig.for_model((section.full_config or {})["model_type"])
-    except Exception as error:  # of many kinds: a part of another model has no defaults of its own
+    except Exception as error:  # of many kinds: a part of another model has no defaults
         raise UserError(f"model.config: {str(error).splitlines()[0]}") from error
     config = _full_size(section, default) if is_sound else default
     own, changed = vars(config), shrink(config)
     switched = {name: value for name, value in changed.items() if name != "model_type" and not _is_size(own.get(name))}
     copied = changed | {name: own[name] for name in changed if name in own and _is_kept(name, _POSITIONS)}
-    if section.config_file is not None:  # as it is there, or the copy would pass where a run is refused
+    if section.config_file is not None:  # as in the file, or the copy would pass where a run is refused
         copied |= {name: own.get(name) for name in switched}
     elif switched and is_sound:
         config = _full_size(section.model_copy(update={"config": {**(section.config or {}), **switched}}), default)
@@ -105,14 +105,14 @@ def _examine(section: Model, seq_len: int, *, is_sound: bool) -> dict[str, Any]:
     }
 
 
-def _describe(started: Started, rows: str) -> dict[str, str]:
+def _describe(started: Started, packing: str) -> dict[str, str]:
     model = started.model
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     routers = find_routers(model, "config")
     limit = f" by more than {started.moved:.0e}" if started.moved else ""
     has_tied_head = head is not None and getattr(head, "weight", None) is embedding.weight
     return {
-        "packing": rows,
+        "packing": packing,
         "causality": f"no later token and no other document moves a logit{limit}",
         "attention": f"{started.attention} on a CPU" + ", varlen on a GPU in half precision" * model._supports_sdpa,
         "loss": f"{started.loss}: {_LOSSES[started.loss]}",
@@ -123,9 +123,9 @@ def _describe(started: Started, rows: str) -> dict[str, str]:
 
 def _full_size(section: Model, default: PreTrainedConfig) -> PreTrainedConfig:
     """The configuration with all its sizes and its own vocabulary."""
-    rows = (section.full_config or {}).get("vocab_size")
-    rows = rows if isinstance(rows, int) else default.get_text_config().vocab_size
-    return build_config(section, seq_len=1, vocab_size=rows, bos_token_id=0, eos_token_id=0)
+    vocab_size = (section.full_config or {}).get("vocab_size")
+    vocab_size = vocab_size if isinstance(vocab_size, int) else default.get_text_config().vocab_size
+    return build_config(section, seq_len=1, vocab_size=vocab_size, bos_token_id=0, eos_token_id=0)
 
 
 def _ways(config: PreTrainedConfig, seq_len: int) -> Iterator[Way]:
@@ -136,7 +136,7 @@ def _ways(config: PreTrainedConfig, seq_len: int) -> Iterator[Way]:
         known = ropes[0].get("original_max_position_embeddings") or vars(config).get("max_position_embeddings")
         yield Way("best_fit", "long" if known and seq_len > known else "short")
     yield Way("single")
-    yield Way("single", one_row=True)
+    yield Way("single", one_sequence=True)
 
 
 def _first_that_works(
@@ -146,15 +146,15 @@ def _first_that_works(
     refused: list[UserError] = []
     for way in _ways(config, seq_len):
         small = section.model_copy(update={"config": copied, "config_file": None, "rope_factors": way.rope_factors})
-        packed, num_rows = way.packing != "single", 1 if way.one_row else 2
+        packed, num_sequences = way.packing != "single", 1 if way.one_sequence else 2
         try:
-            started = start_small(small, packed=packed, num_rows=num_rows, seq_len=seq_len)
+            started = start_small(small, packed=packed, num_sequences=num_sequences, seq_len=seq_len)
         except UserError as error:
             if not str(error).startswith(("data.packing", "execution.micro_batch")):
                 raise
             refused.append(error)
             continue
-        if not way.one_row:  # the comparison takes several rows at once
+        if not way.one_sequence:  # the comparison takes several sequences at once
             _compare(small, way)
         return way, str(refused[0]).partition(": ")[2] if refused else None, started
     raise refused[-1]

@@ -41,9 +41,9 @@ def load_pretrained(
 ) -> PreTrainedModel:
     """Return the model of class `kind` with the weights of `folder`, in fp32 on the CPU, in evaluation mode.
 
-    Only the folder's safetensors are read, once. Raises UserError for weights that are missing (but those tied to one
-    that is there), of another shape, not finite, or left over inside the model's own modules; parts that text does not
-    use, such as a vision tower, are named in the log and left out. Where the configuration ties the head to the
+    Only the folder's safetensors are read, once. Raises UserError for weights that are missing (except those tied to an
+    existing one), of another shape, not finite, or left over inside the model's own modules; parts that text does not
+    use, such as a vision tower, are named in the log and skipped. Where the configuration ties the head to the
     embedding and the folder holds two different ones, they are not tied.
     """
     refuse_adapter(folder)
@@ -199,7 +199,7 @@ def _account(folder: Path, model: PreTrainedModel, info: dict[str, Any], shapes:
             "again without them"
         )
     if left:
-        print(f"model.pretrained: {len(left)} weights of other parts are left out: {_some(left)}")
+        print(f"model.pretrained: {len(left)} weights of other parts are skipped: {_some(left)}")
 
 
 def _is_old_buffer(name: str, shape: list[int]) -> bool:

@@ -76,7 +76,7 @@ def attach_router_loss(model: PreTrainedModel, routers: Routers) -> None:
 
     It then returns four things: what is minimised, with `routers.coefficient` times the router loss in it; the negative
     log likelihood; the router loss, summed over tokens (None where the type has none); and how often each expert was
-    chosen, fp32 [layers, experts] (None where Transformers does not tell).
+    chosen, fp32 [layers, experts] (None where Transformers does not report it).
 
     Hooks keep logits and choices on the modules themselves: a compiler can follow that through layers that are compiled
     and recomputed, but not Transformers' own way to collect them.

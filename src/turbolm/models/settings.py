@@ -25,7 +25,7 @@ _SAMPLING_ROUTERS = ("PhimoeTopKRouter",)
 def apply_router_noise(config: PreTrainedConfig, model: Model) -> None:
     """Set every noise amplitude of a router to `model.router_noise`, unless `model.config` names it.
 
-    Raises UserError where a number is asked for and the type has no such amplitude.
+    Raises UserError if a number is requested and the type has no such amplitude.
     """
     if model.router_noise == "config":
         return
@@ -61,10 +61,10 @@ def _stay(module: nn.Module) -> Any:
 def fix_rope_factors(config: PreTrainedConfig, model: Model, seq_len: int) -> None:
     """Make rotary factors that follow the longest sequence of a batch those of `model.rope_factors` for any length.
 
-    longrope (arXiv 2402.13753) has two lists: `short` or `long` takes the place of the other. dynamic (NTK) scaling
-    has a base that grows with the length: `short` is the base without scaling, `long` that of `seq_len` tokens. What
-    results is in the configuration's own terms, so plain Transformers computes the same. Raises UserError where the
-    model has no such factors.
+    longrope (arXiv 2402.13753) has two lists: `short` or `long` replaces the other. dynamic (NTK) scaling has a base
+    that grows with the length: `short` is the base without scaling, `long` that of `seq_len` tokens. What results is in
+    the configuration's own terms, so plain Transformers computes the same. Raises UserError where the model has no such
+    factors.
     """
     if model.rope_factors == "by_length":
         return

@@ -41,8 +41,8 @@ _KEY_VALUE_HEADS = "num_key_value_heads", "num_kv_heads"
 _SPREADS = "initializer_range", "init_std"
 _SPREAD = 0.1  # of initial weights: near 1 / sqrt(width), so that every layer moves the logits
 
-# What the names do not tell: sizes that follow from others, patterns over layers, and what a default configuration
-# leaves out though its type cannot be built or run without.
+# What the names do not show: sizes that follow from others, patterns over layers, and what a default configuration
+# omits although its type cannot be built or run without it.
 _LINEAR_THEN_FULL = {"layer_types": ["linear_attention", "full_attention"]}
 _CONV_THEN_FULL = {"layer_types": ["conv", "full_attention"]}
 _HYBRIDS = {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2}

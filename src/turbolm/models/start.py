@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from turbolm.errors import UserError
-from turbolm.models.attention import check_long_rows, choose_attention, model_inputs
+from turbolm.models.attention import check_long_sequences, choose_attention, model_inputs
 from turbolm.models.build import (
     build_config,
     build_model,
@@ -37,7 +37,7 @@ class Started:
     moved: float  # how far a changed document moved the logits of its neighbor
 
 
-def start_small(section: Model, *, packed: bool, num_rows: int, seq_len: int) -> Started:
+def start_small(section: Model, *, packed: bool, num_sequences: int, seq_len: int) -> Started:
     """Build and probe a model as `turbolm.train.build` does. Raises UserError where a run would."""
     config = build_config(section, seq_len=seq_len, vocab_size=VOCAB, bos_token_id=1, eos_token_id=2)
     kind = model_class(config)
@@ -45,7 +45,7 @@ def start_small(section: Model, *, packed: bool, num_rows: int, seq_len: int) ->
     if reason and packed:
         raise UserError(f"data.packing: {reason}, so packed documents cannot be kept apart")
     attention = choose_attention("auto", "cpu", "fp32", kind, carries_state=reason is not None)
-    check_long_rows(config, attention, seq_len=seq_len, row_tokens=num_rows * seq_len, packed=packed)
+    check_long_sequences(config, attention, seq_len=seq_len, joined_tokens=num_sequences * seq_len, packed=packed)
     model = build_model(section, config, seed=0, attention=attention)
     freeze_balancing_biases(model)
     check_all_trained(model)
@@ -58,7 +58,7 @@ def start_small(section: Model, *, packed: bool, num_rows: int, seq_len: int) ->
         attention=attention,
         precision="fp32",
         packed=packed,
-        num_rows=num_rows,
+        num_sequences=num_sequences,
         config=model.config,
     )
     tokens = np.arange(8)[None]

@@ -1,4 +1,4 @@
-"""Keep the table of model types: which train packed, which one document per row, which are refused and why.
+"""Keep the table of model types: which train packed, which one document per sequence, which are refused and why.
 
 The table is in `README.md` beside this file, so showing it needs neither torch nor time. Trials (trial.py) run in child
 processes: a type that crashes, hangs or needs too much memory costs only itself.
@@ -26,7 +26,7 @@ from turbolm.plan.count import causal_model_types
 
 README = Path(__file__).with_name("README.md")
 HEADING = "## Every causal language model of Transformers"
-OUTCOMES = {"packed": "packed", "single": "one document a row", "refused": "refused", "failed": "FAILED"}
+OUTCOMES = {"packed": "packed", "single": "one document per sequence", "refused": "refused", "failed": "FAILED"}
 COMMAND = [sys.executable, "-m", "turbolm.models.trial"]
 TIMEOUT_SEC = 600  # of one type; most take less than one second, but imports take minutes on a busy machine
 
@@ -56,7 +56,7 @@ def render_table(trials: Iterable[Mapping[str, Any]]) -> str:
         "in fp32, from its default configuration (`is_decoder: true` where there is such a key), with documents of "
         "different lengths and padding in a micro-batch. Loss and gradient norm of those that train equal those of "
         "Transformers' own model and loss, given each document alone, to 1e-6 and 1e-5. `turbolm models TYPE` tries a "
-        "type on this machine, `make models` writes this table anew.\n\n"
+        "type on this machine, `make models` writes this table again.\n\n"
         "| model type | documents | why not packed |\n|---|---|---|\n" + "\n".join(rows) + "\n"
     )
 

@@ -33,7 +33,7 @@ from turbolm.plan.batch import IGNORED_TARGET
 from turbolm.recipe.schema import Model
 
 SEQ_LEN = 48
-ROWS = ((19, 12, 9), (3, 30), (26,))  # lengths of the documents of each packed row; padding follows
+DOCUMENT_LENGTHS = ((19, 12, 9), (3, 30), (26,))  # lengths of the documents of each packed sequence; padding follows
 LOSS_TOLERANCE, NORM_TOLERANCE = 1e-6, 1e-5  # relative, fp32
 MAX_MEMORY_BYTES = 4 * 2**30  # a model that needs more is not small: its trial fails at once
 # Types whose own loss is not that of the next token: decoders take labels that are already shifted, and git counts the
@@ -45,7 +45,7 @@ OTHER_LABELS = (
 
 @dataclass(frozen=True)
 class Trial:
-    """The outcome for a model type: packed, single (one document per row), refused or failed; and why."""
+    """The outcome for a model type: packed, single (one document per sequence), refused or failed; and why."""
 
     model_type: str
     outcome: str
@@ -55,7 +55,7 @@ class Trial:
 
 
 def try_type(model_type: str) -> Trial:
-    """Train a small model of the type, packed where that is allowed, else with one document per row."""
+    """Train a small model of the type, packed where that is allowed, else with one document per sequence."""
     try:
         section = Model(config=small_mapping(model_type))
         try:
@@ -84,19 +84,19 @@ def compare_losses(section: Model, packing: str) -> tuple[float, float]:
     `packing` is packed or single. Raises UserError where a run would, and AssertionError for errors that are too large.
     """
     with _nan_in_new_memory():
-        started = start_small(section, packed=packing != "single", num_rows=2, seq_len=SEQ_LEN)
+        started = start_small(section, packed=packing != "single", num_sequences=2, seq_len=SEQ_LEN)
     model = started.model
     attach_loss(model, started.loss)
     documents = _documents()
-    rows = documents if packing != "single" else [[document] for row in documents for document in row]
-    micro_batch = _micro_batch(rows)
+    sequences = documents if packing != "single" else [[document] for sequence in documents for document in sequence]
+    micro_batch = _micro_batch(sequences)
     inputs = {**model_inputs(micro_batch, started.attention, CPU), "targets": torch.from_numpy(micro_batch["targets"])}
     _try_router_loss(model, inputs)
     _perturb(model)
     objective, nll = model(**inputs)
     (objective / int((inputs["targets"] != IGNORED_TARGET).sum())).backward()
     loss, norm = nll.item(), _norm(model)
-    expected_loss, expected_norm = _hugging_face(model, [document for row in documents for document in row])
+    expected_loss, expected_norm = _hugging_face(model, [document for sequence in documents for document in sequence])
     errors = abs(loss / expected_loss - 1), abs(norm / expected_norm - 1)
     assert errors[0] <= LOSS_TOLERANCE and errors[1] <= NORM_TOLERANCE, (
         f"{packing}: loss {loss} and gradient norm {norm}, Transformers' own {expected_loss} and {expected_norm}"
@@ -125,7 +125,7 @@ def _perturb(model: PreTrainedModel) -> None:
 
 def _documents() -> list[list[torch.Tensor]]:
     generator = torch.Generator().manual_seed(0)
-    return [[torch.randint(3, VOCAB, (length + 1,), generator=generator) for length in row] for row in ROWS]
+    return [[torch.randint(3, VOCAB, (size + 1,), generator=generator) for size in sizes] for sizes in DOCUMENT_LENGTHS]
 
 
 def _try_router_loss(model: PreTrainedModel, inputs: dict[str, Any]) -> None:
@@ -142,13 +142,13 @@ def _try_router_loss(model: PreTrainedModel, inputs: dict[str, Any]) -> None:
     model.forward = plain
 
 
-def _micro_batch(rows: list[list[torch.Tensor]]) -> dict[str, np.ndarray]:
-    """Fill a micro-batch as turbolm.data.batch.rows does: shifted targets, padding at the end as its own document."""
-    batch = {name: np.zeros((len(rows), SEQ_LEN), np.int64) for name in ("input_ids", "position_ids", "targets")}
+def _micro_batch(sequences: list[list[torch.Tensor]]) -> dict[str, np.ndarray]:
+    """Fill a micro-batch as turbolm.data.batch does: shifted targets, padding at the end as its own document."""
+    batch = {name: np.zeros((len(sequences), SEQ_LEN), np.int64) for name in ("input_ids", "position_ids", "targets")}
     batch["targets"][:] = IGNORED_TARGET
-    for number, row in enumerate(rows):
+    for number, sequence in enumerate(sequences):
         start = 0
-        for document in row:
+        for document in sequence:
             end = start + len(document) - 1
             batch["input_ids"][number, start:end] = document[:-1]
             batch["targets"][number, start:end] = document[1:]

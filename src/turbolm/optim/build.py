@@ -1,4 +1,4 @@
-"""From a recipe's `optimizer` section to a torch optimizer that DeepSpeed accepts."""
+"""Build the torch optimizer of a recipe's `optimizer` section, in a form that DeepSpeed accepts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from turbolm.recipe.schema import Recipe
 
 
 def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """The recipe's optimizer over the model's parameter groups (`turbolm.optim.groups`)."""
+    """Return the recipe's optimizer over the model's parameter groups (`turbolm.optim.groups`)."""
     settings = recipe.optimizer
     multipliers, orthogonal = settings.lr_multipliers, settings.is_orthogonal
     groups = build_param_groups(model, settings.weight_decay, multipliers, orthogonal=orthogonal)
@@ -23,10 +23,10 @@ def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
 
 
 def count_steps_in_state(optimizer: torch.optim.Optimizer) -> None:
-    """Keep the number of steps beside the moments, where pytorch-optimizer keeps it in the parameter group.
+    """Keep the step count with the moments; pytorch-optimizer keeps it in the parameter group.
 
-    DeepSpeed steps a group's partitions one by one at stage 3, which would count each as a step of all groups; and a
-    checkpoint keeps what belongs to a parameter.
+    At stage 3 DeepSpeed steps a group's partitions one by one, which would count each as a step of the group. A
+    checkpoint also stores state by parameter.
     """
 
     def before(stepped: torch.optim.Optimizer, *_: object) -> None:
@@ -45,6 +45,6 @@ def count_steps_in_state(optimizer: torch.optim.Optimizer) -> None:
 
 
 def eight_bit_share(tensors: Iterable[torch.Tensor]) -> float:
-    """The share of elements whose moments torchao keeps in 8 bits: tensors of whole blocks of 256, at least 16."""
+    """Return the share of elements whose moments torchao keeps in 8 bits: tensors of at least 16 full blocks of 256."""
     sizes = [tensor.numel() for tensor in tensors]
     return sum(size for size in sizes if size >= 4096 and size % 256 == 0) / max(sum(sizes), 1)

@@ -1,7 +1,7 @@
 """Cautious AdamW (arXiv 2411.16085): AdamW without the elements of its update that point against the gradient.
 
-What remains is scaled up by the share of each tensor that was left out. Where ZeRO cuts tensors, that share is counted
-over all processes, so that the update is the same at every stage.
+The rest is scaled up to make up for the masked share of each tensor. Where ZeRO cuts tensors, that share is counted
+over all processes, so the update is the same at every stage.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ class CautiousAdamW(torch.optim.Optimizer):
         self.device: torch.device | None = None
 
     def distribute(self, flats: Sequence[torch.Tensor], fragments: Sequence[Fragment], device: torch.device) -> None:
-        """Learn where tensors lie in this rank's partitions, as `Muon.distribute` does."""
+        """Record which parts of the tensors are in this rank's partitions, as `Muon.distribute` does."""
         self.device = device
         self.fragments = {id(flat): [fragment for fragment in fragments if fragment.flat is flat] for flat in flats}
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
-        """Collective where parameters are partitioned."""
+        """Run one step. Collective if parameters are partitioned."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
@@ -57,12 +57,12 @@ class CautiousAdamW(torch.optim.Optimizer):
         if fragments is None:
             kept.mul_(kept.numel() / (kept.sum() + 1))
             return
-        places = {name: place for place, name in enumerate(group["tensor_names"])}
-        counts = torch.zeros(len(places), 2, dtype=torch.float64)  # kept elements and all, of each tensor
-        parts = [(places[fragment.name], kept.narrow(0, fragment.offset, fragment.numel)) for fragment in fragments]
-        for place, part in parts:
-            counts[place] += torch.tensor([part.sum(dtype=torch.float64), part.numel()], dtype=torch.float64)
+        indices = {name: index for index, name in enumerate(group["tensor_names"])}
+        counts = torch.zeros(len(indices), 2, dtype=torch.float64)  # kept elements and all, of each tensor
+        parts = [(indices[fragment.name], kept.narrow(0, fragment.offset, fragment.numel)) for fragment in fragments]
+        for index, part in parts:
+            counts[index] += torch.tensor([part.sum(dtype=torch.float64), part.numel()], dtype=torch.float64)
         counts = counts.to(self.device)
         dist.all_reduce(counts)
-        for place, part in parts:
-            part.mul_((counts[place, 1] / (counts[place, 0] + 1)).to(part))
+        for index, part in parts:
+            part.mul_((counts[index, 1] / (counts[index, 0] + 1)).to(part))

@@ -1,4 +1,4 @@
-"""Which parameters are decayed, at which rate they learn, and which of them are matrices in Muon's sense."""
+"""Group parameters by weight decay, learning-rate multiplier and whether Muon treats them as matrices."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def build_param_groups(
     *,
     orthogonal: bool = False,
 ) -> list[dict[str, Any]]:
-    """The parameters with equal settings together: weight decay on matrices and the head, none on norms, biases and
-    embeddings (a tied head is an embedding); the learning rate times the multiplier of the parameter's kind.
+    """Group the parameters with equal settings: weight decay on matrices and the head, none on norms, biases and
+    embeddings (a tied head is an embedding); the learning rate is scaled by the multiplier of the parameter's kind.
 
-    With `orthogonal` the hidden matrices, which Muon makes orthogonal, are a group of their own.
+    With `orthogonal`, the hidden matrices, which Muon orthogonalizes, are a separate group.
 
     Each group is a dict with `params` in the model's order, `weight_decay`, `base_weight_decay` (which schedules
     scale), `lr_scale`, `name`, `tensor_names` and, for Muon's own group, `orthogonal`.
@@ -56,7 +56,7 @@ def build_param_groups(
 
 
 def parameter_kinds(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, str]]:
-    """(name, parameter, one of KINDS) of every trainable parameter, tied ones once."""
+    """Yield (name, parameter, one of KINDS) for every trainable parameter; tied ones once."""
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     convolutions = {id(module.weight) for module in model.modules() if isinstance(module, _CONVOLUTIONS)}
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
@@ -76,7 +76,7 @@ def parameter_kinds(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, str]]
 
 
 def group_table(optimizer_name: str, groups: list[dict[str, Any]]) -> str:
-    """One line for each group: who updates it, at which rate and decay, how many tensors, and the first and last."""
+    """Return one line per group: what updates it, learning rate, decay, number of tensors, first and last tensor."""
     lines = [f"{'group':<36} {'updated by':<14} {'lr x':>6} {'decay':>6} {'tensors':>7}  names"]
     for group in groups:
         by = "adamw" if optimizer_name == "muon" and not group["orthogonal"] else optimizer_name

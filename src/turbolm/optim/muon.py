@@ -1,9 +1,9 @@
 """Muon (kellerjordan.github.io/posts/muon; arXiv 2502.16982) at every ZeRO stage.
 
-The momentum is element-wise, so it lives in the flat partitions that ZeRO makes. Only to make an update orthogonal are
-matrices put together: each on one process, which returns to the others their parts. DeepSpeed's own Muon makes the
-gradients orthogonal before it clips them, so that its clipping acts on the update, and logs the update's norm; here
-clipping comes first and acts on the gradient, as without ZeRO.
+The momentum is element-wise, so it lives in the flat partitions of ZeRO. Matrices are assembled only to orthogonalize
+an update: each on one process, which sends the parts back to the others. DeepSpeed's own Muon orthogonalizes gradients
+before it clips them, so it clips the update and logs the update's norm; here clipping comes first and acts on the
+gradient, as without ZeRO.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from turbolm.engine.partitions import Fragment
 
-_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the post: steepest at zero, singular values end in about [0.7, 1.2]
+_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # from the post: steepest at zero, singular values end in about [0.7, 1.2]
 
 
 class Muon(torch.optim.AdamW):
@@ -28,14 +28,14 @@ class Muon(torch.optim.AdamW):
     param_groups: list[dict[str, Any]]
 
     def __init__(self, groups: list[dict[str, Any]], *, ns_dtype: torch.dtype, **adamw: Any):
-        """Each orthogonal group holds `momentum`, `nesterov`, `ns_steps` and `adjust_lr` besides AdamW's settings."""
+        """Orthogonal groups have `momentum`, `nesterov`, `ns_steps` and `adjust_lr` in addition to AdamW's settings."""
         super().__init__(groups, **adamw)
         self.ns_dtype = ns_dtype
         self.exchanges: dict[int, _Exchange] = {}  # by the flat partition; none where parameters are whole
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """Collective where parameters are partitioned: every rank steps the same partitions in the same order."""
+        """Run one step. Collective if parameters are partitioned: all ranks step them in the same order."""
         groups = self.param_groups
         self.param_groups = [group for group in groups if not group["orthogonal"]]
         loss = super().step(closure)
@@ -48,19 +48,20 @@ class Muon(torch.optim.AdamW):
         return loss
 
     def distribute(self, flats: Sequence[torch.Tensor], fragments: Sequence[Fragment], device: torch.device) -> None:
-        """Learn where the matrices lie in this rank's partitions; collective, once, after ZeRO cut them.
+        """Record which parts of the matrices are in this rank's partitions. Collective; call it once.
 
-        `flats` holds the partitions in the order in which all ranks step them, `fragments` what this rank has of each
-        parameter. `device` is where matrices are made orthogonal: the GPU, also when the partitions are on the host.
+        Call it after ZeRO made the partitions. `flats` holds them in the order in which all ranks step them,
+        `fragments` this rank's part of each parameter. `device` is where matrices are orthogonalized: the GPU, even if
+        the partitions are on the host.
         """
-        no_tensor = torch.empty(0)  # what other ranks need to know of a fragment is where it lies
+        no_tensor = torch.empty(0)  # other ranks need only the position of a fragment
         here = [[replace(one, flat=no_tensor) for one in fragments if one.flat is flat] for flat in flats]
         everywhere: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everywhere, here)
         names = {name for group in self.param_groups if group["orthogonal"] for name in group["tensor_names"]}
         for index, flat in enumerate(flats):
-            by_rank = [places[index] for places in everywhere]
-            if any(place.name in names for places in by_rank for place in places):
+            by_rank = [theirs[index] for theirs in everywhere]
+            if any(fragment.name in names for theirs in by_rank for fragment in theirs):
                 self.exchanges[id(flat)] = _Exchange(by_rank, device)
 
     def _step_matrices(self, parameter: torch.Tensor, group: dict[str, Any]) -> None:
@@ -85,9 +86,9 @@ class Muon(torch.optim.AdamW):
 
 
 def orthogonalise(matrix: torch.Tensor, ns_steps: int) -> torch.Tensor:
-    """Nearly the orthogonal factor U V^T of U S V^T, by Newton-Schulz iterations in the dtype of `matrix`.
+    """Approximate the orthogonal factor U V^T of U S V^T by Newton-Schulz iterations in the dtype of `matrix`.
 
-    A matrix with more than two dimensions is a batch of matrices, as experts are.
+    A tensor with more than two dimensions is a batch of matrices, as for experts.
     """
     a, b, c = _COEFFICIENTS
     is_tall = matrix.size(-2) > matrix.size(-1)
@@ -100,7 +101,7 @@ def orthogonalise(matrix: torch.Tensor, ns_steps: int) -> torch.Tensor:
 
 
 def update_scale(shape: Sequence[int], adjust_lr: str) -> float:
-    """What an orthogonal update of a matrix of this shape is multiplied by."""
+    """Return the factor for an orthogonal update of a matrix of this shape."""
     rows, columns = shape[-2:]
     if adjust_lr == "original":
         return math.sqrt(max(1.0, rows / columns))
@@ -108,45 +109,45 @@ def update_scale(shape: Sequence[int], adjust_lr: str) -> float:
 
 
 class _Exchange:
-    """Puts the matrices of one set of partitions together, each on one rank, and takes them apart again.
+    """Assembles the matrices of one set of partitions, each on one rank, and sends the parts back.
 
-    A rank that holds most of a matrix already gets it where the work allows: at stages 1 and 2, which cut the
-    parameters in one long row, only the few matrices that lie across two partitions travel.
+    Where the load allows, a matrix goes to the rank that already holds most of it. At stages 1 and 2, which cut one
+    flat tensor of all parameters, only the few matrices that straddle two partitions are sent.
     """
 
     def __init__(self, by_rank: Sequence[Sequence[Fragment]], device: torch.device):
         self.device = device
         owners, rank = _owners(by_rank), dist.get_rank()
         ranks = range(len(by_rank))
-        self.sent = [[place for place in by_rank[rank] if owners[place.name] == other] for other in ranks]
-        self.received = [[place for place in by_rank[other] if owners[place.name] == rank] for other in ranks]
-        self.shapes = {place.name: place.shape for places in self.received for place in places}
+        self.sent = [[fragment for fragment in by_rank[rank] if owners[fragment.name] == other] for other in ranks]
+        self.received = [[fragment for fragment in by_rank[other] if owners[fragment.name] == rank] for other in ranks]
+        self.shapes = {fragment.name: fragment.shape for fragments in self.received for fragment in fragments}
 
     def transform(
         self, flat: torch.Tensor, function: Callable[[torch.Tensor], torch.Tensor], dtype: torch.dtype
     ) -> None:
-        """Replace every matrix in the partition `flat` by function(matrix); the matrices travel as `dtype`."""
-        sent = [flat.narrow(0, place.offset, place.numel) for places in self.sent for place in places]
+        """Replace every matrix in the partition `flat` by function(matrix); matrices are sent as `dtype`."""
+        sent = [flat.narrow(0, fragment.offset, fragment.numel) for fragments in self.sent for fragment in fragments]
         parts = _all_to_all(_concatenate(sent, self.device, dtype), self.sent, self.received)
         matrices = {name: parts.new_empty(shape) for name, shape in self.shapes.items()}
-        places = [place for places in self.received for place in places]
-        for place, part in zip(places, parts.split([place.numel for place in places]), strict=True):
-            matrices[place.name].view(-1).narrow(0, place.start, place.numel).copy_(part)
+        fragments = [fragment for fragments in self.received for fragment in fragments]
+        for fragment, part in zip(fragments, parts.split([fragment.numel for fragment in fragments]), strict=True):
+            matrices[fragment.name].view(-1).narrow(0, fragment.start, fragment.numel).copy_(part)
         results = {name: function(matrix).reshape(-1) for name, matrix in matrices.items()}
-        back = [results[place.name].narrow(0, place.start, place.numel) for place in places]
+        back = [results[fragment.name].narrow(0, fragment.start, fragment.numel) for fragment in fragments]
         parts = _all_to_all(_concatenate(back, self.device, dtype), self.received, self.sent)
         for target, part in zip(sent, parts.split([target.numel() for target in sent]), strict=True):
             target.copy_(part)
 
 
 def _owners(by_rank: Sequence[Sequence[Fragment]]) -> dict[str, int]:
-    """Which rank works on which matrix; every rank comes to the same answer."""
+    """Assign each matrix to a rank; every rank computes the same assignment."""
     held: dict[str, dict[int, int]] = defaultdict(dict)  # matrix: {rank: elements}
     shapes = {}
-    for rank, places in enumerate(by_rank):
-        for place in places:
-            held[place.name][rank] = place.numel
-            shapes[place.name] = place.shape
+    for rank, fragments in enumerate(by_rank):
+        for fragment in fragments:
+            held[fragment.name][rank] = fragment.numel
+            shapes[fragment.name] = fragment.shape
     owners, load = {}, [0.0] * len(by_rank)
     for name, holders in held.items():
         most = max(holders.values())
@@ -163,8 +164,8 @@ def _concatenate(parts: Sequence[torch.Tensor], device: torch.device, dtype: tor
 
 
 def _all_to_all(sent: torch.Tensor, to: Sequence[Sequence[Fragment]], of: Sequence[Sequence[Fragment]]) -> torch.Tensor:
-    """Send consecutive parts of `sent` to each rank, as long as its places in `to`; receive as long as in `of`."""
-    sizes_to, sizes_of = ([sum(place.numel for place in places) for places in side] for side in (to, of))
+    """Send consecutive parts of `sent` to each rank, sized by its parts in `to`; receive parts sized by `of`."""
+    sizes_to, sizes_of = ([sum(fragment.numel for fragment in fragments) for fragments in side] for side in (to, of))
     received = sent.new_empty(sum(sizes_of))
     dist.all_to_all_single(received, sent, sizes_of, sizes_to)
     return received

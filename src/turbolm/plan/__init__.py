@@ -1,1 +1,1 @@
-"""What follows from a recipe and a machine: batch arithmetic, costs, the launched configurations. Torch-free."""
+"""Derive a plan from a recipe and a machine: batch arithmetic, costs, launch configurations. Torch-free."""

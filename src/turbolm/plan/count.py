@@ -1,4 +1,4 @@
-"""How many parameters a recipe's model has: by formula, or counted once in a process of its own. Torch-free."""
+"""Count the parameters of a recipe's model: by formula, or once in a separate process. Torch-free."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from turbolm.recipe.contract import canonical_json
 from turbolm.recipe.model_config import is_dropout, text_part
 from turbolm.recipe.schema import Model, Recipe
 
-MODEL_CONFIG_FILE = "model_config.json"  # beside a recipe: the config.json of a checkpoint that is elsewhere
+MODEL_CONFIG_FILE = "model_config.json"  # beside a recipe: the config.json of a checkpoint on another machine
 _COUNT_TIMEOUT_SEC = 300
 _EXAMINERS = tuple(
     f"models/{name}.py" for name in ("config", "config_errors", "config_names", "config_source", "count", "size")
@@ -32,9 +32,9 @@ _EXAMINERS = tuple(
 
 @dataclass(frozen=True)
 class Answer:
-    """What Transformers makes of a configuration."""
+    """The result of building a configuration with Transformers."""
 
-    problems: tuple[str, ...]  # a line each; with any there is no size
+    problems: tuple[str, ...]  # one line each; if there are any, size is None
     notes: tuple[str, ...]
     size: ModelSize | None = None
 
@@ -43,7 +43,7 @@ class Answer:
 
     @classmethod
     def from_json(cls, text: str) -> Answer:
-        """Raises ValueError or TypeError for a text that `to_json` did not write."""
+        """Parse the output of `to_json`. Raises ValueError or TypeError for anything else."""
         answer = json.loads(text)
         size = answer["size"] and ModelSize(**answer["size"])
         return cls(tuple(answer["problems"]), tuple(answer["notes"]), size)
@@ -54,19 +54,19 @@ Examiner = Callable[[Mapping[str, Any] | None, Mapping[str, Any] | None], Answer
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What is known about the model of a recipe; nothing where its folder is not on this machine."""
+    """What is known about the model of a recipe; nothing if its folder is not on this machine."""
 
     config: dict[str, Any] | None
     size: ModelSize | None
-    assumed: tuple[str, ...] = ()  # for planning, in place of what training will know
+    assumed: tuple[str, ...] = ()  # assumptions for planning; training knows the real values
     notes: tuple[str, ...] = ()
 
 
 def examine_model(recipe: Recipe, recipe_file: str | Path, examine: Examiner | None = None) -> ModelFacts:
-    """Check the model's configuration and count its parameters; `plan`, `submit` and `train` all ask this.
+    """Check the model's configuration and count its parameters, for `plan`, `submit` and `train`.
 
-    Transformers is asked, in a process of its own unless `examine` asks it here, and its answer kept in the recipe's
-    cache; a configuration in which nothing can be wrong is recognized without. Raises UserError with all problems.
+    Transformers does the check in a separate process, unless `examine` does it here; the result is cached in the
+    recipe's cache. A plain configuration is recognized without it. Raises UserError with all problems.
     """
     model = recipe.model
     config, assumed = read_model_config(recipe, recipe_file)
@@ -86,9 +86,9 @@ def examine_model(recipe: Recipe, recipe_file: str | Path, examine: Examiner | N
 
 
 def check_model(recipe: Recipe, recipe_file: str | Path, examine: Examiner | None = None) -> tuple[str, ...]:
-    """Refuse at a start what `plan` refuses of a model with new weights; returns what to tell of it.
+    """Refuse at a start what `plan` refuses about a model with new weights; return notes for the log.
 
-    Raises UserError with all problems, a line each.
+    Raises UserError with all problems, one per line.
     """
     if recipe.model.pretrained is not None:
         return ()
@@ -99,7 +99,7 @@ def check_model(recipe: Recipe, recipe_file: str | Path, examine: Examiner | Non
 
 
 def read_model_config(recipe: Recipe, recipe_file: str | Path) -> tuple[dict[str, Any] | None, list[str]]:
-    """The Hugging Face configuration that will be trained, and what had to be assumed.
+    """Return the Hugging Face configuration that will be trained, and the assumptions made.
 
     None when the recipe starts from a folder that is not on this machine. Raises UserError.
     """
@@ -118,23 +118,23 @@ def read_model_config(recipe: Recipe, recipe_file: str | Path) -> tuple[dict[str
         added = ["rows that model.resize_embeddings adds are not counted"] if model.resize_embeddings else []
         return _read_json(folder / "config.json" if cached is None else cached), added
     if beside.is_file():
-        return _read_json(beside), [f"{folder} is not on this machine: its size is taken from {beside}"]
+        return _read_json(beside), [f"{folder} is not on this machine: its size is read from {beside}"]
     command = config_command(model)
     hint = f" (as a hub name, its config.json is enough: {command})" if command else ""
-    return None, [f"{folder} is not on this machine: the size of the model is not known{hint}"]
+    return None, [f"{folder} is not on this machine: the size of the model is unknown{hint}"]
 
 
 def padded_vocab_size(model: Model, vocab_size: int) -> int:
-    """Rows of the embedding and the head: the vocabulary, rounded up to `model.pad_vocab_to_multiple`."""
+    """Return the rows of the embedding and the head: the vocabulary, rounded up to `model.pad_vocab_to_multiple`."""
     multiple = model.pad_vocab_to_multiple
     return -(-vocab_size // multiple) * multiple
 
 
 def size_model(config: Mapping[str, Any], cache_dir: str | Path) -> ModelSize:
-    """The size of the model that a published `config` describes. Raises UserError when there is no such model.
+    """Return the size of the model that a published `config` describes. Raises UserError if there is no such model.
 
-    Without a formula for its type the model is built on the meta device, which takes seconds; `cache_dir` keeps the
-    answer.
+    Without a formula for its type, the model is built on the meta device, which takes seconds; `cache_dir` caches the
+    result.
     """
     size = _formula(config)
     if size is None:
@@ -154,13 +154,13 @@ def _formula(config: Mapping[str, Any]) -> ModelSize | None:
 
 
 def _differences(recipe: Recipe) -> list[str]:
-    """What the recipe replaces of what a file says, and the dropouts that the file decides."""
+    """Yield notes: settings of the file that the recipe replaces, and dropouts that come from the file."""
     file, config = recipe.model.config_file, recipe.model.config or {}
     if file is None:
         return []
     part = text_part(file, config.get("model_type"))
     shown = [f"{name} ({part[name]})" for name in config if name in part and not isinstance(part[name], (dict, list))]
-    lines = [f"model.config replaces of the file: {', '.join(shown)}"] if shown else []
+    lines = [f"model.config overrides the file's {', '.join(shown)}"] if shown else []
     dropouts = [name for name in recipe.model.full_config or {} if is_dropout(name) and name not in config]
     if dropouts:
         named = ", ".join(f"{name} {part[name]}" for name in dropouts)
@@ -171,7 +171,7 @@ def _differences(recipe: Recipe) -> list[str]:
 def _ask(
     file: Mapping[str, Any] | None, config: Mapping[str, Any] | None, cache_dir: str | Path, examine: Examiner | None
 ) -> Answer:
-    """Transformers' answer, from the cache if these versions gave it before."""
+    """Return Transformers' result, from the cache if these versions computed it before."""
     text = canonical_json({"file": file, "config": config})
     digest = hashlib.sha256(f"{importlib.metadata.version('transformers')} {text}".encode())
     for module in _EXAMINERS:
@@ -186,7 +186,7 @@ def _ask(
 
 
 def _check_model_type(file: Mapping[str, Any] | None, config: Mapping[str, Any]) -> None:
-    """Refuse at once what transformers has no model for at all: importing it to ask takes seconds."""
+    """Refuse model types unknown to transformers at once: importing it to check takes seconds."""
     known = _model_types("auto_mappings.py", "CONFIG_MAPPING_NAMES")
     model_type = str(config.get("model_type"))
     if known and model_type not in known:
@@ -196,12 +196,12 @@ def _check_model_type(file: Mapping[str, Any] | None, config: Mapping[str, Any])
 
 
 def causal_model_types() -> list[str]:
-    """Every model type that transformers has a causal language model of."""
+    """Return every model type for which transformers has a causal language model."""
     return _model_types("modeling_auto.py", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES")
 
 
 def _model_types(source: str, table: str) -> list[str]:
-    """The keys of a table of transformers' own, read without running it; none where it is not as expected."""
+    """Return the keys of a table in transformers' source, read without importing it; empty if it looks unexpected."""
     spec = importlib.util.find_spec("transformers")
     if spec is None or not spec.submodule_search_locations:
         return []
@@ -241,7 +241,7 @@ def _keep(cache: Path, answer: Answer) -> None:
     try:
         write_atomic(cache, answer.to_json())
     except OSError:
-        pass  # asked again next time
+        pass  # computed again next time
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""What each step trains on, as the recipe schedules it: row length, batch size and the mixture of sources. Torch-free.
+"""What each step trains on, by the recipe's schedules: sequence length, batch size and source mixture. Torch-free.
 
-A change takes effect at the first step that begins at or after its place in the token budget, so every boundary lies
-on a step. Shares of the budget refer to the run's first budget: a run that is extended goes on with what it ended with.
+A change takes effect at the first step that begins at or after its point in the token budget, so every boundary is on a
+step. Shares of the budget refer to the run's first budget: an extended run continues with the final values.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ _Value = TypeVar("_Value")
 class Segment:
     """Steps from `first_step` on that share their settings.
 
-    `seq_lens` are the row lengths, ascending: one, or every bucket, of which each step uses one. `weights` are the
+    `seq_lens` are the sequence lengths, ascending: one, or all buckets, of which each step uses one. `weights` are the
     sources' shares of the tokens, or None where all documents form one pool. With `grow`, each segment is a cycle over
-    the buckets that begins with short rows.
+    the buckets that begins with short sequences.
     """
 
     first_step: int
@@ -41,7 +41,7 @@ class Segment:
 
     @property
     def seq_len(self) -> int:
-        """The longest row."""
+        """Return the longest sequence length."""
         return self.seq_lens[-1]
 
 
@@ -54,36 +54,36 @@ class Curriculum:
 
     @cached_property
     def num_steps(self) -> int:
-        """Steps of the whole run: the first number whose tokens reach the last budget."""
+        """Return the steps of the run: the smallest number whose tokens reach the last budget."""
         return self.steps_for(self.budgets_tokens[-1])
 
     @property
     def seq_lens(self) -> tuple[int, ...]:
-        """Every row length there is, ascending."""
+        """Return all sequence lengths, ascending."""
         return tuple(sorted({seq_len for segment in self.segments for seq_len in segment.seq_lens}))
 
     def segment(self, step: int) -> Segment:
-        """What the step after `step` finished ones trains with."""
+        """Return the segment of the step after `step` finished steps."""
         return self.segments[bisect_right(self._first_steps, step) - 1]
 
     def tokens_seen(self, step: int) -> int:
-        """Tokens (bins x seq_len) of the first `step` steps."""
+        """Return the tokens (sequences x seq_len) of the first `step` steps."""
         segment = self.segment(step)
         return segment.first_token + (step - segment.first_step) * segment.global_batch_tokens
 
     def steps_for(self, tokens: int) -> int:
-        """The fewest steps that see so many tokens."""
+        """Return the fewest steps that see this many tokens."""
         index = max(bisect_right([segment.first_token for segment in self.segments], tokens - 1) - 1, 0)
         segment = self.segments[index]
         return segment.first_step + _ceil(tokens - segment.first_token, segment.global_batch_tokens)
 
     @property
     def whole_budgets_tokens(self) -> list[int]:
-        """Each budget as it is trained: to the end of its last step."""
+        """Return each budget rounded up to the end of its last step."""
         return [self.tokens_seen(self.steps_for(budget)) for budget in self.budgets_tokens]
 
     def source_tokens(self) -> list[float] | None:
-        """Tokens of the whole run by source, or None where all documents form one pool."""
+        """Return the tokens of the run by source, or None if all documents form one pool."""
         if self.segments[0].weights is None:
             return None
         ends = [*(segment.first_token for segment in self.segments[1:]), self.tokens_seen(self.num_steps)]
@@ -99,9 +99,9 @@ class Curriculum:
 
 
 def build_curriculum(recipe: Recipe, budgets_tokens: Sequence[int] | None = None) -> Curriculum:
-    """The curriculum of a recipe whose batches and lengths fit each other (`recipe.checks` has seen to it).
+    """Build the curriculum of a recipe; `recipe.checks` ensures that its batches and lengths fit each other.
 
-    `budgets_tokens` are those of a run, the recipe's alone by default.
+    `budgets_tokens` are the budgets of a run; by default the recipe's only.
     """
     budgets = tuple(budgets_tokens or [recipe.train.budget])
     budget, full_batch = budgets[0], recipe.train.global_batch
@@ -115,26 +115,26 @@ def build_curriculum(recipe: Recipe, budgets_tokens: Sequence[int] | None = None
         num_cycles = schedule.num_cycles
     cycles = [(budget * number / num_cycles, number) for number in range(num_cycles)] or [(0.0, 0)]
 
-    def segment_at(step: int, token: int, place: float, batch: int, cycle: int) -> Segment:
-        return Segment(step, token, _value_at(lengths, place), batch, _value_at(weights, place), num_cycles > 0, cycle)
+    def segment_at(step: int, token: int, at: float, batch: int, cycle: int) -> Segment:
+        return Segment(step, token, _value_at(lengths, at), batch, _value_at(weights, at), num_cycles > 0, cycle)
 
-    places = sorted(
-        {place for changes in (lengths, batches, weights, cycles) for place, _ in changes if place < budget}
+    starts = sorted(
+        {start for changes in (lengths, batches, weights, cycles) for start, _ in changes if start < budget}
     )
     segments: list[Segment] = []
     step = token = 0
-    for place, after in pairwise([*places, budget]):
-        # The step that crosses the place still belongs to what came before it.
+    for start, after in pairwise([*starts, budget]):
+        # The step that crosses the change still has the settings before it.
         if after <= token:
             continue
-        at = max(place, token)
+        at = max(start, token)
         batch = _value_at(batches, at)
         segment = segment_at(step, token, at, batch, _value_at(cycles, at))
         if not segments or _settings(segments[-1]) != _settings(segment):
             segments.append(segment)
         num_steps = _ceil(after - token, batch)
         step, token = step + num_steps, token + num_steps * batch
-    if len(budgets) > 1:  # an extension goes on with what the schedules lead to
+    if len(budgets) > 1:  # an extension continues with the final values of the schedules
         final = segment_at(step, token, math.inf, full_batch, num_cycles)
         if _settings(final) != _settings(segments[-1]):
             segments.append(final)
@@ -142,7 +142,7 @@ def build_curriculum(recipe: Recipe, budgets_tokens: Sequence[int] | None = None
 
 
 def batch_changes(recipe: Recipe, budget_tokens: int) -> list[tuple[float, int]]:
-    """(tokens, global batch in tokens from there on), the first at 0."""
+    """Return (tokens, global batch in tokens from there on), the first at 0."""
     ramp, full = recipe.train.batch_ramp, recipe.train.global_batch
     if ramp is None:
         return [(0.0, full)]
@@ -154,7 +154,7 @@ def batch_changes(recipe: Recipe, budget_tokens: int) -> list[tuple[float, int]]
 
 
 def ramp_levels(recipe: Recipe) -> list[int]:
-    """The batches of a linear ramp: `num_levels` of them, each rounded to whole rows of the longest length."""
+    """Return the `num_levels` batches of a linear ramp, each rounded to full sequences of the longest length."""
     ramp, full = recipe.train.batch_ramp, recipe.train.global_batch
     assert ramp is not None
     assert ramp.start is not None
@@ -165,15 +165,15 @@ def ramp_levels(recipe: Recipe) -> list[int]:
 
 
 def _weight_changes(recipe: Recipe, budget_tokens: int) -> list[tuple[float, tuple[float, ...] | None]]:
-    """(tokens, shares of the sources from there on), the first at 0; one None where no source has a weight."""
+    """Return (tokens, shares of the sources from there on), the first at 0; a single None if no source has a weight."""
     staged = [source.weight for source in recipe.data.sources]
     if any(weights is None for weights in staged):
         return [(0.0, None)]
 
-    def place(span: Span) -> float:
+    def tokens_at(span: Span) -> float:
         return span.tokens(budget_tokens, recipe.train.global_batch)
 
-    by_source = [[(place(span), weight) for span, weight in weights or ()] for weights in staged]
+    by_source = [[(tokens_at(span), weight) for span, weight in weights or ()] for weights in staged]
     changes: list[tuple[float, tuple[float, ...] | None]] = []
     for at in sorted({at for changes_of_one in by_source for at, _ in changes_of_one}):
         values = [_value_at(changes_of_one, at) for changes_of_one in by_source]
@@ -184,7 +184,7 @@ def _weight_changes(recipe: Recipe, budget_tokens: int) -> list[tuple[float, tup
 
 
 def _value_at(changes: Sequence[tuple[float, _Value]], tokens: float) -> _Value:
-    """What holds at `tokens`; the places ascend from 0."""
+    """Return the value at `tokens`; changes are in ascending order from 0."""
     return changes[bisect_right(changes, tokens, key=lambda change: change[0]) - 1][1]
 
 

@@ -1,6 +1,6 @@
-"""The DeepSpeed configuration of a run: a base of ds_configs/ with every `auto` filled in. Torch-free.
+"""Build the DeepSpeed configuration of a run: a base of ds_configs/ with every `auto` filled in. Torch-free.
 
-What each key does, and why its value is written out, stands in ds_configs/README.md.
+ds_configs/README.md explains each key and its value.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ _BUCKET_ELEMENTS = {"cuda": 100_000_000, "cpu": 25_000_000}
 
 
 def resolve_ds_config(recipe: Recipe, batch: BatchPlan, device: str, precision: str) -> dict[str, Any]:
-    """The complete configuration for `device` (cpu or cuda) and `precision` (fp32, bf16 or fp16)."""
+    """Return the complete configuration for `device` (cpu or cuda) and `precision` (fp32, bf16 or fp16)."""
     execution = recipe.execution
     base = _base_name(recipe)
     config = _load_base(base)
-    bins = batch.micro_batch_bins * batch.gradient_accumulation_steps * batch.world_size
+    num_sequences = batch.micro_batch_bins * batch.gradient_accumulation_steps * batch.world_size
     config |= {
         "train_micro_batch_size_per_gpu": batch.micro_batch_bins,
         "gradient_accumulation_steps": batch.gradient_accumulation_steps,
-        "train_batch_size": bins,
+        "train_batch_size": num_sequences,
         "gradient_clipping": recipe.train.max_grad_norm or 0.0,
         "communication_data_type": precision,
     }
@@ -40,7 +40,7 @@ def resolve_ds_config(recipe: Recipe, batch: BatchPlan, device: str, precision: 
             zero[key] = _BUCKET_ELEMENTS[device] if bucket == "auto" else bucket
     if "overlap_comm" in zero:
         overlap = execution.overlap_communication
-        # A CPU has no stream to overlap on, and one process nothing to reduce: each bucket would only synchronize.
+        # A CPU has no stream to overlap on, and a single process nothing to reduce: a bucket would only synchronize.
         pays = device == "cuda" and batch.world_size > 1
         zero["overlap_comm"] = pays if overlap == "auto" else overlap
     host = {"device": "cpu", "pin_memory": device == "cuda"}
@@ -62,9 +62,9 @@ def resolve_ds_config(recipe: Recipe, batch: BatchPlan, device: str, precision: 
 
 
 def untested_note(execution: Execution) -> str | None:
-    """What a plan and a start say of options whose training no test has checked, or None.
+    """Return the warning about options that no test has trained with, or None.
 
-    DeepSpeed quantizes with CUDA kernels alone, so the tests, which run on CPUs, never train with them.
+    DeepSpeed quantizes only with CUDA kernels, so the tests, which run on CPUs, never train with them.
     """
     asked = [name for name in ("quantized_weights", "quantized_gradients") if getattr(execution, name)]
     if not asked:
@@ -73,7 +73,7 @@ def untested_note(execution: Execution) -> str | None:
 
 
 def _base_name(recipe: Recipe) -> str:
-    """The base of a recipe whose options fit its stage (`recipe.checks` has seen to it)."""
+    """Return the name of the base; `recipe.checks` ensures that the options fit the stage."""
     execution = recipe.execution
     stage = execution.zero_stage
     quantized = execution.quantized_weights or execution.quantized_gradients
@@ -98,7 +98,7 @@ def _check_zeropp(recipe: Recipe, batch: BatchPlan, device: str) -> None:
 
 
 def _load_base(name: str) -> dict[str, Any]:
-    """A base of ds_configs/ by name."""
+    """Read a base of ds_configs/ by name."""
     try:
         base: dict[str, Any] = json.loads(read_shipped("ds_configs", f"{name}.json"))
     except json.JSONDecodeError as error:
@@ -107,7 +107,7 @@ def _load_base(name: str) -> dict[str, Any]:
 
 
 def _paths_of_auto(value: object, path: str = "") -> list[str]:
-    """Where an `auto` stands: Accelerate would fill it in behind the plan's back."""
+    """Yield the keys of unresolved `auto` values: Accelerate would fill them in without the plan knowing."""
     if isinstance(value, dict):
         return [found for key, item in value.items() for found in _paths_of_auto(item, f"{path}.{key}".lstrip("."))]
     if isinstance(value, list):

@@ -11,14 +11,13 @@ from turbolm.plan.parameters import ModelSize, estimate_size
 def training_flops_per_token(
     config: Mapping[str, Any], mean_span: float, size: ModelSize | None = None
 ) -> float | None:
-    """FLOPs of one forward and backward pass for one token, or None where they are not known.
+    """Return the FLOPs of one forward and backward pass for one token, or None if unknown.
 
         6 N + 12 L H S
 
     N: the weights a token is multiplied with, which are the matrices of all layers and the output head (tied or not),
-    without embeddings, norms and biases; of a mixture those of the experts that a token is sent to. L: layers. H: heads
-    x head size. S: keys a query attends to on average. Of model types that are not known here N and L H are counted in
-    `size`.
+    without embeddings, norms and biases; for a mixture of experts only those that a token is sent to. L: layers. H:
+    heads x head size. S: keys per query on average. For model types without a formula, `size` has N and L H as counted.
 
     A matrix takes 2 FLOPs a weight forward (multiply, add) and twice that backward (gradients of input and weight):
     6 N. Attention takes 2 H S for the scores and 2 H S for the weighted values, three times that with the backward
@@ -30,7 +29,7 @@ def training_flops_per_token(
 
 
 def mean_causal_span(document_lengths: Iterable[int]) -> float:
-    """Keys a query attends to, on average over the tokens of documents that attend only to their own past.
+    """Return the mean number of keys per query, for documents whose tokens attend only to their own past.
 
     The tokens of a document of length l attend to 1, 2, ..., l keys: sum of l(l+1)/2 over sum of l.
     """

@@ -1,4 +1,4 @@
-"""What this machine offers, and what a recipe's `auto` values come to on it. Torch-free.
+"""Detect this machine's hardware, and resolve a recipe's `auto` values on it. Torch-free.
 
 Planning for another machine (submitting from a login node) passes a `Machine` that describes that one.
 """
@@ -28,18 +28,18 @@ _BF16_CPU_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # x86, x86, aarch64
 
 @dataclass(frozen=True)
 class Machine:
-    """One node, as far as this process may use it."""
+    """The part of one node that this process may use."""
 
     num_gpus: int
     gpu_name: str | None
-    gpu_compute_capability: tuple[int, int] | None  # None without a GPU, or when the driver does not tell
+    gpu_compute_capability: tuple[int, int] | None  # None without a GPU, or if the driver does not report it
     num_cpus: int
     cpu_has_bf16: bool
     memory_bytes: int
 
 
 def detect_machine(root: Path = Path("/")) -> Machine:
-    """Look at this machine; `root` is where /proc, /sys and /dev are read."""
+    """Detect this machine; /proc, /sys and /dev are read below `root`."""
     names_and_capabilities, num_gpus = _visible_gpus(root)
     name, capability = names_and_capabilities[0] if names_and_capabilities else (None, None)
     return Machine(
@@ -53,9 +53,9 @@ def detect_machine(root: Path = Path("/")) -> Machine:
 
 
 def described_machine(recipe: Recipe) -> Machine | None:
-    """One node of the cluster as the recipe describes it, or None when it leaves the machine open.
+    """Return one node of the cluster that the recipe describes, or None if it does not describe one.
 
-    The processor is not described: `num_cpus` is what is asked of Slurm, else one for each process.
+    The recipe does not describe the CPU: `num_cpus` is what Slurm is asked for, else one per process.
     """
     cluster = recipe.cluster
     if cluster.gpu is None or cluster.gpus_per_node is None or cluster.device == "cpu":
@@ -73,7 +73,7 @@ def described_machine(recipe: Recipe) -> Machine | None:
 
 
 def missing_package(recipe: Recipe) -> str | None:
-    """What to say when a package that the recipe needs is not installed here, or None."""
+    """Return the message for a package that the recipe needs and that is not installed, or None."""
     name, cure = recipe.optimizer.name, "turbolm[optimizers]"
     needed = [(OPTIMIZERS[name].package, f"optimizer.name {name}", cure)]
     if recipe.train.fp8 != "off":
@@ -90,7 +90,7 @@ def missing_package(recipe: Recipe) -> str | None:
 
 
 def check_machine(recipe: Recipe, machine: Machine) -> None:
-    """Raises UserError when this node's GPUs are not those that the recipe describes, or a package is missing."""
+    """Raise UserError if this node's GPUs are not those that the recipe describes, or a package is missing."""
     missing = missing_package(recipe)
     if missing is not None:
         raise UserError(missing)
@@ -108,7 +108,7 @@ def check_machine(recipe: Recipe, machine: Machine) -> None:
 
 
 def resolve_device(recipe: Recipe, machine: Machine) -> Device:
-    """`cuda` where there is a GPU, unless the recipe says otherwise."""
+    """Return `cuda` if there is a GPU, unless the recipe says otherwise."""
     wanted = recipe.cluster.device
     if wanted == "cuda" and machine.num_gpus == 0:
         raise UserError("cluster.device is cuda, but no GPU is visible here; set cluster.device=cpu or auto")
@@ -118,7 +118,7 @@ def resolve_device(recipe: Recipe, machine: Machine) -> Device:
 
 
 def resolve_processes_per_node(recipe: Recipe, machine: Machine, device: Device) -> int:
-    """One process a GPU. Without a GPU two, so that the distributed path is the one that runs, or one on one core."""
+    """Return one process per GPU; without a GPU two, to use the distributed code path, or one on a single core."""
     wanted = recipe.cluster.processes_per_node
     if device == "cuda":
         if wanted == "auto":
@@ -135,7 +135,7 @@ def resolve_processes_per_node(recipe: Recipe, machine: Machine, device: Device)
 
 
 def resolve_precision(recipe: Recipe, machine: Machine, device: Device) -> Precision:
-    """bf16 where the processor computes in it, else fp32, unless the recipe says otherwise."""
+    """Return bf16 if the hardware supports it, else fp32, unless the recipe says otherwise."""
     wanted = recipe.train.precision
     if wanted == "auto":  # stage 0 trains in fp32
         return "bf16" if recipe.execution.zero_stage > 0 and _computes_in_bf16(machine, device) else "fp32"
@@ -154,14 +154,14 @@ def resolve_precision(recipe: Recipe, machine: Machine, device: Device) -> Preci
 
 
 def check_fp8(recipe: Recipe, machine: Machine, device: Device, precision: Precision) -> None:
-    """Raises UserError where `train.fp8` cannot work."""
+    """Raise UserError if `train.fp8` cannot work."""
     fp8, capability = recipe.train.fp8, machine.gpu_compute_capability
     if fp8 == "off":
         return
     if device == "cpu":
         raise UserError(f"train.fp8={fp8} needs a GPU, and this run is on the CPU; set train.fp8=off")
     if precision != "bf16":
-        raise UserError(f"train.fp8={fp8} stands beside bf16, and this run is in {precision}; set train.fp8=off")
+        raise UserError(f"train.fp8={fp8} needs bf16, and this run is in {precision}; set train.fp8=off")
     if capability is not None and capability < FP8_CAPABILITY:
         raise UserError(
             f"train.fp8={fp8} needs a GPU of compute capability {FP8_CAPABILITY[0]}.{FP8_CAPABILITY[1]} (Hopper) or "
@@ -193,7 +193,7 @@ def _computes_in_bf16(machine: Machine, device: Device) -> bool:
 
 
 def _visible_gpus(root: Path) -> tuple[list[tuple[str, tuple[int, int] | None]], int]:
-    """(name, compute capability) of each visible GPU as far as they are known, and how many are visible."""
+    """Return (name, compute capability) of each visible GPU as far as known, and the number of visible GPUs."""
     rows = _query_gpus()
     num_present = len(rows) or _list_gpus() or len(_device_files(root))
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -221,12 +221,12 @@ def _query_gpus() -> list[tuple[str, tuple[int, int] | None]]:
 
 
 def _list_gpus() -> int:
-    """How many GPUs `nvidia-smi -L` names: drivers before 510 cannot be asked for the compute capability."""
+    """Count the GPUs that `nvidia-smi -L` lists: drivers before 510 do not report the compute capability."""
     return sum(line.startswith("GPU ") for line in _nvidia_smi("-L").splitlines())
 
 
 def _nvidia_smi(*arguments: str) -> str:
-    """What nvidia-smi prints, or nothing where it is missing, hangs or fails."""
+    """Return the output of nvidia-smi, or "" if it is missing, hangs or fails."""
     try:
         done = subprocess.run(
             ["nvidia-smi", *arguments], capture_output=True, text=True, timeout=_NVIDIA_SMI_TIMEOUT_SEC, check=False
@@ -244,7 +244,7 @@ def _device_files(root: Path) -> list[Path]:
 
 
 def _usable_cpus(root: Path) -> int:
-    """Cores of this process's affinity mask, within the CPU quota of its control groups."""
+    """Return the cores of this process's affinity mask, within the CPU quota of its control groups."""
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     usable = float(affinity)
     for folder in _cgroup_folders(root):
@@ -255,7 +255,7 @@ def _usable_cpus(root: Path) -> int:
 
 
 def _memory_bytes(root: Path) -> int:
-    """Memory of the machine, within the limits of this process's control groups."""
+    """Return the memory of the machine, within the limits of this process's control groups."""
     match = re.search(r"^MemTotal:\s+(\d+) kB", _read(root / "proc/meminfo"), re.MULTILINE)
     limits = [int(match[1]) * 1024] if match else []
     for folder in _cgroup_folders(root):
@@ -266,11 +266,11 @@ def _memory_bytes(root: Path) -> int:
 
 
 def _cgroup_folders(root: Path) -> list[Path]:
-    """This process's version-2 control group and those above it: a limit of any of them holds."""
+    """Yield this process's version-2 control group and its parents: the limit of any of them applies."""
     match = re.search(r"^0::/(.*)$", _read(root / "proc/self/cgroup"), re.MULTILINE)
     top = root / "sys/fs/cgroup"
     own = Path(match[1]) if match else Path()
-    if ".." in own.parts:  # seen from a container's namespace
+    if ".." in own.parts:  # as seen from a container's namespace
         own = Path()
     return [top / own, *(top / above for above in own.parents)]
 

@@ -1,10 +1,10 @@
-"""Bytes of model state on each process: weights, gradients, optimizer state, and the fp32 master copy. Torch-free.
+"""Estimate the model state of each process: weights, gradients, optimizer state, fp32 master copy. Torch-free.
 
-Mixed precision with Adam takes 2 + 2 bytes a parameter for half-precision weights and gradients and 4 + 4 + 4 for the
-master weights and two moments; ZeRO divides the optimizer state (stage 1), the gradients (2) and the weights (3) by
-the number of processes (arXiv 1910.02054, section 3 and figure 1). What differs here follows DeepSpeed 0.19 with this
-repository's ds_configs: gradients accumulate in fp32, so that they take 4 bytes; the fp32 weights are the master copy
-themselves at stage 3, while stages 1 and 2 keep a second one.
+Mixed precision with Adam takes 2 + 2 bytes per parameter for half-precision weights and gradients and 4 + 4 + 4 for the
+master weights and two moments; ZeRO divides the optimizer state (stage 1), the gradients (2) and the weights (3) by the
+number of processes (arXiv 1910.02054, section 3 and figure 1). The differences here are those of DeepSpeed 0.19 with
+this repository's ds_configs: gradients accumulate in fp32 and take 4 bytes; at stage 3 the fp32 weights are the master
+copy, while stages 1 and 2 keep a second one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _FP32_BYTES, _HALF_BYTES = 4, 2
 
 @dataclass(frozen=True)
 class ModelState:
-    """Bytes on one process while it trains, without activations."""
+    """Bytes on one process during training, without activations."""
 
     weights: int
     gradients: int
@@ -29,11 +29,11 @@ class ModelState:
     optimizer: int  # the moments
     gathered: int  # stage 3: weights of other processes while they are needed, at most
     buckets: int  # communication buffers
-    host_bytes: int  # in the host's memory instead, on account of offloading
+    host_bytes: int  # in host memory instead, because of offloading
 
     @property
     def device_bytes(self) -> int:
-        """What the GPU holds (or the process, on a CPU)."""
+        """Return the bytes on the GPU (or of the process, on a CPU)."""
         return sum(getattr(self, field.name) for field in fields(self) if field.name != "host_bytes")
 
 
@@ -45,7 +45,7 @@ def estimate_model_state(
     precision: str,
     optimizer_name: str = "adamw",
 ) -> ModelState:
-    """The model state of one of `world_size` processes; parameters are taken to divide evenly."""
+    """Estimate the model state of one of `world_size` processes, assuming that parameters divide evenly."""
     stage, offloads = execution.zero_stage, execution.offload_optimizer
     weight_bytes = _FP32_BYTES if precision == "fp32" else _HALF_BYTES
     share = -(-num_parameters // world_size) if stage else num_parameters
@@ -56,7 +56,7 @@ def estimate_model_state(
     gradients = _gradient_bytes(stage, num_parameters, share, precision)
     host_bytes = 0
     if offloads:
-        host_bytes += master + optimizer + _FP32_BYTES * share  # and the gradients that the update reads
+        host_bytes += master + optimizer + _FP32_BYTES * share  # plus the gradients that the update reads
         master = optimizer = 0
         gradients = 0 if stage > 1 else gradients
     if execution.offload_parameters:
@@ -78,10 +78,10 @@ def estimate_model_state(
 
 
 def _gradient_bytes(stage: int, num_parameters: int, share: int, precision: str) -> int:
-    """At the end of a backward pass, when they are largest.
+    """Return the bytes of gradients at the end of a backward pass, when they are largest.
 
-    Stage 1 keeps them whole: those of the pass in the weights' precision, added to whole ones in fp32. From stage 2 on
-    they leave for their owner while the pass goes on.
+    Stage 1 keeps full gradients: those of the pass in the weights' precision, added to full ones in fp32. From stage 2
+    on they are sent to their owner during the pass.
     """
     if stage > 1:
         return _FP32_BYTES * share

@@ -1,4 +1,4 @@
-"""The size of a model from its Hugging Face configuration, without building the model. Torch-free."""
+"""Compute the size of a model from its Hugging Face configuration, without building it. Torch-free."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ class ModelSize:
     """Parameters of a model, each weight counted once."""
 
     total: int
-    embedding: int  # the token embedding, and the positions where they are learned
+    embedding: int  # the token embedding, and learned positions if any
     head: int  # the output projection; 0 when it is the token embedding
     source: str  # "formula" or "counted"
     idle: int  # weights of experts that a token does not pass through
-    attention_width: int  # heads x head size, of all layers together
-    matmul: int  # weights a token is multiplied with, the head among them even when tied
+    attention_width: int  # heads x head size, summed over layers
+    matmul: int  # weights a token is multiplied with, including the head even if tied
 
 
 @dataclass(frozen=True)
 class _Family:
-    """What tells one model type from another. A bias is always there, never, or where a configuration key says so."""
+    """The differences between model types. A bias is always there, never, or decided by a configuration key."""
 
     sizes: tuple[int, int, int | None, int, int]  # defaults: vocabulary, hidden, inner, layers, heads
-    defaults: Mapping[str, Any] = field(default_factory=dict)  # others of the configuration class in transformers 5
-    aliases: Mapping[str, str] = field(default_factory=dict)  # its own names for the common ones
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # other defaults of the class in transformers 5
+    aliases: Mapping[str, str] = field(default_factory=dict)  # its own names for the common settings
     inner_key: str = "intermediate_size"
     qkv_bias: bool | str = False
     out_bias: bool | str = False
@@ -39,7 +39,7 @@ class _Family:
     own_head_dim: bool = True  # False: always hidden_size / heads, and no grouped queries
 
     def values(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """The configuration over the defaults, under the common names."""
+        """Merge the configuration over the defaults, under the common names."""
         names = ("vocab_size", "hidden_size", self.inner_key, "num_hidden_layers", "num_attention_heads")
         own = {self.aliases.get(name, name): value for name, value in config.items()}
         return {**dict(zip(names, self.sizes, strict=True)), **self.defaults, **own}
@@ -80,7 +80,7 @@ _FAMILIES = {
 
 
 def estimate_size(config: Mapping[str, Any]) -> ModelSize | None:
-    """The size of a causal language model, or None for a model type that is not known here.
+    """Return the size of a causal language model, or None for a model type without a formula here.
 
     Raises ValueError for a size that is not a positive whole number.
     """

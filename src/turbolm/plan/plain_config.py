@@ -1,7 +1,7 @@
-"""Recognize configurations in which nothing can be wrong, so that planning them need not ask Transformers. Torch-free.
+"""Recognize configurations that are certainly valid, so that planning does not need Transformers. Torch-free.
 
-Everything else is asked (`turbolm.plan.count.examine_model`), which takes seconds the first time. What is taken for
-plain here is accepted there as well (tests/plan/test_plain_config.py).
+Transformers checks all others (`turbolm.plan.count.examine_model`), which takes seconds the first time. It accepts
+every configuration that is plain here (tests/plan/test_plain_config.py).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def _is_activation(value: object) -> bool:
 
 
 def _is_rope(value: object) -> bool:
-    """The default rotary positions, or Llama 3's."""
+    """Return whether these are the default rotary positions, or Llama 3's."""
     if not isinstance(value, Mapping):
         return False
     numbers = {name: number for name, number in value.items() if name != "rope_type"}
@@ -70,7 +70,7 @@ _SETTINGS: dict[str, dict[str, Callable[[object], bool]]] = {
 
 
 def is_plain(config: Mapping[str, Any]) -> bool:
-    """Whether the model type is well known, and every setting one of its usual ones with a value that fits."""
+    """Return whether the model type is well known and every setting is a usual one with a valid value."""
     checks = _SETTINGS.get(str(config.get("model_type")))
     if checks is None:
         return False

@@ -1,4 +1,4 @@
-"""The plan: everything that follows from a recipe on a given machine and world size. Torch-free."""
+"""The plan: everything derived from a recipe for a given machine and world size. Torch-free."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from turbolm.units import Span
 
 @dataclass(frozen=True)
 class Plan:
-    """How a recipe runs. `recipe` has its precision settled: it is what the contract is taken from."""
+    """How a recipe runs. `recipe` has its precision resolved: the contract is made from it."""
 
     recipe: Recipe
     device: str
@@ -32,7 +32,7 @@ class Plan:
     world_size: int
     processes_per_node: int
     threads_per_process: int
-    batch: BatchPlan  # at the longest rows and the largest batch
+    batch: BatchPlan  # for the longest sequences and the largest batch
     curriculum: Curriculum
     evaluate_every_steps: int
     checkpoint_every_steps: int
@@ -40,12 +40,12 @@ class Plan:
 
     @property
     def num_steps(self) -> int:
-        """Optimizer steps of the whole run."""
+        """Return the optimizer steps of the run."""
         return self.curriculum.num_steps
 
     @property
-    def restart_steps(self) -> int:
-        """Steps of each candidate of train.random_restarts; 0 without. They are the first steps of the run as well."""
+    def random_restart_steps(self) -> int:
+        """Return the steps of each candidate of train.random_restarts, or 0. The best one's are the run's first."""
         restarts, train = self.recipe.train.random_restarts, self.recipe.train
         if restarts is None:
             return 0
@@ -53,20 +53,20 @@ class Plan:
         return max(1, self.curriculum.steps_for(math.ceil(tokens)))
 
     @property
-    def restart_tokens(self) -> int:
-        """Tokens that the candidates take that are not trained on: what restarts cost on top of the budget."""
+    def random_restart_tokens(self) -> int:
+        """Return the tokens of the candidates that are not chosen: the cost of random restarts on top of the budget."""
         restarts = self.recipe.train.random_restarts
-        return (restarts.seeds - 1) * self.curriculum.tokens_seen(self.restart_steps) if restarts else 0
+        return (restarts.seeds - 1) * self.curriculum.tokens_seen(self.random_restart_steps) if restarts else 0
 
     def with_budgets(self, budgets_tokens: Sequence[int]) -> Plan:
-        """The plan of a run that had these budgets, the first one and each extension."""
+        """Return the plan of a run with these budgets: the first one and each extension."""
         return replace(self, curriculum=build_curriculum(self.recipe, budgets_tokens))
 
 
 def build_plan(recipe: Recipe, machine: Machine, world_size: int | None = None) -> Plan:
-    """Derive the plan; `world_size` overrules the recipe's cluster for a launch by hand.
+    """Derive the plan; `world_size` overrides the recipe's cluster for a manual launch.
 
-    Raises UserError when the recipe does not fit the machine.
+    Raises UserError if the recipe does not fit the machine.
     """
     device = resolve_device(recipe, machine)
     precision = resolve_precision(recipe, machine, device)
@@ -80,7 +80,7 @@ def build_plan(recipe: Recipe, machine: Machine, world_size: int | None = None) 
     recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"precision": precision})})
     batch = plan_batch(recipe, world_size)
     curriculum = build_curriculum(recipe)
-    for segment in curriculum.segments:  # raises where a small batch has too few rows
+    for segment in curriculum.segments:  # raises if a small batch has too few sequences
         plan_batch(recipe, world_size, seq_len=segment.seq_len, batch_tokens=segment.global_batch_tokens)
     threads = recipe.execution.threads_per_process
     return Plan(

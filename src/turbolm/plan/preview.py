@@ -1,4 +1,4 @@
-"""What the data will be asked for: attention over the budget, and epochs of each source. Torch-free."""
+"""Preview the use of the data: attention spans over the budget, and epochs of each source. Torch-free."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from turbolm.recipe.schema import Recipe
 
 @dataclass(frozen=True)
 class StoreSize:
-    """What a prepared store holds: training positions by source, and the positions of a sample of its documents."""
+    """The size of a prepared store: training positions by source, and the positions of a sample of its documents."""
 
     source_positions: tuple[int, ...]
     sample_lengths: tuple[int, ...]
@@ -29,7 +29,7 @@ class SourceUse:
 
 
 def source_uses(recipe: Recipe, curriculum: Curriculum, store: StoreSize | None) -> tuple[SourceUse, ...]:
-    """Each weighted source, or all documents as one."""
+    """Return the use of each weighted source, or of all documents as one."""
     planned = curriculum.source_tokens()
     if planned is None:
         labels = ["all sources" if len(recipe.data.sources) > 1 else source_label(recipe, 0)]
@@ -45,13 +45,13 @@ def source_uses(recipe: Recipe, curriculum: Curriculum, store: StoreSize | None)
 
 
 def source_label(recipe: Recipe, number: int) -> str:
-    """The source's label, or its type and number."""
+    """Return the source's label, or its type and number."""
     source = recipe.data.sources[number]
     return source.label or f"{source.type}[{number}]"
 
 
 def run_out_notes(uses: Sequence[SourceUse]) -> list[str]:
-    """One line for each source whose documents will be repeated."""
+    """Yield one line for each source whose documents will be repeated."""
     return [
         f"{use.label}: its {use.available_tokens:,} tokens run out and are repeated, {use.epochs:.2f} epochs in all"
         for use in uses
@@ -60,7 +60,7 @@ def run_out_notes(uses: Sequence[SourceUse]) -> list[str]:
 
 
 def mean_span(curriculum: Curriculum, store: StoreSize | None) -> float:
-    """Keys a query attends to, on average over the run: with the store's documents, else with rows of one document."""
+    """Return the mean keys per query over the run, from the store's documents or else one document per sequence."""
     ends = [*(segment.first_token for segment in curriculum.segments[1:]), curriculum.tokens_seen(curriculum.num_steps)]
     total = 0.0
     for segment, end in zip(curriculum.segments, ends, strict=True):
@@ -69,19 +69,19 @@ def mean_span(curriculum: Curriculum, store: StoreSize | None) -> float:
 
 
 def constant_span(curriculum: Curriculum, store: StoreSize | None) -> float:
-    """The same if every row had the longest length."""
+    """Return the same if every sequence had the longest length."""
     longest = curriculum.seq_lens[-1]
     return _segment_span(Segment(0, 0, (longest,), longest), store)
 
 
 def _segment_span(segment: Segment, store: StoreSize | None) -> float:
-    if store is None:  # of the buckets, all are taken to hold as much
+    if store is None:  # buckets are assumed to hold the same number of tokens
         return sum(mean_causal_span([seq_len]) for seq_len in segment.seq_lens) / len(segment.seq_lens)
-    pieces: list[int] = []
+    slices: list[int] = []
     for length in store.sample_lengths:
         for seq_len in reversed(segment.seq_lens):
             count, length = divmod(length, seq_len)
-            pieces += [seq_len] * count
+            slices += [seq_len] * count
         if length:
-            pieces.append(length)
-    return mean_causal_span(pieces)
+            slices.append(length)
+    return mean_causal_span(slices)

@@ -13,19 +13,18 @@ from turbolm.recipe.schema import BatchRamp
 
 @dataclass(frozen=True)
 class Rates:
-    """What an optimizer step uses; None where the recipe has no schedule for it and the optimizer keeps its own."""
+    """What an optimizer step uses; None if the recipe has no schedule for it and the optimizer keeps its own value."""
 
     lr: float
-    weight_decay_factor: float | None  # on each parameter group's own weight decay
+    weight_decay_factor: float | None  # factor on each parameter group's weight decay
     momentum: float | None
 
 
 def step_rates(plan: Plan, step: int, batch_index: int | None = None) -> Rates:
-    """The rates of the step that follows `step` finished ones.
+    """Return the rates of the step after `step` finished steps.
 
-    `batch_index` is the batch it trains on where a rollback skipped some; by default batch `step`. Schedules are read
-    at the middle of the tokens the step covers, so neither the first step of a warmup nor the last of a decay to zero
-    is wasted.
+    `batch_index` is the batch it trains on if a rollback skipped some; by default batch `step`. Schedules are evaluated
+    at the middle of the step's tokens, so neither the first step of a warmup nor the last of a decay to zero is wasted.
     """
     recipe, curriculum = plan.recipe, plan.curriculum
     schedule, full_batch = recipe.schedule, recipe.train.global_batch
@@ -41,7 +40,7 @@ def step_rates(plan: Plan, step: int, batch_index: int | None = None) -> Rates:
 
 
 def preview_steps(plan: Plan) -> Iterator[dict[str, Any]]:
-    """Every step with its rates, under the names of metrics.jsonl."""
+    """Yield every step with its rates, under the names of metrics.jsonl."""
     for step in range(plan.num_steps):
         rates = step_rates(plan, step)
         yield {
@@ -54,7 +53,7 @@ def preview_steps(plan: Plan) -> Iterator[dict[str, Any]]:
 
 
 def lr_factor(ramp: BatchRamp | None, batch_tokens: int, full_batch_tokens: int) -> float:
-    """What the learning rate is multiplied by while the batch is smaller than the full one.
+    """Return the factor on the learning rate while the batch is smaller than the full one.
 
     `sqrt` keeps the noise of Adam's update (arXiv 2205.10287), `linear` that of SGD's (arXiv 1706.02677).
     """

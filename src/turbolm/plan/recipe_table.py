@@ -1,4 +1,4 @@
-"""The tables of recipes/README.md, from the recipes and tricks themselves. Torch-free."""
+"""Generate the tables of recipes/README.md from the recipes and tricks. Torch-free."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _COLUMNS = ("recipe", "model", "parameters", "cluster", "tokens", "steps", "esti
 
 
 def trick_files() -> list[Path]:
-    """Every shipped trick, by name."""
+    """Return the paths of all shipped tricks, by name."""
     return sorted(shipped("recipes", "_tricks").glob("*.yaml"))
 
 
 def read_header(path: Path) -> dict[str, str]:
-    """The fields of an opening comment: command, hardware, runtime and loss of a recipe, or those of a trick."""
+    """Parse the opening comment: command, hardware, runtime and loss of a recipe, or the fields of a trick."""
     lines = []
     for line in path.read_text(encoding="utf-8").splitlines():
         if not line.startswith("#"):
@@ -34,7 +34,7 @@ def read_header(path: Path) -> dict[str, str]:
 
 
 def render_readme() -> str:
-    """The text of recipes/README.md with its two tables as they should be."""
+    """Return the text of recipes/README.md with its two tables up to date."""
     text = shipped("recipes", "README.md").read_text(encoding="utf-8")
     recipes = _table(_COLUMNS, [_row(name, path) for name, path in recipes_by_name().items()])
     tricks = _table(_TRICK_COLUMNS, [_trick_row(path) for path in trick_files()])

@@ -33,10 +33,10 @@ AccelerateConfig = Callable[[Plan, int], Mapping[str, object]]  # of a plan on s
 
 @dataclass(frozen=True)
 class Cost:
-    """What the run takes, or None where the model type or the GPU is not known."""
+    """The cost of the run; None if the model type or the GPU is unknown."""
 
     flops_formula: str
-    mean_span_tokens: float  # keys a query attends to, see plan/preview.py
+    mean_span_tokens: float  # mean keys per query, see plan/preview.py
     flops_per_token: float | None
     total_flops: float | None
     peak_flops_per_gpu: float | None
@@ -46,55 +46,55 @@ class Cost:
 
 @dataclass(frozen=True)
 class Summary:
-    """A plan with everything that follows from it."""
+    """A plan with everything that is derived from it."""
 
     recipe_file: str
     overrides: tuple[str, ...]
     plan: Plan
     machine: Machine
-    is_described: bool  # planned for the machines the recipe describes, not for the one this runs on
+    is_described: bool  # planned for the machines that the recipe describes, not for this one
     size: ModelSize | None
     cost: Cost
     memory: ModelState | None
     gpu_memory_bytes: int | None
     learning_rate: tuple[tuple[int, float], ...]  # (tokens seen after the step, its rate), as in metrics.jsonl
     sources: tuple[SourceUse, ...]
-    constant_span_tokens: float  # the mean span if every row had the longest length
+    constant_span_tokens: float  # the mean span if every sequence had the longest length
     accelerate_config: Mapping[str, object]
     notes: tuple[str, ...]
 
     @property
     def recipe(self) -> Recipe:
-        """The recipe with its precision settled."""
+        """Return the recipe with its precision resolved."""
         return self.plan.recipe
 
     @property
     def batch(self) -> BatchPlan:
-        """The batch arithmetic."""
+        """Return the batch arithmetic."""
         return self.plan.batch
 
     @property
     def suggestion(self) -> Suggestion | None:
-        """What a scaling law would choose, where the size of the model is known."""
+        """Return the choice of a scaling law, if the size of the model is known."""
         size = self.size
         return suggest(size.total - size.embedding - size.head, self.recipe.train.budget) if size else None
 
     @cached_property
     def suggested_batch(self) -> int | None:
-        """The law's batch in tokens as this recipe would accept it, if it would."""
+        """Return the law's batch in tokens, rounded to one that this recipe accepts, or None."""
         law = self.suggestion
         return nearest_batch(self.recipe, self.machine, law.global_batch_tokens) if law else None
 
     @property
     def launch_command(self) -> str:
-        """What starts the run."""
+        """Return the command that starts the run."""
         cluster = self.recipe.cluster
         verb = "submit" if cluster.num_nodes > 1 or cluster.slurm is not None else "train"
         return shlex.join(["turbolm", verb, self.recipe_file, *self.overrides])
 
     @property
     def accelerate_command(self) -> str:
-        """The same by hand; on several nodes once on each, as launch/README.md says."""
+        """Return the same with `accelerate launch`; with several nodes, run it once on each (launch/README.md)."""
         num_nodes, plan = self.recipe.cluster.num_nodes, self.plan
         kind = "multi_node" if num_nodes > 1 else "gpu" if plan.device == "cuda" else "cpu"
         flags = f"--num_machines {num_nodes} --num_processes {plan.world_size} --mixed_precision no --dynamo_backend no"
@@ -107,7 +107,7 @@ class Summary:
         return f"accelerate launch --config_file launch/accelerate/{kind}.yaml {flags} -m turbolm.train {recipe}"
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain JSON types; the keys are a stable interface."""
+        """Return plain JSON types; the keys are a stable interface."""
         plan, batch, recipe, law = self.plan, self.batch, self.recipe, self.suggestion
         return {
             "recipe": {"file": self.recipe_file, "name": recipe.name, "overrides": list(self.overrides)},
@@ -127,8 +127,8 @@ class Summary:
                 "num_steps": plan.num_steps,
                 "budget_tokens": recipe.train.budget,
                 "tokens": plan.curriculum.tokens_seen(plan.num_steps),
-                "restart_steps": plan.restart_steps,
-                "restart_tokens": plan.restart_tokens,
+                "restart_steps": plan.random_restart_steps,
+                "restart_tokens": plan.random_restart_tokens,
                 "evaluate_every_steps": plan.evaluate_every_steps if recipe.data.validation else None,
                 "checkpoint_every_steps": plan.checkpoint_every_steps,
                 "learning_rate": [list(point) for point in self.learning_rate],
@@ -158,9 +158,9 @@ def collect_summary(
     accelerate_config: AccelerateConfig,
     store: StoreSize | None = None,
 ) -> Summary:
-    """Derive everything; `store` is that of the recipe if it has been prepared.
+    """Derive everything; `store` is the size of the recipe's store if it has been prepared.
 
-    Raises UserError with all that does not work, one problem a line.
+    Raises UserError with all problems, one per line.
     """
     problems: list[str] = []
     described = described_machine(recipe)
@@ -214,7 +214,7 @@ def _state(plan: Plan, execution: Execution, num_parameters: int) -> ModelState:
 
 
 def _too_large(plan: Plan, memory: ModelState, gpu_bytes: int, num_parameters: int) -> str:
-    """What to say when the model state alone does not fit, and the first stage that would."""
+    """Return the message if the model state alone does not fit, with the first stage that would."""
     execution = plan.recipe.execution
     wanted = (
         f"its model state takes {format_bytes(memory.device_bytes)} of each GPU, which has {format_bytes(gpu_bytes)}"
@@ -234,9 +234,9 @@ def _cost(
     span = mean_span(plan.curriculum, store)
     try:
         per_token = training_flops_per_token(config, span, size) if config is not None else None
-    except ValueError:  # sizes that the formula does not know, such as one for each layer
+    except ValueError:  # sizes without a formula, such as one per layer
         per_token = None
-    num_tokens = plan.curriculum.tokens_seen(plan.num_steps) + plan.restart_tokens
+    num_tokens = plan.curriculum.tokens_seen(plan.num_steps) + plan.random_restart_tokens
     total = None if per_token is None else per_token * num_tokens
     peak = peak_flops(machine.gpu_name, plan.precision) if plan.device == "cuda" else None
     seconds = None if total is None or peak is None else total / (plan.world_size * peak * ASSUMED_MFU)
@@ -244,19 +244,19 @@ def _cost(
 
 
 def _learning_rate(plan: Plan) -> tuple[tuple[int, float], ...]:
-    """The exact rate of at most NUM_CURVE_POINTS steps, the first and the last among them."""
+    """Return the exact learning rate of at most NUM_CURVE_POINTS steps, including the first and the last."""
     last = plan.num_steps - 1
     steps = sorted({round(last * index / (NUM_CURVE_POINTS - 1)) for index in range(NUM_CURVE_POINTS)})
     return tuple((plan.curriculum.tokens_seen(step + 1), step_rates(plan, step).lr) for step in steps)
 
 
 def _hang_notes(execution: Execution) -> list[str]:
-    """The watchdog knows which rank hangs; a collective operation that times out on another rank does not."""
+    """Warn if collectives time out before the watchdog, which alone knows which rank hangs."""
     hang, group = execution.hang_timeout, execution.process_group_timeout
     if hang is None or hang < group:
         return []
     return [
         f"execution.hang_timeout ({format_duration(hang)}) should be shorter than execution.process_group_timeout "
-        f"({format_duration(group)}): else a run that hangs ends in an error of the ranks that wait, and the one that "
+        f"({format_duration(group)}): otherwise a hang ends in an error of the waiting ranks, and the one that "
         "hangs is not named"
     ]

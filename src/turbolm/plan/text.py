@@ -18,7 +18,7 @@ _EIGHTHS = " ▁▂▃▄▅▆▇█"
 
 
 def render_summary(summary: Summary) -> str:
-    """Everything a user wants to see before a run, in the order in which it is derived."""
+    """Render everything a user wants to see before a run, in the order in which it is derived."""
     sections = (
         ("", _cluster(summary)),
         ("batch", _batch(summary)),
@@ -41,7 +41,7 @@ def render_summary(summary: Summary) -> str:
 
 
 def plot(values: Sequence[float], num_rows: int = _PLOT_ROWS) -> list[str]:
-    """One column for each value, from 0 to the largest, in eighths of a row; top row first."""
+    """Plot one column per value, from 0 to the largest, in eighths of a row; top row first."""
     top = max([*values, 0.0]) or 1.0
     eighths = [round(max(value, 0.0) / top * 8 * num_rows) for value in values]
     return [
@@ -82,9 +82,9 @@ def _schedule(summary: Summary) -> Iterator[str]:
     yield f"{plan.num_steps} steps, {format_count(tokens)} tokens (budget {recipe.train.budget})"
     restarts = recipe.train.random_restarts
     if restarts is not None:
-        extra = plan.restart_tokens
+        extra = plan.random_restart_tokens
         yield (
-            f"random restarts: {restarts.seeds} candidates of {plan.restart_steps} steps each; those "
+            f"random restarts: {restarts.seeds} candidates of {plan.random_restart_steps} steps each; those "
             f"not chosen take {format_count(extra)} tokens on top ({extra / tokens:.1%})"
         )
     every = f"evaluate every {plan.evaluate_every_steps} steps" if recipe.data.validation else "no evaluation"
@@ -115,7 +115,8 @@ def _schedule(summary: Summary) -> Iterator[str]:
         yield f"... and {len(segments) - len(shown)} more changes"
     if len(plan.curriculum.seq_lens) > 1:
         saved = 1 - summary.cost.mean_span_tokens / summary.constant_span_tokens
-        yield f"attention takes {saved:.0%} fewer FLOPs than with rows of {plan.curriculum.seq_lens[-1]} throughout"
+        longest = plan.curriculum.seq_lens[-1]
+        yield f"attention takes {saved:.0%} fewer FLOPs than with sequences of {longest} throughout"
 
 
 def _data(summary: Summary) -> Iterator[str]:
@@ -143,12 +144,12 @@ def _suggestions(summary: Summary) -> Iterator[str]:
 def _model(summary: Summary) -> Iterator[str]:
     size, cost = summary.size, summary.cost
     if size is None:
-        yield "parameters: not known here"
+        yield "parameters: unknown here"
         return
     active = f"{size.total - size.idle:,} of them for a token, " if size.idle else ""
     yield f"{size.total:,} parameters ({active}{size.embedding:,} embedding, {size.head:,} output head; {size.source})"
     if cost.flops_per_token is None or cost.total_flops is None:
-        yield "FLOPs: not known for this model type"
+        yield "FLOPs: unknown for this model type"
         return
     yield f"{cost.flops_per_token:.4g} FLOPs a token = {cost.flops_formula}"
     known = any(use.available_tokens for use in summary.sources)

@@ -1,6 +1,6 @@
-"""What one part of a recipe demands of another, as far as it can be known without a machine.
+"""Check the parts of a recipe against each other, as far as possible without a machine.
 
-Each rule sees the values that are valid by themselves, so that these findings come together with all the others.
+Each rule sees the values that are valid by themselves, so its findings are reported together with all others.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from turbolm.recipe.schedules import SCHEDULES
 from turbolm.recipe.schema import Recipe
 from turbolm.redaction import holds_secret
 
-Values = Mapping[str, Any]  # by dotted key; a value that is missing or not valid is None
+Values = Mapping[str, Any]  # by dotted key; a missing or invalid value is None
 
-_GPT2_POSITIONS = 1024  # its default; the one model type here with a table of positions
+_GPT2_POSITIONS = 1024  # its default; the only model type here with a table of positions
 _MAX_REMIX_PERIODS = 1000
 _UNIONS: dict[str, Mapping[str, type[Section]]] = {"optimizer": OPTIMIZERS, "schedule": SCHEDULES}
 
 
 class _Values(dict[str, Any]):
-    """Values of a recipe by dotted key, looked up when a rule asks; a value that is missing or not valid is None."""
+    """Values of a recipe by dotted key, looked up on demand; a missing or invalid value is None."""
 
     def __init__(self, find: Callable[[str, str], Any]) -> None:
         super().__init__()
@@ -45,17 +45,17 @@ class _Values(dict[str, Any]):
 
 
 def check_recipe(recipe: Recipe) -> list[Finding]:
-    """The findings of every rule on a valid recipe."""
+    """Return the findings of every rule on a valid recipe."""
     return _findings(_Values(lambda section, name: getattr(getattr(recipe, section), name)))
 
 
 def check_values(data: Mapping[str, Any]) -> list[Finding]:
-    """The findings of every rule on what is valid of `data`, a recipe as plain values."""
+    """Return the findings of every rule on the valid part of `data`, a recipe as plain values."""
     return _findings(_Values(lambda section, name: _valid_value(data, section, name)))
 
 
 def find_secrets(data: object, path: tuple[str | int, ...] = ()) -> Iterator[Finding]:
-    """Passwords, tokens and keys anywhere in a recipe as plain values: it is copied to the run and the model card."""
+    """Find passwords, tokens and keys anywhere in a recipe: it is copied to the run and the model card."""
     if isinstance(data, Mapping):
         for key, value in data.items():
             yield from find_secrets(value, (*path, str(key)))
@@ -63,11 +63,11 @@ def find_secrets(data: object, path: tuple[str | int, ...] = ()) -> Iterator[Fin
         for number, value in enumerate(data):
             yield from find_secrets(value, (*path, number))
     elif isinstance(data, str) and holds_secret(data):
-        yield Finding(path, f"spells out a password, token or key, but {RECIPES_ARE_COPIED}")
+        yield Finding(path, f"contains a password, token or key, but {RECIPES_ARE_COPIED}")
 
 
-def not_whole_bins(tokens: int, seq_len: int, is_fine: Callable[[int], bool] = lambda tokens: True) -> str:
-    """What to say of a number of tokens that is not a multiple of `seq_len`, with the nearest that would be fine."""
+def not_full_sequences(tokens: int, seq_len: int, is_fine: Callable[[int], bool] = lambda tokens: True) -> str:
+    """Return the message for a number of tokens that is not a multiple of `seq_len`, with the nearest valid ones."""
     below = tokens // seq_len * seq_len
     nearest = " and ".join(str(near) for near in (below, below + seq_len) if near and is_fine(near))
     return f"must be a multiple of data.seq_len ({seq_len}), got {tokens}" + (
@@ -76,11 +76,13 @@ def not_whole_bins(tokens: int, seq_len: int, is_fine: Callable[[int], bool] = l
 
 
 def too_few_sequences(batch_tokens: int, seq_len: int, world_size: int) -> str | None:
-    """What to say of a batch with fewer sequences than processes, and what would work; None when there are enough."""
+    """Return the message, with alternatives, for a batch with fewer sequences than processes; None if it has enough."""
     num_sequences = batch_tokens // seq_len
     if num_sequences >= world_size:
         return None
-    counts = range(world_size, min(batch_tokens // 8, 100 * world_size) + 1)  # of sequences; more is no advice
+    counts = range(
+        world_size, min(batch_tokens // 8, 100 * world_size) + 1
+    )  # of sequences; more is no useful suggestion
     longest = next((batch_tokens // count for count in counts if batch_tokens % count == 0), None)
     shorter = f", or a seq_len of at most {longest}" if longest else ""
     return (
@@ -115,20 +117,20 @@ def _valid_value(data: Mapping[str, Any], section_name: str, name: str) -> Any:
         return None
 
 
-def _whole_bins(values: Values) -> Iterator[tuple[str, str]]:
-    """A batch and a micro-batch are made of whole bins."""
+def _full_sequences(values: Values) -> Iterator[tuple[str, str]]:
+    """Check that a batch and a micro-batch are made of full sequences."""
     seq_len = values["data.seq_len"]
     for key in ("train.global_batch", "execution.micro_batch"):
         tokens = values[key]
         if seq_len and isinstance(tokens, int) and tokens % seq_len:
-            yield key, not_whole_bins(tokens, seq_len, partial(_goes_with_the_rest, values, key))
+            yield key, not_full_sequences(tokens, seq_len, partial(_goes_with_the_rest, values, key))
 
 
 def _goes_with_the_rest(values: Values, key: str, value: int) -> bool:
-    """Whether another value of `key` is right there, and breaks no rule of another key that holds now."""
+    """Return whether another value of `key` satisfies all rules that the current one satisfies, and those of `key`."""
 
     def broken(values: Values) -> set[str]:
-        return {key for rule in _RULES if rule is not _whole_bins for key, _ in rule(values)}
+        return {key for rule in _RULES if rule is not _full_sequences for key, _ in rule(values)}
 
     return broken(ChainMap({key: value}, values)) <= broken(values) - {key}  # type: ignore[arg-type]
 
@@ -142,7 +144,7 @@ def _sizes(values: Values) -> Iterator[tuple[str, str]]:
 
 
 def _lengths(values: Values) -> Iterator[tuple[str, str]]:
-    """The sequences of every length fill each batch, and data.seq_len is the longest."""
+    """Check that sequences of every length fill each batch, and that data.seq_len is the longest."""
     schedule, seq_len = values["data.length_schedule"], values["data.seq_len"]
     if schedule is None or not seq_len:
         return
@@ -155,18 +157,18 @@ def _lengths(values: Values) -> Iterator[tuple[str, str]]:
     for batch_key, batch in _batches(values):
         for length in schedule.named_lengths:
             if batch % length:
-                yield key, f"every row length must divide {batch_key} ({batch}), got {length}"
+                yield key, f"every sequence length must divide {batch_key} ({batch}), got {length}"
 
 
 def _remix(values: Values) -> Iterator[tuple[str, str]]:
-    """Short rows do not come back so often that the plan of it is longer than the run."""
+    """Check that short sequences do not return so often that their plan is longer than the run."""
     schedule, budget, batch = (values[k] for k in ("data.length_schedule", "train.budget", "train.global_batch"))
     if not isinstance(schedule, LengthGrowth) or not schedule.remix or not budget or not batch:
         return
     num_periods = budget / schedule.remix_every.tokens(budget, batch)
     if num_periods > _MAX_REMIX_PERIODS:
         most = f"at most {_MAX_REMIX_PERIODS} times in train.budget, as with {100 / _MAX_REMIX_PERIODS:g}%"
-        yield "data.length_schedule.remix_every", f"short rows may come back {most}, got {num_periods:.4g} times"
+        yield "data.length_schedule.remix_every", f"short sequences may come back {most}, got {num_periods:.4g} times"
 
 
 def _batch_ramp(values: Values) -> Iterator[tuple[str, str]]:
@@ -179,11 +181,11 @@ def _batch_ramp(values: Values) -> Iterator[tuple[str, str]]:
         yield "train.batch_ramp.start", f"must be less than train.global_batch ({full}), got {ramp.start}"
     for key, batch in _batches(values):
         if key != "train.global_batch" and seq_len and batch % seq_len:
-            yield key, not_whole_bins(batch, seq_len)
+            yield key, not_full_sequences(batch, seq_len)
 
 
 def _batches(values: Values) -> Iterator[tuple[str, int]]:
-    """The batches a recipe names, with their keys."""
+    """Yield the batches that a recipe names, with their keys."""
     ramp, full = values["train.batch_ramp"], values["train.global_batch"]
     if full:
         yield "train.global_batch", full
@@ -194,7 +196,7 @@ def _batches(values: Values) -> Iterator[tuple[str, int]]:
             yield "train.batch_ramp.start", ramp.start
 
 
-def _restarts(values: Values) -> Iterator[tuple[str, str]]:
+def _random_restarts(values: Values) -> Iterator[tuple[str, str]]:
     restarts, budget, batch = (values[k] for k in ("train.random_restarts", "train.budget", "train.global_batch"))
     if restarts is None:
         return
@@ -220,7 +222,7 @@ def _zero_stage(values: Values) -> Iterator[tuple[str, str]]:
 
 
 def _optimizer(values: Values) -> Iterator[tuple[str, str]]:
-    """The table of where each optimizer works (`turbolm.recipe.optimizers`), and the nearest thing that does."""
+    """Check where each optimizer works (`turbolm.recipe.optimizers`), and suggest the nearest alternative."""
     name, stage = values["optimizer.name"], values["execution.zero_stage"]
     if name is None:
         return
@@ -294,7 +296,7 @@ def _compile(values: Values) -> Iterator[tuple[str, str]]:
 
 
 def _described_cluster(values: Values) -> Iterator[tuple[str, str]]:
-    """What does not fit the machines that the recipe describes; the rest shows on the machine itself."""
+    """Check against the machines that the recipe describes; the rest is checked on the machine itself."""
     gpu, gpus, processes = (values[f"cluster.{name}"] for name in ("gpu", "gpus_per_node", "processes_per_node"))
     precision, on_cpu = values["train.precision"], values["cluster.device"] == "cpu"
     if on_cpu and precision == "fp16":
@@ -304,12 +306,12 @@ def _described_cluster(values: Values) -> Iterator[tuple[str, str]]:
     if not on_cpu and gpus and isinstance(processes, int) and processes > gpus:
         yield (
             "cluster.processes_per_node",
-            f"must be at most cluster.gpus_per_node ({gpus}), got {processes}: each process needs a GPU of its own",
+            f"must be at most cluster.gpus_per_node ({gpus}), got {processes}: each process needs its own GPU",
         )
 
 
 def _kernels(values: Values) -> Iterator[tuple[str, str]]:
-    """Kernels on a device that the recipe names; on any other they are checked where it trains (`plan.machine`)."""
+    """Check kernels on a device that the recipe names; other devices are checked at the start (`plan.machine`)."""
     gpu, precision = values["cluster.gpu"], values["train.precision"]
     if precision == "auto" and values["execution.zero_stage"] == 0:
         precision = "fp32"
@@ -322,12 +324,12 @@ def _kernels(values: Values) -> Iterator[tuple[str, str]]:
 
 
 def _fp8(values: Values) -> Iterator[tuple[str, str]]:
-    """Where products in 8 bits work; the GPU of an undescribed machine is seen at the start."""
+    """Check where 8-bit products work; the GPU of an undescribed machine is checked at the start."""
     fp8, precision, gpu = values["train.fp8"], values["train.precision"], values["cluster.gpu"]
     if fp8 in (None, "off"):
         return
     if precision in ("fp32", "fp16"):
-        yield "train.fp8", f"{fp8} stands beside train.precision bf16, got {precision}; set precision: bf16"
+        yield "train.fp8", f"{fp8} needs train.precision bf16, got {precision}; set precision: bf16"
     if values["execution.zero_stage"] in (0, 3):
         yield (
             "train.fp8",
@@ -345,7 +347,7 @@ def _fp8(values: Values) -> Iterator[tuple[str, str]]:
 
 
 def _world_size(values: Values) -> Iterator[tuple[str, str]]:
-    """Where the number of processes is known, each has a sequence and a place in its group."""
+    """If the number of processes is known, check that each has a sequence, and that groups divide them."""
     processes = values["cluster.processes_per_node"]
     if processes == "auto":
         processes = None if values["cluster.device"] == "cpu" else values["cluster.gpus_per_node"]
@@ -370,14 +372,14 @@ def _no_evaluation(values: Values) -> Iterator[tuple[str, str]]:
 
 
 def _positions(values: Values) -> Iterator[tuple[str, str]]:
-    """A model sees no position beyond its table or its rotary range."""
+    """Check that no position is beyond the model's table or rotary range."""
     config, seq_len = _full_config(values), values["data.seq_len"]
     names = ("max_position_embeddings", "n_positions")
     if config.get("model_type") == "gpt2" and not any(name in config for name in names):
         config = config | {"n_positions": _GPT2_POSITIONS}
     for name in names:
         positions = config.get(name)
-        key = _place_in_config(values, name)
+        key = _key_in_config(values, name)
         if name not in config or (positions is None and key.endswith("_file")):
             continue
         if not _is_count(positions):
@@ -394,7 +396,7 @@ def _vocabulary(values: Values) -> Iterator[tuple[str, str]]:
     if "vocab_size" not in config:
         return
     vocab_size = config["vocab_size"]
-    key = _place_in_config(values, "vocab_size")
+    key = _key_in_config(values, "vocab_size")
     if not _is_count(vocab_size):
         yield key, f"{_in_file(key, 'vocab_size')}expected a whole number, got {describe(vocab_size)}"
     elif tokenizer and vocab_size < tokenizer.vocab_size:
@@ -406,8 +408,8 @@ def _full_config(values: Values) -> dict[str, Any]:
     return lay_over(values["model.config_file"], values["model.config"]) or {}
 
 
-def _place_in_config(values: Values, name: str) -> str:
-    """The recipe's key for a setting of the configuration: its own, or the file's, which has no lines."""
+def _key_in_config(values: Values, name: str) -> str:
+    """Return the recipe's key for a setting of the configuration: its own, or the file's, which has no line numbers."""
     is_own = name in (values["model.config"] or {}) or values["model.config_file"] is None
     return f"model.config.{name}" if is_own else "model.config_file"
 
@@ -421,12 +423,12 @@ def _is_count(value: object) -> bool:
 
 
 _RULES: tuple[Callable[[Values], Iterator[tuple[str, str]]], ...] = (
-    _whole_bins,
+    _full_sequences,
     _sizes,
     _lengths,
     _remix,
     _batch_ramp,
-    _restarts,
+    _random_restarts,
     _zero_stage,
     _optimizer,
     _stage_3_only,

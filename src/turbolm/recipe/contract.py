@@ -1,11 +1,11 @@
 """The learning contract of a recipe: what is learned, as plain data with a fingerprint.
 
-Two runs with one fingerprint follow one loss curve. How a recipe spells a number, orders its keys or is carried out
-does not change the fingerprint.
+Two runs with one fingerprint follow one loss curve. The spelling of numbers, the order of keys and the execution plan
+do not change the fingerprint.
 
-Recipes grow: a key that older runs do not know is marked in the schema with the value that means "as before"
-(`fields.Before`). A contract holds every key; comparisons and fingerprints leave out the keys that have that value, and
-a run that is older than a key, or than a key's present default, keeps what it was trained with (`pin_to`).
+Recipes grow: a key that older runs do not have is marked in the schema with the value that means "as before"
+(`fields.Before`). A contract has every key. Comparisons and fingerprints omit keys with that value. A run that is older
+than a key, or than its current default, keeps what it was trained with (`pin_to`).
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ from turbolm.recipe.fields import Before, FormerDefault, Section
 from turbolm.recipe.schedules import FORMERLY_IN_ALL
 from turbolm.recipe.schema import CONTRACT_SECTIONS, RENAMED, RENAMED_CHOICES, Recipe
 
-_MAX_EXACT = 2**53  # beyond it a float no longer names one whole number
-_TAGS = ("name", "type")  # the keys that choose among the classes of a union
+_MAX_EXACT = 2**53  # beyond it a float is not a unique integer
+_TAGS = ("name", "type")  # the tags that choose among the classes of a union
 
 
 def contract_of(recipe: Recipe) -> dict[str, Any]:
-    """The contract sections of a recipe in plain JSON types, every default filled in.
+    """Return the contract sections of a recipe in plain JSON types, with every default filled in.
 
-    A configuration from a file is held as what is trained: the same in a file and in the recipe is the same contract.
+    A configuration from a file is stored as the merged result: the same settings in a file or in the recipe are the
+    same contract.
     """
     sections = recipe.model_dump(mode="json", include=set(CONTRACT_SECTIONS))
     sections["model"] |= {"config": recipe.model.full_config, "config_file": None}
@@ -39,12 +40,12 @@ def contract_of(recipe: Recipe) -> dict[str, Any]:
 
 
 def comparable(contract: Mapping[str, Any], schema: type[Section] = Recipe) -> dict[str, Any]:
-    """A contract under today's names, without the keys that are as they were before they existed."""
+    """Return a contract under today's names, without keys whose value is "as before"."""
     return dict(_without_unchanged(schema, _with_new_names(contract)))
 
 
 def comparable_section(section: Section) -> dict[str, Any]:
-    """One section in plain JSON types, without the keys that are as they were before they existed."""
+    """Return one section in plain JSON types, without keys whose value is "as before"."""
     return dict(_without_unchanged(type(section), section.model_dump(mode="json")))
 
 
@@ -53,7 +54,7 @@ def _with_new_names(contract: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _as_fingerprinted(contract: Mapping[str, Any]) -> dict[str, Any]:
-    """What is comparable of a contract, in the form that fingerprints have had from the start."""
+    """Return the comparable part of a contract, in the original format of fingerprints."""
     keys = {f"{key.rpartition('.')[0]}.{new}": key.rpartition(".")[2] for key, new in RENAMED.items()}
     choices = {key: {new: old for old, new in names.items()} for key, names in RENAMED_CHOICES.items()}
     result = _renamed(comparable(contract), keys, choices)
@@ -65,7 +66,7 @@ def _as_fingerprinted(contract: Mapping[str, Any]) -> dict[str, Any]:
 def _renamed(
     contract: dict[str, Any], keys: Mapping[str, str], choices: Mapping[str, Mapping[str, str]]
 ) -> dict[str, Any]:
-    """The contract, changed in place. Every renamed key and choice belongs to a section."""
+    """Rename keys and choices of the contract in place; all of them are in sections."""
     for key, new in keys.items():
         section, name = key.split(".")
         if name in contract.get(section, {}):
@@ -80,7 +81,7 @@ def _renamed(
 def _without_unchanged(
     section: type[Section], values: Mapping[str, Any], others: frozenset[str] = frozenset()
 ) -> Iterator[tuple[str, Any]]:
-    """Of the keys that `section` does not know, those of the `others` it was chosen among mean nothing."""
+    """Remove keys that `section` does not have and that belong to the `others` it was chosen among."""
     for name, value in values.items():
         field = section.model_fields.get(name)
         if field is None:
@@ -103,7 +104,7 @@ def _inner(annotation: Any, value: Any) -> Any:
 
 
 def _sections(annotation: Any) -> Iterator[type[Section]]:
-    """The section classes that an annotation allows."""
+    """Return the section classes that an annotation allows."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
         yield annotation
     for argument in get_args(annotation):
@@ -111,7 +112,7 @@ def _sections(annotation: Any) -> Iterator[type[Section]]:
 
 
 def _is_chosen(section: type[Section], value: Mapping[str, Any]) -> bool:
-    """Whether the value's tag, if the section has one, names this section."""
+    """Return whether the value's tag, if the section has one, is this section's."""
     tags = {tag: get_args(section.model_fields[tag].annotation) for tag in _TAGS if tag in section.model_fields}
     return all(value.get(tag) in names for tag, names in tags.items() if names)
 
@@ -126,10 +127,10 @@ def _same(plain: Any, marked: Any) -> bool:
 
 
 def pin_to(recipe: Recipe, old: Mapping[str, Any]) -> tuple[Recipe, list[str]]:
-    """The recipe that goes on with a run of the contract `old`, and a line for each default that is not today's.
+    """Return the recipe that resumes a run of the contract `old`, and a line for each default that is not today's.
 
-    Where the recipe leaves a key to its default, a run from before the key keeps what `Before` says, and a run that
-    recorded a `FormerDefault` keeps that. What a recipe says itself is never changed.
+    If the recipe leaves a key at its default, a run from before the key keeps the value of `Before`, and a run that
+    recorded a `FormerDefault` keeps that. A value that the recipe sets is never changed.
     """
     pinned: list[str] = []
     values, update = _with_new_names(old), {}
@@ -160,7 +161,7 @@ def _pin(section: Any, old: Mapping[str, Any], at: str, pinned: list[str]) -> An
 
 
 def canonical_json(obj: object) -> str:
-    """One text for one value: sorted keys, no spaces, floats in their shortest exact form.
+    """Return the canonical JSON text: sorted keys, no spaces, floats in their shortest exact form.
 
     Raises ValueError for NaN and infinities, which JSON does not have.
     """
@@ -168,12 +169,12 @@ def canonical_json(obj: object) -> str:
 
 
 def fingerprint(contract: Mapping[str, Any]) -> str:
-    """SHA-256 of the canonical form of what is comparable of the contract, in hexadecimal."""
+    """Return the SHA-256 of the canonical text of the contract's comparable part, in hexadecimal."""
     return hashlib.sha256(canonical_json(_plain(_as_fingerprinted(contract))).encode()).hexdigest()
 
 
 def changed_keys(old: object, new: object, key: str = "") -> list[tuple[str, Any, Any]]:
-    """(dotted key, old value, new value) of every difference, by key. A missing value is given as None.
+    """Return (dotted key, old value, new value) for every difference, by key. A missing value is None.
 
     Mappings are compared key by key; a list that differs is reported as a whole.
     """
@@ -190,7 +191,7 @@ def changed_keys(old: object, new: object, key: str = "") -> list[tuple[str, Any
 
 
 def _plain(value: object) -> object:
-    """Tuples as lists, and a float that is a whole number as that number: `1.0` and `1` are one spelling apart."""
+    """Convert tuples to lists, and integral floats to integers: `1.0` and `1` are the same value."""
     if isinstance(value, Mapping):
         return {str(key): _plain(child) for key, child in value.items()}
     if isinstance(value, (list, tuple)):

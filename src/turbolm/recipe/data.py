@@ -1,4 +1,4 @@
-"""The `data` section: what is read, and how documents become sequences. Torch-free."""
+"""The `data` section: the sources, and how documents become sequences. Torch-free."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from turbolm.recipe.sources.stdlib import StdlibSource
 
 
 class Data(Section):
-    """What is read and how documents become sequences."""
+    """The sources, and how documents become sequences."""
 
     sources: Annotated[tuple[Source, ...], BeforeValidator(list_is_tuple), Field(min_length=1)] = Field(
         (StdlibSource(type="stdlib"),), description="where the documents come from, read in this order"
@@ -29,25 +29,25 @@ class Data(Section):
     )
     packing: Literal["best_fit", "concat", "single"] = Field(
         "best_fit",
-        description="best_fit: several documents a row, kept apart; concat: the same, cut wherever a row is full; "
-        "single: one document a row, padded",
+        description="best_fit: several documents per sequence, kept apart; concat: the same, cut wherever it is full; "
+        "single: one document per sequence, padded",
     )
     grouping: Literal["batch", "window"] = Field(
         "batch",
-        description="window: rows of similar attention cost share a batch, for few rows a process; batch: they do not",
+        description="window: sequences of similar cost share a batch, for few per process; batch: they do not",
     )
-    length_schedule: AnyLengthSchedule | None = Field(None, description="none: every row has seq_len tokens")
+    length_schedule: AnyLengthSchedule | None = Field(None, description="none: every sequence has seq_len tokens")
     validation: Annotated[Share, Field(lt=1)] = Field(
         0.01,
-        description="share of documents held out by content hash, so that no text is on both sides; 0: no evaluation",
+        description="share of documents held out, by content hash so that no text is in both splits; 0: no evaluation",
     )
     deduplicate: Literal["none", "exact"] = Field(
-        "none", description="exact: of documents with the same text only the first is kept"
+        "none", description="exact: of documents with equal text only the first is kept"
     )
     on_bad_document: Annotated[Literal["refuse", "skip"], Before("refuse")] = Field(
         "refuse",
-        description="a document that is not what its source says (not JSON, not UTF-8, without the field) ends "
-        "`prepare`, or is left out and counted",
+        description="an invalid document (not JSON, not UTF-8, without the field) ends "
+        "`prepare`, or is skipped and counted",
     )
 
     @model_validator(mode="after")

@@ -1,7 +1,7 @@
-"""YAML text as a tree of plain values that know the file and line they came from.
+"""Parse YAML into a tree of plain values with their file and line.
 
-Everything that is wrong with one text is collected, so that one reading names several duplicate keys. The dialect is
-YAML 1.2's core schema: only `true` and `false` are booleans, `off` and `on` are text, `1e-5` is a number.
+All problems of a text are collected, so one pass reports several duplicate keys. The dialect is YAML 1.2's core schema:
+only `true` and `false` are booleans, `off` and `on` are text, `1e-5` is a number.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from turbolm.errors import UserError
 
 MAX_FILE_BYTES = 128 * 1024  # PyYAML reads about 100 kB a second; a recipe has 2 kB
 MAX_DEPTH = 24
-MAX_VALUES = 5_000  # counted with aliases written out, so that nested aliases cannot blow up
+MAX_VALUES = 5_000  # counted with expanded aliases, so that nested aliases cannot blow up
 _MAX_DIGITS = 40
 
 _TAG = "tag:yaml.org,2002:"
@@ -26,7 +26,7 @@ _TAG = "tag:yaml.org,2002:"
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing to mend, and where."""
+    """One problem, and where it is."""
 
     file: str  # a path as the user would write it, or "command line: key=value"
     line: int | None
@@ -40,7 +40,7 @@ class Problem:
 
 
 class RecipeError(UserError):
-    """Everything that is wrong with a recipe, one problem a line."""
+    """All problems of a recipe, one per line."""
 
     def __init__(self, problems: Iterable[Problem]) -> None:
         self.problems = list(problems)
@@ -56,7 +56,7 @@ class Tree:
     line: int | None
 
     def plain(self) -> Any:
-        """The value as YAML would give it."""
+        """Return the plain value."""
         if isinstance(self.value, dict):
             return {key: child.plain() for key, child in self.value.items()}
         if isinstance(self.value, list):
@@ -64,7 +64,7 @@ class Tree:
         return self.value
 
     def nearest(self, path: Iterable[str | int]) -> Tree:
-        """The value at `path`, or the closest one around it."""
+        """Return the value at `path`, or the closest one around it."""
         here = self
         for part in path:
             if isinstance(here.value, list):
@@ -78,7 +78,7 @@ class Tree:
 
 
 def parse_document(text: str, file: str, problems: list[Problem], show_lines: bool = True) -> Tree | None:
-    """The tree of one YAML document; None when it is not YAML at all. What is wrong is added to `problems`.
+    """Return the tree of one YAML document, or None if it is not YAML. Problems are added to `problems`.
 
     An empty document is a tree whose value is None.
     """
@@ -107,7 +107,7 @@ def parse_document(text: str, file: str, problems: list[Problem], show_lines: bo
 
 
 def join_key(parent: str, key: str | int) -> str:
-    """`optimizer` and `lr` as `optimizer.lr`; a key that would garble a message is quoted."""
+    """Join `optimizer` and `lr` to `optimizer.lr`; quote a key that would garble a message."""
     shown = str(key)
     if not shown.isprintable() or not shown or len(shown) > 80:
         shown = ascii(shown[:80])
@@ -115,7 +115,7 @@ def join_key(parent: str, key: str | int) -> str:
 
 
 class _Composer(yaml.SafeLoader):
-    """Text to nodes, with the scalars of YAML 1.2 and a bound on depth and size."""
+    """Parses text to nodes, with the scalars of YAML 1.2 and limits on depth and size."""
 
     yaml_implicit_resolvers: ClassVar[dict] = {}  # type: ignore[misc]
 
@@ -155,7 +155,7 @@ for _name, _pattern, _first in SCALARS:
 
 
 class _Builder:
-    """Nodes to a tree; what is wrong is noted and left out."""
+    """Builds a tree from nodes; problems are recorded and skipped."""
 
     def __init__(self, file: str, problems: list[Problem], show_lines: bool) -> None:
         self.file, self.problems, self.show_lines = file, problems, show_lines
@@ -170,8 +170,8 @@ class _Builder:
             return Tree(None, self.file, line)
         if self.num_values > MAX_VALUES or len(self.open_nodes) > MAX_DEPTH:
             if self.num_values <= 2 * MAX_VALUES:
-                self._refuse(node, key, f"the aliases write out to more than {MAX_VALUES} values or {MAX_DEPTH} levels")
-                self.num_values = 2 * MAX_VALUES + 1  # say it once, and build no more
+                self._refuse(node, key, f"the aliases expand to more than {MAX_VALUES} values or {MAX_DEPTH} levels")
+                self.num_values = 2 * MAX_VALUES + 1  # report it once, and stop building
             return Tree(None, self.file, line)
         self.open_nodes.add(id(node))
         value: Any
@@ -211,10 +211,10 @@ class _Builder:
                 children[name] = self.build(value_node, path, key_node)
         return children
 
-    def _scalar(self, node: yaml.Node, key: str, place: yaml.Node) -> Any:
+    def _scalar(self, node: yaml.Node, key: str, key_node: yaml.Node) -> Any:
         text, kind = node.value, node.tag.removeprefix(_TAG)
         if _has_surrogate(text):
-            self._refuse(place, key, "not valid Unicode")
+            self._refuse(key_node, key, "not valid Unicode")
         elif kind == "str":
             return text
         elif kind == "null":
@@ -224,9 +224,9 @@ class _Builder:
         elif kind in ("int", "float") and (number := _number(text)) is not None:
             return float(number) if kind == "float" else number
         elif kind in ("bool", "int", "float"):
-            self._refuse(place, key, f"expected a finite number of at most {_MAX_DIGITS} digits, got {text[:60]!r}")
+            self._refuse(key_node, key, f"expected a finite number of at most {_MAX_DIGITS} digits, got {text[:60]!r}")
         else:
-            self._refuse(place, key, f"the tag {node.tag[:80]!r} is not supported")
+            self._refuse(key_node, key, f"the tag {node.tag[:80]!r} is not supported")
         return None
 
     def _refuse_tag(self, node: yaml.Node, key: str, kind: str) -> None:
@@ -241,7 +241,7 @@ class _Builder:
 
 
 def _number(text: str) -> int | float | None:
-    """A finite number of YAML 1.2; None for anything else."""
+    """Return a finite number of YAML 1.2; None for anything else."""
     try:
         if len(text) > _MAX_DIGITS:
             return None

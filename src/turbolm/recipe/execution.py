@@ -83,7 +83,7 @@ class Slurm(Section):
     account: SlurmValue | None = Field(None, description="who is charged")
     qos: SlurmValue | None = Field(None, description="quality of service")
     time: SlurmTime | None = Field(
-        None, description="limit of one start, such as 1h30m, 1-12:00:00 or UNLIMITED; a requeue gets it anew"
+        None, description="limit of one start, such as 1h30m, 1-12:00:00 or UNLIMITED; a requeue gets it again"
     )
     mem: SlurmMemory | None = Field(
         None, description="memory of each node, such as 64G; a bare number is in MB; 0: all of it"
@@ -109,7 +109,7 @@ class Slurm(Section):
         (), description="environment modules to load, such as cuda/12.8"
     )
     setup: Annotated[tuple[Text, ...], BeforeValidator(list_is_tuple)] = Field(
-        (), description="lines of bash, run on the first node before anything else; the one place for shell code"
+        (), description="lines of bash, run on the first node before anything else; shell code goes only here"
     )
     environment: dict[EnvironmentName, Text] = Field({}, description="variables exported to every process")
     requeue: bool = Field(True, description="start again after a time limit, a preemption or a lost node")
@@ -182,7 +182,7 @@ class Execution(Section):
     )
     overlap_communication: bool | Literal["auto"] = Field(
         "auto",
-        description="reduce gradients while the backward pass goes on (zero_stage 1 to 3); auto: on several GPUs",
+        description="reduce gradients during the backward pass (zero_stage 1 to 3); auto: on several GPUs",
     )
     communication_bucket: Positive | Literal["auto"] = Field(
         "auto", description="elements sent at once (zero_stage 1 to 3); auto: 100M on a GPU, 25M on a CPU"
@@ -196,7 +196,7 @@ class Execution(Section):
     compile: Literal["none", "model", "layers"] = Field(
         "none",
         description="torch.compile of the whole model, or of each layer: quicker to compile, and at zero_stage 3 too; "
-        "one compilation for each row length, another where it evaluates",
+        "one compilation per sequence length, another one for evaluation",
     )
     attention: Literal["auto", "eager", "sdpa", "flex", "flash", "varlen"] = Field(
         "auto", description="auto: the fastest kernel here that keeps packed documents apart"

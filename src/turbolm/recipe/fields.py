@@ -1,4 +1,4 @@
-"""The kinds of values that recipe sections are made of, and the base of every section. Torch-free."""
+"""Types of recipe values, and the base class of every section. Torch-free."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ Kind = TypeVar("Kind", bound=Section)
 
 
 def by_tag(*kinds: type[Kind]) -> dict[str, type[Kind]]:
-    """Section classes by the text that each has as the only value of its `name` or `type`."""
+    """Map section classes by their tag: the only value of their `name` or `type`."""
     return {get_args(kind.model_fields[tag_of(kind)].annotation)[0]: kind for kind in kinds}
 
 
 def tag_of(kind: type[Section]) -> str:
-    """The key that tells which of several sections is meant."""
+    """Return the key of the tag: `name` or `type`."""
     return "type" if "type" in kind.model_fields else "name"
 
 
 def tagged_union(kinds: Mapping[str, type[Section]], default: str | None = None) -> Any:
-    """The annotation of a section that is one of `kinds`, by its tag; `default` is meant where it has none."""
+    """Return the annotation of a section that is one of `kinds`, by its tag; `default` applies without a tag."""
     tag = tag_of(next(iter(kinds.values())))
 
     def given(value: object) -> str | None:
@@ -51,15 +51,15 @@ def tagged_union(kinds: Mapping[str, type[Section]], default: str | None = None)
         return None if name is None else str(name)
 
     choices = tuple(Annotated[kind, Tag(name)] for name, kind in kinds.items())
-    return Annotated[Union[choices], Discriminator(given)]  # noqa: UP007 (a tuple of choices)
+    return Annotated[Union[choices], Discriminator(given)]  # noqa: UP007 (a tuple of types)
 
 
 @dataclass(frozen=True)
 class Before:
     """Marks a key of the learning contract with the value that means "as before this key existed".
 
-    Write it into the annotation: `Annotated[bool, Before(False)]`. That value, and no other, is left out of
-    fingerprints, and a run from before the key keeps it (`turbolm.recipe.contract`).
+    Write it into the annotation: `Annotated[bool, Before(False)]`. Only that value is omitted from fingerprints, and a
+    run from before the key keeps it (`turbolm.recipe.contract`).
     """
 
     value: Any
@@ -67,14 +67,14 @@ class Before:
 
 @dataclass(frozen=True)
 class FormerDefault:
-    """Marks a key of the learning contract with a default it had: runs that recorded it keep it, if the recipe leaves
-    the key out."""
+    """Marks a key of the learning contract with a former default: runs that recorded it keep it, if the recipe omits
+    the key."""
 
     value: Any
 
 
 def _number(value: object) -> object:
-    """YAML 1.1 reads `3e-4` as text; a recipe means the number."""
+    """Convert text to a number: YAML 1.1 reads `3e-4` as text."""
     if isinstance(value, str):
         try:
             return float(value)
@@ -84,12 +84,12 @@ def _number(value: object) -> object:
 
 
 def list_is_tuple(value: object) -> object:
-    """YAML writes a list; the frozen recipe holds a tuple."""
+    """Convert a list to a tuple: the recipe is frozen."""
     return tuple(value) if isinstance(value, list) else value
 
 
 def positive_span(value: Span) -> Span:
-    """Refuses a span of nothing."""
+    """Refuse an empty span."""
     if value.amount <= 0:
         raise ValueError("expected more than 0")
     return value
@@ -104,7 +104,7 @@ def text_is_tuple(value: object) -> object:
 
 
 def whole(value: object) -> object:
-    """A Literal of integers takes `true` for 1 and `2.0` for 2."""
+    """Refuse what a Literal of integers accepts: `true` as 1 and `2.0` as 2."""
     if isinstance(value, (bool, float)):
         raise ValueError(f"expected a whole number, got {value!r}")
     return value
@@ -135,25 +135,25 @@ Weight = Annotated[Number, Field(ge=0, le=1e12)]
 
 
 def _staged(value: object) -> object:
-    """A mapping from places in the budget to values, or one value from the start, as pairs (span, value)."""
+    """Convert a mapping from points in the budget to values, or a single value, to pairs (span, value)."""
     if isinstance(value, tuple):
         return value
     pairs = value if isinstance(value, dict) else {"0%": value}
-    return tuple((Span.parse(place), amount) for place, amount in pairs.items())
+    return tuple((Span.parse(start), amount) for start, amount in pairs.items())
 
 
 def _starts_at_zero(pairs: tuple[tuple[Span, Any], ...]) -> tuple[tuple[Span, Any], ...]:
     if not pairs or pairs[0][0].amount != 0:
         raise ValueError("expected the first entry at 0%, the start of the run")
-    if len({place.unit for place, _ in pairs[1:]}) > 1:
-        raise ValueError("expected all places in one unit: shares (30%), tokens (2M) or steps (200 steps)")
+    if len({start.unit for start, _ in pairs[1:]}) > 1:
+        raise ValueError("expected all keys in one unit: shares (30%), tokens (2M) or steps (200 steps)")
     if any(before[0].amount >= after[0].amount for before, after in pairwise(pairs)):
-        raise ValueError("expected the places in ascending order, each once")
+        raise ValueError("expected the keys in ascending order, each once")
     return pairs
 
 
 def _plain_staged(pairs: tuple[tuple[Span, Any], ...]) -> Any:
-    return pairs[0][1] if len(pairs) == 1 else {str(place): value for place, value in pairs}
+    return pairs[0][1] if len(pairs) == 1 else {str(start): value for start, value in pairs}
 
 
 _STAGED = (BeforeValidator(_staged), AfterValidator(_starts_at_zero), PlainSerializer(_plain_staged, return_type=Any))

@@ -1,4 +1,4 @@
-"""Every GPU that turbolm knows, one line each: what a recipe can name, its memory and its peak FLOP/s. Torch-free."""
+"""The table of known GPUs: name in a recipe, driver name, memory and peak FLOP/s. Torch-free."""
 
 from __future__ import annotations
 
@@ -6,36 +6,36 @@ import re
 from dataclasses import dataclass
 
 BF16_CAPABILITY = (8, 0)  # Ampere is the first generation that multiplies in bf16
-FP8_CAPABILITY = (9, 0)  # Hopper is the first that scales by rows as well
+FP8_CAPABILITY = (9, 0)  # Hopper is the first that also scales by rows
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """What the driver calls a GPU, and what it can do. Peaks are dense, with fp32 accumulation, in TFLOP/s."""
+    """A GPU's driver name and capabilities. Peaks are dense, with fp32 accumulation, in TFLOP/s."""
 
     driver_name: str  # a part of what nvidia-smi prints
     compute_capability: tuple[int, int]
-    memory_gb: int  # as sold; the driver keeps some for itself
+    memory_gb: int  # as sold; the driver reserves some
     half_tflops: float  # bf16 and fp16
     fp8_tflops: float | None = None
 
     @property
     def memory_bytes(self) -> int:
-        """Memory in bytes, taking the maker's GB for GiB, which is how HBM and GDDR are sold."""
+        """Return the memory in bytes; the vendor's GB is a GiB, which is how HBM and GDDR are sold."""
         return self.memory_gb * 2**30
 
     @property
     def has_bf16(self) -> bool:
-        """Whether it multiplies in bf16."""
+        """Return whether it multiplies in bf16."""
         return self.compute_capability >= BF16_CAPABILITY
 
     @property
     def has_fp8(self) -> bool:
-        """Whether `train.fp8` works on it."""
+        """Return whether `train.fp8` works on it."""
         return self.compute_capability >= FP8_CAPABILITY
 
     def matches(self, device_name: str) -> bool:
-        """Whether a driver's device name is this GPU's, its memory included where the name tells it."""
+        """Return whether a driver's device name is this GPU's, including its memory if the name has it."""
         match = re.search(rf"\b{re.escape(self.driver_name)}\b", device_name)
         if match is None:
             return False
@@ -76,13 +76,13 @@ GPUS = {
 
 
 def find_gpu(device_name: str | None) -> Gpu | None:
-    """The GPU that the driver calls so, by its longest name here; None for one that is not listed."""
+    """Return the GPU with this driver name, by the longest match; None if it is not listed."""
     found = [gpu for gpu in GPUS.values() if gpu.matches(device_name or "")]
     return max(found, key=lambda gpu: len(gpu.driver_name), default=None)
 
 
 def peak_flops(device_name: str | None, precision: str) -> float | None:
-    """The peak FLOP/s of a GPU in bf16, fp16 or fp8; None where it is not listed, and for what it cannot compute in."""
+    """Return a GPU's peak FLOP/s in bf16, fp16 or fp8; None if it is not listed or does not support the precision."""
     gpu = find_gpu(device_name)
     if gpu is None or precision not in ("bf16", "fp16", "fp8") or (precision == "bf16" and not gpu.has_bf16):
         return None

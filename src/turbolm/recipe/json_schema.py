@@ -10,7 +10,7 @@ from turbolm.units import Span
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"
 _BOUNDS = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
 _EXTENDS = {
-    "description": "files that this one builds on, relative to it; what stands here replaces what they say",
+    "description": "files that this one extends, relative to it; this file overrides them",
     "anyOf": [
         {"type": "string", "minLength": 1},
         {"type": "array", "items": {"type": "string", "minLength": 1}},
@@ -22,30 +22,30 @@ def recipe_json_schema() -> dict[str, Any]:
     """The schema of one recipe file.
 
     A section is not complete in a file that extends another, so no key of a section is required here; loading the
-    recipe tells what is missing.
+    recipe reports missing keys.
     """
     generated = Recipe.model_json_schema()
     for name, definition in (("", generated), *generated["$defs"].items()):
         if not name.endswith("Source"):
             definition.pop("required", None)
-    # A file that extends another may leave the name to it, so more than one alternative may fit.
+    # A file that extends another may omit the name, so more than one alternative may match.
     for section in ("optimizer", "schedule"):
         generated["properties"][section]["anyOf"] = generated["properties"][section].pop("oneOf")
     generated["properties"] = {"extends": _EXTENDS, **generated["properties"]}
     schema = {"$schema": _DIALECT, **generated, "title": "turbolm recipe"}
-    mended = _mend(schema)
-    assert isinstance(mended, dict)
-    return mended
+    fixed = _fix(schema)
+    assert isinstance(fixed, dict)
+    return fixed
 
 
-def _mend(value: Any) -> Any:
-    """What pydantic writes of annotated types, put right.
+def _fix(value: Any) -> Any:
+    """Fix pydantic's schema of annotated types.
 
-    Defaults of spans become their text; bounds set behind a validator get JSON Schema's names. Its titles and OpenAPI's
-    `discriminator` only repeat what stands there.
+    Defaults of spans become their text; bounds after a validator get JSON Schema's names. Titles and OpenAPI's
+    `discriminator` are removed: they are redundant.
     """
     if isinstance(value, list):
-        return [_mend(entry) for entry in value]
+        return [_fix(entry) for entry in value]
     if not isinstance(value, dict):
         return value
     if value.keys() == {"amount", "unit"}:
@@ -53,7 +53,7 @@ def _mend(value: Any) -> Any:
     names = _BOUNDS | ({"minLength": "minItems"} if value.get("type") == "array" else {})
     dropped = {"discriminator"} if "$schema" in value else {"discriminator", "title"}
     return {
-        names.get(key, key): _mend(entry)
+        names.get(key, key): _fix(entry)
         for key, entry in value.items()
         if key not in dropped or (key == "title" and isinstance(entry, dict))
     }

@@ -1,5 +1,4 @@
-"""`data.length_schedule`: one class for each schedule of the sequence length, with its settings and what follows from
-them. Torch-free.
+"""`data.length_schedule`: one class per schedule of the sequence length, with its settings and lengths. Torch-free.
 
 To add one, write its class here and add it to LENGTH_SCHEDULES.
 """
@@ -32,7 +31,7 @@ _LENGTH_MULTIPLE = 8  # derived lengths are multiples of it: tensor cores and ve
 
 
 class LengthSchedule(Section):
-    """What every schedule of lengths has."""
+    """Base of every length schedule."""
 
     length_key: ClassVar[str]  # the setting that names the lengths
 
@@ -40,32 +39,32 @@ class LengthSchedule(Section):
 
     @property
     def named_lengths(self) -> list[int]:
-        """The lengths that the recipe names, besides data.seq_len."""
+        """Return the lengths that the recipe names, besides data.seq_len."""
         raise NotImplementedError
 
     @property
     def num_cycles(self) -> int:
-        """How many times the budget goes through the lengths, short ones first; 0 where it does not."""
+        """Return how many times the budget cycles through the lengths, short ones first; 0 if it does not."""
         return 0
 
     def find_problems(self, seq_len: int, packing: str | None) -> Iterator[tuple[str, str]]:
-        """(key, message) of what does not fit data.seq_len or data.packing."""
+        """Yield (key, message) for what does not fit data.seq_len or data.packing."""
         if self.named_lengths[0] >= seq_len:
             key = f"data.length_schedule.{self.length_key}"
             yield key, f"must be less than data.seq_len ({seq_len}), got {self.named_lengths[0]}"
 
     def changes(self, seq_len: int, budget: int, batch: int, divided: int) -> Changes:
-        """The lengths over a budget, in batches of `batch` tokens; each length divides `divided`."""
+        """Return the lengths over a budget, in batches of `batch` tokens; each length divides `divided`."""
         raise NotImplementedError
 
 
 class LengthStages(LengthSchedule):
-    """Sequence lengths by hand."""
+    """Sequence lengths set by hand."""
 
     length_key = "at"
 
     name: Literal["stages"] = Field(description=_NAME)
-    at: StagedTokens = Field(description="sequence length from each place on, such as {0%: 128, 30%: 512, 60%: 2048}")
+    at: StagedTokens = Field(description="sequence length from each point on, such as {0%: 128, 30%: 512, 60%: 2048}")
 
     @property
     def named_lengths(self) -> list[int]:
@@ -82,7 +81,7 @@ class LengthStages(LengthSchedule):
 
 
 class LengthGrowth(LengthSchedule):
-    """Sequences that grow from `start` to data.seq_len; batches keep their number of tokens (arXiv 2108.06084)."""
+    """Sequences grow from `start` to data.seq_len; batches keep their number of tokens (arXiv 2108.06084)."""
 
     length_key = "start"
 
@@ -94,9 +93,9 @@ class LengthGrowth(LengthSchedule):
     shape: Literal["linear", "exponential"] = Field(
         "exponential", description="linear: short sequences end early; exponential: equal time at each length"
     )
-    num_lengths: Annotated[int, Field(ge=2, le=100)] = Field(5, description="different lengths, at most")
+    num_lengths: Annotated[int, Field(ge=2, le=100)] = Field(5, description="number of lengths, at most")
     remix: Annotated[Share, Field(lt=1)] = Field(
-        0.0, description="share of the tokens after the growth that use the shorter lengths again, now and then"
+        0.0, description="share of the tokens after the growth that use shorter lengths again, periodically"
     )
     remix_every: Annotated[TrainingSpan, AfterValidator(positive_span)] = Field(
         Span(0.05, "share"), description="how often short sequences come back, with `remix`"
@@ -112,7 +111,7 @@ class LengthGrowth(LengthSchedule):
         changes: Changes = [(over * self._progress(length, seq_len), (length,)) for length in lengths]
         if not self.remix or len(lengths) < 2:
             return changes
-        # Short sequences again at the end of each period, so that what they taught stays; never at the end of the run.
+        # Short sequences again at the end of each period, to retain what they taught; never at the end of the run.
         period = self.remix_every.tokens(budget, batch)
         for number in range(int((budget - over) / period)):
             begin = over + (number + 1) * period
@@ -122,7 +121,7 @@ class LengthGrowth(LengthSchedule):
         return changes
 
     def _lengths(self, seq_len: int, divided: int) -> list[int]:
-        """The lengths that growth goes through, ascending, in even ratios."""
+        """Return the lengths of the growth, ascending, in even ratios."""
         between = [n for n in range(_LENGTH_MULTIPLE, seq_len, _LENGTH_MULTIPLE) if divided % n == 0 and self.start < n]
         count, ratio = self.num_lengths - 2, seq_len / self.start
         wanted = [self.start * ratio ** ((index + 1) / (count + 1)) for index in range(count)]
@@ -130,14 +129,14 @@ class LengthGrowth(LengthSchedule):
         return sorted({self.start, seq_len, *chosen})
 
     def _progress(self, length: int, seq_len: int) -> float:
-        """How far growth has come, from 0 to 1, when the curve reaches `length`."""
+        """Return the progress of the growth, from 0 to 1, when the curve reaches `length`."""
         if self.shape == "linear":
             return (length - self.start) / (seq_len - self.start)
         return math.log(length / self.start) / math.log(seq_len / self.start)
 
 
 class LengthBuckets(LengthSchedule):
-    """Documents are split into powers of two and trained each at its own length, without packing (arXiv 2405.13226)."""
+    """Documents split into powers of two, each trained at its own length, without packing (arXiv 2405.13226)."""
 
     length_key = "smallest"
 

@@ -1,4 +1,4 @@
-"""Recipes from files: `extends:`, overrides from the command line, and every problem at once with its position."""
+"""Load recipes from files: `extends:`, overrides from the command line, and all problems at once with positions."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ from turbolm.recipe.schema import RENAMED, RENAMED_CHOICES, Recipe
 __all__ = ["Problem", "RecipeError", "dump_recipe", "dump_values", "load_piece", "load_recipe"]
 
 _MAX_FILES = 64
-_COMMAND_LINE = "command line: "  # what the origin of an override begins with
-# Sections whose `name` chooses the settings that there are: what every choice has, the choices, and the default one.
+_COMMAND_LINE = "command line: "  # prefix of an override's origin
+# Sections whose `name` chooses their settings: the common base, the choices, and the default.
 _CHOICES: dict[tuple[str, ...], tuple[type[Section], Mapping[str, type[Section]], str | None]] = {
     ("optimizer",): (Optimizer, OPTIMIZERS, "adamw"),
     ("schedule",): (Schedule, SCHEDULES, "cosine"),
@@ -43,7 +43,7 @@ _CHOICES: dict[tuple[str, ...], tuple[type[Section], Mapping[str, type[Section]]
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str | Path] = ()) -> Recipe:
-    """The recipe in the file `path`, on top of the files that it extends, with overrides on top, in their order.
+    """Load the recipe in the file `path`, merged over the files that it extends, with overrides on top, in order.
 
     An override is `key.path=value`, or the path of a piece (a file as in recipes/_tricks). Raises RecipeError with
     every problem of every file, override and value.
@@ -76,7 +76,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str | Path] = ()) -> Recip
 
 
 def load_piece(path: Path) -> dict[str, Any]:
-    """The plain values of a part of a recipe, on top of what it extends; whether they are valid shows in a recipe.
+    """Load a part of a recipe as plain values, merged over what it extends. They are validated only within a recipe.
 
     Raises RecipeError.
     """
@@ -89,12 +89,12 @@ def load_piece(path: Path) -> dict[str, Any]:
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """The whole recipe as YAML, defaults included; it loads back to an equal one."""
+    """Return the full recipe as YAML, including defaults; it loads back to an equal one."""
     return dump_values(recipe.model_dump(mode="json"))
 
 
 def dump_values(values: dict[str, Any]) -> str:
-    """Plain values as the YAML of a recipe, in their order."""
+    """Return plain values as the YAML of a recipe, in their order."""
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
@@ -118,7 +118,7 @@ def _problem(tree: Tree, finding: Finding) -> Problem:
 
 
 class _Reader:
-    """Reads a file and what it extends. `complete` turns False when some file could not be used."""
+    """Reads a file and what it extends. `complete` becomes False if a file could not be used."""
 
     def __init__(self, problems: list[Problem]) -> None:
         self.problems = problems
@@ -126,7 +126,7 @@ class _Reader:
         self.complete = True
 
     def read(self, path: Path, shown: str, chain: tuple[tuple[str, str], ...], asked: Problem) -> Tree | None:
-        """The merged tree of one file; `chain` has the real path and shown name of each file that led here."""
+        """Return the merged tree of one file; `chain` has the real path and shown name of each file that led here."""
         real = os.path.realpath(path) if "\0" not in str(path) else str(path)
         names = [name for _, name in chain]
         self.num_files += 1
@@ -168,7 +168,7 @@ class _Reader:
                 self._refuse(asked, "expected a path or a list of paths, relative to this file")
                 continue
             name = os.path.normpath(os.path.join(os.path.dirname(shown), entry.value))
-            if not entry.value.endswith((".yaml", ".yml")):  # what a message quotes is never of another kind of file
+            if not entry.value.endswith((".yaml", ".yml")):  # messages never quote other kinds of files
                 self._refuse(asked, f"expected a file whose name ends with .yaml or .yml, got {describe(entry.value)}")
                 continue
             base = self.read(path.parent / entry.value, name, chain, asked)
@@ -177,13 +177,13 @@ class _Reader:
         return own if merged is None else _lay_over(merged, own)
 
     def _refuse(self, asked: Problem, message: str) -> None:
-        """Notes the problem at the place where the file was asked for."""
+        """Record the problem at the key that names the file."""
         self.complete = False
         self.problems.append(Problem(asked.file, asked.line, asked.key, message))
 
 
 def _read_text(path: Path) -> tuple[str, str, int | None]:
-    """The text of a file, what is wrong with the file (or ""), and the line where it goes wrong if it has one."""
+    """Return the text of a file, the problem with it (or ""), and the problem's line if it has one."""
     try:
         # A pipe or a device may never answer, and opening one can act on it.
         if not stat.S_ISREG(path.stat().st_mode) and not path.is_dir():
@@ -206,8 +206,7 @@ def _read_text(path: Path) -> tuple[str, str, int | None]:
 
 
 def _lay_over(base: Tree, child: Tree) -> Tree:
-    """`child` merged over `base`; where it chooses another optimizer or schedule, the settings of the one before do not
-    stay."""
+    """Merge `child` over `base`; if it chooses another optimizer or schedule, drop the old one's settings."""
     for path, (common, _, default) in _CHOICES.items():
         old, new = _section(base, path), _section(child, path)
         before = old["name"].value if "name" in old else default
@@ -217,21 +216,21 @@ def _lay_over(base: Tree, child: Tree) -> Tree:
 
 
 def _section(tree: Tree, path: Sequence[str]) -> dict[str, Tree]:
-    """The mapping at `path`; an empty one where there is none."""
+    """Return the mapping at `path`, or an empty one."""
     for part in path:
         tree = tree.value.get(part, Tree(None, "", None)) if isinstance(tree.value, dict) else Tree(None, "", None)
     return tree.value if isinstance(tree.value, dict) else {}
 
 
 def _replace(tree: Tree, path: Sequence[str], section: dict[str, Tree]) -> Tree:
-    """The tree with another mapping at `path`, where it has one."""
+    """Return the tree with the mapping at `path` replaced, if it has one."""
     if not path:
         return Tree(section, tree.file, tree.line)
     return Tree({**tree.value, path[0]: _replace(tree.value[path[0]], path[1:], section)}, tree.file, tree.line)
 
 
 def _merge(base: Tree, child: Tree) -> Tree:
-    """Mappings are merged key by key, everything else is replaced. The child's position holds for what both have."""
+    """Merge mappings key by key; everything else is replaced. Keys of both have the child's position."""
     if not isinstance(base.value, dict) or not isinstance(child.value, dict):
         return child
     merged = dict(base.value)
@@ -244,7 +243,7 @@ def _merge(base: Tree, child: Tree) -> Tree:
 
 
 def _with_new_names(tree: Tree, problems: list[Problem]) -> Tree:
-    """The tree of one file with what is renamed under its new name, which is told on standard error."""
+    """Return the tree of one file with renamed keys under their new names; warn on standard error."""
     for old, new in RENAMED.items():
         *path, last = old.split(".")
         section = _section(tree, path)
@@ -282,7 +281,7 @@ def _tell_of_new_name(value: Tree, old: str, new: str) -> None:
 
 
 def _override(tree: Tree, override: str, problems: list[Problem]) -> Tree:
-    """The tree with one `key.path=value` from the command line in it."""
+    """Return the tree with one `key.path=value` from the command line applied."""
     key, equals, text = override.partition("=")
     parts = key.strip().split(".")
     origin = f"{_COMMAND_LINE}{override if override.isprintable() and len(override) <= 200 else ascii(override[:200])}"
@@ -290,7 +289,7 @@ def _override(tree: Tree, override: str, problems: list[Problem]) -> Tree:
         problems.append(Problem(origin, None, "", "expected key.path=value, such as optimizer.lr=3e-4"))
         return tree
     if parts[0] == "extends":
-        problems.append(Problem(origin, None, "extends", "can only stand in a file"))
+        problems.append(Problem(origin, None, "extends", "can only be set in a file"))
         return tree
     if len(text) > MAX_FILE_BYTES:
         problems.append(Problem(origin, None, "", "the value is too long"))
@@ -308,7 +307,7 @@ def _override(tree: Tree, override: str, problems: list[Problem]) -> Tree:
 
 
 def _without_former_choice(tree: Tree) -> Tree:
-    """Where the command line chooses an optimizer or schedule, without the files' settings that it does not have."""
+    """If the command line chooses an optimizer or schedule, drop the files' settings that it does not have."""
     for path, (_, kinds, _) in _CHOICES.items():
         section = _section(tree, path)
         kind = kinds.get(str(section["name"].value)) if "name" in section else None
@@ -339,7 +338,7 @@ def _set(tree: Tree, parts: Sequence[str], value: Tree, at: str, problems: list[
         problems.append(Problem(value.file, None, key, f"{at} is a value, not a mapping of keys"))
         return tree
     children = dict(tree.value or {})
-    # What is not there yet comes from the command line as a whole.
+    # New mappings come entirely from the command line.
     child = children.get(part, Tree(None, value.file, None))
     children[part] = _set(child, rest, value, key, problems)
     return Tree(children, tree.file, tree.line)
@@ -349,7 +348,7 @@ def _set(tree: Tree, parts: Sequence[str], value: Tree, at: str, problems: list[
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes what either YAML 1.1 or 1.2 would not read as text, and writes nothing as an alias."""
+    """Quotes text that YAML 1.1 or 1.2 would read as another type, and never writes aliases."""
 
     yaml_implicit_resolvers: ClassVar[dict] = {  # type: ignore[misc]
         first: list(resolvers) for first, resolvers in yaml.SafeDumper.yaml_implicit_resolvers.items()

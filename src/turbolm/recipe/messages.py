@@ -1,4 +1,4 @@
-"""What is wrong with a recipe's values, in plain words: pydantic's errors by their path in the recipe."""
+"""Explain pydantic's errors in plain words, by their path in the recipe."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ Path = tuple[str | int, ...]
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing wrong with the values. `needs_all` when it may only come from a part that could not be read."""
+    """One problem with the values. `needs_all`: it may be caused by a part that could not be read."""
 
     path: Path
     message: str
     needs_all: bool = False
 
 
-# Keys of other programs, and what says the same here.
+# Keys of other programs, and their equivalents here.
 _ELSEWHERE = {
     "learning_rate": "optimizer.lr",
     "max_lr": "optimizer.lr",
@@ -78,10 +78,10 @@ _BOUNDS = {
 
 
 def validation_findings(error: ValidationError) -> list[Finding]:
-    """One finding for each place of the recipe that pydantic refused, in pydantic's order."""
+    """Return one finding for each key that pydantic refused, in pydantic's order."""
     by_path: dict[Path, list[tuple[ErrorDetails, type[Section] | None]]] = {}
     for details in error.errors(include_url=False):
-        path, section = _place(details["loc"])
+        path, section = _path_and_section(details["loc"])
         if details["type"] in ("union_tag_invalid", "union_tag_not_found"):
             path = (*path, _tag_key(path))
         by_path.setdefault(path, []).append((details, section))
@@ -89,7 +89,7 @@ def validation_findings(error: ValidationError) -> list[Finding]:
 
 
 def describe(value: object) -> str:
-    """A value as the user wrote it, cut short."""
+    """Return a value as the user wrote it, shortened."""
     if value is None:
         return "nothing"
     if isinstance(value, Mapping):
@@ -101,7 +101,7 @@ def describe(value: object) -> str:
 
 
 def known_keys(section: type[Section] = Recipe, parent: str = "") -> Iterable[str]:
-    """Every key a recipe may have, as a dotted path; those of a list's entries are left out."""
+    """Return every key of a recipe as a dotted path, without those of list entries."""
     for name, field in section.model_fields.items():
         key = f"{parent}.{name}" if parent else name
         yield key
@@ -128,8 +128,8 @@ def _finding(path: Path, branches: list[tuple[ErrorDetails, type[Section] | None
 
 
 def _refusal(branches: list[ErrorDetails], path: Path) -> str:
-    """One message for a value, whatever the number of alternatives that refused it."""
-    for details in branches:  # right in kind, wrong in size: the other alternatives are beside the point
+    """Return one message for a value, however many alternatives refused it."""
+    for details in branches:  # right type, value out of range: the other alternatives do not matter
         if details["type"] in _BOUNDS:
             words, name = _BOUNDS[details["type"]]
             bound = details["ctx"][name]
@@ -145,7 +145,7 @@ def _refusal(branches: list[ErrorDetails], path: Path) -> str:
 
 
 def _expected(details: ErrorDetails) -> str | None:
-    """What a value should have been, for the sentence `expected ..., got ...`."""
+    """Return the expected value, for the sentence `expected ..., got ...`."""
     kind = details["type"]
     if kind == "literal_error":
         return str(details["ctx"]["expected"])
@@ -201,7 +201,7 @@ def _unknown_key(path: Path, section: type[Section] | None) -> str:
     known = f" (known: {', '.join(here)})" if here else ""
     if key in _DERIVED:
         return f"unknown key; {_DERIVED[key]}"
-    elsewhere = _places_of_keys()
+    elsewhere = _paths_of_keys()
     near_here = difflib.get_close_matches(key, here, n=1, cutoff=0.6)
     near_elsewhere = difflib.get_close_matches(key, elsewhere, n=1, cutoff=0.75)
     if key in _all_keys():  # `optimizer.lr: 1` as one key
@@ -214,7 +214,7 @@ def _unknown_key(path: Path, section: type[Section] | None) -> str:
         meant = elsewhere[near_elsewhere[0]]
     else:
         return f"unknown key{known}"
-    if len(path) > 1 and meant == ".".join(str(part) for part in path):  # right, but of another alternative
+    if len(path) > 1 and meant == ".".join(str(part) for part in path):  # a valid key, but of another alternative
         owners = [str(_tag_value(one)) for one in _choices(Recipe.model_fields[str(path[0])].annotation)
                   if key in one.model_fields]  # fmt: skip
         mine = f" of {_tag_value(section)}" if section else ""
@@ -230,23 +230,23 @@ def _all_keys() -> frozenset[str]:
 
 
 @cache
-def _places_of_keys() -> dict[str, str]:
-    """The dotted path of every key, by its last part."""
-    places: dict[str, str] = {}
+def _paths_of_keys() -> dict[str, str]:
+    """Return the dotted path of every key, by its last part."""
+    paths: dict[str, str] = {}
     for full in known_keys():
-        places.setdefault(full.rpartition(".")[2], full)
-    return places
+        paths.setdefault(full.rpartition(".")[2], full)
+    return paths
 
 
-def _place(loc: tuple[int | str, ...]) -> tuple[Path, type[Section] | None]:
-    """A pydantic location without the names of union branches, and the section that its last key belongs to."""
+def _path_and_section(loc: tuple[int | str, ...]) -> tuple[Path, type[Section] | None]:
+    """Return a pydantic location without the names of union branches, and the section of its last key."""
     path: list[str | int] = []
     choices: tuple[Any, ...] = (Recipe,)
     owner: type[Section] | None = None
     for part in loc:
         sections = [choice for choice in choices if isinstance(choice, type) and issubclass(choice, Section)]
         tuples = [choice for choice in choices if get_origin(choice) is tuple]
-        if len(sections) > 1:  # the tag of a discriminated union
+        if len(sections) > 1:  # the tag of a discriminated union branch
             choices = tuple(one for one in sections if part in get_args(one.model_fields[_tag_of(one)].annotation))
         elif sections:
             owner = sections[0]
@@ -260,7 +260,7 @@ def _place(loc: tuple[int | str, ...]) -> tuple[Path, type[Section] | None]:
 
 
 def _tag_of(section: type[Section]) -> str:
-    """The key that tells which of several sections is meant."""
+    """Return the tag key of a union of sections."""
     return "type" if "type" in section.model_fields else "name"
 
 
@@ -269,12 +269,12 @@ def _tag_value(section: type[Section]) -> object:
 
 
 def _tag_key(path: Path) -> str:
-    """The same, for the place where the choice was refused: its entry in a list, or the key itself."""
+    """Return the same for the path where the choice was refused: an entry of a list, or the key itself."""
     return "type" if "sources" in path else "name"
 
 
 def _choices(annotation: Any) -> tuple[Any, ...]:
-    """The alternatives of a type, without None and annotations."""
+    """Return the alternatives of a type, without None and annotations."""
     if get_origin(annotation) is Annotated:
         return _choices(get_args(annotation)[0])
     if get_origin(annotation) in (Union, UnionType):

@@ -1,8 +1,7 @@
-"""The configuration of a model: a published config.json with the recipe's own keys laid over it. Torch-free.
+"""The configuration of a model: a published config.json, overridden by the recipe's own keys. Torch-free.
 
-A recipe holds what the file says, not its path, so a submitted job and a resumed run do not depend on the file. What
-the file says about its tokenizer, its storage and text generation is left out of the configuration: the recipe decides
-those.
+A recipe stores the content of the file, not its path, so a submitted job and a resumed run do not depend on the file.
+Settings of the file about its tokenizer, storage and text generation are dropped: the recipe decides those.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from turbolm.redaction import holds_secret
 
 CONFIG_NAME = "config.json"
 _MAX_FILE_BYTES = 2**20
-_MAX_KEPT_BYTES = 2**16  # a recipe with all of it must stay below the limits of recipe.document
+_MAX_KEPT_BYTES = 2**16  # a recipe that contains it must stay below the limits of recipe.document
 _MAX_KEPT_VALUES = 2_000
 _MAX_DEPTH = 12
 
@@ -30,22 +29,22 @@ NOT_LEARNED = frozenset(
 """Names of a config.json that do not change what is trained from new weights: the recipe, its tokenizer and the trainer
 decide them."""
 
-# Settings of rotary positions that mean the same for every type of them.
+# Settings of rotary positions with the same meaning for every type.
 _ANY_ROPE = ("rope_theta", "partial_rotary_factor")
 _ROPE_TYPES = ("rope_type", "type")
 
 
 def is_dropout(name: str) -> bool:
-    """Whether a setting of this name is a dropout probability."""
+    """Return whether a setting of this name is a dropout probability."""
     return "dropout" in name or name.endswith(("pdrop", "_drop"))
 
 
 def lay_over(file: Mapping[str, Any] | None, config: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """`config` laid over what the file says: mappings are merged key by key, everything else is replaced.
+    """Merge `config` over the content of the file: mappings key by key, everything else is replaced.
 
-    Left out of the file are the names of `NOT_LEARNED`, and dropouts of 0, which are `model.dropout`'s to set. A
-    multimodal file gives its text part when `config` asks for it by its `model_type`. Rotary positions of another type
-    do not keep the settings of the file's type. None without a file and a `config`.
+    Names in `NOT_LEARNED` are dropped from the file, and dropouts of 0, which `model.dropout` sets. Of a multimodal
+    file only the text part is used if `config` has its `model_type`. Rotary positions of another type do not keep the
+    settings of the file's type. Returns None without a file and a `config`.
     """
     if file is None:
         return None if config is None else dict(config)
@@ -59,7 +58,7 @@ def lay_over(file: Mapping[str, Any] | None, config: Mapping[str, Any] | None) -
 
 
 def text_part(file: Mapping[str, Any], model_type: object) -> Mapping[str, Any]:
-    """What a multimodal file says about its text model if that has this type, else the whole file."""
+    """Return the text model's part of a multimodal file if it has this type, else the full content."""
     inner = file.get("text_config")
     if not isinstance(inner, Mapping) or model_type is None or model_type == file.get("model_type"):
         return file
@@ -81,7 +80,7 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_config_file(value: object) -> object:
-    """What the config.json at a path says, as plain values; a mapping that was read before is returned as it is.
+    """Read the config.json at a path as plain values; a mapping that was read before is returned as it is.
 
     Infinities and NaN become `{__float__: Infinity}`, as Transformers writes them. Raises ValueError.
     """
@@ -118,7 +117,7 @@ def _plain_mapping(content: object, shown: str) -> dict[str, Any]:
     if num_values > _MAX_KEPT_VALUES or len(text) > _MAX_KEPT_BYTES:
         raise ValueError(f"{shown}: {num_values} values in {len(text)} bytes, which no configuration of a model has")
     if holds_secret(text.decode()):
-        raise ValueError(f"{shown}: spells out a password, token or key, but recipes are copied; remove it")
+        raise ValueError(f"{shown}: contains a password, token or key, but recipes are copied; remove it")
     if not isinstance(plain.get("model_type"), str):
         raise ValueError(f"{shown}: names no model_type")
     return plain
@@ -129,7 +128,7 @@ def _is_large(value: object) -> bool:
 
 
 def _plain(value: Any, depth: int = 0) -> tuple[int, Any]:
-    """The number of values in it, and the value as a recipe can hold it."""
+    """Return the number of values in it, and the value as a recipe can store it."""
     if depth > _MAX_DEPTH:
         raise ValueError(f"more than {_MAX_DEPTH} levels")
     if isinstance(value, Mapping):

@@ -1,7 +1,7 @@
 """The `optimizer` section: one class for each optimizer, with its settings, its traits and how it is built. Torch-free.
 
 To add one, write its class here and a line in OPTIMIZERS: recipes, checks, the memory estimate, the JSON schema and the
-table of src/turbolm/optim/README.md follow from them. A `build` imports what it needs when it is called.
+table of src/turbolm/optim/README.md use it from there. `build` imports what it needs when it is called.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from turbolm.recipe.schema import Recipe
 
-Groups = list[dict[str, Any]]  # as `turbolm.optim.groups` makes them
+Groups = list[dict[str, Any]]  # made by `turbolm.optim.groups`
 NotNegative = Annotated[Number, Field(ge=0)]
 Betas = Annotated[tuple[Beta, Beta], BeforeValidator(list_is_tuple)]
 ThreeBetas = Annotated[tuple[Beta, Beta, Beta], BeforeValidator(list_is_tuple)]
@@ -39,26 +39,26 @@ _LR = "peak learning rate"
 _BETAS = "decay of the running mean of the gradient and of its square"
 _EPS = "added to the root of the mean square"
 _COUPLED_DECAY = "added to the gradient; not on norms, biases and embeddings"
-_DECOUPLED_DECAY = "decoupled, times the learning rate; not on norms, biases and embeddings"
+_DECOUPLED_DECAY = "decoupled, scaled by the learning rate; not on norms, biases and embeddings"
 
 
 class LrMultipliers(Section):
-    """Factors on the learning rate of each kind of parameter."""
+    """Learning-rate factors by kind of parameter."""
 
     embeddings: PositiveNumber = Field(1.0, description="token and position embeddings, and a head tied to them")
-    head: PositiveNumber = Field(1.0, description="the output head, where it is not tied to the embedding")
+    head: PositiveNumber = Field(1.0, description="the output head, if it is not tied to the embedding")
     matrices: PositiveNumber = Field(1.0, description="every other weight with two or more dimensions")
     vectors: PositiveNumber = Field(1.0, description="norms, biases, and the dynamics of state-space models")
 
 
 class Optimizer(Section):
-    """What every optimizer has. ZeRO 0 is fp32 only, and offloading needs stage 1 to 3 (`turbolm.recipe.checks`)."""
+    """Base of every optimizer. ZeRO 0 is fp32 only, and offloading needs stage 1 to 3 (`turbolm.recipe.checks`)."""
 
     zero_stages: ClassVar[tuple[int, ...]] = (0, 1, 2, 3)
-    package: ClassVar[str | None] = None  # what it needs besides torch; `pip install 'turbolm[optimizers]'` brings it
-    state_bytes: ClassVar[float] = 8  # for each parameter, about
+    package: ClassVar[str | None] = None  # package it needs besides torch, from `pip install 'turbolm[optimizers]'`
+    state_bytes: ClassVar[float] = 8  # per parameter, approximately
     has_momentum: ClassVar[bool] = True
-    is_orthogonal: ClassVar[bool] = False  # makes the updates of hidden matrices orthogonal: they are a group apart
+    is_orthogonal: ClassVar[bool] = False  # orthogonalizes updates of hidden matrices: they are a separate group
 
     name: str
     lr: PositiveNumber = Field(3e-4, description=_LR)
@@ -66,7 +66,7 @@ class Optimizer(Section):
     lr_multipliers: LrMultipliers = Field(LrMultipliers(), description="factors on lr by kind of parameter")
 
     def build(self, groups: Groups, recipe: Recipe) -> torch.optim.Optimizer:
-        """The torch optimizer over these parameter groups, which hold their weight decay."""
+        """Return the torch optimizer over these parameter groups, which include their weight decay."""
         raise NotImplementedError
 
 
@@ -85,8 +85,8 @@ class AdamW(_Adam):
     name: Literal["adamw"] = Field("adamw", description=_NAME)
 
     def build(self, groups: Groups, recipe: Recipe) -> torch.optim.Optimizer:
-        """`adam_kernel` auto takes DeepSpeed's vectorized CPUAdam when the optimizer state is offloaded to the host,
-        and torch's fused kernel (one pass over parameters and both moments, on CPU as on GPU) otherwise; `torch` and
+        """`adam_kernel` auto uses DeepSpeed's vectorized CPUAdam when the optimizer state is offloaded to the host, and
+        torch's fused kernel (one pass over parameters and both moments, on CPU as on GPU) otherwise; `torch` and
         `deepspeed` force one. DeepSpeed compiles its kernels on first use, which needs a C++ compiler (on a GPU also
         nvcc).
         """
@@ -111,10 +111,10 @@ class Muon(Optimizer):
     is_orthogonal = True
 
     name: Literal["muon"] = Field(description=_NAME)
-    momentum: Beta = Field(0.95, description="of the matrices: decay of the running mean of the gradient")
-    nesterov: bool = Field(True, description="of the matrices: look ahead by one step of the momentum")
+    momentum: Beta = Field(0.95, description="for matrices: decay of the running mean of the gradient")
+    nesterov: bool = Field(True, description="for matrices: Nesterov momentum, which looks one step ahead")
     ns_steps: Annotated[int, Field(ge=1, le=20)] = Field(
-        5, description="iterations of Newton and Schulz that make an update orthogonal"
+        5, description="Newton-Schulz iterations that orthogonalize an update"
     )
     adjust_lr: Literal["match_rms_adamw", "original"] = Field(
         "match_rms_adamw",
@@ -137,7 +137,7 @@ class Muon(Optimizer):
 
 
 class CautiousAdamW(_Adam):
-    """AdamW that leaves out the elements of its update whose sign is not the gradient's (arXiv 2411.16085)."""
+    """AdamW that masks the elements of its update whose sign is not the gradient's (arXiv 2411.16085)."""
 
     name: Literal["cautious_adamw"] = Field(description=_NAME)
 
@@ -241,9 +241,9 @@ class Soap(Optimizer):
     name: Literal["soap"] = Field(description=_NAME)
     betas: Betas = Field((0.95, 0.95), description=_BETAS)
     eps: PositiveNumber = Field(1e-8, description=_EPS)
-    precondition_every: Steps = Field(10, description="steps between two computations of the eigenbasis")
+    precondition_every: Steps = Field(10, description="steps between computations of the eigenbasis")
     max_precondition_dim: Steps = Field(
-        10_000, description="a side of a matrix longer than this (such as the vocabulary) is left as it is"
+        10_000, description="matrix sides longer than this (such as the vocabulary) are not preconditioned"
     )
 
     def build(self, groups: Groups, recipe: Recipe) -> torch.optim.Optimizer:
@@ -271,13 +271,13 @@ class Adafactor(Optimizer):
     beta2_decay: Annotated[Number, Field(lt=0)] = Field(
         -0.8, description="the mean square decays by 1 - step ** beta2_decay"
     )
-    clip_rms: PositiveNumber = Field(1.0, description="an update whose root mean square is larger is scaled down to it")
+    clip_rms: PositiveNumber = Field(1.0, description="updates with a larger root mean square are scaled down to it")
     weight_decay: NotNegative = Field(0.0, description=_DECOUPLED_DECAY)
 
     def build(self, groups: Groups, recipe: Recipe) -> torch.optim.Optimizer:
         from torch.optim import Adafactor as Implementation
 
-        eps = (1e-15, 1e-3)  # torch squares the first: the paper's 1e-30; its own default would damp small gradients
+        eps = (1e-15, 1e-3)  # torch squares the first: the paper's 1e-30; torch's default damps small gradients
         return Implementation(groups, lr=self.lr, beta2_decay=self.beta2_decay, d=self.clip_rms, eps=eps)
 
 
@@ -296,8 +296,8 @@ class AdamW8bit(_Adam):
 
 
 def _largest_momentum(momentum: float, recipe: Recipe) -> float:
-    """torch keeps a momentum buffer only if there is a momentum at the start: give it the largest of a schedule, which
-    sets it every step."""
+    """Return the initial momentum: the largest of a schedule, which sets it every step. torch keeps a momentum buffer
+    only if the initial one is not 0."""
     ramp = recipe.schedule.momentum
     return momentum if ramp is None else max(ramp.start, ramp.end)
 

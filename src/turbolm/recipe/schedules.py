@@ -1,7 +1,7 @@
-"""The `schedule` section: one class for each schedule of the learning rate, its settings and its curve. Torch-free.
+"""The `schedule` section: one class per learning-rate schedule, with its settings and its curve. Torch-free.
 
 To add one, write its class here and add it to SCHEDULES. A curve is a pure function of the tokens seen, so a resumed
-run, a run on another world size and the preview of `turbolm plan` read the same one.
+run, a run on another world size and the preview of `turbolm plan` are the same.
 """
 
 from __future__ import annotations
@@ -17,24 +17,25 @@ from turbolm.recipe.fields import Beta, Number, Section, TrainingSpan, by_tag, p
 from turbolm.units import Span
 
 FORMERLY_IN_ALL: dict[str, Any] = {"decay": "20%", "decay_shape": "linear", "cycle": "25%", "cycle_growth": 1}
-"""Settings that every schedule once had, used or not. Fingerprints still hold them, at these defaults where the
-schedule has none of its own, so that they stay what they were."""
+"""Settings that every schedule once had, used or not. Fingerprints still include them, with these defaults for settings
+that a schedule does not have, so that old fingerprints stay valid."""
 
 _NAME = "which curve the learning rate follows after the warmup"
 
 
 class Ramp(Section):
-    """A value that goes from `start` to `end` and stays there."""
+    """A value that changes from `start` to `end` and stays there."""
 
     start: Annotated[Number, Field(ge=0)] = Field(description="at the start of the run")
     end: Annotated[Number, Field(ge=0)] = Field(description="at the end of `over`, and from there on")
     over: Annotated[TrainingSpan, AfterValidator(positive_span)] = Field(
-        Span(1.0, "share"), description="tokens, steps or a share of the budget that it takes"
+        Span(1.0, "share"), description="duration in tokens, steps or a share of the budget"
     )
     shape: Literal["linear", "cosine"] = Field("linear", description="cosine: slow at both ends")
 
     def value(self, tokens: float, budget_tokens: int, batch_tokens: int) -> float:
-        """Its value after `tokens` tokens; `budget_tokens` is the run's first budget, also after an extension."""
+        """Return the value after `tokens` tokens; `budget_tokens` is the run's first budget, even if it was
+        extended."""
         progress = min(tokens / self.over.tokens(budget_tokens, batch_tokens), 1.0)
         if self.shape == "cosine":
             progress = 1 - _SHAPES["cosine"](progress)
@@ -42,18 +43,18 @@ class Ramp(Section):
 
 
 class MomentumRamp(Ramp):
-    """A momentum that goes from `start` to `end` and stays there."""
+    """A momentum that changes from `start` to `end` and stays there."""
 
     start: Beta = Field(description="at the start of the run")
     end: Beta = Field(description="at the end of `over`, and from there on")
 
 
 class Schedule(Section):
-    """What every schedule has: the warmup, the floor, and on demand curves of weight decay and momentum."""
+    """Base of every schedule: warmup, floor, and optional curves of weight decay and momentum."""
 
     name: str
-    warmup: TrainingSpan = Field(Span(0.02, "share"), description="rise from 0 to the peak")
-    min_lr_ratio: Annotated[Number, Field(ge=0, le=1)] = Field(0.1, description="where it ends, as a share of the peak")
+    warmup: TrainingSpan = Field(Span(0.02, "share"), description="linear rise from 0 to the peak")
+    min_lr_ratio: Annotated[Number, Field(ge=0, le=1)] = Field(0.1, description="final value, as a share of the peak")
     weight_decay: Ramp | None = Field(None, description="factor on optimizer.weight_decay; none: 1 throughout")
     momentum: MomentumRamp | None = Field(
         None,
@@ -67,24 +68,24 @@ class Schedule(Section):
     )
 
     def ratio(self, tokens: float, warmup: float, length: float, batch: int) -> float:
-        """The learning rate after `tokens` of `length` tokens, as a ratio of its peak.
+        """Return the learning rate after `tokens` of `length` tokens, as a ratio of its peak.
 
         `tokens` is more than `warmup`, the tokens of the warmup; `batch` is the tokens of a step.
         """
         raise NotImplementedError
 
     def plateau(self, budget: int, batch: int) -> tuple[float, float] | None:
-        """The tokens between which the learning rate stays at its peak; None where it does not."""
+        """Return the token range in which the learning rate stays at its peak, or None."""
         return None
 
     def _fall(self, shape: str, tokens: float, start: float, end: float) -> float:
-        """From the peak at `start` to the floor at `end`."""
+        """Return the ratio between the peak at `start` and the floor at `end`."""
         progress = min((tokens - start) / max(end - start, 1), 1.0)
         return float(self.min_lr_ratio + (1 - self.min_lr_ratio) * _SHAPES[shape](progress))
 
 
 class Constant(Schedule):
-    """The peak throughout."""
+    """Constant at the peak."""
 
     name: Literal["constant"] = Field(description=_NAME)
 
@@ -96,7 +97,7 @@ class Constant(Schedule):
 
 
 class Linear(Schedule):
-    """A straight fall over the budget."""
+    """A linear decay over the budget."""
 
     name: Literal["linear"] = Field(description=_NAME)
 
@@ -114,7 +115,7 @@ class Cosine(Schedule):
 
 
 class Sqrt(Schedule):
-    """1 - sqrt of the share of the budget that is done (arXiv 2405.18392)."""
+    """1 - sqrt of the finished share of the budget (arXiv 2405.18392)."""
 
     name: Literal["sqrt"] = Field(description=_NAME)
 
@@ -123,7 +124,8 @@ class Sqrt(Schedule):
 
 
 class InverseSqrt(Schedule):
-    """Falls with the root of the tokens (arXiv 1706.03762, section 5.3); without a warmup counted in first steps."""
+    """Decays with the inverse square root of the tokens (arXiv 1706.03762, section 5.3), counted in warmups or, without
+    a warmup, in steps."""
 
     name: Literal["inverse_sqrt"] = Field(description=_NAME)
 
@@ -135,8 +137,8 @@ class Wsd(Schedule):
     """Warmup, stable, decay (arXiv 2404.06395)."""
 
     name: Literal["wsd"] = Field(description=_NAME)
-    decay: TrainingSpan = Field(Span(0.2, "share"), description="the last part of the budget")
-    decay_shape: Literal["linear", "cosine", "sqrt"] = Field("linear", description="how it falls there")
+    decay: TrainingSpan = Field(Span(0.2, "share"), description="the decay, at the end of the budget")
+    decay_shape: Literal["linear", "cosine", "sqrt"] = Field("linear", description="shape of the decay")
 
     def ratio(self, tokens: float, warmup: float, length: float, batch: int) -> float:
         start = max(warmup, length - self.decay.tokens(length, batch))
@@ -147,7 +149,7 @@ class Wsd(Schedule):
 
 
 class WarmRestarts(Schedule):
-    """A cosine again and again (arXiv 1608.03983)."""
+    """Cosine with warm restarts (arXiv 1608.03983)."""
 
     name: Literal["warm_restarts"] = Field(description=_NAME)
     cycle: Annotated[TrainingSpan, AfterValidator(positive_span)] = Field(
@@ -169,7 +171,7 @@ class WarmRestarts(Schedule):
         return float(self.min_lr_ratio + (1 - self.min_lr_ratio) * _SHAPES["cosine"](progress))
 
 
-# Each falls from 1 at progress 0 to 0 at progress 1.
+# Each decays from 1 at progress 0 to 0 at progress 1.
 _SHAPES = {
     "linear": lambda progress: 1 - progress,
     "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
@@ -179,7 +181,7 @@ SCHEDULES = by_tag(Constant, Linear, Cosine, Sqrt, InverseSqrt, Wsd, WarmRestart
 
 
 def _as_resolved_before(value: Any) -> Any:
-    """A resolved recipe of before each schedule had settings of its own spells out those of all: take what applies."""
+    """Resolved recipes used to spell out the settings of all schedules: keep those that apply."""
     if not isinstance(value, dict) or not FORMERLY_IN_ALL.keys() <= value.keys():
         return value
     own = SCHEDULES.get(str(value.get("name")), Schedule).model_fields
@@ -193,12 +195,12 @@ else:
 
 
 def lr_ratio(schedule: Schedule, tokens: float, budgets_tokens: Sequence[int], batch_tokens: int) -> float:
-    """The learning rate after `tokens` tokens, as a ratio of the recipe's peak.
+    """Return the learning rate after `tokens` tokens, as a ratio of the recipe's peak.
 
     `budgets_tokens` holds the run's token budget and, for a finished run that was extended, each larger budget after
-    it. With `on_extend: rewarm` every extension warms up from where the one before it ended and runs the same shape
-    over the added tokens; with `on_extend: stretch` the curve of the larger budget, drawn from the start of the run,
-    holds from where the run stands. Either way the values up to the earlier budget stay as they were.
+    it. With `on_extend: rewarm` every extension warms up from the final value of the previous budget and runs the same
+    shape over the added tokens. With `on_extend: stretch` the curve of the larger budget, computed from the start of
+    the run, applies from the extension on. Either way the values up to the earlier budget do not change.
     """
     reached = next((i for i, budget in enumerate(budgets_tokens) if tokens <= budget), len(budgets_tokens) - 1)
     if schedule.on_extend == "stretch":
@@ -212,7 +214,7 @@ def lr_ratio(schedule: Schedule, tokens: float, budgets_tokens: Sequence[int], b
 
 
 def _run_ratio(schedule: Schedule, tokens: float, length_tokens: int, batch_tokens: int, start_ratio: float) -> float:
-    """One warmup from `start_ratio`, then the schedule's curve, over `length_tokens`."""
+    """Return one warmup from `start_ratio`, then the schedule's curve, over `length_tokens`."""
     warmup_tokens = min(schedule.warmup.tokens(length_tokens, batch_tokens), length_tokens)
     if tokens < warmup_tokens:
         return float(start_ratio + (1 - start_ratio) * tokens / warmup_tokens)

@@ -1,8 +1,8 @@
-"""What a recipe may say: frozen, strict pydantic models with every default in one place. Torch-free.
+"""The schema of a recipe: frozen, strict pydantic models with every default. Torch-free.
 
 The learning contract is `model`, `tokenizer`, `data`, `train`, `optimizer`, `schedule` and `anomalies`: what is
-learned. The rest is the execution plan: where and how it runs. The plan may change at every restart; the contract may
-not, but for `anomalies`, which says what is done from now on.
+learned. The rest is the execution plan: where and how it runs. The plan may change at every start. The contract may
+not, except for `anomalies`, which applies from then on.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from turbolm.recipe.schedules import AnySchedule, Cosine
 from turbolm.units import Span
 
 RENAMED = {"train.restarts": "random_restarts"}
-"""Keys that have another name now, in the same section: the dotted old key, and the new name of its last part. Recipes
-and contracts are read under either, and fingerprints hold the old one."""
+"""Renamed keys of a section: the dotted old key, and the new name of its last part. Recipes and contracts may use
+either; fingerprints use the old one."""
 RENAMED_CHOICES = {"schedule.name": {"restarts": "warm_restarts"}}
-"""The same for values that choose a class: the dotted key, and its new value for an old one."""
+"""The same for values that choose a class: the dotted key, and the new value of each old one."""
 CONTRACT_SECTIONS = ("model", "tokenizer", "data", "train", "optimizer", "schedule", "anomalies")
 
 
@@ -50,14 +50,14 @@ class Model(Section):
     config: dict[str, Any] | None = Field(None, description="Hugging Face configuration with its `model_type`")
     config_file: Annotated[ConfigFile, Before(None)] = Field(
         None,
-        description="path of a published config.json or its folder, or what it says; `config` is laid over it, and the "
-        "contract holds the two together under `config`",
+        description="path of a published config.json or its folder, or its content; `config` overrides it, and the "
+        "contract holds the result under `config`",
     )
     pretrained: Text | None = Field(
         None, description="local folder in the Hugging Face layout to start from, or a model's name on the hub"
     )
     revision: Annotated[Text | None, Before(None)] = Field(
-        None, description="with a hub name in `pretrained`: its branch, tag or commit; settled at the first start"
+        None, description="with a hub name in `pretrained`: its branch, tag or commit; resolved at the first start"
     )
     resize_embeddings: Annotated[bool, Before(False)] = Field(
         False, description="with `pretrained`: add rows (the mean of the others) for a tokenizer with more tokens"
@@ -70,17 +70,17 @@ class Model(Section):
     )
     rope_factors: Annotated[Literal["by_length", "short", "long"], Before("by_length")] = Field(
         "by_length",
-        description="for rotary positions whose factors follow the longest sequence of a batch (longrope, dynamic): "
-        "short or long fixes them, without which such a model cannot be packed",
+        description="for rotary positions whose factors depend on the longest sequence of a batch (longrope, dynamic): "
+        "short or long fixes them, which packing needs",
     )
     init: Literal["default", "depth_scaled"] = Field(
         "default",
-        description="initial weights: as the model type draws them, or those that are added to the residual stream "
+        description="initial weights: as the model type draws them, or with those that write to the residual stream "
         "smaller by sqrt(2 x layers), as in GPT-2",
     )
     pad_vocab_to_multiple: Annotated[int, Field(ge=1)] = Field(
         1,
-        description="rows of embedding and head, such as 64 or 128: whole tiles of a GPU; the added tokens never occur",
+        description="round up the rows of embedding and head to a GPU's tiles, such as 128; added tokens never occur",
     )
 
     @model_validator(mode="after")
@@ -96,36 +96,36 @@ class Model(Section):
             raise ValueError("expected no `revision` without `pretrained`: only a hub name has revisions")
         if self.pretrained is not None and (self.init, self.pad_vocab_to_multiple) != ("default", 1):
             raise ValueError(
-                "expected neither `init` nor `pad_vocab_to_multiple` beside `pretrained`: its weights are given"
+                "expected neither `init` nor `pad_vocab_to_multiple` with `pretrained`: its weights are given"
             )
         return self
 
     @property
     def full_config(self) -> dict[str, Any] | None:
-        """The Hugging Face configuration that is trained: `config` laid over `config_file`; None with `pretrained`."""
+        """Return the configuration to train: `config` merged over `config_file`; None with `pretrained`."""
         return lay_over(self.config_file, self.config)
 
 
 class TrainTokenizer(Section):
     """A byte-level BPE tokenizer trained on the recipe's own training documents."""
 
-    vocab_size: Annotated[Positive, Field(ge=257)] = Field(4096, description="tokens it ends up with, bytes included")
-    sample_bytes: Bytes = Field(64 * 10**6, description="how much text of the sources it is trained on")
+    vocab_size: Annotated[Positive, Field(ge=257)] = Field(4096, description="vocabulary size, including all bytes")
+    sample_bytes: Bytes = Field(64 * 10**6, description="amount of the sources' text that it is trained on")
 
 
 class Tokenizer(Section):
-    """Trained here, or loaded from a folder (Hugging Face layout) or a tokenizer.json."""
+    """Train a tokenizer, or load it from a folder (Hugging Face layout) or a tokenizer.json."""
 
     train: TrainTokenizer | None = Field(None, description="settings of a tokenizer to train")
     path: Text | None = Field(
         None, description="a local folder in the Hugging Face layout, a tokenizer.json, or a name on the hub"
     )
     revision: Annotated[Text | None, Before(None)] = Field(
-        None, description="with a hub name in `path`: its branch, tag or commit; settled at the first start"
+        None, description="with a hub name in `path`: its branch, tag or commit; resolved at the first start"
     )
     special_tokens_in_text: Annotated[Literal["split", "keep"], Before("split")] = Field(
         "split",
-        description="what a document means that spells out a special or added token: split: ordinary text; keep: that "
+        description="special and added tokens that a document spells out; split: read as ordinary text; keep: as that "
         "token",
     )
 
@@ -141,14 +141,14 @@ class Tokenizer(Section):
 class BatchRamp(Section):
     """A batch that grows to train.global_batch: by hand with `at`, or in even steps from `start`."""
 
-    at: StagedTokens | None = Field(None, description="tokens of a step from each place on, such as {0%: 64k, 10%: 1M}")
+    at: StagedTokens | None = Field(None, description="tokens per step from each point on, such as {0%: 64k, 10%: 1M}")
     start: Positive | None = Field(None, description="tokens of the first steps")
     over: Annotated[TrainingSpan, AfterValidator(positive_span)] = Field(
         Span(0.1, "share"), description="where train.global_batch is reached, with `start`"
     )
-    num_levels: Annotated[int, Field(ge=2, le=1000)] = Field(4, description="different batches, with `start`")
+    num_levels: Annotated[int, Field(ge=2, le=1000)] = Field(4, description="number of batch sizes, with `start`")
     lr_scaling: Literal["none", "sqrt", "linear"] = Field(
-        "sqrt", description="the learning rate is scaled by this power of the batch's share of train.global_batch"
+        "sqrt", description="the learning rate is scaled by this function of the batch's share of train.global_batch"
     )
 
     @model_validator(mode="after")
@@ -159,28 +159,28 @@ class BatchRamp(Section):
 
 
 class RandomRestarts(Section):
-    """Several initial weights are trained for a few steps, and the best is trained on (arXiv 2002.06305)."""
+    """Train several initial weights for a few steps, and continue with the best (arXiv 2002.06305)."""
 
-    seeds: Annotated[int, Field(ge=2, le=1000)] = Field(4, description="different initial weights that are tried")
+    seeds: Annotated[int, Field(ge=2, le=1000)] = Field(4, description="number of initial weights to try")
     over: Annotated[TrainingSpan, AfterValidator(positive_span)] = Field(
         Span(0.02, "share"),
-        description="tokens, steps or a share of the budget that each is tried for; judged by the training loss of its "
+        description="tokens, steps or a share of the budget to train each; compared by the training loss of its "
         "last quarter",
     )
 
 
 class Train(Section):
-    """How long, how much at once, and the numerics that change the result."""
+    """Budget, batch, and the numerics that change the result."""
 
-    budget: Positive = Field(description="tokens to train on (bins x seq_len of all steps)")
+    budget: Positive = Field(description="tokens to train on (sequences x seq_len, over all steps)")
     global_batch: Positive = Field(description="tokens of one optimizer step over all processes")
     batch_ramp: BatchRamp | None = Field(None, description="smaller batches at the start of the run")
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(0, description="of initial weights, data order and dropout")
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(0, description="for initial weights, data order and dropout")
     random_restarts: Annotated[RandomRestarts | None, Before(None)] = Field(
-        None, description="choose among several initial weights first; those not chosen cost tokens beside the budget"
+        None, description="choose among several initial weights first; the others' tokens come on top of the budget"
     )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        "auto", description="auto: bf16 where the processor computes in it, else fp32; settled at the first start"
+        "auto", description="auto: bf16 if the hardware supports it, else fp32; resolved at the first start"
     )
     fp8: Literal["off", "tensorwise", "rowwise"] = Field(
         "off",
@@ -209,40 +209,38 @@ class Train(Section):
 
 
 class Anomalies(Section):
-    """What a step does whose loss or gradient is not finite, or far above what it was: it never updates the weights."""
+    """What to do when a loss or gradient is not finite, or far above recent ones; such a step updates no weights."""
 
     non_finite: Literal["skip", "rollback", "stop"] = Field(
         "skip",
-        description="a NaN or infinite loss or gradient: skip the update; or go back to the last good checkpoint and "
-        "leave out the batches since; or stop",
+        description="a NaN or infinite loss or gradient: skip the update; or roll back to the last good checkpoint and "
+        "skip the batches since; or stop",
     )
     spikes: Literal["off", "skip", "rollback"] = Field(
-        "off", description="a loss or gradient norm far above the recent ones: train on it, skip the update, or go back"
+        "off", description="a loss or gradient norm far above recent ones: train on it, skip the update, or roll back"
     )
     threshold: PositiveNumber = Field(
-        6.0, description="a spike is so many standard deviations (from the median deviation) above the median"
+        6.0, description="a spike is this many standard deviations (from the median deviation) above the median"
     )
     window: Annotated[int, Field(ge=8)] = Field(
-        128, description="steps that spikes are measured against; until there are so many, nothing is a spike"
+        128, description="recent steps that spikes are measured against; before that many steps, nothing is a spike"
     )
     max_in_a_row: Annotated[int, Field(ge=0)] = Field(
-        3, description="updates skipped in a row; with one more the run goes back to the last good checkpoint"
+        3, description="consecutive updates to skip; one more rolls back to the last good checkpoint"
     )
-    max_rollbacks: Annotated[int, Field(ge=0)] = Field(
-        2, description="times the run goes back by itself; where it would once more, it stops"
-    )
+    max_rollbacks: Annotated[int, Field(ge=0)] = Field(2, description="rollbacks before the run stops instead")
 
 
 class Recipe(Section):
-    """A whole recipe."""
+    """A recipe."""
 
-    name: Name = Field(description="of the run and its directory")
+    name: Name = Field(description="name of the run and its directory")
     model: Model
     tokenizer: Tokenizer
     data: Data
     train: Train
-    optimizer: AnyOptimizer = Field(AdamW(), description="how gradients become updates; AdamW when it does not say")
-    schedule: AnySchedule = Field(Cosine(), description="the learning rate over the tokens seen; cosine by default")
+    optimizer: AnyOptimizer = Field(AdamW(), description="how gradients become updates; default: AdamW")
+    schedule: AnySchedule = Field(Cosine(), description="the learning rate over the tokens seen; default: cosine")
     anomalies: Annotated[Anomalies, Before(Anomalies())] = Anomalies()
     cluster: Cluster = Cluster()
     execution: Execution = Execution()

@@ -52,8 +52,8 @@ class AnomalyWatch:
     def judge(self, loss: float, grad_norm: float, segment: int = 0) -> Anomaly | None:
         """What is wrong with a step, before its update; None to go ahead.
 
-        Only what goes ahead enters the window. A new `segment` of the curriculum (other row lengths, batches or
-        sources) starts a new one.
+        Only steps that are applied enter the window. A new `segment` of the curriculum (other sequence lengths, batches
+        or sources) starts a new one.
         """
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             return Anomaly("non_finite", loss, grad_norm)

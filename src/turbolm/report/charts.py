@@ -22,13 +22,13 @@ def line_chart(
     *,
     x_label: str = "tokens seen",
     height: int = 240,
-    restarts: Sequence[float] = (),
+    resumes: Sequence[float] = (),
     clip_spikes: bool = False,
     from_zero: bool = False,
 ) -> dict[str, Any]:
     """A chart of curves over one x axis.
 
-    `restarts` are marked by vertical lines. `clip_spikes` keeps a few outliers from flattening the rest. `from_zero`
+    `resumes` are marked by vertical lines. `clip_spikes` keeps a few outliers from flattening the rest. `from_zero`
     starts the y axis at 0.
     """
     drawn = [one for one in curves if one["x"]]
@@ -38,7 +38,7 @@ def line_chart(
         "curves": drawn,
         "x_label": x_label,
         "height": height,
-        "restarts": list(restarts),
+        "resumes": list(resumes),
         "clip_above": 2 * heights[int(0.97 * (len(heights) - 1))] if clip_spikes and drawn else None,
         "from_zero": from_zero,
     }

@@ -45,13 +45,13 @@ def _loss_chart(metrics: Sequence[Line], unigram_entropy: object) -> dict[str, A
         # The loss of a model that knows how often each token occurs, and nothing else.
         ends = [(train[0][0], float(unigram_entropy)), (train[-1][0], float(unigram_entropy))]
         curves.append(curve("unigram entropy", "muted", ends, "dashed"))
-    return line_chart("Loss", curves, restarts=_restarts(metrics), height=340)
+    return line_chart("Loss", curves, resumes=_resumes(metrics), height=340)
 
 
 def _small_charts(metrics: Sequence[Line]) -> list[dict[str, Any]]:
-    restarts = _restarts(metrics)
+    resumes = _resumes(metrics)
     lr = curve("learning rate", "violet", values(metrics, "train/lr"))
-    charts = [line_chart("Learning rate", [lr], restarts=restarts, from_zero=True)]
+    charts = [line_chart("Learning rate", [lr], resumes=resumes, from_zero=True)]
     noisy = [
         ("Gradient norm", "train/grad_norm", "orange"),
         ("Tokens per second", "perf/tokens_per_sec", "green"),
@@ -62,12 +62,12 @@ def _small_charts(metrics: Sequence[Line]) -> list[dict[str, Any]]:
         points = values(metrics, key)
         if points or key == "train/grad_norm":
             curves = noisy_curves(key.partition("/")[2].replace("_", " "), color, points)
-            charts.append(line_chart(title, curves, restarts=restarts, from_zero=True, clip_spikes=True))
+            charts.append(line_chart(title, curves, resumes=resumes, from_zero=True, clip_spikes=True))
     return charts
 
 
-def _restarts(metrics: Sequence[Line]) -> list[float]:
-    """Where one attempt took over from another, in tokens."""
+def _resumes(metrics: Sequence[Line]) -> list[float]:
+    """Return where an attempt resumed an earlier one, in tokens."""
     trained = [line for line in metrics if "train/loss" in line]
     pairs = zip(trained, trained[1:], strict=False)
     return [float(after["tokens_seen"]) for before, after in pairs if before["attempt"] != after["attempt"]]

@@ -1,4 +1,4 @@
-"""What an attempt trains with, made from its plan: the engine around the model, the data, the log, the saver."""
+"""Build what an attempt needs from its plan: the engine around the model, the data, the log, the saver."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from turbolm.data.store.token_store import TokenStore
 from turbolm.engine.engine import Engine
 from turbolm.engine.start import wrap
 from turbolm.errors import UserError
-from turbolm.models.attention import check_long_rows, choose_attention, model_inputs
+from turbolm.models.attention import check_long_sequences, choose_attention, model_inputs
 from turbolm.models.build import (
     build_config,
     build_model,
@@ -54,14 +54,14 @@ from turbolm.train.tricks import apply_tricks
 
 
 def build_session(accelerator: Accelerator, context: Context) -> Session:
-    """Model, engine, data and logging of a run that is about to train or resume. Collective."""
+    """Build model, engine, data and logging of a run that is about to train or resume. Collective."""
     plan, recipe, group = context.plan, context.recipe, context.group
     engine, attention = build_engine(accelerator, plan, context.store, context.run)
     loader = _build_loader(plan, context.store, group)
     config, size = engine.module.config.to_dict(), measure_model(engine.module)
 
     def training_flops(batch: GlobalBatch) -> float:
-        """Of a global batch, with the attention its documents really need."""
+        """Return the FLOPs of a global batch, with the attention that its documents need."""
         per_target = training_flops_per_token(config, batch.attention_pairs / batch.num_targets, size)
         return (per_target or 0.0) * batch.num_targets  # None only without a size
 
@@ -92,7 +92,7 @@ def build_session(accelerator: Accelerator, context: Context) -> Session:
 
 
 def build_engine(accelerator: Accelerator, plan: Plan, store: TokenStore, run: RunDirectory) -> tuple[Engine, str]:
-    """The DeepSpeed engine around a freshly initialised model, and the attention kernel it was built with.
+    """Return the DeepSpeed engine around a newly initialized model, and the attention kernel it was built with.
 
     Rank 0 saves configuration and tokenizer to the run.
     """
@@ -110,8 +110,8 @@ def build_engine(accelerator: Accelerator, plan: Plan, store: TokenStore, run: R
         raise UserError(f"data.packing: {reason}, so packed documents cannot be kept apart; set data.packing: single")
     requested, carries_state = recipe.execution.attention, reason is not None
     attention = choose_attention(requested, plan.device, plan.precision, kind, carries_state=carries_state)
-    rows = {"seq_len": recipe.data.seq_len, "row_tokens": plan.batch.micro_batch_tokens}
-    check_long_rows(config, attention, packed=recipe.data.packing != "single", **rows)
+    sizes = {"seq_len": recipe.data.seq_len, "joined_tokens": plan.batch.micro_batch_tokens}
+    check_long_sequences(config, attention, packed=recipe.data.packing != "single", **sizes)
     sharded_by = plan.ds_config if recipe.execution.zero_stage == 3 else None
     model = build_model(recipe.model, config, seed=recipe.train.seed, attention=attention, sharded_by=sharded_by)
     freeze_balancing_biases(model)
@@ -135,8 +135,8 @@ def build_engine(accelerator: Accelerator, plan: Plan, store: TokenStore, run: R
     _check_isolation(engine, plan, store, attention)
     tokens = np.arange(8)[None]
     probe = model_inputs({"input_ids": tokens, "position_ids": tokens}, attention, engine.device)
-    kernel, row_tokens = recipe.execution.loss, plan.batch.micro_batch_tokens
-    loss = choose_loss(kernel, engine, engine.module, probe, plan.precision, row_tokens)
+    kernel, micro_batch_tokens = recipe.execution.loss, plan.batch.micro_batch_tokens
+    loss = choose_loss(kernel, engine, engine.module, probe, plan.precision, micro_batch_tokens)
     attach_loss(engine.module, loss, z_loss=recipe.train.z_loss)
     apply_tricks("engine", engine, recipe)
     report_compilation()
@@ -147,9 +147,9 @@ def build_engine(accelerator: Accelerator, plan: Plan, store: TokenStore, run: R
 
 
 def _check_isolation(engine: Engine, plan: Plan, store: TokenStore, attention: str) -> None:
-    """Raise UserError where a later token or another document changes what the model makes of one. Collective."""
+    """Raise UserError if a later token or another document changes the model's output. Collective."""
     data = plan.recipe.data
-    has_one_row = plan.batch.micro_batch_bins == 1 and plan.curriculum.seq_lens == (data.seq_len,)
+    has_one_sequence = plan.batch.micro_batch_bins == 1 and plan.curriculum.seq_lens == (data.seq_len,)
     engine.train()  # as it trains; the check draws the same random numbers in every pass
     moved = check_isolation(
         engine,
@@ -158,7 +158,7 @@ def _check_isolation(engine: Engine, plan: Plan, store: TokenStore, attention: s
         attention=attention,
         precision=plan.precision,
         packed=data.packing != "single",
-        num_rows=1 if has_one_row else 2,
+        num_sequences=1 if has_one_sequence else 2,
         config=engine.module.config,
     )
     print(f"documents are isolated, and read from left to right: a change moved its neighbour's logits by {moved:.1e}")
@@ -172,7 +172,7 @@ def _build_loader(plan: Plan, store: TokenStore, group: Any) -> BatchLoader:
     order = recipe_order(recipe, store, plan.curriculum, save=rank == 0)
     if rank == 0:
         dist.barrier(group=group)
-    # What is compiled sees one size for each row length: the most slices there are in the whole run.
+    # What is compiled sees one size for each sequence length: the most slices there are in the whole run.
     max_slices = order.max_slices(plan.num_steps) if recipe.execution.compile != "none" else None
     return BatchLoader(order, store, "train", world_size, rank, recipe.execution.micro_batch, max_slices)
 
@@ -203,7 +203,7 @@ def _build_saver(context: Context, engine: Engine, log: MetricsLog) -> Checkpoin
 
 
 def _peak_flops(engine: Engine, plan: Plan, machine: Machine) -> float | None:
-    """Peak of all devices together: from the data sheet, else measured as a matrix product on every rank at once."""
+    """Return the peak of all devices: from the data sheet, else measured as a matrix product on every rank at once."""
     known = peak_flops(machine.gpu_name, plan.precision) if plan.device == "cuda" else None
     if known is not None:
         return known * plan.world_size

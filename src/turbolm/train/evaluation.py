@@ -19,7 +19,7 @@ from turbolm.train.step import micro_batch_loss
 class EvaluationResult:
     """`loss` is in nats per target token; `bits_per_byte` counts every byte of the text and each document's end.
 
-    There are no bits per byte where the tokenizer does not give its text back: no token stands for some of the bytes.
+    Bits per byte is omitted if the tokenizer does not reproduce its text: some bytes have no token.
     """
 
     loss: float
@@ -29,9 +29,9 @@ class EvaluationResult:
 
 @torch.no_grad()
 def evaluate(engine: Engine, context: Context, attention: str) -> EvaluationResult | None:
-    """Evaluate the model as it is. Collective; the same on every rank.
+    """Evaluate the model in its current state. Collective; returns the same on every rank.
 
-    None when a rank was asked to stop meanwhile.
+    Returns None if a rank was asked to stop meanwhile.
     """
     plan, store = context.plan, context.store
     data, max_tokens = plan.recipe.data, plan.recipe.evaluation.tokens
@@ -42,7 +42,7 @@ def evaluate(engine: Engine, context: Context, attention: str) -> EvaluationResu
         data.seq_len,
         max_tokens,
         data.packing,
-        micro_batch_bins=plan.batch.micro_batch_bins,
+        micro_batch_size=plan.batch.micro_batch_bins,
         fixed_cu_seqlens=plan.recipe.execution.compile != "none",
         world_size=dist.get_world_size(),
         rank=dist.get_rank(),
@@ -63,7 +63,7 @@ def evaluate(engine: Engine, context: Context, attention: str) -> EvaluationResu
 
 
 def _any_rank_asked_to_stop(context: Context) -> bool:
-    """The same answer on every rank. Collective, on the host."""
+    """Agree on the answer over all ranks. Collective, on the host."""
     asked = torch.tensor([context.stop.reason is not None], dtype=torch.int64)
     dist.all_reduce(asked, group=context.group)
     return bool(asked[0])

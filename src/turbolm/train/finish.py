@@ -1,6 +1,6 @@
-"""What a finished run leaves behind: results first, then the export with its model card, a sample and a report.
+"""Write the products of a finished run: results, then the export with its model card, a sample and a report.
 
-Once results.json is written the run is finished. Whatever fails after that costs only itself and a line in the log.
+Once results.json is written, the run is finished. A later failure costs only that product and a line in the log.
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ A causal language model of {parameters} parameters, pretrained with turbolm on {
 
 
 def finish_run(context: Context, evaluation: EvaluationResult | None, num_parameters: int, say: Say) -> dict[str, Any]:
-    """Write results.json, then what `add_products` adds; returns the results.
+    """Write results.json, then call `add_products`; return the results.
 
-    `evaluation` is None where nothing is held out. Raises RunError when results.json cannot be written.
+    `evaluation` is None if nothing is held out. Raises RunError if results.json cannot be written.
     """
     plan, run = context.plan, context.run
     checkpoint, recipe = list_checkpoints(run.checkpoints)[-1][1], plan.recipe
@@ -86,7 +86,8 @@ def finish_run(context: Context, evaluation: EvaluationResult | None, num_parame
 def add_products(context: Context, results: dict[str, Any], say: Say) -> dict[str, Any]:
     """Export the last checkpoint with a model card, sample from it and write report.html; returns the results.
 
-    Each that fails costs only itself, and `say` hears why. `export` of the results stays None without an export.
+    A failure affects only that product, and `say` gets the reason. `export` of the results stays None without an
+    export.
     """
     run, recipe = context.run, context.recipe
     checkpoint, out = list_checkpoints(run.checkpoints)[-1][1], run.path / "export"
@@ -118,7 +119,7 @@ def add_products(context: Context, results: dict[str, Any], say: Say) -> dict[st
 
 
 def _attempt(what: str, make: Callable[[], T], say: Say, advice: str = "") -> T | None:
-    """What `make` returns, or None and a line where it fails, however it does: the run is trained and saved."""
+    """Return the result of `make`, or None and a line if it fails in any way: the run is trained and saved."""
     try:
         return make()
     except Exception as error:
@@ -129,7 +130,7 @@ def _attempt(what: str, make: Callable[[], T], say: Say, advice: str = "") -> T 
 
 
 def _measured(context: Context, evaluation: EvaluationResult, say: Say) -> dict[str, Any]:
-    """The results of the last evaluation; what is not known is left out."""
+    """Return the results of the last evaluation, without unknown ones."""
     entropy = _attempt("the unigram entropy", lambda: validation_entropy(context.plan, context.store), say)
     found = {
         "eval_loss": evaluation.loss,
@@ -141,20 +142,20 @@ def _measured(context: Context, evaluation: EvaluationResult, say: Say) -> dict[
 
 
 def validation_entropy(plan: Plan, store: TokenStore) -> float:
-    """Entropy of the evaluated tokens' own distribution, in nats: no model without context can do better."""
+    """Return the entropy of the evaluated tokens' distribution, in nats: no model without context can do better."""
     data = plan.recipe.data
     held_out = evaluation_set(store, data.seq_len, plan.recipe.evaluation.tokens, data.packing)
     return unigram_entropy(store.token_counts("validation", held_out.num_targets))
 
 
 def model_card(run: RunDirectory, results: dict[str, Any], store: TokenStore) -> str:
-    """The README.md of the export."""
+    """Return the README.md of the export."""
     about = {"precision": results["precision"], "token store": f"`{store.fingerprint}`"}
     rows = {**_measured_rows(results), **about}
     held_out = "No documents were held out for evaluation."
     if "eval_targets" in results:
         held_out = (
-            "Documents were held out for evaluation by content hash, and no text is on both sides; evaluated on "
+            "Documents were held out for evaluation by content hash, and no text is in both splits; evaluated on "
             f"{results['eval_targets']:,} of their tokens."
         )
     return _CARD.format(
@@ -169,7 +170,7 @@ def model_card(run: RunDirectory, results: dict[str, Any], store: TokenStore) ->
 
 
 def summary(results: dict[str, Any]) -> str:
-    """What a finished run prints."""
+    """Return the summary that a finished run prints."""
     rows = {
         **(_measured_rows(results) or {"eval loss": "none: data.validation is 0"}),
         "checkpoint": results["checkpoint"],
@@ -195,7 +196,7 @@ def summary(results: dict[str, Any]) -> str:
 
 
 def _measured_rows(results: dict[str, Any]) -> dict[str, str]:
-    """What the summary and the model card say of the last evaluation; empty where nothing is held out."""
+    """Return the last evaluation's lines in summary and model card; empty if nothing is held out."""
     if "eval_loss" not in results:
         return {}
     loss = results["eval_loss"]

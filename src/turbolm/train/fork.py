@@ -1,4 +1,4 @@
-"""A new run that goes on from a checkpoint of another with a changed contract: a decay from a plateau. Torch-free."""
+"""Start a new run from a checkpoint of another run with a changed contract: a decay from a plateau. Torch-free."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from turbolm.recipe.schema import Recipe
 from turbolm.train.run_directory import RunDirectory
 from turbolm.units import Span
 
-_LEARNED = ("data", "train", "optimizer", "schedule")  # sections whose shares of the budget must keep their places
+_LEARNED = ("data", "train", "optimizer", "schedule")  # sections whose shares of the budget must not move
 
 
 def fork(checkpoint: Path, decay: Span, name: str | None = None, changes: Mapping[str, Any] | None = None) -> Path:
-    """Branch a decay from `checkpoint`, which lies on a plateau of the learning rate; returns the new run's folder.
+    """Branch a decay from `checkpoint`, on a plateau of the learning rate; return the new run's folder.
 
-    The new run has the plan of one that was meant from the start to warm up as the old one did, stay at the peak up to
-    the checkpoint and decay over `decay`: a share is one of the whole new run, so that 10% of decay follow 90% that are
-    done. It starts from the checkpoint's weights, optimizer state and place in the data, and records where it came
-    from. `changes` replace keys of its schedule, such as `decay_shape`. Raises UserError.
+    The new run has the plan of a run that warms up like the old one, stays at the peak up to the checkpoint and decays
+    over `decay`. A share is one of the new run: a decay of 10% follows the finished 90%. It starts from the
+    checkpoint's weights, optimizer state and data position, and records where it came from. `changes` replace keys of
+    its schedule, such as `decay_shape`. Raises UserError.
     """
     checkpoint = Path(os.path.abspath(checkpoint))
     origin = RunDirectory(checkpoint.parent.parent)
@@ -54,7 +54,7 @@ def fork(checkpoint: Path, decay: Span, name: str | None = None, changes: Mappin
             "execution": new.execution.model_copy(update={"runs_dir": str(origin.path.parent)}),
         }
     )
-    new = Recipe.model_validate(new.model_dump(mode="json"))  # a name or a shape that is not allowed
+    new = Recipe.model_validate(new.model_dump(mode="json"))  # an invalid name or shape
     run = RunDirectory(origin.path.parent / new.name)
     if run.path.exists():
         raise UserError(f"{run.path} exists; choose another --name")
@@ -97,17 +97,17 @@ def _check_plateau(recipe: Recipe, tokens: int) -> None:
 
 
 def _check_same_past(old: Recipe, new: Recipe, num_steps: int) -> None:
-    """What is done must be what the new run would have done: else its place in the data means other documents."""
+    """Raise UserError if the new run would have trained other steps so far: its data position would be another one."""
     past = [[s for s in build_curriculum(recipe).segments if s.first_step < num_steps] for recipe in (old, new)]
     if past[0] != past[1]:
         raise UserError(
             "data.length_schedule or train.batch_ramp follows the budget in a way that a new budget changes before the "
-            "checkpoint; give their places in tokens or steps, or use data.length_schedule.order=shuffled"
+            "checkpoint; give their keys in tokens or steps, or use data.length_schedule.order=shuffled"
         )
 
 
 def _decaying(old: Recipe, branch_tokens: int, decay: Span, changes: dict[str, Any]) -> Recipe:
-    """The recipe of a run that decays from `branch_tokens` on."""
+    """Return the recipe of a run that decays from `branch_tokens` on."""
     batch = old.train.global_batch
     if decay.unit == "share":
         if not 0 < decay.amount < 1:
@@ -125,7 +125,7 @@ def _decaying(old: Recipe, branch_tokens: int, decay: Span, changes: dict[str, A
 
 
 def _in_tokens(value: Any, budget_tokens: int) -> Any:
-    """The same value with every share of the old budget as tokens: what is done stays where it was."""
+    """Convert every share of the old budget to tokens, so that finished parts of schedules do not move."""
     if isinstance(value, Span) and value.unit == "share":
         return Span(round(value.amount * budget_tokens), "tokens")
     if isinstance(value, Section):
@@ -137,10 +137,10 @@ def _in_tokens(value: Any, budget_tokens: int) -> Any:
 
 
 def _write(folder: Path, checkpoint: Path, recipe: Recipe, manifest: dict[str, Any]) -> None:
-    """The new run's recipe and its first checkpoint, whose large files are shared with the old run where they can."""
+    """Write the new run's recipe and first checkpoint; large files are hard links to the old run's if possible."""
     target = folder / "checkpoints" / checkpoint.name
     target.mkdir(parents=True)
-    for name in manifest["files"]:  # all that was verified, and nothing else that lies there
+    for name in manifest["files"]:  # only the verified files
         try:
             os.link(checkpoint / name, target / name)
         except OSError:  # another file system, or one without hard links

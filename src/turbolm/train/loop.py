@@ -21,7 +21,7 @@ from turbolm.train.step import StepResult, train_step
 
 
 def train(session: Session) -> bool:
-    """Train to the end of the budget and evaluate; False when the run was asked to stop (everything is saved)."""
+    """Train to the end of the budget and evaluate; return False if the run was asked to stop (everything is saved)."""
     plan, recipe, num_steps = session.plan, session.plan.recipe, session.plan.num_steps
     for batch in batches_to_train(session):
         reason = agree_to_stop(session, batch)
@@ -40,7 +40,7 @@ def train(session: Session) -> bool:
             run_evaluation(session)
         if session.step % plan.checkpoint_every_steps == 0 and not is_last:
             save(session)
-    if not recipe.checkpoint.keep_best:  # else only after the evaluation it is judged by
+    if not recipe.checkpoint.keep_best:  # otherwise only after the evaluation that decides about it
         save(session)
     session.evaluation = run_evaluation(session)
     save(session, last=True)
@@ -48,7 +48,7 @@ def train(session: Session) -> bool:
 
 
 def take_step(session: Session, batch: GlobalBatch) -> StepResult:
-    """The next step, at the rates of its place in the run; an anomaly is left to the caller. Collective."""
+    """Train the next step with its learning rate and momentum; the caller handles an anomaly. Collective."""
     plan = session.plan
     rates = step_rates(plan, session.step, batch.index)
     session.engine.set_rates(rates)
@@ -64,7 +64,7 @@ def take_step(session: Session, batch: GlobalBatch) -> StepResult:
 
 
 def batches_to_train(session: Session) -> Iterator[GlobalBatch]:
-    """The batches of the steps that are left; from another place in the data on after a rollback."""
+    """Yield the batches of the remaining steps; after a rollback from another data position."""
     num_steps = session.plan.num_steps
     while session.step < num_steps:
         first = session.skipped.batch_index(session.step)
@@ -76,10 +76,10 @@ def batches_to_train(session: Session) -> Iterator[GlobalBatch]:
 
 
 def agree_to_stop(session: Session, batch: GlobalBatch) -> str | None:
-    """Whether any rank was asked to stop, and by what. Collective, once a step, on the host.
+    """Return whether any rank was asked to stop, and by what. Collective, once a step, on the host.
 
-    The same message checks that the ranks' parts of the global batch add up to it: a rank that reads other data than
-    its neighbours would train on silently.
+    The same message checks that the ranks' parts of the global batch add up to it: otherwise a rank that reads other
+    data than the others would train silently.
     """
     context = session.context
     valid = sum(int(np.count_nonzero(micro["targets"] != IGNORED_TARGET)) for micro in batch.micro_batches)
@@ -95,9 +95,9 @@ def agree_to_stop(session: Session, batch: GlobalBatch) -> str | None:
 
 
 def run_evaluation(session: Session) -> EvaluationResult | None:
-    """Evaluate and log, and save the best so far where the recipe says so.
+    """Evaluate and log, and save the best checkpoint so far if the recipe asks for it.
 
-    None where nothing is held out, or when the run was asked to stop meanwhile, which the next step notices as well.
+    Returns None if nothing is held out, or if the run was asked to stop meanwhile, which the next step notices too.
     """
     if not session.plan.recipe.data.validation:
         return None
@@ -108,7 +108,7 @@ def run_evaluation(session: Session) -> EvaluationResult | None:
         session.log.say(f"asked to stop while evaluating after step {session.step}")
         return None
     session.log.add_evaluation(session.step, result.loss, result.bits_per_byte)
-    session.log.restart_clock()
+    session.log.reset_clock()
     if session.plan.recipe.checkpoint.keep_best and result.loss < session.best_eval_loss:
         session.best_eval_loss = result.loss
         save(session, eval_loss=result.loss)

@@ -1,4 +1,4 @@
-"""What a run shows: one line of metrics.jsonl a step, and progress for people."""
+"""Report a run: one line of metrics.jsonl per step, and progress on the terminal."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class MetricsLog:
     """Collect the steps of a run and write them when they are due.
 
     Losses stay on the device until then, so that logging never stalls a step. Only rank 0 writes; `flush` is
-    collective. `peak_flops` is that of all devices together, or None where it is not known.
+    collective. `peak_flops` is that of all devices together, or None if unknown.
     """
 
     path: Path
@@ -49,7 +49,7 @@ class MetricsLog:
     _is_told: bool = False
 
     def add_step(self, step: int, lr: float, batch: GlobalBatch, result: StepResult, flops: float) -> None:
-        """Note a finished step. `flops` is the training work of its global batch."""
+        """Record a finished step. `flops` is the training work of its global batch."""
         now = time.perf_counter()
         seconds, self._last_time = now - self._last_time, now
         cpu_now = time.process_time()
@@ -80,7 +80,7 @@ class MetricsLog:
         self._pending.append((line, result))
         self.pace.add_step(result.forward, seconds)
 
-    def restart_clock(self) -> None:
+    def reset_clock(self) -> None:
         """Keep evaluation and saving out of the next step's time."""
         self._last_time, self._last_cpu_time = time.perf_counter(), time.process_time()
 
@@ -135,12 +135,12 @@ class MetricsLog:
             _log(text)
 
     def close(self) -> None:
-        """Give the trackers time to send what they have, once nothing more will be logged."""
+        """Give the trackers time to send their data, once nothing more will be logged."""
         if self.trackers is not None:
             self.trackers.close()
 
     def _append(self, lines: list[dict[str, Any]]) -> None:
-        """Append to metrics.jsonl; what cannot be written now (a full disk) is kept and comes with a later call."""
+        """Append to metrics.jsonl; what cannot be written now (a full disk) is kept for a later call."""
         if self.trackers is not None:
             self.trackers.log([_finite(line) for line in lines])
         self._unwritten += [json.dumps(_finite(line)) + "\n" for line in lines]
@@ -153,7 +153,7 @@ class MetricsLog:
         except OSError as error:
             if not self._is_told:
                 self._is_told = True
-                self.say(f"cannot write metrics: {error}; training goes on, and they are written once it works again")
+                self.say(f"cannot write metrics: {error}; training continues, and they are written once it works again")
             return
         self._unwritten.clear()
         self._is_told = False
@@ -191,13 +191,13 @@ class MetricsLog:
 
 
 def _sums(result: StepResult) -> torch.Tensor:
-    """Per-rank values of a step to sum over ranks, 1-D: its loss, then what `_values` reads of routers."""
+    """Return per-rank values of a step to sum over ranks, 1-D: its loss, then `_values` of the routers."""
     parts = (result.loss_sum, result.router_loss_sum, result.expert_load)
     return torch.cat([part.flatten() for part in parts if part is not None])
 
 
 def _values(result: StepResult, sums: np.ndarray, num_targets: int) -> dict[str, Any]:
-    """The metrics of a step from its `_sums` over all ranks. Shares of the busiest and idlest expert: by layer."""
+    """Return a step's metrics from its `_sums` over all ranks; shares of the busiest and idlest expert by layer."""
     values: dict[str, Any] = {"train/loss": float(sums[0]) / num_targets}
     if result.router_loss_sum is not None:
         values["train/router_loss"] = float(sums[1]) / num_targets

@@ -1,9 +1,9 @@
-"""How long each rank's own work takes, not counting its waits for other ranks.
+"""Measure each rank's own work, without its waits for other ranks.
 
-Own work is the forward passes of a step, and how late a rank comes to the one agreement of all ranks at the start of
-the next: reading data, and whatever else the host did. The backward pass is left out, in which ranks wait for each
-other's gradients. So are, at ZeRO-3, the forward passes on a GPU, where each layer waits for the weights that others
-hold; on a CPU there, the processor time of the forward passes is taken, which does not grow by waiting.
+Own work is the forward passes of a step, and how late a rank arrives at the agreement of all ranks at the start of the
+next step: reading data and other host work. The backward pass is excluded: in it, ranks wait for each other's
+gradients. So are, at ZeRO-3, the forward passes on a GPU, where each layer waits for the weights that others hold; on a
+CPU there, the processor time of the forward passes is taken, which does not grow by waiting.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch.distributed as dist
 from turbolm.engine.engine import Engine
 from turbolm.reliability.stragglers import StragglerWatch, find_slowest
 
-_MIN_STEPS = 10  # of a report, so that chance evens out
+_MIN_STEPS = 10  # per report, so that noise evens out
 
 
 class ForwardTime:
@@ -38,7 +38,7 @@ class ForwardTime:
         self._pairs[-1].append(self._now())
 
     def seconds(self) -> float:
-        """Their sum; 0 where they cannot be told apart from waiting."""
+        """Return their sum; 0 if they cannot be separated from waiting."""
         if self._is_unknown:
             return 0.0
         return sum(start.elapsed_time(end) / 1e3 if self._on_gpu else end - start for start, end in self._pairs)
@@ -62,17 +62,17 @@ class Pace:
         self._is_first = True
 
     def add_wait(self, seconds: float) -> None:
-        """Note how long this rank waited for the others to reach the agreement."""
+        """Record how long this rank waited for the others to reach the agreement."""
         self._waited_sec += seconds
 
     def add_step(self, forward: ForwardTime, step_sec: float) -> None:
-        """Note a finished step. A single rank has nobody to be compared with and keeps no notes."""
+        """Record a finished step. A single rank has nothing to compare with and records nothing."""
         if self._world_size > 1:
             self._forwards.append(forward)
             self._stretch_sec += step_sec
 
     def take(self) -> torch.Tensor:
-        """This rank's times in its slot, to be summed over all ranks; empty when it is too early for a report.
+        """Return this rank's times in its slot, to be summed over all ranks; empty if it is too early for a report.
 
         (2 * world_size,): seconds of the forward passes by rank, then seconds waited.
         """
@@ -84,9 +84,9 @@ class Pace:
         return times.view(-1)
 
     def report(self, times: torch.Tensor) -> tuple[dict[str, float], str | None]:
-        """Metrics and log line for all ranks' times, which are the sum of what `take` returned; then start over.
+        """Return metrics and log line from all ranks' times, the sum of what `take` returned; then reset.
 
-        The first steps are left out: they load kernels and compile.
+        The first steps are excluded: they load kernels and compile.
         """
         stretch_sec, is_first = self._stretch_sec, self._is_first
         if len(times) == 0:

@@ -1,4 +1,4 @@
-"""Which checkpoint a run continues from: the newest valid one at a start, the last good one after many anomalies."""
+"""Choose the checkpoint a run resumes from: the newest valid one at a start, the last good one after anomalies."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from turbolm.train.session import Session, restore, set_skipped
 def newest_valid(
     session: Session, below_step: int | None = None, hashed: Hashed = not_hashed
 ) -> tuple[Path | None, list[str]]:
-    """The newest valid checkpoint of the run, and why newer ones were rejected. Collective; all ranks verify it."""
+    """Return the newest valid checkpoint, and why newer ones were rejected. Collective; all ranks verify it."""
     context, share = session.context, (dist.get_rank(), dist.get_world_size())
     agree = gather_over(context.group)
     return find_newest_valid(context.run.checkpoints, context.contracts, share, agree, below_step, hashed)
 
 
 def restore_newest(session: Session, hashed: Hashed = not_hashed) -> tuple[Path | None, list[str]]:
-    """Restore the newest checkpoint that is valid and loads; each newer one is passed over with its reason. Collective.
+    """Restore the newest checkpoint that is valid and loads; newer ones are skipped with a reason. Collective.
 
-    Returns that checkpoint, None where there is none, and the reasons.
+    Returns that checkpoint or None, and the reasons.
     """
     passed_over: list[str] = []
     below_step: int | None = None
@@ -49,7 +49,7 @@ def restore_newest(session: Session, hashed: Hashed = not_hashed) -> tuple[Path 
 
 
 def try_restore(session: Session, checkpoint: Path) -> str | None:
-    """Restore the session, or log and return why this valid checkpoint does not load; all ranks alike. Collective.
+    """Restore the session, or log and return why this valid checkpoint does not load. Collective; same on all ranks.
 
     Nothing half-loaded is trained on: another checkpoint restores everything, or the run ends.
     """
@@ -64,7 +64,7 @@ def try_restore(session: Session, checkpoint: Path) -> str | None:
 def resume(session: Session, hashed: Hashed) -> None:
     """Resume from the newest checkpoint that is valid and loads, if the run has any; all ranks choose it together.
 
-    Collective. Raises UserError where there are checkpoints and none will do.
+    Collective. Raises UserError if there are checkpoints and none can be used.
     """
     run = session.context.run
     if dist.get_rank() == 0:
@@ -78,14 +78,14 @@ def resume(session: Session, hashed: Hashed) -> None:
     if checkpoint is None:
         return
     session.log.say(f"resumed from {checkpoint}")
-    session.log.restart_clock()
+    session.log.reset_clock()
 
 
 def settle_anomaly(session: Session, batch: GlobalBatch, anomaly: Anomaly | None) -> Decision | None:
-    """Log an anomaly of the step just done and do what the policy says. Collective; the same on every rank.
+    """Log an anomaly of the last step and apply the policy. Collective; the same on every rank.
 
-    After a rollback the session stands at the last good checkpoint, and every batch from there to this one is left
-    out. Raises RunError where the run must stop.
+    After a rollback the session is at the last good checkpoint, and every batch from there to this one is skipped.
+    Raises RunError if the run must stop.
     """
     watch, step = session.gate.watch, session.step
     decision = watch.decide(anomaly)
@@ -111,7 +111,7 @@ def settle_anomaly(session: Session, batch: GlobalBatch, anomaly: Anomaly | None
             heartbeat.advance(step=session.step)
             event |= {"anomaly/to_step": session.step, "anomaly/skipped_batches": session.skipped.windows[-1]}
             first, end = session.skipped.windows[-1]
-            what += f"; back to {checkpoint}, leaving out batches {first} to {end - 1}"
+            what += f"; back to {checkpoint}, skipping batches {first} to {end - 1}"
         elif decision == "skip":
             what += f"; the update is skipped ({watch.in_a_row} in a row)"
         else:
@@ -125,9 +125,9 @@ def settle_anomaly(session: Session, batch: GlobalBatch, anomaly: Anomaly | None
 
 
 def roll_back(session: Session, batch: GlobalBatch) -> Path:
-    """Go back to the last good checkpoint, and leave out the batches from there to `batch`. Collective.
+    """Roll back to the last good checkpoint, and skip the batches from there to `batch`. Collective.
 
-    A checkpoint saved within a row of anomalies holds what led to them, and is removed. Raises RunError where there is
+    A checkpoint saved between consecutive anomalies contains their cause, and is removed. Raises RunError if there is
     no good one.
     """
     session.saver.wait()
@@ -156,18 +156,18 @@ def roll_back(session: Session, batch: GlobalBatch) -> Path:
     watch.in_a_row, watch.num_rollbacks = 0, rollbacks + 1
     first = session.skipped.batch_index(session.step)
     set_skipped(session, session.skipped.without(first, batch.index + 1))
-    session.log.restart_clock()
+    session.log.reset_clock()
     return checkpoint
 
 
 def _why_stopped(session: Session, anomaly: Anomaly) -> str:
     policy, metrics = session.plan.recipe.anomalies, session.context.run.metrics
     if anomaly.kind == "non_finite" and policy.non_finite == "stop":
-        why = "anomalies.non_finite is `stop`; with `skip` or `rollback` the same command goes on"
+        why = "anomalies.non_finite is `stop`; with `skip` or `rollback` the same command resumes"
     else:
         count = session.gate.watch.num_rollbacks
         why = (
-            f"The run has gone back {count} times, and anomalies go on. A lower learning rate or other data may help; "
-            "anomalies.max_rollbacks allows more"
+            f"The run has rolled back {count} times, and anomalies continue. A lower learning rate or other data may "
+            "help; anomalies.max_rollbacks allows more"
         )
     return f"{why}. The update was not applied; checkpoints are as they were, and the event is in {metrics}"

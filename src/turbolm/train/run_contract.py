@@ -1,4 +1,4 @@
-"""What a run has learned so far, and what its recipe asks for now: contract.json in the run directory. Torch-free."""
+"""Compare a run's contract.json with its recipe. Torch-free."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from turbolm.train.run_directory import RunDirectory, is_finished, run_directory
 
 
 def has_learned(run: RunDirectory) -> bool:
-    """Whether a step was trained: a start that ended before its first one leaves nothing to be kept."""
+    """Return whether any step was trained: a start that ended before its first step leaves nothing to keep."""
     try:
         logged = run.metrics.stat().st_size > 0
     except OSError:
         logged = False
-    folders = (run.checkpoints, run.restarts)
+    folders = (run.checkpoints, run.random_restarts)
     return logged or any(folder.is_dir() and any(folder.iterdir()) for folder in folders)
 
 
 def as_started(recipe: Recipe) -> tuple[Recipe, list[str]]:
-    """The recipe with the defaults and commits its run was started with, and a line for each default that is another
-    one now.
+    """Return the recipe with the defaults and commits that its run started with, and a line for each default that has
+    changed since.
 
     Raises UserError for a damaged contract.json, and where a new run would have a span shorter than one step; an old
     run keeps what it has.
@@ -48,12 +48,12 @@ def as_started(recipe: Recipe) -> tuple[Recipe, list[str]]:
 
 
 def with_commits(recipe: Recipe) -> Recipe:
-    """The recipe with the commits that `settle_commits` recorded as its revisions."""
+    """Return the recipe with the commits that `settle_commits` recorded as its revisions."""
     return _with_commits(recipe, read_json(run_directory(recipe).hub) or {})
 
 
 def settle_commits(recipe: Recipe) -> Recipe:
-    """Download what the recipe takes from the hub, and record which commits its names and branches mean for this run.
+    """Download what the recipe uses from the hub, and record the commits of its names and branches for this run.
 
     For one process, before any rank starts; the ranks read the record (`with_commits`). Returns the recipe with the
     commits as its revisions. Raises UserError.
@@ -77,7 +77,7 @@ def settle_commits(recipe: Recipe) -> Recipe:
 
 
 def _record(name: Any, asked: str | None, commit: Any) -> dict[str, Any]:
-    """An entry of hub.json: what the recipe says, and the commit that it means."""
+    """Return an entry of hub.json: what the recipe says, and its commit."""
     return {"name": name, "asked": asked, "commit": commit}
 
 
@@ -92,11 +92,11 @@ def _with_commits(recipe: Recipe, recorded: dict[str, Any]) -> Recipe:
 
 
 def settle_contract(run: RunDirectory, recipe: Recipe, store_fingerprint: str) -> list[int]:
-    """Compare the recipe with what this run has learned so far, and record it where nothing was learned yet.
+    """Compare the recipe with this run's contract, and record it if nothing was trained yet.
 
     Returns the token budgets of the run, oldest first: one, or several once a finished run was extended. Raises
-    UserError with every changed key when the contract differs in anything but a larger budget of a finished run, or
-    `anomalies`, which say what is done from now on.
+    UserError with every changed key if the contract differs in more than a larger budget of a finished run, or
+    `anomalies`, which apply from now on.
     """
     contract = contract_of(recipe)
     recorded: dict[str, Any] = {
@@ -120,16 +120,16 @@ def settle_contract(run: RunDirectory, recipe: Recipe, store_fingerprint: str) -
 
 
 def check_contract(run: RunDirectory, recipe: Recipe, store_fingerprint: str | None) -> list[str]:
-    """The changed keys that a run may go on with: a larger budget of a finished run, or `anomalies`; often none.
+    """Return the changed keys that a run may resume with: a larger budget of a finished run, or `anomalies`.
 
     Without `store_fingerprint` (the data is not prepared yet) the token store is not compared. Raises UserError with
-    every changed key that it may not go on with.
+    every changed key that it may not resume with.
     """
     if not run.contract.exists() or not has_learned(run):
         return []
     old = _read_contract(run)
     changes = changed_keys(comparable(old["contract"]), comparable(contract_of(recipe)))
-    # Which precision `auto` means shows on the machine that trains, and submitting needs no such machine.
+    # The training machine decides the precision of `auto`, and the submitting machine may be another one.
     changes = [change for change in changes if change[0] != "train.precision" or change[2] != "auto"]
     keys = [key for key, *_ in changes]
     same_store = store_fingerprint in (None, old["store_fingerprint"])
@@ -149,7 +149,7 @@ def check_contract(run: RunDirectory, recipe: Recipe, store_fingerprint: str | N
 
 
 def start_fresh(recipe: Recipe) -> None:
-    """Rename the folder of the recipe's run, if there is one, so that the next start begins anew.
+    """Rename the folder of the recipe's run, if there is one, so that the next start begins a new run.
 
     Raises UserError while a process trains the run, and for a recipe that no new run starts with.
     """
@@ -168,9 +168,9 @@ def start_fresh(recipe: Recipe) -> None:
 
 
 def known_fingerprints(run: RunDirectory, recipe: Recipe, budgets: Sequence[int]) -> list[str]:
-    """The fingerprints under which this run has saved checkpoints: of each budget, and those that it recorded.
+    """Return the fingerprints under which this run has saved checkpoints: of each budget, and recorded ones.
 
-    A recorded one is not always that of its contract today: it may hold settings that the schedule never used.
+    A recorded one may differ from its contract's today: it may include settings that the schedule never used.
     """
     record = read_json(run.contract) or {}
     return [
@@ -181,12 +181,12 @@ def known_fingerprints(run: RunDirectory, recipe: Recipe, budgets: Sequence[int]
 
 
 def with_budget(recipe: Recipe, budget_tokens: int) -> Recipe:
-    """The recipe with another budget, such as that of a run before it was extended."""
+    """Return the recipe with another budget, such as that of a run before it was extended."""
     return recipe.model_copy(update={"train": recipe.train.model_copy(update={"budget": budget_tokens})})
 
 
 def _read_contract(run: RunDirectory) -> dict[str, Any]:
-    """What `settle_contract` recorded. Raises UserError when it is damaged."""
+    """Return what `settle_contract` recorded. Raises UserError if it is damaged."""
     record = read_json(run.contract) or {}
     kinds = {"fingerprint": str, "contract": dict, "store_fingerprint": str, "budgets_tokens": list}
     whole = all(isinstance(record.get(key), kind) for key, kind in kinds.items())

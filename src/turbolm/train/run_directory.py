@@ -2,13 +2,13 @@
 
 runs/<name>/
   recipe.yaml     as resolved          contract.json   fingerprint and canonical form
-  hub.json        the commits that hub names in the recipe mean
+  hub.json        the commits of the recipe's hub names
   model/          Hugging Face configuration and tokenizer of the run
   attempts/<n>/   plan.json, ds_config.json, accelerate.yaml, environment.json, log.rank<k>.txt, outcome.json,
                   hung/ (ranks and their stacks, of an attempt that hung)
   metrics.jsonl   one line a step      checkpoints/    results.json, report.html, export/
   restarts/       the candidates of train.random_restarts and the steps of those not chosen
-  trackers/       what TensorBoard, W&B and others keep here, and how a later attempt continues it
+  trackers/       data of TensorBoard, W&B and others, and how a later attempt continues it
   stop            its presence asks the run to save and stop
 """
 
@@ -49,7 +49,7 @@ class RunDirectory:
         return self.path / "checkpoints"
 
     @property
-    def restarts(self) -> Path:
+    def random_restarts(self) -> Path:
         return self.path / "restarts"
 
     @property
@@ -102,7 +102,7 @@ def refuse_links_out(run: RunDirectory) -> None:
     The run directory itself may be a link. A checkpoint that is one is passed over when a run resumes.
     """
     inside = run.path.resolve()
-    for folder in (run.path, run.attempt(0).parent, run.model, run.restarts, run.path / "export"):
+    for folder in (run.path, run.attempt(0).parent, run.model, run.random_restarts, run.path / "export"):
         for entry in sorted(folder.iterdir()) if folder.is_dir() else ():
             if entry.is_symlink() and not Path(os.path.realpath(entry)).is_relative_to(inside):
                 raise UserError(

@@ -26,7 +26,7 @@ from turbolm.train.metrics import MetricsLog
 
 @dataclass
 class Session:
-    """Everything a run holds while it trains; `step` counts the finished optimizer steps."""
+    """The state of a run during training; `step` counts the finished optimizer steps."""
 
     context: Context
     engine: Engine
@@ -40,8 +40,8 @@ class Session:
     step: int = 0
     saved_step: int = -1
     best_eval_loss: float = math.inf
-    evaluation: EvaluationResult | None = None  # of the trained model; None where nothing is held out
-    restarts: dict[str, Any] | None = None  # which candidate the run goes on from, and how all of them did
+    evaluation: EvaluationResult | None = None  # of the trained model; None if nothing is held out
+    random_restarts: dict[str, Any] | None = None  # which candidate the run continues, and the results of all
 
     @property
     def plan(self) -> Plan:
@@ -49,7 +49,7 @@ class Session:
 
 
 def trainer_state(session: Session) -> dict[str, Any]:
-    """What a checkpoint holds beside the tensors, and `restore` reads."""
+    """Return a checkpoint's state beside the tensors, which `restore` reads."""
     best = session.best_eval_loss
     return {
         "step": session.step,
@@ -57,15 +57,15 @@ def trainer_state(session: Session) -> dict[str, Any]:
         "order_digest": session.loader.order.digest(session.skipped.batch_index(session.step)),
         "best_eval_loss": best if math.isfinite(best) else None,
         "anomalies": {**session.gate.watch.state(), "skipped_batches": session.skipped.windows},
-        **({"restarts": session.restarts} if session.restarts else {}),
+        **({"restarts": session.random_restarts} if session.random_restarts else {}),
     }
 
 
 @heartbeat.phase(heartbeat.SAVING)
 def save(session: Session, *, eval_loss: float | None = None, last: bool = False) -> None:
-    """Save a checkpoint of the current step, once, while training goes on.
+    """Save a checkpoint of the current step, once, while training continues.
 
-    With `last` it is on disk on return, tried again if that had failed; RunError when it fails now.
+    With `last` it is on disk on return, and a failed save is tried again; raises RunError if it fails now.
     """
     session.log.flush()
     if last:
@@ -75,15 +75,15 @@ def save(session: Session, *, eval_loss: float | None = None, last: bool = False
         check_replicas_when_due(session, before_save=True)
         session.saver.save(session.step, trainer_state(session), eval_loss)
         session.saved_step = session.step
-        session.log.restart_clock()
+        session.log.reset_clock()
     if last:
         session.saver.finish()
 
 
 def restore(session: Session, checkpoint: Path) -> None:
-    """Put the session where `checkpoint` was saved. Collective; the checkpoint has been verified.
+    """Restore the session from `checkpoint`. Collective; the checkpoint has been verified.
 
-    Whatever fails on any rank is a UserError on all: the session must then be restored from another checkpoint.
+    A failure on any rank is a UserError on all: the session must then be restored from another checkpoint.
     """
     agree = gather_over(session.context.group)
     state = load_checkpoint(checkpoint, session.engine, agree)
@@ -91,7 +91,7 @@ def restore(session: Session, checkpoint: Path) -> None:
 
 
 def _take_state(session: Session, state: dict[str, Any], checkpoint: Path) -> None:
-    """`trainer_state` back."""
+    """Restore `trainer_state`."""
     step, anomalies, best = int(state["step"]), state.get("anomalies", {}), state.get("best_eval_loss")
     windows = anomalies.get("skipped_batches", ())
     skipped = SkippedBatches(tuple((int(first), int(end)) for first, end in windows))
@@ -103,12 +103,12 @@ def _take_state(session: Session, state: dict[str, Any], checkpoint: Path) -> No
     session.gate.watch.restore(anomalies)
     set_skipped(session, skipped)
     session.step = session.saved_step = step
-    session.restarts = state.get("restarts")
+    session.random_restarts = state.get("restarts")
     session.best_eval_loss = math.inf if best is None else float(best)
 
 
 def set_skipped(session: Session, skipped: SkippedBatches) -> None:
-    """Leave these batches out. The run then reaches further into the data, where sequences may hold more documents."""
+    """Skip these batches. The run then reads further into the data, where sequences may hold more documents."""
     session.skipped = skipped
     loader = session.loader
     if loader.max_slices is not None and skipped.windows:
@@ -117,7 +117,7 @@ def set_skipped(session: Session, skipped: SkippedBatches) -> None:
 
 
 def check_replicas_when_due(session: Session, *, before_save: bool = False) -> None:
-    """Compare the ranks' copies of the weights, as often as the recipe asks for."""
+    """Compare the ranks' copies of the weights, as often as the recipe says."""
     every = session.plan.recipe.execution.replica_check
     if every != "off" and (before_save or (isinstance(every, int) and session.step % every == 0)):
         check_replicas(session.engine, session.step, session.context.group)

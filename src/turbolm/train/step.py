@@ -21,9 +21,9 @@ from turbolm.train.pace import ForwardTime
 class StepResult:
     """This rank's summed loss in nats, and the global gradient norm before clipping (not finite: no update).
 
-    All may still be on their way on the device; reading them waits for it. With an `anomaly` no rank has updated. Of a
-    mixture of experts also this rank's router loss, summed over tokens, and the choices that each expert got, fp32
-    [layers, experts], as far as the type has them.
+    The device may still be computing them; reading them waits. With an `anomaly` no rank has updated. For a mixture of
+    experts also this rank's router loss, summed over tokens, and the choices that each expert got, fp32 [layers,
+    experts], as far as the type has them.
     """
 
     loss_sum: torch.Tensor
@@ -44,11 +44,10 @@ def train_step(
 ) -> StepResult:
     """Forward and backward of this rank's micro-batches of one global batch, then the update.
 
-    `num_targets` counts the valid targets of the whole global batch, over all ranks and micro-batches. Each
-    micro-batch's summed loss is divided by it, so that the gradient is that of the mean over the global batch whatever
-    the split: DeepSpeed averages over ranks, hence the factor `world_size`. So is the router loss, which is a sum over
-    the tokens that are not padding: each has a target. `gate` keeps anomalies from being applied; `segment` is the
-    curriculum's.
+    `num_targets` counts the valid targets of the global batch, over all ranks and micro-batches. Each micro-batch's
+    summed loss is divided by it, so that the gradient is that of the mean over the global batch whatever the split:
+    DeepSpeed averages over ranks, hence the factor `world_size`. So is the router loss, which is a sum over the tokens
+    that are not padding: each has a target. `gate` keeps anomalies from being applied; `segment` is the curriculum's.
     """
     scale = dist.get_world_size() / num_targets
     loss_sum = torch.zeros((), device=engine.device)
@@ -65,7 +64,7 @@ def train_step(
         is_boundary = index == len(micro_batches) - 1
         if gate and is_boundary:
             gate.open(loss_sum, num_targets, segment)
-        # A loss that is not finite makes every gradient so, whatever its own would be: the norm tells all ranks.
+        # A loss that is not finite makes every gradient not finite: through the norm, all ranks see it.
         weighted = objective * (nll.detach() * 0 + scale)
         grad_norm = engine.backward_and_step(weighted, is_boundary=is_boundary)
         heartbeat.advance()
@@ -74,7 +73,7 @@ def train_step(
 
 
 def micro_batch_loss(engine: Engine, micro_batch: dict[str, np.ndarray], attention: str) -> tuple[Any, ...]:
-    """The objective of one micro-batch and its negative log likelihood; both summed, in nats.
+    """Return the objective of one micro-batch and its negative log likelihood; both summed, in nats.
 
     With gradients, a mixture of experts adds its router loss and load, as in `StepResult`.
     """

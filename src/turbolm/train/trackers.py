@@ -109,7 +109,7 @@ class _Feed:
                 tracker.finish()
         except Exception as error:  # whatever a third-party client raises must not end the run
             reason = redact(f"{type(error).__name__}: {error}".partition("\n")[0])
-            self._say(f"tracker {self.name} failed ({reason}); the run goes on, and metrics.jsonl has every step")
+            self._say(f"tracker {self.name} failed ({reason}); the run continues, and metrics.jsonl has every step")
 
 
 def open_tracker(name: str, target: Target, first_step: int) -> GeneralTracker:
@@ -122,7 +122,7 @@ def open_tracker(name: str, target: Target, first_step: int) -> GeneralTracker:
     tracker = LOGGER_TYPE_TO_CLASS[name](**_arguments(name, target, known.get("id"), first_step))
     tracker.start()
     if name == "wandb":
-        # W&B drops a step lower than its newest, which a resumed or rolled-back run has: the step is a value of its own
+        # W&B drops a step lower than its newest, which a resumed or rolled-back run has: the step is a separate value
         tracker.tracker.define_metric("*", step_metric="step")
     if not known:
         write_json(target.id_file(name), {"id": _run_id(name, tracker, target)})
@@ -169,7 +169,7 @@ def _run_id(name: str, tracker: GeneralTracker, target: Target) -> str:
 
 
 def _reaches_wandb(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether W&B may send: it was told a mode or has a key. Without either it would ask on a terminal."""
+    """Whether W&B may send: a mode is set or it has a key. Without either it would ask on a terminal."""
     netrc = Path(environment.get("NETRC") or Path("~/.netrc").expanduser())
     has_login = netrc.is_file() and "api.wandb.ai" in netrc.read_text(encoding="utf-8", errors="replace")
     return "WANDB_MODE" in environment or "WANDB_API_KEY" in environment or has_login

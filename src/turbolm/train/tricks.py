@@ -1,10 +1,10 @@
-"""Every trick that a recipe may switch on, in the order they are applied.
+"""Every trick that a recipe can enable, in the order of application.
 
 A trick changes the model, the optimizer, the engine or the beginning of a run, and is applied where its `point` is
-reached. To add one, write its function (here, or in a file of its own where it takes more than a few lines) and add a
-line to `TRICKS`. Whatever it keeps for a parameter belongs in the optimizer's state of that parameter, which
-checkpoints hold by name. The z-loss is part of the loss (`models.loss`); growing batches and lengths are part of the
-curriculum (`plan.curriculum`); what an optimizer does belongs to its class (`recipe.optimizers`).
+reached. To add one, write its function (here, or in a new file if it takes more than a few lines) and add a line to
+`TRICKS`. State per parameter belongs in the optimizer's state of that parameter, which checkpoints store by name. The
+z-loss is part of the loss (`models.loss`); growing batches and lengths are part of the curriculum (`plan.curriculum`);
+what an optimizer does belongs to its class (`recipe.optimizers`).
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from turbolm.models.fp8 import apply_fp8
 from turbolm.models.recompute import apply_activation_checkpointing
 from turbolm.models.router import attach_router_loss, find_routers
 from turbolm.recipe.schema import Recipe
-from turbolm.train.restarts import choose_start
+from turbolm.train.random_restarts import choose_start
 
 Point = Literal["model", "optimizer", "engine", "start"]
-"""When a trick is applied, and to what: the model before it is in an engine, the optimizer, the engine once it is
-checked and has its loss, or the session (`train.session.Session`) before its first step."""
+"""When a trick is applied, and to what: the model before it is in an engine, the optimizer, the engine after its checks
+and with its loss, or the session (`train.session.Session`) before its first step."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Trick:
 
 
 def apply_tricks(point: Point, subject: Any, recipe: Recipe) -> None:
-    """Apply the recipe's tricks of one point to `subject`, in order. Raises UserError where one cannot work."""
+    """Apply the recipe's tricks of one point to `subject`, in order. Raises UserError if one cannot work."""
     for trick in TRICKS:
         if trick.point == point and trick.applies(recipe):
             trick.apply(subject, recipe)
@@ -85,7 +85,7 @@ def _compile(engine: Engine, recipe: Recipe) -> None:
 
 
 def _multiply_in_8_bits(engine: Engine, recipe: Recipe) -> None:
-    """After the check of isolation: all sequences share the rounding of a tensor's scale."""
+    """Apply it after the isolation check: all sequences share the rounding of a tensor's scale."""
     print(f"products in 8 bits: {len(apply_fp8(engine.module, recipe.train.fp8))} linear layers")
 
 

@@ -1,4 +1,4 @@
-"""One process of a training run: from a recipe to a trained model, on whatever ranks the launcher started."""
+"""One process of a training run: from a recipe to a trained model, on the ranks that the launcher started."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ _LAST_WRITE_SEC = 60
 def run_worker(recipe: Recipe, attempt: int | None = None) -> int:
     """Train `recipe` as one rank of the launched world; returns the process's exit code.
 
-    `attempt` is the number of the attempt's folder when the launcher has opened one. Raises UserError, and RunError
-    when the newest state cannot be saved.
+    `attempt` is the number of the attempt's folder if the launcher has opened one. Raises UserError, and RunError if
+    the newest state cannot be saved.
     """
     lock = RunLock(run_directory(recipe).path)
     try:
@@ -132,7 +132,7 @@ def _train(session: Session) -> int:
 
 
 def _complete(context: Context) -> int:
-    """Finish a run whose results are there but whose export failed or was interrupted. Rank 0 only."""
+    """Finish a run that has results but whose export failed or was interrupted. Rank 0 only."""
     run = context.run
 
     def say(text: str) -> None:
@@ -150,16 +150,16 @@ def _complete(context: Context) -> int:
 
 
 def _conclude(context: Context, status: str, results: dict[str, Any]) -> int:
-    """The exit code of a trained run. Without its export it is a failure to whatever runs next."""
+    """Return the exit code of a trained run. Without its export it is a failure for jobs that depend on it."""
     code, message = (EXIT_OK, "") if results.get("export") else (EXIT_FAILED, "trained and saved; the export failed")
     write_outcome(context.run.attempt(context.attempt), Outcome(status, code, message))
     return code
 
 
 def redirect_output(log: Path) -> TextIO:
-    """Send what this process prints to its log file; returns the terminal that standard output was.
+    """Redirect this process's output to its log file; return the terminal that was standard output.
 
-    At the level of file descriptors, so that libraries written in C++ are caught as well.
+    It redirects file descriptors, so that the output of C++ libraries is included.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -181,14 +181,14 @@ def _open_prepared_store(recipe: Recipe) -> TokenStore:
     check_left_out(store.manifest, recipe.data.on_bad_document)
     pretrained = pretrained_folder(recipe.model) if recipe.model.pretrained is not None else None
     if pretrained is not None and (pretrained / "tokenizer.json").is_file():
-        # A model goes on learning only in the tokens it knows
+        # A pretrained model must continue with its own tokens
         check_tokenizer(store, pretrained, may_extend=recipe.model.resize_embeddings)
     return store
 
 
 def _open_run(context: Context, lock: RunLock) -> Context:
     """Rank 0 settles contract and attempt; every rank gets the attempt's number, the plan with the run's budgets, and
-    the fingerprints its checkpoints may have, and from here on prints to its log. Collective.
+    the fingerprints its checkpoints may have, and then prints to its log. Collective.
 
     Every rank raises the UserError of rank 0.
     """

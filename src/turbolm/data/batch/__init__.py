@@ -1,1 +1,1 @@
-"""Global batches as arrays: dealt to ranks and micro-batches, read ahead."""
+"""Global batches as arrays: dealt to ranks and micro-batches, prefetched."""

@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 
 def deal_sequences(attention_cost: IntArray, world_size: int, micro_batch_size: int) -> IntArray:
-    """Deal a global batch: int64 [num_micro, world_size, micro_batch_size] sequences, -1 where there is none.
+    """Deal a global batch: int64 [num_micro, world_size, micro_batch_size] sequences, -1 for an empty slot.
 
     The sequences of a micro-step cost nearly the same, because ranks wait for each other. Within a micro-step, deal
     sequences most expensive first, one per rank per round, the next one to the least-loaded rank. Then the most and the
-    least loaded rank swap sequences as long as that evens them out. Where the sequences do not fill the last
+    least loaded rank swap sequences while that reduces their difference. Where the sequences do not fill the last
     micro-step, its empty slots are spread over the ranks, and every rank still runs the same number of micro-batches.
     """
     num_sequences, per_micro = len(attention_cost), world_size * micro_batch_size
@@ -29,7 +29,7 @@ def deal_sequences(attention_cost: IntArray, world_size: int, micro_batch_size: 
     by_cost = np.full(num_micro * per_micro, -1, dtype=np.int64)
     by_cost[:num_sequences] = np.argsort(-np.asarray(attention_cost), kind="stable")
     rounds = by_cost.reshape(num_micro, micro_batch_size, world_size)
-    if world_size == 1:  # what the loop would come to, at a tenth of a batch's time
+    if world_size == 1:  # the result of the loop, a tenth of a batch's time faster
         return rounds.reshape(num_micro, 1, micro_batch_size)
     cost = np.append(attention_cost, 0)[rounds]  # an empty slot costs nothing
     dealt = np.empty((num_micro, world_size, micro_batch_size), np.int64)
@@ -46,7 +46,7 @@ def deal_sequences(attention_cost: IntArray, world_size: int, micro_batch_size: 
 def _even_out(dealt: IntArray, cost: IntArray) -> None:
     """Swap sequences of the most and the least loaded rank of each micro-step, in place: at most twice for each rank.
 
-    `cost` are the costs of `dealt`, int64 [num_micro, world_size, micro_batch_size].
+    `cost` has the costs of `dealt`, int64 [num_micro, world_size, micro_batch_size].
     """
     num_micro, world_size, micro_batch_size = dealt.shape
     micro = np.arange(num_micro)
@@ -54,7 +54,7 @@ def _even_out(dealt: IntArray, cost: IntArray) -> None:
         total = cost.sum(axis=2)
         most, least = total.argmax(axis=1), total.argmin(axis=1)
         gap = total[micro, most] - total[micro, least]
-        less = cost[micro, most][:, :, None] - cost[micro, least][:, None, :]  # what a swap takes off the most loaded
+        less = cost[micro, most][:, :, None] - cost[micro, least][:, None, :]  # what a swap saves the most loaded rank
         is_sequence = (dealt[micro, most][:, :, None] >= 0) & (dealt[micro, least][:, None, :] >= 0)
         after = np.where(is_sequence, np.abs(gap[:, None, None] - 2 * less), gap[:, None, None]).reshape(num_micro, -1)
         best = after.argmin(axis=1)
@@ -70,15 +70,15 @@ def _even_out(dealt: IntArray, cost: IntArray) -> None:
 def collate(
     sequences: Sequences, indices: IntArray, store: TokenStore, split: Split, max_slices: int | None = None
 ) -> list[dict[str, np.ndarray]]:
-    """The micro-batches made of the sequences `indices` [num_micro, m], where -1 is one without any target.
+    """Build the micro-batches of the sequences `indices` [num_micro, m]; -1 is a sequence without any target.
 
     `input_ids`, `position_ids` and `targets` are int64 [m, seq_len]. Targets are shifted already: a target is the token
     that follows its input in the same document, or `IGNORED_TARGET`. Positions count from 0 in each slice; the padding
-    at the end of a sequence is a slice of its own. With `max_slices` there is also `cu_seqlens`, see `fill_cu_seqlens`.
+    at the end of a sequence is a separate slice. With `max_slices` there is also `cu_seqlens`, see `fill_cu_seqlens`.
     """
     num_micro, micro_batch_size = indices.shape
-    # All arrays in one block: the C library keeps freed memory in proportion to the largest block, and memory that is
-    # new to the process costs more than what is written to it here.
+    # All arrays share one block: the C library keeps freed memory in proportion to the largest block, and getting new
+    # memory costs more than filling it here.
     block = np.empty((3, num_micro, micro_batch_size, sequences.seq_len), np.int64)
     ends = fill(block.reshape(3, -1, sequences.seq_len), sequences, indices.ravel(), store, split)
     names = ("input_ids", "position_ids", "targets")
@@ -90,9 +90,9 @@ def collate(
 
 
 def fill_cu_seqlens(ends: IntArray, max_slices: int) -> np.ndarray:
-    """Where the slices of a micro-batch begin when its sequences are laid end to end, int32 [max_slices + 1].
+    """Return where the slices of a micro-batch begin when its sequences are put end to end, int32 [max_slices + 1].
 
-    `ends` are where the slices end. After the last slice follow empty ones, so that the shape is always the same.
+    `ends` are the ends of the slices. Empty slices pad the result, so that the shape is always the same.
     """
     assert len(ends) <= max_slices, f"a micro-batch of {len(ends)} slices, where there should be {max_slices} at most"
     boundaries = np.full(max_slices + 1, ends[-1], np.int32)
@@ -102,7 +102,7 @@ def fill_cu_seqlens(ends: IntArray, max_slices: int) -> np.ndarray:
 
 
 def _split(ends: IntArray, num_micro: int) -> list[IntArray]:
-    """The ends of each micro-batch's slices, counted from its own beginning; all micro-batches have one size."""
+    """Return the ends of each micro-batch's slices, relative to its start; all micro-batches have one size."""
     size = int(ends[-1]) // num_micro
     parts = np.split(ends, np.searchsorted(ends, np.arange(1, num_micro) * size, side="right"))
     return [part - number * size for number, part in enumerate(parts)]
@@ -111,13 +111,13 @@ def _split(ends: IntArray, num_micro: int) -> list[IntArray]:
 def fill(block: IntArray, sequences: Sequences, indices: IntArray, store: TokenStore, split: Split) -> IntArray:
     """Write inputs, positions and targets of the sequences `indices` to `block`, int64 [3, len(indices), seq_len].
 
-    Padding only where an index is -1. Returns where the slices end when all sequences are laid end to end; the padding
-    that ends a sequence is a slice too. Raises UserError where a slice lies outside its shard.
+    Index -1 gives padding only. Returns the ends of the slices when all sequences are put end to end; the padding at
+    the end of a sequence is a slice too. Raises UserError for a slice outside its shard.
     """
     shards = store.shards(split, sequences.select(indices[indices >= 0]).document)
     ends, outside = native.fill(block, shards, store.manifest["dtype"], sequences, indices, IGNORED_TARGET)
     if outside is not None:
         shard = store.locate(split, int(sequences.document[outside]))[0]
         file = store.folder / store.manifest["shards"][shard]["index"]["file"]
-        raise UserError(f"{file} has documents beyond the end of their shard; `turbolm verify` tells what is corrupt")
+        raise UserError(f"{file} has documents beyond the end of their shard; `turbolm verify` lists what is corrupt")
     return ends

@@ -1,4 +1,4 @@
-"""Global batches of a run as each rank sees them, prefetched by one thread; and the evaluation set."""
+"""Load global batches as each rank sees them, prefetched by one thread; and the evaluation set."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from turbolm.data.order.batch_order import BatchOrder
 from turbolm.data.order.packing import IntArray, Sequences
 from turbolm.data.order.window import Packing, pack
 from turbolm.data.store.token_store import Split, TokenStore, check_held_out
-from turbolm.plan.batch import choose_micro_batch_bins
+from turbolm.plan.batch import choose_micro_batch_size
 
 
 @dataclass(frozen=True)
 class GlobalBatch:
     """A global batch and this rank's part of it.
 
-    `micro_batches` has the same length on every rank; the arrays are those of `collate`. `dealt` is
-    int64 [num_micro, world_size, micro_batch_size]: the indices in `sequences` of every rank, -1 where there is none;
-    `indices` are those of this rank. Every number is about the whole global batch and the same on every rank.
+    `micro_batches` has the same length on every rank; the arrays are those of `collate`. `dealt` is int64 [num_micro,
+    world_size, micro_batch_size]: the indices in `sequences` of every rank, -1 for an empty slot; `indices` are those
+    of this rank. All statistics are of the full global batch and the same on every rank.
     """
 
     index: int
@@ -36,43 +36,43 @@ class GlobalBatch:
 
     @property
     def num_targets(self) -> int:
-        """Valid targets of the whole global batch."""
+        """Return the number of valid targets in the global batch."""
         return self.sequences.num_positions
 
     @property
     def num_documents(self) -> int:
-        """Different documents; those cut into slices count once."""
+        """Return the number of distinct documents; those cut into slices count once."""
         return len(np.unique(self.sequences.document))
 
     @property
     def padding_fraction(self) -> float:
-        """Share of the sequences' positions that hold no document (empty slots of the last micro-step not counted)."""
+        """Return the share of positions that hold no document (without empty slots of the last micro-step)."""
         return 1 - self.num_targets / (len(self.sequences) * self.sequences.seq_len)
 
     @property
     def imbalance(self) -> float:
-        """Attention cost of the most loaded rank over the mean, summed over micro-batches: 1 where ranks never wait."""
+        """Return the attention cost of the most loaded rank over the mean, over micro-steps: 1 if ranks never wait."""
         cost = np.append(self.sequences.attention_cost, 0)[self.dealt].sum(axis=2)
         return float(cost.max(axis=1).sum() / cost.mean(axis=1).sum())
 
     @property
     def attention_pairs(self) -> int:
-        """Pairs of a position and one it attends to, within documents: the sum of l (l + 1) / 2."""
+        """Return the number of (query, key) pairs within documents: the sum of l (l + 1) / 2."""
         return int((self.sequences.length * (self.sequences.length + 1) // 2).sum())
 
     @property
     def samples_digest(self) -> str:
-        """The ledger entry of this batch: the first 64 bits, in hexadecimal, of the SHA-256 of its slices' columns."""
+        """Return the batch's ledger entry: the first 64 bits, in hexadecimal, of the SHA-256 of its slices' columns."""
         slices = np.stack([self.sequences.document, self.sequences.start, self.sequences.length]).astype("<i8")
         return hashlib.sha256(slices.tobytes()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
 class BatchLoader:
-    """Reads the global batches of `order` from `store` for one rank.
+    """Loads the global batches of `order` from `store` for one rank.
 
-    `micro_batch` is as the recipe has it: tokens of one forward pass on one process, or `auto`. With `max_slices`, the
-    most slices in a sequence by sequence length (`order.max_slices`), micro-batches hold `cu_seqlens` of a fixed size.
+    `micro_batch` is the recipe's: tokens of one forward pass on one process, or `auto`. With `max_slices`, the most
+    slices in a sequence by sequence length (`order.max_slices`), micro-batches hold `cu_seqlens` of a fixed size.
     """
 
     order: BatchOrder
@@ -84,14 +84,14 @@ class BatchLoader:
     max_slices: Mapping[int, int] | None = None
 
     def global_batch(self, index: int) -> GlobalBatch:
-        """Global batch `index`, counted from 0."""
+        """Return global batch `index`, counted from 0."""
         sequences = self.order.batch(index)
-        size = choose_micro_batch_bins(self.micro_batch, sequences.seq_len, len(sequences), self.world_size)
+        size = choose_micro_batch_size(self.micro_batch, sequences.seq_len, len(sequences), self.world_size)
         most = None if self.max_slices is None else self.max_slices[sequences.seq_len]
         return _global_batch(index, sequences, self.store, self.split, (self.world_size, self.rank, size), most)
 
     def iterate(self, first_index: int, last_index: int) -> Generator[GlobalBatch, None, None]:
-        """The batches from `first_index` up to but not including `last_index`; a thread reads three ahead."""
+        """Yield the batches from `first_index` to `last_index` (exclusive); a thread reads three ahead."""
         reader = ThreadPoolExecutor(1, "turbolm-prefetch")
         jobs = (reader.submit(self.global_batch, index) for index in range(first_index, last_index))
         try:
@@ -106,7 +106,7 @@ class BatchLoader:
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """Held-out documents, packed: `num_targets` positions whose text has `text_bytes` UTF-8 bytes."""
+    """Packed held-out documents: `num_targets` positions whose text has `text_bytes` UTF-8 bytes."""
 
     sequences: Sequences
     num_targets: int
@@ -114,14 +114,14 @@ class EvaluationSet:
 
 
 def evaluation_set(store: TokenStore, seq_len: int, max_tokens: int, packing: Packing = "best_fit") -> EvaluationSet:
-    """The first validation documents, whole, of at most `max_tokens` positions; always at least one document.
+    """Return the first complete validation documents of at most `max_tokens` positions; at least one document.
 
-    They are packed by best fit unless documents must stand alone: a run that trains on documents cut anywhere is
-    measured as any other.
+    They are packed by best fit unless documents must be alone in a sequence: a run that trains with `concat` is
+    evaluated like any other.
     """
     num_documents = store.num_documents("validation")
     check_held_out(num_documents, store.manifest["validation"])
-    read = min(1024, num_documents)  # the split may be far larger than what is evaluated on
+    read = min(1024, num_documents)  # the split may be much larger than the evaluation set
     while (lengths := store.lengths("validation", 0, read)).sum() <= max_tokens and read < num_documents:
         read = min(2 * read, num_documents)
     count = max(1, int(np.searchsorted(np.cumsum(lengths), max_tokens, side="right")))
@@ -137,19 +137,19 @@ def evaluation_batches(
     *,
     world_size: int = 1,
     rank: int = 0,
-    micro_batch_bins: int = 1,
+    micro_batch_size: int = 1,
     fixed_cu_seqlens: bool = False,
 ) -> Iterator[GlobalBatch]:
-    """The evaluation set as batches of one micro-batch on each rank; every rank gets the same number of them.
+    """Yield the evaluation set as batches of one micro-batch per rank; all ranks get the same number of batches.
 
     With `fixed_cu_seqlens` micro-batches hold `cu_seqlens` of a fixed size.
     """
     sequences = evaluation_set(store, seq_len, max_tokens, packing).sequences
     most = int(np.diff(sequences.offsets).max()) if fixed_cu_seqlens else None
-    per_batch = world_size * micro_batch_bins
+    per_batch = world_size * micro_batch_size
     for index, first in enumerate(range(0, len(sequences), per_batch)):
         part = sequences.slice(first, min(first + per_batch, len(sequences)))
-        yield _global_batch(index, part, store, "validation", (world_size, rank, micro_batch_bins), most)
+        yield _global_batch(index, part, store, "validation", (world_size, rank, micro_batch_size), most)
 
 
 def _global_batch(
@@ -160,9 +160,9 @@ def _global_batch(
     layout: tuple[int, int, int],
     max_slices: int | None,
 ) -> GlobalBatch:
-    world_size, rank, micro_batch_bins = layout
+    world_size, rank, micro_batch_size = layout
     assert 0 <= rank < world_size
-    dealt = deal_sequences(sequences.attention_cost, world_size, micro_batch_bins)
+    dealt = deal_sequences(sequences.attention_cost, world_size, micro_batch_size)
     indices = dealt[:, rank]
-    most = None if max_slices is None else micro_batch_bins * (max_slices + 1)  # each row may end with padding
+    most = None if max_slices is None else micro_batch_size * (max_slices + 1)  # each sequence may end with padding
     return GlobalBatch(index, sequences, dealt, indices, collate(sequences, indices, store, split, most))

@@ -1,1 +1,1 @@
-"""The order of training: document streams, windows, packing and the plan table."""
+"""The data order: document streams, windows, packing and the plan table."""

@@ -1,7 +1,7 @@
-"""Which sequences make up global batch i: random access to the batches of a plan table.
+"""Random access to the global batches of a plan table: which sequences are in batch i.
 
-Find the window of the batch, pack it: nothing else has to be known. Neither the number of processes nor micro-batches
-nor the end of the budget enter, so all of them may change while a run goes on.
+Finding the batch's window and packing it is all that is needed. The number of processes, the micro-batch and the end of
+the budget do not matter, so they may change during a run.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ if TYPE_CHECKING:
 
 
 class BatchOrder:
-    """The global batches of a run; the same whatever was asked for before, and safe to use from several threads.
+    """The global batches of a run. They do not depend on the order of calls. Thread-safe.
 
-    `documents` is a fingerprint of what the sources hold, part of `key`, under which a table is kept. `table` is what
-    was built before.
+    `documents` is a fingerprint of the sources' documents; it is part of `key`, under which the table is cached.
+    `table` is a table that was built earlier.
     """
 
     def __init__(
@@ -51,30 +51,30 @@ class BatchOrder:
         self._lock = threading.RLock()
 
     def batch(self, index: int) -> Sequences:
-        """Global batch `index`: sequences of one length, whose `document` are numbers of the store."""
+        """Return global batch `index`: sequences of one length; `document` are document numbers of the store."""
         with self._lock:
             number = self._window_of(index)
             return self._window(number).batch(index - self.table[number].first_step)
 
     @property
     def num_steps(self) -> int:
-        """The batches that the table holds by now; others are added when they are asked for."""
+        """Return the number of batches in the table so far; more are added on demand."""
         return self.table[-1].end_step if self.table else 0
 
     def build(self, num_steps: int, on_progress: Callable[[int], None] = lambda num_steps: None) -> None:
-        """Extend the table to at least `num_steps` batches; `on_progress` hears how many after each window."""
+        """Extend the table to at least `num_steps` batches; `on_progress` gets their number after each window."""
         with self._lock:
             while self.num_steps < num_steps:
                 self.table.append(plan_window(self.table, self.sources, self.settings, self._first_digest))
                 on_progress(self.num_steps)
 
     def digest(self, num_steps: int) -> str:
-        """SHA-256 over all that decided the windows of the first `num_steps` batches."""
+        """Return a SHA-256 over everything that determines the windows of the first `num_steps` batches."""
         with self._lock:
             return self.table[self._window_of(num_steps - 1)].digest if num_steps else self._first_digest
 
     def max_slices(self, num_steps: int) -> dict[int, int]:
-        """The most slices in a sequence of each length, over the windows of the first `num_steps` batches."""
+        """Return the most slices per sequence of each length, over the windows of the first `num_steps` batches."""
         most: dict[int, int] = {}
         with self._lock:
             self.build(num_steps)
@@ -103,9 +103,10 @@ def order_of_lengths(
     sources: Sequence[tuple[int, int]] | None = None,
     window_documents: int = WINDOW_DOCUMENTS,
 ) -> BatchOrder:
-    """The order of documents whose positions are given, int64 [num_documents].
+    """Return the order of documents with these numbers of positions, int64 [num_documents].
 
-    `sources` are the document numbers [first, end) of each source that the segments weigh; one pool by default.
+    `sources` are the document numbers [first, end) of each source that has a weight in the segments; one pool by
+    default.
     """
     ranges = list(sources or [(0, len(lengths))])
     positions = [int(lengths[first:end].sum()) for first, end in ranges]
@@ -116,7 +117,7 @@ def order_of_lengths(
 def constant_order(
     lengths: IntArray, seq_len: int, sequences_per_batch: int, seed: int = 0, packing: Packing = "best_fit"
 ) -> BatchOrder:
-    """The order of documents of these lengths (positions) in batches of one size and length."""
+    """Return the order of documents of these lengths (positions) in batches of one size and length."""
     return order_of_lengths(
         lengths, [Segment(0, 0, (seq_len,), seq_len * sequences_per_batch)], seed=seed, packing=packing
     )
@@ -130,9 +131,9 @@ def recipe_order(
     save: bool,
     on_progress: Callable[[int], None] = lambda num_steps: None,
 ) -> BatchOrder:
-    """The order of a recipe's run for its whole budget, from its cached table where there is one.
+    """Return the order of a recipe's run for its full budget, from the cached table if there is one.
 
-    With `save`, what had to be built is cached. Raises UserError where a source has no training documents.
+    With `save`, a newly built table is cached. Raises UserError if a source has no training documents.
     """
     data = recipe.data
     weighted = curriculum.segments[0].weights is not None
@@ -160,7 +161,7 @@ def recipe_order(
 def _sources(
     lengths_of: LengthsOf, ranges: Sequence[tuple[int, int]], positions: Sequence[int], settings: OrderSettings
 ) -> Sources:
-    """A stream for each of these ranges of document numbers, which hold so many positions."""
+    """Return a stream for each of these ranges of document numbers."""
     streams = [
         DocumentStream(lengths_of, *documents, settings.seed, source, settings.window_documents)
         for source, documents in enumerate(ranges)

@@ -1,9 +1,9 @@
-"""Pack documents into sequences of `seq_len` positions: which slice of which document lies in which sequence.
+"""Pack documents into sequences of `seq_len` positions: which slice of which document goes into which sequence.
 
-`best_fit` cuts a document only where it is longer than a sequence. Each full slice is a sequence of its own; the rest
-of it, and every shorter document, is placed by best fit decreasing. Best fit depends on lengths alone, so its loop runs
-over groups of equal slices and equal sequences, not over documents. `concat` lays documents end to end and cuts
-wherever a sequence is full: only the last sequence is padded. `single` gives each slice a sequence of its own.
+`best_fit` cuts a document only where it is longer than a sequence. Each full slice is its own sequence; the rest of the
+document, and every shorter document, is packed by best fit decreasing. Best fit depends only on lengths, so its loop
+runs over groups of equal slices and equal sequences, not over documents. `concat` puts documents end to end and cuts
+wherever a sequence is full: only the last sequence is padded. `single` gives each slice its own sequence.
 `pack_buckets` is dataset decomposition (arXiv 2405.13226).
 """
 
@@ -40,21 +40,21 @@ class Sequences:
 
     @property
     def num_positions(self) -> int:
-        """Positions that hold a document, hence a target; the rest of `len(self) * seq_len` is padding."""
+        """Return the positions that hold a document, and so a target; the rest of `len(self) * seq_len` is padding."""
         return int(self.length.sum())
 
     @property
     def used(self) -> IntArray:
-        """Positions in use, int64 [num_sequences]."""
+        """Return the used positions, int64 [num_sequences]."""
         return np.diff(_cumulative(self.length)[self.offsets])
 
     @property
     def attention_cost(self) -> IntArray:
-        """Sum of length squared over the slices of each sequence, int64 [num_sequences]."""
+        """Return the sum of squared slice lengths for each sequence, int64 [num_sequences]."""
         return np.diff(_cumulative(self.length**2)[self.offsets])
 
     def select(self, indices: IntArray) -> Sequences:
-        """The sequences with these indices, in this order."""
+        """Return the sequences with these indices, in this order."""
         indices = np.asarray(indices, dtype=np.int64)
         counts = self.offsets[indices + 1] - self.offsets[indices]
         offsets = _cumulative(counts)
@@ -62,14 +62,14 @@ class Sequences:
         return Sequences(self.seq_len, offsets, self.document[slices], self.start[slices], self.length[slices])
 
     def slice(self, first: int, end: int) -> Sequences:
-        """The sequences from `first` up to but not including `end`; nothing is copied but their offsets."""
+        """Return the sequences from `first` to `end` (exclusive); only their offsets are copied."""
         begin, stop = self.offsets[first], self.offsets[end]
         slices = [column[begin:stop] for column in (self.document, self.start, self.length)]
         return Sequences(self.seq_len, self.offsets[first : end + 1] - begin, *slices)
 
 
 def concatenate(parts: Sequence[Sequences]) -> Sequences:
-    """The sequences of every part, one after the other."""
+    """Concatenate several `Sequences`."""
     counts = np.concatenate([np.diff(part.offsets) for part in parts])
     fields = [np.concatenate([getattr(part, name) for part in parts]) for name in ("document", "start", "length")]
     return Sequences(parts[0].seq_len, _cumulative(counts), *fields)
@@ -81,7 +81,7 @@ def pack(lengths: IntArray, seq_len: int, packing: Packing) -> Sequences:
 
 
 def pack_single(lengths: IntArray, seq_len: int) -> Sequences:
-    """One slice a sequence, in the order of the documents."""
+    """Put each slice into its own sequence, in the order of the documents."""
     lengths = np.asarray(lengths, dtype=np.int64)
     num_slices = -(-lengths // seq_len)
     document = np.repeat(np.arange(len(lengths)), num_slices)
@@ -90,7 +90,7 @@ def pack_single(lengths: IntArray, seq_len: int) -> Sequences:
 
 
 def pack_concat(lengths: IntArray, seq_len: int) -> Sequences:
-    """Documents end to end, cut every `seq_len`."""
+    """Put documents end to end and cut every `seq_len` positions."""
     lengths = np.asarray(lengths, dtype=np.int64)
     begins = _cumulative(lengths)
     first, last = begins[:-1] // seq_len, (begins[1:] - 1) // seq_len  # sequence of each document
@@ -103,7 +103,7 @@ def pack_concat(lengths: IntArray, seq_len: int) -> Sequences:
 
 
 def pack_best_fit(lengths: IntArray, seq_len: int) -> Sequences:
-    """Best fit decreasing. Sequences of one full slice come first."""
+    """Pack by best fit decreasing. Sequences of one full slice come first."""
     num_full, rest = np.divmod(np.asarray(lengths, dtype=np.int64), seq_len)
     full = pack_single(num_full * seq_len, seq_len)
     missing = seq_len - rest  # NumPy sorts 16 bits by radix
@@ -120,10 +120,10 @@ def pack_best_fit(lengths: IntArray, seq_len: int) -> Sequences:
 
 
 def pack_buckets(lengths: IntArray, seq_lens: Sequence[int]) -> list[Sequences]:
-    """Sequences of each of `seq_lens`, each twice the one before, from documents of these lengths (positions).
+    """Pack documents of these lengths (positions) into sequences of `seq_lens`, each twice the one before.
 
-    A document is read from its beginning in ever shorter slices, so no slice is padded and no sequence holds two
-    documents; only what is shorter than the smallest bucket is packed into sequences of that length.
+    A document is cut from its start into shorter and shorter slices, so no slice is padded and no sequence holds two
+    documents. Only slices shorter than the smallest bucket are packed together, into sequences of that length.
     """
     lengths = np.asarray(lengths, dtype=np.int64)
     smallest, longest = seq_lens[0], seq_lens[-1]
@@ -147,7 +147,8 @@ def _one_slice_each(seq_len: int, document: IntArray, start: IntArray, length: I
 
 
 def _arrange(first: IntArray, num_sequences: IntArray, each: IntArray, before: IntArray) -> tuple[IntArray, IntArray]:
-    """Apply the actions of `_best_fit`: slices of each sequence, and the position of each slice over all sequences."""
+    """Apply the actions of `_best_fit`. Returns the slices per sequence, and the rank of each slice over all
+    sequences."""
     visits = _cumulative(num_sequences)  # a visit is an action at one of its sequences
     sequence = np.arange(visits[-1]) + np.repeat(first - visits[:-1], num_sequences)
     each, before = np.repeat(each, num_sequences), np.repeat(before, num_sequences)
@@ -160,19 +161,20 @@ def _arrange(first: IntArray, num_sequences: IntArray, each: IntArray, before: I
 
 
 def _best_fit(histogram: IntArray, seq_len: int) -> tuple[IntArray, ...]:
-    """Best fit decreasing over `histogram[length]` slices, as actions in the order of the slices, longest first.
+    """Run best fit decreasing over `histogram[length]` slices. Returns actions in the order of the slices, longest
+    first.
 
     Action i puts `each[i]` slices of one length into each of the sequences `first[i] + range(num_sequences[i])`, which
-    hold `before[i]` slices each by then. Strict best fit keeps filling the sequence it has just used: what is left
-    there is smaller than in any other sequence with room, so long as another slice of the same length goes in. So a
-    sequence takes `room // length` at once.
+    hold `before[i]` slices each at that point. Strict best fit keeps filling the sequence it has just used: as long as
+    another slice of the same length fits, that sequence has less room than any other with enough. So a sequence takes
+    `room // length` slices at once.
     """
     sizes = np.flatnonzero(histogram)[::-1]
     return tuple(native.best_fit(np.ascontiguousarray(sizes), histogram[sizes], seq_len).T)
 
 
 def _cumulative(counts: IntArray) -> IntArray:
-    """0 and the running totals, int64 [len(counts) + 1]."""
+    """Return 0 and the running totals, int64 [len(counts) + 1]."""
     total = np.zeros(len(counts) + 1, dtype=np.int64)
     np.cumsum(counts, out=total[1:])
     return total

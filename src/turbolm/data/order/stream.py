@@ -1,7 +1,7 @@
-"""The documents of a source in shuffled order, epoch after epoch: one endless stream that can be read anywhere.
+"""The documents of a source in shuffled order, epoch after epoch: an endless stream with random access.
 
 An epoch permutes contiguous blocks of documents, and then the documents inside each window of many blocks. So the order
-is random, yet reading it forward touches the store in stretches; and nothing is held in memory for each document.
+is random, but reading it forward reads the store in long runs. Memory use does not grow with the number of documents.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ import numpy as np
 
 from turbolm.data.native import IntArray, argsort_random
 
-BLOCK_DOCUMENTS = 1024  # at most; a small source has that many blocks in a window
+BLOCK_DOCUMENTS = 1024  # at most; a small source has this many blocks per window
 WINDOW_DOCUMENTS = 65536
 
 LengthsOf = Callable[[IntArray], IntArray]  # positions of the documents with these numbers
 
 
 class DocumentStream:
-    """The documents `first` up to `end` of a store; `lengths_of(documents)` tells their positions.
+    """The documents `first` to `end` (exclusive) of a store; `lengths_of(documents)` returns their positions.
 
-    `source` sets apart the permutations of several streams with one seed. Windows have even sizes, of at most
-    `window_documents`. Not safe to use from several threads.
+    `source` gives streams with the same seed different permutations. Windows have equal sizes of at most
+    `window_documents`. Not thread-safe.
     """
 
     def __init__(
@@ -39,14 +39,14 @@ class DocumentStream:
         self.first, self.num_documents = first, end - first
         self.window_documents = -(-self.num_documents // -(-self.num_documents // window_documents))
         self._lengths_of, self._seed, self._source = lengths_of, seed, source
-        # Small blocks make windows alike, large ones are quick to read where the store is larger than memory.
+        # Small blocks make windows similar, large ones are fast to read where the store is larger than memory.
         block = min(max(self.num_documents // WINDOW_DOCUMENTS, 1), BLOCK_DOCUMENTS)
         self._num_blocks = -(-self.num_documents // block)
         self._blocks = lru_cache(2)(self._make_blocks)
         self._window = lru_cache(3)(self._make_window)
 
     def read(self, begin: int, end: int) -> tuple[IntArray, IntArray]:
-        """Document numbers and positions at the offsets `begin` up to `end` of the stream, int64 [end - begin] each.
+        """Return document numbers and positions at the offsets `begin` to `end` (exclusive), int64 [end - begin] each.
 
         Offset o belongs to epoch o // num_documents.
         """
@@ -61,14 +61,14 @@ class DocumentStream:
         return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
 
     def advance(self, begin: int, positions: int, limit: int | None = None) -> tuple[int, int]:
-        """Draw the fewest whole documents from offset `begin` on that hold `positions`, none from offset `limit` on.
+        """Draw documents from offset `begin` until they hold `positions`, but none at or after offset `limit`.
 
-        Returns the offset behind them and the positions they hold.
+        Returns the offset after the last one, and the positions they hold.
         """
         drawn = 0
         while drawn < positions and begin != limit:
             in_epoch = begin % self.num_documents
-            # To the end of the window: it is made as a whole anyway.
+            # To the end of the window: it is computed at once anyway.
             end = begin + min(self.window_documents - in_epoch % self.window_documents, self.num_documents - in_epoch)
             lengths = self.read(begin, end if limit is None else min(end, limit))[1]
             total = np.cumsum(lengths)
@@ -91,25 +91,25 @@ class DocumentStream:
         return documents[shuffled], lengths[shuffled]
 
     def _make_blocks(self, epoch: int) -> tuple[IntArray, IntArray]:
-        """The epoch's order of the blocks, and the stream offset where each begins (one more for the end)."""
+        """Return the epoch's order of the blocks, and the stream offset where each begins (plus one for the end)."""
         order = random_order(self._num_blocks, self._seed, epoch, self._source, 0)
         sizes = self._block_start(order + 1) - self._block_start(order)
         return order, np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
 
     def _block_start(self, block: IntArray) -> IntArray:
-        """The first document of a block; sizes differ by one at most."""
+        """Return the first document of a block; block sizes differ by at most one."""
         return self.first + block * self.num_documents // self._num_blocks
 
 
 def random_order(count: int, seed: int, epoch: int, source: int, stream: int) -> IntArray:
-    """A permutation of range(count), int64.
+    """Return a permutation of range(count), int64.
 
-    It sorts raw Philox output: NumPy keeps that stream fixed over its versions, but not `Generator.permutation`.
+    It sorts raw Philox output: NumPy guarantees that stream across versions, but not `Generator.permutation`.
     """
     return argsort_random(random_raw(count, seed, epoch, source, stream))
 
 
 def random_raw(count: int, seed: int, epoch: int, source: int, stream: int) -> IntArray:
-    """Random numbers, uint64 [count], from a generator of their own for each (seed, epoch, source, stream)."""
+    """Return random uint64 [count] from a separate generator for each (seed, epoch, source, stream)."""
     key, counter = np.array([seed, epoch], np.uint64), np.array([0, 0, source, stream], np.uint64)
     return np.random.Philox(key=key, counter=counter).random_raw(count)

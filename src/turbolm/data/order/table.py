@@ -1,9 +1,9 @@
-"""The plan table: which documents each window of steps draws, planned window after window, and its file.
+"""The plan table: which documents each window of steps draws, planned window by window; and its file.
 
-A window draws the next documents of each source's stream and adds the few slices that the window before left over. What
-does not fill whole batches is carried on in its turn. So a planned window needs nothing but itself to be packed again,
+A window draws the next documents of each source's stream and adds the few slices left over from the window before.
+Slices that do not fill a batch are carried over to the next window. So a planned window can be packed again on its own,
 a change of length, batch or mixture falls on a step, and no document is lost or repeated. Planned windows never change:
-a larger budget appends some.
+a larger budget appends new ones.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from turbolm.files import sha256_json, temporary
 from turbolm.plan.curriculum import Segment
 
 ORDER_VERSION = 3  # raise it when the same arguments no longer give the same batches
-_ONE = 2**32  # shares of the sources are whole numbers, so that their sums are exact
+_ONE = 2**32  # shares of the sources are integers, so that sums are exact
 _WINDOWS = 2**32  # RNG domain separator: windows vs. sources
 
 
 @dataclass(frozen=True)
 class PlannedWindow:
-    """Steps `first_step` up to `end_step`, all of one segment of the curriculum: an entry of the plan table.
+    """Steps `first_step` to `end_step` (exclusive) of one segment of the curriculum: an entry of the plan table.
 
-    `ranges` are the offsets [begin, end) it draws from each source's stream and `owed` the positions by which each
-    source then lags behind its share; `carried` is what the window before left over, `carried_on` what this one does.
-    `max_slices` is the largest number of slices in a sequence, by the segment's sequence lengths. `digest` is the
-    SHA-256 of the table up to here.
+    `ranges` are the offsets [begin, end) that it draws from each source's stream. `owed` are the positions by which
+    each source is behind its share at the end. `carried` are the slices left over from the window before, `carried_on`
+    those that this window leaves over. `max_slices` is the largest number of slices in a sequence, by the segment's
+    sequence lengths. `digest` is the SHA-256 of the table up to here.
     """
 
     first_step: int
@@ -52,40 +52,40 @@ class PlannedWindow:
 
 @dataclass(frozen=True)
 class OrderSettings:
-    """Everything but the documents that decides the batches."""
+    """Everything that determines the batches, except the documents."""
 
     segments: tuple[Segment, ...]
     seed: int
     packing: Packing
     grouping: Grouping
-    window_documents: int  # of the source that sets the pace
+    window_documents: int  # the source that sets the pace
 
     def digest(self, documents: str) -> str:
-        """SHA-256 of all but the segments, and of `documents`, a fingerprint of what the sources hold."""
+        """Return a SHA-256 of all settings except the segments, and of `documents`, a fingerprint of the sources."""
         settings = {name: value for name, value in asdict(self).items() if name != "segments"}
         return sha256_json([ORDER_VERSION, documents, settings])
 
     def key(self, documents: str) -> str:
-        """SHA-256 of everything that decides a table, the end of its last segment apart."""
+        """Return a SHA-256 of everything that determines a table, except the end of its last segment."""
         segments = [asdict(segment) for segment in self.segments]
         return hashlib.sha256(json.dumps([self.digest(documents), segments]).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class Sources:
-    """The streams that the segments' weights speak of (or one of all documents) and their documents' mean positions."""
+    """The streams of the weighted sources (or one of all documents), and their mean positions per document."""
 
     streams: Sequence[DocumentStream]
     mean_positions: Sequence[float]
 
     def read(self, ranges: Sequence[tuple[int, int]]) -> Slices:
-        """The documents at these stream offsets, source by source."""
+        """Return the documents at these stream offsets, source by source."""
         drawn = [stream.read(*offsets) for stream, offsets in zip(self.streams, ranges, strict=True)]
         return Slices.join([Slices(documents, np.zeros_like(documents), lengths) for documents, lengths in drawn])
 
 
 def open_window(planned: PlannedWindow, number: int, sources: Sources, settings: OrderSettings) -> Window:
-    """The batches of window `number` of the table."""
+    """Return the batches of window `number` of the table."""
     segment = settings.segments[planned.segment]
     packed = _pack(sources.read(planned.ranges), planned.carried, number, settings, segment)
     random = _random(settings.seed, number)
@@ -96,7 +96,7 @@ def open_window(planned: PlannedWindow, number: int, sources: Sources, settings:
 def plan_window(
     table: Sequence[PlannedWindow], sources: Sources, settings: OrderSettings, first_digest: str
 ) -> PlannedWindow:
-    """The window that follows `table`; `first_digest` stands for what came before the first."""
+    """Plan the window after `table`; `first_digest` is the digest before the first window."""
     number, num_sources = len(table), len(sources.streams)
     nothing = Slices(*np.zeros((3, 0), np.int64))
     start = PlannedWindow(0, 0, 0, ((0, 0),) * num_sources, (0,) * num_sources, nothing, nothing, (), first_digest)
@@ -115,7 +115,7 @@ def plan_window(
         num_steps = count_batches(packed, segment)
         if num_steps:
             break
-        # Not one batch: draw on, over the end of an epoch.
+        # Less than one batch: draw more, past the end of an epoch.
         _advance(sources, segment, segment.global_batch_tokens, ends, owed, cross_epoch=True)
     num_steps = min(num_steps, most_steps or num_steps)
     random = _random(settings.seed, number)
@@ -136,7 +136,7 @@ def plan_window(
 def _advance(
     sources: Sources, segment: Segment, positions: int, ends: list[int], owed: list[int], *, cross_epoch: bool
 ) -> None:
-    """Move `ends` on by about `positions`, shared as the segment says; `owed` keeps the shares exact over time.
+    """Advance `ends` by about `positions`, split by the segment's shares; `owed` keeps the shares exact over time.
 
     The source whose epoch lasts longest sets the pace. It stops at the end of its epoch, so that a window mixes two
     epochs only where it would not fill a batch otherwise.
@@ -157,9 +157,9 @@ def _advance(
 def _window_positions(
     sources: Sources, settings: OrderSettings, segment: Segment, begins: Sequence[int], most_steps: int | None
 ) -> int:
-    """How much a window should draw: an even part of the pace-setting source's epoch, or what the segment still needs.
+    """Return how much a window should draw: an even part of the pacing source's epoch, or what the segment still needs.
 
-    Windows are alike in size, and the last one of an epoch takes all that is left.
+    Windows have similar sizes, and the last one of an epoch takes the rest.
     """
     lead, share = _lead(sources, segment)
     stream = sources.streams[lead]
@@ -171,7 +171,7 @@ def _window_positions(
 
 
 def _lead(sources: Sources, segment: Segment) -> tuple[int, int]:
-    """The source whose epoch lasts longest at the segment's shares, and its share in parts of `_ONE`."""
+    """Return the source whose epoch lasts longest at the segment's shares, and its share in units of `_ONE`."""
     shares = _shares(segment)
     lasting = [
         stream.num_documents * mean / share if share else 0.0
@@ -212,12 +212,12 @@ def _digest(planned: PlannedWindow, segment: Segment, window: Window, before: st
 
 
 def save_table(path: Path, key: str, table: Sequence[PlannedWindow]) -> None:
-    """Write the table to `path` (.npz without pickles), through a temporary file."""
+    """Write the table to `path` (.npz without pickles) through a temporary file."""
     slices = [table[0].carried, *(planned.carried_on for planned in table)]
     joined = np.stack(list(vars(Slices.join(slices)).values()))
     if joined.max(initial=0) < 2**31:  # nearly all of the file, which every start reads and checks
         joined = joined.astype(np.int32)
-    arrays: dict[str, IntArray] = {  # their names are those of the first tables that were written
+    arrays: dict[str, IntArray] = {  # names from the first version of the format
         "numbers": np.array([[planned.first_step, planned.end_step, planned.segment] for planned in table], np.int64),
         "ranges": np.array([planned.ranges for planned in table], np.int64),
         "owed": np.array([planned.owed for planned in table], np.int64),
@@ -235,7 +235,7 @@ def save_table(path: Path, key: str, table: Sequence[PlannedWindow]) -> None:
 
 
 def load_table(path: Path, key: str) -> list[PlannedWindow]:
-    """The table that `save_table` wrote under this key; empty where there is no such file, or a corrupt one."""
+    """Read the table that `save_table` wrote under this key; empty if the file is missing or corrupt."""
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = dict(file)
@@ -252,12 +252,12 @@ def load_table(path: Path, key: str) -> list[PlannedWindow]:
                 *columns, slices[:-1], slices[1:], max_slices, strict=True
             )
         ]
-    except Exception:  # whatever is wrong with it (it is a cache), the table is built again
+    except Exception:  # it is a cache: whatever is wrong, the table is built again
         return []
 
 
 def _split(values: IntArray, counts: IntArray) -> list[IntArray]:
-    """The last axis of `values` in parts of these sizes."""
+    """Split the last axis of `values` into parts of these sizes."""
     ends = np.cumsum(counts)
     assert ends[-1] == values.shape[-1]
     return np.split(values, ends[:-1], axis=-1)

@@ -1,4 +1,4 @@
-"""One window of the order: slices of documents packed together, shuffled and cut into whole batches."""
+"""One window of the order: slices of documents packed together, shuffled and cut into full batches."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Random = Callable[[int, int], IntArray]  # (count, which use): random numbers, u
 
 @dataclass(frozen=True)
 class Slices:
-    """Parts of documents: `document`, `start` and `length` are int64 [num_slices], in positions."""
+    """Slices of documents: `document`, `start` and `length` are int64 [num_slices], in positions."""
 
     document: IntArray
     start: IntArray
@@ -26,15 +26,15 @@ class Slices:
 
     @staticmethod
     def join(parts: Sequence[Slices]) -> Slices:
-        """The slices of every part, one after the other."""
+        """Concatenate several `Slices`."""
         return Slices(*(np.concatenate([getattr(p, name) for p in parts]) for name in ("document", "start", "length")))
 
     def select(self, indices: IntArray) -> Slices:
-        """The slices with these indices, in this order."""
+        """Return the slices with these indices, in this order."""
         return Slices(self.document[indices], self.start[indices], self.length[indices])
 
     def merged(self) -> Slices:
-        """In the order of documents, with adjacent slices of one document joined."""
+        """Sort by document, and join adjacent slices of one document."""
         slices = self.select(np.lexsort((self.start, self.document)))
         if not len(slices.length):
             return slices
@@ -55,13 +55,13 @@ class Window:
     count: IntArray
 
     def batch(self, index: int) -> Sequences:
-        """The sequences of one batch."""
+        """Return the sequences of one batch."""
         first, count = int(self.first[index]), int(self.count[index])
         return self.sequences[self.which[index]].slice(first, first + count)
 
 
 def pack_window(slices: Slices, segment: Segment, packing: Packing) -> list[Sequences]:
-    """The window's sequences by length; their `document` and `start` are those of the slices."""
+    """Pack a window's slices into sequences, by length; `document` and `start` are those of the slices."""
     if len(segment.seq_lens) > 1:
         packed = pack_buckets(slices.length, segment.seq_lens)
     else:
@@ -73,16 +73,16 @@ def pack_window(slices: Slices, segment: Segment, packing: Packing) -> list[Sequ
 
 
 def count_batches(packed: Sequence[Sequences], segment: Segment) -> int:
-    """The whole batches that these sequences fill."""
+    """Return the number of full batches that these sequences make."""
     return sum(len(sequences) // (segment.global_batch_tokens // sequences.seq_len) for sequences in packed)
 
 
 def cycle_order(counts: IntArray, raw: IntArray, *, grow: bool) -> IntArray:
-    """The bucket of each batch of a cycle that uses up `counts` batches of each bucket (0: shortest sequences).
+    """Choose the bucket of each batch in a cycle with `counts` batches of each bucket (0: shortest sequences).
 
-    `raw` are random uint64, one a batch. With `grow`, a bucket is drawn at odds that double with every shorter one as
-    long as it lasts, so that a cycle begins with mostly short sequences and ends with long ones (Grow-P2 of arXiv
-    2405.13226); else every batch is as likely.
+    `raw` are random uint64, one per batch. With `grow`, each bucket has twice the odds of the next longer one until it
+    is used up, so a cycle begins with mostly short sequences and ends with long ones (Grow-P2 of arXiv 2405.13226).
+    Otherwise every batch is equally likely.
     """
     left = counts.tolist()
     order = np.empty(sum(left), np.int64)
@@ -101,10 +101,10 @@ def cycle_order(counts: IntArray, raw: IntArray, *, grow: bool) -> IntArray:
 def arrange(
     packed: Sequence[Sequences], segment: Segment, num_steps: int, packing: Packing, grouping: Grouping, random: Random
 ) -> tuple[Window, Slices]:
-    """`num_steps` batches of the sequences, in the order they are trained on, and the slices left over.
+    """Return `num_steps` batches of the sequences in training order, and the slices left over.
 
-    With `best_fit` the least full sequences are left over, so that their slices are packed again with others; the other
-    methods leave the last documents.
+    With `best_fit` the least full sequences are left over, so their slices are packed again with others. The other
+    methods leave the last documents over.
     """
     per_batch = np.array([segment.global_batch_tokens // sequences.seq_len for sequences in packed])
     counts = np.array([len(sequences) for sequences in packed]) // per_batch

@@ -1,13 +1,11 @@
-"""Build the token store of a recipe: split, tokenize in parallel, write shards; all of it once.
+"""Build the token store of a recipe: split, tokenize in parallel, write shards.
 
-What a store holds is decided by its key, and its bytes depend on nothing else: not on the number of workers, on which
-engine tokenized, nor on how often it was interrupted. The manifest is written last, so a store with a manifest is
-complete.
+The key determines every byte of a store: the number of workers, the engine and interruptions make no difference. The
+manifest is written last, so a store with a manifest is complete.
 
-Memory does not grow with the corpus: texts on their way to a worker lie in files, so what it takes is what a row group
-of the source needs, what each worker's tokenizer needs, the sample the tokenizer is trained on
-(`tokenizer.train.sample_bytes`), and 16 to 23 bytes for each different document if duplicates are left out
-(`data.deduplicate`).
+Memory does not grow with the corpus: texts for a worker are in files. What takes memory is a row group of the source,
+each worker's tokenizer, the sample the tokenizer is trained on (`tokenizer.train.sample_bytes`), and 16 to 23 bytes for
+each distinct document if duplicates are skipped (`data.deduplicate`).
 """
 
 from __future__ import annotations
@@ -62,11 +60,11 @@ from turbolm.recipe.schema import Recipe
 # Shards grow up to this size from a sixteenth of it, so that a small corpus has work for several processes as well.
 SHARD_TEXT_BYTES = 32 * 10**6
 _MAX_AUTO_WORKERS = 64  # one process reads for all of them
-_ENGINE_BYTES = 8 * 10**6  # a corpus of fewer bytes is done before a faster engine would be loaded and checked
+_ENGINE_BYTES = 8 * 10**6  # a smaller corpus is done before a faster engine would be loaded and checked
 _SAMPLE_STATE = "sample.jsonl"
 _TOKENIZER_RECORD = "tokenizer-files.json"
 _SAVE_EVERY_SEC = 120
-_SHARD = ("source", "tokens", "index", "train", "validation")  # the rest of its record is for going on, or summed up
+_SHARD = ("source", "tokens", "index", "train", "validation")  # the rest of a record is for resuming, or is summed up
 
 
 def prepare(
@@ -76,17 +74,18 @@ def prepare(
     on_progress: OnProgress = lambda progress: None,
     warn: Callable[[str], None] = lambda message: print(f"turbolm: {message}", file=sys.stderr),
 ) -> Path:
-    """Build the recipe's token store unless it is there; return its folder.
+    """Build the recipe's token store unless it exists; return its folder.
 
-    `on_progress` is called now and then. On KeyboardInterrupt the shards at work are finished; the next call goes on
-    after what is finished, in the tokenizer's sample too. `warn` hears why `gigatoken` is wanted and not used.
+    `on_progress` is called periodically. On KeyboardInterrupt the shards in progress are finished; the next call
+    resumes after them, also within the tokenizer's sample. `warn` gets the reason if `gigatoken` is requested and not
+    used.
     """
     folder = store_folder(recipe)
     if _is_complete(folder, recipe):
         return folder
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:
         raise UserError(
-            f"The token store {folder} is not there, and this process is one of several. "
+            f"The token store {folder} does not exist, and this process is one of several. "
             "Run `turbolm prepare RECIPE` first, in the same folder and with the same recipe."
         )
     try:
@@ -94,7 +93,7 @@ def prepare(
         with _locked(folder.with_suffix(".lock"), on_progress):
             if not _is_complete(folder, recipe):
                 _build(recipe, folder, num_workers or _auto_workers(recipe), on_progress, warn)
-    except OSError as error:  # errors of reading a source are UserErrors by now
+    except OSError as error:  # errors of reading a source are UserErrors already
         raise UserError(f"The token store {folder} cannot be written: {error}") from None
     except BrokenProcessPool:
         raise UserError(
@@ -105,13 +104,13 @@ def prepare(
 
 
 def find_store(recipe: Recipe) -> Path | None:
-    """The folder of the recipe's token store if it has been built; `open_store` checks that it is sound."""
+    """Return the folder of the recipe's token store if it has been built; `open_store` checks that it is intact."""
     folder = store_folder(recipe)
     return folder if (folder / MANIFEST).is_file() else None
 
 
 def finished_shards(recipe: Recipe) -> tuple[int, int]:
-    """How many shards of the recipe's store have been written, and how many bytes of text they hold."""
+    """Return how many shards of the recipe's store have been written, and their bytes of text."""
     sizes = []
     for path in store_folder(recipe).glob("shard-*.json"):
         record = load_json(path)
@@ -120,12 +119,12 @@ def finished_shards(recipe: Recipe) -> tuple[int, int]:
 
 
 def store_folder(recipe: Recipe) -> Path:
-    """Where the recipe's token store is or will be."""
+    """Return the folder of the recipe's token store, whether it exists or not."""
     return Path(recipe.execution.cache_dir).expanduser() / "stores" / store_key(recipe)[:16]
 
 
 def store_key(recipe: Recipe) -> str:
-    """SHA-256 over everything that decides the content of a store."""
+    """Return a SHA-256 of everything that determines the content of a store."""
     if recipe.tokenizer.path is None:
         return _key(recipe, [])
     path = tokenizer_path(recipe.tokenizer)
@@ -134,7 +133,7 @@ def store_key(recipe: Recipe) -> str:
 
 
 def _key(recipe: Recipe, tokenizer: list[str | int]) -> str:
-    """The same, where fingerprint, bos and eos of the tokenizer are known already."""
+    """Return the same for a known fingerprint, bos and eos of the tokenizer."""
     content: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "shard_text_bytes": SHARD_TEXT_BYTES,
@@ -150,18 +149,18 @@ def _key(recipe: Recipe, tokenizer: list[str | int]) -> str:
 
 
 def _content(source: Any) -> dict[str, Any]:
-    """A source without what only a mixture needs: other weights are no reason to prepare anew."""
+    """Return a source's settings without those of the mixture: other weights do not need another store."""
     return {key: value for key, value in comparable_section(source).items() if key not in ("label", "weight")}
 
 
 def _is_complete(folder: Path, recipe: Recipe) -> bool:
-    """Whether the store is there and sound. Raises UserError where it can never be trained on."""
+    """Return whether the store exists and is intact. Raises UserError if it can never be trained on."""
     if not (folder / MANIFEST).is_file():
         return False
     try:
         store = open_store(folder)
     except UserError:
-        return False  # corrupt or of an older format: build again what is not sound
+        return False  # corrupt or of an older format: build the bad parts again
     if not str(store.manifest["key"]).startswith(folder.name):
         return False  # another recipe's
     check_held_out(store.num_documents("validation"), store.manifest["validation"])
@@ -176,7 +175,7 @@ def _auto_workers(recipe: Recipe) -> int:
 
 @contextmanager
 def _locked(path: Path, on_progress: OnProgress) -> Iterator[None]:
-    """Hold an exclusive lock; the system lets go of it when the process ends, however it ends."""
+    """Hold an exclusive lock; the system releases it when the process ends for any reason."""
     with path.open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -250,7 +249,7 @@ def _build(
 
 
 def _spelled_out(documents: Counter[str], special_tokens: SpecialTokens) -> str:
-    """What to say of the number of documents that spell each token out."""
+    """Return the warning about documents that spell tokens out."""
     most, meaning = documents.most_common(1)[0][0], "ordinary text" if special_tokens == "split" else "that token"
     return (
         f"{documents.total()} documents spell out a special or added token of the tokenizer (most often {most!r}); it "
@@ -280,7 +279,7 @@ def _engine(recipe: Recipe, folder: Path, warn: Callable[[str], None]) -> Engine
 def _write_all(
     recipe: Recipe, layout: Layout, num_workers: int, on_progress: OnProgress
 ) -> tuple[list[dict[str, Any]], Dropped]:
-    """Every shard's record, in order, and how many documents no shard holds."""
+    """Return every shard's record, in order, and the documents that are in no shard."""
     dropped, meter, sizes = Dropped(), Meter("tokenize", on_progress), SourceSizes(recipe.data.sources)
     num_documents, text_bytes, share_done = 0, 0, 0.0
 
@@ -300,7 +299,7 @@ def _write_all(
 
 
 def _put_tokenizer(recipe: Recipe, folder: Path, on_progress: OnProgress) -> list[dict[str, Any]]:
-    """Train the recipe's tokenizer, or copy it, into the store's folder, unless it is there; the files of it."""
+    """Train or copy the recipe's tokenizer into the store's folder, unless it exists. Returns its files."""
     target, unfinished = folder / TOKENIZER_FOLDER, folder / f"{TOKENIZER_FOLDER}.tmp"
     before = _tokenizer_files(folder)
     if before and not any(check_file(folder, part, full=True) for part in before):
@@ -317,7 +316,7 @@ def _put_tokenizer(recipe: Recipe, folder: Path, on_progress: OnProgress) -> lis
         save_tokenizer(train_tokenizer(texts, settings.vocab_size), unfinished)
     files = [{"file": f"{target.name}/{path.name}", **file_record(path)} for path in sorted(unfinished.iterdir())]
     if files != before:
-        _remove_shards(folder)  # another version of `tokenizers` may train another one
+        _remove_shards(folder)  # another version of `tokenizers` may train a different one
     if target.is_dir():
         shutil.rmtree(target)
     unfinished.rename(target)
@@ -327,7 +326,7 @@ def _put_tokenizer(recipe: Recipe, folder: Path, on_progress: OnProgress) -> lis
 
 
 def _tokenizer_files(folder: Path) -> list[dict[str, Any]]:
-    """What an earlier run wrote down of the tokenizer's files; nothing if it did not come so far."""
+    """Return an earlier run's records of the tokenizer's files; empty if it did not get that far."""
     try:
         return list(load_json(folder / _TOKENIZER_RECORD)["files"])
     except (OSError, ValueError, KeyError, TypeError):

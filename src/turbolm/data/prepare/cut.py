@@ -1,7 +1,7 @@
-"""Cut the text of the sources into shards, and find those that an earlier run has written.
+"""Cut the text of the sources into shards, and find those that an earlier run wrote.
 
 A shard is consecutive documents of one source. Its record (`.json`) says which part of the source it holds, so a later
-run need not even read that again.
+run does not read that part again.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from turbolm.recipe.schema import Recipe
 
 @dataclass
 class Dropped:
-    """Documents that no shard holds."""
+    """Documents that are not in any shard."""
 
     empty: int = 0
     duplicates: int = 0
@@ -30,18 +30,18 @@ class Dropped:
 
 
 def is_validation(text_digest: bytes, share: float) -> bool:
-    """Whether the document whose text has this SHA-256 is held out: equal texts are always on the same side."""
+    """Return whether the document whose text has this SHA-256 is held out: equal texts are always in the same split."""
     return int.from_bytes(text_digest[:8], "big") / 2**64 < share
 
 
 def cut_shards(
     recipe: Recipe, folder: Path, shard_text_bytes: int, sizes: SourceSizes, dropped: Dropped
 ) -> Iterator[Shard]:
-    """The shards in order; counts in `dropped` what they leave out.
+    """Yield the shards in order; `dropped` counts skipped documents.
 
-    What an earlier run finished is not read again, only the hashes of its files are checked: that its text is the same
-    follows from the folder's name, which covers size and time of every source file. A data set from the hub has no such
-    files, so its text is read and compared.
+    Shards that an earlier run finished are not read from the source again; only the hashes of their files are checked.
+    Their text is the same because the folder's name covers size and time of every source file. A data set from the hub
+    has no such files, so its text is read and compared.
     """
     seen = DigestSet() if recipe.data.deduplicate == "exact" else None
     number, share = 0, 0.0
@@ -67,7 +67,7 @@ def cut_shards(
                     part.remove_texts()
                     part = found
             record = part.record
-            check_left_out(record, recipe.data.on_bad_document)  # a run that left them out may have written the part
+            check_left_out(record, recipe.data.on_bad_document)  # a run that skipped them may have written the part
             dropped.empty += record["empty"]
             dropped.duplicates += record["duplicates"]
             dropped.bad.extend(record)
@@ -81,7 +81,7 @@ def cut_shards(
 
 
 def _limit(number: int, shard_text_bytes: int) -> int:
-    """Shards grow from a sixteenth of the size, so that a small corpus has work for several processes as well."""
+    """Return the next shard's size: it grows from a sixteenth, so that a small corpus occupies several processes."""
     return shard_text_bytes >> max(0, 4 - number // 8)
 
 
@@ -120,7 +120,7 @@ def _fill(
 
 
 def _find(folder: Path, number: int, expected: dict[str, Any], seen: DigestSet | None) -> Shard | None:
-    """A shard that was written before, is still sound, and holds what is expected; its digests are added to `seen`."""
+    """Return a shard that was written before, is intact and holds what is expected; its digests are added to `seen`."""
     try:
         record = load_json(folder / f"{shard_name(number)}.json")
         parts = ["tokens", "index"] + ["digests"] * (seen is not None)

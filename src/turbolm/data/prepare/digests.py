@@ -1,11 +1,11 @@
-"""A set of digests that is small enough for the documents of a large corpus."""
+"""A compact set of digests, for the documents of a large corpus."""
 
 from __future__ import annotations
 
 from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 
-DIGEST_BYTES = 16  # as files hold them
-_HELD_BYTES = 12  # as memory does: two of 10^9 different texts share one with a probability of 10^-11
+DIGEST_BYTES = 16  # in files
+_HELD_BYTES = 12  # in memory: two of 10^9 different texts share one with a probability of 10^-11
 _EMPTY = bytes(_HELD_BYTES)
 _TABLES = 64
 _FIRST_SLOTS = 341  # a page of memory
@@ -13,10 +13,10 @@ _FULL, _GROWTH = 0.75, 1.4
 
 
 class DigestSet:
-    """Digests, of which the first 12 bytes count, in 16 to 23 bytes of memory each. A `set` of `bytes` needs about 110.
+    """Digests (their first 12 bytes) in 16 to 23 bytes of memory each. A `set` of `bytes` needs about 110.
 
-    A digest is its own hash, in one of 64 tables with linear probing. Each grows on its own, so that neither memory nor
-    time makes a leap, and lies in pages of its own, which go back to the system then.
+    A digest is its own hash, in one of 64 tables with linear probing. Each table grows separately, so memory and time
+    grow smoothly. It has its own memory pages, which return to the system when it grows.
     """
 
     def __init__(self) -> None:
@@ -28,11 +28,11 @@ class DigestSet:
 
     @property
     def num_bytes(self) -> int:
-        """What its tables take."""
+        """Return the bytes that the tables take."""
         return sum(map(len, self._tables))
 
     def add(self, digest: bytes) -> bool:
-        """Whether the digest was not there yet; it is there now."""
+        """Add a digest; return whether it was new."""
         held = digest[:_HELD_BYTES]
         number = held[-1] % _TABLES
         table = self._tables[number]

@@ -1,7 +1,7 @@
 """Ways to tokenize the same text into the same ids, from the reference to the fastest.
 
-`tokenizers` is the reference. Two faster ways are used only where they give its ids: on a list of nasty strings before
-anything is written, and on a sample of every shard's documents (`check_sample`).
+`tokenizers` is the reference. Two faster engines are used only if they give the same ids: on a list of nasty strings
+before anything is written, and on a sample of every shard's documents (`check_sample`).
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 EngineName = Literal["tokenizers", "words", "gigatoken"]
-Ids = tuple[np.ndarray, np.ndarray]  # ids of all texts, one after the other, uint32; how many each text has, int64
+Ids = tuple[np.ndarray, np.ndarray]  # ids of all texts, concatenated, uint32; number of ids of each text, int64
 
-_GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # what ByteLevel means
-_CACHE_BYTES = 32 * 10**6  # of the words that Words remembers; more gains no speed, and half of it costs a tenth
+_GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # the split of ByteLevel
+_CACHE_BYTES = 32 * 10**6  # size of the words that Words remembers; more is no faster, half of it is a tenth slower
 _RENEW_BYTES = 32 * 10**6  # gigatoken 0.10 remembers every word it has seen: forget them after this much text
 _SAMPLE_EVERY = 500  # documents
 _SAMPLE_CHARS = 10_000
@@ -49,10 +49,10 @@ class EngineMismatch(Exception):
 
 
 class Engine(Protocol):
-    """Tokenizes without special tokens at the ends; those that a text spells out are as `SpecialTokens` says."""
+    """Tokenizes without special tokens at the ends; `SpecialTokens` decides about those that a text spells out."""
 
     def encode(self, texts: Sequence[bytes]) -> Ids:
-        """The ids of these UTF-8 texts."""
+        """Return the ids of these UTF-8 texts."""
 
 
 class Plain:
@@ -63,22 +63,22 @@ class Plain:
         self._tokenizer = load_text_tokenizer(folder, special_tokens)
 
     def content(self) -> dict[str, Any]:
-        """What tokenizer.json holds."""
+        """Return the content of tokenizer.json."""
         return dict(json.loads(self._tokenizer.to_str()))
 
     def added_tokens(self) -> list[str]:
-        """The texts of the tokens that are not the model's own."""
+        """Return the texts of the added tokens."""
         return [token.content for token in self._tokenizer.get_added_tokens_decoder().values()]
 
     def decode(self, ids: list[int]) -> str:
-        """The text of these ids; without a decoder, the tokens as they are."""
+        """Decode these ids; without a decoder, return the tokens as they are."""
         if self._tokenizer.decoder is None:
             return "".join(self._tokenizer.id_to_token(token) or "" for token in ids)
         return str(self._tokenizer.decode(ids, skip_special_tokens=False))
 
     @cached_property
     def unknown_id(self) -> int | None:
-        """The id that stands for what the vocabulary does not have."""
+        """Return the id of the unknown token."""
         model = self.content()["model"]
         token = model.get("unk_token")
         unknown = model.get("unk_id") if token is None else self._tokenizer.token_to_id(token)
@@ -91,10 +91,10 @@ class Plain:
 
 
 class Words:
-    """`tokenizers`, asked only once for each distinct word: what its pre-tokenizer splits a text into.
+    """`tokenizers`, called only once for each distinct word, as its pre-tokenizer splits text.
 
-    Raises EngineMismatch where the tokenizer is of a kind whose splitting is not known here, or whose words' tokens
-    depend on what is around them.
+    Raises EngineMismatch if the tokenizer's kind of splitting is not supported here, or a word's tokens depend on its
+    context.
     """
 
     def __init__(self, plain: Plain):
@@ -123,7 +123,7 @@ class Words:
         for word, encoding in zip(missing, self._words.encode_batch_fast(missing), strict=True):
             ids = array("I", encoding.ids).tobytes()
             self._known[word] = ids
-            self._known_bytes += len(word) + len(ids) + 150  # what Python adds to two such objects
+            self._known_bytes += len(word) + len(ids) + 150  # Python's overhead of two such objects
         find = self._known.__getitem__
         parts = [
             b"".join(map(find, row)) if row is not None else self._plain.encode([text])[0].tobytes()
@@ -135,9 +135,9 @@ class Words:
         return np.frombuffer(b"".join(parts), np.uint32), lengths
 
     def _split_text(self, text: str) -> list[str] | None:
-        """The words, or None where only the tokenizer itself can tell."""
+        """Return the words, or None if only the tokenizer itself can split this text."""
         if not text.isascii() and not self._sure.issuperset(text):
-            # Only the characters that come: to compare all there are takes 1.6 seconds and 200 MB.
+            # Only the characters that occur: comparing all of Unicode takes 1.6 seconds and 200 MB.
             if new := set(text) - self._sure - self._unsure:
                 other = _classed_differently(self._classes, new)
                 self._sure |= new - other
@@ -162,12 +162,12 @@ class Gigatoken:
         self._encoded_bytes = 0
         try:
             self._tokenizer = self._build(self._content)
-        except Exception as error:  # bare ones of several kinds
+        except Exception as error:  # plain exceptions of several kinds
             raise EngineMismatch(f"it cannot read this tokenizer: {error}") from None
 
     def encode(self, texts: Sequence[bytes]) -> Ids:
         if self._encoded_bytes > _RENEW_BYTES:
-            self._tokenizer = None  # the old one goes before the new one comes
+            self._tokenizer = None  # free the old one before making the new one
             self._tokenizer, self._encoded_bytes = self._build(self._content), 0
         self._encoded_bytes += sum(map(len, texts))
         # One by one is as fast, and encode_batch imports awkward: half a second and 42 MB in each process.
@@ -179,7 +179,7 @@ _ENGINES: dict[str, Callable[[Plain], Engine]] = {"words": Words, "gigatoken": G
 
 
 def load_engine(name: EngineName, plain: Plain) -> Engine:
-    """An engine for the tokenizer of `plain`."""
+    """Return an engine for the tokenizer of `plain`."""
     return plain if name == "tokenizers" else _ENGINES[name](plain)
 
 
@@ -189,7 +189,7 @@ def choose_engine(
     warn: Callable[[str], None],
     special_tokens: SpecialTokens = "split",
 ) -> EngineName:
-    """The fastest engine that gives the ids of `tokenizers` on the nasty strings; `warn` says why one does not."""
+    """Return the fastest engine that matches `tokenizers` on the nasty strings; `warn` gets mismatches."""
     plain = Plain(folder, special_tokens)
     candidates: list[EngineName] = ["words"] if wanted == "tokenizers" else ["gigatoken", "words"]
     for name in candidates:
@@ -206,14 +206,14 @@ def choose_engine(
 
 
 class Texts(Protocol):
-    """UTF-8 texts by number."""
+    """A sequence of UTF-8 texts."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, number: int, /) -> bytes: ...
 
 
 def check_sample(engine: Engine, plain: Engine, texts: Texts, every: int = _SAMPLE_EVERY) -> None:
-    """Raise EngineMismatch unless `engine` gives the ids of `plain` on the beginning of every so manyth text."""
+    """Raise EngineMismatch unless `engine` gives the ids of `plain` on a prefix of every n-th text."""
     for number in range(0, len(texts), every):
         beginning = texts[number][: 4 * _SAMPLE_CHARS].decode(errors="ignore")[:_SAMPLE_CHARS].encode()
         expected, found = plain.encode([beginning])[0], engine.encode([beginning])[0]
@@ -231,7 +231,7 @@ def _nasty_texts(plain: Plain) -> list[bytes]:
 
 
 def _split_pattern(tokenizer: dict[str, Any]) -> str:
-    """The pattern that splits a text, where a word's tokens depend on nothing but the word."""
+    """Return the pattern that splits text, if a word's tokens depend only on the word. Raises EngineMismatch."""
     splitter = tokenizer["pre_tokenizer"] or {}
     steps = splitter.get("pretokenizers", [splitter])
     added = tokenizer["added_tokens"]
@@ -260,14 +260,14 @@ def _same(step: dict[str, Any], expected: dict[str, Any]) -> bool:
 
 
 def _classes(pattern: str) -> list[str]:
-    r"""The classes of characters that a pattern names, such as \p{L} and \s."""
+    r"""Return the character classes in a pattern, such as \p{L} and \s."""
     import regex
 
     return sorted(set(regex.findall(r"\\[pP]\{\^?\w+\}|\\[sdw]", pattern.replace(r"\S", r"\s"))))
 
 
 def _classed_differently(classes: Sequence[str], characters: set[str]) -> set[str]:
-    """Those that one of `regex` and `tokenizers` finds in such a class and not the other: their Unicodes differ."""
+    """Return the characters on which `regex` and `tokenizers` disagree about a class: their Unicode versions differ."""
     import regex
     from tokenizers import PreTokenizedString, Regex, pre_tokenizers
 

@@ -1,4 +1,4 @@
-"""How far `prepare` is: what it tells whoever shows it."""
+"""Report the progress of `prepare`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Stage = Literal["waiting", "sample", "tokenize", "stopping"]
 
 @dataclass(frozen=True)
 class Progress:
-    """What a stage has done so far, what earlier runs did included, and how fast this run is.
+    """What a stage has done so far, including earlier runs, and the speed of this run.
 
     The stages: `waiting` for another process that builds the same store, `sample` (choosing the tokenizer's training
     text), `tokenize`, and `stopping` (finishing the shards at work).
@@ -24,7 +24,7 @@ class Progress:
     stage: Stage
     documents: int = 0
     text_bytes: int = 0
-    share: float | None = None  # done, 0 to 1; None where the sources' size is not known
+    share: float | None = None  # done, 0 to 1; None if the size of the sources is unknown
     bytes_per_sec: float | None = None  # of text, in this run
     eta_sec: float | None = None  # until the stage is done
 
@@ -48,7 +48,7 @@ OnProgress = Callable[[Progress], None]
 
 
 class Meter:
-    """Measures a stage's speed from its beginning; what earlier runs had done does not count."""
+    """Measures a stage's speed from its start; the work of earlier runs does not count."""
 
     def __init__(self, stage: Stage, report: OnProgress, clock: Callable[[], float] = time.monotonic):
         self._stage, self._report, self._clock = stage, report, clock
@@ -56,12 +56,12 @@ class Meter:
         self._skipped_bytes, self._skipped_share = 0, 0.0
 
     def skip(self, text_bytes: int, share: float) -> None:
-        """An earlier run did this part."""
+        """Count a part that an earlier run did."""
         self._skipped_bytes += text_bytes
         self._skipped_share += share
 
     def report(self, documents: int, text_bytes: int, share: float | None) -> None:
-        """Tell what has been done in all, what was skipped included; None for `share` where nobody knows."""
+        """Report the total done, including what was skipped; `share` is None if it is unknown."""
         elapsed = self._clock() - self._start
         speed = eta = None
         if elapsed > 0 and text_bytes > self._skipped_bytes:
@@ -72,7 +72,7 @@ class Meter:
 
 
 class ProgressLine:
-    """Shows progress: on a terminal as one line that is rewritten, else as a line every half minute."""
+    """Shows progress: one line that is rewritten on a terminal, else a line every half minute."""
 
     def __init__(self) -> None:
         self._shown_at, self._stage, self._open = float("-inf"), "", False
@@ -87,7 +87,7 @@ class ProgressLine:
             print(flush=True)
 
     def end(self) -> None:
-        """Leave the line."""
+        """End the line."""
         if self._open:
             print(flush=True)
         self._open = False

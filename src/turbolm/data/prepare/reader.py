@@ -1,7 +1,6 @@
-"""Read the documents of a recipe's sources, one after the other and in an order that never changes.
+"""Read the documents of a recipe's sources one by one, in a fixed order.
 
-A document that is not what its source says is refused, or left out and counted, as the recipe has it
-(`data.on_bad_document`).
+An invalid document is refused, or skipped and counted, as `data.on_bad_document` says.
 """
 
 from __future__ import annotations
@@ -18,14 +17,14 @@ from turbolm.recipe.sources.base import Bad, Gauge
 OnBad = Literal["refuse", "skip"]  # data.on_bad_document
 Offset = tuple[int, int]  # (a file of the source, how many of its documents come before): where a document begins
 
-_ALL_BAD = 1000  # documents at the beginning of a source: the recipe is wrong then, not the documents
+_ALL_BAD = 1000  # documents at the start of a source: if all are bad, the recipe is wrong, not the documents
 _NUM_NAMED = 10
 _NUM_KEY, _NAMED_KEY = "bad_documents", "first_bad_documents"  # in records of shards, and in manifests
 
 
 @dataclass
 class LeftOut:
-    """How many documents were left out, and what was wrong with the first ten of them."""
+    """The number of skipped documents, and the problems of the first ten."""
 
     count: int = 0
     first: list[str] = field(default_factory=list)
@@ -37,21 +36,20 @@ class LeftOut:
             self.first.append(str(UserError(f"{bad.where}: {bad.reason}"))[:500])
 
     def extend(self, record: Mapping[str, Any]) -> None:
-        """Count those of a later part, which its record tells."""
+        """Add those of a later part, from its record."""
         self.count += record.get(_NUM_KEY, 0)
         self.first += record.get(_NAMED_KEY, ())[: _NUM_NAMED - len(self.first)]
 
     def record(self) -> dict[str, Any]:
-        """The same as plain data; nothing where there are none, as before they could be left out."""
+        """Return plain data; empty if there are none, as in records from before documents could be skipped."""
         return {_NUM_KEY: self.count, _NAMED_KEY: self.first} if self.count else {}
 
 
 class Reader:
-    """Iterates over the texts of one source, files sorted by path, from `start` on.
+    """Iterates over the texts of one source from `start`, files sorted by path.
 
-    With `on_bad` skip, documents that cannot be used are left out and counted in `left_out`; an offset counts them like
-    others. Raises UserError for such a document otherwise, where a file cannot be read, and where a source gives bad
-    documents and no other.
+    With `on_bad` skip, bad documents are skipped and counted in `left_out`; offsets include them. Otherwise a bad
+    document raises UserError, and so does a file that cannot be read, or a source with only bad documents.
     """
 
     def __init__(self, source: Source, start: Offset = (0, 0), on_bad: OnBad = "refuse"):
@@ -93,30 +91,30 @@ class Reader:
 
     @property
     def share_of_file(self) -> float:
-        """How much of the file at `offset` has been read, 0 to 1."""
+        """Return the share of the file at `offset` that has been read, 0 to 1."""
         return self._gauge.share() if self.offset[1] else 0.0
 
 
 def empty_files(sources: Sequence[Source]) -> list[Path]:
-    """The files of 0 bytes that should hold documents: allowed, and perhaps what a failed download left."""
+    """Return the files of 0 bytes that should hold documents: allowed, but possibly left by a failed download."""
     stats = (stat for source in sources if source.empty_files_are_odd for stat in source.stats())
     return [path for path, status in stats if not status.st_size]
 
 
 class SourceSizes:
-    """How much of all sources lies before an offset, for progress: in bytes on disk, whatever the format."""
+    """Computes progress: the share of all sources before an offset, in bytes on disk."""
 
     def __init__(self, sources: Sequence[Source]):
         self._sizes: list[list[int]] = []
         for source in sources:
             sizes = [status.st_size for _, status in source.stats()]
             self._sizes.append([sum(sizes)] if source.reads_all_files_at_once else sizes)
-        # A data set from the hub has no size that is known beforehand.
+        # The size of a data set from the hub is not known in advance.
         self.known = all(map(sum, self._sizes))
         self.num_bytes = sum(map(sum, self._sizes))
 
     def share(self, source: int, offset: Offset, share_of_file: float = 0.0) -> float:
-        """The share, 0 to 1, of all bytes that come before; 0 where the size of a source is not known."""
+        """Return the share of all bytes before the offset, 0 to 1; 0 if the size of a source is unknown."""
         if not self.known:
             return 0.0
         sizes, file = self._sizes[source], offset[0]
@@ -125,21 +123,21 @@ class SourceSizes:
 
 
 def no_documents() -> UserError:
-    """What to raise where all sources together have none."""
+    """Return the error for sources without any document."""
     return UserError("The sources hold no documents at all (data.sources)")
 
 
 def check_left_out(record: Mapping[str, Any], on_bad: OnBad) -> None:
-    """Raise UserError where the record of a shard or a store tells of documents that a recipe refuses."""
+    """Raise UserError if the record of a shard or store lists documents that the recipe refuses."""
     if on_bad == "refuse" and record.get(_NUM_KEY):
         raise _refusal(record[_NAMED_KEY][0])
 
 
 def tell_left_out(record: Mapping[str, Any]) -> list[str]:
-    """Lines that say how many documents a store leaves out for being bad, and what is wrong with the first of them."""
+    """Yield lines: how many bad documents a store skipped, and the problems of the first ones."""
     count, first = record.get(_NUM_KEY, 0), record.get(_NAMED_KEY, [])
-    return [f"left out: {count} bad documents, such as", *(f"  {problem}" for problem in first)] if count else []
+    return [f"skipped: {count} bad documents, such as", *(f"  {problem}" for problem in first)] if count else []
 
 
 def _refusal(problem: str) -> UserError:
-    return UserError(f"{problem}. `data.on_bad_document: skip` leaves such documents out")
+    return UserError(f"{problem}. `data.on_bad_document: skip` skips such documents")

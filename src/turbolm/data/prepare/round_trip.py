@@ -1,15 +1,15 @@
-"""Whether a tokenizer gives its text back: how many bytes of a sample no token stands for."""
+"""Measure how well a tokenizer reproduces its text: how many bytes of a sample are lost or changed."""
 
 from __future__ import annotations
 
 from turbolm.data.prepare.engines import Plain, Texts
 
 _DOCUMENTS = 32  # of a shard, evenly spaced
-_CHARS = (2_000, 500)  # of each document's beginning, in the first shard, which may be the only one, and in others
+_CHARS = (2_000, 500)  # bytes of each document's start, in the first shard, which may be the only one, and in others
 
 
 def measure_loss(plain: Plain, texts: Texts, shard: int) -> tuple[int, int]:
-    """UTF-8 bytes of a sample of the texts, and how many of them are lost or changed once encoded and decoded."""
+    """Return the UTF-8 bytes of a sample of the texts, and how many of them encoding and decoding loses or changes."""
     sampled = lost = 0
     num_chars = _CHARS[min(shard, 1)]
     for number in range(0, len(texts), -(-len(texts) // _DOCUMENTS) or 1):
@@ -20,9 +20,10 @@ def measure_loss(plain: Plain, texts: Texts, shard: int) -> tuple[int, int]:
 
 
 def lost_bytes(plain: Plain, text: str) -> int:
-    """How many bytes of a text its tokens do not give back; one space more or less before the text is no loss.
+    """Count the bytes of a text that its tokens do not reproduce; one space more or less before it does not count.
 
-    What comes back is aligned with the text by their longest common subsequence. An unknown token gives nothing back.
+    The decoded text is aligned with the original by their longest common subsequence. An unknown token decodes to
+    nothing.
     """
     ids = plain.encode([text.encode()])[0].tolist()
     if plain.decode(ids) in (text, f" {text}", text.removeprefix(" ")):
@@ -33,12 +34,12 @@ def lost_bytes(plain: Plain, text: str) -> int:
 
 
 def _common_length(one: bytes, other: bytes) -> int:
-    """Length of the longest common subsequence, one row of the table at a time as the bits of a number (Hyyrö 2004)."""
-    places: dict[int, int] = {}
+    """Length of the longest common subsequence; each row of the table is the bits of an integer (Hyyrö 2004)."""
+    masks: dict[int, int] = {}
     for at, byte in enumerate(one):
-        places[byte] = places.get(byte, 0) | 1 << at
+        masks[byte] = masks.get(byte, 0) | 1 << at
     row = full = (1 << len(one)) - 1
     for byte in other:
-        match = row & places.get(byte, 0)
+        match = row & masks.get(byte, 0)
         row = (row + match | row - match) & full
     return len(one) - row.bit_count()

@@ -1,4 +1,4 @@
-"""The text a tokenizer is trained on: a sample of the corpus, in one pass and no more memory than it holds."""
+"""The text a tokenizer is trained on: a sample of the corpus, made in one pass; memory is that of the sample."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 
 
 class Sample:
-    """The documents with the smallest digests, up to `sample_bytes` of text: spread over the corpus, and repeatable.
+    """The documents with the smallest digests, up to `sample_bytes` of text: spread over the corpus and reproducible.
 
-    Equal texts are taken once. What is added, and in which order, and twice or not, changes nothing.
+    Equal texts are taken once. The order of documents, and adding one twice, make no difference.
     """
 
     def __init__(self, sample_bytes: int):
@@ -37,7 +37,7 @@ class Sample:
             self._held_bytes -= num_bytes
 
     def texts(self) -> list[str]:
-        """The sample, smallest digest first; the last text may be cut."""
+        """Return the sample, smallest digest first; the last text may be cut."""
         sample = [text for _, _, text in sorted(self._heap, reverse=True)]
         if self._held_bytes > self._sample_bytes:
             kept = self._heap[0][1] - (self._held_bytes - self._sample_bytes)
@@ -45,7 +45,7 @@ class Sample:
         return sample
 
     def save(self, path: Path, state: dict[str, Any]) -> None:
-        """Write the sample so far and `state`, which says what it is a sample of."""
+        """Write the sample so far and `state`, which records what it is a sample of."""
         unfinished = path.with_name(f"{path.name}.tmp")
         with unfinished.open("w", encoding="utf-8") as file:
             for line in (state, *(text for _, _, text in self._heap)):
@@ -53,7 +53,7 @@ class Sample:
         unfinished.rename(path)
 
     def load(self, path: Path) -> dict[str, Any] | None:
-        """Add what `save` wrote; its state, or None where there is nothing that can be read."""
+        """Add what `save` wrote. Returns its state, or None if nothing can be read."""
         try:
             with path.open(encoding="utf-8") as file:
                 state = json.loads(file.readline())

@@ -1,7 +1,7 @@
-"""Have worker processes tokenize shards and write them.
+"""Tokenize and write shards in worker processes.
 
 A shard is written by one worker and renamed into place, its record (`.json`) last. Workers import this module, so it
-does without pydantic and the recipe.
+imports neither pydantic nor the recipe.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _CHUNK_BYTES = 2**18  # tokenized at a time
 
 @dataclass(frozen=True)
 class Layout:
-    """What a worker has to know of the store."""
+    """What a worker needs to know about the store."""
 
     folder: str
     dtype: str  # NumPy's name, little-endian
@@ -48,9 +48,9 @@ class Layout:
 
 
 class Texts:
-    """UTF-8 texts, one after the other in a file of their own: memory holds only where each of them ends.
+    """UTF-8 texts, one after the other in a temporary file; only their ends are in memory.
 
-    A worker gets the file's name. Through a pipe each text in flight would be in memory several times.
+    A worker gets the file's name: a pipe would hold each text in memory several times.
     """
 
     def __init__(self, path: Path) -> None:
@@ -65,7 +65,7 @@ class Texts:
         self.ends.append(len(text) + (self.ends[-1] if self.ends else 0))
 
     def close(self) -> None:
-        """Nothing more is appended."""
+        """Close the file; nothing more is appended."""
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -96,17 +96,17 @@ class Texts:
 
 @dataclass
 class Shard:
-    """Consecutive documents of one source: on their way to a worker or, without `texts`, written by an earlier run."""
+    """Consecutive documents of one source: to be tokenized or, without `texts`, written by an earlier run."""
 
     number: int
     record: dict[str, Any]  # what it holds and where it comes from
     texts: dict[str, Texts] = field(default_factory=dict)  # by split
-    digests: bytearray = field(default_factory=bytearray)  # of each document, where duplicates are left out
+    digests: bytearray = field(default_factory=bytearray)  # of each document, if duplicates are skipped
     share: float = 0.0  # of all sources' bytes
 
     @property
     def num_documents(self) -> int:
-        """Documents on their way to a worker."""
+        """Documents that a worker will tokenize."""
         return sum(map(len, self.texts.values()))
 
     def remove_texts(self) -> None:
@@ -122,10 +122,10 @@ def write_shards(
     on_finish: Callable[[Shard], None],
     on_stop: Callable[[], None],
 ) -> list[dict[str, Any]]:
-    """Write the shards that are not there yet; the records of all of them, in order.
+    """Write the missing shards. Returns the records of all shards, in order.
 
-    `on_finish` is called after each. On KeyboardInterrupt `on_stop` is called and the shards at work are finished.
-    Raises EngineMismatch where the layout's engine gives other ids than `tokenizers`.
+    `on_finish` is called after each. On KeyboardInterrupt `on_stop` is called and the shards in progress are finished.
+    Raises EngineMismatch if the layout's engine gives other ids than `tokenizers`.
     """
     records: dict[int, dict[str, Any]] = {}
     running: dict[Future[dict[str, Any]], Shard] = {}
@@ -147,7 +147,7 @@ def write_shards(
                 finish(shard)
                 continue
             running[pool.submit(_write_shard, layout, shard)] = shard
-            if len(running) > num_workers:  # one waits, so that no worker does; more would only fill the memory
+            if len(running) > num_workers:  # one shard waits, so that no worker has to; more would only fill the memory
                 finish_some(wait(running, return_when=FIRST_COMPLETED).done)
         finish_some(list(running))
     except KeyboardInterrupt:
@@ -159,14 +159,14 @@ def write_shards(
 
 
 def _start_worker() -> None:
-    for stop in (signal.SIGINT, signal.SIGTERM):  # the parent stops and waits for the shards at work
+    for stop in (signal.SIGINT, signal.SIGTERM):  # the parent stops and waits for the shards in progress
         signal.signal(stop, signal.SIG_IGN)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the parallelism is in the processes
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
-    """A killed parent cannot stop its workers, and they would wait for work forever."""
+    """End this worker when its parent is killed: it would wait for work forever."""
     parent = parent_process()
     if parent is not None:
         parent.join()
@@ -175,13 +175,13 @@ def _end_with_parent() -> None:
 
 @cache
 def _engines(layout: Layout) -> tuple[Engine, Plain, Finder]:
-    """The engine to use, the reference, and what finds special tokens: once in each worker."""
+    """Return the engine, the reference and the finder of special tokens; made once in each worker."""
     plain = Plain(Path(layout.folder) / TOKENIZER_FOLDER, layout.special_tokens)
     return load_engine(layout.engine, plain), plain, Finder(plain.added_tokens())
 
 
 def _write_shard(layout: Layout, shard: Shard) -> dict[str, Any]:
-    """Tokenize the texts, write the files of one shard and remove the texts; its record with its files and counts."""
+    """Tokenize the texts, write the files of one shard and remove the texts. Returns its record."""
     folder, name = Path(layout.folder), shard_name(shard.number)
     engine, plain, finder = _engines(layout)
     both = [shard.texts[split] for split in SPLITS]
@@ -219,13 +219,13 @@ def _write_shard(layout: Layout, shard: Shard) -> dict[str, Any]:
 
 
 def _with_ends(ids: np.ndarray, lengths: np.ndarray, layout: Layout) -> np.ndarray:
-    """The tokens of documents of these lengths, with bos and eos around each."""
+    """Return the tokens of documents of these lengths, with bos and eos around each."""
     boundaries = np.repeat(np.cumsum([0, *lengths]), 2)[1:-1]
     return np.insert(ids.astype(layout.dtype), boundaries, np.tile([layout.bos_id, layout.eos_id], len(lengths)))
 
 
 def tokenize(engine: Engine, texts: Iterable[bytes]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Ids and lengths of the texts, a few texts at a time."""
+    """Yield ids and lengths of the texts, a few texts at a time."""
     chunk: list[bytes] = []
     num_bytes = 0
     for text in texts:
@@ -243,7 +243,7 @@ def tokenize(engine: Engine, texts: Iterable[bytes]) -> Iterator[tuple[np.ndarra
 
 
 def _parts(text: bytes) -> Iterator[bytes]:
-    """A long text in parts that end at a line's end where there is one, and never inside a character."""
+    """Split a long text at line ends where there are any, and never inside a character."""
     start = 0
     while start < len(text):
         end = start + _PART_BYTES
@@ -256,5 +256,5 @@ def _parts(text: bytes) -> Iterator[bytes]:
 
 
 def shard_name(number: int) -> str:
-    """The name of a shard's files, without their suffixes."""
+    """Return the name of a shard's files, without suffix."""
     return f"shard-{number:05d}"

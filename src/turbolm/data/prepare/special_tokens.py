@@ -1,4 +1,4 @@
-"""Special and added tokens that documents spell out: ordinary text, or those tokens (`special_tokens_in_text`)."""
+"""Special and added tokens that documents spell out: read as text or as those tokens (`special_tokens_in_text`)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PREFIX_BYTES = 4  # there may be hundreds of tokens, most of them alike at firs
 
 
 def is_marker(token: str) -> bool:
-    """Whether a text can spell the token out by mistake.
+    """Return whether a text can spell the token out by mistake.
 
     Runs of spaces and line ends, which tokenizers for code add, are a part of how text is split: they always count.
     """
@@ -26,9 +26,9 @@ def is_marker(token: str) -> bool:
 
 
 def load_text_tokenizer(path: str | Path, special_tokens: SpecialTokens) -> Tokenizer:
-    """The tokenizer for the text of documents. `split`: special and added tokens in it are ordinary text.
+    """Return the tokenizer for document text. With `split`, special and added tokens in it are ordinary text.
 
-    `tokenizers` leaves special ones alone, and would find added tokens that are not special: here they become special.
+    `tokenizers` can ignore special tokens, but always finds other added tokens: so here those become special.
     """
     from tokenizers import Tokenizer
 
@@ -47,7 +47,7 @@ def load_text_tokenizer(path: str | Path, special_tokens: SpecialTokens) -> Toke
 
 
 class Finder:
-    """Finds the special and added tokens that a text spells out, at the speed of a search for their beginnings."""
+    """Finds the special and added tokens that a text spells out, as fast as a search for their first characters."""
 
     def __init__(self, tokens: Iterable[str]):
         markers = sorted({token.encode() for token in tokens if is_marker(token)}, key=len, reverse=True)
@@ -55,7 +55,7 @@ class Finder:
         self._whole = re.compile(b"|".join(map(re.escape, markers)) or b"(?!)")
 
     def find(self, text: bytes) -> str | None:
-        """The first such token in a UTF-8 text."""
+        """Return the first such token in a UTF-8 text."""
         place = self._begin.search(text)
         while place:
             if found := self._whole.match(text, place.start()):

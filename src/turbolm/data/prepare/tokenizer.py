@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
-# How a text is split before merging, as in GPT-4 (cl100k_base): numbers by three digits, line ends with what precedes.
+# How text is split before merging, as in GPT-4 (cl100k_base): numbers by three digits, line ends with what precedes.
 _SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -26,15 +26,15 @@ _SPLIT = (
 _FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _CHAT_FILES = ("chat_template.jinja", "chat_template.json")
 _SPECIAL = ("bos_token", "eos_token")
-# Where a lone tokenizer.json does not say which of its special tokens begin and end a text.
+# Used when a tokenizer.json alone does not say which special tokens begin and end a text.
 _BOS_NAMES = ("<s>", "<|begin_of_text|>", "<bos>", "[BOS]", "<|startoftext|>")
 _EOS_NAMES = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "[EOS]")
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Byte-level BPE with `vocab_size` tokens: token 0 is `<|endoftext|>`, then all 256 bytes, then the merges.
+    """Train a byte-level BPE with `vocab_size` tokens: token 0 is `<|endoftext|>`, then all 256 bytes, then the merges.
 
-    The result depends on the texts alone, not on their order.
+    The result depends only on the texts, not on their order.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -60,7 +60,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: str | Path, bos: str = END_OF_TEXT, eos: str = END_OF_TEXT) -> None:
-    """Write `tokenizer` to a new or existing folder in the Hugging Face layout; padding is done with eos."""
+    """Write `tokenizer` to a new or existing folder in the Hugging Face layout; eos is the padding token."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -76,16 +76,16 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str | Path, bos: str = END_OF_T
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer of a folder or a tokenizer.json, without truncation and padding.
+    """Load the tokenizer of a folder or a tokenizer.json, without truncation and padding.
 
-    Special tokens that are spelled out in a text become ordinary tokens, so that no text can end a document.
+    Special tokens that a text spells out become ordinary tokens, so that no text can end a document.
     """
     from tokenizers import Tokenizer
 
     file = _tokenizer_file(path)
     try:
         tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # `tokenizers` raises bare Exception
+    except Exception as error:  # `tokenizers` raises plain Exception
         raise UserError(f"{file} is no tokenizer that `tokenizers` can read: {error}") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -94,9 +94,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def special_ids(path: str | Path, tokenizer: Tokenizer | None = None) -> tuple[int, int]:
-    """Token ids (bos, eos) that begin and end a document; a tokenizer with one of the two uses it for both.
+    """Return the token ids (bos, eos) that begin and end a document; a tokenizer with one of the two uses it for both.
 
-    `tokenizer` is that of `path`, where it is loaded already.
+    `tokenizer` is the one at `path`, if it is already loaded.
     """
     bos, eos = _special_tokens(Path(path))
     tokenizer = tokenizer or load_tokenizer(path)
@@ -114,7 +114,7 @@ def special_ids(path: str | Path, tokenizer: Tokenizer | None = None) -> tuple[i
 
 
 def vocabulary_size(tokenizer: Tokenizer) -> int:
-    """One more than the largest token id (ids may have gaps)."""
+    """Return the largest token id plus one (ids may have gaps)."""
     return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
 
@@ -133,7 +133,7 @@ def copy_tokenizer(path: str | Path, folder: Path) -> None:
 
 
 def tokenizer_fingerprint(tokenizer: str | Path | Tokenizer) -> str:
-    """SHA-256 over the canonical content of tokenizer.json, less the parts that no store depends on.
+    """Return a SHA-256 of the canonical content of tokenizer.json, without the parts that no store depends on.
 
     Those are truncation, padding and the post-processor, which adds special tokens; Transformers rewrites all three.
     """
@@ -157,7 +157,7 @@ def _tokenizer_file(path: str | Path) -> Path:
 
 
 def _special_tokens(path: Path) -> tuple[str | None, str | None]:
-    """The texts of the bos and eos tokens that the files name, or that a lone tokenizer.json seems to mean."""
+    """Return the texts of the bos and eos tokens from the files, or as guessed from a tokenizer.json alone."""
     named: dict[str, Any] = {}
     if path.is_dir():
         for name in ("special_tokens_map.json", "tokenizer_config.json"):

@@ -1,4 +1,4 @@
-"""What the manifest of a token store must hold before anything in it is believed: types, sizes, plain file names."""
+"""Validate the manifest of a token store before it is used: types, sizes, plain file names."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 _Count = Annotated[int, Field(ge=0, lt=2**62)]
 _Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-# In the store's own folder or its tokenizer's, and nowhere else.
+# Only in the store's folder or its tokenizer's.
 _FileName = Annotated[str, Field(pattern=r"^(?:tokenizer/)?[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}$")]
 _INDEX_ROW_BYTES = 16  # two int64 a document
 
@@ -54,7 +54,7 @@ class _Manifest(_Part):
     sources: list[dict[str, Any]]
     shards: list[_Shard]
     text_loss: _TextLoss = _TextLoss(sampled_bytes=0, lost_bytes=0)  # not measured by earlier versions
-    bad_documents: _Count = 0  # not in manifests from before they could be left out
+    bad_documents: _Count = 0  # missing in manifests from before bad documents could be skipped
     first_bad_documents: list[str] = []
 
     @model_validator(mode="after")
@@ -70,12 +70,12 @@ class _Manifest(_Part):
             if shard.index.bytes != _INDEX_ROW_BYTES * documents or shard.tokens.bytes != token_bytes * tokens:
                 raise ValueError(f"{shard.tokens.file} and {shard.index.file} have other sizes than their documents")
             if shard.source >= len(self.sources):
-                raise ValueError(f"{shard.tokens.file} is of source {shard.source}, which is not there")
+                raise ValueError(f"{shard.tokens.file} is of source {shard.source}, which does not exist")
         return self
 
 
 def manifest_problem(manifest: dict[str, Any]) -> str | None:
-    """The first thing wrong with the content of a manifest, or None."""
+    """Return the first problem with the content of a manifest, or None."""
     try:
         _Manifest.model_validate(manifest)
     except ValidationError as error:

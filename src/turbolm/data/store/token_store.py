@@ -1,11 +1,11 @@
-"""The token store: tokenized documents in memory-mapped shards, and the manifest that vouches for them.
+"""The token store: tokenized documents in memory-mapped shards, and their manifest.
 
 A document is stored as bos, its tokens, eos: T tokens, hence T - 1 positions whose inputs are tokens[:-1] and whose
 targets are tokens[1:]. A shard is two files: `.tokens`, the tokens of its training documents and then of its validation
 documents, little-endian; and `.index`, two little-endian int64 a document in the same order: where it ends, in tokens
 from the shard's beginning, and its text's bytes. A shard's documents come from one source; shards are in the order of
-the sources. Both files are memory-mapped and only what is asked for is read, so a process holds nothing that grows with
-the number of documents.
+the sources. Both files are memory-mapped and read on demand, so a process's memory does not grow with the number of
+documents.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from turbolm.data.native import IntArray
 from turbolm.errors import UserError
 from turbolm.files import load_json, sha256_json
 
-FORMAT_VERSION = 2  # part of every store's key: raise it when the files change
+FORMAT_VERSION = 2  # part of every store's key: increment it when the files change
 MANIFEST = "manifest.json"
 TOKENIZER_FOLDER = "tokenizer"
 Split = Literal["train", "validation"]
@@ -37,7 +37,7 @@ _CHECK_THREADS = 8
 
 
 class TokenStore:
-    """A store that is open for reading; documents are numbered within their split. Picklable, safe in threads."""
+    """A token store open for reading; documents are numbered within their split. Picklable and thread-safe."""
 
     def __init__(self, folder: Path, manifest: dict[str, Any]):
         self.folder, self.manifest = folder, manifest
@@ -49,36 +49,36 @@ class TokenStore:
 
     @property
     def tokenizer_dir(self) -> Path:
-        """The tokenizer's folder in the Hugging Face layout."""
+        """Return the tokenizer's folder, in the Hugging Face layout."""
         return self.folder / TOKENIZER_FOLDER
 
     @property
     def vocab_size(self) -> int:
-        """One more than the largest token id there can be."""
+        """Return the largest possible token id plus one."""
         return int(self.manifest["vocab_size"])
 
     @property
     def text_loss(self) -> float:
-        """Share of the bytes of a sample that the tokenizer does not give back; 0 in stores that were not measured."""
+        """Return the share of a sample's bytes that the tokenizer does not reproduce; 0 if it was not measured."""
         loss = self.manifest.get("text_loss") or {"lost_bytes": 0}
         return float(loss["lost_bytes"] / max(1, loss["sampled_bytes"])) if loss["lost_bytes"] else 0.0
 
     @property
     def notes(self) -> list[str]:
-        """What a user should know of the store before training on it."""
+        """Yield what a user should know about the store before training on it."""
         notes = []
         if not self.manifest["validation"]:
             notes.append("data.validation is 0: no document is held out, so there is no evaluation")
         if self.text_loss:
             notes.append(
-                f"the tokenizer does not give its text back: {100 * self.text_loss:.3g}% of the bytes of a sample are "
-                "lost or changed (unknown or normalized characters, dropped spaces); bits per byte is left out"
+                f"the tokenizer does not reproduce its text: {100 * self.text_loss:.3g}% of the bytes of a sample are "
+                "lost or changed (unknown or normalized characters, dropped spaces); bits per byte is not reported"
             )
         return notes
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over what decides the tokens: not over paths, times or the machine."""
+        """Return a SHA-256 of what determines the tokens: not of paths, times or the machine."""
         names = ("format_version", "dtype", "vocab_size", "bos_id", "eos_id", "tokenizer_fingerprint")
         content: dict[str, Any] = {name: self.manifest[name] for name in names}
         content["shards"] = [
@@ -88,47 +88,47 @@ class TokenStore:
         return sha256_json(content)
 
     def num_documents(self, split: Split) -> int:
-        """Documents of the split, those of all sources together."""
+        """Return the number of documents of the split, over all sources."""
         return int(self._first_document[split][-1])
 
     def source_documents(self, split: Split = "train") -> list[tuple[int, int]]:
-        """First document and the one after the last of each source, in the recipe's order; equal where it has none."""
+        """Return the documents [first, end) of each source, in the recipe's order; equal if it has none."""
         counts = self._sum_by_source(split, lambda part: int(part["documents"]))
         ends = np.cumsum(counts).tolist()
         return [(end - count, end) for count, end in zip(counts, ends, strict=True)]
 
     def source_positions(self, split: Split = "train") -> list[int]:
-        """Positions of all documents of each source, in the recipe's order."""
+        """Return the positions of all documents of each source, in the recipe's order."""
         return self._sum_by_source(split, lambda part: int(part["tokens"] - part["documents"]))
 
     def lengths(self, split: Split, first: int = 0, end: int | None = None) -> IntArray:
-        """Positions (inputs that have a target) of the documents from `first` up to but not including `end`, int64."""
+        """Return the positions (inputs that have a target) of the documents `first` to `end` (exclusive), int64."""
         return _join(
             np.diff(_boundaries(self._index(shard), rows)) - 1 for shard, rows in self._rows(split, first, end)
         )
 
     def text_bytes(self, split: Split, first: int = 0, end: int | None = None) -> IntArray:
-        """UTF-8 bytes of the texts of the documents from `first` up to but not including `end`, int64."""
+        """Return the UTF-8 bytes of the texts of the documents `first` to `end` (exclusive), int64."""
         return _join(self._index(shard)[rows, 1] for shard, rows in self._rows(split, first, end))
 
     def lengths_of(self, split: Split, documents: IntArray) -> IntArray:
-        """Positions of each of these documents, int64 [len(documents)]."""
+        """Return the positions of each of these documents, int64 [len(documents)]."""
         return native.lengths(self.shards(split, documents), documents)
 
     def locate(self, split: Split, document: int) -> tuple[int, int, int]:
-        """The shard of a document, and where in it the document begins and ends, in tokens."""
+        """Return the shard of a document, and where the document begins and ends in it, in tokens."""
         (shard,) = self._shards_of(split, np.array([document])).tolist()
         row = document - int(self._first_document[split][shard]) + int(self._first_row[split][shard])
         begin, end = _boundaries(self._index(shard), slice(row, row + 1)).tolist()
         return shard, begin, end
 
     def shards(self, split: Split, documents: IntArray) -> native.Shards:
-        """The shards as compiled code reads them: those with these documents are open, others may be."""
+        """Return the shards for compiled code: those with these documents are open, others may be."""
         memory, files = self._mapped
         needed = self._shards_of(split, documents)
         if not memory["tokens"].all():
             needed = np.unique(needed)
-            if len(files) + 2 * len(needed) > _MAX_OPEN_FILES:  # those in use elsewhere stay open
+            if len(files) + 2 * len(needed) > _MAX_OPEN_FILES:  # those that other threads use stay open
                 memory, files = self._mapped = np.zeros_like(memory), []
             for shard in needed[memory["tokens"][needed] == 0].tolist():
                 index, tokens = self._map(shard, "index", "<i8"), self.tokens(shard)
@@ -139,25 +139,25 @@ class TokenStore:
         return native.Shards(memory, files, self._first_document[split], self._first_row[split])
 
     def _shards_of(self, split: Split, documents: IntArray) -> IntArray:
-        """The shard of each document. Raises IndexError where one does not exist."""
+        """Return the shard of each document. Raises IndexError for a document that does not exist."""
         if documents.min(initial=0) < 0 or documents.max(initial=-1) >= self.num_documents(split):
             raise IndexError(f"{self.folder} has {self.num_documents(split)} documents for {split}, none beyond")
         return np.searchsorted(self._first_document[split], documents, side="right") - 1
 
     def tokens(self, shard: int) -> np.ndarray:
-        """All tokens of a shard, those of its training documents first; mapped, in the store's dtype."""
+        """Return all tokens of a shard, training documents first; memory-mapped, in the store's dtype."""
         return self._map(shard, "tokens", self.manifest["dtype"])
 
     def read(self, split: Split, document: int, start: int, length: int) -> np.ndarray:
-        """The `length` inputs from position `start` on, and the target of the last: a view of length + 1 tokens."""
+        """Return the `length` inputs from position `start`, and the target of the last: a view of length + 1 tokens."""
         shard, begin, end = self.locate(split, document)
         assert start >= 0 and length > 0 and start + length < end - begin
         return self.tokens(shard)[begin + start : begin + start + length + 1]
 
     def token_counts(self, split: Split, max_tokens: int | None = None) -> IntArray:
-        """How often each token is a target, int64 [vocab_size], over the first documents of the split.
+        """Count how often each token is a target, int64 [vocab_size], over the first documents of the split.
 
-        With `max_tokens`, whole documents are counted until at least so many targets have been seen.
+        With `max_tokens`, count complete documents until at least this many targets have been seen.
         """
         counts = np.zeros(self.vocab_size, np.int64)
         left = max_tokens
@@ -176,7 +176,7 @@ class TokenStore:
         return counts
 
     def content_problem(self, shard: int) -> str | None:
-        """What makes no sense in a shard of the right size, or None. Reads all of it."""
+        """Return what is inconsistent in a shard of the right size, or None. Reads all of it."""
         record, index, tokens = self.manifest["shards"][shard], self._index(shard), self.tokens(shard)
         counts = [record[split]["documents"] for split in SPLITS]
         ends = _boundaries(index, slice(0, sum(counts)))
@@ -190,13 +190,13 @@ class TokenStore:
 
     @cached_property
     def _first_document(self) -> dict[Split, IntArray]:
-        """Of each split, the first document of each shard and the one after the last: int64 [num_shards + 1]."""
+        """Return, by split, the first document of each shard and the end of the last: int64 [num_shards + 1]."""
         counts = {split: [shard[split]["documents"] for shard in self.manifest["shards"]] for split in SPLITS}
         return {split: np.cumsum([0, *counts[split]], dtype=np.int64) for split in SPLITS}
 
     @cached_property
     def _first_row(self) -> dict[Split, IntArray]:
-        """Of each split, the row of each shard's index where it begins: int64 [num_shards]."""
+        """Return, by split, the first row in each shard's index: int64 [num_shards]."""
         num_train = np.diff(self._first_document["train"])
         return {"train": np.zeros_like(num_train), "validation": num_train}
 
@@ -207,7 +207,7 @@ class TokenStore:
         return sums
 
     def _rows(self, split: Split, first: int, end: int | None) -> Iterator[tuple[int, slice]]:
-        """The shards that hold these documents, in order, and the rows of each one's index."""
+        """Yield the shards that hold these documents, in order, and their rows in each index."""
         first_document = self._first_document[split]
         end = int(first_document[-1]) if end is None else end
         assert 0 <= first <= end <= first_document[-1]
@@ -220,7 +220,7 @@ class TokenStore:
             first, shard = max(first, stop), shard + 1
 
     def _index(self, shard: int) -> np.ndarray:
-        """End of each document in tokens and its text's bytes, little-endian int64 [num_documents, 2]."""
+        """Return each document's end in tokens and its text's bytes, little-endian int64 [num_documents, 2]."""
         return self._map(shard, "index", "<i8").reshape(-1, 2)
 
     def _map(self, shard: int, part: str, dtype: str) -> np.ndarray:
@@ -237,7 +237,7 @@ class TokenStore:
 
 
 def _boundaries(index: np.ndarray, rows: slice) -> IntArray:
-    """Where the documents of these rows begin, in tokens, and where the last of them ends: int64 [num_rows + 1]."""
+    """Return where the documents of these rows begin, in tokens, and where the last one ends: int64 [num_rows + 1]."""
     if rows.start:
         return index[rows.start - 1 : rows.stop, 0].astype(np.int64)
     return np.concatenate([[0], index[: rows.stop, 0]])  # a shard's first document begins at 0
@@ -250,8 +250,7 @@ def _join(parts: Iterable[np.ndarray]) -> IntArray:
 def open_store(folder: str | Path, *, verify: Literal["quick", "full"] = "quick") -> TokenStore:
     """Open a complete store. `quick` compares the size and both ends of every file with the manifest, `full` all of it.
 
-    So `quick` finds a shard that is missing, truncated or exchanged for another, and an edited manifest; `full` any
-    change.
+    So `quick` finds missing, truncated and replaced shards, and an edited manifest; `full` finds any change.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
@@ -264,7 +263,7 @@ def open_store(folder: str | Path, *, verify: Literal["quick", "full"] = "quick"
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a complete store. Raises UserError where it is missing, of another format, or changed."""
+    """Read the manifest of a complete store. Raises UserError if it is missing, of another format, or changed."""
     try:
         manifest = load_json(folder / MANIFEST)
     except FileNotFoundError:
@@ -278,7 +277,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder} is a token store of format {version}, not {FORMAT_VERSION}; run `turbolm prepare`")
     if manifest.get("manifest_sha256") != manifest_sha256(manifest):
         raise UserError(f"{folder / MANIFEST} has changed since it was written; run `turbolm prepare` again")
-    from turbolm.data.store.manifest import manifest_problem  # pydantic: the workers of prepare do without
+    from turbolm.data.store.manifest import manifest_problem  # pydantic: prepare's workers do without
 
     if problem := manifest_problem(manifest):
         raise UserError(f"{folder / MANIFEST} is not the manifest of a token store: {problem}")
@@ -286,20 +285,20 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def manifest_sha256(manifest: dict[str, Any]) -> str:
-    """SHA-256 over all of a manifest but this value itself."""
+    """Return the SHA-256 of a manifest without this value itself."""
     content = {name: value for name, value in manifest.items() if name != "manifest_sha256"}
     return sha256_json(content)
 
 
 def find_damage(folder: Path, manifest: dict[str, Any], *, full: bool) -> Iterator[tuple[str, str]]:
-    """(`shard 3` or `the tokenizer`, what is wrong with a file of it) for each file that is not as it was written.
+    """Yield (`shard 3` or `the tokenizer`, problem) for each file that has changed since it was written.
 
-    With `full`, also for each shard whose content makes no sense, though it is as its manifest says.
+    With `full`, also for each shard whose content is inconsistent, although it matches the manifest.
     """
     parts = [("the tokenizer", part) for part in manifest["tokenizer_files"]]
     for number, shard in enumerate(manifest["shards"]):
         parts += [(f"shard {number}", shard[part]) for part in ("tokens", "index")]
-    with ThreadPoolExecutor(_CHECK_THREADS) as pool:  # on a network file system each check waits for answers
+    with ThreadPoolExecutor(_CHECK_THREADS) as pool:  # on a network file system each check waits for round trips
         problems = pool.map(lambda part: check_file(folder, part[1], full=full), parts)
         found = False
         try:
@@ -317,7 +316,7 @@ def find_damage(folder: Path, manifest: dict[str, Any], *, full: bool) -> Iterat
 
 
 def file_record(path: Path) -> dict[str, Any]:
-    """What the manifest says of a file: `bytes`, `ends_sha256` (over its first and last 4 KiB) and `sha256`."""
+    """Return a file's manifest entry: `bytes`, `ends_sha256` (of its first and last 4 KiB) and `sha256`."""
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         num_bytes = file.tell()
@@ -325,7 +324,7 @@ def file_record(path: Path) -> dict[str, Any]:
 
 
 def check_file(folder: Path, part: dict[str, Any], *, full: bool) -> str | None:
-    """What is wrong with a file of a store (`file` and the fields of `file_record`), or None."""
+    """Return what is wrong with a file of a store (`file` and the fields of `file_record`), or None."""
     path = folder / part["file"]
     try:
         if path.is_symlink():
@@ -357,7 +356,7 @@ def _ends_sha256(file: BinaryIO, num_bytes: int) -> str:
 def check_tokenizer(store: TokenStore, folder: str | Path, *, may_extend: bool = False) -> None:
     """Raise UserError unless the tokenizer in `folder` is the one the store was written with.
 
-    With `may_extend` the store's may have more tokens, which the others keep their ids beside.
+    With `may_extend` the store's tokenizer may have additional tokens; the other tokens must keep their ids.
     """
     from turbolm.data.prepare.tokenizer import load_tokenizer, tokenizer_fingerprint
 
@@ -379,7 +378,7 @@ def check_tokenizer(store: TokenStore, folder: str | Path, *, may_extend: bool =
 
 
 def check_held_out(num_documents: int, share: float) -> None:
-    """Raise UserError where a share of the documents should be held out (`data.validation`), and none of them is."""
+    """Raise UserError if documents should be held out (`data.validation`) and none is."""
     if share and not num_documents:
         raise UserError(
             f"No document is held out for evaluation. Raise data.validation (it is now {share:g}), add documents to "
@@ -388,7 +387,7 @@ def check_held_out(num_documents: int, share: float) -> None:
 
 
 def unigram_entropy(counts: IntArray) -> float:
-    """Entropy of the distribution that `counts` estimates, in nats: the loss of a model that knows no context."""
+    """Return the entropy of the distribution that `counts` estimates, in nats: the loss of a model without context."""
     seen = counts[counts > 0].astype(np.float64)
     if not len(seen):
         return 0.0

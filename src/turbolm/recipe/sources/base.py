@@ -1,4 +1,4 @@
-"""What every kind of source is: settings that a recipe holds, traits, the files it has, and `read`."""
+"""The base of every kind of source: its settings, traits, files and `read`."""
 
 from __future__ import annotations
 
@@ -17,65 +17,65 @@ from turbolm.recipe.fields import Name, Paths, Section, StagedWeight
 
 
 class Unusable(Exception):
-    """Why a document cannot be used; the caller knows where it is."""
+    """The reason why a document cannot be used; the caller adds its position."""
 
 
 @dataclass(frozen=True)
 class Bad:
-    """What `read` gives in place of a document that cannot be used."""
+    """Returned by `read` instead of a document that cannot be used."""
 
     where: str  # file and line, or row
     reason: str
 
 
 class Gauge:
-    """Tells how much of a file has been read, 0 to 1; `read` sets `share`."""
+    """The share of a file that has been read, 0 to 1; `read` sets `share`."""
 
     share: Callable[[], float] = staticmethod(lambda: 0.0)
 
 
 class BaseSource(Section):
-    """The settings that every source has, for a mixture."""
+    """Base of every source, with the settings for mixtures."""
 
     label: Name | None = Field(None, description="what reports call this source; default: its type and number")
     weight: StagedWeight | None = Field(
         None,
-        description="share of the tokens, relative to the other sources; a mapping such as {0%: 3, 80%: 1} changes it "
-        "as the budget is used; without weights every document is read once an epoch",
+        description="share of the tokens, relative to other sources; a mapping such as {0%: 3, 80%: 1} changes it "
+        "over the budget; without weights every document is read once per epoch",
     )
 
-    reads_all_files_at_once: ClassVar[bool] = False  # `read` is called once, with no file of its own
-    empty_files_are_odd: ClassVar[bool] = False  # a file of 0 bytes holds no document: a failed download may leave it
+    reads_all_files_at_once: ClassVar[bool] = False  # `read` is called once, without a file
+    empty_files_are_odd: ClassVar[bool] = False  # a file of 0 bytes has no document: a failed download may leave one
 
     def files(self) -> list[Path]:
-        """Its files, in the order they are read, which never changes; none where it comes from the hub."""
+        """Return its files, in the fixed order in which they are read; none for a hub source."""
         raise NotImplementedError
 
     def read(self, path: Path, skip: int, gauge: Gauge) -> Iterator[str | Bad]:
-        """The documents of a file but the first `skip`, which cost far less than reading them; null is no text ("").
+        """Yield the documents of a file after the first `skip`, which are skipped quickly; null is an empty text.
 
-        Import heavy libraries inside. Raises UserError for a file that cannot be read, and sets `gauge.share`.
+        Import heavy libraries inside. Sets `gauge.share`. Raises UserError for a file that cannot be read.
         """
         raise NotImplementedError
 
     def listing(self) -> list[tuple[str, int, int]]:
-        """Name, size in bytes and time of change (ns) of its files: other ones make another token store."""
+        """Return name, size in bytes and modification time (ns) of its files: a change makes another token store."""
         return [(str(path), status.st_size, status.st_mtime_ns) for path, status in self.stats()]
 
     def stats(self) -> list[tuple[Path, os.stat_result]]:
-        """Its files and what the file system says of them. Raises UserError."""
+        """Return its files and their `stat`. Raises UserError."""
         return [(path, stat_file(path)) for path in self.files()]
 
 
 class FileSource(BaseSource):
-    """A source of files that a recipe names by path or pattern."""
+    """Base of sources of files that a recipe names by path or pattern."""
 
     path: Paths = Field(description="a path, a glob (`**` allowed) or a list of them")
 
     def files(self) -> list[Path]:
-        """Its files, sorted by path. Raises UserError where a pattern matches none."""
-        # A link, another spelling or another pattern may lead to the same file, which is read once. Size and time as
-        # well: inode numbers of some network file systems are not unique.
+        """Return its files, sorted by path. Raises UserError if a pattern matches none."""
+        # A link, another spelling or another pattern may name the same file, which is read once. Size and time are
+        # compared too: inode numbers of some network file systems are not unique.
         names: dict[tuple[int, ...], Path] = {}
         for pattern in self.path:
             for path, status in _match(pattern):
@@ -89,7 +89,7 @@ def _match(pattern: str) -> list[tuple[Path, os.stat_result]]:
     path = Path(pattern).expanduser()
     if path.is_dir():
         raise UserError(f"data.sources: {pattern} is a folder; name its files, such as {Path(pattern) / '**' / '*'}")
-    # The name of a file may hold characters that mean something in a glob.
+    # A file name may contain glob characters.
     names = [path] if path.is_file() else map(Path, glob.glob(str(path), recursive=True, include_hidden=False))
     files = [(name, status) for name in names if stat.S_ISREG((status := stat_file(name)).st_mode)]
     if not files:
@@ -98,7 +98,7 @@ def _match(pattern: str) -> list[tuple[Path, os.stat_result]]:
 
 
 def stat_file(path: Path) -> os.stat_result:
-    """What the file system says of a file. Raises UserError."""
+    """Return the `stat` of a file. Raises UserError."""
     try:
         return path.stat()
     except OSError as error:
@@ -107,7 +107,7 @@ def stat_file(path: Path) -> os.stat_result:
 
 
 def text_of(value: object, field: str) -> str:
-    """The text in a field. Raises Unusable."""
+    """Return the text in a field. Raises Unusable."""
     if value is None:
         return ""
     if not isinstance(value, str):
@@ -120,11 +120,11 @@ def text_of(value: object, field: str) -> str:
 
 
 def no_field(field: str, fields: Iterable[str]) -> str:
-    """What to say where a document or a file does not have the field."""
+    """Return the message for a document or file without the field."""
     return f"there is no field {field!r}; the fields are {', '.join(sorted(fields)) or '(none)'}"
 
 
 def not_utf8(error: UnicodeDecodeError) -> str:
-    """What to say after the position of the byte."""
+    """Return the message after the position of the byte."""
     byte = error.object[error.start]
     return f"(0x{byte:02x}) is not UTF-8; text in Latin-1 or Windows-1252 must be saved as UTF-8"

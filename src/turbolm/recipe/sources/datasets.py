@@ -27,15 +27,15 @@ class DatasetsSource(BaseSource):
     reads_all_files_at_once: ClassVar[bool] = True
 
     def files(self) -> list[Path]:
-        """All files of a local folder; none for a data set that comes from the hub."""
+        """Return all files of a local folder; none for a data set from the hub."""
         folder = Path(self.path).expanduser()
         return sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
 
     def read(self, path: Path, skip: int, gauge: Gauge) -> Iterator[str | Bad]:
-        """The text of each row; other columns are not decoded."""
+        """Yield the text of each row; other columns are not decoded."""
         where, number = f"data set {self.path}", skip
         rows: Any = self._load(where)
-        columns: list[str] | None = getattr(rows, "column_names", None)  # not known of every stream
+        columns: list[str] | None = getattr(rows, "column_names", None)  # some streams do not have them
         if columns and self.field not in columns:
             raise UserError(f"{where}: {no_field(self.field, columns)}")
         if hasattr(rows, "__len__"):
@@ -43,7 +43,7 @@ class DatasetsSource(BaseSource):
             gauge.share = lambda: number / num_rows
         try:
             if columns:
-                rows = rows.select_columns([self.field])  # else images and sounds beside it would be decoded
+                rows = rows.select_columns([self.field])  # otherwise images and audio in other columns would be decoded
             for row in rows.skip(skip) if skip else rows:
                 number += 1
                 if self.field not in row:
@@ -54,7 +54,7 @@ class DatasetsSource(BaseSource):
                     yield Bad(f"{where}: row {number}", str(reason))
         except UserError:
             raise
-        except Exception as error:  # whatever the library and those below it raise; a stream reads as it goes
+        except Exception as error:  # whatever the library and its dependencies raise; a stream reads on demand
             raise UserError(f"{where} cannot be read after row {number}: {_with_cause(error)}") from None
 
     def _load(self, where: str) -> Any:
@@ -78,14 +78,14 @@ class DatasetsSource(BaseSource):
             )
         except UserError:
             raise
-        except Exception as error:  # whatever the library and those below it raise
+        except Exception as error:  # whatever the library and its dependencies raise
             raise UserError(f"{where} cannot be loaded: {_with_cause(error)}") from None
 
 
 def _with_cause(error: BaseException) -> str:
-    """What an error says, and the one that it began with: `datasets` hides that behind one of its own."""
+    """Return the message of an error and of its root cause, which `datasets` hides."""
     first = error
-    for _ in range(50):  # causes may go in a circle
+    for _ in range(50):  # causes may be circular
         first = first.__cause__ or (None if first.__suppress_context__ else first.__context__) or first
     texts = [f"{type(one).__name__}: {' '.join(str(one).split())[:500]}" for one in (error, first)]
     return texts[0] if first is error else f"{texts[0]} (because of {texts[1]})"

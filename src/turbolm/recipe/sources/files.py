@@ -1,7 +1,7 @@
-"""Open the files of a source: what a file holds is judged by its first bytes, never by its suffix.
+"""Open the files of a source: the format is detected by the first bytes, never by the suffix.
 
-Compressed text is decompressed, a byte order mark is dropped, UTF-16 and UTF-32 become UTF-8. What a reader cannot use
-is named for what it is, with what to do about it.
+Compressed text is decompressed, a byte order mark is dropped, UTF-16 and UTF-32 become UTF-8. Errors name the format
+that was found, and what to do about it.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from turbolm.recipe.sources.base import Gauge
 Wanted = Literal["text", "JSON lines"]
 
 _BUFFER_BYTES = 1 << 20  # read at a time: some network file systems answer each read with a round trip
-_CHUNK_BYTES = 1 << 15  # handled at a time, and less of a small file, so that progress is told in steps
-_HEAD_BYTES = 1024  # the pointer file of git-lfs is shorter, by its specification
-_MAX_LAYERS = 2  # a gzip file that a web server compressed once more
+_CHUNK_BYTES = 1 << 15  # processed at a time, and less of a small file, so that progress advances in steps
+_HEAD_BYTES = 1024  # a git-lfs pointer file is shorter, by its specification
+_MAX_LAYERS = 2  # a gzip file that a web server compressed again
 _COMPRESSION = ("gzip", "zstd", "xz", "bz2")
 _PADDED = ("gzip", "xz")  # formats whose files may end in zeros
 _COMPRESSED_SUFFIXES = {".gz", ".gzip", ".zst", ".zstd", ".xz", ".bz2"}
@@ -37,15 +37,15 @@ _AS_PARQUET = "save it as Parquet, for example with pyarrow.parquet.write_table"
 _UNPACK = "unpack it and name the files inside"
 _RECOMPRESS = "decompress it, or compress it with gzip, zstd, xz or bz2 instead"
 _FETCH = "fetch the file itself"
-# First bytes, what they say the file is, and what to do about it where no reader takes it
+# First bytes, the format, and what to do about it if no reader supports it
 _FORMATS: tuple[tuple[bytes, str, str], ...] = (
     (b"\x1f\x8b", "gzip", ""),
     (b"\x28\xb5\x2f\xfd", "zstd", ""),
-    *((bytes([0x50 + number]) + b"\x2a\x4d\x18", "zstd", "") for number in range(16)),  # a frame to skip, as of pzstd
+    *((bytes([0x50 + number]) + b"\x2a\x4d\x18", "zstd", "") for number in range(16)),  # a skippable frame, as in pzstd
     (b"\xfd7zXZ\0", "xz", ""),
     *((b"BZh%d" % level + start, "bz2", "") for level in range(1, 10) for start in (b"1AY&SY", b"\x17rE8P\x90")),
     (codecs.BOM_UTF8, "utf-8-sig", ""),
-    (codecs.BOM_UTF32_LE, "utf-32", ""),  # its mark begins like that of UTF-16
+    (codecs.BOM_UTF32_LE, "utf-32", ""),  # its mark starts like that of UTF-16
     (codecs.BOM_UTF32_BE, "utf-32", ""),
     (codecs.BOM_UTF16_LE, "utf-16", ""),
     (codecs.BOM_UTF16_BE, "utf-16", ""),
@@ -70,20 +70,20 @@ _FORMATS: tuple[tuple[bytes, str, str], ...] = (
 )
 _CURES = {name: cure for _, name, cure in _FORMATS if cure} | {
     "a tar archive": _UNPACK,
-    "a page of HTML or XML": "perhaps the error page of a failed download; download it again",
+    "a page of HTML or XML": "possibly the error page of a failed download; download it again",
     "a run of zero bytes": "an interrupted download may have left that; download it again",
 }
-_BY_FIRST_BYTE = {first: [row for row in _FORMATS if row[0][0] == first] for first in range(256)}
+_BY_FIRST_BYTE = {first: [entry for entry in _FORMATS if entry[0][0] == first] for first in range(256)}
 _MAY_BEGIN_TEXT = ("a Parquet file", "a Feather file of version 1", "a PDF document")  # all of it printable
 _MARKUP = re.compile(rb"\s*<(?:!doctype\s+html|html|head|body|\?xml|error)\b", re.IGNORECASE)
-_PLAIN_SUFFIXES = {"", ".txt", ".text"}  # markup is no surprise in a file of another name
+_PLAIN_SUFFIXES = {"", ".txt", ".text"}  # markup is expected in files with another name
 
 
 def sniff(head: bytes) -> str:
-    """What a file that begins with `head` (1,024 bytes, or all of it) holds.
+    """Return the format of a file that begins with `head` (1,024 bytes, or all of it).
 
-    `empty`; gzip, zstd, xz or bz2; the name of another format, as `_CURES` has it; or else the encoding of a text:
-    utf-8, utf-8-sig, utf-16 and utf-32 where a byte order mark says so, and by RFC 4627 (3) where there is none.
+    `empty`; gzip, zstd, xz or bz2; the name of another format, as `_CURES` has it; or the encoding of a text: utf-8,
+    utf-8-sig, utf-16 and utf-32 by the byte order mark, or by RFC 4627 (3) without one.
     """
     if not head:
         return "empty"
@@ -100,17 +100,17 @@ def sniff(head: bytes) -> str:
 
 
 def _is_binary(head: bytes, name: str) -> bool:
-    """Whether what follows the first bytes is that format, where a text could begin so as well."""
+    """Return whether it is that format, although some text could begin with the same signature."""
     if name.endswith("pointer"):
         return len(head) < _HEAD_BYTES
     return name not in _MAY_BEGIN_TEXT or any(byte < 9 or 13 < byte < 32 or byte > 244 for byte in head)
 
 
 def read_utf8(path: Path, wanted: Wanted, gauge: Gauge) -> Iterator[bytes]:
-    """The text of a file as UTF-8 in chunks of any length, decompressed and without a byte order mark.
+    """Yield the text of a file as UTF-8 chunks of any length, decompressed and without a byte order mark.
 
-    That each chunk is valid UTF-8 is not checked. Raises UserError for what is not `wanted`, and for compressed data
-    that is corrupt or truncated.
+    Chunks are not checked to be valid UTF-8. Raises UserError for another format than `wanted`, and for corrupt or
+    truncated compressed data.
     """
     try:
         with path.open("rb", buffering=0) as raw:
@@ -142,7 +142,7 @@ def _utf8(chunks: Iterator[bytes], path: Path, wanted: Wanted) -> Iterator[bytes
 
 
 def _peek(chunks: Iterator[bytes]) -> tuple[bytes, Iterator[bytes]]:
-    """The first bytes, and all of them."""
+    """Return the first bytes, and an iterator over all of them."""
     head = b""
     for chunk in chunks:
         head += chunk
@@ -152,7 +152,7 @@ def _peek(chunks: Iterator[bytes]) -> tuple[bytes, Iterator[bytes]]:
 
 
 def _problem(path: Path, kind: str, head: bytes, wanted: Wanted, *, is_inside: bool) -> str | None:
-    """Why a reader of text cannot use what it found, or None."""
+    """Return why a text reader cannot use this format, or None."""
     name = f"{'holds' if is_inside else 'is'} {kind}, not {wanted}"
     suffixes = [suffix for suffix in path.suffixes if suffix.lower() not in _COMPRESSED_SUFFIXES]
     if kind == "a page of HTML or XML" and wanted == "text":
@@ -169,18 +169,18 @@ def _problem(path: Path, kind: str, head: bytes, wanted: Wanted, *, is_inside: b
 
 
 def _is_text(head: bytes) -> bool:
-    """Whether it is UTF-8, and not just the first of the bytes that compressed data begins with."""
+    """Return whether it is UTF-8, and not just the first bytes of compressed data."""
     if any(start.startswith(head) for start, name, _ in _FORMATS if name in _COMPRESSION):
         return False
     try:
-        codecs.getincrementaldecoder("utf-8")().decode(head)  # it may end inside a character
+        codecs.getincrementaldecoder("utf-8")().decode(head)  # the head may end inside a character
     except UnicodeDecodeError:
         return False
     return True
 
 
 def _decompress(chunks: Iterator[bytes], kind: str, path: Path) -> Iterator[bytes]:
-    """What one or more compressed streams, one after the other, hold. Raises UserError where the last is truncated."""
+    """Decompress one or more concatenated streams. Raises UserError if the last is truncated."""
     from zstandard import ZstdError
 
     stream, num_read, num_bytes = None, 0, 0
@@ -208,9 +208,9 @@ def _decompress(chunks: Iterator[bytes], kind: str, path: Path) -> Iterator[byte
 
 
 def _decompressor(kind: str) -> Any:
-    """An object for one stream, with `decompress`, `eof` and `unused_data`.
+    """Return a decompressor of one stream, with `decompress`, `eof` and `unused_data`.
 
-    That of zstd, because the library's own reader of files takes a truncated one for a complete one.
+    For zstd too, because the library's own file reader accepts truncated files.
     """
     if kind == "zstd":
         import zstandard
@@ -236,8 +236,8 @@ def _transcode(chunks: Iterator[bytes], encoding: str, path: Path) -> Iterator[b
 
 
 def split_lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """The lines without their ends. The time is linear in the length of a line."""
-    parts: list[bytes] = []  # of the line that the next chunk continues
+    """Yield the lines without their ends. The time is linear in the length of a line."""
+    parts: list[bytes] = []  # start of the line that the next chunk continues
     for chunk in chunks:
         lines = chunk.split(b"\n")
         if len(lines) > 1:
@@ -251,7 +251,7 @@ def split_lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def why_not_parquet(path: Path) -> str | None:
-    """What a file is that cannot be read as Parquet, for a message; None where its first bytes do not say."""
+    """Return the message for a file that cannot be read as Parquet; None if its first bytes do not explain it."""
     with path.open("rb") as file:
         head = file.read(_HEAD_BYTES)
         file.seek(-min(4, len(head)), os.SEEK_END)

@@ -1,4 +1,4 @@
-"""JSON lines, or a JSON array of documents; what is wrong with them is said in the words of a user."""
+"""JSON lines, or a JSON array of documents, with error messages in the user's terms."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from turbolm.recipe.fields import Text
 from turbolm.recipe.sources.base import Bad, FileSource, Gauge, Unusable, no_field, not_utf8, text_of
 from turbolm.recipe.sources.files import read_utf8, split_lines
 
-_ARRAY = re.compile(rb"\s*\[\s*[{\]]")  # a line of JSON lines is an object itself
+_ARRAY = re.compile(rb"\s*\[\s*[{\]]")  # a line of JSON lines is a complete object
 _BLANK = re.compile(r"[ \t\n\r]*")
 
 
 class JsonlSource(FileSource):
-    """JSON lines, plain or compressed (gzip, zstd, xz, bz2), one document a line; or a JSON array of documents."""
+    """JSON lines, plain or compressed (gzip, zstd, xz, bz2), one document per line; or a JSON array of documents."""
 
     type: Literal["jsonl"] = Field(description="which kind of source this is")
     field: Text = Field("text", description="the key or column that holds the document's text")
@@ -30,7 +30,7 @@ class JsonlSource(FileSource):
     empty_files_are_odd: ClassVar[bool] = True
 
     def read(self, path: Path, skip: int, gauge: Gauge) -> Iterator[str | Bad]:
-        """The text of each line that is not blank, or of each object of the array."""
+        """Yield the text of each line that is not blank, or of each object of the array."""
         chunks = read_utf8(path, "JSON lines", gauge)
         first = next(chunks, b"")
         chunks = chain([first], chunks)
@@ -51,31 +51,31 @@ class JsonlSource(FileSource):
     def _read_array(self, path: Path, skip: int, content: bytes) -> Iterator[str | Bad]:
         number = 0
         try:
-            for number, row in enumerate(_array_values(content), start=1):
+            for number, value in enumerate(_array_values(content), start=1):
                 if number > skip:
                     try:
-                        yield self._text(row)
+                        yield self._text(value)
                     except Unusable as reason:
                         yield Bad(f"{path}: document {number}", str(reason))
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path}: not a valid JSON array after document {number}: {error}") from None
 
-    def _text(self, row: object) -> str:
-        if not isinstance(row, dict):
-            raise Unusable(f"expected a JSON object, got {type(row).__name__}")
-        if self.field not in row:
-            raise Unusable(no_field(self.field, row))
-        return text_of(row[self.field], self.field)
+    def _text(self, value: object) -> str:
+        if not isinstance(value, dict):
+            raise Unusable(f"expected a JSON object, got {type(value).__name__}")
+        if self.field not in value:
+            raise Unusable(no_field(self.field, value))
+        return text_of(value[self.field], self.field)
 
 
 def _parse_line(line: bytes) -> object:
-    """The value of a line. Raises Unusable."""
+    """Return the value of a line. Raises Unusable."""
     try:
         return json.loads(line.decode())
     except UnicodeDecodeError as error:
         raise Unusable(f"byte {error.start} of the line {not_utf8(error)}") from None
     except (ValueError, RecursionError) as error:
-        if line.startswith(codecs.BOM_UTF8):  # of files that were put together, each with its mark
+        if line.startswith(codecs.BOM_UTF8):  # from concatenated files, each with its mark
             return _parse_line(line[len(codecs.BOM_UTF8) :])
         raise Unusable(f"not valid JSON: {error}{_hint(line.strip())}") from None
 
@@ -86,12 +86,12 @@ def _hint(line: bytes) -> str:
     if not line.startswith((b"{", b"[")):
         return f"; it begins with {line[:40].decode(errors='replace')!r}"
     if line.endswith((b"{", b",")):
-        return "; a line must be a whole JSON object, as `jq -c .` writes it"
+        return "; a line must be a complete JSON object, as `jq -c .` writes it"
     return ""
 
 
 def _array_values(content: bytes) -> Iterator[object]:
-    """The values of a JSON array, one at a time; memory holds the whole text. Raises ValueError for anything else."""
+    """Yield the values of a JSON array; the full text is in memory. Raises ValueError for anything else."""
     try:
         text = content.decode()
     except UnicodeDecodeError as error:
@@ -103,7 +103,7 @@ def _array_values(content: bytes) -> Iterator[object]:
         try:
             value, end = parse(text, _skip_blank(text, at))
         except json.JSONDecodeError as error:
-            # An open string fails where it begins; whatever else is cut off, at the end.
+            # An unterminated string fails at its start; other truncation at the end.
             is_cut = error.msg.startswith("Unterminated") or error.pos == len(text)
             raise ValueError("the file ends inside it" if is_cut else error.msg) from None
         at = _skip_blank(text, end) + 1
@@ -116,5 +116,5 @@ def _array_values(content: bytes) -> Iterator[object]:
 
 
 def _skip_blank(text: str, at: int) -> int:
-    """Where the blanks from `at` on end."""
+    """Return the end of the whitespace at `at`."""
     return _BLANK.match(text, at).end()  # type: ignore[union-attr]

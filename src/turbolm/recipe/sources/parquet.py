@@ -23,13 +23,13 @@ class ParquetSource(FileSource):
     field: Text = Field("text", description="the key or column that holds the document's text")
 
     def read(self, path: Path, skip: int, gauge: Gauge) -> Iterator[str | Bad]:
-        """The text of each row. Row groups before the first row to read are not decoded."""
+        """Yield the text of each row. Row groups before the first row to read are not decoded."""
         import pyarrow
         import pyarrow.parquet
 
         row = 0
         try:
-            # With a buffer a row group is read page by page, so that one which is as large as its file costs no memory.
+            # With a buffer, a row group is read page by page, so even one as large as its file costs little memory.
             with pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20) as file:
                 _check_column(file.schema_arrow, self.field, path)
                 counts = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
@@ -38,9 +38,9 @@ class ParquetSource(FileSource):
                     group, row = group + 1, row + counts[group]
                 num_rows = max(1, sum(counts))
                 gauge.share = lambda: row / num_rows
-                for number in range(group, len(counts)):  # one call for all of them would keep what it has read of each
+                for number in range(group, len(counts)):  # a single call for all of them would keep their data
                     for batch in file.iter_batches(_ROWS, row_groups=[number], columns=[self.field], use_threads=False):
-                        # `a.b` means the column of that name, and to pyarrow the field b of a column a as well.
+                        # `a.b` is the column of that name; to pyarrow it is also the field b of a column a.
                         for value in _values(batch.column(batch.schema.names.index(self.field))):
                             row += 1
                             if row > skip:
@@ -52,7 +52,7 @@ class ParquetSource(FileSource):
 
 
 def _check_column(schema: Any, name: str, path: Path) -> None:
-    """Refuse a file unless one column has this name, and it holds text."""
+    """Refuse a file unless exactly one column has this name, and it is text."""
     from pyarrow import types
 
     if name not in schema.names:
@@ -67,7 +67,7 @@ def _check_column(schema: Any, name: str, path: Path) -> None:
 
 
 def _values(column: Any) -> Sequence[object]:
-    """The texts of an Arrow array; for each that is not UTF-8, why."""
+    """Yield the texts of an Arrow array; for each that is not UTF-8, the reason."""
     try:
         return [value or "" for value in column.to_pylist()]
     except UnicodeDecodeError:

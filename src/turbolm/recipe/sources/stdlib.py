@@ -15,7 +15,7 @@ from pydantic import Field
 from turbolm.errors import UserError
 from turbolm.recipe.sources.base import BaseSource, Gauge
 
-# Folders of the standard library that some distributions leave out, move, add, or fill with their build's settings.
+# Folders of the standard library that some distributions omit, move, add, or fill with build settings.
 _NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
 
@@ -25,7 +25,7 @@ class StdlibSource(BaseSource):
     type: Literal["stdlib"] = Field(description="which kind of source this is")
 
     def files(self) -> list[Path]:
-        """Its source files, sorted by path."""
+        """Return its source files, sorted by path."""
         root = Path(sysconfig.get_path("stdlib"))
         files = []
         for folder, folders, names in os.walk(root):
@@ -36,11 +36,11 @@ class StdlibSource(BaseSource):
         return sorted(files, key=lambda path: path.relative_to(root).as_posix())
 
     def listing(self) -> list[tuple[str, int, int]]:
-        """Name and size: each node may have installed its own standard library."""
+        """Return names and sizes: each node may have its own installation of the standard library."""
         return [("/".join(path.parts[-2:]), status.st_size, 0) for path, status in self.stats()]
 
     def read(self, path: Path, skip: int, gauge: Gauge) -> Iterator[str]:
-        """The text of a file; none of one that is broken on purpose."""
+        """Yield the text of a file; nothing for one that is invalid on purpose."""
         gauge.share = lambda: 1.0
         if skip:
             return

@@ -18,7 +18,7 @@ class TextSource(FileSource):
     type: Literal["text"] = Field(description="which kind of source this is")
 
     def read(self, path: Path, skip: int, gauge: Gauge) -> Iterator[str | Bad]:
-        """The text of a file."""
+        """Yield the text of a file."""
         gauge.share = lambda: 1.0
         if skip:
             return

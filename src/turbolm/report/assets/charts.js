@@ -15,12 +15,12 @@
     const clip = (low, high) => chart.clip_above !== null && low < chart.clip_above ? Math.min(high, chart.clip_above) : high;
     const range = (plot, low, high) => low === null ? [0, 1]
       : uPlot.rangeNum(chart.from_zero ? Math.min(0, low) : low, clip(low, high), 0.05, chart.from_zero);
-    const markRestarts = plot => {
+    const markResumes = plot => {
       const {ctx, bbox} = plot;
       ctx.save();
       ctx.strokeStyle = color("muted");
       ctx.setLineDash([2 * uPlot.pxRatio, 4 * uPlot.pxRatio]);
-      for (const at of chart.restarts) {
+      for (const at of chart.resumes) {
         const across = plot.valToPos(at, "x", true);
         if (across < bbox.left || across > bbox.left + bbox.width) continue;
         ctx.beginPath();
@@ -39,7 +39,7 @@
     return {
       width, height: chart.height, series: [{label: chart.x_label, value: (plot, value) => short(value)}, ...chart.curves.map(curve)],
       scales: {x: {time: false}, y: {range}}, axes: [{...axis, label: chart.x_label, size: 34}, {...axis, size: 54}],
-      cursor: {sync: {key: chart.x_label, setSeries: false}}, hooks: {drawClear: [markRestarts]},
+      cursor: {sync: {key: chart.x_label, setSeries: false}}, hooks: {drawClear: [markResumes]},
     };
   }
 

@@ -58,7 +58,7 @@ class Killed(Exception):
 
 def _restarted(recipe: Recipe, faults: list[str]) -> list[Any]:
     """Start the run anew after each fault: what each start ended with, and how many candidates were done then."""
-    import turbolm.train.restarts as restarts
+    import turbolm.train.random_restarts as restarts
     from turbolm.train.worker import run_worker
 
     clean_step = restarts.take_step
@@ -189,7 +189,7 @@ def test_every_stage_begins_as_a_plain_run_of_that_seed(
 
 
 def _with_bad_candidates(recipe: Recipe, bad: set[int]) -> int | str:
-    import turbolm.train.restarts as restarts
+    import turbolm.train.random_restarts as restarts
     from turbolm.errors import RunError
     from turbolm.train import step
     from turbolm.train.worker import run_worker

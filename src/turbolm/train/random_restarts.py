@@ -1,14 +1,14 @@
-"""Random restarts: a few steps from several initial weights, of which the best is trained on.
+"""Random restarts: train a few steps from several initial weights, and continue with the best.
 
-Start many, stop early, continue some (Dodge et al. 2020, arXiv 2002.06305, of fine-tuning). Only
-the initial weights differ: the data come in one order and dropout draws the same numbers, so that the losses compare
-like with like. A candidate is judged by its mean training loss over the last quarter of its steps. All candidates see
-the same batches there, most often for the first time, so that an evaluation would say little more and cost more.
+Start many, stop early, continue some (Dodge et al. 2020, arXiv 2002.06305, of fine-tuning). Only the initial weights
+differ: the data order and dropout's random numbers are the same, so that the losses are comparable. A candidate is
+judged by its mean training loss over the last quarter of its steps. All candidates see the same batches there, usually
+for the first time, so an evaluation would add little and cost more.
 
-The candidates are trained one after the other in the engine of the run, which goes back to its beginning in between by
-way of a checkpoint of step 0. In runs/<name>/restarts/:
+The candidates are trained one after the other in the engine of the run, which is reset in between from a checkpoint of
+step 0. In runs/<name>/restarts/:
   candidates.json     the losses of those that are done      candidate-<n>.jsonl  the steps of each, but of the best
-  start/, <n>/        checkpoints of step 0 and of the best so far, until the run has one of its own
+  start/, <n>/        checkpoints of step 0 and of the best so far, until the run has its own
 """
 
 from __future__ import annotations
@@ -33,25 +33,29 @@ from turbolm.reliability import heartbeat
 from turbolm.train.loop import agree_to_stop, take_step
 from turbolm.train.session import Session, restore, save, trainer_state
 
-_SEED_STRIDE = 1_000_003  # far from the seeds that people choose next to each other
+_SEED_STRIDE = 1_000_003  # far from the consecutive seeds that people choose
 
 
 def candidate_seed(seed: int, candidate: int) -> int:
-    """Of a candidate's initial weights; those of the first are the ones a run without restarts has."""
+    """Return the seed of a candidate's initial weights; the first has those of a run without random restarts."""
     return (seed + _SEED_STRIDE * candidate) % 2**32
 
 
 def choose_start(session: Session) -> None:
-    """Train the candidates of a run that begins and leave the session where the best of them is. Collective.
+    """Train the candidates of a run that begins, and leave the session with the best one. Collective.
 
-    Does nothing for a run that has begun. Candidates that an earlier attempt finished are not trained again; one that
-    it was stopped or killed at is. When asked to stop it leaves the session at step 0, where training stops as well.
-    Raises RunError when no candidate gets through without an anomaly, or none can be saved.
+    Does nothing for a run that has begun. Candidates that an earlier attempt finished are not trained again; an
+    interrupted one is. If asked to stop, it leaves the session at step 0, where training stops too. Raises RunError if
+    every candidate has an anomaly, or none can be saved.
     """
     settings = session.plan.recipe.train.random_restarts
     if settings is None or session.step > 0:
         return
-    folder, num_steps, seed = session.context.run.restarts, session.plan.restart_steps, session.plan.recipe.train.seed
+    folder, num_steps, seed = (
+        session.context.run.random_restarts,
+        session.plan.random_restart_steps,
+        session.plan.recipe.train.seed,
+    )
     losses = _finished(session)
     _save(session, folder / "start")
     for candidate in range(len(losses), settings.seeds):
@@ -63,9 +67,9 @@ def choose_start(session: Session) -> None:
         session.log.say(f"{name}: {num_steps} steps from initial weights of seed {candidate_seed(seed, candidate)}")
         stopped, loss = _train_candidate(session, _metrics(folder, candidate), num_steps)
         if stopped:
-            session.log.say(f"asked to stop by {stopped}: {name} will be trained anew")
+            session.log.say(f"asked to stop by {stopped}: {name} will be trained again")
             session.step = 0
-            session.context.stop.request(stopped)  # and stays so: these are not the weights to train from
+            session.context.stop.request(stopped)  # and stays 0: these are not the weights to train from
             return
         before, losses = _best(losses), [*losses, loss]
         if _best(losses) == candidate:
@@ -83,12 +87,12 @@ def choose_start(session: Session) -> None:
         )
     with heartbeat.phase(heartbeat.STARTING):
         restore(session, folder / str(best) / checkpoint_name(num_steps))
-    session.restarts = {
+    session.random_restarts = {
         "steps": num_steps,
         "seeds": [candidate_seed(seed, candidate) for candidate in range(settings.seeds)],
         "losses": losses,
         "chosen": best,
-        "extra_tokens": session.plan.restart_tokens,
+        "extra_tokens": session.plan.random_restart_tokens,
     }
     session.saved_step = -1  # not among the run's own checkpoints yet
     if dist.get_rank() == 0 and _metrics(folder, best).exists():
@@ -97,15 +101,15 @@ def choose_start(session: Session) -> None:
     if dist.get_rank() == 0:
         for name in ("start", str(best)):
             remove_folder(folder / name)
-    session.log.say(f"going on with candidate {best + 1}: initial weights of seed {candidate_seed(seed, best)}")
+    session.log.say(f"continuing with candidate {best + 1}: initial weights of seed {candidate_seed(seed, best)}")
 
 
 def _train_candidate(session: Session, metrics: Path, num_steps: int) -> tuple[str | None, float | None]:
-    """(by what it was asked to stop, its loss in nats per target); no loss with an anomaly: it is given up there."""
+    """Return (what asked it to stop, its loss in nats per target); no loss after an anomaly, which ends it."""
     session.log.path, run_metrics = metrics, session.log.path
     if dist.get_rank() == 0:
-        metrics.unlink(missing_ok=True)  # of an attempt that ended within this candidate
-    session.log.restart_clock()
+        metrics.unlink(missing_ok=True)  # from an attempt that ended within this candidate
+    session.log.reset_clock()
     stopped: str | None = None
     judged, num_targets, is_sound = torch.zeros((), dtype=torch.float64), 0, True
     with closing(session.loader.iterate(0, num_steps)) as batches:
@@ -129,43 +133,43 @@ def _train_candidate(session: Session, metrics: Path, num_steps: int) -> tuple[s
 
 
 def _draw_again(session: Session, seed: int) -> None:
-    """Give the engine, which has not trained a step, the initial weights of another seed. Collective."""
+    """Set the initial weights of another seed in an engine that has not trained a step. Collective."""
     engine, plan = session.engine, session.plan
     sharded_by = plan.ds_config if plan.recipe.execution.zero_stage == 3 else None
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices):  # dropout goes on as if nothing had been drawn
+    with torch.random.fork_rng(devices):  # dropout continues as if nothing had been drawn
         config = copy.deepcopy(engine.module.config)
         drawn = build_model(plan.recipe.model, config, seed=seed, attention=session.attention, sharded_by=sharded_by)
     engine.copy_weights(drawn)
 
 
 def _finished(session: Session) -> list[float | None]:
-    """The losses of the candidates that earlier attempts have finished; none where the best one's checkpoint is gone.
+    """Return the losses of candidates that earlier attempts finished; none if the best one's checkpoint is gone.
 
     Collective.
     """
-    folder, agree = session.context.run.restarts, gather_over(session.context.group)
+    folder, agree = session.context.run.random_restarts, gather_over(session.context.group)
     record = agree(read_json(folder / "candidates.json"))[0] or {}
     losses = record.get("losses")
-    if not isinstance(losses, list) or record.get("steps") != session.plan.restart_steps:
+    if not isinstance(losses, list) or record.get("steps") != session.plan.random_restart_steps:
         return []
     best = _best(losses)
     share = (dist.get_rank(), dist.get_world_size())
     if best is not None and find_newest_valid(folder / str(best), session.context.contracts, share, agree)[0] is None:
-        session.log.say(f"no valid checkpoint of the best candidate in {folder}: all candidates are trained anew")
+        session.log.say(f"no valid checkpoint of the best candidate in {folder}: all candidates are trained again")
         return []
     return losses
 
 
 def _best(losses: list[float | None]) -> int | None:
-    """The candidate with the lowest loss, the first of several."""
+    """Return the candidate with the lowest loss, the first of several."""
     sound = [(loss, candidate) for candidate, loss in enumerate(losses) if loss is not None]
     return min(sound)[1] if sound else None
 
 
 @heartbeat.phase(heartbeat.SAVING)
 def _save(session: Session, folder: Path) -> None:
-    """Save the session as it is, now. Collective. Raises RunError."""
+    """Save the current session immediately. Collective. Raises RunError."""
     about, agree = {"contract": session.saver.contract_fingerprint}, gather_over(session.context.group)
     try:
         snapshot = take_snapshot(session.engine, session.step, trainer_state(session))
