@@ -10,5 +10,5 @@
 
 `<state>` is `weight` (fp32) or the name of an optimizer state tensor. Tensors that are not of the parameter's shape are
 `whole/<state>/<parameter>`. A checkpoint is written under a temporary name and renamed into place when it is complete.
-A start loads the newest one that verifies; where loading it fails on any rank, all pass over it to the one before.
+A start loads the newest one that verifies; if loading it fails on any rank, all ranks try the one before.
 """

@@ -28,10 +28,10 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def export_checkpoint(checkpoint: Path, model_folder: Path, out: Path, *, precision: str, card: str) -> Path:
     """Write the checkpoint's weights, in the precision they were trained in, to `out`.
 
-    `model_folder` holds the run's configuration and tokenizer, `card` is the text of the model card. What was written
-    is loaded again as Transformers does and compared with the checkpoint, tensor by tensor. An earlier export that is
-    already there is replaced once the new one is complete. Raises UserError for a damaged checkpoint, where the new
-    folder would hold another model, and where `out` holds a file that no export wrote.
+    `model_folder` holds the run's configuration and tokenizer, `card` is the text of the model card. The export is
+    loaded again as Transformers does and compared with the checkpoint, tensor by tensor. An earlier export is replaced
+    once the new one is complete. Raises UserError for a corrupt checkpoint, if the new folder would hold another model,
+    or if `out` holds a file that no export wrote.
     """
     check_replaceable(out)
     problems = verify_checkpoint(checkpoint)
@@ -130,7 +130,7 @@ def _same(exported: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) ->
 def generate_sample(model_folder: Path, num_tokens: int, *, seed: int = 0, prompt: str = "") -> str:
     """Text sampled from an exported model (top-k 50, temperature 0.8), from the start of a document or a prompt.
 
-    At most `num_tokens` tokens, and no more than the model has positions for.
+    At most `num_tokens` tokens, and no more than the model's positions.
     """
     vocabulary = tokenizer(model_folder)
     model = AutoModelForCausalLM.from_pretrained(
@@ -139,7 +139,7 @@ def generate_sample(model_folder: Path, num_tokens: int, *, seed: int = 0, promp
     start = vocabulary.bos_token_id if vocabulary.bos_token_id is not None else vocabulary.eos_token_id
     tokens = torch.tensor([[start, *vocabulary.encode(prompt, add_special_tokens=False)]])
     positions = num_positions(model)
-    if positions is not None:  # the last token that is sampled takes none
+    if positions is not None:  # the last sampled token needs none
         num_tokens = min(num_tokens, positions - tokens.shape[1] + 1)
     if num_tokens <= 0:
         return ""
@@ -161,5 +161,5 @@ def tokenizer(folder: Path) -> Any:
     """The tokenizer saved in a folder; no code is taken from there. Raises UserError."""
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # of many kinds, as many as there are tokenizers
+    except Exception as error:  # tokenizers raise many kinds
         raise UserError(f"{folder}: Transformers cannot read the tokenizer: {error}") from None

@@ -39,19 +39,19 @@ class CheckpointReader:
         self.states_of: dict[str, set[str]] = {}
         self.groups: list[dict[str, float]] = []
         self.whole: dict[tuple[str, str], tuple[int, set[str]]] = {}  # (parameter, layout): rank and states
-        self._places: dict[str, list[tuple[int, int, int]]] = defaultdict(list)  # parameter: (start, end, rank)
+        self._ranges: dict[str, list[tuple[int, int, int]]] = defaultdict(list)  # parameter: (start, end, rank)
         self._rng: dict[int, dict[str, Any]] = {}
         for rank in range(self.manifest["world_size"]):
             self._read_index(rank)
         for name, shape in self.shapes.items():
-            covered = sum(end - start for start, end, _ in self._places[name])
+            covered = sum(end - start for start, end, _ in self._ranges[name])
             if covered != math.prod(shape):
                 raise UserError(f"{checkpoint}: holds {covered} of {math.prod(shape)} elements of {name}")
 
     def _read_index(self, rank: int) -> None:
         index = load_json(self.checkpoint / index_file(rank))
-        for name, place in index["fragments"].items():
-            self._places[name].append((place["start"], place["start"] + place["numel"], rank))
+        for name, fragment in index["fragments"].items():
+            self._ranges[name].append((fragment["start"], fragment["start"] + fragment["numel"], rank))
         for name, states in index["states"].items():
             self.states_of.setdefault(name, set()).update(states)
         for name, whole in index["whole"].items():
@@ -80,7 +80,7 @@ class CheckpointReader:
         Where they lie in one file, the result is a view of it.
         """
         parts = []
-        for first, end, rank in sorted(self._places[name]):
+        for first, end, rank in sorted(self._ranges[name]):
             low, high = max(start, first), min(start + numel, end)
             if low < high:
                 key = f"{state}/{name}"
@@ -136,9 +136,9 @@ class CheckpointReader:
 def load_checkpoint(checkpoint: Path, engine: Engine, agree: Agree | None = None) -> dict[str, Any]:
     """Restore weights, optimizer state and random state of an engine; returns the trainer's state.
 
-    Collective, through `agree` (the default process group's). The checkpoint must have been verified; its contract is
-    the caller's to compare. Whatever fails on any rank is a UserError on all, such as tensors that do not fit this
-    model, optimizer or layout; the engine must then be loaded from another checkpoint, which restores all of it.
+    Collective, through `agree` (the default process group's). The checkpoint must have been verified; the caller
+    compares its contract. A failure on any rank is a UserError on all, such as tensors that do not fit this model,
+    optimizer or layout; the engine must then be loaded from another checkpoint, which restores all of it.
     """
     agree = agree or gather_over(None)
     with ExitStack() as stack:
@@ -233,7 +233,7 @@ def _load_fragment(
     ours_whole = ours.whole if layout is not None else {}
     check_same_states(name, saved | bound, {*ours.sharded, *ours_whole})
     for state, tensor in {**ours.sharded, **ours_whole}.items():
-        # A tensor in another order in memory is saved whole, and the same state may lie otherwise here.
+        # A tensor in another memory order is saved whole, and the same state may have another order here.
         values = read(state) if state in saved else reader.read_bound(state, name, str(layout))
         tensor.copy_(_of_its_kind(reader, f"{state} of {name}", values, tensor).reshape(tensor.shape))
     set_scalars(optimizer, fragment, {key: value for key, value in scalars.items() if key in ours.scalars})

@@ -80,7 +80,7 @@ def commit(temporary: Path, final: Path, manifest: Mapping[str, Any]) -> None:
     """Write the manifest and rename the folder into place; everything else in it must be on disk already."""
     write_json(temporary / MANIFEST, {"format_version": FORMAT_VERSION, **manifest}, durable=True)
     sync_folder(temporary)
-    if os.path.lexists(final):  # found invalid by the resume that led here again, which went back to an older one
+    if os.path.lexists(final):  # found invalid by a resume that fell back to an older one
         discard(final)
     os.rename(temporary, final)
     sync_folder(final.parent)
@@ -107,7 +107,7 @@ def remove_folder(path: Path) -> None:
         with contextlib.suppress(OSError):
             path.unlink()
     else:
-        shutil.rmtree(path, ignore_errors=True)  # which follows no link inside either
+        shutil.rmtree(path, ignore_errors=True)  # it follows no link inside either
 
 
 def _is_complete(manifest: Mapping[str, Any]) -> bool:

@@ -75,9 +75,9 @@ def layouts(engine: Engine) -> dict[str, str]:
     of_flat: dict[int, list[Any]] = {}
     for fragment in fragments:
         of_flat.setdefault(id(fragment.flat), []).append([fragment.name, fragment.start, fragment.numel])
-    place = f"rank {dist.get_rank()} of {dist.get_world_size()}"
+    rank = f"rank {dist.get_rank()} of {dist.get_world_size()}"
     digests = {key: hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16] for key, value in of_flat.items()}
-    return {fragment.name: f"{place}, {digests[id(fragment.flat)]}" for fragment in fragments}
+    return {fragment.name: f"{rank}, {digests[id(fragment.flat)]}" for fragment in fragments}
 
 
 def group_numbers(optimizer: torch.optim.Optimizer) -> list[dict[str, float]]:

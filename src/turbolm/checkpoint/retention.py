@@ -48,9 +48,9 @@ class Retention:
 def remove_old(folder: Path, retention: Retention, newest_step: int) -> list[Path]:
     """Remove the checkpoints that the retention does not keep; returns them.
 
-    `newest_step` is the one just put in place. Later ones are of a future that was given up because they were not
-    valid: they count for nothing and stay to be looked at, until the run reaches their step and replaces them. One
-    without a readable manifest, or whose manifest is of another step, counts for nothing either, nor does a link.
+    `newest_step` is the one just put in place. Later ones were abandoned because they were not valid: they do not
+    count, and stay for inspection until the run reaches their step and replaces them. One without a readable manifest,
+    or with a manifest of another step, does not count either, nor does a link.
     """
     known = []
     for step, path in list_checkpoints(folder):

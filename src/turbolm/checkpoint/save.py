@@ -32,9 +32,9 @@ def write_checkpoint(
 ) -> Path:
     """Write every rank's snapshot as one checkpoint; returns where it is. Collective, through `agree` alone.
 
-    `about` is what the manifest says beside the snapshot. A rank whose snapshot failed gives None and the reason.
-    Rank 0 calls `before_commit` just before the checkpoint gets its name. If any rank fails, all raise RuntimeError,
-    and nothing is left of it.
+    `about` is what the manifest says beside the snapshot. A rank whose snapshot failed gives None and the reason. Rank
+    0 calls `before_commit` just before the checkpoint gets its name. If any rank fails, all raise RuntimeError, and the
+    partial checkpoint is removed.
     """
     failures = told_of(agree(failure))
     if failures or snapshot is None:

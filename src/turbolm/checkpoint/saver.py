@@ -1,9 +1,9 @@
-"""Save while training goes on: an update waits only until the state before it is copied to host memory.
+"""Save while training continues: an update waits only until the state before it is copied to host memory.
 
 One thread of each rank copies the state while the next step computes its gradients, and then writes it. Only the
-optimizer's step changes weights and optimizer state, and it waits for a copy that is not done yet; CheckFreq (Mohan et
-al., FAST 2021) calls this a pipelined snapshot. The ranks' threads agree over a process group of their own, so that
-their messages and the training's never meet.
+optimizer's step changes weights and optimizer state, and it waits for an unfinished copy; CheckFreq (Mohan et al., FAST
+2021) calls this a pipelined snapshot. The ranks' threads use a separate process group, so that their messages never mix
+with the training's.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from turbolm.units import format_bytes
 class CheckpointSaver:
     """Save the checkpoints of one run. Every method is called by all ranks, at the same step.
 
-    `report` takes a line for the terminal and the log. A save that failed is reported, leaves earlier checkpoints as
-    they were, and is what `failure` says until a later one succeeds. `before_commit` may raise on rank 0 to keep a
-    checkpoint from being put in place.
+    `report` takes a line for the terminal and the log. A failed save is reported, does not change earlier checkpoints,
+    and is returned by `failure` until a later one succeeds. `before_commit` may raise on rank 0 to prevent a
+    checkpoint.
     """
 
     folder: Path
@@ -46,7 +46,7 @@ class CheckpointSaver:
     report: Callable[[str], None]
     before_commit: Callable[[], None] = lambda: None
     failure: str | None = None
-    waited_sec: float = 0.0  # what the last save cost the training, the wait of the update after it included
+    waited_sec: float = 0.0  # what the last save cost the training, including the wait of the next update
 
     def __post_init__(self) -> None:
         self._copy = HostCopy()
@@ -84,7 +84,7 @@ class CheckpointSaver:
         try:
             snapshot = take_snapshot(self.engine, step, trainer_state)
             self._copy.follow()
-        except Exception as error:  # told to the other ranks, who would wait for this one
+        except Exception as error:  # reported to the other ranks, which would wait for this one
             failure = _described(error)
         self._copied.clear()
         self._thread = threading.Thread(

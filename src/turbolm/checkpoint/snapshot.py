@@ -104,7 +104,7 @@ def use_device(device: torch.device) -> None:
 class HostCopy:
     """Host memory that snapshots are copied to, reused from one to the next because fresh memory is slow.
 
-    `follow` is for the thread that trains, the rest for one beside it.
+    The training thread calls `follow`, a background thread the rest.
     """
 
     def __init__(self) -> None:
@@ -114,7 +114,7 @@ class HostCopy:
     def reserve(self, num_bytes: int) -> None:
         """Allocate and touch this much memory, so that `fill` finds it ready."""
         if len(self._memory) < num_bytes:
-            self._memory = torch.empty(0, dtype=torch.uint8)  # let go of it first
+            self._memory = torch.empty(0, dtype=torch.uint8)  # free it first
             self._memory = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
             self._memory.fill_(0)
 

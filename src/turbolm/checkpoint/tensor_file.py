@@ -35,8 +35,8 @@ _NAMES = {
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> dict[str, Any]:
     """Write a new file and force it to disk; returns its size and SHA-256 as a manifest records them.
 
-    The hash is that of the tensors in memory, so that what the disk garbles shows. Raises OSError, and RuntimeError
-    for a type that the format does not have.
+    The hash is that of the tensors in memory, so that disk errors are found. Raises OSError, and RuntimeError for a
+    type that the format does not have.
     """
     ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())  # so each is aligned in the file
     digest = hashlib.sha256()
@@ -45,7 +45,7 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
     try:
         for chunk in chain([_header(ordered, metadata)], _chunks(tensor for _, tensor in ordered)):
             write_all(file, chunk)
-            # The disk takes it while it is hashed; without this most would be left for the fsync.
+            # Start writeback while it is hashed; otherwise most is left for the fsync.
             if hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(file, position, len(chunk), os.POSIX_FADV_DONTNEED)
             digest.update(chunk)

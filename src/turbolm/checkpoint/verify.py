@@ -28,7 +28,7 @@ from turbolm.files import load_json, sha256_file
 def verify_checkpoint(checkpoint: Path, contracts: Collection[str] | None = None) -> list[str]:
     """Every reason why this checkpoint cannot be resumed from; empty for a valid one.
 
-    `contracts` are the fingerprints of the run's learning contract, None to take any.
+    `contracts` are the fingerprints of the run's learning contract; None accepts any.
     """
     return verify_files(checkpoint, contracts) or verify_structure(checkpoint)
 
@@ -48,7 +48,7 @@ def verify_files(
 ) -> list[str]:
     """Problems of the manifest, or of single files.
 
-    With `share` (k, n) only the k-th part of the files in n is hashed; none where that has been done ahead.
+    With `share` (k, n) only the k-th part of the files in n is hashed; none if that was done ahead.
     """
     try:
         manifest = read_manifest(checkpoint)
@@ -67,7 +67,7 @@ def verify_files(
 def hash_ahead(folder: Path, share: tuple[int, int]) -> Hashed:
     """Start to hash this process's share of the newest checkpoint in a thread; waits for it when asked for the result.
 
-    For a process that owns the run, so nobody else changes checkpoints, and is about to build its model.
+    For a process that owns the run (nothing else changes checkpoints) and is about to build its model.
     """
     newest = max(list_checkpoints(folder), default=None)
     if newest is None:
@@ -91,7 +91,7 @@ def verify_structure(checkpoint: Path) -> list[str]:
         _check_structure(checkpoint, read_manifest(checkpoint))
     except UserError as error:
         return [str(error)]
-    except Exception as error:  # one rank looks, and the others wait for what it finds
+    except Exception as error:  # one rank looks, and the others wait for its result
         return [f"{type(error).__name__}: {error}"]
     return []
 
@@ -107,8 +107,8 @@ def find_newest_valid(
     """The newest checkpoint that passes verification, and why each newer one was rejected.
 
     With n processes each hashes its share of the files; `agree` returns what every process gave, by rank, so that all
-    come to the same answer even where a shared file system shows them different folders. Only checkpoints of fewer
-    than `below_step` steps are looked at, where it is given.
+    agree even if a shared file system shows them different folders. With `below_step`, only checkpoints of earlier
+    steps are considered.
     """
     steps = agree([step for step, _ in list_checkpoints(folder) if below_step is None or step < below_step])[0]
     rejected: list[str] = []
@@ -166,7 +166,7 @@ def _check_structure(checkpoint: Path, manifest: Mapping[str, Any]) -> None:
     labels = {"step": step, "rank": 0, "world_size": manifest["world_size"]}
     if BUFFERS in files:
         _read_header(checkpoint / BUFFERS, labels)
-    places: dict[str, list[tuple[int, int]]] = {name: [] for name in manifest["parameters"]}
+    ranges: dict[str, list[tuple[int, int]]] = {name: [] for name in manifest["parameters"]}
     for rank in range(manifest["world_size"]):
         name = index_file(rank)
         index = _read_mapping(checkpoint, name, files)
@@ -181,12 +181,12 @@ def _check_structure(checkpoint: Path, manifest: Mapping[str, Any]) -> None:
         if problem := host_rng_problem(index["rng"]):
             raise UserError(f"{name}: the random state of rank {rank} is not one: {problem}")
         for parameter, (start, numel) in _fragments(name, index, tensors).items():
-            if parameter not in places:
+            if parameter not in ranges:
                 raise UserError(f"{name}: {parameter} is not a parameter of the manifest")
-            places[parameter].append((start, numel))
+            ranges[parameter].append((start, numel))
     for parameter, shape in manifest["parameters"].items():
         end = 0
-        for start, numel in sorted(places[parameter]):
+        for start, numel in sorted(ranges[parameter]):
             if start != end:
                 first, last = sorted((start, end))
                 raise UserError(f"elements {first} to {last} of {parameter} are missing or doubled")
@@ -218,7 +218,9 @@ def _fragments(
 ) -> dict[str, tuple[int, int]]:
     """(start, numel) of each fragment of a rank, whose tensors are all there, and the weights in fp32."""
     try:
-        fragments = {key: (int(place["start"]), int(place["numel"])) for key, place in index["fragments"].items()}
+        fragments = {
+            key: (int(fragment["start"]), int(fragment["numel"])) for key, fragment in index["fragments"].items()
+        }
         wanted = {
             f"{state}/{key}": numel
             for key, (_, numel) in fragments.items()
