@@ -12,6 +12,11 @@ recipe=$1
 shift
 
 here=$(cd "$(dirname "$0")" && pwd)
+# What another launcher exported describes another world, which torchrun would wait for.
+for name in $(env | sed -n 's/^\(PET_[A-Z_]*\|MASTER_ADDR\|MASTER_PORT\|RANK\|LOCAL_RANK\|WORLD_SIZE\)=.*/\1/p'); do
+    echo "launch/local.sh: not passed on: $name" >&2
+    unset "$name"
+done
 # DeepSpeed looks for ninja on PATH.
 PATH=$here/../.venv/bin:$PATH
 export PATH

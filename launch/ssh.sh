@@ -35,9 +35,10 @@ from turbolm.recipe.load import load_recipe
 from turbolm.train.run_directory import run_directory
 print(run_directory(load_recipe(sys.argv[1], sys.argv[2:])).path)'
 run=$(python -c "$where" "$recipe" "${overrides[@]}")
-trap 'turbolm stop "$run" || :' INT TERM
-
 pids=()
+# Refused while no rank has opened the run yet: asked again until one has, or all have ended.
+trap 'until turbolm stop "$run" || ! kill -0 "${pids[@]}" 2>/dev/null; do sleep 1; done' INT TERM
+
 for rank in "${!hosts[@]}"; do
     command=(env "PATH=$PATH" "OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}" PET_SIGNALS_TO_HANDLE=SIGQUIT
         "$bin/torchrun" "--nnodes=${#hosts[@]}" "--node-rank=$rank" "--nproc-per-node=${NUM_PROCESSES:-8}"

@@ -132,26 +132,38 @@ def test_a_requeued_job_starts_at_once(tmp_path: Path, monkeypatch: pytest.Monke
     lock.release()
 
 
+@pytest.mark.parametrize("age_sec", [0.0, 3600.0, -3600.0, 1.7e9], ids=["now", "back", "ahead", "1970"])
 @pytest.mark.parametrize("garbage", [False, True])
-def test_another_host_that_is_silent_is_given_up_and_one_that_is_not_keeps_its_lock(
-    garbage: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_another_host_that_is_silent_is_given_up_by_the_clock_of_who_waits(
+    garbage: bool, age_sec: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(run_lock, "SILENT_SEC", 1.0)
-    other = replace(this_process(), host="other", boot="x", space="y")
-    path = write_lock(tmp_path, other)
+    monkeypatch.setattr(run_lock, "SILENT_SEC", 0.6)
+    path = write_lock(tmp_path, replace(this_process(), host="other", boot="x", space="y"), age_sec)
     if garbage:
         path.write_text("{")
+        os.utime(path, (time.time() - age_sec,) * 2)
     start = time.monotonic()
     lock = RunLock(tmp_path)
     lock.acquire()
-    assert 0.5 < time.monotonic() - start < 5, "given up once it has been silent long enough"
+    assert 0.5 < time.monotonic() - start < 5, "whatever the file's time says, it was silent only while watched"
     lock.release()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "is locked by process" in line and ("unknown host" if garbage else "on other") in line
 
+
+@pytest.mark.parametrize("stamp", ["1", "4000000000"])
+def test_another_host_that_gives_a_sign_keeps_its_lock_and_a_wait_says_for_whom_at_once(
+    stamp: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(run_lock, "SILENT_SEC", 60.0)
-    path = write_lock(tmp_path, other)
-    touch = subprocess.Popen(["sh", "-c", f"sleep 0.5; touch {path}"])
+    path = write_lock(tmp_path, replace(this_process(), host="other", boot="x", space="y"), age_sec=5000)
+    touch = subprocess.Popen(["sh", "-c", f"sleep 1; touch -d @{stamp} {path}"])
+    told_at: list[float] = []
+    monkeypatch.setattr("builtins.print", lambda *_, **__: told_at.append(time.monotonic()))
+    start = time.monotonic()
     with pytest.raises(UserError, match="in use by process .* on other"):
         RunLock(tmp_path).acquire()
+    assert len(told_at) == 1 and told_at[0] - start < 0.5
     touch.wait()
 
 

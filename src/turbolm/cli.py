@@ -9,7 +9,7 @@ import os
 import select
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -60,13 +60,20 @@ def options(
 def prepare(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Tokenize the recipe's sources into a token store; does nothing if it exists."""
     from turbolm.data.store.token_store import open_store
+    from turbolm.launch.attempt import stoppable
+    from turbolm.launch.environment import drop_foreign
+    from turbolm.launch.job import is_of_job, seen_by, told_to_job
     from turbolm.launch.store import prepare_store
     from turbolm.recipe.load import load_recipe
     from turbolm.train.run_contract import as_started, settle_commits
+    from turbolm.train.run_directory import run_directory
     from turbolm.units import format_bytes, format_count
 
+    drop_foreign(in_own_step=is_of_job(Path(recipe)))
     started, _ = as_started(load_recipe(recipe, overrides or ()))
-    folder = prepare_store(settle_commits(started))
+    run = run_directory(started)
+    with told_to_job(recipe), stoppable(run, seen_by(recipe, run)):
+        folder = prepare_store(settle_commits(started))
     store = open_store(folder)
     manifest = store.manifest
     for split, total in manifest["totals"].items():
@@ -154,6 +161,7 @@ def models(
 @app.command()
 def train(recipe: RecipeFile, overrides: Overrides = None, fresh: Fresh = False) -> None:
     """Prepare the data if needed, then train on this machine. Resumes an unfinished run."""
+    from turbolm.launch.train import train_here
     from turbolm.plan.count import check_model
     from turbolm.recipe.load import load_recipe
     from turbolm.train.run_contract import start_fresh
@@ -163,7 +171,7 @@ def train(recipe: RecipeFile, overrides: Overrides = None, fresh: Fresh = False)
         print(note)
     if fresh:
         start_fresh(loaded)
-    raise typer.Exit(_train_here(loaded, recipe, overrides or ()))
+    raise typer.Exit(train_here(loaded, recipe, overrides or ()))
 
 
 @app.command()
@@ -201,16 +209,10 @@ def status(
 
 @app.command()
 def stop(run: RunFolder) -> None:
-    """Ask a run to save and stop. Its Slurm job ends and is not requeued."""
-    from turbolm.launch.status import read_status
-    from turbolm.reliability.stop import ask_to_stop
-    from turbolm.train.run_directory import RunDirectory
+    """Ask a run to save and stop, whatever it does now; a Slurm job that waits in the queue will not train it."""
+    from turbolm.launch.status import stop_run
 
-    current = read_status(run)
-    if current.state == "finished":
-        raise UserError(f"{run} is finished")
-    ask_to_stop(RunDirectory(run).stop_file)
-    print(f"{run}: asked to stop after the current step (last seen: {current.state}, step {current.step})")
+    print(stop_run(run))
 
 
 @app.command()
@@ -264,12 +266,14 @@ def export(
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, which Transformers imports, need not look for GPUs
     from turbolm.checkpoint.export import export_checkpoint, short_card
     from turbolm.files import read_json
+    from turbolm.recipe.paths import make_folder
     from turbolm.train.run_directory import RunDirectory
 
     run = RunDirectory(checkpoint.resolve().parent.parent)
     contract = read_json(run.contract)
     if contract is None:
         raise UserError(f"{checkpoint}: expected a checkpoint inside a run directory; {run.contract} cannot be read")
+    make_folder(out.absolute().parent, "OUT")
     card = short_card(run.path, checkpoint)
     precision = contract["contract"]["train"]["precision"]
     print(f"exported to {export_checkpoint(checkpoint, run.model, out, precision=precision, card=card)}")
@@ -327,6 +331,7 @@ def ablate(
     from turbolm.ablate.results import collect_results
     from turbolm.ablate.run import check_folder, run_ablation
     from turbolm.ablate.settings import Ablation, Options, Sweep
+    from turbolm.launch.train import train_here
     from turbolm.plan.machine import detect_machine
 
     options = Options(
@@ -344,7 +349,7 @@ def ablate(
     with _standard_output_as_error() if as_json or dry_run else contextlib.nullcontext():
         say = functools.partial(print, flush=True)
         say(describe_arms(ablation.arms))
-        code = EXIT_OK if dry_run else run_ablation(ablation, lambda one, file: _train_here(one, str(file), ()), say)
+        code = EXIT_OK if dry_run else run_ablation(ablation, lambda one, file: train_here(one, str(file), ()), say)
     results = collect_results(ablation)
     if as_json:
         print(json.dumps(results, indent=1))
@@ -361,37 +366,6 @@ def report(run: RunFolder) -> None:
     from turbolm.report.html import write_report
 
     print(write_report(run))
-
-
-def _train_here(recipe: Recipe, recipe_file: str, overrides: Sequence[str]) -> int:
-    """Prepare and train on this machine; return the run's exit code."""
-    from turbolm.data.store.token_store import open_store
-    from turbolm.launch.local import launch
-    from turbolm.launch.store import prepare_store
-    from turbolm.plan.machine import check_machine, detect_machine
-    from turbolm.plan.plan import build_plan
-    from turbolm.train.run_contract import as_started, check_contract, settle_commits
-    from turbolm.train.run_directory import is_finished, lacks_export, run_directory
-
-    run = run_directory(recipe)
-    machine = detect_machine()
-    check_machine(recipe, machine)
-    recipe, _ = as_started(recipe)
-    check_contract(run, build_plan(recipe, machine).recipe, None)  # the data's part is compared once they are prepared
-    recipe = settle_commits(recipe)
-    plan = build_plan(recipe, machine)
-    store = open_store(prepare_store(recipe))
-    check_contract(run, plan.recipe, store.fingerprint)
-    if is_finished(run, recipe.train.budget) and not lacks_export(run):
-        print(f"{run.path} is complete. Results: {run.results}, report: {run.path / 'report.html'}")
-        print("Raise train.budget to train on, or give a new run a `name` of its own.")
-        return EXIT_OK
-    print(
-        f"{recipe.name}: {plan.world_size} processes on {plan.device}, {plan.precision}, "
-        f"ZeRO-{recipe.execution.zero_stage}, {plan.num_steps} steps of {plan.batch.global_batch_tokens} tokens",
-        flush=True,
-    )
-    return launch(plan, machine, run, recipe_file, overrides)
 
 
 @contextlib.contextmanager

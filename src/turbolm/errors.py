@@ -1,6 +1,7 @@
 """User-fixable errors, and the exit codes that launchers and schedulers rely on."""
 
 import difflib
+import errno
 import sys
 from collections.abc import Callable, Iterable
 
@@ -38,10 +39,41 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
+_CURES = {
+    errno.ENOSPC: "free some space, or choose another folder",
+    errno.EDQUOT: "free some of your quota, or choose another folder",
+    errno.EROFS: "it is mounted read-only; choose another folder",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ENOTDIR: "a part of the path is a file; choose another folder",
+    errno.EISDIR: "it is a folder",
+    errno.EEXIST: "something else has that name, perhaps a link that leads nowhere; choose another one",
+    errno.EACCES: "this user may not do that; choose another folder",
+    errno.EPERM: "this user may not do that; choose another folder",
+    errno.ELOOP: "its links lead in a circle; choose another folder",
+    errno.ENOENT: "check the name, and that no link leads nowhere",
+}
+
+
+def explain_os_error(error: OSError) -> str:
+    """What the file system says, about which file, and what to do."""
+    cure = _CURES.get(error.errno or 0)
+    where = f" ({error.filename})" if error.filename else ""
+    return f"{error.strerror or error}{where}" + (f"; {cure}" if cure else "")
+
+
 def exit_code_of(command: Callable[[], int]) -> int:
-    """The exit code that `command` returns; a UserError becomes a message and `EXIT_BAD_INPUT`."""
+    """The exit code that `command` returns.
+
+    A UserError, and what the file system refuses, become a message and `EXIT_BAD_INPUT`.
+    """
     try:
         return command()
     except UserError as error:
         print(f"turbolm: {error}" if "\n" not in str(error) else str(error), file=sys.stderr)
-        return EXIT_BAD_INPUT
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        if error.errno not in _CURES:
+            raise
+        print(f"turbolm: {redact(explain_os_error(error))}", file=sys.stderr)
+    return EXIT_BAD_INPUT

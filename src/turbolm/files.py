@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,14 @@ def write_atomic(path: Path, text: str, *, durable: bool = False) -> dict[str, A
     """
     content = text.encode()
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(temporary(path), content, durable=durable)
-    os.replace(temporary(path), path)
+    try:
+        write_bytes(temporary(path), content, durable=durable)
+        os.replace(temporary(path), path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary(path).unlink(missing_ok=True)
+        error.filename = str(path)  # a full disk names no file
+        raise
     return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 

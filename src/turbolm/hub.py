@@ -17,6 +17,7 @@ from typing import Literal
 
 from turbolm.errors import UserError
 from turbolm.files import load_json
+from turbolm.recipe.paths import use_path
 from turbolm.recipe.schema import Model, Recipe, Tokenizer
 
 DEFAULT_REVISION = "main"
@@ -142,7 +143,7 @@ def _fetch(origin: Origin) -> Path:
 def _local(origin: Origin) -> Path:
     _check_revision(origin)
     if not origin.is_on_hub:
-        return Path(origin.value)
+        return use_path(origin.value, origin.key)
     folder = _cached(origin)
     if folder is None or _missing(folder, origin):
         raise _not_here(origin, "is not in the Hugging Face cache")

@@ -37,6 +37,8 @@ if "hostnames" in arguments:
 elif "--oneliner" in arguments:
     print(f"JobId=7 JobName=x JobState={{behaviour.get('state', 'RUNNING')}} Reason=None")
 elif "turbolm.launch.job" in arguments and "open" in arguments:
+    run = pathlib.Path(arguments[arguments.index("--recipe") + 1]).parents[2]
+    (run / "attempts" / "3").mkdir(parents=True, exist_ok=True)
     print(3)
     sys.exit(behaviour.get("open", 0))
 elif "turbolm.launch.job" in arguments:
@@ -47,7 +49,7 @@ elif "turbolm.launch.node" in arguments:
         os.kill(os.getppid(), signal_number)
         run = pathlib.Path(behaviour["run"])
         for _ in range(200):
-            if (run / "stop").exists():
+            if (run / "attempts" / "3" / "stop").exists():
                 break
             time.sleep(0.05)
 elif "prepare" in arguments:

@@ -70,7 +70,8 @@ def test_a_failed_prepare_or_a_refused_attempt_starts_no_ranks(shell: Any) -> No
 @pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM])
 def test_a_signal_becomes_the_stop_file_and_the_shell_waits(shell: Any, tmp_path: Path, number: int) -> None:
     done = shell(signal_while_training=number, settle=75)
-    assert (tmp_path / "runs/tiny/stop").read_text() == "slurm\n"
+    assert (tmp_path / "runs/tiny/attempts/3/stop").read_text() == "slurm\n"
+    assert not (tmp_path / "runs/tiny/stop").exists(), "which another job of the run would obey"
     assert [arguments[2] for arguments in done.of("python")][-1] == "settle"  # after the ranks ended, not before
     assert done.of("scontrol")[-1] == REQUEUE
 

@@ -13,8 +13,8 @@ from turbolm.launch.job import JOB, open_job_attempt, settle
 from turbolm.recipe.load import load_recipe
 from turbolm.recipe.schema import Recipe
 from turbolm.reliability.outcome import Outcome, failure_kind, record_rank_end, write_outcome
-from turbolm.reliability.stop import StopRequest, ask_to_stop
-from turbolm.train.run_directory import RunDirectory, run_directory
+from turbolm.reliability.stop import StopRequest, ask_to_stop, asked_since
+from turbolm.train.run_directory import RunDirectory, run_directory, stop_seen
 
 from .harness import write_recipe
 
@@ -49,11 +49,12 @@ def end_node(run: RunDirectory, attempt: int, node: int, **values: Any) -> None:
     write_json(run.attempt(attempt) / "nodes" / f"{node}.json", {"node": node, **values})
 
 
-def test_each_start_opens_an_attempt_and_removes_an_old_stop_file(run: RunDirectory, recipe: Recipe) -> None:
+def test_each_start_opens_an_attempt_and_leaves_an_old_request_to_others(run: RunDirectory, recipe: Recipe) -> None:
     run.path.mkdir(parents=True)
-    run.stop_file.write_text("slurm\n")
+    ask_to_stop(run.stop_file)
     assert start(run, recipe) == 1
-    assert not run.stop_file.exists()
+    assert run.stop_file.exists()
+    assert not asked_since(run.stop_file, stop_seen(run.attempt(1)))
     job = {"job_id": "7", "restarts": 0, "start_step": 0, "hosts": ["n1", "n2"]}
     assert read_json(run.attempt(1) / JOB) == job
     add_checkpoint(run, 5)
@@ -75,17 +76,12 @@ def test_a_job_that_hung_starts_again_and_says_on_which_rank(run: RunDirectory, 
     assert settle(run, recipe, attempt) == (75, "attempt 1: hung: rank 1 hangs: it is stopped")
 
 
-def test_turbolm_stop_ends_the_job(run: RunDirectory, recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_turbolm_stop_ends_the_job(run: RunDirectory, recipe: Recipe) -> None:
     attempt = start(run, recipe)
     ask_to_stop(run.stop_file)
-    assert StopRequest(run.stop_file).reason
+    assert StopRequest(run.stop_file, stop_seen(run.attempt(attempt))).reason
     write_outcome(run.attempt(attempt), Outcome("stopped", 75))
     assert settle(run, recipe, attempt)[0] == 130
-    assert not run.stop_file.exists()
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")  # asked while the requeued job waited
-    ask_to_stop(run.stop_file)
-    with pytest.raises(UserError, match="asked to stop while job 7 was waiting"):
-        start(run, recipe)
 
 
 def test_a_lost_node_is_worth_another_start_and_is_named(run: RunDirectory, recipe: Recipe) -> None:

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -47,45 +48,77 @@ def acquires(process: subprocess.Popen[str]) -> bool:
     return process.stdout.readline().strip() == "True"
 
 
+def cleared(root: Path) -> list[str]:
+    said: list[str] = []
+    clear_stale_locks(root, said.append)
+    return said
+
+
 def test_the_lock_of_a_killed_build_is_removed_and_that_of_a_live_one_kept(tmp_path: Path) -> None:
     lock = tmp_path / "py311_cpu" / "cpu_adam" / "lock"
     lock.parent.mkdir(parents=True)
     builder = build(lock, "hold it")
     assert acquires(builder)
-    assert clear_stale_locks(tmp_path) == [f"process {builder.pid} builds {lock.parent} just now; what needs it waits"]
+    assert cleared(tmp_path) == [f"process {builder.pid} builds {lock.parent} just now; what needs it waits"]
     assert lock.exists()
     builder.kill()
     builder.wait()
     next_one = build(lock)
     assert not acquires(next_one)  # what every later start would see
     assert next_one.wait() == 0 and lock.exists()
-    (message,) = clear_stale_locks(tmp_path)
+    (message,) = cleared(tmp_path)
     assert message.startswith(f"removed {lock}")
     last = build(lock)
     assert acquires(last)
     assert last.wait() == 0
-    assert clear_stale_locks(tmp_path) == []
+    assert cleared(tmp_path) == []
 
 
-@pytest.mark.parametrize("why", ["another host", "another user"])
-def test_a_builder_that_may_be_out_of_sight_gets_time(
-    why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+# 1970 and 2096: a clock that was set back, one that is ahead
+@pytest.mark.parametrize(("why", "changed"), [("another host", 1.0), ("another host", 4e9), ("another user", 4e9)])
+def test_a_builder_that_may_be_out_of_sight_gets_time_by_the_clock_of_who_waits(
+    why: str, changed: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lock = tmp_path / "fused_adam" / "lock"
     lock.parent.mkdir()
     lock.touch()
+    os.utime(lock, (changed, changed))
+    monkeypatch.setattr(build_locks, "_SILENT_SEC", 0.5)
+    monkeypatch.setattr(build_locks, "_LOOK_SEC", 0.05)
+    monkeypatch.setattr(build_locks, "_RELEASE_SEC", 0.0)
     if why == "another host":
         monkeypatch.setattr(build_locks.subprocess, "run", lambda *_, **__: SimpleNamespace(stdout="nfs\n"))
     else:
         monkeypatch.setattr(build_locks.os, "geteuid", lambda: os.getuid() + 1)
-    (message,) = clear_stale_locks(tmp_path)
-    assert str(lock) in message and "remove that file" in message and lock.exists()
-    long_ago = time.time() - 3600
-    os.utime(lock, (long_ago, long_ago))
-    (lock.parent / "adam.o").touch()  # something is being compiled
-    assert len(clear_stale_locks(tmp_path)) == 1 and lock.exists()
-    os.utime(lock.parent / "adam.o", (long_ago, long_ago))
-    assert "removed" in clear_stale_locks(tmp_path)[0] and not lock.exists()
+    said: list[str] = []
+    start = time.monotonic()
+    clear_stale_locks(tmp_path, said.append)
+    assert str(lock) in said[0] and "remove that file" in said[0]
+    for number in range(10):  # something is being compiled, for longer than the limit
+        (lock.parent / "adam.o").write_bytes(bytes(number))
+        os.utime(lock.parent / "adam.o", (changed, changed + number))
+        time.sleep(0.1)
+        assert lock.exists()
+    while lock.exists():
+        assert time.monotonic() - start < 20
+        time.sleep(0.02)
+    while len(said) < 2:
+        time.sleep(0.01)
+    assert said[1].startswith(f"removed {lock}")
+
+
+def test_the_watch_ends_with_whoever_needed_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock = tmp_path / "fused_adam" / "lock"
+    lock.parent.mkdir()
+    lock.touch()
+    monkeypatch.setattr(build_locks, "_SILENT_SEC", 0.1)
+    monkeypatch.setattr(build_locks, "_LOOK_SEC", 0.05)
+    monkeypatch.setattr(build_locks.subprocess, "run", lambda *_, **__: SimpleNamespace(stdout="nfs\n"))
+    ended = threading.Event()
+    ended.set()
+    clear_stale_locks(tmp_path, lambda message: None, ended)
+    time.sleep(0.3)
+    assert lock.exists()
 
 
 def test_where_torch_builds(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,4 +126,4 @@ def test_where_torch_builds(monkeypatch: pytest.MonkeyPatch) -> None:
     assert extensions_root({}) == Path("/home/me/.cache/torch_extensions")
     assert extensions_root({"XDG_CACHE_HOME": "/fast"}) == Path("/fast/torch_extensions")
     assert extensions_root({"TORCH_EXTENSIONS_DIR": "/x"}) == Path("/x")
-    assert clear_stale_locks(Path("/nowhere")) == []
+    assert cleared(Path("/nowhere")) == []

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -297,3 +298,41 @@ def test_what_cannot_get_better_is_not_tried_again(cluster: SlurmCluster, work: 
     assert cluster.job(job_id)["ExitCode"] == "2:0"
     assert "cluster.gpus_per_node is 8, but 0 GPUs are visible on this node" in log_of(work, "no-gpus")
     assert cluster.job(job_id)["Restarts"] == "0"
+
+
+def test_a_job_stopped_while_queued_never_trains(cluster: SlurmCluster, work: Path) -> None:
+    blocker = cluster.sbatch("--begin=now+1hour", script="#!/bin/bash\ntrue\n")
+    job_id = submit(cluster, work, "queued", f"cluster.slurm.dependency=afterany:{blocker}")
+    run = work / "all runs" / "queued"
+    assert cluster.job(job_id)["JobState"] == "PENDING"
+    assert f"job {job_id} waits in the queue" in turbolm(work, "status", str(run))
+    assert f"job {job_id} will not train when Slurm starts it" in turbolm(work, "stop", str(run))
+    cluster.run("scancel", str(blocker))
+    wait_job(cluster, work, "queued", job_id, timeout_sec=90, until={"FAILED"})
+    assert cluster.job(job_id)["ExitCode"] == "130:0"
+    assert cluster.job(job_id)["Restarts"] == "0"
+    assert not (run / "attempts").exists() and not (run / "metrics.jsonl").exists()
+
+
+@pytest.mark.slow
+def test_a_job_submitted_from_inside_a_job_runs_as_from_the_login_node(cluster: SlurmCluster, work: Path) -> None:
+    """The outer job is one of an array, with a step, limits, memory, tasks and bindings of its own."""
+    short = (f"train.budget={5 * BINS_PER_BATCH * SEQ_LEN}", "cluster.slurm.time=30m", "checkpoint.every=5 steps")
+    outside = submit(cluster, work, "from-login", *short)
+    words = shlex.join([TURBOLM, "submit", "recipe.yaml", "name=from-job", *short])
+    script = f"#!/bin/bash\ncd {shlex.quote(str(work))}\nsrun --ntasks=1 --cpus-per-task=2 {words}\n"
+    options = ("--array=7", "--time=5", "--cpus-per-task=2", "--mem=100", "--ntasks=1", "--comment=outer")
+    exported = "--export=ALL,SBATCH_TIMELIMIT=7,SBATCH_COMMENT=leaked,MASTER_ADDR=10.0.0.9,RANK=3,WORLD_SIZE=8"
+    outer = cluster.sbatch(*options, exported, script=script)
+    cluster.wait(f"{outer}_7", timeout_sec=90)  # type: ignore[arg-type]
+    answer = re.search(r"submitted job (\d+)", cluster.output(f"{outer}_7"))  # type: ignore[arg-type]
+    assert answer is not None
+    inside = int(answer[1])
+    for name, job_id in (("from-login", outside), ("from-job", inside)):
+        wait_job(cluster, work, name, job_id, timeout_sec=240)
+        assert outcomes(work, name) == [("finished", 0)]
+    same = ("TimeLimit", "NumNodes", "NumCPUs", "NumTasks", "CPUs/Task", "MinMemoryNode", "Comment", "Partition")
+    jobs = [cluster.job(job_id) for job_id in (outside, inside)]
+    assert [[job.get(key) for key in same] for job in jobs[:1]] == [[job.get(key) for key in same] for job in jobs[1:]]
+    assert not any(key.startswith("Array") for key in jobs[1])
+    assert history(work, "from-job") == history(work, "from-login")

@@ -72,11 +72,13 @@ class RunMeasures:
 def measure_run(path: Path, *, seed: int, lr: float, clock: Clock = "wall") -> RunMeasures:
     """Measure the run directory of a finished run. Raises UserError when it has no times by this clock."""
     metrics = read_metrics(path / "metrics.jsonl")
+    metrics = [line for line in metrics if "train/loss" not in line or _is_timed(line)]
     steps = [line for line in metrics if "train/loss" in line]
-    dropped = [line for file in sorted((path / "restarts").glob("*.jsonl")) for line in read_metrics(file)]
+    files = sorted((path / "restarts").glob("*.jsonl"))
+    dropped = [line for file in files for line in read_metrics(file) if _is_timed(line)]
     dropped_tokens = sum(line["data/batch_tokens"] for line in dropped)
     sec = sum(_step_sec(line, clock, path) for line in dropped)
-    evaluations = []
+    evaluations: list[Evaluation] = []
     for line in metrics:
         if "train/loss" in line:
             sec += _step_sec(line, clock, path)
@@ -84,6 +86,8 @@ def measure_run(path: Path, *, seed: int, lr: float, clock: Clock = "wall") -> R
             loss = line["eval/loss"]
             loss = float(loss) if is_number(loss) else math.inf  # logged as text where it is not finite
             evaluations.append(Evaluation(line["tokens_seen"] + dropped_tokens, line["step"], sec, loss))
+    if not steps or not evaluations:
+        raise UserError(f"{path / 'metrics.jsonl'} holds no {'evaluation' if steps else 'step'} that can be read")
     timed = [line for line in steps if not line.get("perf/compile_sec")] or steps
     mfu = [(line["perf/mfu"], _step_sec(line, "wall", path)) for line in steps if is_number(line.get("perf/mfu"))]
     peaks = [line["memory/peak_bytes"] for line in steps if is_number(line.get("memory/peak_bytes"))]
@@ -96,7 +100,7 @@ def measure_run(path: Path, *, seed: int, lr: float, clock: Clock = "wall") -> R
         tokens=steps[-1]["tokens_seen"] + dropped_tokens,
         steps=steps[-1]["step"],
         training_sec=sec,
-        compile_sec=sum(line.get("perf/compile_sec", 0.0) for line in steps),
+        compile_sec=sum(one for line in steps if is_number(one := line.get("perf/compile_sec"))),
         tokens_per_sec=sum(line["data/batch_tokens"] for line in timed)
         / sum(_step_sec(line, clock, path) for line in timed),
         mfu=sum(value * step_sec for value, step_sec in mfu) / sum(step_sec for _, step_sec in mfu) if mfu else None,
@@ -114,6 +118,12 @@ def read_timing(path: Path) -> list[dict[str, float]]:
     except (OSError, ValueError):
         return []
     return found if isinstance(found, list) else []
+
+
+def _is_timed(line: Line) -> bool:
+    """Whether a step's line has what its time follows from; a damaged one does not."""
+    sizes = (line.get("data/batch_tokens"), line.get("perf/tokens_per_sec"))
+    return all(is_number(size) and size > 0 for size in sizes) and is_number(line.get("perf/cpu_sec", 0.0))
 
 
 def _step_sec(line: Line, clock: Clock, path: Path) -> float:

@@ -12,6 +12,7 @@ from turbolm.ablate.measure import Clock
 from turbolm.ablate.tricks import check_name, parse_tricks
 from turbolm.errors import UserError
 from turbolm.plan.machine import Machine
+from turbolm.recipe.paths import use_path
 from turbolm.recipe.schema import Recipe
 from turbolm.units import parse_share
 
@@ -85,7 +86,8 @@ class Ablation:
             noise = parse_share(options.noise)
         except ValueError as error:
             raise UserError(f"--noise: {error}") from None
-        return Ablation(name, Path(recipe.execution.runs_dir) / "ablations" / name, arms, options, noise, machine)
+        folder = use_path(recipe.execution.runs_dir, "execution.runs_dir") / "ablations" / name
+        return Ablation(name, folder, arms, options, noise, machine)
 
     @property
     def seeds(self) -> list[int]:

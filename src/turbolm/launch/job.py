@@ -12,23 +12,27 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from turbolm.checkpoint.manifest import list_checkpoints
 from turbolm.errors import EXIT_FAILED, EXIT_OK, EXIT_REQUEUE, EXIT_STOPPED, UserError, exit_code_of
 from turbolm.files import read_json, write_json
-from turbolm.launch.slurm import copy_script
+from turbolm.launch.slurm import SEEN, STARTED, copy_script
 from turbolm.recipe.load import load_recipe
+from turbolm.recipe.paths import make_folder
 from turbolm.recipe.schema import Recipe
-from turbolm.reliability.outcome import explain, read_outcome, write_outcome
+from turbolm.reliability.outcome import explain, outcome_of, read_outcome, write_outcome
 from turbolm.reliability.run_lock import RunLock
-from turbolm.reliability.stop import asked_by_user
+from turbolm.reliability.stop import Seen, asked_since, look, read_seen
 from turbolm.train.run_directory import (
     RunDirectory,
     list_attempts,
     open_attempt,
     refuse_links_out,
     run_directory,
+    stop_seen,
 )
 
 JOB = "slurm.json"  # of an attempt: which start of which job it is, and from which step
@@ -38,18 +42,46 @@ def open_job_attempt(run: RunDirectory, recipe: Recipe, recipe_file: Path, hosts
     """Start an attempt of this job; returns its number, or raises UserError when it should not start."""
     job_id = os.environ["SLURM_JOB_ID"]
     restarts = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
-    run.path.mkdir(parents=True, exist_ok=True)
-    if restarts and asked_by_user(run.stop_file):
-        run.stop_file.unlink(missing_ok=True)
-        raise UserError(f"{run.path} was asked to stop while job {job_id} was waiting; not started again")
+    make_folder(run.path, "execution.runs_dir")
+    seen = seen_by(recipe_file, run)
+    if asked_since(run.stop_file, seen):
+        raise UserError(
+            f"{run.path} was asked to stop after job {job_id} was submitted, so it does not train; submit it anew with "
+            f"`turbolm submit`, or remove {run.stop_file}"
+        )
     refuse_links_out(run)
     RunLock(run.path).wait_until_free()
     refuse_without_progress(run, recipe, job_id)
-    attempt = open_attempt(run)
+    attempt = open_attempt(run, seen)
     record = {"job_id": job_id, "restarts": restarts, "start_step": newest_step(run), "hosts": hosts.split(",")}
     write_json(run.attempt(attempt) / JOB, record)
     copy_script(recipe_file, run.attempt(attempt))
+    if is_of_job(recipe_file):
+        write_json(recipe_file.with_name(STARTED), {"attempt": attempt})
     return attempt
+
+
+def seen_by(recipe_file: str | Path, run: RunDirectory) -> Seen:
+    """What had been asked of the run when this start of it began: for a job's recipe, when it was submitted."""
+    recipe_file = Path(recipe_file)
+    return read_seen(recipe_file.with_name(SEEN)) if is_of_job(recipe_file) else look(run.stop_file)
+
+
+def is_of_job(recipe_file: Path) -> bool:
+    """Whether `turbolm submit` wrote this recipe."""
+    return recipe_file.with_name(SEEN).is_file()
+
+
+@contextmanager
+def told_to_job(recipe_file: str | Path) -> Iterator[None]:
+    """What ends the block is written beside a job's recipe: the job has no attempt yet whose folder could tell."""
+    recipe_file = Path(recipe_file)
+    try:
+        yield
+    except BaseException as error:
+        if is_of_job(recipe_file) and not recipe_file.with_name(STARTED).exists():
+            write_outcome(recipe_file.parent, outcome_of(error))
+        raise
 
 
 def refuse_without_progress(run: RunDirectory, recipe: Recipe, job_id: str) -> None:
@@ -73,7 +105,8 @@ def newest_step(run: RunDirectory) -> int:
     """The step of the newest complete checkpoint, or 0; in random restarts, how many candidates are done."""
     checkpoints = list_checkpoints(run.checkpoints)
     if not checkpoints:
-        return len((read_json(run.random_restarts / "candidates.json") or {}).get("losses", ()))
+        losses = (read_json(run.random_restarts / "candidates.json") or {}).get("losses")
+        return len(losses) if isinstance(losses, list) else 0
     return checkpoints[-1][0]
 
 
@@ -81,8 +114,7 @@ def settle(run: RunDirectory, recipe: Recipe, attempt: int) -> tuple[int, str]:
     """The job's exit code and what to tell the user. `EXIT_REQUEUE` means: worth starting again now."""
     folder = run.attempt(attempt)
     outcome = read_outcome(folder)
-    by_user = asked_by_user(run.stop_file)
-    run.stop_file.unlink(missing_ok=True)
+    by_user = asked_since(run.stop_file, stop_seen(folder))
     if outcome is None:
         outcome = explain(folder)
         write_outcome(folder, outcome)
@@ -102,7 +134,8 @@ def settle(run: RunDirectory, recipe: Recipe, attempt: int) -> tuple[int, str]:
 
 def _open(recipe_file: Path, hosts: str) -> int:
     recipe = load_recipe(recipe_file)
-    print(open_job_attempt(run_directory(recipe), recipe, recipe_file, hosts))
+    with told_to_job(recipe_file):
+        print(open_job_attempt(run_directory(recipe), recipe, recipe_file, hosts))
     return EXIT_OK
 
 

@@ -6,44 +6,60 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
 import yaml
 
+from turbolm.errors import EXIT_FAILED, EXIT_REQUEUE, EXIT_STOPPED
+from turbolm.launch.environment import children_environment, tell_dropped
+from turbolm.launch.job import newest_step
 from turbolm.launch.network import free_port
-from turbolm.plan.machine import Machine
 from turbolm.plan.plan import Plan
-from turbolm.reliability.orphans import END_WITH_PARENT, end_with_parent
-from turbolm.reliability.outcome import FAILED, HUNG, REFUSED, explain, read_outcome, write_outcome
+from turbolm.recipe.execution import Execution
+from turbolm.reliability.orphans import LAUNCHER, end_with_parent
+from turbolm.reliability.outcome import (
+    COMPLETE,
+    FAILED,
+    FINISHED,
+    STOPPED,
+    Outcome,
+    explain,
+    read_outcome,
+    write_outcome,
+)
+from turbolm.reliability.processes import command_of, descendants
 from turbolm.reliability.run_lock import RunLock
-from turbolm.train.run_directory import RunDirectory, open_attempt, refuse_links_out
+from turbolm.reliability.stop import STOP_SIGNALS, SignalRequests
+from turbolm.report.metrics import read_lines
+from turbolm.train.run_directory import RunDirectory
+from turbolm.units import format_duration
 
-_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+_POLL_SEC = 0.5
+_WATCHDOG_SEC = 60.0  # what the ranks' own watchdog, which knows more, gets to tell of a start that hangs
 
 
-def launch(plan: Plan, machine: Machine, run: RunDirectory, recipe_file: str, overrides: Sequence[str]) -> int:
+def launch(plan: Plan, run: RunDirectory, attempt: int, recipe_file: str, overrides: Sequence[str]) -> int:
     """Run the plan to its end, or to a stop request; returns the exit code of the run. Raises UserError.
 
-    The processes live in a session of their own, so that Ctrl-C reaches only this one: it leaves a stop file, which
-    the ranks notice together. Asked a second time, it ends them at once; what was saved before stays.
+    The processes live in a session of their own, so that Ctrl-C reaches only this one: it leaves a stop file in the
+    attempt's folder, which the ranks notice together. Asked a second time, it ends them at once; what was saved before
+    stays.
     """
-    run.path.mkdir(parents=True, exist_ok=True)
-    refuse_links_out(run)
     RunLock(run.path).wait_until_free()
-    attempt = open_attempt(run)
     folder = run.attempt(attempt)
     arguments = ["--recipe", recipe_file, "--attempt", str(attempt), *overrides]
     command = launch_command(folder / "accelerate.yaml", accelerate_config(plan), free_port(), arguments)
     process = start_ranks(command, process_environment(plan), folder / "launcher.log")
-    wait_for_ranks(process, run)
-    run.stop_file.unlink(missing_ok=True)
+    cut_short = wait_for_ranks(process, Ranks(run, attempt, range(plan.world_size), plan.recipe.execution))
     outcome = read_outcome(folder)
     if outcome is None:
-        outcome = explain(folder, process.returncode)
+        outcome = cut_short or explain(folder, process.returncode)
         write_outcome(folder, outcome)
-    if outcome.status in (HUNG, REFUSED, FAILED):  # of all else the ranks have told
+    if outcome.message and outcome.status not in (FINISHED, COMPLETE):  # of those the ranks have told
         print(f"turbolm: {outcome.message}", file=sys.stderr)
     return outcome.exit_code
 
@@ -82,15 +98,17 @@ def process_environment(plan: Plan) -> dict[str, str]:
     On a CPU glibc would give the memory of every large tensor back to the system and fault it in again at the next
     step: 90 of the quickstart's 415 CPU seconds were spent in the kernel, and 20 once glibc was told to keep it.
     """
+    inherited, dropped = children_environment(os.environ)
+    tell_dropped(dropped)
     scripts = str(Path(sys.executable).parent)
     keep = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
     return {
         **(keep if plan.device == "cpu" else {}),
-        **os.environ,
+        **inherited,
         "OMP_NUM_THREADS": str(plan.threads_per_process),
         "TOKENIZERS_PARALLELISM": "false",
         "DS_ACCELERATOR": plan.device,  # else DeepSpeed guesses, and complains where there is no GPU
-        "PATH": os.pathsep.join([scripts, os.environ.get("PATH", os.defpath)]),
+        "PATH": os.pathsep.join([scripts, inherited.get("PATH", os.defpath)]),
     }
 
 
@@ -101,38 +119,98 @@ def start_ranks(command: Sequence[str], environment: Mapping[str, str], log: Pat
     ignored (which the ranks inherit until they listen), and torchelastic, which installs handlers of its own, is told
     to mind another one.
     """
+    launcher = os.getpid()
+
+    def before_exec() -> None:
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        end_with_parent(launcher)
+
     with log.open("ab") as file:
         return subprocess.Popen(
             command,
             stderr=file,
-            env={**environment, "PET_SIGNALS_TO_HANDLE": "SIGQUIT", END_WITH_PARENT: "1"},
+            env={**environment, "PET_SIGNALS_TO_HANDLE": "SIGQUIT", LAUNCHER: str(launcher)},
             start_new_session=True,
-            preexec_fn=_before_exec,  # this process has no threads, for which that would be unsafe
+            preexec_fn=before_exec,  # this process has no threads, for which that would be unsafe
         )
 
 
-def _before_exec() -> None:
-    for number in _STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    end_with_parent()
+@dataclass(frozen=True)
+class Ranks:
+    """What a launcher knows of the ranks that it starts on this node."""
+
+    run: RunDirectory
+    attempt: int
+    numbers: range
+    execution: Execution
+
+    def have_met(self) -> bool:
+        """Whether the world of ranks has formed: only then do they open their logs."""
+        return (self.run.attempt(self.attempt) / f"log.rank{self.numbers[0]}.txt").exists()
 
 
-def wait_for_ranks(process: subprocess.Popen[bytes], run: RunDirectory) -> None:
-    """Wait for the end; the first signal asks the ranks to save and stop, another one kills them."""
-    requests = 0
+def wait_for_ranks(process: subprocess.Popen[bytes], ranks: Ranks) -> Outcome | None:
+    """Wait for the end; returns how this process ended the ranks, or None where they ended by themselves.
 
-    def on_signal(number: int, _: FrameType | None) -> None:
-        nonlocal requests
-        requests += 1
-        if requests == 1:
+    The first signal asks the ranks to save and stop, or ends them where they have not met yet; another one ends them.
+    A world that does not form within `execution.startup_timeout` is ended too.
+    """
+    ends: list[Outcome] = []
+
+    def first(number: int) -> None:
+        if ranks.have_met():
             print("\nstopping: saving after this step (once more to end at once)", file=sys.stderr, flush=True)
-            run.stop_file.touch()
-        else:
-            os.killpg(process.pid, signal.SIGKILL)
+            ranks.run.attempt_stop_file(ranks.attempt).touch()
+            return
+        code = EXIT_STOPPED if number == signal.SIGINT else EXIT_REQUEUE
+        ends.append(Outcome(STOPPED, code, "stopped before the first step; nothing had been trained"))
+        _end(process)
 
-    before = {number: signal.signal(number, on_signal) for number in _STOP_SIGNALS}
-    try:
+    def again(_: int) -> None:
+        ends.append(Outcome(STOPPED, EXIT_STOPPED, f"ended at once; {_what_is_lost(ranks)}"))
+        _end(process)
+
+    with SignalRequests(first, again):
+        why = _until_met(process, ranks)
+        if why is not None:
+            ends.append(Outcome(FAILED, EXIT_FAILED, why))
+            _end(process)
         process.wait()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    return ends[-1] if ends else None
+
+
+def _until_met(process: subprocess.Popen[bytes], ranks: Ranks) -> str | None:
+    """Wait until the ranks have met or the process has ended; returns why that took too long, if it did."""
+    limit_sec, begun = ranks.execution.startup_timeout, time.monotonic()
+    while process.poll() is None and not ranks.have_met():
+        waited_sec = time.monotonic() - begun
+        if limit_sec is not None and waited_sec > limit_sec:
+            started = sum("turbolm.train" in command_of(pid) for pid in descendants({process.pid}))
+            if not started or ranks.execution.hang_timeout is None or waited_sec > limit_sec + _WATCHDOG_SEC:
+                return (
+                    f"the {len(ranks.numbers)} ranks of this machine did not meet within "
+                    f"{format_duration(limit_sec)} (execution.startup_timeout): {started} of them were started; "
+                    f"logs: {ranks.run.attempt(ranks.attempt)}"
+                )
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(_POLL_SEC)
+    return None
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Kill the launcher's processes; the watchdog beside the ranks ends by itself, and cleans up."""
+    for pid in [process.pid, *descendants({process.pid})]:
+        if "turbolm.reliability.watchdog" not in command_of(pid):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def _what_is_lost(ranks: Ranks) -> str:
+    """The steps that are trained and not saved, in words."""
+    steps = [line["step"] for line in read_lines(ranks.run.metrics) if "train/loss" in line]
+    last, saved = (steps[-1] if steps else 0), newest_step(ranks.run)
+    if last <= saved:
+        return f"nothing after the checkpoint of step {saved} was trained"
+    what = f"step {last}" if last == saved + 1 else f"steps {saved + 1} to {last}"
+    return f"{what} lost, " + (f"the newest checkpoint is of step {saved}" if saved else "there is no checkpoint")

@@ -8,12 +8,14 @@ import socket
 import struct
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 
 from turbolm.errors import UserError
 
 _PORTS = (10_000, 30_000)  # below the range from which Linux takes ports for outgoing connections
 _PROBES = 64
 _CONNECT_TIMEOUT_SEC = 3
+_IPV6_ADDRESSES = Path("/proc/net/if_inet6")
 _SIOCGIFADDR = 0x8915  # ioctl(2): the IPv4 address of an interface
 
 
@@ -46,7 +48,11 @@ def resolve(host: str) -> str:
     others = [address for address in addresses if not ipaddress.ip_address(address.partition("%")[0]).is_loopback]
     if not others:
         raise UserError(f"{host} resolves to {addresses[0]}, which is this machine; correct the cluster's name service")
-    return next((address for address in others if ":" not in address), others[0])
+    # A link-local address holds on one link only, and torch refuses the name of the interface in it.
+    wide = [address for address in others if not ipaddress.ip_address(address.partition("%")[0]).is_link_local]
+    if not wide:
+        raise UserError(f"{host} has only the link-local address {others[0]}; give it one that holds on the network")
+    return next((address for address in wide if ":" not in address), wide[0])
 
 
 def free_port(address: str = "") -> int:
@@ -70,9 +76,13 @@ def probe(address: str, port: int) -> str:
 
 
 def interface_of(address: str) -> str | None:
-    """The name of the interface that has this IPv4 address."""
+    """The name of the interface that has this address."""
     import fcntl
 
+    if ":" in address:
+        wanted = ipaddress.IPv6Address(address).packed.hex()
+        rows = [line.split() for line in _IPV6_ADDRESSES.read_text().splitlines()] if _IPV6_ADDRESSES.exists() else []
+        return next((row[-1] for row in rows if row[0] == wanted), None)
     for _, name in socket.if_nameindex():
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, suppress(OSError):
             answer = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))

@@ -14,15 +14,19 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from turbolm.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_OK, EXIT_REQUEUE, UserError, exit_code_of
 from turbolm.files import read_json, write_json
+from turbolm.launch.environment import drop_foreign
 from turbolm.launch.local import (
+    Ranks,
     accelerate_config,
     launch_command,
     process_environment,
@@ -33,7 +37,9 @@ from turbolm.launch.network import free_port, interface_of, own_address, probe
 from turbolm.plan.machine import check_machine, detect_machine
 from turbolm.plan.plan import Plan, build_plan
 from turbolm.recipe.load import load_recipe
+from turbolm.recipe.paths import use_path
 from turbolm.recipe.schema import Recipe
+from turbolm.redaction import redact
 from turbolm.reliability.build_locks import clear_stale_locks, extensions_root
 from turbolm.reliability.outcome import read_rank_ends
 from turbolm.train.run_directory import RunDirectory, run_directory
@@ -70,42 +76,72 @@ def find_place(recipe: Recipe, hosts: str) -> Place:
 
 
 def run_node(recipe: Recipe, recipe_file: str, attempt: int, place: Place) -> int:
-    """Start this node's ranks and wait for them; returns 0 when all of them ended cleanly."""
-    run = run_directory(recipe)
-    folder = run.attempt(attempt)
-    record = folder / "nodes" / f"{place.node}.json"
-    address = own_address(place.node, place.hosts)
-    with socket.socket() as door:
-        door.bind((address, 0))
-        door.listen(128)  # the kernel answers; nothing needs to accept
-        mine: dict[str, Any] = {"node": place.node, "host": place.host, "address": address}
-        mine["port"] = door.getsockname()[1]
+    """Start this node's ranks and wait for them; returns 0 when all of them ended cleanly.
+
+    However that ends, the node's record in the attempt's folder tells.
+    """
+    folder = run_directory(recipe).attempt(attempt)
+    mine: dict[str, Any] = {"node": place.node, "host": place.host}
+
+    def record(**ends: Any) -> None:
+        write_json(folder / "nodes" / f"{place.node}.json", {**mine, **ends})
+        if ends.get("exit_code", EXIT_OK) != EXIT_OK:
+            (folder / _FAILED).touch()
+
+    with ExitStack() as doors:  # open until the record tells the others how this node ended
         try:
+            mine["address"] = own_address(place.node, place.hosts)
+            mine["port"] = doors.enter_context(open_door(mine["address"])).getsockname()[1]
             plan = _plan_here(recipe, place, mine)
             if place.node == 0:
-                mine["main_port"] = free_port(address)
-            write_json(record, mine)
-            nodes = meet(folder / "nodes", place, min(_MEET_TIMEOUT_SEC, recipe.execution.process_group_timeout))
+                mine["main_port"] = free_port(mine["address"])
+            record()
+            nodes = meet(folder / "nodes", place, _meet_timeout_sec(recipe))
             check_same(nodes)
+            code, lost = _train_here(plan, recipe_file, attempt, place, nodes)
+            record(exit_code=code, lost=lost)
+            return code
         except UserError as error:
-            write_json(record, {**mine, "refused": str(error)})
+            record(refused=str(error))
             raise
         except TimeoutError as error:
             print(f"turbolm: {error}", file=sys.stderr)
-            write_json(record, {**mine, "exit_code": EXIT_FAILED, "lost": [str(error)]})
-            (folder / _FAILED).touch()
+            record(exit_code=EXIT_FAILED, lost=[str(error)])
             return EXIT_FAILED
-        environment = process_environment(plan) | _extensions_folder(recipe)
-        build_extensions(plan, environment)
-        command = node_command(folder, plan, recipe_file, attempt, place, nodes)
-        environment |= _network_environment(plan, address)
-        process = start_ranks(command, environment, folder / f"launcher.node{place.node}.log")
-        wait_for_ranks(process, run)
-        code, lost = _judge(run, attempt, plan, place, nodes)
-        write_json(record, {**mine, "exit_code": code, "lost": lost})
-        if code != EXIT_OK:
-            (folder / _FAILED).touch()
-    return code
+        except Exception as error:
+            record(exit_code=EXIT_FAILED, lost=[redact(f"{place.host}: {type(error).__name__}: {error}")])
+            raise
+
+
+def open_door(address: str) -> socket.socket:
+    """A listening port of this node: the kernel answers, and nothing needs to accept."""
+    door = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
+    door.bind((address, 0))
+    door.listen(128)
+    return door
+
+
+def _meet_timeout_sec(recipe: Recipe) -> float:
+    execution = recipe.execution
+    return min(_MEET_TIMEOUT_SEC, execution.process_group_timeout, execution.startup_timeout or _MEET_TIMEOUT_SEC)
+
+
+def _train_here(
+    plan: Plan, recipe_file: str, attempt: int, place: Place, nodes: Sequence[dict[str, Any]]
+) -> tuple[int, list[str]]:
+    """Start the ranks of this node and wait for their end; returns what `_judge` does."""
+    recipe = plan.recipe
+    run, folder = run_directory(recipe), run_directory(recipe).attempt(attempt)
+    environment = process_environment(plan) | _extensions_folder(recipe)
+    build_extensions(plan, environment)
+    command = node_command(folder, plan, recipe_file, attempt, place, nodes)
+    environment |= _network_environment(plan, nodes[place.node]["address"])
+    process = start_ranks(command, environment, folder / f"launcher.node{place.node}.log")
+    numbers = range(place.node * plan.processes_per_node, (place.node + 1) * plan.processes_per_node)
+    cut_short = wait_for_ranks(process, Ranks(run, attempt, numbers, recipe.execution))
+    if cut_short is not None:
+        return EXIT_FAILED, [f"{place.host}: {cut_short.message}"]
+    return _judge(run, attempt, plan, place, nodes)
 
 
 def _plan_here(recipe: Recipe, place: Place, mine: dict[str, Any]) -> Plan:
@@ -173,10 +209,11 @@ def build_extensions(plan: Plan, environment: dict[str, str]) -> None:
         return
     on_host = execution.offload_optimizer or plan.device == "cpu"
     builder = "CPUAdamBuilder" if on_host else "FusedAdamBuilder"
-    for message in clear_stale_locks(extensions_root(environment)):
-        print(f"turbolm: {message}", file=sys.stderr)
+    ended = threading.Event()
+    clear_stale_locks(extensions_root(environment), lambda text: print(f"turbolm: {text}", file=sys.stderr), ended)
     code = f"from deepspeed.ops.op_builder import {builder}; {builder}().load()"
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    ended.set()
     if done.returncode:
         raise UserError(f"DeepSpeed's {builder} cannot be built here:\n{done.stderr.strip()[-2000:]}")
 
@@ -185,7 +222,8 @@ def _extensions_folder(recipe: Recipe) -> dict[str, str]:
     """Compiled for this node's own processor, so each node has its own unless the user says otherwise."""
     if "TORCH_EXTENSIONS_DIR" in os.environ:
         return {}
-    folder = Path(recipe.execution.cache_dir).expanduser() / "torch_extensions" / socket.gethostname()
+    cache = use_path(recipe.execution.cache_dir, "execution.cache_dir")
+    folder = cache / "torch_extensions" / socket.gethostname()
     return {"TORCH_EXTENSIONS_DIR": str(folder.absolute())}
 
 
@@ -229,7 +267,9 @@ def main() -> int:
 
     def run() -> int:
         recipe = load_recipe(arguments.recipe)
-        return run_node(recipe, arguments.recipe, arguments.attempt, find_place(recipe, arguments.hosts))
+        place = find_place(recipe, arguments.hosts)
+        drop_foreign(in_own_step=True)
+        return run_node(recipe, arguments.recipe, arguments.attempt, place)
 
     return exit_code_of(run)
 

@@ -17,18 +17,25 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from turbolm.errors import UserError
+from turbolm.files import write_json
+from turbolm.launch.environment import sbatch_environment, tell_dropped
 from turbolm.plan.batch import plan_batch
 from turbolm.plan.count import check_model
 from turbolm.recipe.execution import Slurm
 from turbolm.recipe.load import dump_recipe, load_recipe
+from turbolm.recipe.paths import make_folder
 from turbolm.recipe.schema import Recipe
 from turbolm.recipe.slurm_values import slurm_clock
+from turbolm.reliability.stop import look, write_seen
 from turbolm.shipped import read_shipped
 from turbolm.train.run_contract import as_started, check_contract, start_fresh
 from turbolm.train.run_directory import RunDirectory, run_directory
 
 SCRIPT = "submit.slurm"
 RECIPE = "recipe.yaml"
+SEEN = "stop-seen.json"  # beside them: what had been asked of the run before
+SUBMITTED = "job.json"  # the number of the job
+STARTED = "started.json"  # the number of the job's first attempt
 _MAX_NAME_WITH_SEED = 100 - len("-seed4294967295")
 
 
@@ -38,6 +45,8 @@ class Submission:
 
     script: Path
     runs: tuple[RunDirectory, ...]
+    directives: tuple[str, ...]  # the options of sbatch that it sets
+    folders: tuple[Path, ...]  # of each run, with its recipe
 
     @property
     def text(self) -> str:
@@ -69,26 +78,33 @@ def write_submission(recipe_file: str | Path, overrides: Sequence[str] = (), *, 
     for run in runs:
         if not str(run.path).isprintable() or "\\" in str(run.path):
             raise UserError(f"{str(run.path)!r}: Slurm writes no output to a path with backslashes or line breaks")
+    for run in runs:
+        make_folder(run.path, "execution.runs_dir")
     folders = [_new_folder(run.path / "submissions") for run in runs]
-    for one, folder in zip(recipes, folders, strict=True):
+    for one, run, folder in zip(recipes, runs, folders, strict=True):
         (folder / RECIPE).write_text(dump_recipe(one), encoding="utf-8")
+        write_seen(folder / SEEN, look(run.stop_file))  # what is asked from now on counts for this job
     text = render_script(recipe, [str(folder / RECIPE) for folder in folders], [str(run.path) for run in runs])
     for folder in folders:
         (folder / SCRIPT).write_text(text, encoding="utf-8")
-    return Submission(folders[0] / SCRIPT, runs)
+    return Submission(folders[0] / SCRIPT, runs, tuple(_directives(recipe, recipe.cluster.slurm, [""])), tuple(folders))
 
 
 def submit(submission: Submission) -> str:
     """Hand the script to sbatch; returns the job's id."""
+    environment, dropped = sbatch_environment(os.environ, submission.directives)
+    tell_dropped(dropped)
+    command = ["sbatch", "--parsable", str(submission.script)]
     try:
-        done = subprocess.run(
-            ["sbatch", "--parsable", str(submission.script)], capture_output=True, text=True, check=False
-        )
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     except FileNotFoundError:
         raise UserError("sbatch is not on PATH: submit from a login node of the cluster, or use --dry-run") from None
     if done.returncode:
         raise UserError(f"sbatch refused {submission.script}:\n{done.stderr.strip()}")
-    return done.stdout.strip().split(";")[0]  # JOB or JOB;CLUSTER
+    job_id = done.stdout.strip().split(";")[0]  # JOB or JOB;CLUSTER
+    for folder in submission.folders:
+        write_json(folder / SUBMITTED, {"job_id": job_id})
+    return job_id
 
 
 def render_script(recipe: Recipe, recipe_files: Sequence[str], runs: Sequence[str]) -> str:

@@ -21,6 +21,7 @@ from turbolm.plan.parameters import ModelSize, estimate_size
 from turbolm.plan.plain_config import is_plain
 from turbolm.recipe.contract import canonical_json
 from turbolm.recipe.model_config import is_dropout, text_part
+from turbolm.recipe.paths import use_path
 from turbolm.recipe.schema import Model, Recipe
 
 MODEL_CONFIG_FILE = "model_config.json"  # beside a recipe: the config.json of a checkpoint on another machine
@@ -111,7 +112,7 @@ def read_model_config(recipe: Recipe, recipe_file: str | Path) -> tuple[dict[str
         if isinstance(vocab_size, int):
             return {**config, "vocab_size": padded_vocab_size(model, vocab_size)}, []
         return config, ["model.config names no vocab_size: the model type's default is assumed"]
-    folder = Path(str(model.pretrained))
+    folder = use_path(str(model.pretrained), "model.pretrained")
     cached = cached_config(model)
     beside = Path(recipe_file).parent / MODEL_CONFIG_FILE
     if folder.is_dir() or cached is not None:
@@ -176,7 +177,7 @@ def _ask(
     digest = hashlib.sha256(f"{importlib.metadata.version('transformers')} {text}".encode())
     for module in _EXAMINERS:
         digest.update((Path(__file__).parent.parent / module).read_bytes())
-    cache = Path(cache_dir).expanduser() / "models" / f"{digest.hexdigest()[:32]}.json"
+    cache = use_path(str(cache_dir), "execution.cache_dir") / "models" / f"{digest.hexdigest()[:32]}.json"
     try:
         return Answer.from_json(cache.read_text(encoding="utf-8"))
     except (OSError, ValueError, TypeError, KeyError, RecursionError):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from turbolm.recipe.fields import (
+    PathText,
     Positive,
     Seconds,
     Section,
@@ -20,6 +21,7 @@ from turbolm.recipe.fields import (
     whole,
 )
 from turbolm.recipe.gpus import GPUS
+from turbolm.recipe.paths import PATH_RULE
 from turbolm.recipe.slurm_values import Constraint, Dependency, Hosts, SlurmMemory, SlurmTime, SlurmValue
 from turbolm.redaction import is_secret_name
 from turbolm.units import Span
@@ -229,8 +231,8 @@ class Execution(Section):
     tokenizer_engine: Literal["auto", "tokenizers", "gigatoken"] = Field(
         "auto", description="auto: gigatoken where it is installed and gives the same ids as tokenizers"
     )
-    cache_dir: Text = Field(".cache/turbolm", description="folder of prepared data, which runs share")
-    runs_dir: Text = Field("runs", description="folder of run directories")
+    cache_dir: PathText = Field(".cache/turbolm", description=f"folder of prepared data, which runs share; {PATH_RULE}")
+    runs_dir: PathText = Field("runs", description=f"folder of run directories; {PATH_RULE}")
 
 
 class Evaluation(Section):

@@ -20,6 +20,7 @@ from pydantic import (
 )
 
 from turbolm import units
+from turbolm.recipe.paths import expand_path
 from turbolm.units import Span
 
 
@@ -103,6 +104,12 @@ def text_is_tuple(value: object) -> object:
     return (value,) if isinstance(value, str) else list_is_tuple(value)
 
 
+def means_a_path(value: str) -> str:
+    """Refuses what `turbolm.recipe.paths` can make no path of; the text stays as it is written."""
+    expand_path(value)
+    return value
+
+
 def whole(value: object) -> object:
     """Refuse what a Literal of integers accepts: `true` as 1 and `2.0` as 2."""
     if isinstance(value, (bool, float)):
@@ -125,8 +132,9 @@ Share = Annotated[float, BeforeValidator(units.parse_share), WithJsonSchema(UNIT
 Seconds = Annotated[int, BeforeValidator(units.parse_duration), WithJsonSchema(UNIT_TEXT)]
 Text = Annotated[str, Field(min_length=1, pattern=r"^[^\x00-\x1f\x7f]+$")]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+PathText = Annotated[Text, AfterValidator(means_a_path)]
 _PATHS = {"anyOf": [{"type": "string", "minLength": 1}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]}
-Paths = Annotated[tuple[Text, ...], BeforeValidator(text_is_tuple), Field(min_length=1), WithJsonSchema(_PATHS)]
+Paths = Annotated[tuple[PathText, ...], BeforeValidator(text_is_tuple), Field(min_length=1), WithJsonSchema(_PATHS)]
 _LIMIT = {"anyOf": [{"type": "number", "exclusiveMinimum": 0}, {"const": "off"}, {"type": "null"}]}
 Limit = Annotated[PositiveNumber | None, BeforeValidator(off_is_none), WithJsonSchema(_LIMIT)]
 _TIME_LIMIT = {"anyOf": [{"type": "number"}, {"type": "string"}, {"type": "null"}]}

@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
+from turbolm.recipe.paths import expand_path
 from turbolm.redaction import holds_secret
 
 CONFIG_NAME = "config.json"
@@ -88,7 +88,7 @@ def read_config_file(value: object) -> object:
         return _plain_mapping(value, "the mapping") if value is not None else None
     if not isinstance(value, str) or not value:
         raise ValueError(f"expected the path of a {CONFIG_NAME} or its folder, got {value!r}")
-    path = Path(value).expanduser()
+    path = expand_path(value)
     path = path / CONFIG_NAME if path.is_dir() else path
     try:
         if not path.is_file():

@@ -19,6 +19,7 @@ from turbolm.recipe.fields import (
     Limit,
     Name,
     Number,
+    PathText,
     Positive,
     PositiveNumber,
     Section,
@@ -53,7 +54,7 @@ class Model(Section):
         description="path of a published config.json or its folder, or its content; `config` overrides it, and the "
         "contract holds the result under `config`",
     )
-    pretrained: Text | None = Field(
+    pretrained: PathText | None = Field(
         None, description="local folder in the Hugging Face layout to start from, or a model's name on the hub"
     )
     revision: Annotated[Text | None, Before(None)] = Field(
@@ -117,7 +118,7 @@ class Tokenizer(Section):
     """Train a tokenizer, or load it from a folder (Hugging Face layout) or a tokenizer.json."""
 
     train: TrainTokenizer | None = Field(None, description="settings of a tokenizer to train")
-    path: Text | None = Field(
+    path: PathText | None = Field(
         None, description="a local folder in the Hugging Face layout, a tokenizer.json, or a name on the hub"
     )
     revision: Annotated[Text | None, Before(None)] = Field(

@@ -117,6 +117,11 @@ def set_attempt(attempt: int) -> None:
     _own.write()
 
 
+def attempt() -> int:
+    """Which attempt of the run this is; 0 while that is not known."""
+    return _own.attempt
+
+
 @contextlib.contextmanager
 def phase(name: str) -> Iterator[None]:
     """A part of the run that may take longer; afterwards the phase before it continues."""

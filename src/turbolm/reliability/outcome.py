@@ -16,9 +16,20 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from turbolm.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_OK, EXIT_REQUEUE, EXIT_SIGNAL, RunError, UserError
+from turbolm.errors import (
+    EXIT_BAD_INPUT,
+    EXIT_FAILED,
+    EXIT_OK,
+    EXIT_REQUEUE,
+    EXIT_SIGNAL,
+    EXIT_STOPPED,
+    RunError,
+    UserError,
+)
 from turbolm.files import load_json, read_json, write_json
 from turbolm.redaction import redact
+
+OUTCOME = "outcome.json"
 
 # The status of an attempt
 FINISHED = "finished"  # trained its budget
@@ -69,16 +80,28 @@ class Outcome:
 
 def write_outcome(attempt_folder: Path, outcome: Outcome) -> None:
     """Record how an attempt ended."""
-    write_json(attempt_folder / "outcome.json", asdict(outcome))
+    write_json(attempt_folder / OUTCOME, asdict(outcome))
 
 
 def read_outcome(attempt_folder: Path) -> Outcome | None:
     """How an attempt ended; None while it runs, and when it was killed with its launcher."""
-    found = read_json(attempt_folder / "outcome.json")
+    found = read_json(attempt_folder / OUTCOME)
     try:
-        return None if found is None else Outcome(**found)
+        outcome = None if found is None else Outcome(**found)
     except TypeError:
         return None
+    if outcome is None or [type(outcome.status), type(outcome.exit_code), type(outcome.message)] != [str, int, str]:
+        return None  # damaged
+    return outcome
+
+
+def outcome_of(error: BaseException) -> Outcome:
+    """The outcome of a start that `error` ended before any rank ran."""
+    if isinstance(error, UserError | OSError):
+        return Outcome(REFUSED, EXIT_BAD_INPUT, redact(str(error)))
+    if isinstance(error, SystemExit) and error.code in (EXIT_REQUEUE, EXIT_STOPPED):
+        return Outcome(STOPPED, int(error.code), "stopped before the ranks were started")
+    return Outcome(FAILED, EXIT_FAILED, redact(f"{type(error).__name__}: {error}"))
 
 
 def classify(error: BaseException) -> tuple[int, str, str]:
@@ -148,8 +171,18 @@ def explain(attempt_folder: Path, launcher_code: int | None = None) -> Outcome:
     return Outcome(LOST, EXIT_REQUEUE, "\n".join(["nodes or ranks were lost", *lost[:_MAX_LINES], logs]))
 
 
+def conclude(attempt_folder: Path) -> None:
+    """Record how a world that was started by hand ended, as far as its rank 0 knows, unless that is recorded."""
+    ends = [end for end in read_rank_ends(attempt_folder) if end.kind != DONE]
+    if ends and read_outcome(attempt_folder) is None:
+        write_outcome(attempt_folder, explain(attempt_folder, ends[0].exit_code))
+
+
 def _last_words(log: Path) -> list[str]:
-    return redact(log.read_text(encoding="utf-8", errors="replace")).splitlines()
+    try:
+        return redact(log.read_text(encoding="utf-8", errors="replace")).splitlines()
+    except OSError:
+        return []
 
 
 def _exit_code(launcher_code: int) -> int:

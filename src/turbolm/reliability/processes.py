@@ -24,6 +24,20 @@ def process_state(pid: int) -> str:
     return "" if fields is None else fields[0]
 
 
+def parent_of(pid: int) -> int | None:
+    """The process that started it, or that inherited it; None when it does not run."""
+    fields = _fields(pid)
+    return None if fields is None else int(fields[1])
+
+
+def command_of(pid: int) -> list[str]:
+    """The command line of a process; empty when it does not run."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text(encoding="utf-8", errors="replace").split("\0")
+    except OSError:
+        return []
+
+
 def descendants(pids: set[int]) -> set[int]:
     """Children, grandchildren and so on of these processes that still run."""
     fields = {int(path.name): _fields(int(path.name)) for path in Path("/proc").glob("[0-9]*")}

@@ -1,8 +1,9 @@
 """One writer for each run directory. Torch-free.
 
 The lock is a file that names its holder and that the holder touches every few seconds. It is made by linking a
-finished file to its name, which is atomic on network file systems as well. Ages are taken between times that the file
-system gave, so that clocks of different hosts need not agree.
+finished file to its name, which is atomic on network file systems as well. Whoever waits measures, on a clock of its
+own that nobody sets, how long the file's time has not changed. What that time is does not matter: no clock need be
+right.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import sys
 import threading
 import time
 import uuid
@@ -53,6 +55,7 @@ class RunLock:
         self.path = run_folder / "lock.json"
         self._me = this_process()
         self._ended = threading.Event()
+        self._others_since: dict[Path, float] = {}  # when another one was first seen to clear a stale lock
 
     def acquire(self) -> None:
         """Take the lock, clearing a stale one. Raises UserError when another process holds it."""
@@ -66,22 +69,33 @@ class RunLock:
     def wait_until_free(self) -> Holder | None:
         """Return when nobody holds the lock; with the one that left it behind, if it is there. Raises UserError.
 
-        Where only silence could show that the holder is gone, this waits until it has been silent for long enough.
+        Where only silence could show that the holder is gone, this waits until it has seen no sign for long enough.
         """
-        since = time.monotonic()
-        first_sign = None
+        since, first_sign, told = time.monotonic(), self._sign(), False
         while True:
-            holder, age_sec, sign = self._look(self.path)
-            if holder is None:
+            sign, holder = self._sign(), self.holder()
+            if sign is None or holder is None:
                 return None
-            first_sign = sign if first_sign is None else first_sign
-            gone = is_gone(holder, self._me)
-            if gone or (gone is None and age_sec > SILENT_SEC):
+            gone, waited_sec = is_gone(holder, self._me), time.monotonic() - since
+            if gone or (gone is None and sign == first_sign and waited_sec > SILENT_SEC):
                 return holder
-            if sign != first_sign if gone is None else time.monotonic() - since > ENDING_SEC:
+            if sign != first_sign if gone is None else waited_sec > ENDING_SEC:
                 run = self.path.parent
                 raise UserError(f"{run} is in use by {holder}; stop that run first (`turbolm stop {run}`)")
+            if not told:
+                limit_sec = SILENT_SEC if gone is None else ENDING_SEC
+                print(
+                    f"turbolm: {self.path.parent} is locked by {holder}; waiting up to {limit_sec:.0f} s for it to end "
+                    "or to give a sign of life",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                told = True
             time.sleep(_POLL_SEC)
+
+    def holder(self) -> Holder | None:
+        """Who holds the lock; None when it is not there."""
+        return _holder_in(self.path)
 
     def release(self) -> None:
         """Give the lock back, unless another process took it over."""
@@ -124,23 +138,19 @@ class RunLock:
         finally:
             record.unlink(missing_ok=True)
 
-    def _look(self, path: Path) -> tuple[Holder | None, float, int]:
-        """The holder, the seconds since its last sign, and the time of that sign in ns; None when there is no lock."""
+    def _sign(self) -> int | None:
+        """What changes with every sign of life of the holder; None when there is no lock."""
         try:
-            touched = path.stat().st_mtime_ns
+            return self.path.stat().st_mtime_ns
         except FileNotFoundError:
-            return None, 0.0, 0
-        with self._record() as record:
-            age_sec = (record.stat().st_mtime_ns - touched) / 1e9
-        unknown = Holder(token="", host="an unknown host", boot="", space="", pid=0, started="")
-        return _read(path) or unknown, age_sec, touched
+            return None
 
     def _take_over(self, stale: Holder) -> None:
         """Remove the lock of a holder that is gone. Of several processes that judged the same lock, one does it."""
         right = self.path.with_name(f".lock-from-{stale.token or 'unknown'}")
         if not self._link(right):
-            other, age_sec, _ = self._look(right)
-            if other is None or is_gone(other, self._me) or age_sec > SILENT_SEC:
+            other, since = _holder_in(right), self._others_since.setdefault(right, time.monotonic())
+            if other is None or is_gone(other, self._me) or time.monotonic() - since > SILENT_SEC:
                 right.unlink(missing_ok=True)
             time.sleep(_POLL_SEC)
             return
@@ -182,6 +192,13 @@ def is_gone(holder: Holder, me: Holder) -> bool | None:
     if holder.space != me.space:
         return None  # in another container, whose processes cannot be seen from here
     return start_time(holder.pid) != holder.started
+
+
+def _holder_in(path: Path) -> Holder | None:
+    """Who left a lock file; None when it is not there."""
+    if not path.exists():
+        return None
+    return _read(path) or Holder(token="", host="an unknown host", boot="", space="", pid=0, started="")
 
 
 def _read(path: Path) -> Holder | None:

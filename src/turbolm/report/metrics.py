@@ -49,11 +49,17 @@ def read_lines(path: Path) -> list[Line]:
     attempt = 1
     for raw in text.splitlines():
         line = _parse(raw) or _parse(raw[max(0, raw.rfind('{"step"')) :])
-        if isinstance(line, dict) and isinstance(line.get("step"), int):
-            own = line.get("attempt")
-            attempt = own if isinstance(own, int) else attempt
+        if isinstance(line, dict) and _is_whole(line):
+            attempt = line.get("attempt", attempt)
             lines.append({**line, "attempt": attempt})
     return lines
+
+
+def _is_whole(line: Line) -> bool:
+    """Whether everything that readers rely on is there; a damaged line may still be JSON."""
+    is_measured = "train/loss" in line or "eval/loss" in line
+    counts = (line.get("step"), line.get("attempt", 1), line.get("tokens_seen") if is_measured else 0)
+    return all(type(count) is int and 0 <= count < 2**63 for count in counts)
 
 
 def _parse(raw: str) -> Any:

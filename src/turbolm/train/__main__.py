@@ -14,8 +14,9 @@ from turbolm.errors import RunError, UserError
 from turbolm.recipe.load import load_recipe
 from turbolm.redaction import redact
 from turbolm.reliability import heartbeat
-from turbolm.reliability.orphans import END_WITH_PARENT, end_with_parent
-from turbolm.reliability.outcome import DONE, classify, record_rank_end
+from turbolm.reliability.orphans import LAUNCHER, end_with_launcher
+from turbolm.reliability.outcome import DONE, classify, conclude, record_rank_end
+from turbolm.reliability.stop import look
 from turbolm.reliability.watchdog import watch_over
 from turbolm.train.run_directory import run_directory
 
@@ -29,24 +30,28 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     arguments = parser.parse_args()
     terminal = os.fdopen(os.dup(2), "w", errors="replace")
-    if END_WITH_PARENT in os.environ:
-        end_with_parent()
-    folder = None
+    if LAUNCHER in os.environ:
+        end_with_launcher(int(os.environ[LAUNCHER]))
+    run = None
     try:
         recipe = load_recipe(arguments.recipe, arguments.overrides)
-        folder = run_directory(recipe).attempt(arguments.attempt) if arguments.attempt else None
+        run = run_directory(recipe)
+        seen = look(run.stop_file)
         limits = recipe.execution.hang_timeout, recipe.execution.startup_timeout
-        watch_over(run_directory(recipe).path, *limits, arguments.attempt)
+        watch_over(run.path, *limits, arguments.attempt)
         check_versions()
         from turbolm.train.worker import run_worker
 
-        end = run_worker(recipe, arguments.attempt), DONE, ""
+        end = run_worker(recipe, arguments.attempt, seen), DONE, ""
     except BaseException as error:
         end = classify(error)
         _tell(error, terminal)
-    if folder is not None:
+    attempt = arguments.attempt or heartbeat.attempt()
+    if run is not None and attempt:
         with contextlib.suppress(OSError):
-            record_rank_end(folder, *end)
+            record_rank_end(run.attempt(attempt), *end)
+            if not arguments.attempt and os.environ.get("RANK", "0") == "0":
+                conclude(run.attempt(attempt))  # no launcher of ours does
     return end[0]
 
 

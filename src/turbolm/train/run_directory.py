@@ -4,12 +4,13 @@ runs/<name>/
   recipe.yaml     as resolved          contract.json   fingerprint and canonical form
   hub.json        the commits of the recipe's hub names
   model/          Hugging Face configuration and tokenizer of the run
-  attempts/<n>/   plan.json, ds_config.json, accelerate.yaml, environment.json, log.rank<k>.txt, outcome.json,
-                  hung/ (ranks and their stacks, of an attempt that hung)
+  attempts/<n>/   start.json (which process started it), plan.json, ds_config.json, accelerate.yaml, environment.json,
+                  log.rank<k>.txt, outcome.json, hung/ (ranks and their stacks, of an attempt that hung),
+                  stop (asks this attempt alone to save and stop)
   metrics.jsonl   one line a step      checkpoints/    results.json, report.html, export/
   restarts/       the candidates of train.random_restarts and the steps of those not chosen
   trackers/       data of TensorBoard, W&B and others, and how a later attempt continues it
-  stop            its presence asks the run to save and stop
+  stop            asks every start of the run that began before it was written to save and stop; it stays
 """
 
 from __future__ import annotations
@@ -25,8 +26,12 @@ from turbolm.files import read_json, write_json
 from turbolm.plan.machine import Machine
 from turbolm.plan.plan import Plan
 from turbolm.recipe.load import dump_recipe
+from turbolm.recipe.paths import use_path
 from turbolm.recipe.schema import Recipe
+from turbolm.reliability.run_lock import Holder
+from turbolm.reliability.stop import Seen, look
 
+START = "start.json"  # of an attempt
 _VERSIONED = ("turbolm", "torch", "accelerate", "deepspeed", "transformers", "tokenizers", "numpy")
 
 
@@ -68,6 +73,10 @@ class RunDirectory:
     def stop_file(self) -> Path:
         return self.path / "stop"
 
+    def attempt_stop_file(self, number: int) -> Path:
+        """Asks one attempt to stop, and no other start of the run."""
+        return self.attempt(number) / "stop"
+
     def attempt(self, number: int) -> Path:
         """The folder of one start of the run."""
         return self.path / "attempts" / str(number)
@@ -75,7 +84,7 @@ class RunDirectory:
 
 def run_directory(recipe: Recipe) -> RunDirectory:
     """Where the recipe's run lives."""
-    return RunDirectory(Path(recipe.execution.runs_dir) / recipe.name)
+    return RunDirectory(use_path(recipe.execution.runs_dir, "execution.runs_dir") / recipe.name)
 
 
 def list_attempts(run: RunDirectory) -> list[int]:
@@ -84,16 +93,41 @@ def list_attempts(run: RunDirectory) -> list[int]:
     return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.is_dir() else []
 
 
-def open_attempt(run: RunDirectory) -> int:
+def open_attempt(run: RunDirectory, seen: Seen | None = None, starter: Holder | None = None) -> int:
     """Create the folder of a new attempt and return its number, counted from 1.
 
-    A stop file from before is removed here and nowhere later: one that comes while the ranks start must count.
+    `seen` is what the stop file was when this start began, by default now: what comes later counts. `starter` is the
+    process that lives as long as the attempt, where there is one.
     """
     run.attempt(0).parent.mkdir(parents=True, exist_ok=True)
     number = max(list_attempts(run), default=0) + 1
-    run.attempt(number).mkdir()
-    run.stop_file.unlink(missing_ok=True)
+    while True:
+        try:
+            run.attempt(number).mkdir()
+            break
+        except FileExistsError:  # another start was quicker
+            number += 1
+    record = {"stop_seen": asdict(seen or look(run.stop_file)), "starter": starter and asdict(starter)}
+    write_json(run.attempt(number) / START, record)
     return number
+
+
+def stop_seen(attempt_folder: Path) -> Seen:
+    """What the run's stop file was when the start of this attempt began."""
+    found = (read_json(attempt_folder / START) or {}).get("stop_seen")
+    try:
+        return Seen(**found) if isinstance(found, dict) else Seen()
+    except TypeError:
+        return Seen()
+
+
+def starter_of(attempt_folder: Path) -> Holder | None:
+    """The process that lives as long as the attempt, if it is recorded."""
+    found = (read_json(attempt_folder / START) or {}).get("starter")
+    try:
+        return Holder(**found) if isinstance(found, dict) else None
+    except TypeError:
+        return None
 
 
 def refuse_links_out(run: RunDirectory) -> None:

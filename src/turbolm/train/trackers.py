@@ -170,7 +170,7 @@ def _run_id(name: str, tracker: GeneralTracker, target: Target) -> str:
 
 def _reaches_wandb(environment: Mapping[str, str] = os.environ) -> bool:
     """Whether W&B may send: a mode is set or it has a key. Without either it would ask on a terminal."""
-    netrc = Path(environment.get("NETRC") or Path("~/.netrc").expanduser())
+    netrc = Path(environment.get("NETRC") or os.path.expanduser("~/.netrc"))
     has_login = netrc.is_file() and "api.wandb.ai" in netrc.read_text(encoding="utf-8", errors="replace")
     return "WANDB_MODE" in environment or "WANDB_API_KEY" in environment or has_login
 

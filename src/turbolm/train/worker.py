@@ -30,8 +30,8 @@ from turbolm.recipe.schema import Recipe
 from turbolm.reliability import heartbeat
 from turbolm.reliability.build_locks import clear_stale_locks, extensions_root
 from turbolm.reliability.outcome import COMPLETE, FINISHED, STOPPED, Outcome, write_outcome
-from turbolm.reliability.run_lock import RunLock
-from turbolm.reliability.stop import StopRequest
+from turbolm.reliability.run_lock import RunLock, this_process
+from turbolm.reliability.stop import Seen, StopRequest, look
 from turbolm.train.build import build_session
 from turbolm.train.context import Context
 from turbolm.train.finish import add_products, finish_run, summary
@@ -44,6 +44,7 @@ from turbolm.train.run_directory import (
     open_attempt,
     refuse_links_out,
     run_directory,
+    stop_seen,
     write_attempt,
 )
 from turbolm.train.session import Session
@@ -52,20 +53,21 @@ from turbolm.train.tricks import apply_tricks
 _LAST_WRITE_SEC = 60
 
 
-def run_worker(recipe: Recipe, attempt: int | None = None) -> int:
+def run_worker(recipe: Recipe, attempt: int | None = None, seen: Seen | None = None) -> int:
     """Train `recipe` as one rank of the launched world; returns the process's exit code.
 
-    `attempt` is the number of the attempt's folder if the launcher has opened one. Raises UserError, and RunError if
-    the newest state cannot be saved.
+    `attempt` is the number of the attempt's folder if the launcher has opened one; else `seen` is what the run's stop
+    file was when this process began, by default now. Raises UserError, and RunError if the newest state cannot be saved.
     """
-    lock = RunLock(run_directory(recipe).path)
+    run = run_directory(recipe)
+    lock = RunLock(run.path)
     try:
-        return _run_locked(recipe, attempt, lock)
+        return _run_locked(recipe, attempt, lock, StopRequest(run.stop_file, seen or look(run.stop_file)))
     finally:
         lock.release()
 
 
-def _run_locked(recipe: Recipe, attempt: int | None, lock: RunLock) -> int:
+def _run_locked(recipe: Recipe, attempt: int | None, lock: RunLock, stop: StopRequest) -> int:
     """`run_worker`; rank 0 takes the lock."""
     heartbeat.advance()  # all is imported
     machine = detect_machine()
@@ -77,7 +79,6 @@ def _run_locked(recipe: Recipe, attempt: int | None, lock: RunLock) -> int:
     plan = build_plan(recipe, machine, int(os.environ.get("WORLD_SIZE", "1")))
     torch.set_num_threads(plan.threads_per_process)
     store, run = _open_prepared_store(recipe), run_directory(recipe)
-    stop = StopRequest(run.stop_file)
     stop.listen()
     timeout_sec = recipe.execution.process_group_timeout
     accelerator = build_accelerator(
@@ -86,8 +87,7 @@ def _run_locked(recipe: Recipe, attempt: int | None, lock: RunLock) -> int:
     context = Context(plan, run, store, machine, control_group(), stop, sys.stdout, attempt or 0)
     heartbeat.advance()
     if os.environ["LOCAL_RANK"] == "0":  # the other ranks come to building only after this one has opened the run
-        for message in clear_stale_locks(extensions_root(os.environ)):
-            print(f"turbolm: {message}", flush=True)
+        clear_stale_locks(extensions_root(os.environ), lambda text: print(f"turbolm: {text}", flush=True))
     context = _open_run(context, lock)
     for line in pinned:
         print(f"as this run was started: {line}")
@@ -200,15 +200,17 @@ def _open_run(context: Context, lock: RunLock) -> Context:
             refuse_links_out(run)
             lock.acquire()
             budgets = settle_contract(run, plan.recipe, context.store.fingerprint)
-            attempt = context.attempt or open_attempt(run)
+            attempt = context.attempt or open_attempt(run, context.stop.seen, this_process())
             write_attempt(run, attempt, plan.with_budgets(budgets), context.machine)
-            answer = [(attempt, budgets, known_fingerprints(run, plan.recipe, budgets))]
+            seen = stop_seen(run.attempt(attempt))
+            answer = [(attempt, budgets, known_fingerprints(run, plan.recipe, budgets), seen)]
         except (UserError, OSError) as error:
             answer = [str(error)]
     dist.broadcast_object_list(answer, src=0, group=context.group)
     if isinstance(answer[0], str):
         raise UserError(answer[0])
-    attempt, budgets, contracts = answer[0]
+    attempt, budgets, contracts, seen = answer[0]
+    context.stop.join(seen, run.attempt_stop_file(attempt))
     heartbeat.set_attempt(attempt)
     terminal = redirect_output(run.attempt(attempt) / f"log.rank{dist.get_rank()}.txt")
     known = {"attempt": attempt, "contracts": frozenset(contracts), "terminal": terminal}

@@ -10,7 +10,6 @@ import threading
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from turbolm.data.native import IntArray
@@ -28,6 +27,7 @@ from turbolm.data.order.table import (
 from turbolm.data.order.window import Grouping, Window
 from turbolm.errors import UserError
 from turbolm.plan.curriculum import Curriculum, Segment
+from turbolm.recipe.paths import use_path
 
 if TYPE_CHECKING:
     from turbolm.data.store.token_store import TokenStore
@@ -149,7 +149,7 @@ def recipe_order(
     sources = _sources(lambda documents: store.lengths_of("train", documents), ranges, positions, settings)
     documents = store.fingerprint
     key = settings.key(documents)
-    path = Path(recipe.execution.cache_dir).expanduser() / "orders" / f"{key[:16]}.npz"
+    path = use_path(recipe.execution.cache_dir, "execution.cache_dir") / "orders" / f"{key[:16]}.npz"
     order = BatchOrder(sources, settings, documents, load_table(path, key))
     if order.num_steps < curriculum.num_steps:
         order.build(curriculum.num_steps, on_progress)

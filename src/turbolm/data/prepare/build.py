@@ -51,10 +51,11 @@ from turbolm.data.store.token_store import (
     manifest_sha256,
     open_store,
 )
-from turbolm.errors import UserError
+from turbolm.errors import UserError, explain_os_error
 from turbolm.files import load_json, sha256_json, write_json
 from turbolm.hub import tokenizer_path
 from turbolm.recipe.contract import comparable_section
+from turbolm.recipe.paths import make_folder, use_path
 from turbolm.recipe.schema import Recipe
 
 # Shards grow up to this size from a sixteenth of it, so that a small corpus has work for several processes as well.
@@ -89,12 +90,12 @@ def prepare(
             "Run `turbolm prepare RECIPE` first, in the same folder and with the same recipe."
         )
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder, "execution.cache_dir")
         with _locked(folder.with_suffix(".lock"), on_progress):
             if not _is_complete(folder, recipe):
                 _build(recipe, folder, num_workers or _auto_workers(recipe), on_progress, warn)
     except OSError as error:  # errors of reading a source are UserErrors already
-        raise UserError(f"The token store {folder} cannot be written: {error}") from None
+        raise UserError(f"The token store {folder} cannot be written: {explain_os_error(error)}") from None
     except BrokenProcessPool:
         raise UserError(
             "A worker process of prepare was killed, possibly by the out-of-memory killer. Lower "
@@ -120,7 +121,7 @@ def finished_shards(recipe: Recipe) -> tuple[int, int]:
 
 def store_folder(recipe: Recipe) -> Path:
     """Return the folder of the recipe's token store, whether it exists or not."""
-    return Path(recipe.execution.cache_dir).expanduser() / "stores" / store_key(recipe)[:16]
+    return use_path(recipe.execution.cache_dir, "execution.cache_dir") / "stores" / store_key(recipe)[:16]
 
 
 def store_key(recipe: Recipe) -> str:

@@ -14,6 +14,7 @@ from pydantic import Field
 
 from turbolm.errors import UserError
 from turbolm.recipe.fields import Name, Paths, Section, StagedWeight
+from turbolm.recipe.paths import PATH_RULE, use_path
 
 
 class Unusable(Exception):
@@ -70,7 +71,7 @@ class BaseSource(Section):
 class FileSource(BaseSource):
     """Base of sources of files that a recipe names by path or pattern."""
 
-    path: Paths = Field(description="a path, a glob (`**` allowed) or a list of them")
+    path: Paths = Field(description=f"a path, a glob (`**` allowed) or a list of them; {PATH_RULE}")
 
     def files(self) -> list[Path]:
         """Return its files, sorted by path. Raises UserError if a pattern matches none."""
@@ -86,7 +87,7 @@ class FileSource(BaseSource):
 
 
 def _match(pattern: str) -> list[tuple[Path, os.stat_result]]:
-    path = Path(pattern).expanduser()
+    path = use_path(pattern, "data.sources")
     if path.is_dir():
         raise UserError(f"data.sources: {pattern} is a folder; name its files, such as {Path(pattern) / '**' / '*'}")
     # A file name may contain glob characters.

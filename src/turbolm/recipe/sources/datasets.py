@@ -9,7 +9,8 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from turbolm.errors import UserError
-from turbolm.recipe.fields import Text
+from turbolm.recipe.fields import PathText, Text
+from turbolm.recipe.paths import use_path
 from turbolm.recipe.sources.base import Bad, BaseSource, Gauge, Unusable, no_field, text_of
 
 
@@ -17,7 +18,7 @@ class DatasetsSource(BaseSource):
     """A data set of the `datasets` library, by hub name or local path."""
 
     type: Literal["datasets"] = Field(description="which kind of source this is")
-    path: Text = Field(description="name on the hub, or a local path")
+    path: PathText = Field(description="name on the hub, or a local path")
     name: Text | None = Field(None, description="configuration of the data set, where it has several")
     split: Text = Field("train", description="which split is read")
     revision: Text | None = Field(None, description="branch, tag or commit on the hub")
@@ -28,7 +29,7 @@ class DatasetsSource(BaseSource):
 
     def files(self) -> list[Path]:
         """Return all files of a local folder; none for a data set from the hub."""
-        folder = Path(self.path).expanduser()
+        folder = use_path(self.path, "data.sources")
         return sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
 
     def read(self, path: Path, skip: int, gauge: Gauge) -> Iterator[str | Bad]:
@@ -60,7 +61,7 @@ class DatasetsSource(BaseSource):
     def _load(self, where: str) -> Any:
         import datasets
 
-        folder = Path(self.path).expanduser()
+        folder = use_path(self.path, "data.sources")
         try:
             if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
                 saved = datasets.load_from_disk(str(folder))

@@ -1,0 +1,69 @@
+"""Prepare the data and train on this machine: what `turbolm train` does. Torch-free."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+from turbolm.data.store.token_store import open_store
+from turbolm.errors import EXIT_OK, UserError
+from turbolm.launch.attempt import attempt_of, stoppable
+from turbolm.launch.environment import drop_foreign
+from turbolm.launch.local import launch
+from turbolm.launch.store import prepare_store
+from turbolm.plan.machine import check_machine, detect_machine
+from turbolm.plan.plan import build_plan
+from turbolm.recipe.schema import Recipe
+from turbolm.reliability.stop import look
+from turbolm.train.run_contract import as_started, check_contract, settle_commits
+from turbolm.train.run_directory import is_finished, lacks_export, run_directory
+
+
+def train_here(recipe: Recipe, recipe_file: str, overrides: Sequence[str]) -> int:
+    """Prepare and train on this machine; returns the run's exit code. Raises UserError."""
+    drop_foreign()
+    refuse_several_nodes(recipe, recipe_file, overrides)
+    run = run_directory(recipe)
+    seen = look(run.stop_file)
+    machine = detect_machine()
+    check_machine(recipe, machine)
+    recipe, _ = as_started(recipe)
+    check_contract(run, build_plan(recipe, machine).recipe, None)  # what data say is compared once they are prepared
+    is_complete = is_finished(run, recipe.train.budget) and not lacks_export(run)
+    with nullcontext() if is_complete else attempt_of(run, seen) as attempt:
+        with stoppable(run, seen):
+            recipe = settle_commits(recipe)
+            plan = build_plan(recipe, machine)
+            store = open_store(prepare_store(recipe))
+            check_contract(run, plan.recipe, store.fingerprint)
+        if attempt is None:
+            print(f"{run.path} is complete. Results: {run.results}, report: {run.path / 'report.html'}")
+            print("Raise train.budget to train on, or give a new run a `name` of its own.")
+            return EXIT_OK
+        print(
+            f"{recipe.name}: {plan.world_size} processes on {plan.device}, {plan.precision}, "
+            f"ZeRO-{recipe.execution.zero_stage}, {plan.num_steps} steps of {plan.batch.global_batch_tokens} tokens",
+            flush=True,
+        )
+        return launch(plan, run, attempt, recipe_file, overrides)
+
+
+def refuse_several_nodes(recipe: Recipe, recipe_file: str, overrides: Sequence[str]) -> None:
+    """Raises UserError with the commands that train on several machines."""
+    num_nodes = recipe.cluster.num_nodes
+    if num_nodes == 1:
+        return
+    words = shlex.join([recipe_file, *overrides])
+    processes = recipe.cluster.gpus_per_node or recipe.cluster.processes_per_node
+    total = processes * num_nodes if isinstance(processes, int) else f"PROCESSES_OF_ALL_{num_nodes}_MACHINES"
+    raise UserError(
+        f"cluster.num_nodes is {num_nodes}, and `turbolm train` starts one machine. Train with one of\n"
+        f"  turbolm submit {words}   (on Slurm)\n"
+        f"  launch/ssh.sh HOSTFILE {words}   (over ssh)\n"
+        f"  accelerate launch --config_file launch/accelerate/multi_node.yaml --mixed_precision no --dynamo_backend no "
+        f"--num_machines {num_nodes} --num_processes {total} --machine_rank RANK --main_process_ip HEAD "
+        f"--main_process_port PORT --rdzv_backend static --same_network -m turbolm.train --recipe {words}   "
+        "(once on each machine, RANK counted from 0, after `turbolm prepare`; launch/README.md)\n"
+        "or train on this machine alone with cluster.num_nodes=1"
+    )
