@@ -57,7 +57,8 @@ def run_worker(recipe: Recipe, attempt: int | None = None, seen: Seen | None = N
     """Train `recipe` as one rank of the launched world; returns the process's exit code.
 
     `attempt` is the number of the attempt's folder if the launcher has opened one; else `seen` is what the run's stop
-    file was when this process began, by default now. Raises UserError, and RunError if the newest state cannot be saved.
+    file was when this process began, by default now. Raises UserError, and RunError if the newest state cannot be
+    saved.
     """
     run = run_directory(recipe)
     lock = RunLock(run.path)
