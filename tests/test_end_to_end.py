@@ -187,7 +187,7 @@ def test_a_finished_run_says_so_and_leaves_everything(folder: Path, resumed: Pat
     ):
         assert (resumed / name).stat().st_size > 0, name
     verified = run(*TURBOLM, "verify", str(resumed / "checkpoints" / f"step-{STEPS:08d}"))
-    assert verified.returncode == 0 and "whole" in verified.stdout
+    assert verified.returncode == 0 and "intact" in verified.stdout
 
 
 def test_a_changed_contract_is_refused_with_the_changed_keys(folder: Path, resumed: Path) -> None:
@@ -298,22 +298,13 @@ def test_a_model_with_dropout_is_not_taken_for_one_that_leaks(folder: Path) -> N
     assert len(steps_of(folder / "runs" / "dropout")) == 10
 
 
-def test_ranks_refuse_what_only_they_can_see(folder: Path) -> None:
-    assert "flex attention cannot train on a CPU" in str(train(folder, "execution.attention=flex", "name=flex"))
-
-
 @pytest.mark.slow
 def test_what_ranks_refuse_comes_through_the_launcher(folder: Path) -> None:
-    """As exit code 2 and one message; each start imports torch, so there are two of one process."""
+    """As exit code 2 and one message."""
     broken = folder / "runs" / "broken" / "checkpoints" / "step-00000010"
     broken.mkdir(parents=True)
     (broken / "manifest.json").write_text("{")
-    command = [*TURBOLM, "train", str(folder / "recipe.yaml"), "cluster.processes_per_node=1"]
-    for overrides, message in (
-        (["execution.attention=flex", "name=flex-launched"], "flex attention cannot train on a CPU"),
-        (["name=broken"], "no checkpoint of"),
-    ):
-        done = run(*command, *overrides)
-        assert done.returncode == 2, done.stdout + done.stderr
-        assert message in done.stderr and "Traceback" not in done.stderr + done.stdout
+    done = run(*TURBOLM, "train", str(folder / "recipe.yaml"), "cluster.processes_per_node=1", "name=broken")
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "no checkpoint of" in done.stderr and "Traceback" not in done.stderr + done.stdout
     assert (broken / "manifest.json").read_text() == "{"
