@@ -11,15 +11,17 @@ import contextlib
 import faulthandler
 import mmap
 import os
+import shutil
 import signal
 import struct
+import sys
 import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TextIO
+from typing import IO, TextIO
 
 from turbolm.files import temporary
 from turbolm.reliability.processes import start_time
@@ -81,15 +83,55 @@ _JOIN_SEC = 0.5
 
 def start(folder: Path, rank: int) -> None:
     """Write heartbeats to `folder` from now on, and stacks when asked."""
-    _own.stacks = stacks_file(folder, rank).open("w", encoding="utf-8")
+    place = _with_room(folder)
+    _own.stacks = stacks_file(place, rank).open("w", encoding="utf-8")
     faulthandler.register(STACKS_SIGNAL, file=_own.stacks, all_threads=True, chain=False)
-    path = folder / f"{rank}.sign"
+    path = place / f"{rank}.sign"
     with temporary(path).open("w+b") as file:
-        file.truncate(len(_own.memory))
+        _reserve(file)
         _own.memory, _own.rank = mmap.mmap(file.fileno(), 0), rank
     beat()
     threading.Thread(target=_note_that_python_runs, name="turbolm-heartbeat", daemon=True).start()
     temporary(path).replace(path)  # whoever reads finds a whole one
+    if place != folder:
+        for file_there in (stacks_file(place, rank), path):
+            link = folder / file_there.name
+            temporary(link).unlink(missing_ok=True)
+            temporary(link).symlink_to(file_there)
+            temporary(link).replace(link)
+
+
+def _with_room(folder: Path) -> Path:
+    """Return the folder, or a new one among the temporary files, with a line that says why. Raises OSError.
+
+    A link takes no room in a full tmpfs, so the folder can still name the files.
+    """
+    probe = folder / f"{os.getpid()}.probe"
+    try:
+        with probe.open("wb") as file:
+            _reserve(file)
+        return folder
+    except OSError as error:
+        place = Path(tempfile.mkdtemp(prefix=f"{folder.name}-"))
+        print(
+            f"turbolm: heartbeats are in {place}: {folder} has no room: {error.strerror}", file=sys.stderr, flush=True
+        )
+        return place
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+def _reserve(file: IO[bytes]) -> None:
+    """Give the file its size and its room: where a full disk has a hole, writing to the map kills the process."""
+    os.posix_fallocate(file.fileno(), 0, len(_own.memory))
+
+
+def remove(folder: Path) -> None:
+    """Remove what the ranks of this host wrote."""
+    for path in folder.glob("*.sign"):
+        if path.is_symlink():
+            shutil.rmtree(path.readlink().parent, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _note_that_python_runs() -> None:
@@ -175,10 +217,13 @@ def host_folder() -> Path:
     it. Raises OSError.
     """
     parent = os.getpid() if os.environ.get("WORLD_SIZE", "1") == "1" else os.getppid()
-    base = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else Path(tempfile.gettempdir())
     name = f"turbolm-{os.geteuid()}-{parent}-{start_time(parent) or 0}-{os.environ.get('MASTER_PORT', '0')}"
-    folder = base / name
-    folder.mkdir(mode=0o700, exist_ok=True)
+    folder = Path("/dev/shm") / name
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+    except OSError:  # there is none, it is read-only, or it has no room even for a name
+        folder = Path(tempfile.gettempdir()) / name
+        folder.mkdir(mode=0o700, exist_ok=True)
     about = folder.lstat()
     if folder.is_symlink() or about.st_uid != os.geteuid() or about.st_mode & 0o077:
         raise PermissionError(f"{folder} belongs to somebody else")

@@ -13,7 +13,6 @@ import contextlib
 import fcntl
 import os
 import platform
-import shutil
 import signal
 import subprocess
 import sys
@@ -252,7 +251,7 @@ def main() -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)  # one at a time: ranks without a LOCAL_RANK each start one
         dog.watch()
         if not dog.living():
-            shutil.rmtree(folder, ignore_errors=True)
+            heartbeat.remove(dog.folder)
     os._exit(0)  # a thread may still be writing to a file system that hangs
 
 

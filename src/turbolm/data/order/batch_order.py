@@ -6,6 +6,7 @@ the budget do not matter, so they may change during a run.
 
 from __future__ import annotations
 
+import sys
 import threading
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
@@ -25,7 +26,7 @@ from turbolm.data.order.table import (
     save_table,
 )
 from turbolm.data.order.window import Grouping, Window
-from turbolm.errors import UserError
+from turbolm.errors import UserError, explain_os_error
 from turbolm.plan.curriculum import Curriculum, Segment
 from turbolm.recipe.paths import use_path
 
@@ -133,7 +134,8 @@ def recipe_order(
 ) -> BatchOrder:
     """Return the order of a recipe's run for its full budget, from the cached table if there is one.
 
-    With `save`, a newly built table is cached. Raises UserError if a source has no training documents.
+    With `save`, a newly built table is cached, or a line on standard error says why it cannot be. Raises UserError if a
+    source has no training documents.
     """
     data = recipe.data
     weighted = curriculum.segments[0].weights is not None
@@ -154,7 +156,14 @@ def recipe_order(
     if order.num_steps < curriculum.num_steps:
         order.build(curriculum.num_steps, on_progress)
         if save:
-            save_table(path, key, order.table)
+            try:
+                save_table(path, key, order.table)
+            except OSError as error:  # such as a cache that is mounted read-only: the table is only a cache
+                why = explain_os_error(error)
+                print(
+                    f"turbolm: the order of the batches stays in memory; {path} cannot be written: {why}",
+                    file=sys.stderr,
+                )
     return order
 
 

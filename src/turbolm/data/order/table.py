@@ -12,6 +12,7 @@ import hashlib
 import json
 from bisect import bisect_right
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -212,7 +213,7 @@ def _digest(planned: PlannedWindow, segment: Segment, window: Window, before: st
 
 
 def save_table(path: Path, key: str, table: Sequence[PlannedWindow]) -> None:
-    """Write the table to `path` (.npz without pickles) through a temporary file."""
+    """Write the table to `path` (.npz without pickles) through a temporary file. Raises OSError, and leaves none."""
     slices = [table[0].carried, *(planned.carried_on for planned in table)]
     joined = np.stack(list(vars(Slices.join(slices)).values()))
     if joined.max(initial=0) < 2**31:  # nearly all of the file, which every start reads and checks
@@ -229,9 +230,14 @@ def save_table(path: Path, key: str, table: Sequence[PlannedWindow]) -> None:
         "key": np.array(key),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    with temporary(path).open("wb") as file:
-        np.savez(file, allow_pickle=False, **arrays)
-    temporary(path).replace(path)
+    try:
+        with temporary(path).open("wb") as file:
+            np.savez(file, allow_pickle=False, **arrays)
+        temporary(path).replace(path)
+    except OSError:
+        with suppress(OSError):
+            temporary(path).unlink()
+        raise
 
 
 def load_table(path: Path, key: str) -> list[PlannedWindow]:

@@ -19,7 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,16 @@ from turbolm.data.prepare.cut import Dropped, cut_shards, is_validation
 from turbolm.data.prepare.engines import EngineMismatch, EngineName, choose_engine
 from turbolm.data.prepare.progress import Meter, OnProgress, Progress
 from turbolm.data.prepare.reader import Offset, Reader, SourceSizes, check_left_out, empty_files, no_documents
+from turbolm.data.prepare.same_content import (
+    can_be_compared,
+    cannot_record,
+    find_recorded,
+    find_same,
+    has_record,
+    hash_files,
+    save_record,
+    without_times,
+)
 from turbolm.data.prepare.sample import Sample
 from turbolm.data.prepare.shards import Layout, Shard, write_shards
 from turbolm.data.prepare.special_tokens import SpecialTokens
@@ -77,18 +87,25 @@ def prepare(
 ) -> Path:
     """Build the recipe's token store unless it exists; return its folder.
 
+    A store of files with the same bytes and other times or names is the recipe's too (`same_content`).
+
     `on_progress` is called periodically. On KeyboardInterrupt the shards in progress are finished; the next call
     resumes after them, also within the tokenizer's sample. `warn` gets the reason if `gigatoken` is requested and not
     used.
     """
-    folder = store_folder(recipe)
+    folder, alone = store_folder(recipe), int(os.environ.get("WORLD_SIZE") or 1) == 1
     if _is_complete(folder, recipe):
+        if alone:
+            _record_files(recipe, folder, on_progress)
         return folder
-    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+    if not alone:
         raise UserError(
             f"The token store {folder} does not exist, and this process is one of several. "
             "Run `turbolm prepare RECIPE` first, in the same folder and with the same recipe."
         )
+    if same := _same_content(recipe, on_progress):
+        return same
+    folder = _stores(recipe) / store_key(recipe)[:16]  # its own, also where a record names another that was damaged
     try:
         make_folder(folder, "execution.cache_dir")
         with _locked(folder.with_suffix(".lock"), on_progress):
@@ -101,6 +118,7 @@ def prepare(
             "A worker process of prepare was killed, possibly by the out-of-memory killer. Lower "
             "execution.prepare_workers and run it again; finished shards are kept."
         ) from None
+    _record_files(recipe, folder, on_progress)
     return folder
 
 
@@ -121,20 +139,31 @@ def finished_shards(recipe: Recipe) -> tuple[int, int]:
 
 def store_folder(recipe: Recipe) -> Path:
     """Return the folder of the recipe's token store, whether it exists or not."""
-    return use_path(recipe.execution.cache_dir, "execution.cache_dir") / "stores" / store_key(recipe)[:16]
+    stores, key = _stores(recipe), store_key(recipe)
+    folder = stores / key[:16]
+    return folder if (folder / MANIFEST).is_file() else find_recorded(stores, key) or folder
+
+
+def _stores(recipe: Recipe) -> Path:
+    return use_path(recipe.execution.cache_dir, "execution.cache_dir") / "stores"
 
 
 def store_key(recipe: Recipe) -> str:
     """Return a SHA-256 of everything that determines the content of a store."""
+    return _key(recipe, _tokenizer_identity(recipe))
+
+
+def _tokenizer_identity(recipe: Recipe) -> list[str | int]:
+    """Return fingerprint, bos and eos of the tokenizer; empty if it is trained."""
     if recipe.tokenizer.path is None:
-        return _key(recipe, [])
+        return []
     path = tokenizer_path(recipe.tokenizer)
     tokenizer = load_tokenizer(path)
-    return _key(recipe, [tokenizer_fingerprint(tokenizer), *special_ids(path, tokenizer)])
+    return [tokenizer_fingerprint(tokenizer), *special_ids(path, tokenizer)]
 
 
-def _key(recipe: Recipe, tokenizer: list[str | int]) -> str:
-    """Return the same for a known fingerprint, bos and eos of the tokenizer."""
+def _key(recipe: Recipe, tokenizer: list[str | int], *, by_content: bool = False) -> str:
+    """Return the key for this identity of the tokenizer; `by_content`: without times, and names that do not matter."""
     content: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "shard_text_bytes": SHARD_TEXT_BYTES,
@@ -146,6 +175,9 @@ def _key(recipe: Recipe, tokenizer: list[str | int]) -> str:
     content["tokenizer"] = comparable_section(recipe.tokenizer) if recipe.tokenizer.path is None else tokenizer
     if recipe.tokenizer.special_tokens_in_text != "split":
         content["special_tokens_in_text"] = recipe.tokenizer.special_tokens_in_text
+    if by_content:
+        content["sources"] = [without_times(source, _content(source)) for source in recipe.data.sources]
+        del content["files"]
     return sha256_json(content)
 
 
@@ -167,6 +199,33 @@ def _is_complete(folder: Path, recipe: Recipe) -> bool:
     check_held_out(store.num_documents("validation"), store.manifest["validation"])
     check_left_out(store.manifest, recipe.data.on_bad_document)
     return True
+
+
+def _same_content(recipe: Recipe, on_progress: OnProgress) -> Path | None:
+    """Return an intact store of the same documents, and record it as the recipe's, or None. Raises UserError."""
+    sources, stores, identity = recipe.data.sources, _stores(recipe), _tokenizer_identity(recipe)
+    keys = _key(recipe, identity), _key(recipe, identity, by_content=True)
+    for store, files in find_same(stores, keys[1], sources, on_progress):
+        if not _is_complete(store, recipe) or _key(recipe, identity) != keys[0]:
+            continue
+        try:
+            save_record(stores, keys, store, files)
+        except OSError as error:
+            raise cannot_record(stores, store, error) from None
+        return store
+    return None
+
+
+def _record_files(recipe: Recipe, folder: Path, on_progress: OnProgress) -> None:
+    """Record the content of the source files of a complete store, once and if its folder can be written."""
+    sources, stores, identity = recipe.data.sources, folder.parent, _tokenizer_identity(recipe)
+    keys = _key(recipe, identity), _key(recipe, identity, by_content=True)
+    if has_record(stores, keys[0], folder) or not can_be_compared(sources) or not os.access(stores, os.W_OK):
+        return
+    files = hash_files(stores, sources, on_progress)
+    if _key(recipe, identity) == keys[0]:  # they did not change meanwhile
+        with suppress(OSError):  # the store is complete without
+            save_record(stores, keys, folder, files)
 
 
 def _auto_workers(recipe: Recipe) -> int:

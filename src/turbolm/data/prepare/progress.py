@@ -10,15 +10,22 @@ from typing import Literal
 
 from turbolm.units import format_bytes, format_count, format_duration
 
-Stage = Literal["waiting", "sample", "tokenize", "stopping"]
+Stage = Literal["waiting", "compare", "sample", "tokenize", "stopping"]
+
+_DOING = {
+    "compare": ("hashing the source files", "files"),
+    "sample": ("reading text for the tokenizer", "documents"),
+    "tokenize": ("tokenizing", "documents"),
+}
 
 
 @dataclass(frozen=True)
 class Progress:
     """What a stage has done so far, including earlier runs, and the speed of this run.
 
-    The stages: `waiting` for another process that builds the same store, `sample` (choosing the tokenizer's training
-    text), `tokenize`, and `stopping` (finishing the shards at work).
+    The stages: `waiting` for another process that builds the same store, `compare` (hashing source files, which are
+    counted instead of documents), `sample` (choosing the tokenizer's training text), `tokenize`, and `stopping`
+    (finishing the shards at work).
     """
 
     stage: Stage
@@ -33,8 +40,8 @@ class Progress:
             return "waiting for another process that prepares the same data"
         if self.stage == "stopping":
             return "stopping; finishing the shards at work"
-        doing = "reading text for the tokenizer" if self.stage == "sample" else "tokenizing"
-        parts = [doing, f"{format_count(self.documents)} documents", format_bytes(self.text_bytes)]
+        doing, what = _DOING[self.stage]
+        parts = [doing, f"{format_count(self.documents)} {what}", format_bytes(self.text_bytes)]
         if self.bytes_per_sec is not None:
             parts.append(f"{self.bytes_per_sec / 1e6:.1f} MB/s")
         if self.share is not None:

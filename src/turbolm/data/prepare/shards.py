@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import chain
@@ -140,7 +141,8 @@ def write_shards(
             shard.record = job.result()
             finish(shard)
 
-    pool = ProcessPoolExecutor(num_workers, get_context("spawn"), initializer=_start_worker)
+    pool = _pool(num_workers)
+    num_workers = num_workers if isinstance(pool, ProcessPoolExecutor) else 1
     try:
         for shard in shards:
             if not shard.texts:
@@ -156,6 +158,20 @@ def write_shards(
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
     return [records[number] for number in sorted(records)]
+
+
+def _pool(num_workers: int) -> Executor:
+    """Return processes, or where the shared memory that these need cannot be used, a thread and a line that says so."""
+    try:
+        return ProcessPoolExecutor(num_workers, get_context("spawn"), initializer=_start_worker)
+    except (OSError, ImportError) as error:  # ImportError: a Python without semaphores
+        why = error.strerror if isinstance(error, OSError) else error
+        print(
+            f"turbolm: prepare uses one process, because the shared memory in /dev/shm cannot be used ({why}); free "
+            "some of it, or mount one (docker run --shm-size=1g)",
+            file=sys.stderr,
+        )
+        return ThreadPoolExecutor(1)
 
 
 def _start_worker() -> None:
