@@ -9,10 +9,12 @@ import random
 import shutil
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import TypeAdapter
@@ -121,6 +123,20 @@ def test_a_store_without_a_record_gets_one_while_its_files_are_the_same(
     assert prepare(recipe, num_workers=1) != folder
 
 
+def test_files_that_change_while_they_are_hashed_are_not_recorded(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = same_content._hash_all
+
+    def change(*arguments: Any) -> list[str]:
+        touch(10**9)(tmp_path / "texts")
+        return original(*arguments)
+
+    monkeypatch.setattr(same_content, "_hash_all", change)
+    prepare(recipe, num_workers=1)
+    assert not list((tmp_path / "cache" / "stores").glob("*.json"))
+
+
 def test_a_damaged_store_is_not_taken(recipe: Recipe, tmp_path: Path) -> None:
     folder = prepare(recipe, num_workers=1)
     touch(10**9)(tmp_path / "texts")
@@ -128,12 +144,23 @@ def test_a_damaged_store_is_not_taken(recipe: Recipe, tmp_path: Path) -> None:
     next(folder.glob("*.tokens")).write_bytes(b"")
     own = prepare(recipe, num_workers=1)
     assert own != folder and find_store(recipe) == own and open_store(own, verify="full")
+    touch(2 * 10**9)(tmp_path / "texts")
+    assert prepare(recipe, num_workers=1) == own
+    touch(10**9)(tmp_path / "texts")
+    next(own.glob("*.tokens")).write_bytes(b"")
+    assert prepare(recipe, num_workers=1) == find_store(recipe) == own and open_store(own, verify="full")
 
 
 def test_hashes_in_parallel_are_those_of_hashlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rng, expected, seen = random.Random(0), [], list[Progress]()
     monkeypatch.setattr(same_content, "_CHUNK_BYTES", 1000)
-    monkeypatch.setattr(same_content, "_REPORT_SEC", 1e-4)
+    monkeypatch.setattr(same_content, "_REPORT_SEC", 0.02)
+
+    def slow(path: str, *how: object, **more: object) -> object:
+        time.sleep(0.1)  # so that there is progress to be seen
+        return open(path, *how, **more)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(same_content, "open", slow, raising=False)
     for number, size in enumerate([0, 1, 999, 1000, 1001, 100_000, 2_000_000]):
         (path := tmp_path / f"{number}.txt").write_bytes(content := rng.randbytes(size))
         expected.append([str(path), size, path.stat().st_mtime_ns, hashlib.sha256(content).hexdigest()])
@@ -270,6 +297,11 @@ def recoded(content: bytes, rng: random.Random) -> bytes:
     return content.decode(errors="replace").encode(rng.choice(["utf-16", "utf-16-be", "utf-32", "latin-1"]), "replace")
 
 
+def bit_flipped(content: bytes, rng: random.Random) -> bytes:
+    at = rng.randrange(len(content) or 1)
+    return content[:at] + bytes(byte ^ (1 << rng.randrange(8)) for byte in content[at : at + 1]) + content[at + 1 :]
+
+
 _MANGLE: dict[str, Callable[[bytes, random.Random], bytes]] = {
     "as it is": lambda content, rng: content,
     "cut": lambda content, rng: content[: rng.randint(0, len(content))],
@@ -286,9 +318,7 @@ _MANGLE: dict[str, Callable[[bytes, random.Random], bytes]] = {
     "CRLF": lambda content, rng: content.replace(b"\n", rng.choice([b"\r\n", b"\r", b"\n\r"])),
     "recoded": recoded,
     "noise": lambda content, rng: inserted(content, rng.randint(0, len(content)), rng.randbytes(rng.choice([1, 50]))),
-    "bit flipped": lambda content, rng: bytes(
-        byte ^ (1 << rng.randrange(8)) if at == rng.randrange(len(content)) else byte for at, byte in enumerate(content)
-    ),
+    "bit flipped": bit_flipped,
     "all noise": lambda content, rng: rng.randbytes(rng.choice([1, 3, 300])),
 }
 

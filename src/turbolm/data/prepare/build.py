@@ -103,9 +103,9 @@ def prepare(
             f"The token store {folder} does not exist, and this process is one of several. "
             "Run `turbolm prepare RECIPE` first, in the same folder and with the same recipe."
         )
-    if same := _same_content(recipe, on_progress):
-        return same
     folder = _stores(recipe) / store_key(recipe)[:16]  # its own, also where a record names another that was damaged
+    if not (folder / MANIFEST).is_file() and (same := _same_content(recipe, on_progress)):
+        return same
     try:
         make_folder(folder, "execution.cache_dir")
         with _locked(folder.with_suffix(".lock"), on_progress):
@@ -220,11 +220,13 @@ def _record_files(recipe: Recipe, folder: Path, on_progress: OnProgress) -> None
     """Record the content of the source files of a complete store, once and if its folder can be written."""
     sources, stores, identity = recipe.data.sources, folder.parent, _tokenizer_identity(recipe)
     keys = _key(recipe, identity), _key(recipe, identity, by_content=True)
-    if has_record(stores, keys[0], folder) or not can_be_compared(sources) or not os.access(stores, os.W_OK):
+    if not keys[0].startswith(folder.name) or has_record(stores, keys[0], folder):
+        return  # the files have changed since, or it is there
+    if not can_be_compared(sources) or not os.access(stores, os.W_OK):
         return
-    files = hash_files(stores, sources, on_progress)
-    if _key(recipe, identity) == keys[0]:  # they did not change meanwhile
-        with suppress(OSError):  # the store is complete without
+    with suppress(OSError, UserError):  # the store is complete without
+        files = hash_files(stores, sources, on_progress)
+        if _key(recipe, identity) == keys[0]:  # they did not change meanwhile
             save_record(stores, keys, folder, files)
 
 

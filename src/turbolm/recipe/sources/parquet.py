@@ -48,7 +48,8 @@ class ParquetSource(FileSource):
         except (pyarrow.ArrowException, OSError) as error:
             if problem := why_not_parquet(path):
                 raise UserError(f"{path} {problem}") from None
-            raise UserError(f"{path} cannot be read as parquet after row {row}: {error}") from None
+            why = " ".join(str(error).split())[:500]  # Arrow's may have several lines
+            raise UserError(f"{path} cannot be read as parquet after row {row}: {why}") from None
 
 
 def _check_column(schema: Any, name: str, path: Path) -> None:
