@@ -25,7 +25,7 @@ from turbolm.data.order.batch_order import recipe_order
 from turbolm.data.prepare import build, same_content
 from turbolm.data.prepare.build import find_store, prepare, store_folder, store_key
 from turbolm.data.prepare.progress import Progress
-from turbolm.data.prepare.reader import Reader
+from turbolm.data.prepare.reader import OnBad, Reader
 from turbolm.data.store.token_store import open_store
 from turbolm.errors import UserError
 from turbolm.plan.curriculum import build_curriculum
@@ -329,7 +329,7 @@ def test_every_mangled_file_is_documents_or_one_line(tmp_path: Path) -> None:
         name, content, how = mangled(rng)
         (path := tmp_path / name).write_bytes(content)
         kind = rng.choice(["jsonl", "text", "parquet"])
-        on_bad = rng.choice(["refuse", "skip"])
+        on_bad: OnBad = "skip" if rng.random() < 0.5 else "refuse"
         what = (number, kind, on_bad, name, how)
         try:
             reader = Reader(TypeAdapter(Source).validate_python({"type": kind, "path": str(path)}), (0, 0), on_bad)
@@ -347,8 +347,8 @@ def test_every_mangled_file_is_documents_or_one_line(tmp_path: Path) -> None:
         met.update(how)
         path.unlink()
     assert met.keys() == _MANGLE.keys() and min(met.values()) > 200
-    for what, message in refused:
-        assert str(tmp_path / "file") in message and "\n" not in message and len(message) < 1000, (what, message)
+    for case, message in refused:
+        assert str(tmp_path / "file") in message and "\n" not in message and len(message) < 1000, (case, message)
     assert num_read + len(refused) == 2500 and min(num_read, len(refused)) > 500
 
 

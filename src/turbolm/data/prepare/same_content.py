@@ -152,7 +152,7 @@ def _hash_all(files: Sequence[tuple[str, int, int]], on_progress: OnProgress) ->
         jobs = [pool.submit(digest, path) for path, _, _ in files]
         try:
             while wait(jobs, timeout=_REPORT_SEC).not_done:
-                meter.report(*done, min(1.0, done[1] / total) if total else None)
+                meter.report(done[0], done[1], min(1.0, done[1] / total) if total else None)
             return [job.result() for job in jobs]
         except OSError as error:
             raise UserError(f"data.sources: {error.filename} cannot be read: {error.strerror}") from None
