@@ -159,11 +159,9 @@ def recipe_order(
             try:
                 save_table(path, key, order.table)
             except OSError as error:  # such as a cache that is mounted read-only: the table is only a cache
+                error.filename = error.filename or str(path)
                 why = explain_os_error(error)
-                print(
-                    f"turbolm: the order of the batches stays in memory; {path} cannot be written: {why}",
-                    file=sys.stderr,
-                )
+                print(f"turbolm: the order of the batches stays in memory: {why}", file=sys.stderr)
     return order
 
 
