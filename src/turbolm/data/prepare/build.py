@@ -219,15 +219,15 @@ def _same_content(recipe: Recipe, on_progress: OnProgress) -> Path | None:
 def _record_files(recipe: Recipe, folder: Path, on_progress: OnProgress) -> None:
     """Record the content of the source files of a complete store, once and if its folder can be written."""
     sources, stores, identity = recipe.data.sources, folder.parent, _tokenizer_identity(recipe)
-    keys = _key(recipe, identity), _key(recipe, identity, by_content=True)
-    if not keys[0].startswith(folder.name) or has_record(stores, keys[0], folder):
+    key = _key(recipe, identity)
+    if not key.startswith(folder.name) or has_record(stores, key, folder):
         return  # the files have changed since, or it is there
     if not can_be_compared(sources) or not os.access(stores, os.W_OK):
         return
     with suppress(OSError, UserError):  # the store is complete without
         files = hash_files(stores, sources, on_progress)
-        if _key(recipe, identity) == keys[0]:  # they did not change meanwhile
-            save_record(stores, keys, folder, files)
+        if _key(recipe, identity) == key:  # they did not change meanwhile
+            save_record(stores, (key, _key(recipe, identity, by_content=True)), folder, files)
 
 
 def _auto_workers(recipe: Recipe) -> int:
