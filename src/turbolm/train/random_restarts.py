@@ -51,11 +51,8 @@ def choose_start(session: Session) -> None:
     settings = session.plan.recipe.train.random_restarts
     if settings is None or session.step > 0:
         return
-    folder, num_steps, seed = (
-        session.context.run.random_restarts,
-        session.plan.random_restart_steps,
-        session.plan.recipe.train.seed,
-    )
+    folder, seed = session.context.run.random_restarts, session.plan.recipe.train.seed
+    num_steps = session.plan.random_restart_steps
     losses = _finished(session)
     _save(session, folder / "start")
     for candidate in range(len(losses), settings.seeds):
