@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -132,6 +133,7 @@ def test_the_layouts_have_every_string_field() -> None:
 def test_payloads_are_refused_or_arrive_unchanged(layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_programs(tmp_path)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))  # ~ and $HOME in a path
     monkeypatch.setattr(sys, "executable", str(tmp_path / "bin" / "python"))
     monkeypatch.setattr("turbolm.launch.slurm.check_model", lambda *_: ())  # it would ask that program
     recipe_file = tmp_path / "recipe.yaml"
@@ -160,8 +162,7 @@ def test_payloads_are_refused_or_arrive_unchanged(layout: str, tmp_path: Path, m
         num_run += 1
         check_arrived(data, submission.text, shell, tmp_path)
         assert [path for path in tmp_path.rglob("pwned*") if path.is_file()] == [], payload
-        runs = tmp_path / data["execution"]["runs_dir"]
-        shutil.rmtree(runs)
+        shutil.rmtree(runs_of(data, tmp_path))
     assert num_run == len(PAYLOADS)
 
 
@@ -172,6 +173,11 @@ def test_environment_names_are_names(payload: str, tmp_path: Path) -> None:
         Recipe.model_validate(data)
 
 
+def runs_of(data: dict[str, Any], folder: Path) -> Path:
+    """Where the runs are, by the one rule for paths."""
+    return folder / os.path.expanduser(os.path.expandvars(data["execution"]["runs_dir"]))
+
+
 def check_arrived(data: dict[str, Any], script: str, shell: Shell, folder: Path) -> None:
     """What the programs saw is what the recipe says."""
     slurm = data["cluster"]["slurm"]
@@ -179,7 +185,7 @@ def check_arrived(data: dict[str, Any], script: str, shell: Shell, folder: Path)
     options = read_directives(script)
     for key in ("partition", "account", "qos", "mem", "constraint", "exclude", "nodelist", "reservation", "dependency"):
         assert options[key] == slurm[key]
-    run = folder / data["execution"]["runs_dir"] / data["name"]
+    run = runs_of(data, folder) / data["name"]
     assert options["output"].replace("%%", "\0").replace("%j", "7").replace("\0", "%") == f"{run}/slurm-7.out"
     assert shell.of("module") == [["load", module] for module in slurm["modules"]]
     node = next(call for call in shell.calls if call[0] == "srun" and "turbolm.launch.node" in call[1])
