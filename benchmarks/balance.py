@@ -23,7 +23,7 @@ TARGETS = {"imbalance": 1.05, "neighbour_correlation": 0.15, "padding": 0.001}
 
 
 def imbalance(sequences: Sequences, world_size: int, micro_batch_size: int) -> float:
-    """Attention cost of the dearest rank over the mean of all, added up over the micro-batches of a step."""
+    """Attention cost of the most expensive rank over the mean of all ranks, summed over the micro-batches of a step."""
     cost = np.append(sequences.attention_cost, 0)[
         deal_sequences(sequences.attention_cost, world_size, micro_batch_size)
     ].sum(axis=2)

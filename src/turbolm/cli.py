@@ -60,8 +60,8 @@ def options(
 def prepare(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Tokenize the recipe's sources into a token store; does nothing if it exists."""
     from turbolm.data.store.token_store import open_store
+    from turbolm.environment import drop_foreign
     from turbolm.launch.attempt import stoppable
-    from turbolm.launch.environment import drop_foreign
     from turbolm.launch.job import is_of_job, seen_by, told_to_job
     from turbolm.launch.store import prepare_store
     from turbolm.recipe.load import load_recipe

@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 
 from tests.launch.harness import RECIPE, make_programs, read_directives, render, run_script, write_recipe
 from turbolm.cli import app
+from turbolm.environment import children_environment, drop_foreign, sbatch_environment
 from turbolm.errors import UserError, exit_code_of
-from turbolm.launch.environment import children_environment, drop_foreign, sbatch_environment
 from turbolm.launch.local import process_environment
 from turbolm.launch.train import refuse_several_nodes
 from turbolm.plan.machine import Machine

@@ -40,7 +40,7 @@ def one_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     PartialState(cpu=True)
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "HTTPS_PROXY", "https_proxy"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "no netrc"))
 
@@ -92,7 +92,13 @@ def wandb_records(folder: Path) -> Iterator[Any]:
                 message = b""
 
 
-def test_wandb_offline_has_every_line_of_both_attempts_under_one_id(tmp_path: Path) -> None:
+@pytest.mark.parametrize("has_login", [False, True])
+def test_wandb_without_its_server_keeps_every_line_of_both_attempts_under_one_id(
+    has_login: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if has_login:
+        monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+        monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nothing listens on the discard port
     assert run_twice("wandb", tmp_path) == []
     deadline = time.monotonic() + 60  # a process of W&B's own writes the files
     while (records := list(wandb_records(tmp_path))) and sum(record.HasField("exit") for record in records) < 2:
@@ -165,6 +171,7 @@ def test_a_tracker_that_fails_or_hangs_costs_one_line(
     trackers = Trackers([kind.name], Target("a run", tmp_path, "a project", {}), say)
     for _ in range(3):
         trackers.log(FIRST)
+        time.sleep(0.1)  # a tracker that has failed gets no more lines, and loses none
     trackers.close(1)
     assert time.monotonic() - started < 20, "steps and the end of the run do not wait for it"
     [line] = said

@@ -15,8 +15,8 @@ from torch.distributed import distributed_c10d as c10d
 from transformers import PreTrainedModel
 
 from turbolm.engine.engine import Engine
+from turbolm.environment import drop_accelerate_settings
 
-_ACCELERATE_SETTINGS = ("ACCELERATE_", "FSDP_", "MEGATRON_LM_", "PARALLELISM_CONFIG_")
 _ACCELERATE_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
@@ -33,9 +33,7 @@ def build_accelerator(ds_config: dict[str, Any], *, device: str, precision: str,
     backend = "gloo" if device == "cpu" else "nccl"
     # A C++ extension for inference that DeepSpeed would compile (40 s) at the first start on a CPU.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # What a shell or a launcher says to Accelerate would choose torch.compile, FSDP and the like.
-    for name in [name for name in os.environ if name.startswith(_ACCELERATE_SETTINGS)]:
-        del os.environ[name]
+    drop_accelerate_settings()
     # The recipe overrides what the launcher or an accelerate YAML says about precision and DeepSpeed.
     os.environ["ACCELERATE_MIXED_PRECISION"] = _ACCELERATE_PRECISION[precision]
     # DeepSpeed and Accelerate create more groups without a timeout; torch's default of 30 minutes would apply to them.

@@ -22,7 +22,7 @@ _LOOK_SEC = 0.5
 def attempt_of(run: RunDirectory, seen: Seen) -> Iterator[int]:
     """Open an attempt of the run; `seen` is what its stop file was when this command began. Raises UserError.
 
-    Whatever ends the block, the attempt's folder tells why, unless the ranks have told.
+    If an error ends the block, the reason is recorded in the attempt's folder, unless the ranks recorded one.
     """
     make_folder(run.path, "execution.runs_dir")
     refuse_links_out(run)

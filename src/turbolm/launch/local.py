@@ -14,8 +14,8 @@ from pathlib import Path
 
 import yaml
 
+from turbolm.environment import children_environment, tell_dropped
 from turbolm.errors import EXIT_FAILED, EXIT_REQUEUE, EXIT_STOPPED
-from turbolm.launch.environment import children_environment, tell_dropped
 from turbolm.launch.job import newest_step
 from turbolm.launch.network import free_port
 from turbolm.plan.plan import Plan

@@ -22,9 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from turbolm.environment import drop_foreign
 from turbolm.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_OK, EXIT_REQUEUE, UserError, exit_code_of
 from turbolm.files import read_json, write_json
-from turbolm.launch.environment import drop_foreign
 from turbolm.launch.local import (
     Ranks,
     accelerate_config,

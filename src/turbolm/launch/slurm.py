@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from turbolm.environment import sbatch_environment, tell_dropped
 from turbolm.errors import UserError
 from turbolm.files import write_json
-from turbolm.launch.environment import sbatch_environment, tell_dropped
 from turbolm.plan.batch import plan_batch
 from turbolm.plan.count import check_model
 from turbolm.recipe.execution import Slurm

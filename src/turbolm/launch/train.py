@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 
 from turbolm.data.store.token_store import open_store
+from turbolm.environment import drop_foreign
 from turbolm.errors import EXIT_OK, UserError
 from turbolm.launch.attempt import attempt_of, stoppable
-from turbolm.launch.environment import drop_foreign
 from turbolm.launch.local import launch
 from turbolm.launch.store import prepare_store
 from turbolm.plan.machine import check_machine, detect_machine

@@ -267,7 +267,7 @@ class Checkpoint(Section):
     )
 
 
-Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow", "aim", "clearml", "comet_ml", "dvclive", "swanlab"]
+Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 
 
 class Logging(Section):

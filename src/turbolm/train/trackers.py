@@ -1,4 +1,4 @@
-"""Send the lines of metrics.jsonl to TensorBoard, W&B, trackio, MLflow and others, through Accelerate's trackers.
+"""Send the lines of metrics.jsonl to TensorBoard, W&B, trackio and MLflow, through Accelerate's trackers.
 
 metrics.jsonl stays the record of a run; a tracker is a view of it that may fail. Each tracker lives in a thread of its
 own on rank 0, so that a server that does not answer neither delays a step nor ends the run.
@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import os
 import queue
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
@@ -24,6 +26,7 @@ from turbolm.train.context import Context
 
 Line = dict[str, Any]
 _CLOSE_SEC = 30.0  # how long the end of a run waits for what is still on its way
+_CONNECT_SEC = 5.0  # for W&B's server to answer; without it the run is kept offline, for `wandb sync`
 _MAX_WAITING = 10_000  # lines; beyond that the tracker is behind for good and loses the newest
 
 
@@ -86,6 +89,8 @@ class _Feed:
         self._thread.start()
 
     def put(self, line: Line | None) -> None:
+        if not self._thread.is_alive():
+            return  # it failed and said so
         try:
             self._lines.put_nowait(line)
         except queue.Full:
@@ -148,20 +153,13 @@ def _arguments(name: str, target: Target, run_id: str | None, first_step: int) -
             return {"run_name": target.project, "name": run_id or target.name, **settings}
         case "mlflow":
             return {"experiment_name": target.project, "run_name": target.name, "run_id": run_id}
-        case "aim":
-            return {"run_name": target.name, "logging_dir": folder}
-        case "dvclive":
-            return {"run_name": target.name, "dir": f"{folder}/dvclive", "resume": run_id is not None}
-        case "swanlab":
-            known = {"id": run_id, "resume": "allow"} if run_id else {}
-            return {"run_name": target.project, "experiment_name": target.name, "logdir": folder, **known}
-    return {"run_name": target.project}
+    raise AssertionError(name)
 
 
 def _run_id(name: str, tracker: GeneralTracker, target: Target) -> str:
     """What continues this run in a later attempt."""
     match name:
-        case "wandb" | "swanlab":
+        case "wandb":
             return str(tracker.tracker.id)
         case "mlflow":
             return str(tracker.tracker.info.run_id)
@@ -169,10 +167,23 @@ def _run_id(name: str, tracker: GeneralTracker, target: Target) -> str:
 
 
 def _reaches_wandb(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether W&B may send: a mode is set or it has a key. Without either it would ask on a terminal."""
+    """Whether W&B may send: its mode is set, or it has a login and its server answers.
+
+    Otherwise it would ask for a login on a terminal, or fail and lose the lines.
+    """
+    if "WANDB_MODE" in environment:
+        return True
+    server = urlsplit(environment.get("WANDB_BASE_URL") or "https://api.wandb.ai")
     netrc = Path(environment.get("NETRC") or os.path.expanduser("~/.netrc"))
-    has_login = netrc.is_file() and "api.wandb.ai" in netrc.read_text(encoding="utf-8", errors="replace")
-    return "WANDB_MODE" in environment or "WANDB_API_KEY" in environment or has_login
+    has_login = netrc.is_file() and str(server.hostname) in netrc.read_text(encoding="utf-8", errors="replace")
+    if "WANDB_API_KEY" not in environment and not has_login:
+        return False
+    try:
+        port = server.port or (80 if server.scheme == "http" else 443)
+        socket.create_connection((str(server.hostname), port), _CONNECT_SEC).close()
+    except OSError:
+        return bool(environment.get("HTTPS_PROXY") or environment.get("https_proxy"))
+    return True
 
 
 def log_line(tracker: GeneralTracker, line: Line) -> None:

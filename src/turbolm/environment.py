@@ -71,6 +71,12 @@ def drop_foreign(environment: MutableMapping[str, str] = os.environ, *, in_own_s
     tell_dropped([n for n in dropped if not in_own_step or not n.startswith(("SLURM_", "PMI_", "PMIX_"))])
 
 
+def drop_accelerate_settings(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Drop what would choose precision, torch.compile, FSDP and so on in a rank that something else started."""
+    for name in [name for name in environment if _is_setting(name)]:
+        del environment[name]
+
+
 def tell_dropped(names: Collection[str]) -> None:
     """One line on standard error that names the variables; nothing where there are none."""
     if names:
@@ -80,5 +86,8 @@ def tell_dropped(names: Collection[str]) -> None:
 def _is_foreign(name: str) -> bool:
     if name.startswith("SLURM_"):
         return _SLURM_JOB.fullmatch(name) is None
-    settings = _SETTINGS.fullmatch(name) is not None and name not in _KEPT_SETTINGS
-    return settings or _WORLD.fullmatch(name) is not None or name.startswith("SBATCH_")
+    return _is_setting(name) or _WORLD.fullmatch(name) is not None or name.startswith("SBATCH_")
+
+
+def _is_setting(name: str) -> bool:
+    return _SETTINGS.fullmatch(name) is not None and name not in _KEPT_SETTINGS
