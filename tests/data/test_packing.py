@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from turbolm.data.native import argsort_random
+from turbolm.data.order import packing
 from turbolm.data.order.packing import (
     Sequences,
     concatenate,
@@ -156,6 +157,15 @@ def test_more_bins_than_16_bits_sort_right() -> None:
     sequences = pack_best_fit(lengths, 10)
     assert len(sequences) == 70_000
     np.testing.assert_array_equal(sequences.document, np.arange(70_000))
+
+
+@settings(max_examples=30)
+@given(st.sampled_from([3, 2048, 70_000, 2**17]), st.integers(0, 400), st.integers(0, 99))
+def test_sorting_in_blocks(bound: int, count: int, seed: int) -> None:
+    keys = np.random.default_rng(seed).integers(0, bound + 1, count)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing, "_SORT_BLOCK", 64)
+        np.testing.assert_array_equal(packing._stable_argsort(keys, bound), np.argsort(keys, kind="stable"))
 
 
 @given(st.lists(st.integers(0, 2**64 - 1) | st.sampled_from([0, 1, 2**16, 2**16 + 1, 2**63]), max_size=60))

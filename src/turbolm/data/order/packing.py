@@ -18,6 +18,8 @@ import numpy as np
 from turbolm.data import native
 from turbolm.data.native import IntArray
 
+_SORT_BLOCK = 2**16  # keys that fit in a core's cache
+
 Packing = Literal["best_fit", "concat", "single"]
 
 
@@ -106,9 +108,7 @@ def pack_best_fit(lengths: IntArray, seq_len: int) -> Sequences:
     """Pack by best fit decreasing. Sequences of one full slice come first."""
     num_full, rest = np.divmod(np.asarray(lengths, dtype=np.int64), seq_len)
     full = pack_single(num_full * seq_len, seq_len)
-    missing = seq_len - rest  # NumPy sorts 16 bits by radix
-    longest_first = np.argsort(missing.astype(np.uint16) if seq_len < 2**16 else missing, kind="stable")
-    document = longest_first[: np.count_nonzero(rest)]
+    document = _stable_argsort(seq_len - rest, seq_len)[: np.count_nonzero(rest)]
     histogram = np.bincount(rest, minlength=seq_len)
     histogram[0] = 0
     sizes, position = _arrange(*_best_fit(histogram, seq_len))
@@ -117,6 +117,25 @@ def pack_best_fit(lengths: IntArray, seq_len: int) -> Sequences:
         column[position] = values
     rests = Sequences(seq_len, _cumulative(sizes), *slices)
     return concatenate([full, rests]) if len(full) else rests
+
+
+def _stable_argsort(keys: IntArray, bound: int) -> IntArray:
+    """Return the stable argsort, int64, of integers from 0 to a small `bound`.
+
+    NumPy sorts 16 bits by radix, in linear time while the keys are in a core's cache: they are sorted block by block.
+    """
+    small = keys.astype(np.uint16 if bound < 2**16 else np.int64)
+    if len(small) <= _SORT_BLOCK:
+        return np.argsort(small, kind="stable")
+    order = np.empty(len(keys), np.int64)
+    next_index = _cumulative(np.bincount(keys, minlength=bound + 1))[:-1]  # of each key
+    for first in range(0, len(keys), _SORT_BLOCK):
+        block = slice(first, first + _SORT_BLOCK)
+        counts = np.bincount(keys[block], minlength=bound + 1)
+        index = np.repeat(next_index - _cumulative(counts)[:-1], counts) + np.arange(len(small[block]))
+        order[index] = np.argsort(small[block], kind="stable") + first
+        next_index += counts
+    return order
 
 
 def pack_buckets(lengths: IntArray, seq_lens: Sequence[int]) -> list[Sequences]:
