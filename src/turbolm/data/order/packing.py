@@ -10,7 +10,7 @@ wherever a sequence is full: only the last sequence is padded. `single` gives ea
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -107,14 +107,18 @@ def pack_concat(lengths: IntArray, seq_len: int) -> Sequences:
 def pack_best_fit(lengths: IntArray, seq_len: int) -> Sequences:
     """Pack by best fit decreasing. Sequences of one full slice come first."""
     num_full, rest = np.divmod(np.asarray(lengths, dtype=np.int64), seq_len)
-    full = pack_single(num_full * seq_len, seq_len)
+    long = np.flatnonzero(num_full)
+    full = pack_single(num_full[long] * seq_len, seq_len)
+    full = replace(full, document=long[full.document])
     document = _stable_argsort(seq_len - rest, seq_len)[: np.count_nonzero(rest)]
     histogram = np.bincount(rest, minlength=seq_len)
     histogram[0] = 0
     sizes, position = _arrange(*_best_fit(histogram, seq_len))
-    slices = np.empty((3, len(document)), np.int64)
-    for column, values in zip(slices, (document, num_full[document] * seq_len, rest[document]), strict=True):
-        column[position] = values
+    slices = np.zeros((3, len(document)), np.int64)  # document, start, length; few documents have a full slice before
+    slices[0, position] = document
+    of_long = np.flatnonzero((num_full > 0)[document])
+    slices[1, position[of_long]] = num_full[document[of_long]] * seq_len
+    slices[2, position] = np.repeat(np.arange(seq_len - 1, -1, -1), histogram[::-1])
     rests = Sequences(seq_len, _cumulative(sizes), *slices)
     return concatenate([full, rests]) if len(full) else rests
 
