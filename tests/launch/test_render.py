@@ -141,6 +141,8 @@ def test_a_seed_is_a_run_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         ({"environment": {"SLURM_NODEID": "0"}}, "neither Slurm nor the shell"),
         ({"container": {"runtime": "pyxis", "image": "--x"}}, "does not start with '-'"),
         ({"container": {"runtime": "pyxis", "image": "a", "mounts": ["/a:/a,/b:/b"]}}, "one mount"),
+        ({"container": {"runtime": "pyxis", "image": "~/x.sqsh"}}, "a path written out"),
+        ({"container": {"runtime": "pyxis", "image": "a", "mounts": ["$SCRATCH:/data"]}}, "a path written out"),
     ],
 )
 def test_refused_values(slurm: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

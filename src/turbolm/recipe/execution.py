@@ -34,6 +34,13 @@ def _argument(value: str) -> str:
     return value
 
 
+def _written_out(value: str) -> str:
+    """The job's script quotes it, and the container's own file system is another one: nothing would be replaced."""
+    if value.startswith("~") or "$" in value or ":~" in value:
+        raise ValueError(f"expected a path written out, without ~ and $NAME, got {value!r}")
+    return value
+
+
 def _mount(value: str) -> str:
     if "," in value:
         raise ValueError(f"expected one mount such as /data:/data, without commas, got {value!r}")
@@ -57,7 +64,8 @@ def _environment_name(value: str) -> str:
 
 
 Argument = Annotated[Text, AfterValidator(_argument)]
-Mount = Annotated[Argument, AfterValidator(_mount)]
+ContainerPath = Annotated[Argument, AfterValidator(_written_out)]
+Mount = Annotated[ContainerPath, AfterValidator(_mount)]
 EnvironmentName = Annotated[Text, AfterValidator(_environment_name)]
 
 
@@ -71,11 +79,11 @@ class Container(Section):
     """The container that Python runs in on every node; turbolm is installed in its image."""
 
     runtime: Literal["pyxis", "apptainer"] = Field(description="pyxis: a plugin of srun; apptainer: apptainer exec")
-    image: Argument = Field(description="as `srun --container-image` or `apptainer exec` takes it")
+    image: ContainerPath = Field(description="as `srun --container-image` or `apptainer exec` takes it")
     mounts: Annotated[tuple[Mount, ...], BeforeValidator(list_is_tuple)] = Field(
         (), description="SOURCE:TARGET; the folders of the run, the cache and the working directory belong here"
     )
-    python: Argument = Field("python3", description="the Python of the image")
+    python: ContainerPath = Field("python3", description="the Python of the image")
 
 
 class Slurm(Section):
