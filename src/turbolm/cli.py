@@ -208,6 +208,24 @@ def status(
 
 
 @app.command()
+def doctor(
+    recipe: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[RECIPE]", help="whose folders and processes to try", callback=lambda v: v and find_recipe(v)
+        ),
+    ] = None,
+    overrides: Overrides = None,
+    timeout: Annotated[float, Option(min=1, help="seconds after which a node that has not come is named")] = 60,
+    as_json: Annotated[bool, Option("--json", help="one JSON object with stable keys; progress on stderr")] = False,
+) -> None:
+    """Measure this machine, or every node of the allocation, and name what stands out."""
+    from turbolm.launch.doctor import doctor as examine_nodes
+
+    raise typer.Exit(examine_nodes(recipe, overrides or (), timeout, as_json=as_json))
+
+
+@app.command()
 def stop(run: RunFolder) -> None:
     """Ask a run to save and stop, whatever it does now; a Slurm job that waits in the queue will not train it."""
     from turbolm.launch.status import stop_run

@@ -25,6 +25,7 @@ from typing import Any
 from turbolm.environment import drop_foreign
 from turbolm.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_OK, EXIT_REQUEUE, UserError, exit_code_of
 from turbolm.files import read_json, write_json
+from turbolm.launch.doctor import preflight
 from turbolm.launch.local import (
     Ranks,
     accelerate_config,
@@ -95,9 +96,12 @@ def run_node(recipe: Recipe, recipe_file: str, attempt: int, place: Place) -> in
             plan = _plan_here(recipe, place, mine)
             if place.node == 0:
                 mine["main_port"] = free_port(mine["address"])
+                mine["doctor_port"] = free_port(mine["address"])
             record()
             nodes = meet(folder / "nodes", place, _meet_timeout_sec(recipe))
             check_same(nodes)
+            if len(nodes) > 1 and recipe.cluster.slurm is not None and recipe.cluster.slurm.preflight:
+                preflight(plan, place.node, nodes)
             code, lost = _train_here(plan, recipe_file, attempt, place, nodes)
             record(exit_code=code, lost=lost)
             return code

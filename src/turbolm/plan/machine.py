@@ -212,7 +212,7 @@ def _visible_gpus(root: Path) -> tuple[list[tuple[str, tuple[int, int] | None]],
 
 def _query_gpus() -> list[tuple[str, tuple[int, int] | None]]:
     rows = []
-    for line in _nvidia_smi("--query-gpu=name,compute_cap", "--format=csv,noheader").splitlines():
+    for line in nvidia_smi("--query-gpu=name,compute_cap", "--format=csv,noheader").splitlines():
         name, _, capability = line.rpartition(",")
         match = re.fullmatch(r"\s*(\d+)\.(\d+)\s*", capability)
         if name:
@@ -222,10 +222,10 @@ def _query_gpus() -> list[tuple[str, tuple[int, int] | None]]:
 
 def _list_gpus() -> int:
     """Count the GPUs that `nvidia-smi -L` lists: drivers before 510 do not report the compute capability."""
-    return sum(line.startswith("GPU ") for line in _nvidia_smi("-L").splitlines())
+    return sum(line.startswith("GPU ") for line in nvidia_smi("-L").splitlines())
 
 
-def _nvidia_smi(*arguments: str) -> str:
+def nvidia_smi(*arguments: str) -> str:
     """Return the output of nvidia-smi, or "" if it is missing, hangs or fails."""
     try:
         done = subprocess.run(

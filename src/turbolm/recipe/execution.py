@@ -122,6 +122,10 @@ class Slurm(Section):
         (), description="lines of bash, run on the first node before anything else; shell code goes only here"
     )
     environment: dict[EnvironmentName, Text] = Field({}, description="variables exported to every process")
+    preflight: bool = Field(
+        True,
+        description="measure the nodes of a job on several before it trains (`turbolm doctor`), and end it if one fails",
+    )
     requeue: bool = Field(True, description="start again after a time limit, a preemption or a lost node")
     stop_grace: Annotated[Seconds, Field(gt=0, le=65535)] = Field(
         300, description="how long before the time limit the run is asked to save and stop"
