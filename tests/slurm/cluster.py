@@ -329,6 +329,33 @@ class SlurmCluster:
     def link_up(self, node: Node) -> None:
         _run("ip", "-n", self._controller_netns, "link", "set", node.port, "up")
 
+    @contextmanager
+    def slow_link(self, node: Node, mbit: int) -> Iterator[None]:
+        """Both directions of the node's link carry only so much within the block."""
+        ends = ((node.netns, node.interface), (self._controller_netns, node.port))
+
+        def limit(rate_mbit: int) -> None:
+            for netns, interface in ends:
+                rate = ("tbf", "rate", f"{rate_mbit}mbit", "burst", "256kb", "latency", "50ms")
+                _run("tc", "-n", netns, "qdisc", "replace", "dev", interface, "root", *rate)
+
+        limit(mbit)
+        try:
+            yield
+        finally:
+            limit(self._link_mbit)
+
+    @contextmanager
+    def full_disk(self, node: Node, folder: Path) -> Iterator[None]:
+        """On this node alone, `folder` is a disk without room within the block."""
+        enter = ("nsenter", f"--target={self._daemons[node.name].pid}", "--mount")
+        _run(*enter, "mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder))
+        try:
+            _run(*enter, "sh", "-c", 'head -c 65536 /dev/zero >"$0/full"', str(folder))
+            yield
+        finally:
+            _run(*enter, "umount", "--lazy", str(folder))
+
     def processes_in(self, node: Node) -> list[tuple[int, str]]:
         """(pid, command line) of every process in the node's network namespace."""
         return [(pid, _command_line(pid)) for pid in _processes_in([node.netns])]

@@ -49,7 +49,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "prepare_workers": 1,
             "process_group_timeout": 60,
         },
-        cluster={"device": "cpu", "processes_per_node": 1, "slurm": {}},
+        cluster={"device": "cpu", "processes_per_node": 1, "slurm": {"preflight": False}},
         checkpoint={"every": "10 steps"},
         logging={"every_steps": 1, "sample_tokens": 0},
     )

@@ -14,7 +14,7 @@ from typing import Any
 
 from turbolm.doctor.task import Task
 from turbolm.recipe.gpus import peak_flops
-from turbolm.units import format_bytes
+from turbolm.units import format_bytes, format_count
 
 VERSION = 1  # of the report
 SLOW = {"cuda": 0.85, "cpu": 0.5}  # of the median: matrix products, memory; GPUs of one kind differ by a few percent
@@ -111,13 +111,13 @@ def _silent(task: Task, sizes: Mapping[int, int], facts: Any, stages: Mapping[st
 
 def _devices(nodes: Sequence[Mapping[str, Any]], task: Task) -> list[Finding]:
     found = [one for node in nodes for one in _gpu_states(node)]
-    for key, what, unit in (("matmul_flops", "matrix products", "TFLOP/s"), ("memory_bytes_per_sec", "memory", "TB/s")):
+    for key, what, unit in (("matmul_flops", "matrix products", "FLOP/s"), ("memory_bytes_per_sec", "memory", "B/s")):
         ranks = {(node["host"], one["local"]): one for node in nodes for one in node["ranks"] if one[key]}
         on_cpu = any(one["device"] == "cpu" for one in ranks.values())
         rates = {place: one[key] for place, one in ranks.items()}
         for host, local in outliers(rates, SLOW["cpu" if on_cpu else "cuda"]):
             share = rates[host, local] / median(rates.values())
-            message = f"{what}: {rates[host, local] / 1e12:.3g} {unit}, {share:.0%} of the others' median"
+            message = f"{what}: {format_count(rates[host, local])}{unit}, {share:.0%} of the others' median"
             advice = (
                 "look for other jobs, heat and a power limit there (nvidia-smi -q -d PERFORMANCE); exclude the node"
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from turbolm.units import align_columns, format_bytes
+from turbolm.units import align_columns, format_bytes, format_count
 
 
 def render_report(report: Mapping[str, Any]) -> str:
@@ -19,8 +19,8 @@ def render_report(report: Mapping[str, Any]) -> str:
             (
                 node["host"],
                 str(len(ranks)),
-                _slowest(ranks, "matmul_flops", "TFLOP/s"),
-                _slowest(ranks, "memory_bytes_per_sec", "TB/s"),
+                _slowest(ranks, "matmul_flops", "FLOP/s"),
+                _slowest(ranks, "memory_bytes_per_sec", "B/s"),
                 _links(report, "from", "to", node["host"]),
                 _links(report, "to", "from", node["host"]),
                 "-" if offset is None else f"{offset * 1e3:+.1f} ms",
@@ -45,7 +45,7 @@ def describe_findings(report: Mapping[str, Any], *, only_failures: bool = False)
 
 def _slowest(ranks: Any, key: str, unit: str) -> str:
     values = [rank[key] for rank in ranks if rank[key]]
-    return f"{min(values) / 1e12:.3g} {unit}" if values else "-"
+    return f"{format_count(min(values))}{unit}" if values else "-"
 
 
 def _links(report: Mapping[str, Any], end: str, other: str, host: str) -> str:

@@ -1,4 +1,4 @@
-"""Where `turbolm doctor` runs: on this machine, on every node of an allocation, before the ranks of a job. Torch-free."""
+"""Where `turbolm doctor` runs: here, on every node of an allocation, before the ranks of a job. Torch-free."""
 
 from __future__ import annotations
 

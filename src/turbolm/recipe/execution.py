@@ -124,7 +124,7 @@ class Slurm(Section):
     environment: dict[EnvironmentName, Text] = Field({}, description="variables exported to every process")
     preflight: bool = Field(
         True,
-        description="measure the nodes of a job on several before it trains (`turbolm doctor`), and end it if one fails",
+        description="with several nodes, run `turbolm doctor` before training, and end the job if a node fails",
     )
     requeue: bool = Field(True, description="start again after a time limit, a preemption or a lost node")
     stop_grace: Annotated[Seconds, Field(gt=0, le=65535)] = Field(
