@@ -23,6 +23,7 @@ DOCTOR = [sys.executable, "-m", "turbolm.cli", "doctor"]
 # index, name, driver, C, SM MHz, its maximum, memory MHz, W, limit, ECC uncorrected, corrected
 _SMI = """#!/bin/sh
 case "$1" in
+*name,compute_cap*) for gpu in 0 1 2; do echo 'NVIDIA H100 80GB HBM3, 9.0'; done ;;
 *index,name*) printf '%s\\n' \
     '0, NVIDIA H100 80GB HBM3, 570.1, 45, 1900, 1980, 2619, 400.00, 700.00, 0, 0' \
     '1, NVIDIA H100 80GB HBM3, 570.1, 91, 600, 1980, 2619, 400.00, 700.00, 0, 0' \
@@ -49,7 +50,7 @@ def test_a_throttled_gpu_and_one_with_ecc_errors_are_named(tmp_path: Path) -> No
     assert done.returncode == 2, done.stderr
     report = json.loads(done.stdout)
     named = {(one["check"], one["gpu"]): one["message"] for one in report["findings"] if one["severity"] == "fail"}
-    assert named[("throttle", 1)] == "throttled: hw_slowdown, hw_thermal_slowdown, 600 of 1980 MHz, 91 °C"
+    assert named[("throttle", 1)] == ("throttled (hw_slowdown, hw_thermal_slowdown): 600 MHz, 1980 MHz at most, 91 °C")
     assert named[("ecc", 2)] == "3 uncorrected ECC errors since the driver was loaded"
     assert not [key for key in named if key[1] == 0], named
     assert ("torch", None) in named or report["nodes"][0]["ranks"][0]["device"] == "cuda"

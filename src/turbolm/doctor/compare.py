@@ -28,6 +28,8 @@ MIN_LOCKED_BYTES = 2**30
 FILES_PER_RANK, OTHER_FILES = 2, 512  # two gloo groups of all ranks; logs, shards, libraries
 _SAME = ("turbolm", "torch", "cuda", "nccl", "deepspeed")  # versions that must agree; of others it is worth a warning
 
+_LOAD = (("sm_mhz", "MHz"), ("sm_max_mhz", "MHz at most"), ("temperature_c", "°C"))
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -143,10 +145,8 @@ def _gpu_states(node: Mapping[str, Any]) -> list[Finding]:
             found.append(Finding(severity, check, node["host"], index, message, advice))
 
         if gpu["throttled"]:
-            message = (
-                f"throttled: {', '.join(gpu['throttled'])}, {gpu['sm_mhz']:.0f} of {gpu['sm_max_mhz']:.0f} MHz, "
-                f"{gpu['temperature_c']:.0f} °C"
-            )
+            state = [f"{gpu[key]:.0f} {unit}" for key, unit in _LOAD if gpu[key] is not None]
+            message = f"throttled ({', '.join(gpu['throttled'])}): {', '.join(state)}"
             add("fail", "throttle", message, "check cooling and power supply of the node; exclude it until then")
         if gpu["ecc_uncorrected"]:
             message = f"{gpu['ecc_uncorrected']:.0f} uncorrected ECC errors since the driver was loaded"

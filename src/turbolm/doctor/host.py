@@ -56,9 +56,9 @@ def read_disks(folders: Mapping[str, str]) -> dict[str, dict[str, Any]]:
 
 
 def _read_disk(folder: Path) -> dict[str, Any]:
-    here = next(path for path in (folder, *folder.parents) if path.exists())  # a run's folder may not be made yet
     disk: dict[str, Any] = {"path": str(folder), "write_bytes_per_sec": None, "error": None}
     try:
+        here = next(path for path in (folder, *folder.parents) if path.exists())  # a run's folder may not be made yet
         found = os.statvfs(here)
         disk |= {
             "total_bytes": found.f_blocks * found.f_frsize,

@@ -21,8 +21,8 @@ _PINGS = 5
 def rounds(num: int) -> list[list[tuple[int, int]]]:
     """Every pair of `num` players once, in as few rounds as there can be (the circle method)."""
     players: list[int | None] = [*range(num), *([None] if num % 2 else [])]
-    plan = []
-    for _ in range(len(players) - 1):
+    plan: list[list[tuple[int, int]]] = []
+    for _ in range(len(players) - 1 if num > 1 else 0):
         pairs = zip(players[: len(players) // 2], reversed(players[len(players) // 2 :]), strict=True)
         plan.append([(min(a, b), max(a, b)) for a, b in pairs if a is not None and b is not None])
         players[1:] = [players[-1], *players[1:-1]]

@@ -8,9 +8,11 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -100,7 +102,7 @@ def _measure_world(
     go: dict[str, Any],
     device: torch.device,
     facts: dict[str, Any],
-    at: Any,
+    at: Callable[[str], None],
 ) -> None:
     """Links and clocks, into `facts`."""
     nodes, num = go["nodes"], go["num_ranks"]
@@ -123,8 +125,12 @@ def _measure_world(
     groups = {"links in the node": range(place * num, place * num + num), "links": range(local, len(nodes) * num, num)}
     for what, ranks in groups.items():
         limit = task.max_rounds if what == "links" else None
-        rates = measure_links(ranks, device, lambda text, what=what: at(f"{what}, {text}"), limit)
+        rates = measure_links(ranks, device, partial(_say, at, what), limit)
         facts["sent"] |= {f"{nodes[rank // num]}.{rank % num}": rate for rank, rate in rates.items()}
+
+
+def _say(at: Callable[[str], None], what: str, text: str) -> None:
+    at(f"{what}, {text}")
 
 
 def _versions() -> dict[str, str]:

@@ -25,6 +25,7 @@ from turbolm.recipe.paths import use_path
 from turbolm.recipe.schema import Recipe
 from turbolm.reliability.stop import SignalRequests
 
+_SPECIAL_STEPS = 0xFFFFFFF0  # slurm.h: SLURM_BATCH_SCRIPT, SLURM_INTERACTIVE_STEP and others lie above
 _SRUN_WAIT = 30  # seconds that srun waits for the other nodes once one has ended
 
 
@@ -39,7 +40,7 @@ def doctor(recipe_file: str | None, overrides: Sequence[str], timeout_sec: float
 
     try:
         with SignalRequests(stop, stop):
-            if "SLURM_JOB_ID" in os.environ and not os.environ.get("SLURM_STEP_ID", "").isdigit():
+            if "SLURM_JOB_ID" in os.environ and not _in_step():
                 return _on_every_node()
             return _here(recipe_file, overrides, timeout_sec, as_json=as_json)
     except KeyboardInterrupt:
@@ -126,13 +127,19 @@ def _here(recipe_file: str | None, overrides: Sequence[str], timeout_sec: float,
 def _step() -> tuple[tuple[str, ...], int]:
     """The hosts of this step of a Slurm job, and which of them this is; outside a step, this machine."""
     nodes = os.environ.get("SLURM_STEP_NODELIST")
-    if not nodes or "SLURM_STEP_ID" not in os.environ:
+    if not nodes or not _in_step():
         return (os.uname().nodename,), 0
     try:
         done = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError) as error:
         raise UserError(f"scontrol, which lists the hosts of this step, does not work here: {error}") from None
     return tuple(done.stdout.split()), int(os.environ["SLURM_NODEID"])
+
+
+def _in_step() -> bool:
+    """Whether srun started this process; the shells of sbatch and salloc have no step, or one of the numbers at the end."""
+    step = os.environ.get("SLURM_STEP_ID", "")
+    return step.isdigit() and int(step) < _SPECIAL_STEPS
 
 
 def _step_port() -> int:
