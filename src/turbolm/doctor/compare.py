@@ -14,7 +14,7 @@ from typing import Any
 
 from turbolm.doctor.task import Task
 from turbolm.recipe.gpus import peak_flops
-from turbolm.units import format_bytes, format_count
+from turbolm.units import format_bytes
 
 VERSION = 1  # of the report
 SLOW = {"cuda": 0.85, "cpu": 0.5}  # of the median: matrix products, memory; GPUs of one kind differ by a few percent
@@ -81,6 +81,12 @@ def make_report(
     }
 
 
+def describe_rate(key: str, rate: float) -> str:
+    """A device's rate with its unit."""
+    unit = "FLOP/s" if key == "matmul_flops" else "B/s"
+    return f"{rate / 1e12:.3g} T{unit}" if rate >= 1e12 else f"{rate / 1e9:.3g} G{unit}"
+
+
 def outliers(values: Mapping[Any, float], factor: float) -> list[Any]:
     """The keys whose value stands out by being small."""
     if len(values) < 2:
@@ -113,13 +119,13 @@ def _silent(task: Task, sizes: Mapping[int, int], facts: Any, stages: Mapping[st
 
 def _devices(nodes: Sequence[Mapping[str, Any]], task: Task) -> list[Finding]:
     found = [one for node in nodes for one in _gpu_states(node)]
-    for key, what, unit in (("matmul_flops", "matrix products", "FLOP/s"), ("memory_bytes_per_sec", "memory", "B/s")):
+    for key, what in (("matmul_flops", "matrix products"), ("memory_bytes_per_sec", "memory")):
         ranks = {(node["host"], one["local"]): one for node in nodes for one in node["ranks"] if one[key]}
         on_cpu = any(one["device"] == "cpu" for one in ranks.values())
         rates = {place: one[key] for place, one in ranks.items()}
         for host, local in outliers(rates, SLOW["cpu" if on_cpu else "cuda"]):
             share = rates[host, local] / median(rates.values())
-            message = f"{what}: {format_count(rates[host, local])}{unit}, {share:.0%} of the others' median"
+            message = f"{what}: {describe_rate(key, rates[host, local])}, {share:.0%} of the others' median"
             advice = (
                 "look for other jobs, heat and a power limit there (nvidia-smi -q -d PERFORMANCE); exclude the node"
             )

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from turbolm.units import align_columns, format_bytes, format_count
+from turbolm.doctor.compare import describe_rate
+from turbolm.units import align_columns, format_bytes
 
 
 def render_report(report: Mapping[str, Any]) -> str:
@@ -19,8 +20,8 @@ def render_report(report: Mapping[str, Any]) -> str:
             (
                 node["host"],
                 str(len(ranks)),
-                _slowest(ranks, "matmul_flops", "FLOP/s"),
-                _slowest(ranks, "memory_bytes_per_sec", "B/s"),
+                _slowest(ranks, "matmul_flops"),
+                _slowest(ranks, "memory_bytes_per_sec"),
                 _links(report, "from", "to", node["host"]),
                 _links(report, "to", "from", node["host"]),
                 "-" if offset is None else f"{offset * 1e3:+.1f} ms",
@@ -43,9 +44,9 @@ def describe_findings(report: Mapping[str, Any], *, only_failures: bool = False)
     return lines
 
 
-def _slowest(ranks: Any, key: str, unit: str) -> str:
+def _slowest(ranks: Any, key: str) -> str:
     values = [rank[key] for rank in ranks if rank[key]]
-    return f"{format_count(min(values))}{unit}" if values else "-"
+    return describe_rate(key, min(values)) if values else "-"
 
 
 def _links(report: Mapping[str, Any], end: str, other: str, host: str) -> str:

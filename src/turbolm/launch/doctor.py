@@ -137,7 +137,7 @@ def _step() -> tuple[tuple[str, ...], int]:
 
 
 def _in_step() -> bool:
-    """Whether srun started this process; the shells of sbatch and salloc have no step, or one of the numbers at the end."""
+    """Whether srun started this process; the shells of sbatch and salloc have no step, or a special one."""
     step = os.environ.get("SLURM_STEP_ID", "")
     return step.isdigit() and int(step) < _SPECIAL_STEPS
 
