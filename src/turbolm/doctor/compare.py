@@ -134,8 +134,9 @@ def _devices(nodes: Sequence[Mapping[str, Any]], task: Task) -> list[Finding]:
     for node in nodes:
         for rank in node["ranks"]:
             if rank["error"]:
+                local = rank["local"] if rank["device"] == "cuda" else None
                 advice = "look at dmesg there; a link that fails names both its ends"
-                found.append(Finding("fail", "error", node["host"], rank["local"], rank["error"], advice))
+                found.append(Finding("fail", "error", node["host"], local, rank["error"], advice))
         if task.device == "cuda" and any(rank["device"] == "cpu" for rank in node["ranks"]):
             advice = "install the CUDA build of torch (launch/setup.sh), or a driver that it works with"
             found.append(Finding("fail", "torch", node["host"], None, "torch sees no GPU here", advice))
@@ -196,7 +197,7 @@ def _links(links: Sequence[Mapping[str, Any]]) -> list[Finding]:
             message = (
                 f"the link from {ends} carries {_bits(rates[index])}; the median is {_bits(median(rates.values()))}"
             )
-            found.append(Finding("warn", "link", link["from"], link["from_rank"], message, advice))
+            found.append(Finding("warn", "link", link["from"], None, message, advice))
     return found
 
 
