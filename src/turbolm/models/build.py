@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from contextlib import suppress
+from collections.abc import Collection
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from turbolm.hub import pretrained_folder
 from turbolm.models.attention import ATTENTION_NAMES
 from turbolm.models.config import make_config
 from turbolm.models.initialise import initialise_weights
-from turbolm.models.pretrained import load_pretrained, refuse_adapter, settle_tying
-from turbolm.models.resize import add_rows, fit_vocabulary
+from turbolm.models.pretrained import fill_model, open_folder, refuse_adapter, set_tying, settle_tying
+from turbolm.models.resize import fit_vocabulary
+from turbolm.models.router import BALANCING_BIASES
 from turbolm.models.settings import apply_router_noise, fix_rope_factors, stop_sampling_routers
 from turbolm.plan.count import padded_vocab_size
 from turbolm.recipe.model_config import is_dropout
@@ -94,38 +96,68 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
 
 
 def build_model(
-    model: Model, config: PreTrainedConfig, *, seed: int, attention: str, sharded_by: dict[str, Any] | None = None
+    model: Model,
+    config: PreTrainedConfig,
+    *,
+    seed: int,
+    attention: str,
+    sharded_by: dict[str, Any] | None = None,
+    saved: Collection[str] | None = None,
 ) -> PreTrainedModel:
     """Return the model with fp32 initial weights on the CPU, the same for every ZeRO stage and world size.
 
     `attention` is one of `turbolm.models.attention.ATTENTION_NAMES`. `sharded_by`, a DeepSpeed configuration of stage
-    3, makes each process hold only its part from the start (weights from a folder are still read whole). The model's
-    own configuration says whether its embeddings are tied. Raises UserError.
+    3, makes each process hold only its part from the start; then this is collective. `saved` names the parameters of a
+    checkpoint that will be loaded: neither weights nor persistent buffers are drawn or read then. The model's own
+    configuration says whether its embeddings are tied. Raises UserError.
     """
     unset_hf_deepspeed_config()  # its hooks in Transformers would draw the weights in another order
-    implementation = ATTENTION_NAMES[attention]
+    implementation, folder = ATTENTION_NAMES[attention], None
     try:
-        if model.pretrained is not None:
-            folder = pretrained_folder(model)
-            loading = copy.deepcopy(config)
-            loading.vocab_size = _config_from_folder(folder).vocab_size  # the rows of the folder's weights
-            built = load_pretrained(folder, loading, model_class(config), implementation)
-            add_rows(built, config.vocab_size)
-        else:
-            with no_init_weights(), sharding.building(sharded_by):
-                built = AutoModelForCausalLM.from_config(
-                    config, dtype=torch.float32, attn_implementation=implementation, trust_remote_code=False
-                )
+        with ExitStack() as stack:
+            if model.pretrained is not None and saved is None:
+                folder = pretrained_folder(model)
+                loading = copy.deepcopy(config)
+                loading.vocab_size = _config_from_folder(folder).vocab_size  # the rows of the folder's weights
+                matched = stack.enter_context(open_folder(folder, loading, model_class(config), implementation))
+            whole = BALANCING_BIASES if model.pretrained is not None else ()
+            config = copy.deepcopy(config)
+            if folder is not None and matched.has_own_head():
+                set_tying(config, False)
+            built = _construct(config, implementation, sharded_by, whole)
+            if folder is None and model.pretrained is not None and _heads_are_saved(built, saved or ()):
+                set_tying(config, False)
+                built = _construct(config, implementation, sharded_by, whole)
+            if folder is not None:
+                fill_model(folder, matched, built)
     except UserError:
         raise
     except Exception as error:  # of many kinds, as many as there are model types
         raise UserError(f"model: cannot build {config.model_type} with {attention} attention: {error}") from error
-    if model.pretrained is None:
-        built.tie_weights()
+    if model.pretrained is None and saved is None:
         initialise_weights(built, seed, depth_scaled=model.init == "depth_scaled")
+    elif model.pretrained is not None:
+        built.requires_grad_(True).eval()
     settle_tying(built)
     stop_sampling_routers(built, model)
     return built
+
+
+def _construct(
+    config: PreTrainedConfig, implementation: str, sharded_by: dict[str, Any] | None, whole: Collection[str]
+) -> PreTrainedModel:
+    """Return the model of a configuration with no values in its weights. Draws nothing from the global random state."""
+    with torch.random.fork_rng([]), no_init_weights(), sharding.building(sharded_by, whole):
+        built: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, attn_implementation=implementation, trust_remote_code=False
+        )
+    built.tie_weights()
+    return built
+
+
+def _heads_are_saved(model: PreTrainedModel, saved: Collection[str]) -> bool:
+    """Return whether a checkpoint holds both of two weights that are tied in `model`."""
+    return any({one, other} <= set(saved) for one, other in model.all_tied_weights_keys.items())
 
 
 def check_all_trained(model: PreTrainedModel) -> None:

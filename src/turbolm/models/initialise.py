@@ -29,8 +29,8 @@ def initialise_weights(model: PreTrainedModel, seed: int, *, depth_scaled: bool 
     """Draw the weights with the model's own `_init_weights`, one layer at a time, each from its own seed.
 
     The random numbers of a layer do not depend on which layers were drawn before it, nor on where its parameters live:
-    they are drawn in fp32 on the CPU and copied. Parameters that ZeRO-3 has partitioned are gathered layer by layer,
-    drawn on rank 0 and partitioned again, so that no process ever holds the whole model; then it is collective.
+    they are drawn in fp32 on the CPU and copied. Parameters that ZeRO-3 has partitioned are drawn by rank 0, layer by
+    layer, and every rank gets its part, so that no process ever holds the whole model; then it is collective.
 
     A parameter that no rule draws keeps what its constructor gives it (`_ConstructedValues`), as in Transformers.
 
@@ -43,10 +43,12 @@ def initialise_weights(model: PreTrainedModel, seed: int, *, depth_scaled: bool 
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     constructed = functools.cache(lambda: _ConstructedValues(model, seed))
 
-    def draw(name: str, owner: PreTrainedModel, modules: list[nn.Module], parameters: list[nn.Parameter]) -> None:
+    def draw(
+        name: str, owner: PreTrainedModel, modules: list[nn.Module], parameters: list[nn.Parameter]
+    ) -> list[torch.Tensor]:
         originals = [parameter.data for parameter in parameters]
-        for parameter, original in zip(parameters, originals, strict=True):
-            parameter.data = torch.full(original.shape, math.nan, dtype=torch.float32)
+        for parameter in parameters:
+            parameter.data = torch.full(sharding.whole_shape(parameter), math.nan, dtype=torch.float32)
         _seed(seed, name)
         _draw(owner, modules, parameters, scaled, std)
         undrawn = [parameter for parameter in parameters if parameter.data.isnan().any()]
@@ -56,18 +58,19 @@ def initialise_weights(model: PreTrainedModel, seed: int, *, depth_scaled: bool 
                 parameter.data = constructed().of(names[id(parameter)], parameter.data)
             _seed(seed, name)
             _draw(owner, modules, parameters, scaled, std)
+        values = [parameter.data for parameter in parameters]
         for parameter, original in zip(parameters, originals, strict=True):
-            original.copy_(parameter.data)
             parameter.data = original
+        return values
 
     for name, owner, modules in _layers(model, "", model):
         parameters = [p for module in modules for p in module.parameters(recurse=False) if id(p) not in drawn]
         drawn.update(id(parameter) for parameter in parameters)
         if not parameters:  # none of its own, or the head of an embedding that was drawn already
             continue
-        with sharding.gathered(parameters, changed_by=0) as is_kept:
-            if is_kept:
-                draw(name, owner, modules, parameters)
+        values = draw(name, owner, modules, parameters) if sharding.sets_whole(parameters[0]) else []
+        for parameter in parameters:
+            sharding.set_whole(parameter, values.pop(0) if values else None)
     torch.manual_seed(seed)
 
 

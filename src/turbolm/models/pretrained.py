@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
-import torch
 from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedConfig, PreTrainedModel, modeling_utils
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from turbolm.errors import UserError
 from turbolm.files import load_json, read_json
+from turbolm.models.folder_weights import Matched, fill, match
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 # What wrappers put into names: torch.compile, FSDP and activation checkpointing anywhere; DDP and PEFT in front.
@@ -36,36 +35,39 @@ _SHOWN = 4
 _MAX_POINTER_BYTES = 1024
 
 
-def load_pretrained(
+@contextmanager
+def open_folder(
     folder: Path, config: PreTrainedConfig, kind: type[PreTrainedModel], attention_implementation: str
-) -> PreTrainedModel:
-    """Return the model of class `kind` with the weights of `folder`, in fp32 on the CPU, in evaluation mode.
+) -> Iterator[Matched]:
+    """Match the weights of `folder` with the tensors of a model of class `kind`; nothing but their names is read yet.
 
-    Only the folder's safetensors are read, once. Raises UserError for weights that are missing (except those tied to an
-    existing one), of another shape, not finite, or left over inside the model's own modules; parts that text does not
-    use, such as a vision tower, are named in the log and skipped. Where the configuration ties the head to the
-    embedding and the folder holds two different ones, they are not tied.
+    Raises UserError for weights that are missing (except those tied to an existing one), of another shape, or left over
+    inside the model's own modules; parts that text does not use, such as a vision tower, are named in the log and
+    skipped.
     """
     refuse_adapter(folder)
     _check_format(folder)
     with ExitStack() as files:
         tensors, shapes = _open(folder, files)
         _refuse_quantized(folder, tensors)
-        # Reported below in one line, so without Transformers' own report and what it raises.
-        with patch.object(modeling_utils, "log_state_dict_report", lambda *_, **__: None):
-            model, info = kind.from_pretrained(
-                None,
-                config=config,
-                state_dict=tensors,
-                dtype=torch.float32,
-                attn_implementation=attention_implementation,
-                local_files_only=True,
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-            )
-    _account(folder, model, info, shapes)
-    _refuse_non_finite(folder, model)
-    return model
+        matched, info = match(tensors, config, kind, attention_implementation)
+        _account(folder, matched.skeleton, info, shapes)
+        yield matched
+
+
+def fill_model(folder: Path, matched: Matched, model: PreTrainedModel) -> None:
+    """Copy the folder's weights into `model`; of a partitioned one each process reads its own part. Then collective.
+
+    Raises UserError, on every rank, for values that are not finite.
+    """
+    unset, non_finite = fill(matched, model)
+    if unset:
+        raise UserError(f"model.pretrained: {folder} has no weights of this shape for {_some(unset)}")
+    if non_finite:
+        raise UserError(
+            f"model.pretrained: {folder} has NaN or infinite values in {len(non_finite)} weights: {_some(non_finite)}; "
+            "take a sound copy"
+        )
 
 
 def refuse_adapter(folder: Path) -> None:
@@ -206,26 +208,17 @@ def _is_old_buffer(name: str, shape: list[int]) -> bool:
     return bool(_OLD_BUFFERS.search(name)) or (name.endswith(".bias") and len(shape) > 2)
 
 
-@torch.no_grad()
-def _refuse_non_finite(folder: Path, model: PreTrainedModel) -> None:
-    bad = []
-    for name, parameter in model.named_parameters():
-        if parameter.numel() and not all(map(torch.isfinite, parameter.aminmax())):  # NaN comes out of both
-            bad.append(name)
-    if bad:
-        raise UserError(
-            f"model.pretrained: {folder} has NaN or infinite values in {len(bad)} weights: {_some(bad)}; take a sound "
-            "copy"
-        )
-
-
 def settle_tying(model: PreTrainedModel) -> None:
     """Set in the configuration whether embedding and head are one parameter, as they are in the model."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if head is None or not hasattr(embedding, "weight"):
         return
-    is_tied = getattr(head, "weight", None) is embedding.weight
-    for config in (model.config, model.config.get_text_config()):
+    set_tying(model.config, getattr(head, "weight", None) is embedding.weight)
+
+
+def set_tying(model_config: PreTrainedConfig, is_tied: bool) -> None:
+    """Set in a configuration whether embedding and head are one parameter."""
+    for config in (model_config, model_config.get_text_config()):
         if getattr(config, "tie_word_embeddings", is_tied) != is_tied:
             print(
                 f"model: tie_word_embeddings is {str(is_tied).lower()} in these weights; the configuration says so now"

@@ -25,7 +25,7 @@ from turbolm.plan.batch import IGNORED_TARGET
 
 # Added to a router's scores to choose experts, and moved outside the gradient by those who balance this way
 # (DeepSeek-V3, arXiv 2412.19437, section 2.1.2). Nothing here moves them.
-_BALANCING_BIASES = ("e_score_correction_bias", "expert_bias", "balancing_biases")
+BALANCING_BIASES = ("e_score_correction_bias", "expert_bias", "balancing_biases")
 
 SequenceLosses = Callable[[tuple[torch.Tensor, ...], torch.Tensor], torch.Tensor]
 """Router logits of all layers, each [sequences x seq_len, experts], and the mask of tokens that are not padding, fp32
@@ -59,7 +59,7 @@ def find_routers(model: PreTrainedModel, setting: float | str) -> Routers | None
     if not has_experts:
         return None
     coefficient = own if setting == "config" else 0.0 if setting == "off" else float(setting)
-    bias = next((name for name, _ in model.named_buffers() if name.endswith(_BALANCING_BIASES)), "").rpartition(".")[2]
+    bias = next((name for name, _ in model.named_buffers() if name.endswith(BALANCING_BIASES)), "").rpartition(".")[2]
     if coefficient:
         message = f"experts: the loss is that of the tokens + {coefficient:g} x router loss of each packed sequence"
         message += f"; {bias} stays as it is" if bias else ""
@@ -118,7 +118,7 @@ def freeze_balancing_biases(model: PreTrainedModel) -> None:
     """
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
-            if name not in _BALANCING_BIASES:
+            if name not in BALANCING_BIASES:
                 continue
             with sharding.gathered([parameter]):
                 value = parameter.detach().clone()
