@@ -36,7 +36,7 @@ OPTIMIZER: dict[str, set[str]] = {
 PARAMETER = {
     "stage 0": set(),
     **dict.fromkeys(("stage 1", "stage 1 in bf16", "stage 2", "stage 2 offloaded"), {"_hp_mapping"}),
-    "stage 3": {"ds_id", "ds_shape", "ds_numel", "ds_persist", "ds_tensor", "partition_numel"},
+    "stage 3": {"ds_id", "ds_shape", "ds_numel", "ds_persist", "ds_tensor", "ds_secondary_tensor", "partition_numel"},
 }
 ENGINE = {
     "module", "device", "optimizer", "zero_optimization_stage", "fp16_enabled", "backward", "step", "zero_grad",
@@ -113,7 +113,9 @@ def test_modules_have_what_the_engine_uses_of_them() -> None:
     assert callable(groups._get_zero_param_intra_parallel_group)
     assert callable(combine_grad_norm_groups) and callable(set_z3_leaf_modules)
     wanted = {
-        deepspeed.zero.Init: {"config_dict_or_path", "zero_param_parallel_group"},
+        deepspeed.zero.Init: {"config_dict_or_path", "zero_param_parallel_group", "tensor_overrides"},
+        deepspeed.zero.Init._post_init_method: {"module"},
+        deepspeed.zero.Init._convert_to_deepspeed_param: {"param"},
         deepspeed.zero.GatheredParameters: {"params", "modifier_rank"},
         DeepSpeedPlugin: {"hf_ds_config", "zero3_init_flag"},
         InitProcessGroupKwargs: {"backend", "timeout"},

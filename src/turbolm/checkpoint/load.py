@@ -142,22 +142,41 @@ def load_checkpoint(checkpoint: Path, engine: Engine, agree: Agree | None = None
     """
     agree = agree or gather_over(None)
     with ExitStack() as stack:
-        opened: list[CheckpointReader] = []
-
-        def open_and_check() -> bool:
-            reader = stack.enter_context(CheckpointReader(checkpoint))
-            _check_fits(reader, engine)
-            opened.append(reader)
-            return bool(reader.states)
-
-        has_states = in_step(agree, open_and_check, UserError)
-        reader = opened[0]
-        if any(has_states):
+        reader, has_states = _open_fitting(checkpoint, engine, stack, agree)
+        if has_states:
             engine.materialise_state()
         in_step(agree, lambda: _load_own_part(reader, engine), UserError)
         engine.publish_weights()
         state: dict[str, Any] = in_step(agree, lambda: _load_rest(reader, engine), UserError)[dist.get_rank()]
         return state
+
+
+def load_weights(checkpoint: Path, engine: Engine, agree: Agree) -> None:
+    """Load the weights and persistent buffers alone. Collective, with the errors of `load_checkpoint`."""
+
+    def load() -> None:
+        for fragment in engine.fragments():
+            _load_weight(reader, fragment)
+        _load_buffers(reader, engine)
+
+    with ExitStack() as stack:
+        reader, _ = _open_fitting(checkpoint, engine, stack, agree)
+        in_step(agree, load, UserError)
+        engine.publish_weights()
+
+
+def _open_fitting(checkpoint: Path, engine: Engine, stack: ExitStack, agree: Agree) -> tuple[CheckpointReader, bool]:
+    """Return the opened checkpoint, and whether any rank finds state of the optimizer in it."""
+    opened: list[CheckpointReader] = []
+
+    def open_and_check() -> bool:
+        reader = stack.enter_context(CheckpointReader(checkpoint))
+        _check_fits(reader, engine)
+        opened.append(reader)
+        return bool(reader.states)
+
+    has_states = in_step(agree, open_and_check, UserError)
+    return opened[0], any(has_states)
 
 
 def _check_fits(reader: CheckpointReader, engine: Engine) -> None:
@@ -191,9 +210,20 @@ def _load_own_part(reader: CheckpointReader, engine: Engine) -> None:
         seen.add(id(fragment.flat))
     counted = {name: value for scalars in reader.scalars.values() for name, value in scalars.items()}
     set_group_numbers(optimizer, reader.groups, {"step": counted["step"]} if "step" in counted else {})
+    _load_buffers(reader, engine)
+
+
+def _load_buffers(reader: CheckpointReader, engine: Engine) -> None:
     buffers = dict(engine.module.named_buffers())
     for name, value in reader.buffers().items():
         buffers[name].copy_(value)
+
+
+@torch.no_grad()
+def _load_weight(reader: CheckpointReader, fragment: Fragment) -> None:
+    weight = fragment.view(fragment.flat)
+    values = reader.read("weight", fragment.name, fragment.start, fragment.numel)
+    weight.copy_(_of_its_kind(reader, f"weight of {fragment.name}", values, weight))
 
 
 def _load_rest(reader: CheckpointReader, engine: Engine) -> dict[str, Any]:
@@ -213,8 +243,8 @@ def _load_fragment(
     def read(state: str) -> torch.Tensor:
         return reader.read(state, fragment.name, fragment.start, fragment.numel)
 
-    name, weight = fragment.name, fragment.view(fragment.flat)
-    weight.copy_(_of_its_kind(reader, f"weight of {name}", read("weight"), weight))
+    name = fragment.name
+    _load_weight(reader, fragment)
     ours = parameter_state(optimizer, fragment)
     saved, scalars = reader.states_of.get(name, set()), reader.scalars.get(name, {})
     if not saved and not scalars and not any(parameter == name for parameter, _ in reader.whole):

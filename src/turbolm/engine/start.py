@@ -15,6 +15,7 @@ from torch.distributed import distributed_c10d as c10d
 from transformers import PreTrainedModel
 
 from turbolm.engine.engine import Engine
+from turbolm.engine.sharding import is_sharded
 from turbolm.environment import drop_accelerate_settings
 
 _ACCELERATE_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
@@ -50,6 +51,9 @@ def build_accelerator(ds_config: dict[str, Any], *, device: str, precision: str,
 
 def wrap(accelerator: Accelerator, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> Engine:
     """Return the engine that trains `model` with `optimizer`. Collective."""
+    if is_sharded(model):  # DeepSpeed moves nothing of a model that is built in parts
+        for buffer in model.buffers():
+            buffer.data = buffer.data.to(accelerator.device)
     return Engine(accelerator.prepare(model, optimizer)[0])
 
 

@@ -98,7 +98,7 @@ def fill(matched: Matched, model: PreTrainedModel) -> tuple[list[str], list[str]
     Collective for a partitioned model; every rank gets the same names. An embedding or a head with more rows than the
     folder's gets the mean of those for each new one (`model.resize_embeddings`). All that is loaded will be trained.
     """
-    left, non_finite = {name: tensor for name, tensor in model.named_parameters()}, set[str]()
+    left, non_finite = dict(model.named_parameters()), set[str]()
     names: dict[int, list[str]] = {}
     for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]:
         names.setdefault(id(tensor), []).append(name)
@@ -172,9 +172,7 @@ def _tables_of_tokens(model: PreTrainedModel) -> set[int]:
     return {id(table) for table in (*tables, getattr(head, "bias", None)) if table is not None}
 
 
-def _with_mean_rows(
-    shape: list[int], values: Callable[[int, int], torch.Tensor]
-) -> Callable[[int, int], torch.Tensor]:
+def _with_mean_rows(shape: list[int], values: Callable[[int, int], torch.Tensor]) -> Callable[[int, int], torch.Tensor]:
     """Return a reader of a table with more rows than `shape` has, each the mean of those there are.
 
     Near the mean, a new token starts with less than an average token's probability and moves no other far

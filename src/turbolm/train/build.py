@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from turbolm.checkpoint.agreement import gather_over
 from turbolm.checkpoint.retention import Retention
 from turbolm.checkpoint.saver import CheckpointSaver
+from turbolm.checkpoint.verify import Hashed, not_hashed
 from turbolm.data.batch.loader import BatchLoader, GlobalBatch
 from turbolm.data.order.batch_order import recipe_order
 from turbolm.data.store.token_store import TokenStore
@@ -47,16 +48,21 @@ from turbolm.train.context import Context
 from turbolm.train.gate import UpdateGate
 from turbolm.train.metrics import MetricsLog, measure_peak_flops
 from turbolm.train.pace import Pace
+from turbolm.train.recover import SavedWeights, saved_weights
 from turbolm.train.run_directory import RunDirectory
 from turbolm.train.session import Session
 from turbolm.train.trackers import build_trackers
 from turbolm.train.tricks import apply_tricks
 
 
-def build_session(accelerator: Accelerator, context: Context) -> Session:
-    """Build model, engine, data and logging of a run that is about to train or resume. Collective."""
+def build_session(accelerator: Accelerator, context: Context, hashed: Hashed = not_hashed) -> Session:
+    """Build model, engine, data and logging of a run that is about to train or resume. Collective.
+
+    The engine of a run with checkpoints has their weights; `resume` restores the rest.
+    """
     plan, recipe, group = context.plan, context.recipe, context.group
-    engine, attention = build_engine(accelerator, plan, context.store, context.run)
+    saved = saved_weights(context, hashed)
+    engine, attention = build_engine(accelerator, plan, context.store, context.run, saved)
     loader = _build_loader(plan, context.store, group)
     config, size = engine.module.config.to_dict(), measure_model(engine.module)
 
@@ -91,10 +97,13 @@ def build_session(accelerator: Accelerator, context: Context) -> Session:
     )
 
 
-def build_engine(accelerator: Accelerator, plan: Plan, store: TokenStore, run: RunDirectory) -> tuple[Engine, str]:
+def build_engine(
+    accelerator: Accelerator, plan: Plan, store: TokenStore, run: RunDirectory, saved: SavedWeights | None = None
+) -> tuple[Engine, str]:
     """Return the DeepSpeed engine around a newly initialized model, and the attention kernel it was built with.
 
-    Rank 0 saves configuration and tokenizer to the run.
+    With `saved` no weight is drawn, nor read from `model.pretrained`: it has those of a checkpoint. Rank 0 saves
+    configuration and tokenizer to the run. Collective.
     """
     recipe = plan.recipe
     config = build_config(
@@ -113,7 +122,10 @@ def build_engine(accelerator: Accelerator, plan: Plan, store: TokenStore, run: R
     sizes = {"seq_len": recipe.data.seq_len, "joined_tokens": plan.batch.micro_batch_tokens}
     check_long_sequences(config, attention, packed=recipe.data.packing != "single", **sizes)
     sharded_by = plan.ds_config if recipe.execution.zero_stage == 3 else None
-    model = build_model(recipe.model, config, seed=recipe.train.seed, attention=attention, sharded_by=sharded_by)
+    names = saved.parameters if saved else None
+    model = build_model(
+        recipe.model, config, seed=recipe.train.seed, attention=attention, sharded_by=sharded_by, saved=names
+    )
     freeze_balancing_biases(model)
     check_all_trained(model)
     check_positions(model, recipe.data.seq_len)
@@ -132,6 +144,8 @@ def build_engine(accelerator: Accelerator, plan: Plan, store: TokenStore, run: R
         print(f"moments in 8 bits for {share:.1%} of the parameters here; the others' are not in whole blocks: fp32")
     if engine.zero_stage > 0 and hasattr(optimizer, "distribute"):  # it needs to know whole parameters
         optimizer.distribute(engine.stepped_partitions(), engine.fragments(), engine.device)
+    if saved:
+        saved.load(engine)  # the checks below run the model
     _check_isolation(engine, plan, store, attention)
     tokens = np.arange(8)[None]
     probe = model_inputs({"input_ids": tokens, "position_ids": tokens}, attention, engine.device)

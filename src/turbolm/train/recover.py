@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from turbolm.checkpoint.agreement import gather_over
-from turbolm.checkpoint.manifest import TRAINER_STATE, clear_leftovers, discard, step_of
+from turbolm.checkpoint.load import load_weights
+from turbolm.checkpoint.manifest import (
+    TRAINER_STATE,
+    clear_leftovers,
+    discard,
+    list_checkpoints,
+    read_manifest,
+    step_of,
+)
 from turbolm.checkpoint.verify import Hashed, find_newest_valid, not_hashed
 from turbolm.data.batch.loader import GlobalBatch
+from turbolm.engine.engine import Engine
 from turbolm.errors import RunError, UserError
 from turbolm.files import load_json
 from turbolm.reliability import heartbeat
 from turbolm.reliability.anomalies import Anomaly, Decision
+from turbolm.train.context import Context
 from turbolm.train.session import Session, restore, set_skipped
 
 
@@ -25,6 +38,58 @@ def newest_valid(
     context, share = session.context, (dist.get_rank(), dist.get_world_size())
     agree = gather_over(context.group)
     return find_newest_valid(context.run.checkpoints, context.contracts, share, agree, below_step, hashed)
+
+
+@dataclass(frozen=True)
+class SavedWeights:
+    """The weights that a run resumes from: the names of the parameters, and `load`, which sets them in an engine."""
+
+    parameters: frozenset[str]
+    load: Callable[[Engine], None]
+
+
+def saved_weights(context: Context, hashed: Hashed) -> SavedWeights | None:
+    """Return what a run with checkpoints loads in place of initial weights; None for a run without. Collective."""
+    agree = gather_over(context.group)
+    names = agree(_saved_parameters(context.run.checkpoints) if dist.get_rank() == 0 else None)[0]
+    if names is None:
+        return None
+
+    def load(engine: Engine) -> None:
+        """Load the newest valid weights. Raises UserError where `resume` would."""
+        below_step, passed_over = None, []
+        share = (dist.get_rank(), dist.get_world_size())
+        while True:
+            checkpoint, rejected = find_newest_valid(
+                context.run.checkpoints, context.contracts, share, agree, below_step, hashed
+            )
+            passed_over += rejected
+            if checkpoint is None:
+                raise _none_valid(context, passed_over)
+            try:
+                return load_weights(checkpoint, engine, agree)
+            except UserError as error:
+                passed_over.append(f"{checkpoint}: {error}")
+                below_step = step_of(checkpoint)
+
+    return SavedWeights(frozenset(names), load)
+
+
+def _saved_parameters(folder: Path) -> list[str] | None:
+    """Return the parameters of the newest checkpoint with a manifest, [] if none has one; None without checkpoints."""
+    checkpoints = list_checkpoints(folder)
+    for _, checkpoint in sorted(checkpoints, reverse=True):
+        with suppress(UserError, KeyError, TypeError):
+            return list(read_manifest(checkpoint)["parameters"])
+    return [] if checkpoints else None
+
+
+def _none_valid(context: Context, passed_over: list[str]) -> UserError:
+    run = context.run
+    return UserError(
+        f"no checkpoint of {run.path} is valid. To start over, move {run.checkpoints} away; nothing was changed. "
+        f"The newest: {passed_over[0]}"
+    )
 
 
 def restore_newest(session: Session, hashed: Hashed = not_hashed) -> tuple[Path | None, list[str]]:
@@ -71,10 +136,7 @@ def resume(session: Session, hashed: Hashed) -> None:
         clear_leftovers(run.checkpoints)
     checkpoint, passed_over = restore_newest(session, hashed)
     if checkpoint is None and passed_over:
-        raise UserError(
-            f"no checkpoint of {run.path} is valid. To start over, move {run.checkpoints} away; nothing was changed. "
-            f"The newest: {passed_over[0]}"
-        )
+        raise _none_valid(session.context, passed_over)
     if checkpoint is None:
         return
     session.log.say(f"resumed from {checkpoint}")

@@ -95,7 +95,7 @@ def _run_locked(recipe: Recipe, attempt: int | None, lock: RunLock, stop: StopRe
     if is_finished(run, recipe.train.budget):
         return _complete(context) if dist.get_rank() == 0 else EXIT_OK
     hashed = hash_ahead(run.checkpoints, (dist.get_rank(), plan.world_size))  # while the model is built
-    session = build_session(accelerator, context)
+    session = build_session(accelerator, context, hashed)
     session.saver.before_commit = lock.check
     for note in filter(None, (untested_note(recipe.execution), *store.notes)):
         session.log.say(note)
