@@ -25,7 +25,7 @@ def building(ds_config: dict[str, Any] | None, whole: Collection[str] = ()) -> A
     import deepspeed
     from deepspeed.utils import groups
 
-    class Init(deepspeed.zero.Init):  # type: ignore[misc]
+    class Init(deepspeed.zero.Init):
         """Without the broadcast of every whole parameter from rank 0: what it holds is replaced."""
 
         def _post_init_method(self, module: nn.Module) -> None:
