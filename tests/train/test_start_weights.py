@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tests.models.small import small_config
-from tests.train.harness import BINS_PER_BATCH, MODELS, SEQ_LEN, make_recipe
+from tests.train.harness import BINS_PER_BATCH, MODELS, SEQ_LEN, Cell, cell_recipe, make_recipe
 from tests.train.test_exports import tied_but_with_a_head
 from tests.world import run_world
 from turbolm.checkpoint.manifest import list_checkpoints, remove_folder
@@ -109,6 +109,55 @@ def test_every_rank_gets_its_part_of_what_transformers_loads(
 ) -> None:
     """Of folders, with more rows too, and of fresh weights, which are drawn whole for comparison."""
     assert run_world(world_size, _wrong_parts, folders, cells) == [[]] * world_size
+
+
+def _wrong_in_engines(folder: Path, published: Path) -> list[str]:
+    """What the optimizer of each stage holds that is not the weights drawn whole, or read, rounded to bf16."""
+    from tests.train.cells import build_cell
+
+    wrong = []
+    for stage in (1, 2, 3):
+        for source in ("fresh", "folder"):
+            model = (
+                {"config": None, "pretrained": str(published)} if source == "folder" else {"config": MODELS["llama"]}
+            )
+            cell = Cell(f"{source}{stage}", zero_stage=stage, precision="bf16")
+            with patch.object(
+                cells_module(), "cell_recipe", lambda *_, cell=cell, model=model: _of(folder, cell, model)
+            ):
+                plan, store, engine, _ = build_cell(folder, cell)
+            config = build_config(plan.recipe.model, seq_len=SEQ_LEN, vocab_size=store.vocab_size,
+                                  bos_token_id=store.manifest["bos_id"], eos_token_id=store.manifest["eos_id"])  # fmt: skip
+            whole = build_model(plan.recipe.model, config, seed=plan.recipe.train.seed, attention="eager")
+            expected, seen = dict(whole.named_parameters()), 0
+            for fragment in engine.fragments():
+                flat = expected[fragment.name].detach().reshape(-1)[fragment.start : fragment.start + fragment.numel]
+                seen += flat.numel()
+                if not torch.equal(fragment.view(fragment.flat), flat.bfloat16().float()):
+                    wrong.append(f"{cell.name}: {fragment.name}")
+            wrong += [f"{cell.name}: nothing"] * (seen == 0)
+            for name, buffer in engine.module.named_buffers():
+                if not torch.equal(buffer, whole.get_buffer(name)):
+                    wrong.append(f"{cell.name}: {name}")
+            engine.deepspeed_engine.destroy()
+    return wrong
+
+
+def cells_module() -> Any:
+    from tests.train import cells
+
+    return cells
+
+
+def _of(folder: Path, cell: Cell, model: dict[str, Any]) -> Recipe:
+    recipe = cell_recipe(folder, cell)
+    return recipe.model_copy(update={"model": Model.model_validate(model)})
+
+
+def test_engines_of_every_stage_start_with_these_weights(tmp_path: Path) -> None:
+    published = tied_but_with_a_head(tmp_path / "published")
+    prepare(cell_recipe(tmp_path, Cell("any")))
+    assert run_world(2, _wrong_in_engines, tmp_path, published) == [[], []]
 
 
 def _refusal(folder: Path) -> str:

@@ -5,7 +5,7 @@ DeepSpeed is imported inside the functions: examining a model must not wait seco
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -72,16 +72,21 @@ def set_whole(parameter: nn.Parameter, value: torch.Tensor | None) -> None:
     parameter.ds_secondary_tensor = None  # hpZ's copy of what was there before
 
 
-@torch.no_grad()
-def set_own_part(parameter: nn.Parameter, read: Callable[[int, int], torch.Tensor]) -> None:
-    """Set what this process holds of a parameter to `read(start, numel)`, elements of the flattened whole."""
+def own_range(parameter: nn.Parameter) -> tuple[int, int]:
+    """Return (start, numel) of what this process holds of the flattened parameter."""
     if not hasattr(parameter, "ds_id"):
-        parameter.data.view(-1).copy_(read(0, parameter.numel()))
-        return
+        return 0, parameter.numel()
     start = parameter.partition_numel() * dist.get_rank()
-    numel = max(0, min(parameter.partition_numel(), parameter.ds_numel - start))  # the last ranks' parts are padded
-    if numel:
-        parameter.ds_tensor.view(-1)[:numel].copy_(read(start, numel))
+    return start, max(0, min(parameter.partition_numel(), parameter.ds_numel - start))  # the last parts are padded
+
+
+@torch.no_grad()
+def set_own_part(parameter: nn.Parameter, values: torch.Tensor) -> None:
+    """Set the elements of `own_range`, from a tensor of one dimension."""
+    if not hasattr(parameter, "ds_id"):
+        parameter.data.view(-1).copy_(values)
+        return
+    parameter.ds_tensor.view(-1)[: values.numel()].copy_(values)
     parameter.ds_secondary_tensor = None
 
 

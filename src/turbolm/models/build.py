@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Collection
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -103,9 +104,11 @@ def build_model(
     attention: str,
     sharded_by: dict[str, Any] | None = None,
     saved: Collection[str] | None = None,
+    held_as: tuple[torch.dtype, torch.device] | None = None,
 ) -> PreTrainedModel:
     """Return the model with fp32 initial weights on the CPU, the same for every ZeRO stage and world size.
 
+    `held_as` is another type and device to hold them in, tensor by tensor, which rounds them as DeepSpeed would.
     `attention` is one of `turbolm.models.attention.ATTENTION_NAMES`. `sharded_by`, a DeepSpeed configuration of stage
     3, makes each process hold only its part from the start; then this is collective. `saved` names the parameters of a
     checkpoint that will be loaded: neither weights nor persistent buffers are drawn or read then. The model's own
@@ -120,14 +123,20 @@ def build_model(
                 loading = copy.deepcopy(config)
                 loading.vocab_size = _config_from_folder(folder).vocab_size  # the rows of the folder's weights
                 matched = stack.enter_context(open_folder(folder, loading, model_class(config), implementation))
-            whole = BALANCING_BIASES if model.pretrained is not None else ()
+            construct = functools.partial(
+                _construct,
+                implementation=implementation,
+                sharded_by=sharded_by,
+                held_as=held_as,
+                whole=BALANCING_BIASES if model.pretrained is not None else (),
+            )
             config = copy.deepcopy(config)
             if folder is not None and matched.has_own_head():
                 set_tying(config, False)
-            built = _construct(config, implementation, sharded_by, whole)
+            built = construct(config)
             if folder is None and model.pretrained is not None and _heads_are_saved(built, saved or ()):
                 set_tying(config, False)
-                built = _construct(config, implementation, sharded_by, whole)
+                built = construct(config)
             if folder is not None:
                 fill_model(folder, matched, built)
     except UserError:
@@ -144,14 +153,27 @@ def build_model(
 
 
 def _construct(
-    config: PreTrainedConfig, implementation: str, sharded_by: dict[str, Any] | None, whole: Collection[str]
+    config: PreTrainedConfig,
+    *,
+    implementation: str,
+    sharded_by: dict[str, Any] | None,
+    held_as: tuple[torch.dtype, torch.device] | None,
+    whole: Collection[str],
 ) -> PreTrainedModel:
-    """Return the model of a configuration with no values in its weights. Draws nothing from the global random state."""
+    """Return the model of a configuration with no values in its weights. Draws nothing from the global random state.
+
+    Parameters of the names in `whole` stay whole, in fp32, on the CPU.
+    """
     with torch.random.fork_rng([]), no_init_weights(), sharding.building(sharded_by, whole):
         built: PreTrainedModel = AutoModelForCausalLM.from_config(
             config, dtype=torch.float32, attn_implementation=implementation, trust_remote_code=False
         )
     built.tie_weights()
+    if held_as is not None and sharded_by is None:
+        dtype, device = held_as
+        for name, parameter in built.named_parameters():
+            if name.rpartition(".")[2] not in whole and parameter.is_floating_point():
+                parameter.data = torch.empty_like(parameter.data, dtype=dtype, device=device)
     return built
 
 

@@ -6,6 +6,7 @@ which tells where each tensor goes without reading any, and once for those that 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -19,6 +20,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 
 from turbolm.engine import sharding
 
+Values = Callable[[int, int], torch.Tensor]  # elements [start, start + numel) of a flattened tensor
 _BLOCK = 2**21  # elements that are compared or averaged at once
 
 
@@ -98,59 +100,61 @@ def fill(matched: Matched, model: PreTrainedModel) -> tuple[list[str], list[str]
     Collective for a partitioned model; every rank gets the same names. An embedding or a head with more rows than the
     folder's gets the mean of those for each new one (`model.resize_embeddings`). All that is loaded will be trained.
     """
-    left, non_finite = dict(model.named_parameters()), set[str]()
-    names: dict[int, list[str]] = {}
-    for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]:
+    tensors = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers()])
+    names: dict[int, list[str]] = {}  # of one tensor, the first as `named_parameters` has it
+    for name, tensor in tensors.items():
         names.setdefault(id(tensor), []).append(name)
-    tables = _tables_of_tokens(model)
+    tables, unset, non_finite = _tables_of_tokens(model), dict(model.named_parameters()), []
 
-    def put(name: str, tensor: torch.Tensor, shape: list[int], values: Callable[[int, int], torch.Tensor]) -> None:
+    def put(name: str, shape: list[int], values: Values) -> None:
+        tensor, known_as = tensors[name], names[id(tensors[name])][0]
         ours = list(sharding.whole_shape(tensor))
-        if shape[1:] != ours[1:] or not (shape == ours or (id(tensor) in tables and shape[0] < ours[0])):
-            return
-        reader = values if shape == ours else _with_mean_rows(shape, values)
+        if shape[1:] == ours[1:] and (shape == ours or (id(tensor) in tables and shape[0] < ours[0])):
+            unset.pop(known_as, None)
+            if not _set(tensor, values if shape == ours else _with_mean_rows(shape, values)):
+                non_finite.append(known_as)
 
-        def checked(start: int, numel: int) -> torch.Tensor:
-            part = reader(start, numel)
-            part = part.float() if part.dtype == torch.float64 else part
-            if part.numel() and not all(map(torch.isfinite, part.aminmax())):  # NaN comes out of both
-                non_finite.add(name)
-            return part
-
-        if isinstance(tensor, torch.nn.Parameter):
-            tensor.requires_grad_(tensor.is_floating_point())
-            sharding.set_own_part(tensor, checked)
-            left.pop(name, None)
-        else:
-            tensor.copy_(values(0, tensor.numel()).view(tensor.shape))
-
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        source = next((matched.sources[each] for each in names[id(tensor)] if each in matched.sources), None)
-        if source is not None:
-            put(name, tensor, source.get_shape(), lambda start, numel, source=source: read(source, start, numel))
+    for aliases in names.values():
+        there = [name for name in aliases if name in matched.sources]
+        if there:
+            source = matched.sources[there[0]]
+            put(there[0], source.get_shape(), functools.partial(read, source))
     if matched.found - matched.sources.keys():
-        whole = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers()])
-
-        def put_converted(_: Any, target: str, value: torch.Tensor, *__: Any) -> None:
-            if not value.is_meta and target in whole:
-                flat, tensor = value.reshape(-1), whole[target]
-                put(names[id(tensor)][0], tensor, list(value.shape), lambda start, numel: flat[start : start + numel])
-
-        _convert(matched, put_converted)
-    return sorted(left), sharding.all_names(sorted(non_finite), model)
+        _convert(matched, put)
+    return list(unset), sharding.all_names(non_finite, model)
 
 
-def _convert(matched: Matched, put: Callable[..., None]) -> None:
+def _set(tensor: torch.Tensor, values: Values) -> bool:
+    """Set what this process holds of a tensor; return whether it is finite."""
+    if not isinstance(tensor, torch.nn.Parameter):
+        tensor.copy_(values(0, tensor.numel()).view(tensor.shape))
+        return True
+    tensor.requires_grad_(tensor.is_floating_point())
+    part = values(*sharding.own_range(tensor))
+    part = part.float() if part.dtype == torch.float64 else part
+    sharding.set_own_part(tensor, part)
+    return not part.numel() or all(map(torch.isfinite, part.aminmax()))  # NaN comes out of both
+
+
+def _convert(matched: Matched, put: Callable[[str, list[int], Values], None]) -> None:
     """Join and split what is not one tensor of the folder, in the folder's own type; one result is held at a time."""
     taken = {id(source) for source in matched.sources.values()}
     state = {
-        name: torch.empty(tensor.get_shape(), device="meta") if id(tensor) in taken else (lambda one=tensor: one[...])
+        name: torch.empty(tensor.get_shape(), device="meta")
+        if id(tensor) in taken
+        else functools.partial(tensor.__getitem__, ...)  # Transformers calls it when it joins or splits
         for name, tensor in matched.tensors.items()
     }
+
+    def put_converted(_: Any, name: str, value: torch.Tensor, *__: Any) -> None:
+        if not value.is_meta:
+            flat = value.reshape(-1)
+            put(name, list(value.shape), lambda start, numel: flat[start : start + numel])
+
     settings = modeling_utils.LoadStateDictConfig(
         dtype=torch.float32, weight_mapping=get_model_conversion_mapping(matched.skeleton)
     )
-    with _handing_over(put):
+    with _handing_over(put_converted):
         core_model_loading.convert_and_load_state_dict_in_model(
             model=matched.skeleton, state_dict=state, load_config=settings
         )

@@ -54,6 +54,8 @@ from turbolm.train.session import Session
 from turbolm.train.trackers import build_trackers
 from turbolm.train.tricks import apply_tricks
 
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 def build_session(accelerator: Accelerator, context: Context, hashed: Hashed = not_hashed) -> Session:
     """Build model, engine, data and logging of a run that is about to train or resume. Collective.
@@ -122,9 +124,14 @@ def build_engine(
     sizes = {"seq_len": recipe.data.seq_len, "joined_tokens": plan.batch.micro_batch_tokens}
     check_long_sequences(config, attention, packed=recipe.data.packing != "single", **sizes)
     sharded_by = plan.ds_config if recipe.execution.zero_stage == 3 else None
-    names = saved.parameters if saved else None
     model = build_model(
-        recipe.model, config, seed=recipe.train.seed, attention=attention, sharded_by=sharded_by, saved=names
+        recipe.model,
+        config,
+        seed=recipe.train.seed,
+        attention=attention,
+        sharded_by=sharded_by,
+        saved=saved.parameters if saved else None,
+        held_as=(_DTYPES[plan.precision], accelerator.device),
     )
     freeze_balancing_biases(model)
     check_all_trained(model)
