@@ -134,8 +134,13 @@ def run_ranks(kind: str, size_mb: int, folder: Path, processes: int) -> dict[str
     answers = [json.loads(rank.communicate(timeout=600)[0].splitlines()[-1]) for rank in ranks]
     worst: dict[str, Any] = max(answers, key=lambda answer: answer["rise"])
     worst["digest"] = "".join(answer["digest"] for answer in answers)
-    worst["limit"] = int(1.5 * worst["weights"] / processes + 2 * worst["largest"] + SLACK)
+    worst["limit"] = limit(worst, processes)
     return worst
+
+
+def limit(answer: dict[str, Any], processes: int) -> int:
+    """Return how far the memory of a process may rise, in bytes."""
+    return int(1.5 * answer["weights"] / processes + 2 * answer["largest"] + SLACK)
 
 
 def save_folders(folder: Path, sizes: list[int]) -> None:

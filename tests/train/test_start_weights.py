@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from benchmarks import start_memory
 from tests.models.small import small_config
 from tests.train.harness import BINS_PER_BATCH, MODELS, SEQ_LEN, Cell, cell_recipe, make_recipe
 from tests.train.test_exports import tied_but_with_a_head
@@ -111,53 +112,51 @@ def test_every_rank_gets_its_part_of_what_transformers_loads(
     assert run_world(world_size, _wrong_parts, folders, cells) == [[]] * world_size
 
 
-def _wrong_in_engines(folder: Path, published: Path) -> list[str]:
+def _wrong_in_engines(folder: Path, models: dict[str, dict[str, Any]]) -> list[str]:
     """What the optimizer of each stage holds that is not the weights drawn whole, or read, rounded to bf16."""
     from tests.train.cells import build_cell
 
     wrong = []
-    for stage in (1, 2, 3):
-        for source in ("fresh", "folder"):
-            model = (
-                {"config": None, "pretrained": str(published)} if source == "folder" else {"config": MODELS["llama"]}
-            )
-            cell = Cell(f"{source}{stage}", zero_stage=stage, precision="bf16")
-            with patch.object(
-                cells_module(), "cell_recipe", lambda *_, cell=cell, model=model: _of(folder, cell, model)
-            ):
-                plan, store, engine, _ = build_cell(folder, cell)
-            config = build_config(plan.recipe.model, seq_len=SEQ_LEN, vocab_size=store.vocab_size,
-                                  bos_token_id=store.manifest["bos_id"], eos_token_id=store.manifest["eos_id"])  # fmt: skip
-            whole = build_model(plan.recipe.model, config, seed=plan.recipe.train.seed, attention="eager")
+    for name, model in models.items():
+        for stage in (1, 2, 3):
+            cell = Cell(name, zero_stage=stage, precision="bf16")
+            recipe = cell_recipe(folder, cell).model_copy(update={"model": Model.model_validate(model)})
+            with patch("tests.train.cells.cell_recipe", lambda *_, recipe=recipe: recipe):
+                _, store, engine, _ = build_cell(folder, cell)
+            keys = {"bos_token_id": store.manifest["bos_id"], "eos_token_id": store.manifest["eos_id"]}
+            config = build_config(recipe.model, seq_len=SEQ_LEN, vocab_size=store.vocab_size, **keys)
+            whole = build_model(recipe.model, config, seed=recipe.train.seed, attention="eager")
             expected, seen = dict(whole.named_parameters()), 0
             for fragment in engine.fragments():
                 flat = expected[fragment.name].detach().reshape(-1)[fragment.start : fragment.start + fragment.numel]
                 seen += flat.numel()
                 if not torch.equal(fragment.view(fragment.flat), flat.bfloat16().float()):
-                    wrong.append(f"{cell.name}: {fragment.name}")
-            wrong += [f"{cell.name}: nothing"] * (seen == 0)
-            for name, buffer in engine.module.named_buffers():
-                if not torch.equal(buffer, whole.get_buffer(name)):
-                    wrong.append(f"{cell.name}: {name}")
+                    wrong.append(f"{name} {stage}: {fragment.name}")
+            for buffer, value in engine.module.named_buffers():
+                if not torch.equal(value, whole.get_buffer(buffer)):
+                    wrong.append(f"{name} {stage}: {buffer}")
+            wrong += [f"{name} {stage}: nothing"] * (seen == 0)
             engine.deepspeed_engine.destroy()
     return wrong
 
 
-def cells_module() -> Any:
-    from tests.train import cells
-
-    return cells
-
-
-def _of(folder: Path, cell: Cell, model: dict[str, Any]) -> Recipe:
-    recipe = cell_recipe(folder, cell)
-    return recipe.model_copy(update={"model": Model.model_validate(model)})
-
-
 def test_engines_of_every_stage_start_with_these_weights(tmp_path: Path) -> None:
-    published = tied_but_with_a_head(tmp_path / "published")
+    published = {"config": None, "pretrained": str(tied_but_with_a_head(tmp_path / "published"))}
     prepare(cell_recipe(tmp_path, Cell("any")))
-    assert run_world(2, _wrong_in_engines, tmp_path, published) == [[], []]
+    models = {"fresh": {"config": MODELS["llama"]}, "folder": published}
+    assert run_world(2, _wrong_in_engines, tmp_path, models) == [[], []]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", start_memory.KINDS)
+def test_no_rank_holds_the_whole_model(kind: str, tmp_path: Path) -> None:
+    """`benchmarks/start_memory.py` at one size; before, the rise was 103% of the weights from a folder, 146% fresh."""
+    start_memory.save_folders(tmp_path, [100])
+    answers = run_world(4, start_memory.measure, kind, 100, tmp_path)
+    limit = start_memory.limit(answers[0], processes=4)
+    assert limit < 0.8 * answers[0]["weights"]
+    assert [answer["rise"] for answer in answers if answer["rise"] > limit] == []
+    assert min(answer["rise"] for answer in answers) > answers[0]["weights"] / 8, "something was measured"
 
 
 def _refusal(folder: Path) -> str:

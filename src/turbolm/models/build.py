@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Collection
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Collection
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -115,41 +115,58 @@ def build_model(
     configuration says whether its embeddings are tied. Raises UserError.
     """
     unset_hf_deepspeed_config()  # its hooks in Transformers would draw the weights in another order
-    implementation, folder = ATTENTION_NAMES[attention], None
+    construct = functools.partial(
+        _construct,
+        implementation=ATTENTION_NAMES[attention],
+        sharded_by=sharded_by,
+        held_as=held_as,
+        whole=BALANCING_BIASES if model.pretrained is not None else (),
+    )
     try:
-        with ExitStack() as stack:
-            if model.pretrained is not None and saved is None:
-                folder = pretrained_folder(model)
-                loading = copy.deepcopy(config)
-                loading.vocab_size = _config_from_folder(folder).vocab_size  # the rows of the folder's weights
-                matched = stack.enter_context(open_folder(folder, loading, model_class(config), implementation))
-            construct = functools.partial(
-                _construct,
-                implementation=implementation,
-                sharded_by=sharded_by,
-                held_as=held_as,
-                whole=BALANCING_BIASES if model.pretrained is not None else (),
-            )
-            config = copy.deepcopy(config)
-            if folder is not None and matched.has_own_head():
-                set_tying(config, False)
+        if model.pretrained is None:
             built = construct(config)
-            if folder is None and model.pretrained is not None and _heads_are_saved(built, saved or ()):
-                set_tying(config, False)
-                built = construct(config)
-            if folder is not None:
-                fill_model(folder, matched, built)
+        elif saved is None:
+            built = _from_folder(model, config, ATTENTION_NAMES[attention], construct)
+        else:
+            built = _as_from_folder(config, construct, saved)
     except UserError:
         raise
     except Exception as error:  # of many kinds, as many as there are model types
         raise UserError(f"model: cannot build {config.model_type} with {attention} attention: {error}") from error
     if model.pretrained is None and saved is None:
         initialise_weights(built, seed, depth_scaled=model.init == "depth_scaled")
-    elif model.pretrained is not None:
-        built.requires_grad_(True).eval()
     settle_tying(built)
     stop_sampling_routers(built, model)
     return built
+
+
+def _from_folder(
+    model: Model,
+    config: PreTrainedConfig,
+    implementation: str,
+    construct: Callable[[PreTrainedConfig], PreTrainedModel],
+) -> PreTrainedModel:
+    """Return the model with the weights of `model.pretrained`, in evaluation mode."""
+    folder, config, loading = pretrained_folder(model), copy.deepcopy(config), copy.deepcopy(config)
+    loading.vocab_size = _config_from_folder(folder).vocab_size  # the rows of the folder's weights
+    with open_folder(folder, loading, model_class(config), implementation) as matched:
+        if matched.has_own_head():
+            set_tying(config, False)
+        built = construct(config).eval()
+        fill_model(folder, matched, built)
+    return built
+
+
+def _as_from_folder(
+    config: PreTrainedConfig, construct: Callable[[PreTrainedConfig], PreTrainedModel], saved: Collection[str]
+) -> PreTrainedModel:
+    """Return the model that `_from_folder` returned when the run began, without its weights."""
+    built = construct(config)
+    if any({one, other} <= set(saved) for one, other in built.all_tied_weights_keys.items()):
+        config = copy.deepcopy(config)
+        set_tying(config, False)
+        built = construct(config)
+    return built.requires_grad_(True).eval()
 
 
 def _construct(
@@ -175,11 +192,6 @@ def _construct(
             if name.rpartition(".")[2] not in whole and parameter.is_floating_point():
                 parameter.data = torch.empty_like(parameter.data, dtype=dtype, device=device)
     return built
-
-
-def _heads_are_saved(model: PreTrainedModel, saved: Collection[str]) -> bool:
-    """Return whether a checkpoint holds both of two weights that are tied in `model`."""
-    return any({one, other} <= set(saved) for one, other in model.all_tied_weights_keys.items())
 
 
 def check_all_trained(model: PreTrainedModel) -> None:

@@ -65,9 +65,9 @@ def match(
         set_parameter(model, name, value, *more)
 
     with ExitStack() as stack:
-        # What is missing is refused, in one line, so without Transformers' own report and without drawing it.
-        for name in ("_move_missing_keys_from_meta_to_device", "_initialize_missing_keys"):
-            stack.enter_context(patch.object(PreTrainedModel, name, lambda *_, **__: None))
+        # What is missing is refused, in one line, so it is not drawn, and without Transformers' own report.
+        stays = patch.object(PreTrainedModel, "_move_missing_keys_from_meta_to_device", lambda *_, **__: None)
+        stack.enter_context(stays)
         stack.enter_context(patch.object(modeling_utils, "log_state_dict_report", lambda *_, **__: None))
         stack.enter_context(_handing_over(note))
         skeleton, info = kind.from_pretrained(
@@ -98,7 +98,8 @@ def fill(matched: Matched, model: PreTrainedModel) -> tuple[list[str], list[str]
     """Set the model's parameters and buffers; return the names that were not set, and of those that are not finite.
 
     Collective for a partitioned model; every rank gets the same names. An embedding or a head with more rows than the
-    folder's gets the mean of those for each new one (`model.resize_embeddings`). All that is loaded will be trained.
+    folder's gets the mean of those for each new one (`model.resize_embeddings`). What is loaded is trained as in
+    Transformers, which forgets that a constructor froze it.
     """
     tensors = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers()])
     names: dict[int, list[str]] = {}  # of one tensor, the first as `named_parameters` has it
@@ -111,6 +112,8 @@ def fill(matched: Matched, model: PreTrainedModel) -> tuple[list[str], list[str]
         ours = list(sharding.whole_shape(tensor))
         if shape[1:] == ours[1:] and (shape == ours or (id(tensor) in tables and shape[0] < ours[0])):
             unset.pop(known_as, None)
+            if isinstance(tensor, torch.nn.Parameter):
+                tensor.requires_grad_(matched.skeleton.get_parameter(name).requires_grad)
             if not _set(tensor, values if shape == ours else _with_mean_rows(shape, values)):
                 non_finite.append(known_as)
 
@@ -129,7 +132,6 @@ def _set(tensor: torch.Tensor, values: Values) -> bool:
     if not isinstance(tensor, torch.nn.Parameter):
         tensor.copy_(values(0, tensor.numel()).view(tensor.shape))
         return True
-    tensor.requires_grad_(tensor.is_floating_point())
     part = values(*sharding.own_range(tensor))
     part = part.float() if part.dtype == torch.float64 else part
     sharding.set_own_part(tensor, part)
