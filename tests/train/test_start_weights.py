@@ -10,10 +10,10 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from benchmarks import start_memory
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from benchmarks import start_memory
 from tests.models.small import small_config
 from tests.train.harness import BINS_PER_BATCH, MODELS, SEQ_LEN, Cell, cell_recipe, make_recipe
 from tests.train.test_exports import tied_but_with_a_head
