@@ -96,6 +96,7 @@ def build_session(accelerator: Accelerator, context: Context, hashed: Hashed = n
         log=log,
         gate=UpdateGate(engine, AnomalyWatch(recipe.anomalies)),
         training_flops=training_flops,
+        has_saved_weights=saved is not None,
     )
 
 

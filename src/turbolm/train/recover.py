@@ -88,7 +88,7 @@ def _none_valid(context: Context, passed_over: list[str]) -> UserError:
     run = context.run
     return UserError(
         f"no checkpoint of {run.path} is valid. To start over, move {run.checkpoints} away; nothing was changed. "
-        f"The newest: {passed_over[0]}"
+        f"The newest: {passed_over[0] if passed_over else 'it disappeared while the run started'}"
     )
 
 
@@ -135,7 +135,7 @@ def resume(session: Session, hashed: Hashed) -> None:
     if dist.get_rank() == 0:
         clear_leftovers(run.checkpoints)
     checkpoint, passed_over = restore_newest(session, hashed)
-    if checkpoint is None and passed_over:
+    if checkpoint is None and (passed_over or session.has_saved_weights):
         raise _none_valid(session.context, passed_over)
     if checkpoint is None:
         return

@@ -41,6 +41,7 @@ class Session:
     saved_step: int = -1
     best_eval_loss: float = math.inf
     evaluation: EvaluationResult | None = None  # of the trained model; None if nothing is held out
+    has_saved_weights: bool = False  # the engine was built with those of a checkpoint, which `resume` must find again
     random_restarts: dict[str, Any] | None = None  # which candidate the run continues, and the results of all
 
     @property
