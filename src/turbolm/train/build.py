@@ -154,6 +154,7 @@ def build_engine(
         optimizer.distribute(engine.stepped_partitions(), engine.fragments(), engine.device)
     if saved:
         saved.load(engine)  # the checks below run the model
+        heartbeat.advance()
     _check_isolation(engine, plan, store, attention)
     tokens = np.arange(8)[None]
     probe = model_inputs({"input_ids": tokens, "position_ids": tokens}, attention, engine.device)
