@@ -13,9 +13,9 @@ from turbolm.plan.batch import BatchPlan
 from turbolm.recipe.schema import Execution, Recipe
 from turbolm.shipped import read_shipped, shipped
 
-# Elements of a communication bucket. DeepSpeed holds up to two in memory at the precision of the gradients: 400 MB on
-# a GPU in bf16, 100 MB on a CPU in fp32. Its own default of 5e8 would take 2 GB.
-_BUCKET_ELEMENTS = {"cuda": 100_000_000, "cpu": 25_000_000}
+# Bytes of one message on the wire. DeepSpeed's own default, 5e8 elements, would be 2 GB of gradients in fp32.
+_BUCKET_BYTES = {"cuda": 200_000_000, "cpu": 100_000_000}
+_ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 def resolve_ds_config(recipe: Recipe, batch: BatchPlan, device: str, precision: str) -> dict[str, Any]:
@@ -29,15 +29,15 @@ def resolve_ds_config(recipe: Recipe, batch: BatchPlan, device: str, precision: 
         "gradient_accumulation_steps": batch.gradient_accumulation_steps,
         "train_batch_size": num_sequences,
         "gradient_clipping": recipe.train.max_grad_norm or 0.0,
-        "communication_data_type": precision,
+        "communication_data_type": (reduced_in := reduce_precision(execution, precision)),
     }
     config["bf16"]["enabled"] = precision == "bf16"
     config["fp16"]["enabled"] = precision == "fp16"
     zero = config["zero_optimization"]
     for key in ("reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucket_size"):
         if key in zero:
-            bucket = execution.communication_bucket
-            zero[key] = _BUCKET_ELEMENTS[device] if bucket == "auto" else bucket
+            bucket, sent_in = execution.communication_bucket, reduced_in if key == "reduce_bucket_size" else precision
+            zero[key] = _BUCKET_BYTES[device] // _ELEMENT_BYTES[sent_in] if bucket == "auto" else bucket
     if "overlap_comm" in zero:
         overlap = execution.overlap_communication
         # A CPU has no stream to overlap on, and a single process nothing to reduce: a bucket would only synchronize.
@@ -59,6 +59,23 @@ def resolve_ds_config(recipe: Recipe, batch: BatchPlan, device: str, precision: 
     left = _paths_of_auto(config)
     assert not left, f"unresolved in ds_configs/{base}.json: {', '.join(left)}"
     return config
+
+
+def reduce_precision(execution: Execution, precision: str) -> str:
+    """Return the type in which gradients of `precision` are summed over the processes. Raises UserError.
+
+    qgZ's kernels take half precision only, and reduce their groups in their own format.
+    """
+    asked = execution.reduce_precision
+    if asked == "bf16" and precision == "fp16":
+        raise UserError(
+            "execution.reduce_precision: bf16 would round the fp16 gradients of train.precision; set fp32 or auto"
+        )
+    if precision == "fp32":
+        return "fp32"  # fp32 gradients are never rounded
+    if asked == "auto":
+        return precision if execution.quantized_gradients else "fp32"
+    return asked
 
 
 def untested_note(execution: Execution) -> str | None:

@@ -17,6 +17,7 @@ from turbolm.recipe.optimizers import OPTIMIZERS
 from turbolm.recipe.schema import Execution
 
 _FP32_BYTES, _HALF_BYTES = 4, 2
+_STAGE_1_BUCKET_ELEMENTS = 500_000_000
 
 
 @dataclass(frozen=True)
@@ -65,14 +66,13 @@ def estimate_model_state(
         weights += -(-weight_bytes * num_parameters // execution.hierarchical_partition)
     zero = ds_config["zero_optimization"]
     live = min(num_parameters, zero.get("stage3_max_live_parameters", 0))
-    bucket_elements = sum(zero.get(key) or 0 for key in ("reduce_bucket_size", "stage3_prefetch_bucket_size"))
     return ModelState(
         weights=weights,
         gradients=gradients,
         master=master,
         optimizer=optimizer,
         gathered=weight_bytes * live if stage == 3 and world_size > 1 else 0,
-        buckets=weight_bytes * min(bucket_elements, num_parameters) * (2 if zero.get("overlap_comm") else 1),
+        buckets=_bucket_bytes(ds_config, execution, num_parameters, weight_bytes),
         host_bytes=host_bytes,
     )
 
@@ -86,3 +86,26 @@ def _gradient_bytes(stage: int, num_parameters: int, share: int, precision: str)
     if stage > 1:
         return _FP32_BYTES * share
     return num_parameters * (_FP32_BYTES if precision == "fp32" else _FP32_BYTES + _HALF_BYTES)
+
+
+def _bucket_bytes(ds_config: Mapping[str, Any], execution: Execution, num_parameters: int, weight_bytes: int) -> int:
+    """Return the bytes of communication buffers at the largest moment of a reduction, as DeepSpeed 0.19.8 makes them.
+
+    Stage 1 in bf16 flattens its fp32 gradients 5e8 elements at a time (MEMORY_OPT_ALLREDUCE_SIZE). Elsewhere gradients
+    are gathered in a buffer in the weights' precision, two of them with overlap at stages 1 and 2. A reduction at
+    stages 1 and 2 flattens a bucket once more and converts it to the type that is sent; stage 3 converts and flattens.
+    """
+    zero, stage = ds_config["zero_optimization"], execution.zero_stage
+    if stage == 0:
+        return 0
+    sent_bytes = _FP32_BYTES if ds_config["communication_data_type"] == "fp32" else _HALF_BYTES
+    converted = sent_bytes if sent_bytes != weight_bytes else 0
+    if stage == 1 and ds_config["bf16"]["enabled"] and not execution.offload_optimizer:
+        converted = _HALF_BYTES if sent_bytes == _HALF_BYTES else 0
+        return min(_STAGE_1_BUCKET_ELEMENTS, num_parameters) * (_FP32_BYTES + converted)
+    reduced = min(zero["reduce_bucket_size"], num_parameters)
+    if stage == 3:
+        prefetched = min(zero["stage3_prefetch_bucket_size"], num_parameters)
+        return reduced * (weight_bytes + converted + sent_bytes) + prefetched * weight_bytes
+    buffers = 2 if zero["overlap_comm"] else 1
+    return reduced * ((buffers + 1) * weight_bytes + converted)

@@ -56,7 +56,8 @@ def _cluster(summary: Summary) -> Iterator[str]:
     yield f"{summary.recipe.name}: {summary.recipe_file}"
     yield (
         f"{cluster.num_nodes} node{'s' * (cluster.num_nodes > 1)} x {plan.processes_per_node} processes = "
-        f"{plan.world_size} on {kind} ({where}), {plan.precision}, ZeRO-{summary.recipe.execution.zero_stage}"
+        f"{plan.world_size} on {kind} ({where}), {plan.precision}, ZeRO-{summary.recipe.execution.zero_stage}, "
+        f"gradients reduced in {plan.ds_config['communication_data_type']}"
     )
 
 

@@ -260,6 +260,18 @@ def _stage_3_only(values: Values) -> Iterator[tuple[str, str]]:
 
 
 def _communication(values: Values) -> Iterator[tuple[str, str]]:
+    reduced_in, precision = values["execution.reduce_precision"], values["train.precision"]
+    if reduced_in == "bf16" and precision in ("fp32", "fp16"):
+        yield (
+            "execution.reduce_precision",
+            f"bf16 would round the {precision} gradients of train.precision {precision}; set reduce_precision: auto",
+        )
+    elif reduced_in == "fp32" and values["execution.quantized_gradients"]:
+        yield (
+            "execution.reduce_precision",
+            "fp32 does not work with execution.quantized_gradients, whose kernels take half precision; set "
+            "reduce_precision: auto",
+        )
     if values["execution.zero_stage"] != 0:
         return
     for name in ("overlap_communication", "communication_bucket"):

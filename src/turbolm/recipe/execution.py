@@ -198,8 +198,15 @@ class Execution(Section):
         "auto",
         description="reduce gradients during the backward pass (zero_stage 1 to 3); auto: on several GPUs",
     )
+    reduce_precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto",
+        description="what bf16 and fp16 gradients are summed in over the processes (zero_stage 1 to 3); auto: fp32, but "
+        "as they are with quantized_gradients; bf16: half the traffic, rounded at every addition; fp32 gradients "
+        "always in fp32",
+    )
     communication_bucket: Positive | Literal["auto"] = Field(
-        "auto", description="elements sent at once (zero_stage 1 to 3); auto: 100M on a GPU, 25M on a CPU"
+        "auto",
+        description="elements sent at once (zero_stage 1 to 3); auto: as many as make 200 MB on a GPU, 100 MB on a CPU",
     )
     loss: Literal["auto", "full", "chunked", "liger"] = Field(
         "auto",
