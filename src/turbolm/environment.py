@@ -42,6 +42,16 @@ def children_environment(environment: Mapping[str, str]) -> tuple[dict[str, str]
     return {name: value for name, value in environment.items() if name not in dropped}, sorted(dropped)
 
 
+def use_expandable_segments(environment: MutableMapping[str, str]) -> None:
+    """Let torch's CUDA allocator grow its segments, so that lengths that change do not fragment the memory.
+
+    Before torch is imported: it reads this once. What the user has set, by either name, stays. Where the platform lacks
+    it (WSL), torch warns and does without.
+    """
+    if "PYTORCH_CUDA_ALLOC_CONF" not in environment:
+        environment.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
+
 def sbatch_environment(environment: Mapping[str, str], directives: Collection[str]) -> tuple[dict[str, str], list[str]]:
     """The environment that sbatch and the job get, as on a login node, and the names that were dropped.
 

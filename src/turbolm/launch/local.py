@@ -14,7 +14,7 @@ from pathlib import Path
 
 import yaml
 
-from turbolm.environment import children_environment, tell_dropped
+from turbolm.environment import children_environment, tell_dropped, use_expandable_segments
 from turbolm.errors import EXIT_FAILED, EXIT_REQUEUE, EXIT_STOPPED
 from turbolm.launch.job import newest_step
 from turbolm.launch.network import free_port
@@ -101,6 +101,8 @@ def process_environment(plan: Plan) -> dict[str, str]:
     inherited, dropped = children_environment(os.environ)
     tell_dropped(dropped)
     scripts = str(Path(sys.executable).parent)
+    if plan.device == "cuda":
+        use_expandable_segments(inherited)
     keep = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
     return {
         **(keep if plan.device == "cpu" else {}),

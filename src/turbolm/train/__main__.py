@@ -10,6 +10,7 @@ import traceback
 from typing import TextIO
 
 from turbolm.engine.versions import check_versions
+from turbolm.environment import use_expandable_segments
 from turbolm.errors import RunError, UserError
 from turbolm.recipe.load import load_recipe
 from turbolm.redaction import redact
@@ -30,6 +31,7 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     arguments = parser.parse_args()
     terminal = os.fdopen(os.dup(2), "w", errors="replace")
+    use_expandable_segments(os.environ)  # torch is not imported yet
     if LAUNCHER in os.environ:
         end_with_launcher(int(os.environ[LAUNCHER]))
     run = None

@@ -15,11 +15,13 @@ from turbolm.plan.batch import IGNORED_TARGET
 from turbolm.plan.rates import step_rates
 from turbolm.reliability import heartbeat
 from turbolm.train.evaluation import EvaluationResult, evaluate
+from turbolm.train.garbage import collect_when_due, manual_collection
 from turbolm.train.recover import settle_anomaly
 from turbolm.train.session import Session, check_replicas_when_due, save
 from turbolm.train.step import StepResult, train_step
 
 
+@manual_collection()
 def train(session: Session) -> bool:
     """Train to the end of the budget and evaluate; return False if the run was asked to stop (everything is saved)."""
     plan, recipe, num_steps = session.plan, session.plan.recipe, session.plan.num_steps
@@ -33,6 +35,7 @@ def train(session: Session) -> bool:
         if settle_anomaly(session, batch, result.anomaly) == "rollback":
             continue
         check_replicas_when_due(session)
+        collect_when_due(session.step)
         is_last = session.step == num_steps
         if session.step % recipe.logging.every_steps == 0 or is_last:
             session.log.flush(show=True)
