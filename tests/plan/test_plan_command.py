@@ -218,6 +218,31 @@ def test_model_state_as_in_the_zero_paper() -> None:
     assert state(3).device_bytes == pytest.approx(1.9e9 + 2 * PSI / N, rel=0.02)
 
 
+@pytest.mark.parametrize(
+    ("stage", "reduced_in", "offloads", "expected"),
+    [
+        (1, "fp32", False, 500_000_000 * 4),  # flattened as they are accumulated, whatever the bucket
+        (1, "bf16", False, 500_000_000 * (4 + 2)),  # and converted
+        (1, "fp32", True, 50_000_000 * (2 * 2 + 2 + 4)),  # two buffers in bf16, flattened once more, converted
+        (2, "fp32", False, 50_000_000 * (2 * 2 + 2 + 4)),
+        (2, "bf16", False, 100_000_000 * (2 * 2 + 2)),
+        (3, "fp32", False, 50_000_000 * (2 + 4 + 4) + 100_000_000 * 2),  # buffer, converted, flattened; prefetched
+        (3, "bf16", False, 100_000_000 * (2 + 2) + 100_000_000 * 2),
+    ],
+)
+def test_buckets_are_counted_as_deepspeed_holds_them(
+    stage: int, reduced_in: str, offloads: bool, expected: int
+) -> None:
+    path = str(REPOSITORY / LLAMA_8B)
+    recipe = load_recipe(path, [f"execution.zero_stage={stage}", f"execution.reduce_precision={reduced_in}"])
+    recipe = recipe.model_copy(
+        update={"execution": recipe.execution.model_copy(update={"offload_optimizer": offloads})}
+    )
+    config = resolve_ds_config(recipe, plan_batch(recipe, N), "cuda", "bf16")
+    assert config["communication_data_type"] == reduced_in
+    assert estimate_model_state(recipe.execution, config, int(PSI), N, "bf16").buckets == expected
+
+
 def test_model_state_of_fp32() -> None:
     assert state(0, "fp32").device_bytes == 16 * PSI
     assert state(3, "fp32").device_bytes == pytest.approx(16 * PSI / N)

@@ -38,13 +38,18 @@ def test_cycles_live_until_the_step_of_a_collection() -> None:
     assert collected == ["start", "stop"] * 2
 
 
+@manual_collection()
+def _fail_inside() -> None:
+    assert not gc.isenabled() and gc.get_freeze_count() > 0
+    raise ZeroDivisionError
+
+
 @pytest.mark.parametrize("is_enabled", [True, False])
 def test_python_collects_again_afterwards_also_after_an_error(is_enabled: bool) -> None:
     try:
         (gc.enable if is_enabled else gc.disable)()
-        with pytest.raises(ZeroDivisionError), manual_collection():
-            assert not gc.isenabled() and gc.get_freeze_count() > 0
-            raise ZeroDivisionError
+        with pytest.raises(ZeroDivisionError):
+            _fail_inside()
         assert gc.isenabled() == is_enabled
         assert gc.get_freeze_count() == 0
     finally:

@@ -154,6 +154,12 @@ def _plan_here(recipe: Recipe, place: Place, mine: dict[str, Any]) -> Plan:
     try:
         check_machine(recipe, machine)
         plan = build_plan(recipe, machine)
+        if machine.num_cpus < plan.processes_per_node:
+            print(
+                f"turbolm: {place.host}: {plan.processes_per_node} processes share {machine.num_cpus} CPUs; set "
+                "cluster.slurm.cpus_per_task",
+                file=sys.stderr,
+            )
     except UserError as error:
         raise UserError(f"{place.host}: {error}") from None
     mine |= {"device": plan.device, "processes": plan.processes_per_node, "precision": plan.precision}

@@ -21,6 +21,7 @@ from turbolm.errors import UserError
 from turbolm.files import write_json
 from turbolm.plan.batch import plan_batch
 from turbolm.plan.count import check_model
+from turbolm.plan.machine import cpu_request_note
 from turbolm.recipe.execution import Slurm
 from turbolm.recipe.load import dump_recipe, load_recipe
 from turbolm.recipe.paths import make_folder
@@ -65,7 +66,7 @@ def write_submission(recipe_file: str | Path, overrides: Sequence[str] = (), *, 
             f"{recipe_file} says nothing about Slurm; add a `slurm` mapping below `cluster`, if only `{{}}`"
         )
     _check_batch(recipe)
-    for note in check_model(recipe, recipe_file):
+    for note in filter(None, (*check_model(recipe, recipe_file), cpu_request_note(recipe))):
         print(f"turbolm: {note}", file=sys.stderr)
     recipes = _recipes_of_seeds(recipe, recipe.cluster.slurm.seeds)
     if fresh:

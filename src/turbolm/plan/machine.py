@@ -23,6 +23,7 @@ Precision = str  # "fp32", "bf16" or "fp16"
 
 _NVIDIA_SMI_TIMEOUT_SEC = 30  # the first call on an idle machine loads the driver
 _FP16_CAPABILITY = (7, 0)  # DeepSpeed refuses fp16 below Volta
+_CPUS_PER_PROCESS = 8  # of a common GPU node; a rank, its prefetch and checkpoint threads, and NCCL's need about 4
 _BF16_CPU_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # x86, x86, aarch64
 
 
@@ -69,6 +70,21 @@ def described_machine(recipe: Recipe) -> Machine | None:
         num_cpus=asked or cluster.gpus_per_node,
         cpu_has_bf16=False,
         memory_bytes=0,
+    )
+
+
+def cpu_request_note(recipe: Recipe) -> str | None:
+    """Return the warning about a Slurm job whose ranks would share one core, or None."""
+    cluster, slurm = recipe.cluster, recipe.cluster.slurm
+    on_gpus = cluster.gpus_per_node if cluster.device != "cpu" else None
+    num_processes = on_gpus if cluster.processes_per_node == "auto" else cluster.processes_per_node
+    if slurm is None or slurm.exclusive or not num_processes or (slurm.cpus_per_task or 1) >= num_processes:
+        return None
+    asked = f"is {slurm.cpus_per_task}" if slurm.cpus_per_task else "is not set, and Slurm then gives a task one CPU"
+    return (
+        f"cluster.slurm.cpus_per_task {asked} (unless the cluster says otherwise, as with DefCpuPerGPU): the "
+        f"{num_processes} processes of a node would share it; set it to what the node has for them, such as "
+        f"{_CPUS_PER_PROCESS * num_processes}, or cluster.slurm.exclusive: true"
     )
 
 

@@ -98,14 +98,14 @@ def _bucket_bytes(ds_config: Mapping[str, Any], execution: Execution, num_parame
     zero, stage = ds_config["zero_optimization"], execution.zero_stage
     if stage == 0:
         return 0
-    sent_bytes = _FP32_BYTES if ds_config["communication_data_type"] == "fp32" else _HALF_BYTES
+    sent_bytes = _FP32_BYTES if ds_config.get("communication_data_type") == "fp32" else _HALF_BYTES
     converted = sent_bytes if sent_bytes != weight_bytes else 0
-    if stage == 1 and ds_config["bf16"]["enabled"] and not execution.offload_optimizer:
+    if stage == 1 and ds_config.get("bf16", {}).get("enabled") and not execution.offload_optimizer:
         converted = _HALF_BYTES if sent_bytes == _HALF_BYTES else 0
         return min(_STAGE_1_BUCKET_ELEMENTS, num_parameters) * (_FP32_BYTES + converted)
-    reduced = min(zero["reduce_bucket_size"], num_parameters)
+    reduced = min(zero.get("reduce_bucket_size", 0), num_parameters)
     if stage == 3:
-        prefetched = min(zero["stage3_prefetch_bucket_size"], num_parameters)
+        prefetched = min(zero.get("stage3_prefetch_bucket_size", 0), num_parameters)
         return reduced * (weight_bytes + converted + sent_bytes) + prefetched * weight_bytes
-    buffers = 2 if zero["overlap_comm"] else 1
+    buffers = 2 if zero.get("overlap_comm") else 1
     return reduced * ((buffers + 1) * weight_bytes + converted)

@@ -13,7 +13,7 @@ from turbolm.plan.batch import BatchPlan
 from turbolm.plan.count import ModelFacts, ModelSize, examine_model
 from turbolm.plan.deepspeed import untested_note
 from turbolm.plan.flops import training_flops_per_token
-from turbolm.plan.machine import Machine, described_machine, detect_machine, missing_package
+from turbolm.plan.machine import Machine, cpu_request_note, described_machine, detect_machine, missing_package
 from turbolm.plan.memory import ModelState, estimate_model_state
 from turbolm.plan.plan import Plan, build_plan
 from turbolm.plan.preview import SourceUse, StoreSize, constant_span, mean_span, run_out_notes, source_uses
@@ -188,7 +188,7 @@ def collect_summary(
     if problems or plan is None:
         raise UserError("\n".join(f"{recipe_file}: {line}" for problem in problems for line in problem.splitlines()))
     uses = source_uses(recipe, plan.curriculum, store)
-    said = (missing_package(recipe), untested_note(recipe.execution))
+    said = (missing_package(recipe), untested_note(recipe.execution), cpu_request_note(recipe))
     notes = [*facts.assumed, *facts.notes, *(note for note in said if note), *_hang_notes(recipe.execution)]
     return Summary(
         recipe_file=recipe_file,

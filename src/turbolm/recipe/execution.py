@@ -99,7 +99,9 @@ class Slurm(Section):
         None, description="memory of each node, such as 64G; a bare number is in MB; 0: all of it"
     )
     cpus_per_task: Annotated[int, Field(ge=1)] | None = Field(
-        None, description="CPUs of each node: there is one task a node"
+        None,
+        description="CPUs of each node: there is one task a node. Without it Slurm gives one CPU, unless the cluster "
+        "says otherwise or the job is exclusive",
     )
     gpu_request: Literal["gres", "gpus_per_node"] = Field(
         "gres", description="how cluster.gpus_per_node is asked for: --gres=gpu:N or --gpus-per-node=N"
@@ -200,8 +202,8 @@ class Execution(Section):
     )
     reduce_precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto",
-        description="what bf16 and fp16 gradients are summed in over the processes (zero_stage 1 to 3); auto: fp32, but "
-        "as they are with quantized_gradients; bf16: half the traffic, rounded at every addition; fp32 gradients "
+        description="what bf16 and fp16 gradients are summed in over the processes (zero_stage 1 to 3); auto: fp32, "
+        "but as they are with quantized_gradients; bf16: half the traffic, rounded at every addition; fp32 gradients "
         "always in fp32",
     )
     communication_bucket: Positive | Literal["auto"] = Field(

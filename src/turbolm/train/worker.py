@@ -22,6 +22,7 @@ from turbolm.files import read_json
 from turbolm.hub import pretrained_folder
 from turbolm.models.count import examine
 from turbolm.models.initialise import count_parameters
+from turbolm.plan.affinity import bind_to_gpu
 from turbolm.plan.count import check_model
 from turbolm.plan.deepspeed import untested_note
 from turbolm.plan.machine import check_machine, detect_machine
@@ -78,6 +79,9 @@ def _run_locked(recipe: Recipe, attempt: int | None, lock: RunLock, stop: StopRe
     recipe, pinned = as_started(recipe)
     recipe = with_commits(recipe)
     plan = build_plan(recipe, machine, int(os.environ.get("WORLD_SIZE", "1")))
+    if plan.device == "cuda":
+        here = os.environ.get("LOCAL_WORLD_SIZE", str(plan.processes_per_node))
+        bind_to_gpu(int(os.environ.get("LOCAL_RANK", "0")), int(here))
     torch.set_num_threads(plan.threads_per_process)
     store, run = _open_prepared_store(recipe), run_directory(recipe)
     stop.listen()
