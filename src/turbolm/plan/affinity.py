@@ -74,7 +74,7 @@ def _overlap(near: Sequence[CpuSet]) -> bool:
 
 def _cores(root: Path) -> dict[int, int]:
     """The first thread of each CPU's core."""
-    cores = {}
+    cores: dict[int, int] = {}
     for path in (root / "sys/devices/system/cpu").glob("cpu[0-9]*/topology/thread_siblings_list"):
         cores |= dict.fromkeys(siblings := parse_cpus(_read(path)), min(siblings, default=0))
     return cores
