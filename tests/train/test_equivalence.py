@@ -150,3 +150,20 @@ def test_every_strategy_and_schedule(tmp_path: Path) -> None:
         np.testing.assert_allclose(trained[cell.name], expected, rtol=1e-5, err_msg=cell.name)
     # The ramp: 2, 3.5 and 5 sequences, rounded to an even number.
     assert {(8, 20), (16, 10), (32, 5), (32, 2), (32, 4)} <= shapes
+
+
+@pytest.mark.slow
+def test_bf16_follows_plain_pytorch_with_either_reduction(tmp_path: Path) -> None:
+    cells = [
+        Cell(name=f"zero{stage}-{reduced_in}", zero_stage=stage, precision="bf16", micro_batch_bins=1,
+             execution={"reduce_precision": reduced_in})
+        for stage in (1, 2, 3)
+        for reduced_in in ("fp32", "bf16")
+    ]  # fmt: skip
+    trained = run_cells(tmp_path, 2, cells)
+    recipe = cell_recipe(tmp_path, Cell(name="reference"))
+    expected = np.array(train_reference(recipe, open_store(prepare(recipe)), learning_rates()))
+    for name, values in trained.items():
+        np.testing.assert_allclose(np.array(values)[:, 0], expected[:, 0], rtol=2e-3, err_msg=name)
+        np.testing.assert_allclose(np.array(values)[:, 1], expected[:, 1], rtol=3e-2, err_msg=name)
+    assert trained["zero2-fp32"] != trained["zero2-bf16"]
