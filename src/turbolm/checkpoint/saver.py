@@ -65,11 +65,11 @@ class CheckpointSaver:
             return
         self._is_prepared = True
         try:
-            num_bytes = take_snapshot(self.engine, 0, {}).num_bytes
+            sizes = take_snapshot(self.engine, 0, {}).sizes
         except RuntimeError as error:
             raise RunError(str(error)) from error
         if self.asynchronous and self._thread is None:
-            self._thread = threading.Thread(target=self._reserve, args=(num_bytes,), daemon=True)
+            self._thread = threading.Thread(target=self._reserve, args=(sizes,), daemon=True)
             self._thread.start()
 
     def save(self, step: int, trainer_state: Mapping[str, Any], eval_loss: float | None = None) -> None:
@@ -117,9 +117,9 @@ class CheckpointSaver:
         if self.failure is not None:
             raise RunError(self.failure)
 
-    def _reserve(self, num_bytes: int) -> None:
+    def _reserve(self, sizes: list[int]) -> None:
         use_device(self.engine.device)
-        self._copy.reserve(num_bytes)
+        self._copy.reserve(sizes)
 
     def _copy_and_write(self, step: int, snapshot: Snapshot | None, about: dict[str, Any], failure: str | None) -> None:
         start = time.perf_counter()

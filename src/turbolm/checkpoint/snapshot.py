@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +15,8 @@ from turbolm.checkpoint.optimizer_state import group_numbers, layouts, parameter
 from turbolm.engine.engine import Engine
 
 _ALIGNMENT_BYTES = 64
+_BLOCK_BYTES = 2**30
+_SMALL_BLOCK_BYTES = 2**26
 
 
 @dataclass
@@ -31,9 +33,14 @@ class Snapshot:
     device: torch.device  # of the engine; whichever thread reads the tensors makes it current
 
     @property
+    def sizes(self) -> list[int]:
+        """Bytes of each tensor, padded as in a `HostCopy`."""
+        return [_padded_bytes(tensor) for group in (self.tensors, self.buffers) for tensor in group.values()]
+
+    @property
     def num_bytes(self) -> int:
-        """Bytes of all tensors, each padded as in a `HostCopy`."""
-        return sum(_padded_bytes(tensor) for group in (self.tensors, self.buffers) for tensor in group.values())
+        """Bytes of all tensors."""
+        return sum(self.sizes)
 
 
 def take_snapshot(engine: Engine, step: int, trainer_state: Mapping[str, Any]) -> Snapshot:
@@ -104,19 +111,23 @@ def use_device(device: torch.device) -> None:
 class HostCopy:
     """Host memory that snapshots are copied to, reused from one to the next because fresh memory is slow.
 
-    The training thread calls `follow`, a background thread the rest.
+    On a machine with GPUs it is pinned, in blocks (`pack_blocks`). The training thread calls `follow`, a background
+    thread the rest.
     """
 
     def __init__(self) -> None:
-        self._memory = torch.empty(0, dtype=torch.uint8)
+        self._blocks: list[torch.Tensor] = []
         self._stream: torch.cuda.Stream | None = None  # the device copies on it beside the training's
 
-    def reserve(self, num_bytes: int) -> None:
-        """Allocate and touch this much memory, so that `fill` finds it ready."""
-        if len(self._memory) < num_bytes:
-            self._memory = torch.empty(0, dtype=torch.uint8)  # free it first
-            self._memory = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
-            self._memory.fill_(0)
+    def reserve(self, sizes: Sequence[int]) -> list[torch.Tensor]:
+        """Allocate and touch memory for tensors of these bytes, so that `fill` finds it ready; return each one's."""
+        pinned = torch.cuda.is_available()
+        blocks, places = pack_blocks(sizes)
+        wanted = [_power_of_two(used) if pinned else used for used in blocks]
+        if [len(block) for block in self._blocks] != wanted:
+            self._blocks = []  # free them first
+            self._blocks = [torch.empty(size, dtype=torch.uint8, pin_memory=pinned).fill_(0) for size in wanted]
+        return [self._blocks[block][start : start + size] for size, (block, start) in zip(sizes, places, strict=True)]
 
     def follow(self) -> None:
         """Make `fill` copy the state as it is once the device has finished all work queued so far."""
@@ -127,20 +138,46 @@ class HostCopy:
     @torch.no_grad()
     def fill(self, snapshot: Snapshot) -> Snapshot:
         """The same snapshot with its tensors copied; valid until the next call. They must not change meanwhile."""
-        groups = (snapshot.tensors, snapshot.buffers)
-        self.reserve(snapshot.num_bytes)
+        memory = iter(self.reserve(snapshot.sizes))
         copies: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]] = ({}, {})
-        start = 0
         with torch.cuda.stream(self._stream) if self._stream else nullcontext():
-            for group, copied in zip(groups, copies, strict=True):
+            for group, copied in zip((snapshot.tensors, snapshot.buffers), copies, strict=True):
                 for name, tensor in group.items():
-                    size = tensor.numel() * tensor.element_size()
-                    copied[name] = self._memory[start : start + size].view(tensor.dtype).view(tensor.shape)
+                    own = next(memory)[: tensor.numel() * tensor.element_size()]
+                    copied[name] = own.view(tensor.dtype).view(tensor.shape)
                     copied[name].copy_(tensor, non_blocking=True)
-                    start += _padded_bytes(tensor)
         if self._stream:
             self._stream.synchronize()
         return Snapshot(**{**vars(snapshot), "tensors": copies[0], "buffers": copies[1]})
+
+
+def pack_blocks(sizes: Sequence[int]) -> tuple[list[int], list[tuple[int, int]]]:
+    """Pack tensors, whole, into blocks of about 1 GiB; return the bytes used of each block, and each tensor's place.
+
+    torch's allocator rounds pinned memory up to a power of two, so one block of 11.2 GiB would take 16. Largest first,
+    a tensor goes into the first block with room, else into a new one: of 1 GiB, or the power of two that holds a larger
+    tensor, or less where the remaining tensors would not fill it. A place is (block, first byte).
+    """
+    capacities: list[int] = []
+    used: list[int] = []
+    places = [(0, 0)] * len(sizes)
+    left = sum(sizes)
+    for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
+        size = sizes[index]
+        block = next((block for block, start in enumerate(used) if start + size <= capacities[block]), len(used))
+        if block == len(used):
+            last = max(_SMALL_BLOCK_BYTES, 2 ** (left.bit_length() - 1))
+            capacities.append(max(_power_of_two(size), min(_BLOCK_BYTES, last)))
+            used.append(0)
+        places[index] = (block, used[block])
+        used[block] += size
+        left -= size
+    return used, places
+
+
+def _power_of_two(num_bytes: int) -> int:
+    """The smallest power of two that is not below `num_bytes`."""
+    return 2 ** (num_bytes - 1).bit_length() if num_bytes else 0
 
 
 def _persistent_buffers(module: torch.nn.Module) -> dict[str, torch.Tensor]:
