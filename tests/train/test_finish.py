@@ -7,6 +7,7 @@ import json
 import os
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -18,7 +19,8 @@ from tests.world import run_world
 from turbolm.data.prepare.build import prepare
 from turbolm.data.prepare.tokenizer import load_tokenizer, save_tokenizer
 from turbolm.recipe.schema import Recipe
-from turbolm.train.run_directory import run_directory
+from turbolm.train.finish import add_products
+from turbolm.train.run_directory import RunDirectory, run_directory
 
 
 def fail(*_: Any, **__: Any) -> Any:
@@ -131,3 +133,24 @@ def test_bits_per_byte_are_left_out_where_text_is_lost(runs: dict[str, Any]) -> 
     shown = [text for text in texts if "bits per byte" in text or "bits_per_byte" in text]
     assert len(shown) == 1 and shown[0].endswith("bits per byte is not reported")
     assert "<dt>bits per byte" not in (run / "report.html").read_text()
+
+
+def test_a_large_model_is_not_sampled_on_the_cpu_while_all_nodes_wait(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints/step-00000001").mkdir(parents=True)
+    logging, train = SimpleNamespace(sample_tokens=8), SimpleNamespace(seed=0)
+    recipe = SimpleNamespace(logging=logging, train=train)
+    context: Any = SimpleNamespace(
+        run=RunDirectory(tmp_path), recipe=recipe, store=None, plan=SimpleNamespace(precision="bf16")
+    )
+    sampled: dict[int, Any] = {}
+    lines: list[str] = []
+    with (
+        patch("turbolm.train.finish.export_checkpoint", lambda *_, **__: tmp_path / "export"),
+        patch("turbolm.train.finish.generate_sample", lambda *_, **__: "text"),
+        patch("turbolm.train.finish.model_card", lambda *_: "card"),
+        patch("turbolm.train.finish.write_report", lambda *_: tmp_path / "report.html"),
+    ):
+        for size in (10**9, 8 * 10**9):
+            sampled[size] = add_products(context, {"parameters": size}, lines.append).get("sample")
+    assert sampled == {10**9: "text", 8 * 10**9: None}
+    assert lines == ["no sample: the CPU would take long for more than 3B parameters"]

@@ -27,6 +27,7 @@ from turbolm.units import format_count
 T = TypeVar("T")
 Say = Callable[[str], None]
 _MAX_REASON = 300  # characters of an error's message
+_MAX_SAMPLED_PARAMETERS = 3 * 10**9  # the first node's CPU draws the sample, while all nodes are held
 _MAX_EXPONENT = 700.0  # math.exp raises beyond 709
 
 _CARD = """---
@@ -110,7 +111,9 @@ def add_products(context: Context, results: dict[str, Any], say: Say) -> dict[st
     if export is not None:
         add("export", str(export))
     num_tokens, seed = recipe.logging.sample_tokens, recipe.train.seed
-    if export is not None and num_tokens:
+    if export is not None and num_tokens and results["parameters"] > _MAX_SAMPLED_PARAMETERS:
+        say(f"no sample: the CPU would take long for more than {format_count(_MAX_SAMPLED_PARAMETERS)} parameters")
+    elif export is not None and num_tokens:
         sample = _attempt("the sample", lambda: generate_sample(export, num_tokens, seed=seed), say)
         if sample:
             add("sample", sample)
