@@ -46,7 +46,7 @@ def use_expandable_segments(environment: MutableMapping[str, str]) -> None:
     """Let torch's CUDA allocator grow its segments, so that lengths that change do not fragment the memory.
 
     Before torch is imported: it reads this once. What the user has set, by either name, stays. Where the platform lacks
-    it (WSL), torch warns and does without.
+    it, torch warns and does without.
     """
     if "PYTORCH_CUDA_ALLOC_CONF" not in environment:
         environment.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
