@@ -87,6 +87,14 @@ def drop_accelerate_settings(environment: MutableMapping[str, str] = os.environ)
         del environment[name]
 
 
+def cpu_environment() -> dict[str, str]:
+    """What keeps a run on the CPU off the GPUs of its machine; it must be set before torch and DeepSpeed are imported.
+
+    Without it Accelerate takes the GPU, every rank leaves a CUDA context there, and DeepSpeed plans for CUDA.
+    """
+    return {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "ACCELERATE_TORCH_DEVICE": "cpu"}
+
+
 def tell_dropped(names: Collection[str]) -> None:
     """One line on standard error that names the variables; nothing where there are none."""
     if names:

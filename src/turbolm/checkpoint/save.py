@@ -12,8 +12,9 @@ import torch
 from turbolm.checkpoint import manifest
 from turbolm.checkpoint.agreement import Agree, in_step, told_of
 from turbolm.checkpoint.retention import Retention, remove_old
-from turbolm.checkpoint.snapshot import Snapshot, use_device
+from turbolm.checkpoint.snapshot import Snapshot
 from turbolm.checkpoint.tensor_file import write_tensors
+from turbolm.engine.device import use_device
 from turbolm.files import write_json
 
 _PART_BYTES = 512 * 2**20  # of a safetensors file, so that several threads write and hash; a larger tensor stays whole

@@ -21,7 +21,8 @@ import torch.distributed as dist
 from turbolm.checkpoint.agreement import gather_over
 from turbolm.checkpoint.retention import Retention
 from turbolm.checkpoint.save import write_checkpoint
-from turbolm.checkpoint.snapshot import HostCopy, Snapshot, take_snapshot, use_device
+from turbolm.checkpoint.snapshot import HostCopy, Snapshot, take_snapshot
+from turbolm.engine.device import use_device
 from turbolm.engine.engine import Engine
 from turbolm.errors import RunError
 from turbolm.reliability import heartbeat

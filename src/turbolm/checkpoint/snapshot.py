@@ -98,16 +98,6 @@ def take_snapshot(engine: Engine, step: int, trainer_state: Mapping[str, Any]) -
     )
 
 
-def use_device(device: torch.device) -> None:
-    """Make `device` current for the calling thread; call it before the thread touches a GPU.
-
-    Every thread starts on GPU 0, and pinned memory or a stream would leave a context there, about 0.5 GiB for each
-    rank of the host.
-    """
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-
-
 class HostCopy:
     """Host memory that snapshots are copied to, reused from one to the next because fresh memory is slow.
 

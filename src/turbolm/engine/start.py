@@ -11,12 +11,14 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
+from deepspeed.accelerator import get_accelerator
 from torch.distributed import distributed_c10d as c10d
 from transformers import PreTrainedModel
 
 from turbolm.engine.engine import Engine
 from turbolm.engine.sharding import is_sharded
 from turbolm.environment import drop_accelerate_settings
+from turbolm.errors import UserError
 
 _ACCELERATE_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
@@ -30,12 +32,19 @@ def build_accelerator(ds_config: dict[str, Any], *, device: str, precision: str,
         os.environ.setdefault(name, value)
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "0" if os.environ["WORLD_SIZE"] == "1" else "29500")
-    os.environ.setdefault("DS_ACCELERATOR", device)
+    chosen = get_accelerator().device_name()  # when DeepSpeed was imported
+    if chosen != device:
+        raise UserError(
+            f"cluster.device: DeepSpeed was imported for {chosen}, and this run is on {device}; "
+            f"set DS_ACCELERATOR={device} in the environment before Python starts"
+        )
     backend = "gloo" if device == "cpu" else "nccl"
     # A C++ extension for inference that DeepSpeed would compile (40 s) at the first start on a CPU.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     drop_accelerate_settings()
     # The recipe overrides what the launcher or an accelerate YAML says about precision and DeepSpeed.
+    if device == "cpu":
+        os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
     os.environ["ACCELERATE_MIXED_PRECISION"] = _ACCELERATE_PRECISION[precision]
     # DeepSpeed and Accelerate create more groups without a timeout; torch's default of 30 minutes would apply to them.
     timeout = timedelta(seconds=timeout_sec)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import yaml
 
-from turbolm.environment import children_environment, tell_dropped, use_expandable_segments
+from turbolm.environment import children_environment, cpu_environment, tell_dropped, use_expandable_segments
 from turbolm.errors import EXIT_FAILED, EXIT_REQUEUE, EXIT_STOPPED
 from turbolm.launch.job import newest_step
 from turbolm.launch.network import free_port
@@ -51,7 +51,7 @@ def launch(plan: Plan, run: RunDirectory, attempt: int, recipe_file: str, overri
     """
     RunLock(run.path).wait_until_free()
     folder = run.attempt(attempt)
-    arguments = ["--recipe", recipe_file, "--attempt", str(attempt), *overrides]
+    arguments = ["--recipe", recipe_file, "--attempt", str(attempt), *overrides, precision_of(plan)]
     command = launch_command(folder / "accelerate.yaml", accelerate_config(plan), free_port(), arguments)
     process = start_ranks(command, process_environment(plan), folder / "launcher.log")
     cut_short = wait_for_ranks(process, Ranks(run, attempt, range(plan.world_size), plan.recipe.execution))
@@ -62,6 +62,11 @@ def launch(plan: Plan, run: RunDirectory, attempt: int, recipe_file: str, overri
     if outcome.message and outcome.status not in (FINISHED, COMPLETE):  # of those the ranks have told
         print(f"turbolm: {outcome.message}", file=sys.stderr)
     return outcome.exit_code
+
+
+def precision_of(plan: Plan) -> str:
+    """The override that gives every rank the launcher's precision: `auto` asks nvidia-smi, which may time out in one."""
+    return f"train.precision={plan.precision}"
 
 
 def accelerate_config(plan: Plan, num_nodes: int = 1, node: int = 0) -> dict[str, object]:
@@ -110,6 +115,7 @@ def process_environment(plan: Plan) -> dict[str, str]:
         "OMP_NUM_THREADS": str(plan.threads_per_process),
         "TOKENIZERS_PARALLELISM": "false",
         "DS_ACCELERATOR": plan.device,  # else DeepSpeed guesses, and complains where there is no GPU
+        **(cpu_environment() if plan.device == "cpu" else {}),
         "PATH": os.pathsep.join([scripts, inherited.get("PATH", os.defpath)]),
     }
 

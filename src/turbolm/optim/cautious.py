@@ -58,10 +58,12 @@ class CautiousAdamW(torch.optim.Optimizer):
             kept.mul_(kept.numel() / (kept.sum() + 1))
             return
         indices = {name: index for index, name in enumerate(group["tensor_names"])}
-        counts = torch.zeros(len(indices), 2, dtype=torch.float64)  # kept elements and all, of each tensor
+        # Kept elements and all, of each tensor; summed where the mask is, without waiting for the device.
+        counts = torch.zeros(len(indices), 2, dtype=torch.float64, device=kept.device)
         parts = [(indices[fragment.name], kept.narrow(0, fragment.offset, fragment.numel)) for fragment in fragments]
         for index, part in parts:
-            counts[index] += torch.tensor([part.sum(dtype=torch.float64), part.numel()], dtype=torch.float64)
+            counts[index, 0] += part.sum(dtype=torch.float64)
+            counts[index, 1] += part.numel()
         counts = counts.to(self.device)
         dist.all_reduce(counts)
         for index, part in parts:

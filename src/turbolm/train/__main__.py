@@ -10,7 +10,7 @@ import traceback
 from typing import TextIO
 
 from turbolm.engine.versions import check_versions
-from turbolm.environment import use_expandable_segments
+from turbolm.environment import cpu_environment, use_expandable_segments
 from turbolm.errors import RunError, UserError
 from turbolm.recipe.load import load_recipe
 from turbolm.redaction import redact
@@ -37,6 +37,8 @@ def main() -> int:
     run = None
     try:
         recipe = load_recipe(arguments.recipe, arguments.overrides)
+        if recipe.cluster.device == "cpu":
+            os.environ.update(cpu_environment())
         run = run_directory(recipe)
         seen = look(run.stop_file)
         limits = recipe.execution.hang_timeout, recipe.execution.startup_timeout

@@ -15,6 +15,7 @@ from turbolm.checkpoint.retention import Retention
 from turbolm.checkpoint.saver import CheckpointSaver
 from turbolm.checkpoint.verify import Hashed, not_hashed
 from turbolm.data.batch.loader import BatchLoader, GlobalBatch
+from turbolm.data.batch.pinned import PinnedMemory
 from turbolm.data.order.batch_order import recipe_order
 from turbolm.data.store.token_store import TokenStore
 from turbolm.engine.engine import Engine
@@ -65,7 +66,7 @@ def build_session(accelerator: Accelerator, context: Context, hashed: Hashed = n
     plan, recipe, group = context.plan, context.recipe, context.group
     saved = saved_weights(context, hashed)
     engine, attention = build_engine(accelerator, plan, context.store, context.run, saved)
-    loader = _build_loader(plan, context.store, group)
+    loader = _build_loader(plan, context.store, group, engine.device)
     config, size = engine.module.config.to_dict(), measure_model(engine.module)
 
     def training_flops(batch: GlobalBatch) -> float:
@@ -187,7 +188,7 @@ def _check_isolation(engine: Engine, plan: Plan, store: TokenStore, attention: s
     print(f"documents are isolated, and read from left to right: a change moved its neighbour's logits by {moved:.1e}")
 
 
-def _build_loader(plan: Plan, store: TokenStore, group: Any) -> BatchLoader:
+def _build_loader(plan: Plan, store: TokenStore, group: Any, device: torch.device) -> BatchLoader:
     """Collective: rank 0 makes the plan table, the others find it in the cache."""
     recipe, world_size, rank = plan.recipe, dist.get_world_size(), dist.get_rank()
     if rank > 0:
@@ -197,7 +198,8 @@ def _build_loader(plan: Plan, store: TokenStore, group: Any) -> BatchLoader:
         dist.barrier(group=group)
     # What is compiled sees one size for each sequence length: the most slices there are in the whole run.
     max_slices = order.max_slices(plan.num_steps) if recipe.execution.compile != "none" else None
-    return BatchLoader(order, store, "train", world_size, rank, recipe.execution.micro_batch, max_slices)
+    memory = PinnedMemory(device) if device.type == "cuda" else None
+    return BatchLoader(order, store, "train", world_size, rank, recipe.execution.micro_batch, max_slices, memory)
 
 
 def _build_saver(context: Context, engine: Engine, log: MetricsLog) -> CheckpointSaver:

@@ -35,7 +35,7 @@ def evaluate(engine: Engine, context: Context, attention: str) -> EvaluationResu
     """
     plan, store = context.plan, context.store
     data, max_tokens = plan.recipe.data, plan.recipe.evaluation.tokens
-    loss_sum = torch.zeros((), dtype=torch.float64)
+    device_sum = torch.zeros((), dtype=torch.float64, device=engine.device)  # read once, at the end
     engine.eval()
     for batch in evaluation_batches(
         store,
@@ -52,9 +52,10 @@ def evaluate(engine: Engine, context: Context, attention: str) -> EvaluationResu
             engine.train()
             return None
         for micro_batch in batch.micro_batches:
-            loss_sum += micro_batch_loss(engine, micro_batch, attention)[1].cpu().double()
+            device_sum += micro_batch_loss(engine, micro_batch, attention)[1].double()
         heartbeat.advance()
     engine.train()
+    loss_sum = device_sum.cpu()
     dist.all_reduce(loss_sum, group=context.group)
     held_out = evaluation_set(store, data.seq_len, max_tokens, data.packing)
     loss = float(loss_sum) / held_out.num_targets

@@ -48,6 +48,7 @@ from turbolm.train.run_directory import (
     stop_seen,
     write_attempt,
 )
+from turbolm.train.same_plan import check_same_plan
 from turbolm.train.session import Session
 from turbolm.train.tricks import apply_tricks
 
@@ -86,6 +87,7 @@ def _run_locked(recipe: Recipe, attempt: int | None, lock: RunLock, stop: StopRe
     store, run = _open_prepared_store(recipe), run_directory(recipe)
     stop.listen()
     timeout_sec = recipe.execution.process_group_timeout
+    check_same_plan(plan.device, plan.precision, timeout_sec)
     accelerator = build_accelerator(
         plan.ds_config, device=plan.device, precision=plan.precision, timeout_sec=timeout_sec
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -68,18 +69,25 @@ def _even_out(dealt: IntArray, cost: IntArray) -> None:
 
 
 def collate(
-    sequences: Sequences, indices: IntArray, store: TokenStore, split: Split, max_slices: int | None = None
+    sequences: Sequences,
+    indices: IntArray,
+    store: TokenStore,
+    split: Split,
+    max_slices: int | None = None,
+    empty: Callable[[tuple[int, ...]], np.ndarray] | None = None,
 ) -> list[dict[str, np.ndarray]]:
     """Build the micro-batches of the sequences `indices` [num_micro, m]; -1 is a sequence without any target.
 
     `input_ids`, `position_ids` and `targets` are int64 [m, seq_len]. Targets are shifted already: a target is the token
     that follows its input in the same document, or `IGNORED_TARGET`. Positions count from 0 in each slice; the padding
     at the end of a sequence is a separate slice. With `max_slices` there is also `cu_seqlens`, see `fill_cu_seqlens`.
+    `empty` allocates their int64 block, by default as numpy does.
     """
     num_micro, micro_batch_size = indices.shape
     # All arrays share one block: the C library keeps freed memory in proportion to the largest block, and getting new
     # memory costs more than filling it here.
-    block = np.empty((3, num_micro, micro_batch_size, sequences.seq_len), np.int64)
+    shape = (3, num_micro, micro_batch_size, sequences.seq_len)
+    block = np.empty(shape, np.int64) if empty is None else empty(shape)
     ends = fill(block.reshape(3, -1, sequences.seq_len), sequences, indices.ravel(), store, split)
     names = ("input_ids", "position_ids", "targets")
     micro_batches = [dict(zip(names, block[:, i], strict=True)) for i in range(num_micro)]

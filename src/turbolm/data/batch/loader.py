@@ -8,6 +8,7 @@ from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,6 +18,9 @@ from turbolm.data.order.packing import IntArray, Sequences
 from turbolm.data.order.window import Packing, pack
 from turbolm.data.store.token_store import Split, TokenStore, check_held_out
 from turbolm.plan.batch import choose_micro_batch_size
+
+if TYPE_CHECKING:
+    from turbolm.data.batch.pinned import PinnedMemory
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,7 @@ class BatchLoader:
 
     `micro_batch` is the recipe's: tokens of one forward pass on one process, or `auto`. With `max_slices`, the most
     slices in a sequence by sequence length (`order.max_slices`), micro-batches hold `cu_seqlens` of a fixed size.
+    Batches are read into `memory`, by default the process's own.
     """
 
     order: BatchOrder
@@ -82,17 +87,26 @@ class BatchLoader:
     rank: int
     micro_batch: int | str
     max_slices: Mapping[int, int] | None = None
+    memory: PinnedMemory | None = None
 
     def global_batch(self, index: int) -> GlobalBatch:
         """Return global batch `index`, counted from 0."""
         sequences = self.order.batch(index)
         size = choose_micro_batch_size(self.micro_batch, sequences.seq_len, len(sequences), self.world_size)
         most = None if self.max_slices is None else self.max_slices[sequences.seq_len]
-        return _global_batch(index, sequences, self.store, self.split, (self.world_size, self.rank, size), most)
+        layout = (self.world_size, self.rank, size)
+        return _global_batch(index, sequences, self.store, self.split, layout, most, self.memory)
 
     def iterate(self, first_index: int, last_index: int) -> Generator[GlobalBatch, None, None]:
-        """Yield the batches from `first_index` to `last_index` (exclusive); a thread reads three ahead."""
-        reader = ThreadPoolExecutor(1, "turbolm-prefetch")
+        """Yield the batches from `first_index` to `last_index` (exclusive); a thread reads three ahead.
+
+        Take the next batch only after all copies of the last one to the device have been queued.
+        """
+        batches = self._read_ahead(first_index, last_index)
+        return batches if self.memory is None else self.memory.held_until_read(batches)
+
+    def _read_ahead(self, first_index: int, last_index: int) -> Generator[GlobalBatch, None, None]:
+        reader = ThreadPoolExecutor(1, "turbolm-prefetch", self.memory.start_thread if self.memory else None)
         jobs = (reader.submit(self.global_batch, index) for index in range(first_index, last_index))
         try:
             ahead = deque(islice(jobs, 3))
@@ -159,10 +173,13 @@ def _global_batch(
     split: Split,
     layout: tuple[int, int, int],
     max_slices: int | None,
+    memory: PinnedMemory | None = None,
 ) -> GlobalBatch:
     world_size, rank, micro_batch_size = layout
     assert 0 <= rank < world_size
     dealt = deal_sequences(sequences.attention_cost, world_size, micro_batch_size)
     indices = dealt[:, rank]
     most = None if max_slices is None else micro_batch_size * (max_slices + 1)  # each sequence may end with padding
-    return GlobalBatch(index, sequences, dealt, indices, collate(sequences, indices, store, split, most))
+    empty = None if memory is None else memory.empty
+    micro_batches = collate(sequences, indices, store, split, most, empty)
+    return GlobalBatch(index, sequences, dealt, indices, micro_batches)
