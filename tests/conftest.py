@@ -47,8 +47,24 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+GPUS_OF_TESTS = "TURBOLM_GPUS_OF_TESTS"  # what CUDA_VISIBLE_DEVICES was before `hide_gpus`; empty: not set
+
+
+def hide_gpus(arguments: list[str]) -> None:
+    """Keep this process and its children off the GPUs, unless only tests/gpu is run; before torch is imported.
+
+    CPU tests fork and count processes; tests/test_gpu_process.py runs tests/gpu in a process that sees the GPUs.
+    """
+    folder = Path(__file__).parent / "gpu"
+    if all(Path(argument.partition("::")[0]).resolve().is_relative_to(folder) for argument in arguments):
+        return
+    os.environ.setdefault(GPUS_OF_TESTS, os.environ.get("CUDA_VISIBLE_DEVICES", ""))
+    os.environ.update({"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"})
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    """With `--fast`, skip tests by what they do, so that no list of them can be out of date."""
+    """Hide GPUs. With `--fast`, skip tests by what they do, so that no list of them can be out of date."""
+    hide_gpus(config.args)
     deals_out = config.getoption("dist", "no") != "no" and not hasattr(config, "workerinput")  # it starts the workers
     if not config.getoption("--fast") or deals_out:
         return

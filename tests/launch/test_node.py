@@ -126,7 +126,7 @@ def test_the_command_of_each_node(tmp_path: Path) -> None:
         *("--main_process_ip", "192.0.2.1", "--rdzv_backend", "static", "--same_network"),
         *("-m", "turbolm.train"),
     ]
-    assert command[-4:] == ["--recipe", "r.yaml", "--attempt", "4"]
+    assert command[-5:] == ["--recipe", "r.yaml", "--attempt", "4", f"train.precision={plan.precision}"]
     one = node_command(tmp_path, build_plan(recipe_of(1), MACHINE), "r.yaml", 4, Place(0, ("a",)), nodes[:1])
     assert "--machine_rank" not in one
 
