@@ -48,7 +48,16 @@ def _place() -> str:
     frame = sys._getframe(2)
     while frame is not None:
         name = frame.f_globals.get("__name__", "")
-        if name.startswith(("turbolm.", "deepspeed.runtime", "deepspeed.utils", "deepspeed.comm", "torch.optim.", "transformers.masking")):
+        if name.startswith(
+            (
+                "turbolm.",
+                "deepspeed.runtime",
+                "deepspeed.utils",
+                "deepspeed.comm",
+                "torch.optim.",
+                "transformers.masking",
+            )
+        ):
             package, _, module = name.partition(".")
             return f"{package}/{module.replace('.', '/')}.py:{frame.f_code.co_name}"
         frame = frame.f_back  # type: ignore[assignment]

@@ -164,7 +164,14 @@ def test_seeded_environments(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
         assert exit_code_of(partial(_launch, launcher, plan, got)) in (0, 2, 75), (seed, number)
         told = capsys.readouterr().err
         assert told.count("\n") <= 1, "one line"
-        set_by_us = {"OMP_NUM_THREADS", "TOKENIZERS_PARALLELISM", "DS_ACCELERATOR", "PATH", "CUDA_VISIBLE_DEVICES", "ACCELERATE_TORCH_DEVICE"}
+        set_by_us = {
+            "OMP_NUM_THREADS",
+            "TOKENIZERS_PARALLELISM",
+            "DS_ACCELERATOR",
+            "PATH",
+            "CUDA_VISIBLE_DEVICES",
+            "ACCELERATE_TORCH_DEVICE",
+        }
         for name in environment:
             if name in foreign and launcher != "turbolm submit" and name not in set_by_us:
                 assert name not in got, (seed, number, name)
