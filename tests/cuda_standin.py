@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 # What makes the host wait for values of the device, whichever Python or C++ code asks for them.
 _READING_OPERATORS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "is_nonzero"}
+_NAMED = ("turbolm.", "deepspeed.runtime", "deepspeed.utils", "deepspeed.comm", "torch.optim.", "transformers.masking")
 _READING_METHODS = {torch.Tensor.cpu, torch.Tensor.tolist, torch.Tensor.numpy}
 
 
@@ -48,16 +49,7 @@ def _place() -> str:
     frame = sys._getframe(2)
     while frame is not None:
         name = frame.f_globals.get("__name__", "")
-        if name.startswith(
-            (
-                "turbolm.",
-                "deepspeed.runtime",
-                "deepspeed.utils",
-                "deepspeed.comm",
-                "torch.optim.",
-                "transformers.masking",
-            )
-        ):
+        if name.startswith(_NAMED):
             package, _, module = name.partition(".")
             return f"{package}/{module.replace('.', '/')}.py:{frame.f_code.co_name}"
         frame = frame.f_back  # type: ignore[assignment]

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from turbolm.data.batch.loader import BatchLoader
-from turbolm.data.batch.pinned import PinnedMemory
 from turbolm.data.store.token_store import TokenStore
+from turbolm.train.pinned import PinnedMemory
 
 from .test_loader import SEQ_LEN, SEQUENCES_PER_BATCH, order_of
 

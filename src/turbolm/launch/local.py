@@ -65,7 +65,7 @@ def launch(plan: Plan, run: RunDirectory, attempt: int, recipe_file: str, overri
 
 
 def precision_of(plan: Plan) -> str:
-    """The override that gives every rank the launcher's precision: `auto` asks nvidia-smi, which may time out in one."""
+    """The override that gives all ranks the launcher's precision: `auto` asks nvidia-smi, which may fail in one rank."""
     return f"train.precision={plan.precision}"
 
 

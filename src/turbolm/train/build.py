@@ -15,7 +15,6 @@ from turbolm.checkpoint.retention import Retention
 from turbolm.checkpoint.saver import CheckpointSaver
 from turbolm.checkpoint.verify import Hashed, not_hashed
 from turbolm.data.batch.loader import BatchLoader, GlobalBatch
-from turbolm.data.batch.pinned import PinnedMemory
 from turbolm.data.order.batch_order import recipe_order
 from turbolm.data.store.token_store import TokenStore
 from turbolm.engine.engine import Engine
@@ -49,6 +48,7 @@ from turbolm.train.context import Context
 from turbolm.train.gate import UpdateGate
 from turbolm.train.metrics import MetricsLog, measure_peak_flops
 from turbolm.train.pace import Pace
+from turbolm.train.pinned import PinnedMemory
 from turbolm.train.recover import SavedWeights, saved_weights
 from turbolm.train.run_directory import RunDirectory
 from turbolm.train.session import Session

@@ -8,7 +8,7 @@ from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 
@@ -18,9 +18,6 @@ from turbolm.data.order.packing import IntArray, Sequences
 from turbolm.data.order.window import Packing, pack
 from turbolm.data.store.token_store import Split, TokenStore, check_held_out
 from turbolm.plan.batch import choose_micro_batch_size
-
-if TYPE_CHECKING:
-    from turbolm.data.batch.pinned import PinnedMemory
 
 
 @dataclass(frozen=True)
@@ -71,6 +68,19 @@ class GlobalBatch:
         return hashlib.sha256(slices.tobytes()).hexdigest()[:16]
 
 
+class Memory(Protocol):
+    """Memory to read batches into that a device copies from, such as `train.pinned.PinnedMemory`."""
+
+    def start_thread(self) -> None:
+        """Prepare the calling thread for `empty`."""
+
+    def empty(self, shape: tuple[int, ...]) -> np.ndarray:
+        """Return an int64 array without values."""
+
+    def held_until_read(self, batches: Generator[GlobalBatch, None, None]) -> Generator[GlobalBatch, None, None]:
+        """Yield `batches`, and keep each until the device has read it."""
+
+
 @dataclass(frozen=True)
 class BatchLoader:
     """Loads the global batches of `order` from `store` for one rank.
@@ -87,7 +97,7 @@ class BatchLoader:
     rank: int
     micro_batch: int | str
     max_slices: Mapping[int, int] | None = None
-    memory: PinnedMemory | None = None
+    memory: Memory | None = None
 
     def global_batch(self, index: int) -> GlobalBatch:
         """Return global batch `index`, counted from 0."""
@@ -173,7 +183,7 @@ def _global_batch(
     split: Split,
     layout: tuple[int, int, int],
     max_slices: int | None,
-    memory: PinnedMemory | None = None,
+    memory: Memory | None = None,
 ) -> GlobalBatch:
     world_size, rank, micro_batch_size = layout
     assert 0 <= rank < world_size
