@@ -65,7 +65,7 @@ def launch(plan: Plan, run: RunDirectory, attempt: int, recipe_file: str, overri
 
 
 def precision_of(plan: Plan) -> str:
-    """The override that gives all ranks the launcher's precision: `auto` asks nvidia-smi, which may fail in one rank."""
+    """Return the override that gives all ranks the launcher's precision: nvidia-smi may fail in one of them."""
     return f"train.precision={plan.precision}"
 
 
