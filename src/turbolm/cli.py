@@ -58,12 +58,12 @@ def options(
 
 @app.command()
 def prepare(recipe: RecipeFile, overrides: Overrides = None) -> None:
-    """Tokenize the recipe's sources into a token store; does nothing if it exists."""
+    """Tokenize the recipe's sources into a token store and plan its batches; does nothing that is done already."""
     from turbolm.data.store.token_store import open_store
     from turbolm.environment import drop_foreign
     from turbolm.launch.attempt import stoppable
     from turbolm.launch.job import is_of_job, seen_by, told_to_job
-    from turbolm.launch.store import prepare_store
+    from turbolm.launch.store import prepare_order, prepare_store
     from turbolm.recipe.load import load_recipe
     from turbolm.train.run_contract import as_started, settle_commits
     from turbolm.train.run_directory import run_directory
@@ -73,8 +73,10 @@ def prepare(recipe: RecipeFile, overrides: Overrides = None) -> None:
     started, _ = as_started(load_recipe(recipe, overrides or ()))
     run = run_directory(started)
     with told_to_job(recipe), stoppable(run, seen_by(recipe, run)):
-        folder = prepare_store(settle_commits(started))
-    store = open_store(folder)
+        settled = settle_commits(started)
+        folder = prepare_store(settled)
+        store = open_store(folder)
+        prepare_order(settled, store)
     manifest = store.manifest
     for split, total in manifest["totals"].items():
         counts = [f"{format_count(total[name])} {name}" for name in ("documents", "tokens")]
@@ -441,6 +443,9 @@ def _exit_code(end: SystemExit) -> int | str | None:
 
 def main() -> None:
     """Run a command; a user error is one message and exit code 2."""
+    from turbolm.reliability.open_files import raise_open_files
+
+    raise_open_files()
     try:
         sys.exit(exit_code_of(app))  # Typer itself ends by SystemExit
     except SystemExit as end:

@@ -15,7 +15,7 @@ from tests.canary import Canary, assert_it_sings, pickles
 from tests.data.conftest import make_recipe
 from turbolm.checkpoint.export import tokenizer as read_with_transformers
 from turbolm.data.order.batch_order import recipe_order
-from turbolm.data.order.table import load_table
+from turbolm.data.order.plan_table import load_windows
 from turbolm.data.prepare.build import prepare, store_folder
 from turbolm.data.prepare.tokenizer import load_tokenizer, special_ids
 from turbolm.data.store.token_store import SPLITS, TokenStore, file_record, manifest_sha256, open_store
@@ -99,14 +99,14 @@ def test_a_cached_order_is_not_executed(recipe: Recipe, folder: Path, tmp_path: 
     """The table of an order is an .npz, which can hold objects; it is made anew instead."""
     store, canary = open_store(folder), tmp_path / "canary"
     expected = recipe_order(recipe, store, build_curriculum(recipe), save=True).digest(10)
-    (table,) = (tmp_path / "cache").rglob("*.npz")
+    (table,) = (tmp_path / "cache" / "orders").rglob("*.npz")
     objects = tmp_path / "objects.npz"
     with np.load(table) as file:
         arrays = dict(file)
     np.savez(objects, **{**arrays, "digests": np.array([Canary(canary)], dtype=object)}, allow_pickle=True)
     for content in (objects.read_bytes(), *pickles(canary).values(), b"PK\x03\x04", b"\x93NUMPY\x01\x00"):
         table.write_bytes(content)
-        assert not load_table(table, str(arrays["key"]))
+        assert not load_windows(table, str(arrays["key"]))
         assert recipe_order(recipe, store, build_curriculum(recipe), save=False).digest(10) == expected
     assert_it_sings(canary)
 

@@ -2,8 +2,8 @@
 
 One thread of each rank copies the state while the next step computes its gradients, and then writes it. Only the
 optimizer's step changes weights and optimizer state, and it waits for an unfinished copy; CheckFreq (Mohan et al., FAST
-2021) calls this a pipelined snapshot. The ranks' threads use a separate process group, so that their messages never mix
-with the training's.
+2021) calls this a pipelined snapshot. The ranks' threads agree by tagged messages, which never mix with the training's
+collective operations.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from turbolm.checkpoint.agreement import gather_over
+from turbolm.checkpoint.agreement import gather_by_messages
 from turbolm.checkpoint.retention import Retention
 from turbolm.checkpoint.save import write_checkpoint
 from turbolm.checkpoint.snapshot import HostCopy, Snapshot, take_snapshot
@@ -43,7 +43,7 @@ class CheckpointSaver:
     retention: Retention
     contract_fingerprint: str
     asynchronous: bool
-    group: dist.ProcessGroup | None  # used by nothing else
+    group: dist.ProcessGroup | None  # a gloo group, which the main thread may use meanwhile
     report: Callable[[str], None]
     before_commit: Callable[[], None] = lambda: None
     failure: str | None = None
@@ -138,7 +138,7 @@ class CheckpointSaver:
                 snapshot,
                 about,
                 self.retention,
-                agree=gather_over(self.group),
+                agree=gather_by_messages(self.group),
                 failure=failure,
                 before_commit=self.before_commit,
             )

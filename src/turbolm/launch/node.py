@@ -43,6 +43,7 @@ from turbolm.recipe.paths import use_path
 from turbolm.recipe.schema import Recipe
 from turbolm.redaction import redact
 from turbolm.reliability.build_locks import clear_stale_locks, extensions_root
+from turbolm.reliability.open_files import raise_open_files
 from turbolm.reliability.outcome import read_rank_ends
 from turbolm.train.run_directory import RunDirectory, run_directory
 
@@ -275,6 +276,7 @@ def main() -> int:
     parser.add_argument("--attempt", type=int, required=True)
     parser.add_argument("--hosts", required=True, help="the job's hosts by node number, with commas")
     arguments = parser.parse_args()
+    raise_open_files()
 
     def run() -> int:
         recipe = load_recipe(arguments.recipe)

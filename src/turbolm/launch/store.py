@@ -5,20 +5,74 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from turbolm.data.prepare.build import finished_shards, prepare
-from turbolm.data.prepare.progress import ProgressLine
+from turbolm.data.order.batch_order import is_order_kept, open_order, stays_in_memory, table_folder
+from turbolm.data.prepare.build import finished_shards, locked, prepare
+from turbolm.data.prepare.progress import Meter, ProgressLine
 from turbolm.data.prepare.reader import tell_left_out
-from turbolm.data.store.token_store import read_manifest
+from turbolm.data.store.token_store import TokenStore, read_manifest
 from turbolm.errors import EXIT_REQUEUE, EXIT_SIGNAL, EXIT_STOPPED, UserError
+from turbolm.plan.curriculum import Curriculum, build_curriculum
 from turbolm.recipe.schema import Recipe
 from turbolm.reliability.stop import SignalRequests
+from turbolm.train.run_contract import budgets_of
+from turbolm.train.run_directory import run_directory
 from turbolm.units import format_bytes
 
 
 def prepare_store(recipe: Recipe) -> Path:
     """The recipe's token store, built unless it is there. Ctrl-C and TERM stop it cleanly and end the process."""
+
+    def kept() -> str:
+        count, text_bytes = finished_shards(recipe)
+        return f"{count} finished shards ({format_bytes(text_bytes)} of text) are kept"
+
+    with _stops_cleanly(kept, "the shards at work are lost, finished ones are kept") as show:
+        folder = prepare(recipe, on_progress=show)
+    for line in tell_left_out(read_manifest(folder)):
+        print(line)
+    return folder
+
+
+def prepare_order(recipe: Recipe, store: TokenStore) -> None:
+    """Plan the order of the run's batches into the cache, unless it is there, so that no rank has to. Raises UserError.
+
+    Stops as `prepare_store` does. Where the cache cannot be written, a line says that the ranks plan it in memory.
+    """
+    curriculum = run_curriculum(recipe)
+    if is_order_kept(recipe, store, curriculum):
+        return
+    kept = "what was planned of the order of the batches is kept"
+    with _stops_cleanly(lambda: kept, kept) as show:
+        try:
+            folder = table_folder(recipe, store, curriculum)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with locked(folder.with_suffix(".lock"), show):
+                order, meter = open_order(recipe, store, curriculum, check=True), Meter("order", show)
+                meter.skip(0, order.num_steps / curriculum.num_steps)
+
+                def report(num_steps: int) -> None:
+                    meter.report(num_steps, 0, min(1.0, num_steps / curriculum.num_steps))
+
+                order.build(curriculum.num_steps, report, save=True)
+        except OSError as error:
+            print(stays_in_memory(error), file=sys.stderr)
+
+
+def run_curriculum(recipe: Recipe) -> Curriculum:
+    """What the next start of the recipe's run trains on: as its ranks will find it."""
+    return build_curriculum(recipe, budgets_of(run_directory(recipe), recipe))
+
+
+@contextmanager
+def _stops_cleanly(kept: Callable[[], str], lost: str) -> Iterator[ProgressLine]:
+    """Ctrl-C and TERM raise KeyboardInterrupt in the block, and end the process once it is left.
+
+    `kept` says what a stop has kept, and `lost` what a second request loses.
+    """
     stopped_by = 0
 
     def stop(number: int) -> None:
@@ -27,27 +81,19 @@ def prepare_store(recipe: Recipe) -> Path:
         raise KeyboardInterrupt
 
     def end(number: int) -> None:  # the workers end with this process
-        print("\nprepare: ended at once; the shards at work are lost, finished ones are kept", file=sys.stderr)
+        print(f"\nprepare: ended at once; {lost}", file=sys.stderr)
         sys.stderr.flush()
         os._exit(EXIT_SIGNAL + number)
 
     show = ProgressLine()
     try:
         with SignalRequests(stop, end):
-            folder = prepare(recipe, on_progress=show)
+            yield show
     except (KeyboardInterrupt, UserError):  # a worker that had only begun ends by a signal to the process group
         if not stopped_by:
             raise
         show.end()
-        count, text_bytes = finished_shards(recipe)
-        print(
-            f"prepare: stopped. {count} finished shards ({format_bytes(text_bytes)} of text) are kept; "
-            "run the same command again to go on from there.",
-            file=sys.stderr,
-        )
+        print(f"prepare: stopped. {kept()}; run the same command again to go on from there.", file=sys.stderr)
         raise SystemExit(EXIT_STOPPED if stopped_by == signal.SIGINT else EXIT_REQUEUE) from None
     finally:
         show.end()
-    for line in tell_left_out(read_manifest(folder)):
-        print(line)
-    return folder

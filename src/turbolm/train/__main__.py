@@ -15,6 +15,7 @@ from turbolm.errors import RunError, UserError
 from turbolm.recipe.load import load_recipe
 from turbolm.redaction import redact
 from turbolm.reliability import heartbeat
+from turbolm.reliability.open_files import raise_open_files
 from turbolm.reliability.orphans import LAUNCHER, end_with_launcher
 from turbolm.reliability.outcome import DONE, classify, conclude, record_rank_end
 from turbolm.reliability.stop import look
@@ -30,6 +31,7 @@ def main() -> int:
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # older launchers pass it
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     arguments = parser.parse_args()
+    raise_open_files()
     terminal = os.fdopen(os.dup(2), "w", errors="replace")
     use_expandable_segments(os.environ)  # torch is not imported yet
     if LAUNCHER in os.environ:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-from typing import Any
 
 import numpy as np
 import torch
@@ -66,7 +65,7 @@ def build_session(accelerator: Accelerator, context: Context, hashed: Hashed = n
     plan, recipe, group = context.plan, context.recipe, context.group
     saved = saved_weights(context, hashed)
     engine, attention = build_engine(accelerator, plan, context.store, context.run, saved)
-    loader = _build_loader(plan, context.store, group, engine.device)
+    loader = _build_loader(plan, context.store, engine.device)
     config, size = engine.module.config.to_dict(), measure_model(engine.module)
 
     def training_flops(batch: GlobalBatch) -> float:
@@ -188,14 +187,13 @@ def _check_isolation(engine: Engine, plan: Plan, store: TokenStore, attention: s
     print(f"documents are isolated, and read from left to right: a change moved its neighbour's logits by {moved:.1e}")
 
 
-def _build_loader(plan: Plan, store: TokenStore, group: Any, device: torch.device) -> BatchLoader:
-    """Collective: rank 0 makes the plan table, the others find it in the cache."""
+def _build_loader(plan: Plan, store: TokenStore, device: torch.device) -> BatchLoader:
+    """Every rank reads the plan table that `prepare` left, and plans by itself what is missing: none waits for another.
+
+    A world that was started by hand may lack it; rank 0 then keeps it for the next start.
+    """
     recipe, world_size, rank = plan.recipe, dist.get_world_size(), dist.get_rank()
-    if rank > 0:
-        dist.barrier(group=group)
-    order = recipe_order(recipe, store, plan.curriculum, save=rank == 0)
-    if rank == 0:
-        dist.barrier(group=group)
+    order = recipe_order(recipe, store, plan.curriculum, save=rank == 0, on_progress=lambda _: heartbeat.beat())
     # What is compiled sees one size for each sequence length: the most slices there are in the whole run.
     max_slices = order.max_slices(plan.num_steps) if recipe.execution.compile != "none" else None
     memory = PinnedMemory(device) if device.type == "cuda" else None
@@ -203,7 +201,6 @@ def _build_loader(plan: Plan, store: TokenStore, group: Any, device: torch.devic
 
 
 def _build_saver(context: Context, engine: Engine, log: MetricsLog) -> CheckpointSaver:
-    """Collective: the threads that write agree over a process group of their own."""
     recipe, batch_tokens = context.recipe, context.plan.batch.global_batch_tokens
     settings, every = recipe.checkpoint, recipe.checkpoint.keep_every
 
@@ -222,7 +219,7 @@ def _build_saver(context: Context, engine: Engine, log: MetricsLog) -> Checkpoin
         ),
         contract_fingerprint=fingerprint(contract_of(recipe)),
         asynchronous=settings.asynchronous,
-        group=dist.new_group(backend="gloo"),
+        group=context.group,
         report=report,
     )
 

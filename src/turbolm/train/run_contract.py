@@ -119,6 +119,14 @@ def settle_contract(run: RunDirectory, recipe: Recipe, store_fingerprint: str) -
     return budgets
 
 
+def budgets_of(run: RunDirectory, recipe: Recipe) -> list[int]:
+    """Return the token budgets of the run's next start, oldest first, as `settle_contract` will; checks nothing."""
+    if not run.contract.exists() or not has_learned(run):
+        return [recipe.train.budget]
+    budgets = [int(budget) for budget in _read_contract(run)["budgets_tokens"]]
+    return budgets if recipe.train.budget <= budgets[-1] else [*budgets, recipe.train.budget]
+
+
 def check_contract(run: RunDirectory, recipe: Recipe, store_fingerprint: str | None) -> list[str]:
     """Return the changed keys that a run may resume with: a larger budget of a finished run, or `anomalies`.
 

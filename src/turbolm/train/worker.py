@@ -16,7 +16,7 @@ from turbolm.data import native
 from turbolm.data.prepare.build import find_store
 from turbolm.data.prepare.reader import check_left_out
 from turbolm.data.store.token_store import TokenStore, check_held_out, check_tokenizer, open_store
-from turbolm.engine.start import build_accelerator, control_group
+from turbolm.engine.start import build_accelerator, control_group, num_gloo_groups
 from turbolm.errors import EXIT_FAILED, EXIT_OK, EXIT_REQUEUE, UserError
 from turbolm.files import read_json
 from turbolm.hub import pretrained_folder
@@ -30,6 +30,7 @@ from turbolm.plan.plan import build_plan
 from turbolm.recipe.schema import Recipe
 from turbolm.reliability import heartbeat
 from turbolm.reliability.build_locks import clear_stale_locks, extensions_root
+from turbolm.reliability.open_files import check_open_files
 from turbolm.reliability.outcome import COMPLETE, FINISHED, STOPPED, Outcome, write_outcome
 from turbolm.reliability.run_lock import RunLock, this_process
 from turbolm.reliability.stop import Seen, StopRequest, look
@@ -85,6 +86,7 @@ def _run_locked(recipe: Recipe, attempt: int | None, lock: RunLock, stop: StopRe
         bind_to_gpu(int(os.environ.get("LOCAL_RANK", "0")), int(here))
     torch.set_num_threads(plan.threads_per_process)
     store, run = _open_prepared_store(recipe), run_directory(recipe)
+    check_open_files(plan.world_size, num_gloo_groups(plan.device))
     stop.listen()
     timeout_sec = recipe.execution.process_group_timeout
     check_same_plan(plan.device, plan.precision, timeout_sec)

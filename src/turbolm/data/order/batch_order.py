@@ -8,23 +8,16 @@ from __future__ import annotations
 
 import sys
 import threading
-from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from turbolm.data.native import IntArray
 from turbolm.data.order.packing import Packing, Sequences
+from turbolm.data.order.plan_table import Part, PlanTable, read_index, whole_parts
 from turbolm.data.order.stream import WINDOW_DOCUMENTS, DocumentStream, LengthsOf
-from turbolm.data.order.table import (
-    OrderSettings,
-    PlannedWindow,
-    Sources,
-    load_table,
-    open_window,
-    plan_window,
-    save_table,
-)
+from turbolm.data.order.table import OrderSettings, PlannedWindow, Sources, open_window, plan_window
 from turbolm.data.order.window import Grouping, Window
 from turbolm.errors import UserError, explain_os_error
 from turbolm.plan.curriculum import Curriculum, Segment
@@ -38,16 +31,21 @@ if TYPE_CHECKING:
 class BatchOrder:
     """The global batches of a run. They do not depend on the order of calls. Thread-safe.
 
-    `documents` is a fingerprint of the sources' documents; it is part of `key`, under which the table is cached.
-    `table` is a table that was built earlier.
+    `documents` is a fingerprint of the sources' documents; it is part of `key`, under which the table is kept.
+    `folder` has `parts` of a table that were planned earlier; new ones are added with `build(save=True)`.
     """
 
     def __init__(
-        self, sources: Sources, settings: OrderSettings, documents: str = "", table: Sequence[PlannedWindow] = ()
+        self,
+        sources: Sources,
+        settings: OrderSettings,
+        documents: str = "",
+        folder: Path | None = None,
+        parts: Sequence[Part] = (),
     ):
         self.sources, self.settings = sources, settings
         self.key, self._first_digest = settings.key(documents), settings.digest(documents)
-        self.table = list(table)
+        self.table = PlanTable(self._plan_window, self.key, folder, parts)
         self._window = lru_cache(2)(self._open_window)
         self._lock = threading.RLock()
 
@@ -60,13 +58,20 @@ class BatchOrder:
     @property
     def num_steps(self) -> int:
         """Return the number of batches in the table so far; more are added on demand."""
-        return self.table[-1].end_step if self.table else 0
+        return self.table.num_steps
 
-    def build(self, num_steps: int, on_progress: Callable[[int], None] = lambda num_steps: None) -> None:
-        """Extend the table to at least `num_steps` batches; `on_progress` gets their number after each window."""
+    def build(
+        self, num_steps: int, on_progress: Callable[[int], None] = lambda num_steps: None, *, save: bool = False
+    ) -> None:
+        """Extend the table to at least `num_steps` batches; `on_progress` gets their number after each window.
+
+        With `save`, write it to its folder part by part. Raises OSError.
+        """
         with self._lock:
             while self.num_steps < num_steps:
-                self.table.append(plan_window(self.table, self.sources, self.settings, self._first_digest))
+                self.table.extend()
+                if save:
+                    self.table.save(last=self.num_steps >= num_steps)
                 on_progress(self.num_steps)
 
     def digest(self, num_steps: int) -> str:
@@ -79,16 +84,18 @@ class BatchOrder:
         most: dict[int, int] = {}
         with self._lock:
             self.build(num_steps)
-            for planned in self.table[: self._window_of(num_steps - 1) + 1]:
-                seq_lens = self.settings.segments[planned.segment].seq_lens
-                for seq_len, count in zip(seq_lens, planned.max_slices, strict=True):
+            for segment, counts in self.table.max_slices(self._window_of(num_steps - 1) + 1):
+                for seq_len, count in zip(self.settings.segments[segment].seq_lens, counts, strict=True):
                     most[seq_len] = max(most.get(seq_len, 0), count)
         return most
 
     def _window_of(self, index: int) -> int:
         assert index >= 0
         self.build(index + 1)
-        return bisect_right(self.table, index, key=lambda planned: planned.end_step)
+        return self.table.window_of(index)
+
+    def _plan_window(self, last: PlannedWindow | None, number: int) -> PlannedWindow:
+        return plan_window(last, number, self.sources, self.settings, self._first_digest)
 
     def _open_window(self, number: int) -> Window:
         return open_window(self.table[number], number, self.sources, self.settings)
@@ -132,13 +139,56 @@ def recipe_order(
     save: bool,
     on_progress: Callable[[int], None] = lambda num_steps: None,
 ) -> BatchOrder:
-    """Return the order of a recipe's run for its full budget, from the cached table if there is one.
+    """Return the order of a recipe's run for its full budget, from the kept table as far as there is one.
 
-    With `save`, a newly built table is cached, or a line on standard error says why it cannot be. Raises UserError if a
-    source has no training documents.
+    With `save`, the rest is planned into files part by part, so that a later call goes on where this one was killed; or
+    a line on standard error says why it cannot be. Raises UserError if a source has no training documents.
     """
+    order = open_order(recipe, store, curriculum, check=save)
+    try:
+        order.build(curriculum.num_steps, on_progress, save=save)
+    except OSError as error:
+        print(stays_in_memory(error), file=sys.stderr)
+        order.build(curriculum.num_steps, on_progress)
+    return order
+
+
+def stays_in_memory(error: OSError) -> str:
+    """Return the line for a table that cannot be kept, such as in a cache that is mounted read-only."""
+    return f"turbolm: the order of the batches stays in memory: {explain_os_error(error)}"
+
+
+def open_order(recipe: Recipe, store: TokenStore, curriculum: Curriculum, *, check: bool) -> BatchOrder:
+    """Return the order of a recipe's run, as far as its table is kept; with `check`, up to the first damaged file.
+
+    Raises UserError if a source has no training documents.
+    """
+    settings, folder = _settings(recipe, curriculum), table_folder(recipe, store, curriculum)
+    parts = read_index(folder, settings.key(store.fingerprint))
+    sources = _recipe_sources(recipe, store, settings)
+    return BatchOrder(sources, settings, store.fingerprint, folder, whole_parts(folder, parts) if check else parts)
+
+
+def is_order_kept(recipe: Recipe, store: TokenStore, curriculum: Curriculum) -> bool:
+    """Return whether the whole plan table of a recipe's run is in files."""
+    folder = table_folder(recipe, store, curriculum)
+    parts = whole_parts(folder, read_index(folder, _settings(recipe, curriculum).key(store.fingerprint)))
+    return bool(parts) and parts[-1].end_step >= curriculum.num_steps
+
+
+def table_folder(recipe: Recipe, store: TokenStore, curriculum: Curriculum) -> Path:
+    """Return the folder of the plan table of a recipe's run, whether it exists or not."""
+    key = _settings(recipe, curriculum).key(store.fingerprint)
+    return use_path(recipe.execution.cache_dir, "execution.cache_dir") / "orders" / key[:16]
+
+
+def _settings(recipe: Recipe, curriculum: Curriculum) -> OrderSettings:
     data = recipe.data
-    weighted = curriculum.segments[0].weights is not None
+    return OrderSettings(curriculum.segments, recipe.train.seed, data.packing, data.grouping, WINDOW_DOCUMENTS)
+
+
+def _recipe_sources(recipe: Recipe, store: TokenStore, settings: OrderSettings) -> Sources:
+    weighted = settings.segments[0].weights is not None
     ranges = store.source_documents() if weighted else [(0, store.num_documents("train"))]
     positions = store.source_positions() if weighted else [sum(store.source_positions())]
     for number, (first, end) in enumerate(ranges):
@@ -147,22 +197,7 @@ def recipe_order(
             raise UserError(
                 f"{where} no training documents. Add documents, lower data.validation or remove the source."
             )
-    settings = OrderSettings(curriculum.segments, recipe.train.seed, data.packing, data.grouping, WINDOW_DOCUMENTS)
-    sources = _sources(lambda documents: store.lengths_of("train", documents), ranges, positions, settings)
-    documents = store.fingerprint
-    key = settings.key(documents)
-    path = use_path(recipe.execution.cache_dir, "execution.cache_dir") / "orders" / f"{key[:16]}.npz"
-    order = BatchOrder(sources, settings, documents, load_table(path, key))
-    if order.num_steps < curriculum.num_steps:
-        order.build(curriculum.num_steps, on_progress)
-        if save:
-            try:
-                save_table(path, key, order.table)
-            except OSError as error:  # such as a cache that is mounted read-only: the table is only a cache
-                error.filename = error.filename or str(path)
-                why = explain_os_error(error)
-                print(f"turbolm: the order of the batches stays in memory: {why}", file=sys.stderr)
-    return order
+    return _sources(lambda documents: store.lengths_of("train", documents), ranges, positions, settings)
 
 
 def _sources(

@@ -1,4 +1,4 @@
-"""The plan table: which documents each window of steps draws, planned window by window; and its file.
+"""The windows of a plan table: which documents each window of steps draws, planned one after the other.
 
 A window draws the next documents of each source's stream and adds the few slices left over from the window before.
 Slices that do not fill a batch are carried over to the next window. So a planned window can be packed again on its own,
@@ -12,17 +12,14 @@ import hashlib
 import json
 from bisect import bisect_right
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 import numpy as np
 
-from turbolm.data.native import IntArray
 from turbolm.data.order.packing import Packing, Sequences
 from turbolm.data.order.stream import DocumentStream, random_order, random_raw
 from turbolm.data.order.window import Grouping, Random, Slices, Window, arrange, count_batches, pack_window
-from turbolm.files import sha256_json, temporary
+from turbolm.files import sha256_json
 from turbolm.plan.curriculum import Segment
 
 ORDER_VERSION = 3  # raise it when the same arguments no longer give the same batches
@@ -95,13 +92,13 @@ def open_window(planned: PlannedWindow, number: int, sources: Sources, settings:
 
 
 def plan_window(
-    table: Sequence[PlannedWindow], sources: Sources, settings: OrderSettings, first_digest: str
+    last: PlannedWindow | None, number: int, sources: Sources, settings: OrderSettings, first_digest: str
 ) -> PlannedWindow:
-    """Plan the window after `table`; `first_digest` is the digest before the first window."""
-    number, num_sources = len(table), len(sources.streams)
+    """Plan window `number`, which follows `last`; `first_digest` is the digest before the first window."""
+    num_sources = len(sources.streams)
     nothing = Slices(*np.zeros((3, 0), np.int64))
     start = PlannedWindow(0, 0, 0, ((0, 0),) * num_sources, (0,) * num_sources, nothing, nothing, (), first_digest)
-    last = table[-1] if table else start
+    last = last or start
     step, begins, owed = last.end_step, [end for _, end in last.ranges], list(last.owed)
     segments = settings.segments
     index = bisect_right([segment.first_step for segment in segments], step) - 1
@@ -207,63 +204,3 @@ def _digest(planned: PlannedWindow, segment: Segment, window: Window, before: st
         digest.update(np.stack([slices.document, slices.start, slices.length]).astype("<i8").tobytes())
     digest.update(window.which.astype("<i8").tobytes())
     return digest.hexdigest()
-
-
-# ------------------------------------------------------------------------------------------------------- the file
-
-
-def save_table(path: Path, key: str, table: Sequence[PlannedWindow]) -> None:
-    """Write the table to `path` (.npz without pickles) through a temporary file. Raises OSError, and leaves none."""
-    slices = [table[0].carried, *(planned.carried_on for planned in table)]
-    joined = np.stack(list(vars(Slices.join(slices)).values()))
-    if joined.max(initial=0) < 2**31:  # nearly all of the file, which every start reads and checks
-        joined = joined.astype(np.int32)
-    arrays: dict[str, IntArray] = {  # names from the first version of the format
-        "numbers": np.array([[planned.first_step, planned.end_step, planned.segment] for planned in table], np.int64),
-        "ranges": np.array([planned.ranges for planned in table], np.int64),
-        "owed": np.array([planned.owed for planned in table], np.int64),
-        "piece_counts": np.array([len(part.length) for part in slices], np.int64),
-        "pieces": joined,
-        "max_pieces_counts": np.array([len(planned.max_slices) for planned in table], np.int64),
-        "max_pieces": np.array([most for planned in table for most in planned.max_slices], np.int64),
-        "digests": np.array([planned.digest for planned in table]),
-        "key": np.array(key),
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with temporary(path).open("wb") as file:
-            np.savez(file, allow_pickle=False, **arrays)
-        temporary(path).replace(path)
-    except OSError:
-        with suppress(OSError):
-            temporary(path).unlink()
-        raise
-
-
-def load_table(path: Path, key: str) -> list[PlannedWindow]:
-    """Read the table that `save_table` wrote under this key; empty if the file is missing or corrupt."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = dict(file)
-        if str(arrays["key"]) != key:
-            return []
-        slices = [Slices(*part) for part in _split(arrays["pieces"], arrays["piece_counts"])]
-        max_slices = _split(arrays["max_pieces"], arrays["max_pieces_counts"])
-        columns = (arrays[name].tolist() for name in ("numbers", "ranges", "owed", "digests"))
-        return [
-            PlannedWindow(
-                first, end, segment, tuple(map(tuple, ranges)), tuple(owed), carried, on, tuple(most.tolist()), digest
-            )
-            for (first, end, segment), ranges, owed, digest, carried, on, most in zip(
-                *columns, slices[:-1], slices[1:], max_slices, strict=True
-            )
-        ]
-    except Exception:  # it is a cache: whatever is wrong, the table is built again
-        return []
-
-
-def _split(values: IntArray, counts: IntArray) -> list[IntArray]:
-    """Split the last axis of `values` into parts of these sizes."""
-    ends = np.cumsum(counts)
-    assert ends[-1] == values.shape[-1]
-    return np.split(values, ends[:-1], axis=-1)

@@ -108,7 +108,7 @@ def prepare(
         return same
     try:
         make_folder(folder, "execution.cache_dir")
-        with _locked(folder.with_suffix(".lock"), on_progress):
+        with locked(folder.with_suffix(".lock"), on_progress):
             if not _is_complete(folder, recipe):
                 _build(recipe, folder, num_workers or _auto_workers(recipe), on_progress, warn)
     except OSError as error:  # errors of reading a source are UserErrors already
@@ -236,8 +236,8 @@ def _auto_workers(recipe: Recipe) -> int:
 
 
 @contextmanager
-def _locked(path: Path, on_progress: OnProgress) -> Iterator[None]:
-    """Hold an exclusive lock; the system releases it when the process ends for any reason."""
+def locked(path: Path, on_progress: OnProgress) -> Iterator[None]:
+    """Hold an exclusive lock on a file; the system releases it when the process ends for any reason."""
     with path.open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

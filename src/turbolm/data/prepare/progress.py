@@ -10,12 +10,13 @@ from typing import Literal
 
 from turbolm.units import format_bytes, format_count, format_duration
 
-Stage = Literal["waiting", "compare", "sample", "tokenize", "stopping"]
+Stage = Literal["waiting", "compare", "sample", "tokenize", "order", "stopping"]
 
 _DOING = {
     "compare": ("hashing the source files", "files"),
     "sample": ("reading text for the tokenizer", "documents"),
     "tokenize": ("tokenizing", "documents"),
+    "order": ("planning the order of the batches", "steps"),
 }
 
 
@@ -24,8 +25,8 @@ class Progress:
     """What a stage has done so far, including earlier runs, and the speed of this run.
 
     The stages: `waiting` for another process that builds the same store, `compare` (hashing source files, which are
-    counted instead of documents), `sample` (choosing the tokenizer's training text), `tokenize`, and `stopping`
-    (finishing the shards at work).
+    counted instead of documents), `sample` (choosing the tokenizer's training text), `tokenize`, `order` (planning the
+    batches of a run, whose steps are counted), and `stopping` (finishing the shards at work).
     """
 
     stage: Stage
@@ -41,7 +42,9 @@ class Progress:
         if self.stage == "stopping":
             return "stopping; finishing the shards at work"
         doing, what = _DOING[self.stage]
-        parts = [doing, f"{format_count(self.documents)} {what}", format_bytes(self.text_bytes)]
+        parts = [doing, f"{format_count(self.documents)} {what}"]
+        if self.stage != "order":
+            parts.append(format_bytes(self.text_bytes))
         if self.bytes_per_sec is not None:
             parts.append(f"{self.bytes_per_sec / 1e6:.1f} MB/s")
         if self.share is not None:
