@@ -85,11 +85,15 @@ def test_micro_batches_hold_what_the_bins_say(
             assert micro_batch[name].tolist() == list(expected)
         begins = np.flatnonzero(micro_batch["position_ids"].ravel() == 0).tolist()
         assert micro_batch["cu_seqlens"].dtype == np.int32
-        assert micro_batch["cu_seqlens"].tolist() == begins + [max_slices] * (max_slices + 1 - len(begins))
+        boundaries = micro_batch["cu_seqlens"].tolist()
+        assert boundaries == begins + [max_slices] * (len(boundaries) - len(begins))
 
 
 def test_cu_seqlens_by_hand() -> None:
-    assert fill_cu_seqlens(np.array([3, 7, 8, 16, 24]), 7).tolist() == [0, 3, 7, 8, 16, 24, 24, 24]
+    ends = np.array([3, 7, 8, 16, 24])
+    assert fill_cu_seqlens(ends, 7).tolist() == [0, 3, 7, 8, 16, 24, 24, 24]  # room for 7 slices at most
+    assert fill_cu_seqlens(ends, 100).tolist() == [0, 3, 7, 8, 16, *[24] * 28]  # 32: the power of two above 100 / 4
+    assert fill_cu_seqlens(ends, 5).tolist() == [0, 3, 7, 8, 16, 24]
     with pytest.raises(AssertionError, match="5 slices"):
         fill_cu_seqlens(np.array([3, 7, 8, 16, 24]), 4)
 

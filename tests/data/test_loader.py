@@ -138,7 +138,7 @@ def test_numbers_of_a_batch(store: TokenStore, order: BatchOrder) -> None:
     assert batch.attention_pairs == sum(length * (length + 1) // 2 for _, _, length in slices)
 
 
-def test_cu_seqlens_have_one_size_for_all_batches(store: TokenStore, order: BatchOrder) -> None:
+def test_cu_seqlens_have_few_sizes(store: TokenStore, order: BatchOrder) -> None:
     loader = BatchLoader(order, store, "train", 3, 0, 2 * SEQ_LEN, max_slices=order.max_slices(4))
     sizes = set()
     for index in range(4):  # 10 sequences in 12 places
@@ -149,7 +149,9 @@ def test_cu_seqlens_have_one_size_for_all_batches(store: TokenStore, order: Batc
             assert boundaries[: len(expected)].tolist() == expected
             assert (boundaries[len(expected) :] == flat.size).all()
             sizes.add(len(boundaries))
-    assert sizes == {2 * (order.max_slices(4)[SEQ_LEN] + 1) + 1}
+    most = 2 * (order.max_slices(4)[SEQ_LEN] + 1)
+    assert len(sizes) <= 3 and max(sizes) <= most + 1
+    assert all(size == most + 1 or (size - 1).bit_count() == 1 for size in sizes)
 
 
 @given(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import numpy as np
@@ -16,38 +17,80 @@ from transformers import (
     StableLmForCausalLM,
 )
 
-from tests.models.test_isolation import CONFIGS, SEQ_LEN, SHAPE, VOCAB, make_model, packed_sequence
+from tests.models.test_isolation import CONFIGS, SEQ_LEN, SHAPE, SPLIT, VOCAB, make_model, packed_sequence
+from tests.models.varlen_stubs import STUBS
+from turbolm.data.batch.collate import fill_cu_seqlens
 from turbolm.errors import UserError
-from turbolm.models.attention import choose_attention, model_inputs, varlen_attention_forward
+from turbolm.models import attention as attention_module
+from turbolm.models.attention import choose_attention, model_inputs, takes_gqa, varlen_attention_forward
 from turbolm.models.isolation import check_isolation
 
 CPU = torch.device("cpu")
 
 
-def loop_over_documents(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seq_q: torch.Tensor, cu_seq_k: torch.Tensor,
-    max_q: int, max_k: int, *, scale: float | None, window_size: tuple[int, int], **_: Any,
-) -> torch.Tensor:  # fmt: skip
-    """What `varlen_attn` documents: (tokens, heads, head_dim), a window of (left, right) neighbours."""
-    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
-    outputs = []
-    bounds = cu_seq_q.tolist()
-    assert bounds[0] == 0 and bounds[-1] == query.shape[0]
-    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
-        assert 0 <= end - start <= max_q == max_k  # empty ones fill up to a fixed size
-        q, k, v = (tensor[start:end].transpose(0, 1) for tensor in (query, key, value))
-        distance = torch.arange(end - start)[:, None] - torch.arange(end - start)
-        seen = distance >= 0
-        if window_size[0] >= 0:
-            seen &= distance <= window_size[0]
-        scores = (q @ k.transpose(1, 2) * scale).masked_fill(~seen, float("-inf"))
-        outputs.append((scores.softmax(-1) @ v).transpose(0, 1))
-    return torch.cat(outputs)
+INSTALLED = torch.__version__[:4]  # such as 2.13
+
+
+def test_the_stub_has_the_signature_of_the_installed_torch() -> None:
+    real, stub = (inspect.signature(one).parameters.values() for one in (varlen.varlen_attn, STUBS[INSTALLED]))
+    assert [(one.name, one.kind, one.default) for one in stub] == [(one.name, one.kind, one.default) for one in real]
+
+
+def install(version: str, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Have that torch's kernel called; returns the keywords of each call, which grows."""
+    calls: list[dict[str, Any]] = []
+
+    def varlen_attn(query: torch.Tensor, key: torch.Tensor, *arguments: Any, **keywords: Any) -> torch.Tensor:
+        calls.append({"heads": (query.shape[1], key.shape[1]), "max": arguments[-1], **keywords})
+        return STUBS[version](query, key, *arguments, **keywords)
+
+    monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
+    monkeypatch.setattr(attention_module, "_TAKES_GQA", takes_gqa(STUBS[version]))
+    return calls
+
+
+@pytest.mark.parametrize("version", STUBS)
+def test_fewer_key_heads_are_handed_on_as_they_are(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 4 query heads and 2 of keys; gradients too, which the kernel sums over a group."""
+    calls = install(version, monkeypatch)
+    sequences = [packed_sequence(seed) for seed in (1, 2, 3)]
+    batch = {key: np.concatenate([one[key] for one in sequences]) for key in sequences[0]}
+    results = {}
+    for attention in ("sdpa", "varlen"):
+        model = make_model(CONFIGS["llama"], attention)
+        logits = model(**model_inputs(batch, attention, CPU)).logits
+        logits.square().mean().backward()
+        results[attention] = [logits.view(3, SEQ_LEN, -1)] + [parameter.grad for parameter in model.parameters()]
+    torch.testing.assert_close(results["varlen"], results["sdpa"], rtol=1e-4, atol=1e-5)
+    told = {} if version == "2.11" else {"enable_gqa": True}
+    expected = {"heads": (4, 2), "max": SEQ_LEN - SPLIT, "scale": 16**-0.5, "window_size": (-1, 0), **told}
+    assert calls == [expected] * 2  # one in each layer
+
+
+def test_of_torch_2_12_every_fewer_head_must_be_told() -> None:
+    """Else the stubs would not notice a call without it."""
+    states, ends = torch.ones(4, 2, 8), torch.tensor([0, 4], dtype=torch.int32)
+    with pytest.raises(ValueError, match="the same number of heads"):
+        STUBS["2.12"](states, states[:, :1], states[:, :1], ends, ends, 4, 4)
+
+
+def test_the_length_is_that_of_the_longest_document_or_one_of_few() -> None:
+    """By hand: 24 tokens in two sequences, and padding."""
+    positions = np.array([[0, 1, 2, 0, 1, 2, 3, 4, 0, 0, 0, 1], [0, 1, 2, 3, 4, 5, 6, 0, 1, 2, 3, 4]])
+    batch = {"input_ids": positions, "position_ids": positions}
+    inputs = model_inputs(batch, "varlen", CPU)
+    assert inputs["cu_seq_lens_q"].tolist() == [0, 3, 8, 9, 10, 12, 19, 24]
+    assert (inputs["max_length_q"], inputs["max_length_k"]) == (7, 7)
+    inputs = model_inputs(
+        {**batch, "cu_seqlens": fill_cu_seqlens(inputs["cu_seq_lens_q"][1:].numpy(), 30)}, "varlen", CPU
+    )
+    assert inputs["cu_seq_lens_q"].tolist() == [0, 3, 8, 9, 10, 12, 19, 24, 24]
+    assert (inputs["max_length_q"], inputs["max_length_k"]) == (8, 8)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "mistral-sliding", "gpt2"])
 def test_varlen_gives_what_sdpa_gives(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(varlen, "varlen_attn", loop_over_documents)
+    install(INSTALLED, monkeypatch)
     sequences = [packed_sequence(seed) for seed in (1, 2, 3)]
     batch = {key: np.concatenate([one[key] for one in sequences]) for key in sequences[0]}  # [3, seq_len]
     expected = make_model(CONFIGS[name], "sdpa")(**model_inputs(batch, "sdpa", CPU)).logits
@@ -63,7 +106,7 @@ def test_varlen_gives_what_sdpa_gives(name: str, monkeypatch: pytest.MonkeyPatch
 
 def test_what_joins_rows_is_kept_from_models_that_carry_a_state(monkeypatch: pytest.MonkeyPatch) -> None:
     """The second sequence would begin with the state that the first one ends with."""
-    monkeypatch.setattr(varlen, "varlen_attn", loop_over_documents)
+    install(INSTALLED, monkeypatch)
     layers = {"layer_types": ["conv", "full_attention"], "num_key_value_heads": 2}
     model = make_model({"model_type": "lfm2", **layers, **SHAPE}, "varlen")
     settings = {"vocab_size": VOCAB, "seq_len": SEQ_LEN, "precision": "fp32", "packed": False}

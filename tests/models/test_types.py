@@ -10,10 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.attention.varlen as varlen
 from transformers import Llama4TextConfig
 
-from tests.models.test_attention import loop_over_documents
+from tests.models.test_attention import INSTALLED, install
 from turbolm.errors import UserError
 from turbolm.models import start, table, trial
 from turbolm.models.attention import check_long_sequences, choose_attention
@@ -52,7 +51,7 @@ def test_all_types_are_as_the_table_says(shard: int) -> None:
 @pytest.mark.parametrize("shard", range(NUM_SHARDS))
 def test_no_type_is_trained_wrongly_with_what_a_gpu_chooses(shard: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """`auto` is varlen there, which joins sequences and gets no mask; a plain loop stands in for its kernel."""
-    monkeypatch.setattr(varlen, "varlen_attn", loop_over_documents)
+    install(INSTALLED, monkeypatch)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
 
     def choose(requested: str, _: str, __: str, kind: Any, **settings: Any) -> str:

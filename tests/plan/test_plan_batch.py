@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from turbolm.errors import UserError
-from turbolm.plan.batch import AUTO_MICRO_BATCH_TOKENS, BatchPlan, plan_batch
+from turbolm.plan.batch import AUTO_MICRO_BATCH_TOKENS, BatchPlan, few_sizes, plan_batch
 from turbolm.recipe.schema import Recipe
 
 
@@ -90,3 +90,16 @@ def test_errors_say_what_would_work() -> None:
         plan_batch(recipe(5000), 1)
     with pytest.raises(UserError, match="execution.micro_batch: .* got 1500; nearest: 1024 and 2048"):
         plan_batch(recipe(4096, micro_batch=1500), 1)
+
+
+@pytest.mark.parametrize("most", [1, 7, 1000, 1030, 4096])
+def test_few_sizes_are_three_at_most_and_hold_the_count(most: int) -> None:
+    sizes = {count: few_sizes(count, most) for count in range(1, most + 1)}
+    assert all(count <= size <= most for count, size in sizes.items())
+    assert len(set(sizes.values())) <= 3
+    assert {size for size in sizes.values() if size & (size - 1)} <= {most}
+
+
+def test_few_sizes_by_hand() -> None:
+    assert [few_sizes(count, 4096) for count in (1, 1024, 1025, 2049, 4096)] == [1024, 1024, 2048, 4096, 4096]
+    assert [few_sizes(count, 1000) for count in (3, 257, 513)] == [256, 512, 1000]

@@ -8,18 +8,20 @@ seq_len].
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.attention import varlen
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import flex_attention_mask, sdpa_mask
 
 from turbolm.errors import UserError
+from turbolm.plan.batch import few_sizes
 
 # The recipe's names and Transformers' own.
 ATTENTION_NAMES = {
@@ -38,9 +40,9 @@ def choose_attention(
 ) -> str:
     """The attention kernel for `auto`: varlen on a GPU in half precision, else sdpa, else the model's own code.
 
-    torch's own varlen attention (FlashAttention kernels, torch >= 2.10) needs no extra package and computes nothing
-    across documents, but it joins the sequences of a micro-batch, over which a model that `carries_state` would carry
-    it; sdpa builds a dense [seq_len, seq_len] mask but runs everywhere.
+    torch's own varlen attention (FlashAttention kernels, see models/flash.py) needs no extra package and computes
+    nothing across documents, but it joins the sequences of a micro-batch, over which a model that `carries_state` would
+    carry it; sdpa builds a dense [seq_len, seq_len] mask but runs everywhere.
     """
     if requested != "auto":
         return requested
@@ -49,10 +51,7 @@ def choose_attention(
     if carries_state or not model_class._supports_attention_backend or model_class.__name__ in _WITHOUT_LENGTHS:
         return "sdpa"
     if device == "cuda" and precision in ("bf16", "fp16") and torch.cuda.get_device_capability() >= (8, 0):
-        if _varlen_is_usable():
-            return "varlen"
-        if importlib.util.find_spec("flash_attn") is not None:
-            return "flash"
+        return "varlen"
     return "sdpa"
 
 
@@ -79,13 +78,20 @@ def check_long_sequences(
         )
 
 
-def _varlen_is_usable() -> bool:
-    """Whether this torch's varlen attention takes a scale and a window; the first releases had only `is_causal`."""
-    if importlib.util.find_spec("torch.nn.attention.varlen") is None:
-        return False
-    from torch.nn.attention.varlen import varlen_attn
+def takes_gqa(varlen_attn: Callable[..., Any]) -> bool:
+    """Whether a torch's `varlen_attn` must be told of fewer key and value heads: from 2.12 on.
 
-    return {"scale", "window_size"} <= inspect.signature(varlen_attn).parameters.keys()
+    That of 2.11 hands them to the kernel as they are, which reads them in groups.
+    """
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+
+_TAKES_GQA = takes_gqa(varlen.varlen_attn)  # here, since a compiler would trace into `inspect`
+
+
+def varlen_keywords(num_heads: int, num_key_heads: int) -> dict[str, bool]:
+    """Return what this torch's `varlen_attn` takes besides for so many heads; none are ever repeated."""
+    return {"enable_gqa": True} if _TAKES_GQA and num_heads != num_key_heads else {}
 
 
 def model_inputs(batch: dict[str, np.ndarray], attention: str, device: torch.device) -> dict[str, Any]:
@@ -93,7 +99,9 @@ def model_inputs(batch: dict[str, np.ndarray], attention: str, device: torch.dev
 
     For kernels that read cumulative lengths the sequences are joined to [1, sequences x seq_len] and `cu_seq_lens_*`
     (int32, one entry more than there are slices, or the micro-batch's own `cu_seqlens`, which end with empty slices)
-    and `max_length_*` (an int) are added; they are computed on the host, so that no layer has to ask the device.
+    and `max_length_*` (an int) are added; they are computed on the host, so that no layer has to ask the device. The
+    kernels start blocks for every slice up to that length: it is that of the longest slice, or, where the micro-batch
+    has `cu_seqlens` because a compiler is at work, the next of `few_sizes`.
     """
     tokens, positions = batch["input_ids"], batch["position_ids"]
     if attention not in _FLATTENED:
@@ -103,21 +111,22 @@ def model_inputs(batch: dict[str, np.ndarray], attention: str, device: torch.dev
             "use_cache": False,
         }
     flat_positions = positions.reshape(1, -1)
-    cumulative = batch.get("cu_seqlens")  # of a fixed size, where a compiler is at work
+    cumulative = batch.get("cu_seqlens")
     if cumulative is None:
         starts = np.flatnonzero(flat_positions[0] == 0)
         cumulative = np.append(starts, flat_positions.size).astype(np.int32)
+        max_length = int(np.diff(cumulative).max())
+    else:
+        max_length = few_sizes(int(np.diff(cumulative).max()), positions.shape[1])
     cu_seq_lens = torch.from_numpy(cumulative).to(device, non_blocking=True)
-    if "cu_seqlens" not in batch:  # how many slices there are differs from batch to batch
-        torch._dynamo.maybe_mark_dynamic(cu_seq_lens, 0)
     return {
         "input_ids": torch.from_numpy(tokens.reshape(1, -1)).to(device, non_blocking=True),
         "position_ids": torch.from_numpy(flat_positions).to(device, non_blocking=True),
         "use_cache": False,
         "cu_seq_lens_q": cu_seq_lens,
         "cu_seq_lens_k": cu_seq_lens,
-        "max_length_q": positions.shape[1],  # a bound that is the same for every batch: compilers specialise on it
-        "max_length_k": positions.shape[1],
+        "max_length_q": max_length,
+        "max_length_k": max_length,
     }
 
 
@@ -137,8 +146,6 @@ def varlen_attention_forward(
     `query` is [1, heads, tokens, head_dim], `key` and `value` may have fewer heads. Returns [1, tokens, heads,
     head_dim]. A generation call (no cumulative lengths) falls back to Transformers' sdpa.
     """
-    from torch.nn.attention.varlen import varlen_attn
-
     cu_seq_lens = kwargs.get("cu_seq_lens_q")
     if cu_seq_lens is None:
         return sdpa_attention_forward(
@@ -151,15 +158,12 @@ def varlen_attention_forward(
     if any(kwargs.get(name) is not None for name in ("softcap", "s_aux", "position_bias")):
         raise ValueError("varlen attention has no soft cap, sinks or position bias; set execution.attention: flex")
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    if key.shape[1] != query.shape[1]:
-        groups = query.shape[1] // key.shape[1]
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     is_causal = kwargs.get("is_causal")
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)  # an encoder reads both ways here too, and is refused for it
     # Transformers' window counts the token itself, the kernel's counts what lies left of it.
     window = (sliding_window - 1 if sliding_window is not None else -1, 0 if is_causal else -1)
-    output = varlen_attn(
+    output = varlen.varlen_attn(
         query,
         key,
         value,
@@ -169,6 +173,7 @@ def varlen_attention_forward(
         kwargs["max_length_k"],
         scale=scaling,
         window_size=window,
+        **varlen_keywords(query.shape[1], key.shape[1]),
     )
     return output.unsqueeze(0), None
 

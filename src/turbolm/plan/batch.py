@@ -73,5 +73,13 @@ def choose_micro_batch_size(micro_tokens: int | str, seq_len: int, num_sequences
     return min(max(micro_tokens // seq_len, 1), share)
 
 
+def few_sizes(count: int, most: int) -> int:
+    """Return a size that holds `count`, one of three at most: the next power of two, from `most` / 4 up, or `most`.
+
+    What is compiled has a graph for each size, and kernels start blocks for all of it.
+    """
+    return min(most, 1 << (max(count, _ceil(most, 4)) - 1).bit_length())
+
+
 def _ceil(count: int, parts: int) -> int:
     return -(-count // parts)

@@ -27,6 +27,7 @@ from turbolm.models.build import (
     check_all_trained,
     model_class,
 )
+from turbolm.models.flash import start_kernels
 from turbolm.models.initialise import seed_for_rank
 from turbolm.models.isolation import check_isolation
 from turbolm.models.loss import attach_loss, choose_loss
@@ -155,6 +156,7 @@ def build_engine(
     if saved:
         saved.load(engine)  # the checks below run the model
         heartbeat.advance()
+    print(start_kernels(attention, engine.device))
     _check_isolation(engine, plan, store, attention)
     tokens = np.arange(8)[None]
     probe = model_inputs({"input_ids": tokens, "position_ids": tokens}, attention, engine.device)
@@ -194,7 +196,7 @@ def _build_loader(plan: Plan, store: TokenStore, device: torch.device) -> BatchL
     """
     recipe, world_size, rank = plan.recipe, dist.get_world_size(), dist.get_rank()
     order = recipe_order(recipe, store, plan.curriculum, save=rank == 0, on_progress=lambda _: heartbeat.beat())
-    # What is compiled sees one size for each sequence length: the most slices there are in the whole run.
+    # What is compiled sees few sizes for each sequence length, up to the most slices there are in the whole run.
     max_slices = order.max_slices(plan.num_steps) if recipe.execution.compile != "none" else None
     memory = PinnedMemory(device) if device.type == "cuda" else None
     return BatchLoader(order, store, "train", world_size, rank, recipe.execution.micro_batch, max_slices, memory)

@@ -11,7 +11,7 @@ from turbolm.data import native
 from turbolm.data.native import IntArray
 from turbolm.data.order.packing import Sequences
 from turbolm.errors import UserError
-from turbolm.plan.batch import IGNORED_TARGET
+from turbolm.plan.batch import IGNORED_TARGET, few_sizes
 
 if TYPE_CHECKING:
     from turbolm.data.store.token_store import Split, TokenStore
@@ -98,12 +98,13 @@ def collate(
 
 
 def fill_cu_seqlens(ends: IntArray, max_slices: int) -> np.ndarray:
-    """Return where the slices of a micro-batch begin when its sequences are put end to end, int32 [max_slices + 1].
+    """Return where the slices of a micro-batch begin when its sequences are put end to end, int32.
 
-    `ends` are the ends of the slices. Empty slices pad the result, so that the shape is always the same.
+    `ends` are the ends of the slices. Empty slices pad the result, so that it has one of few sizes (`few_sizes` of the
+    slices, and one entry more): a compiler makes a graph for each, and attention starts blocks for every slice.
     """
     assert len(ends) <= max_slices, f"a micro-batch of {len(ends)} slices, where there should be {max_slices} at most"
-    boundaries = np.full(max_slices + 1, ends[-1], np.int32)
+    boundaries = np.full(few_sizes(len(ends), max_slices) + 1, ends[-1], np.int32)
     boundaries[0] = 0
     boundaries[1 : len(ends) + 1] = ends
     return boundaries

@@ -86,7 +86,7 @@ class BatchLoader:
     """Loads the global batches of `order` from `store` for one rank.
 
     `micro_batch` is the recipe's: tokens of one forward pass on one process, or `auto`. With `max_slices`, the most
-    slices in a sequence by sequence length (`order.max_slices`), micro-batches hold `cu_seqlens` of a fixed size.
+    slices in a sequence by sequence length (`order.max_slices`), micro-batches hold `cu_seqlens` of few sizes.
     Batches are read into `memory`, by default the process's own.
     """
 
@@ -166,7 +166,7 @@ def evaluation_batches(
 ) -> Iterator[GlobalBatch]:
     """Yield the evaluation set as batches of one micro-batch per rank; all ranks get the same number of batches.
 
-    With `fixed_cu_seqlens` micro-batches hold `cu_seqlens` of a fixed size.
+    With `fixed_cu_seqlens` micro-batches hold `cu_seqlens` of few sizes.
     """
     sequences = evaluation_set(store, seq_len, max_tokens, packing).sequences
     most = int(np.diff(sequences.offsets).max()) if fixed_cu_seqlens else None
