@@ -1,6 +1,6 @@
 # One command for each thing one does with this repository. `make` alone lists them and changes nothing.
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-fast test-slow chaos models lint lock clean
+.PHONY: help setup train test test-fast test-slow chaos matrix models lint lock clean
 PYTHON_VENV := .venv/bin/python
 # Set-up leaves it to the first import to compile a module: without a cache every process would do that again.
 unexport PYTHONDONTWRITEBYTECODE
@@ -25,6 +25,9 @@ test-slow: setup ## run the tests marked slow, which `make test` leaves out
 
 chaos: setup ## kill runs, fill disks, damage checkpoints for longer (CHAOS_KILLS=30 CHAOS_SEED=n)
 	@CHAOS_KILLS=$${CHAOS_KILLS:-30} CHAOS_SEED=$${CHAOS_SEED:-$$(date +%s)} $(PYTHON_VENV) -m pytest -s -m "" tests/chaos $(ARGS)
+
+matrix: setup ## the tests with other versions of torch and Transformers, and Liger; gigabytes (ARGS='oldest' selects)
+	@$(PYTHON_VENV) tests/matrix.py $(ARGS)
 
 models: setup ## try every model type and write src/turbolm/models/README.md
 	@.venv/bin/turbolm models --write

@@ -20,7 +20,8 @@ import subprocess
 import sys
 import sysconfig
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,20 +31,38 @@ SELECTION = ("tests/models", "tests/engine", "tests/optim", "tests/checkpoint", 
 
 @dataclass(frozen=True)
 class Cell:
-    """`requirements` for pip, the tests to run, and variables of the environment."""
+    """`requirements` for pip, the tests to run, those known to fail, and variables of the environment."""
 
     requirements: tuple[str, ...]
     tests: tuple[str, ...] = SELECTION
-    environment: tuple[tuple[str, str], ...] = ()
+    known: tuple[str, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
 
+
+# What Transformers 5.17 lacks. It does not mark modules of experts, so their load is not recorded, and its Doge fails in
+# eager attention (both mended in 5.18); Llama 4 runs all experts on all tokens, which a step's FLOPs do not count (5.19);
+# Dbrx refuses the configuration that it writes (5.20, the bound in pyproject.toml).
+ROUTER = "tests/models/test_router.py"
+BELOW_THE_BOUND = (
+    f"{ROUTER}::test_of_one_sequence_it_is_transformers_own[doge]",
+    f"{ROUTER}::test_it_is_a_sum_over_sequences_however_they_are_batched",
+    f"{ROUTER}::test_the_load_is_the_choices_of_tokens_that_are_not_padding",
+    f"{ROUTER}::test_a_type_without_a_router_loss_says_so[glm4_moe]",
+    f"{ROUTER}::test_a_balancing_bias_that_is_a_parameter_becomes_a_buffer",
+    f"{ROUTER}::test_flops_are_those_that_torch_counts",
+    "tests/models/test_config.py::test_what_a_class_writes_down_of_itself_is_accepted",
+)
 
 # `===` is the version to the letter: without it pip takes a local +cpu build that it has for the release. What PyPI has
 # of torch is its CUDA build, so the first two also show that one without a device.
 CELLS = {
-    "oldest": Cell(("torch===2.11.0", "transformers==5.17.0")),
+    "oldest": Cell(("torch===2.11.0", "transformers==5.20.0")),
+    "torch-2.12": Cell(("torch===2.12.1",)),
     "torch-cuda": Cell(("torch===2.13.0",)),
-    "transformers-5.17": Cell(("transformers==5.17.0",)),
-    "liger": Cell(("triton==3.7.1", "liger-kernel>=0.8"), ("tests/models/test_liger.py",)),
+    "gpu-machine": Cell(("torch===2.11.0", "transformers==5.17.0"), known=BELOW_THE_BOUND),
+    "liger": Cell(
+        ("triton==3.7.1", "liger-kernel==0.8.5"), ("tests/models/test_liger.py",), (), {"TRITON_INTERPRET": "1"}
+    ),
 }
 
 
@@ -91,6 +110,7 @@ def run_cell(folder: Path, cell: Cell) -> dict:
         # Behind the cell's own packages on the path: what it does not install itself comes from .venv.
         beneath = folder / "venv/lib" / version / "site-packages/beneath.pth"
         beneath.write_text(sysconfig.get_path("purelib") + "\n")
+        (folder / "venv/bin/ninja").symlink_to(Path(sys.executable).parent / "ninja")
     pip = [python, "-m", "pip", "install", "--disable-pip-version-check", "-q", *cell.requirements]
     with (folder / "pip.log").open("w") as log:
         rc = subprocess.run(pip, stdout=log, stderr=subprocess.STDOUT).returncode
@@ -98,14 +118,15 @@ def run_cell(folder: Path, cell: Cell) -> dict:
         return {"rc": rc, "tests": f"pip failed: {folder / 'pip.log'}", "versions": {}, "seconds": 0}
     environment = {
         **os.environ,
-        "PATH": f"{python.parent}:{Path(sys.executable).parent}:{os.environ['PATH']}",  # ninja
+        "PATH": f"{python.parent}:{os.environ['PATH']}",
         "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}",
         "TORCH_EXTENSIONS_DIR": str(folder / "extensions"),  # torch names them after Python, not after itself
-        **dict(cell.environment),
+        **cell.environment,
     }
     started = time.monotonic()
     with (folder / "tests.log").open("w") as log:
-        command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *cell.tests]
+        left_out = [f"--deselect={test}" for test in cell.known]
+        command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *left_out, *cell.tests]
         rc = subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT).returncode
     lines = (folder / "tests.log").read_text().splitlines()
     return {

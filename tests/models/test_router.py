@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -194,7 +195,8 @@ def test_compiled(mode: str, checkpointing: str) -> None:
     apply_compile(attached(other), mode, backend="eager" if mode == "layers" else "aot_eager")
     for seed in (0, 1):
         compare(other, plain, micro_batch([[5, 7], [8]], seed))
-    assert compilations.count == 1
+    is_older = transformers.__version__ < "5.23"  # it makes a second graph, as often as the first
+    assert compilations.count == 1 or (is_older and compilations.count == 2)
 
 
 def compare(model: PreTrainedModel, plain: PreTrainedModel, batch: dict[str, np.ndarray]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from transformers import Llama4TextConfig
 
 from tests.models.test_attention import INSTALLED, install
@@ -66,7 +67,8 @@ def test_no_type_is_trained_wrongly_with_what_a_gpu_chooses(shard: int, monkeypa
 
 
 def test_the_table_has_every_type_and_none_that_is_trained_wrongly() -> None:
-    assert list(WRITTEN) == sorted(causal_model_types())
+    if f"Transformers {transformers.__version__}, " in table.read_table():  # another one has other types
+        assert list(WRITTEN) == sorted(causal_model_types())
     counts = Counter(WRITTEN.values())
     assert counts["failed"] == 0
     assert counts["packed"] >= 87 and counts["packed"] + counts["single"] >= 120
