@@ -39,9 +39,9 @@ class Cell:
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
-# What Transformers 5.17 lacks. It does not mark modules of experts, so their load is not recorded, and its Doge fails in
-# eager attention (both mended in 5.18); Llama 4 runs all experts on all tokens, which a step's FLOPs do not count (5.19);
-# Dbrx refuses the configuration that it writes (5.20, the bound in pyproject.toml).
+# What Transformers 5.17 lacks. It does not mark modules of experts, so their load is not recorded, and its Doge fails
+# in eager attention (both fixed in 5.18); its Llama 4 runs all experts on all tokens, which a step's FLOPs do not count
+# (5.19); its Dbrx refuses the configuration that it writes (5.20, the bound in pyproject.toml).
 ROUTER = "tests/models/test_router.py"
 BELOW_THE_BOUND = (
     f"{ROUTER}::test_of_one_sequence_it_is_transformers_own[doge]",
@@ -53,8 +53,8 @@ BELOW_THE_BOUND = (
     "tests/models/test_config.py::test_what_a_class_writes_down_of_itself_is_accepted",
 )
 
-# `===` is the version to the letter: without it pip takes a local +cpu build that it has for the release. What PyPI has
-# of torch is its CUDA build, so the first two also show that one without a device.
+# `===` is the version to the letter: else pip takes a local +cpu build of it, if it has one. What PyPI has of torch is
+# the CUDA build, so every cell with a torch also shows that build without a device.
 CELLS = {
     "oldest": Cell(("torch===2.11.0", "transformers==5.20.0")),
     "torch-2.12": Cell(("torch===2.12.1",)),

@@ -20,6 +20,7 @@ from turbolm.data.prepare.build import prepare
 from turbolm.data.store.token_store import open_store
 from turbolm.models.attention import choose_attention, model_inputs
 from turbolm.models.compile import apply_compile, compilations
+from turbolm.models.flash import start_kernels
 from turbolm.models.isolation import Probe
 from turbolm.models.loss import chunked_linear_loss
 
@@ -96,6 +97,12 @@ def test_execution_tricks_follow_plain_pytorch(tmp_path: Path) -> None:
     ]
     trained = run_cells(tmp_path, 1, cells)
     check_against_plain_pytorch(tmp_path, trained)
+
+
+def test_the_newest_flash_kernels_agree_with_version_2() -> None:
+    """Where they are installed; else the line says what is missing."""
+    line = start_kernels("varlen", torch.device("cuda"))
+    assert "differ" not in line and "does not work" not in line, line
 
 
 @pytest.mark.parametrize("mode", ["model", "layers"])

@@ -10,7 +10,7 @@ from turbolm.models.attention import varlen_keywords
 # By the major number of the compute capability: torch's name of the kernels, and the module that brings them (as torch
 # 2.11 to 2.13 have them in torch/nn/attention/_fa3.py and _fa4.py). FA3 runs on Hopper alone; FA4 would run there too.
 _NEWER = {9: ("FA3", "flash_attn_interface"), 10: ("FA4", "flash_attn.cute.interface")}
-_TOLERANCE = 2e-2  # of bf16, relative to the largest value; another document or head gives about 1
+_TOLERANCE = 5e-2  # of bf16 sums, relative to the largest value; another document or head moves them by about 1
 
 
 def start_kernels(attention: str, device: torch.device) -> str:

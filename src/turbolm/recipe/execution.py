@@ -222,7 +222,9 @@ class Execution(Section):
         "one compilation per sequence length, another one for evaluation",
     )
     attention: Literal["auto", "eager", "sdpa", "flex", "flash", "varlen"] = Field(
-        "auto", description="auto: the fastest kernel here that keeps packed documents apart"
+        "auto",
+        description="auto: the fastest kernel here that keeps packed documents apart; varlen runs FlashAttention 3 on "
+        "Hopper and 4 on Blackwell where flash_attn_interface or flash_attn.cute is installed",
     )
     adam_kernel: Literal["auto", "torch", "deepspeed"] = Field(
         "auto", description="auto: DeepSpeed's CPUAdam when offloaded, else torch's fused kernel"
