@@ -259,7 +259,8 @@ def rate(row: Settings, build: Callable[[], Contender], loader: Any, plan: Any, 
     contender, num_steps = build(), row.get("steps", 5)
     batches = [loader.global_batch(index) for index in range(2 * num_steps + 2)]
     num_sequences, accumulation = plan.batch.micro_batch_bins, plan.batch.gradient_accumulation_steps
-    while not fits_in_memory(lambda: contender.run(arrays(batches[:2]))):
+    to_compile = arrays(batches[:2]) + (one_of_each_size(batches[2:]) if row["who"] == "turbolm" else [])
+    while not fits_in_memory(lambda: contender.run(to_compile)):
         if row["who"] == "turbolm" or num_sequences == 1:
             raise MemoryError(f"{num_sequences} sequences do not fit")
         num_sequences, accumulation = num_sequences // 2, 2 * accumulation
@@ -282,6 +283,19 @@ def rate(row: Settings, build: Callable[[], Contender], loader: Any, plan: Any, 
         "mean_span": span,
         "num_parameters": sum(parameter.numel() for parameter in contender.model.parameters()),
     }
+
+
+def one_of_each_size(batches: list[Any]) -> Batches:
+    """A micro-batch for each number of slices and longest one that a compiler makes a graph for: none is timed."""
+    import torch
+
+    from turbolm.models.attention import model_inputs
+
+    found = {}
+    for micro in (micro for batch in batches for micro in batch.micro_batches if "cu_seqlens" in micro):
+        inputs = model_inputs(micro, "varlen", torch.device("cpu"))
+        found[len(inputs["cu_seq_lens_q"]), inputs["max_length_q"]] = ([micro], micro["targets"].size)
+    return list(found.values())
 
 
 def fits_in_memory(work: Callable[[], Any]) -> bool:
@@ -332,7 +346,8 @@ def time_to_loss(row: Settings, build: Callable[[], Contender], loader: Any, pla
     from turbolm.data.batch.loader import evaluation_batches
 
     contender, seconds = build(), 2 if "steps" in row else TRAINING_SEC
-    contender.run(arrays([loader.global_batch(0)]))
+    first = [loader.global_batch(index) for index in range(2 if "steps" in row else 32)]
+    contender.run(arrays(first[:1]) + (one_of_each_size(first) if row["who"] == "turbolm" else []))
     chunk, index, spent = 1 if "steps" in row else 8, 1, 0.0
     while spent < seconds:
         batches = arrays([loader.global_batch(index + number) for number in range(chunk)])
