@@ -8,6 +8,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from transformers import PreTrainedModel
 
 from turbolm.checkpoint.agreement import gather_over
 from turbolm.checkpoint.retention import Retention
@@ -110,34 +111,7 @@ def build_engine(
     configuration and tokenizer to the run. Collective.
     """
     recipe = plan.recipe
-    config = build_config(
-        recipe.model,
-        seq_len=recipe.data.seq_len,
-        vocab_size=store.vocab_size,
-        bos_token_id=store.manifest["bos_id"],
-        eos_token_id=store.manifest["eos_id"],
-    )
-    kind = model_class(config)
-    reason = carries_state_across_documents(config, kind)
-    if reason and recipe.data.packing != "single":
-        raise UserError(f"data.packing: {reason}, so packed documents cannot be kept apart; set data.packing: single")
-    requested, carries_state = recipe.execution.attention, reason is not None
-    attention = choose_attention(requested, plan.device, plan.precision, kind, carries_state=carries_state)
-    sizes = {"seq_len": recipe.data.seq_len, "joined_tokens": plan.batch.micro_batch_tokens}
-    check_long_sequences(config, attention, packed=recipe.data.packing != "single", **sizes)
-    sharded_by = plan.ds_config if recipe.execution.zero_stage == 3 else None
-    model = build_model(
-        recipe.model,
-        config,
-        seed=recipe.train.seed,
-        attention=attention,
-        sharded_by=sharded_by,
-        saved=saved.parameters if saved else None,
-        held_as=(_DTYPES[plan.precision], accelerator.device),
-    )
-    freeze_balancing_biases(model)
-    check_all_trained(model)
-    check_positions(model, recipe.data.seq_len)
+    model, attention = _build_model(accelerator, plan, store, saved)
     if dist.get_rank() == 0:
         model.config.save_pretrained(run.model)
         from turbolm.checkpoint.export import tokenizer
@@ -169,6 +143,42 @@ def build_engine(
     seed_for_rank(recipe.train.seed, dist.get_rank())
     engine.train()
     return engine, attention
+
+
+def _build_model(
+    accelerator: Accelerator, plan: Plan, store: TokenStore, saved: SavedWeights | None
+) -> tuple[PreTrainedModel, str]:
+    """Return the model of the recipe, checked, and its attention kernel. Collective at stage 3."""
+    recipe = plan.recipe
+    config = build_config(
+        recipe.model,
+        seq_len=recipe.data.seq_len,
+        vocab_size=store.vocab_size,
+        bos_token_id=store.manifest["bos_id"],
+        eos_token_id=store.manifest["eos_id"],
+    )
+    kind = model_class(config)
+    reason = carries_state_across_documents(config, kind)
+    if reason and recipe.data.packing != "single":
+        raise UserError(f"data.packing: {reason}, so packed documents cannot be kept apart; set data.packing: single")
+    requested, carries_state = recipe.execution.attention, reason is not None
+    attention = choose_attention(requested, plan.device, plan.precision, kind, carries_state=carries_state)
+    sizes = {"seq_len": recipe.data.seq_len, "joined_tokens": plan.batch.micro_batch_tokens}
+    check_long_sequences(config, attention, packed=recipe.data.packing != "single", **sizes)
+    sharded_by = plan.ds_config if recipe.execution.zero_stage == 3 else None
+    model = build_model(
+        recipe.model,
+        config,
+        seed=recipe.train.seed,
+        attention=attention,
+        sharded_by=sharded_by,
+        saved=saved.parameters if saved else None,
+        held_as=(_DTYPES[plan.precision], accelerator.device),
+    )
+    freeze_balancing_biases(model)
+    check_all_trained(model)
+    check_positions(model, recipe.data.seq_len)
+    return model, attention
 
 
 def _check_isolation(engine: Engine, plan: Plan, store: TokenStore, attention: str) -> None:
