@@ -150,6 +150,13 @@ def test_refused_values(slurm: dict[str, Any], message: str, tmp_path: Path, mon
         render(tmp_path, monkeypatch, cluster={"slurm": slurm})
 
 
+def test_exclusive_nodes_are_asked_for_with_all_their_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """sbatch(1): `--exclusive` gives all CPUs, but only as much memory as was requested."""
+    for slurm, mem in (({"exclusive": True}, "0"), ({"exclusive": True, "mem": "64G"}, "64G"), ({}, None)):
+        submission = render(tmp_path, monkeypatch, cluster={"slurm": slurm})
+        assert read_directives(submission.text).get("mem") == mem
+
+
 def test_a_recipe_without_slurm_or_with_too_small_a_batch_is_not_submitted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

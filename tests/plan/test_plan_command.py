@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 import subprocess
 import sys
@@ -48,6 +49,32 @@ def summary_of(recipe: str, *overrides: str) -> Summary:
     return collect_summary(load_recipe(path, overrides), path, overrides, lambda *_: {})
 
 
+@pytest.mark.parametrize(
+    ("slurm", "note"),
+    [
+        ({}, "set 1[0-9][0-9]G, or 0 for all"),
+        ({"exclusive": True}, None),
+        ({"mem": "0"}, None),
+        ({"mem": "1T"}, None),
+        ({"mem": "100G"}, "and 100G is asked for"),
+        ({"mem": "100000"}, "and 100000 is asked for"),  # MB
+    ],
+)
+def test_the_host_memory_of_a_node(slurm: dict[str, Any], note: str | None) -> None:
+    """8B with AdamW on one node of 8 GPUs: 12 bytes a parameter are copied for a checkpoint, 8 processes run."""
+    overrides = [f"cluster.slurm.{key}={value}" for key, value in slurm.items()] or ["cluster.slurm={}"]
+    summary = summary_of(LLAMA_8B, "cluster.num_nodes=1", "cluster.slurm.exclusive=false", *overrides)
+    size, host = summary.size, summary.host_memory
+    assert size is not None and host is not None
+    assert host.checkpoint_copy == pytest.approx(12 * size.total, rel=1e-6)
+    assert host.total_bytes - host.checkpoint_copy == 8 * 6 * 2**30 and host.offloaded == 0
+    said = [text for text in summary.notes if text.startswith("cluster.slurm.mem")]
+    assert (note is None and not said) or (note is not None and re.search(note, said[0]))
+    offloaded = summary_of(LLAMA_8B, "cluster.num_nodes=1", "execution.offload_optimizer=true").host_memory
+    assert offloaded is not None and offloaded.offloaded == pytest.approx(16 * size.total, rel=1e-6)
+    assert "copy of a checkpoint" in render_summary(summary)
+
+
 def test_random_restarts_show_what_they_cost() -> None:
     """Of 8 candidates that take 10% of the budget each, 7 come on top."""
     plain = summary_of(LLAMA_8B, "train.budget=100B")
@@ -91,8 +118,8 @@ def test_the_text_has_everything() -> None:
 def test_json_has_the_same_and_stable_keys() -> None:
     text, _ = plan(LLAMA_8B, "--json")
     found = json.loads(text)
-    keys = "recipe cluster batch schedule data parameters cost memory ds_config accelerate_config launch suggestions "
-    keys += "notes"
+    keys = "recipe cluster batch schedule data parameters cost memory host_memory ds_config "
+    keys += "accelerate_config launch suggestions notes"
     assert list(found) == keys.split()
     recipe = load_recipe(REPOSITORY / LLAMA_8B)
     assert found["ds_config"] == resolve_ds_config(recipe, plan_batch(recipe, 64), "cuda", "bf16")

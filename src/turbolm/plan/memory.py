@@ -14,9 +14,12 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from turbolm.recipe.optimizers import OPTIMIZERS
-from turbolm.recipe.schema import Execution
+from turbolm.recipe.schema import Execution, Recipe
+from turbolm.recipe.slurm_values import memory_bytes
+from turbolm.units import format_bytes
 
 _FP32_BYTES, _HALF_BYTES = 4, 2
+_GPU_PROCESS_BYTES = 6 * 2**30  # torch, CUDA's and NCCL's host side, batches read ahead: stated, not measured
 _STAGE_1_BUCKET_ELEMENTS = 500_000_000
 
 
@@ -75,6 +78,45 @@ def estimate_model_state(
         buckets=_bucket_bytes(ds_config, execution, num_parameters, weight_bytes),
         host_bytes=host_bytes,
     )
+
+
+@dataclass(frozen=True)
+class HostMemory:
+    """Bytes of one node's memory while GPUs train, without what the kernel caches of files."""
+
+    offloaded: int  # state of the optimizer and weights, before pinned parts are rounded up to powers of two
+    checkpoint_copy: int  # what is written while training goes on
+    processes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """Return the bytes of the node."""
+        return self.offloaded + self.checkpoint_copy + self.processes
+
+
+def estimate_host_memory(
+    recipe: Recipe, state: ModelState, num_parameters: int, world_size: int, here: int
+) -> HostMemory:
+    """Estimate what the `here` processes of one node take of its memory, on GPUs."""
+    share = -(-num_parameters // world_size)  # at stage 0, too, each writes a part
+    saved = round((_FP32_BYTES + OPTIMIZERS[recipe.optimizer.name].state_bytes) * share)
+    copied = here * saved if recipe.checkpoint.asynchronous else 0
+    return HostMemory(here * state.host_bytes, copied, here * _GPU_PROCESS_BYTES)
+
+
+def host_memory_note(recipe: Recipe, host: HostMemory) -> str | None:
+    """Return the warning about a `cluster.slurm.mem` that is too small, or missing on shared nodes, or None."""
+    slurm = recipe.cluster.slurm
+    if slurm is None:
+        return None
+    need = f"a node needs about {format_bytes(host.total_bytes)} of host memory"
+    advice = f"{-(-host.total_bytes // 2**30)}G, or 0 for all of the node's"
+    if slurm.mem is None and not slurm.exclusive:
+        return f"cluster.slurm.mem: {need}, and Slurm gives what the cluster's default is; set {advice}"
+    asked = memory_bytes(slurm.mem) if slurm.mem is not None else 0
+    if 0 < asked < host.total_bytes:
+        return f"cluster.slurm.mem: {need}, and {slurm.mem} is asked for; set {advice}"
+    return None
 
 
 def _gradient_bytes(stage: int, num_parameters: int, share: int, precision: str) -> int:

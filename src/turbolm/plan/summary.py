@@ -14,7 +14,7 @@ from turbolm.plan.count import ModelFacts, ModelSize, examine_model
 from turbolm.plan.deepspeed import untested_note
 from turbolm.plan.flops import training_flops_per_token
 from turbolm.plan.machine import Machine, cpu_request_note, described_machine, detect_machine, missing_package
-from turbolm.plan.memory import ModelState, estimate_model_state
+from turbolm.plan.memory import HostMemory, ModelState, estimate_host_memory, estimate_model_state, host_memory_note
 from turbolm.plan.plan import Plan, build_plan
 from turbolm.plan.preview import SourceUse, StoreSize, constant_span, mean_span, run_out_notes, source_uses
 from turbolm.plan.rates import step_rates
@@ -57,6 +57,7 @@ class Summary:
     cost: Cost
     memory: ModelState | None
     gpu_memory_bytes: int | None
+    host_memory: HostMemory | None
     learning_rate: tuple[tuple[int, float], ...]  # (tokens seen after the step, its rate), as in metrics.jsonl
     sources: tuple[SourceUse, ...]
     constant_span_tokens: float  # the mean span if every sequence had the longest length
@@ -143,6 +144,9 @@ class Summary:
             "parameters": asdict(self.size) if self.size else None,
             "cost": asdict(self.cost),
             "memory": {**asdict(self.memory), "device_bytes": self.memory.device_bytes} if self.memory else None,
+            "host_memory": asdict(self.host_memory) | {"total_bytes": self.host_memory.total_bytes}
+            if self.host_memory
+            else None,
             "ds_config": plan.ds_config,
             "accelerate_config": dict(self.accelerate_config),
             "launch": {"command": self.launch_command, "accelerate_command": self.accelerate_command},
@@ -187,8 +191,14 @@ def collect_summary(
             problems.append(_too_large(plan, memory, gpu_bytes, size.total))
     if problems or plan is None:
         raise UserError("\n".join(f"{recipe_file}: {line}" for problem in problems for line in problem.splitlines()))
+    host = _host_memory(plan, memory, size)
     uses = source_uses(recipe, plan.curriculum, store)
-    said = (missing_package(recipe), untested_note(recipe.execution), cpu_request_note(recipe))
+    said = (
+        missing_package(recipe),
+        untested_note(recipe.execution),
+        cpu_request_note(recipe),
+        host_memory_note(recipe, host) if host else None,
+    )
     notes = [*facts.assumed, *facts.notes, *(note for note in said if note), *_hang_notes(recipe.execution)]
     return Summary(
         recipe_file=recipe_file,
@@ -200,6 +210,7 @@ def collect_summary(
         cost=_cost(plan, machine, facts.config, store, size),
         memory=memory,
         gpu_memory_bytes=gpu_bytes,
+        host_memory=host,
         learning_rate=_learning_rate(plan),
         sources=uses,
         constant_span_tokens=constant_span(plan.curriculum, store),
@@ -211,6 +222,12 @@ def collect_summary(
 def _state(plan: Plan, execution: Execution, num_parameters: int) -> ModelState:
     name = plan.recipe.optimizer.name
     return estimate_model_state(execution, plan.ds_config, num_parameters, plan.world_size, plan.precision, name)
+
+
+def _host_memory(plan: Plan, memory: ModelState | None, size: ModelSize | None) -> HostMemory | None:
+    if memory is None or size is None or plan.device == "cpu":  # a CPU's model state and activations are host memory
+        return None
+    return estimate_host_memory(plan.recipe, memory, size.total, plan.world_size, plan.processes_per_node)
 
 
 def _too_large(plan: Plan, memory: ModelState, gpu_bytes: int, num_parameters: int) -> str:

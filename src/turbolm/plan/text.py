@@ -26,6 +26,7 @@ def render_summary(summary: Summary) -> str:
         ("data", _data(summary)),
         ("model", _model(summary)),
         ("model state on each process", _memory(summary)),
+        ("host memory of each node", _host_memory(summary)),
         ("DeepSpeed configuration", json.dumps(summary.plan.ds_config, indent=2).splitlines()),
         ("Accelerate configuration", yaml.safe_dump(dict(summary.accelerate_config), sort_keys=False).splitlines()),
         ("launch", [summary.launch_command, f"by hand: {summary.accelerate_command}"]),
@@ -179,3 +180,17 @@ def _memory(summary: Summary) -> Iterator[str]:
     yield f"{'together':<26}{format_bytes(state.device_bytes):>10}{of}; activations come on top"
     if state.host_bytes:
         yield f"{'in the host memory':<26}{format_bytes(state.host_bytes):>10}"
+
+
+def _host_memory(summary: Summary) -> Iterator[str]:
+    host = summary.host_memory
+    if host is None:
+        return
+    for name, num_bytes in (
+        ("offloaded", host.offloaded),
+        ("copy of a checkpoint", host.checkpoint_copy),
+        ("processes (assumed)", host.processes),
+        ("together", host.total_bytes),
+    ):
+        if num_bytes:
+            yield f"{name:<26}{format_bytes(num_bytes):>10}"

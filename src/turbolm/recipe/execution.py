@@ -96,7 +96,8 @@ class Slurm(Section):
         None, description="limit of one start, such as 1h30m, 1-12:00:00 or UNLIMITED; a requeue gets it again"
     )
     mem: SlurmMemory | None = Field(
-        None, description="memory of each node, such as 64G; a bare number is in MB; 0: all of it"
+        None,
+        description="memory of each node, such as 64G; a bare number is in MB; 0: all of it, as with `exclusive` alone",
     )
     cpus_per_task: Annotated[int, Field(ge=1)] | None = Field(
         None,

@@ -65,6 +65,12 @@ def _memory(value: object) -> object:
     return match[1] + (match[2] or "").upper()
 
 
+def memory_bytes(value: str) -> int:
+    """The bytes of a memory as the recipe has it; 0 is all of a node's."""
+    unit = value[-1] if value[-1] in "KMGT" else "M"
+    return int(value.rstrip("KMGT")) * 1024 ** (1 + "KMGT".index(unit))
+
+
 def _value(value: str) -> str:
     """Slurm's own grammar for lists and expressions needs no blank, quote or backslash: none of it means a shell."""
     if not re.fullmatch(r"[\w\[(~!@%/][\w.,:+*%@=/\[\]()|&!~^?{}-]*", value, re.ASCII):
