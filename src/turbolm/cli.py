@@ -161,7 +161,14 @@ def models(
 
 
 @app.command()
-def train(recipe: RecipeFile, overrides: Overrides = None, fresh: Fresh = False) -> None:
+def train(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    fresh: Fresh = False,
+    profile: Annotated[
+        bool, Option("--profile", help="trace 3 steps after step 20, unless logging.profile says otherwise")
+    ] = False,
+) -> None:
     """Prepare the data if needed, then train on this machine. Resumes an unfinished run."""
     from turbolm.launch.train import train_here
     from turbolm.plan.count import check_model
@@ -173,6 +180,9 @@ def train(recipe: RecipeFile, overrides: Overrides = None, fresh: Fresh = False)
         print(note)
     if fresh:
         start_fresh(loaded)
+    if profile and loaded.logging.profile is None:
+        overrides = [*(overrides or ()), "logging.profile={}"]
+        loaded = load_recipe(recipe, overrides)
     raise typer.Exit(train_here(loaded, recipe, overrides or ()))
 
 

@@ -294,6 +294,17 @@ class Checkpoint(Section):
 Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 
 
+class Profile(Section):
+    """A trace of a few steps of each attempt, per rank, in the attempt's folder; on GPUs a memory snapshot too."""
+
+    at: Annotated[TrainingSpan, AfterValidator(positive_span)] = Field(
+        Span(20, "steps"),
+        description="tokens, steps or a share of the budget before it; an attempt that resumes later profiles from its "
+        "second step on",
+    )
+    steps: Annotated[int, Field(ge=1, le=100)] = Field(3, description="steps to profile, which take longer")
+
+
 class Logging(Section):
     """What is shown while it runs; metrics.jsonl always has every step."""
 
@@ -305,3 +316,4 @@ class Logging(Section):
         (), description="services that show the metrics as well, each through its own package"
     )
     project: Text = Field("turbolm", description="what the trackers file the run under")
+    profile: Profile | None = Field(None, description="where a step's time goes; none: not measured")

@@ -16,6 +16,7 @@ from turbolm.plan.rates import step_rates
 from turbolm.reliability import heartbeat
 from turbolm.train.evaluation import EvaluationResult, evaluate
 from turbolm.train.garbage import collect_when_due, manual_collection
+from turbolm.train.profile import profiled
 from turbolm.train.recover import settle_anomaly
 from turbolm.train.session import Session, check_replicas_when_due, save
 from turbolm.train.step import StepResult, train_step
@@ -25,7 +26,7 @@ from turbolm.train.step import StepResult, train_step
 def train(session: Session) -> bool:
     """Train to the end of the budget and evaluate; return False if the run was asked to stop (everything is saved)."""
     plan, recipe, num_steps = session.plan, session.plan.recipe, session.plan.num_steps
-    for batch in batches_to_train(session):
+    for batch in profiled(session, batches_to_train(session)):
         reason = agree_to_stop(session, batch)
         if reason:
             session.log.say(f"asked to stop by {reason}: saving after step {session.step}")
