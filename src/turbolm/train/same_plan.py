@@ -6,6 +6,7 @@ out in one: that rank alone would train in fp32, or wait on the CPU for ranks th
 
 from __future__ import annotations
 
+import itertools
 import os
 import socket
 from collections import Counter
@@ -16,7 +17,7 @@ from torch.distributed import rendezvous
 
 from turbolm.errors import UserError
 
-_KEY = "turbolm/plan"
+_calls = itertools.count()  # a process that trains several runs has one store for all of them
 
 
 def check_same_plan(device: str, precision: str, timeout_sec: float) -> None:
@@ -26,11 +27,12 @@ def check_same_plan(device: str, precision: str, timeout_sec: float) -> None:
     timeout = timedelta(seconds=timeout_sec)
     store, rank, world_size = next(rendezvous("env://", timeout=timeout))
     store.set_timeout(timeout)
-    store.set(f"{_KEY}/{rank}", f"{device}, {precision}|{socket.gethostname()}")
+    key = f"turbolm/plan{next(_calls)}"
+    store.set(f"{key}/{rank}", f"{device}, {precision}|{socket.gethostname()}")
     if rank == 0:
-        found = [store.get(f"{_KEY}/{other}").decode().rsplit("|", 1) for other in range(world_size)]
-        store.set(f"{_KEY}/verdict", difference([one for one, _ in found], [host for _, host in found]) or "same")
-    verdict = store.get(f"{_KEY}/verdict").decode()
+        found = [store.get(f"{key}/{other}").decode().rsplit("|", 1) for other in range(world_size)]
+        store.set(f"{key}/verdict", difference([one for one, _ in found], [host for _, host in found]) or "same")
+    verdict = store.get(f"{key}/verdict").decode()
     if verdict != "same":
         raise UserError(verdict)
 
