@@ -1,6 +1,6 @@
 # One command for each thing one does with this repository. `make` alone lists them and changes nothing.
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-fast test-slow chaos matrix models lint lock clean
+.PHONY: help setup train test test-fast test-slow chaos matrix gpu-check models lint lock clean
 PYTHON_VENV := .venv/bin/python
 # Set-up leaves it to the first import to compile a module: without a cache every process would do that again.
 unexport PYTHONDONTWRITEBYTECODE
@@ -28,6 +28,9 @@ chaos: setup ## kill runs, fill disks, damage checkpoints for longer (CHAOS_KILL
 
 matrix: setup ## the tests with other versions of torch and Transformers, and Liger; gigabytes (ARGS='oldest' selects)
 	@$(PYTHON_VENV) tests/matrix.py $(ARGS)
+
+gpu-check: ## 3 minutes on a machine with a GPU: does it train as it should? (PYTHON chooses the Python)
+	@sh benchmarks/gpu.sh --check $(ARGS)
 
 models: setup ## try every model type and write src/turbolm/models/README.md
 	@.venv/bin/turbolm models --write
