@@ -1,4 +1,4 @@
-"""What measures and checks a GPU runs on a CPU too, with tiny models."""
+"""What measures a GPU runs on a CPU too, with tiny models."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.slow
 
 
-def run_script(*arguments: str, code: int = 0, **variables: str) -> str:
-    environment = {**os.environ, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": "", **variables}
+def run_script(*arguments: str, code: int = 0) -> str:
+    environment = {**os.environ, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
     command = ["sh", "benchmarks/gpu.sh", *arguments]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == code, done.stdout[-3000:] + done.stderr[-3000:]
@@ -32,8 +32,3 @@ def test_a_row_is_measured_once_and_profiled(tmp_path: Path) -> None:
     assert json.loads(again.splitlines()[-1])["rows"] == first
     late = run_script("--smoke", "--only", "llama-1b turbolm", "--out", str(tmp_path), "--budget-sec", "0", code=1)
     assert "| llama-1b turbolm | not measured: no time left |" in late
-
-
-def test_gpu_check_passes_on_a_cpu() -> None:
-    out = run_script("--check", "-k", "test_check", GPU_CHECK_SMOKE="1")
-    assert "6 passed" in out, out
