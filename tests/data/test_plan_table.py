@@ -124,7 +124,7 @@ def test_a_damaged_part_is_planned_again(tmp_path: Path, damage: str) -> None:
     else:
         part.write_bytes(whole[:-50] if damage == "cut" else whole[:700] + b"\xff\xff" + whole[702:])
     assert content(from_files(tmp_path)) == content(expected), "by a rank, which writes nothing"
-    if damage in ("missing", "cut"):  # `prepare` looks at sizes, and mends them
+    if damage in ("missing", "cut"):  # `prepare` compares sizes, and plans the part again
         assert build(tmp_path) == len(expected.table) - 4
         assert part.read_bytes() == whole
 

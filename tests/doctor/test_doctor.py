@@ -126,7 +126,7 @@ def _facts(node: int, **changes: Any) -> dict[str, Any]:
         ("matmul_flops", "fail", {"matmul_flops": 5e14}),
         ("memory_bytes_per_sec", "fail", {"memory_bytes_per_sec": 1e12}),
         ("versions", "fail", {"versions": {"torch": "2.12.0"}}),
-        ("open_files", "fail", {"limits": {"open_files": 256, "locked_bytes": None, "infiniband": True}}),
+        ("open_files", "fail", {"limits": {"open_files": 64, "locked_bytes": None, "infiniband": True}}),
         ("locked_memory", "warn", {"limits": {"open_files": None, "locked_bytes": 2**16, "infiniband": True}}),
         ("shm", "warn", {"shm": {"total_bytes": 2**26, "free_bytes": 2**26}}),
         ("clock", "warn", {"clock_offset_sec": -7.5}),

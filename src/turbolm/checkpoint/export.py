@@ -19,10 +19,9 @@ from turbolm.checkpoint.export_folder import check_replaceable, drop_code, repla
 from turbolm.checkpoint.load import CheckpointReader
 from turbolm.checkpoint.manifest import remove_folder
 from turbolm.checkpoint.verify import verify_checkpoint
+from turbolm.engine.device import DTYPES
 from turbolm.errors import UserError
 from turbolm.models.positions import num_positions
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def export_checkpoint(checkpoint: Path, model_folder: Path, out: Path, *, precision: str, card: str) -> Path:
@@ -39,7 +38,7 @@ def export_checkpoint(checkpoint: Path, model_folder: Path, out: Path, *, precis
         raise UserError(f"{checkpoint} cannot be exported: {problems[0]}")
     temporary = out.with_name(f".tmp-{out.name}")
     remove_folder(temporary)
-    dtype = _DTYPES[precision]
+    dtype = DTYPES[precision]
     try:
         with CheckpointReader(checkpoint) as reader:
             _build(reader, model_folder, dtype).save_pretrained(temporary)

@@ -14,6 +14,7 @@ from typing import Any
 
 from turbolm.doctor.task import Task
 from turbolm.recipe.gpus import peak_flops
+from turbolm.reliability.open_files import files_needed, num_gloo_groups
 from turbolm.units import format_bytes
 
 VERSION = 1  # of the report
@@ -25,7 +26,6 @@ SLOW_DISK = 0.2  # of the median
 MAX_SKEW_SEC = 2.0
 MIN_SHM_BYTES = 2**30
 MIN_LOCKED_BYTES = 2**30
-FILES_PER_RANK, OTHER_FILES = 2, 512  # two gloo groups of all ranks; logs, shards, libraries
 _SAME = ("turbolm", "torch", "cuda", "nccl", "deepspeed")  # versions that must agree; of others it is worth a warning
 
 _LOAD = (("sm_mhz", "MHz"), ("sm_max_mhz", "MHz at most"), ("temperature_c", "°C"))
@@ -209,7 +209,7 @@ def _disks(nodes: Sequence[Mapping[str, Any]]) -> list[Finding]:
         for host, disk in disks.items():
             where = f"{name} folder {disk['path']}"
             if disk["error"]:
-                found.append(Finding("fail", "disk", host, None, f"{where}: {disk['error']}", "mend it on that node"))
+                found.append(Finding("fail", "disk", host, None, f"{where}: {disk['error']}", "fix it on that node"))
             elif disk["free_bytes"] < MIN_FREE_BYTES or disk["free_files"] == 0:
                 left = format_bytes(disk["free_bytes"]) if disk["free_files"] != 0 else "no file (inodes)"
                 message = f"{where}: {left} left; at least {format_bytes(MIN_FREE_BYTES)} is needed"
@@ -225,7 +225,7 @@ def _disks(nodes: Sequence[Mapping[str, Any]]) -> list[Finding]:
 
 def _system(nodes: Sequence[Mapping[str, Any]], task: Task) -> list[Finding]:
     found = []
-    need = FILES_PER_RANK * len(task.hosts) * task.num_ranks + OTHER_FILES
+    need = files_needed(len(task.hosts) * task.num_ranks, num_gloo_groups(task.device))
     for node in nodes:
         limits, shm, host = node["limits"], node["shm"], node["host"]
         if limits is None:

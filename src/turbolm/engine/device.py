@@ -1,8 +1,10 @@
-"""The GPU of a process, for the threads that touch it."""
+"""What a process trains on: its GPU, for the threads that touch it, and its precision as torch names it."""
 
 from __future__ import annotations
 
 import torch
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def use_device(device: torch.device) -> None:

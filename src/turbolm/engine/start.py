@@ -69,12 +69,3 @@ def wrap(accelerator: Accelerator, model: PreTrainedModel, optimizer: torch.opti
 def control_group() -> dist.ProcessGroup | None:
     """Return a gloo group for small host-side agreements, so that they never wait for the GPU's stream."""
     return None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
-
-
-def num_gloo_groups(device: str) -> int:
-    """Return how many gloo groups of all ranks a rank makes, DeepSpeed's own included.
-
-    Everywhere one for the host-side agreements (on a CPU the default group), whose tagged messages also serve the
-    checkpoint threads; on a CPU DeepSpeed's copy of the default group as well.
-    """
-    return 2 if device == "cpu" else 1

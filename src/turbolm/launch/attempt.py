@@ -38,7 +38,7 @@ def attempt_of(run: RunDirectory, seen: Seen) -> Iterator[int]:
 
 @contextmanager
 def stoppable(run: RunDirectory, seen: Seen) -> Iterator[None]:
-    """While no rank runs yet: a stop signal, or a request to stop the run, ends this process in good order."""
+    """While no rank runs yet: a stop signal, or a request to stop the run, ends this process cleanly."""
 
     def end(number: int) -> None:
         raise SystemExit(EXIT_STOPPED if number == signal.SIGINT else EXIT_REQUEUE)

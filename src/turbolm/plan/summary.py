@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 from turbolm.errors import UserError
 from turbolm.plan.batch import BatchPlan
@@ -27,6 +27,8 @@ from turbolm.units import format_bytes, format_duration
 FLOPS_FORMULA = "6 x (matrices and output head) + 12 x layers x attention width x mean span"
 ASSUMED_MFU = 0.4  # of the GPU's dense half-precision peak; until it is measured
 NUM_CURVE_POINTS = 61
+
+T = TypeVar("T")
 
 AccelerateConfig = Callable[[Plan, int], Mapping[str, object]]  # of a plan on so many nodes
 
@@ -169,20 +171,9 @@ def collect_summary(
     problems: list[str] = []
     described = described_machine(recipe)
     machine = described or detect_machine()
-    plan = None
-    facts = ModelFacts(None, None)
-    try:
-        plan = build_plan(recipe, machine)
-    except UserError as error:
-        problems.append(str(error))
-    try:
-        check_spans(recipe)
-    except UserError as error:
-        problems.append(str(error))
-    try:
-        facts = examine_model(recipe, recipe_file)
-    except UserError as error:
-        problems.append(str(error))
+    plan = _collect(problems, lambda: build_plan(recipe, machine))
+    _collect(problems, lambda: check_spans(recipe))
+    facts = _collect(problems, lambda: examine_model(recipe, recipe_file)) or ModelFacts(None, None)
     memory, size = None, facts.size
     gpu_bytes = GPUS[recipe.cluster.gpu].memory_bytes if described and recipe.cluster.gpu else None
     if plan is not None and size is not None:
@@ -217,6 +208,15 @@ def collect_summary(
         accelerate_config=accelerate_config(plan, recipe.cluster.num_nodes),
         notes=(*notes, *span_notes(recipe, plan.curriculum), *run_out_notes(uses)),
     )
+
+
+def _collect(problems: list[str], action: Callable[[], T]) -> T | None:
+    """Return what `action` does, or None with its UserError among the problems."""
+    try:
+        return action()
+    except UserError as error:
+        problems.append(str(error))
+        return None
 
 
 def _state(plan: Plan, execution: Execution, num_parameters: int) -> ModelState:

@@ -166,31 +166,30 @@ def _memory(summary: Summary) -> Iterator[str]:
     state = summary.memory
     if state is None:
         return
-    for name, num_bytes in (
+    yield from _sizes(
         ("weights", state.weights),
         ("gradients", state.gradients),
         ("fp32 master weights", state.master),
         ("optimizer moments", state.optimizer),
         ("gathered weights, at most", state.gathered),
         ("communication buckets", state.buckets),
-    ):
-        if num_bytes:
-            yield f"{name:<26}{format_bytes(num_bytes):>10}"
+    )
     of = f" of {format_bytes(summary.gpu_memory_bytes)}" if summary.gpu_memory_bytes else ""
     yield f"{'together':<26}{format_bytes(state.device_bytes):>10}{of}; activations come on top"
-    if state.host_bytes:
-        yield f"{'in the host memory':<26}{format_bytes(state.host_bytes):>10}"
+    yield from _sizes(("in the host memory", state.host_bytes))
 
 
 def _host_memory(summary: Summary) -> Iterator[str]:
     host = summary.host_memory
     if host is None:
         return
-    for name, num_bytes in (
+    yield from _sizes(
         ("offloaded", host.offloaded),
         ("copy of a checkpoint", host.checkpoint_copy),
         ("processes (assumed)", host.processes),
         ("together", host.total_bytes),
-    ):
-        if num_bytes:
-            yield f"{name:<26}{format_bytes(num_bytes):>10}"
+    )
+
+
+def _sizes(*rows: tuple[str, int]) -> Iterator[str]:
+    return (f"{name:<26}{format_bytes(num_bytes):>10}" for name, num_bytes in rows if num_bytes)

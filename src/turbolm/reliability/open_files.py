@@ -20,11 +20,27 @@ def raise_open_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
+def num_gloo_groups(device: str) -> int:
+    """Return how many gloo groups of all ranks a rank makes, DeepSpeed's own included.
+
+    Everywhere one for the host-side agreements (on a CPU the default group), whose tagged messages also serve the
+    checkpoint threads; on a CPU DeepSpeed's copy of the default group as well.
+    """
+    return 2 if device == "cpu" else 1
+
+
+def files_needed(world_size: int, num_groups: int) -> int:
+    """Return how many files a rank opens besides those it starts with: for `num_groups` gloo groups of all ranks.
+
+    Rank 0 may serve the rendezvous store, to which every rank is connected; all count it, to refuse together.
+    """
+    return num_groups * (world_size + _FILES_OF_A_GROUP) + world_size + _RESERVE
+
+
 def check_open_files(world_size: int, num_groups: int) -> None:
     """Raise UserError where `num_groups` gloo groups of all ranks need more open files than this process may have."""
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    need = len(os.listdir("/proc/self/fd")) + num_groups * (world_size + _FILES_OF_A_GROUP) + _RESERVE
-    need += world_size  # rank 0 may serve the rendezvous store, to which every rank is connected; all refuse together
+    need = len(os.listdir("/proc/self/fd")) + files_needed(world_size, num_groups)
     if limit != resource.RLIM_INFINITY and need > limit:
         raise UserError(
             f"a rank of {world_size} needs {need} open files, and the limit is {limit} (RLIMIT_NOFILE, hard); raise it "

@@ -17,6 +17,7 @@ from turbolm.checkpoint.verify import Hashed, not_hashed
 from turbolm.data.batch.loader import BatchLoader, GlobalBatch
 from turbolm.data.order.batch_order import recipe_order
 from turbolm.data.store.token_store import TokenStore
+from turbolm.engine.device import DTYPES
 from turbolm.engine.engine import Engine
 from turbolm.engine.start import wrap
 from turbolm.errors import UserError
@@ -55,8 +56,6 @@ from turbolm.train.run_directory import RunDirectory
 from turbolm.train.session import Session
 from turbolm.train.trackers import build_trackers
 from turbolm.train.tricks import apply_tricks
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def build_session(accelerator: Accelerator, context: Context, hashed: Hashed = not_hashed) -> Session:
@@ -173,7 +172,7 @@ def _build_model(
         attention=attention,
         sharded_by=sharded_by,
         saved=saved.parameters if saved else None,
-        held_as=(_DTYPES[plan.precision], accelerator.device),
+        held_as=(DTYPES[plan.precision], accelerator.device),
     )
     freeze_balancing_biases(model)
     check_all_trained(model)

@@ -16,7 +16,7 @@ from turbolm.data import native
 from turbolm.data.prepare.build import find_store
 from turbolm.data.prepare.reader import check_left_out
 from turbolm.data.store.token_store import TokenStore, check_held_out, check_tokenizer, open_store
-from turbolm.engine.start import build_accelerator, control_group, num_gloo_groups
+from turbolm.engine.start import build_accelerator, control_group
 from turbolm.errors import EXIT_FAILED, EXIT_OK, EXIT_REQUEUE, UserError
 from turbolm.files import read_json
 from turbolm.hub import pretrained_folder
@@ -30,7 +30,7 @@ from turbolm.plan.plan import build_plan
 from turbolm.recipe.schema import Recipe
 from turbolm.reliability import heartbeat
 from turbolm.reliability.build_locks import clear_stale_locks, extensions_root
-from turbolm.reliability.open_files import check_open_files
+from turbolm.reliability.open_files import check_open_files, num_gloo_groups
 from turbolm.reliability.outcome import COMPLETE, FINISHED, STOPPED, Outcome, write_outcome
 from turbolm.reliability.run_lock import RunLock, this_process
 from turbolm.reliability.stop import Seen, StopRequest, look
