@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,6 +27,17 @@ def read_until(process: subprocess.Popen[str], text: str) -> str:
         if text in line:
             return printed
     raise AssertionError(f"it never said {text!r}:\n{printed}")
+
+
+def read_rest(process: subprocess.Popen[str], timeout_sec: float) -> str:
+    """What follows `read_until`, until the run has ended. (`communicate` would leave out what is buffered already.)"""
+    assert process.stdout is not None
+    watch = threading.Timer(timeout_sec, process.kill)
+    watch.start()
+    rest = process.stdout.read()
+    process.wait()
+    watch.cancel()
+    return rest
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +74,7 @@ def test_a_run_whose_disk_has_trouble(policy: str, trouble: str, whole: Run, dis
     printed = read_until(process, "was not written")
     assert ("No space left on device" if trouble == "full" else "Read-only file system") in printed
     if policy == "stop":
-        rest = process.communicate(timeout=120)[0]
+        rest = read_rest(process, 120)
         assert process.returncode == 1, rest
         assert "asked to stop by a checkpoint that was not written" in printed + rest and "Traceback" not in rest
         assert find_newest_valid(folder)[0] is not None
@@ -73,7 +85,7 @@ def test_a_run_whose_disk_has_trouble(policy: str, trouble: str, whole: Run, dis
     if policy == "stop":
         run.finish()
     else:
-        rest = process.communicate(timeout=300)[0]
+        rest = read_rest(process, 300)
         assert process.returncode == 0, rest
     assert run.learned() == whole.learned()
     newest, rejected = find_newest_valid(folder)
@@ -92,7 +104,7 @@ def test_a_second_process_is_kept_out_of_a_run(whole: Run) -> None:
     for rank in ranks:
         os.kill(rank, signal.SIGCONT)
     assert second.returncode == 2 and "is in use by process" in said and "Traceback" not in said
-    rest = first.communicate(timeout=300)[0]
+    rest = read_rest(first, 300)
     assert first.returncode == 0, rest
     assert run.learned() == whole.learned()
     assert sorted(path.name for path in (run.path / "attempts").iterdir()) == ["1"]
