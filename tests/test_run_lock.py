@@ -128,7 +128,7 @@ def test_a_requeued_job_starts_at_once(tmp_path: Path, monkeypatch: pytest.Monke
     start = time.monotonic()
     lock = RunLock(tmp_path)
     lock.acquire()
-    assert time.monotonic() - start < 2
+    assert time.monotonic() - start < 20  # the other case waits for SILENT_SEC, 90 s
     lock.release()
 
 
@@ -145,7 +145,7 @@ def test_another_host_that_is_silent_is_given_up_by_the_clock_of_who_waits(
     start = time.monotonic()
     lock = RunLock(tmp_path)
     lock.acquire()
-    assert 0.5 < time.monotonic() - start < 5, "whatever the file's time says, it was silent only while watched"
+    assert 0.5 < time.monotonic() - start < 60, "whatever the file's time says, it was silent only while watched"
     lock.release()
     (line,) = capsys.readouterr().err.splitlines()
     assert "is locked by process" in line and ("unknown host" if garbage else "on other") in line

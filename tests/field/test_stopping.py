@@ -274,7 +274,7 @@ def test_a_world_that_does_not_form_ends_with_the_reason(
     process, ranks = launched(run, recipe, sys.executable, "-c", f"{child if ranks_started else 'pass'}; {idle}")
     begun = time.monotonic()
     outcome = wait_for_ranks(process, Ranks(run, ranks.attempt, ranks.numbers, execution))
-    assert 1 <= time.monotonic() - begun < 10
+    assert 1 <= time.monotonic() - begun < 100
     assert outcome is not None and (outcome.status, outcome.exit_code) == ("failed", 1)
     assert "2 ranks of this machine did not meet within" in outcome.message
     assert f"(execution.startup_timeout): {ranks_started} of them were started" in outcome.message

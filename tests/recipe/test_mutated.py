@@ -160,8 +160,9 @@ def check(numbers: range, folder: Path, examiner: ExamineHere) -> None:
             raise AssertionError(f"number {number} ({recipe}, {changed}, {overrides}): {error!r}") from error
         finally:
             changed.write_bytes(before)
-        assert time.process_time() - examiner.seconds - start_sec < 2, f"number {number} took too long"
-        assert time.monotonic() - wall_sec < 20, f"number {number} hung"
+        # not how fast it is, but that nothing grows without bound: loaded machines are many times slower
+        assert time.process_time() - examiner.seconds - start_sec < 20, f"number {number} took too long"
+        assert time.monotonic() - wall_sec < 120, f"number {number} hung"
     assert refused > len(numbers) / 2
 
 
@@ -189,8 +190,22 @@ def test_what_would_take_forever_or_divide_by_nothing(overrides: list[str], mess
     with pytest.raises(UserError) as caught:
         plan(folder / "everything/config.yaml", overrides)
     assert message in str(caught.value)
-    assert time.process_time() - start_sec < 2
-    assert time.monotonic() - wall_sec < 20
+    assert time.process_time() - start_sec < 20
+    assert time.monotonic() - wall_sec < 120
+
+
+def test_of_very_many_unknown_keys_the_first_are_told(folder: Path) -> None:
+    recipe = folder / "everything/config.yaml"
+    before = recipe.read_text()
+    recipe.write_text(before + "".join(f"k{number}: 1\n" for number in range(3000)))
+    try:
+        with pytest.raises(UserError) as caught:
+            load_recipe(recipe)
+    finally:
+        recipe.write_text(before)
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 101
+    assert lines[-1].endswith("k100: refused as well, and so are 2899 more keys")
 
 
 def test_only_recipes_are_extended(tmp_path: Path) -> None:

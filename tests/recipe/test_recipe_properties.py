@@ -98,7 +98,7 @@ def load_or_refuse(content: bytes, overrides: tuple[str, ...] = ()) -> None:
             assert load_recipe(path) == recipe
         else:
             assert len(str(refusal).splitlines()) == len(refusal.problems) > 0
-        assert time.process_time() - start_sec < 2
+        assert time.process_time() - start_sec < 20
 
 
 @quick

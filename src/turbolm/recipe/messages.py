@@ -69,6 +69,7 @@ _EXPECTED = {
     "model_type": "a mapping of keys",
     "model_attributes_type": "a mapping of keys",
 }
+_MOST_FINDINGS = 100
 _BOUNDS = {
     "greater_than": ("greater than", "gt"),
     "greater_than_equal": ("at least", "ge"),
@@ -78,14 +79,18 @@ _BOUNDS = {
 
 
 def validation_findings(error: ValidationError) -> list[Finding]:
-    """Return one finding for each key that pydantic refused, in pydantic's order."""
+    """Return one finding for each key that pydantic refused, in pydantic's order; of very many, the first ones."""
     by_path: dict[Path, list[tuple[ErrorDetails, type[Section] | None]]] = {}
     for details in error.errors(include_url=False):
         path, section = _path_and_section(details["loc"])
         if details["type"] in ("union_tag_invalid", "union_tag_not_found"):
             path = (*path, _tag_key(path))
         by_path.setdefault(path, []).append((details, section))
-    return [_finding(path, branches) for path, branches in by_path.items()]
+    refused = list(by_path.items())
+    findings = [_finding(path, branches) for path, branches in refused[:_MOST_FINDINGS]]
+    if more := refused[_MOST_FINDINGS:]:  # a file that is no recipe; the nearest key of each takes a millisecond
+        findings.append(Finding(more[0][0], f"refused as well, and so are {len(more) - 1} more keys"))
+    return findings
 
 
 def describe(value: object) -> str:
