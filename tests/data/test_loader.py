@@ -252,8 +252,9 @@ def test_held_out_documents_are_cut_alike_however_training_packs(store: TokenSto
 
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_evaluation_batches_hold_every_target_once(store: TokenStore, world_size: int) -> None:
+    held_out = evaluation_set(store, SEQ_LEN, 10**9)
     ranks = [
-        list(evaluation_batches(store, SEQ_LEN, 10**9, world_size=world_size, rank=rank, micro_batch_size=2))
+        list(evaluation_batches(held_out, store, world_size=world_size, rank=rank, micro_batch_size=2))
         for rank in range(world_size)
     ]
     assert len({len(batches) for batches in ranks}) == 1

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from turbolm.data.batch.loader import BatchLoader
+from turbolm.data.batch.loader import BatchLoader, evaluation_batches, evaluation_set
 from turbolm.data.store.token_store import TokenStore
 from turbolm.train.pinned import PinnedMemory
 
@@ -73,6 +73,22 @@ def test_the_prefetch_thread_chooses_its_gpu_and_pins_a_block_for_each_batch(sto
     for index, batch in enumerate(batches):
         for micro, expected in zip(batch.micro_batches, plain.global_batch(index).micro_batches, strict=True):
             assert all(np.array_equal(micro[name], expected[name]) for name in expected)
+
+
+def test_evaluation_reads_into_pinned_memory_too(store: TokenStore, cuda: Cuda) -> None:
+    held_out = evaluation_set(store, SEQ_LEN, 10**9)
+    memory = PinnedMemory(torch.device("cuda", 1))
+    batches = evaluation_batches(held_out, store, micro_batch_size=2, memory=memory)
+    first = weakref.ref(next(batches))
+    next(batches)
+    gc.collect()
+    assert first() is not None, "the device has not read it yet"
+    cuda.is_done = True
+    rest = list(batches)
+    gc.collect()
+    assert first() is None
+    (calls,) = cuda.calls.values()
+    assert len(calls) == len(rest) + 2 and {name for name, _ in calls} == {"pinned"}
 
 
 @pytest.mark.parametrize("stops", [False, True])

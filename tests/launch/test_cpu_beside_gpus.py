@@ -61,6 +61,7 @@ def machine_with_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow  # 13 s: torch and DeepSpeed in a fresh process
 def test_a_rank_started_by_hand_sees_no_gpu(machine_with_gpus: Path) -> None:
     """`python -m turbolm.train`: its own recipe says cpu, and torch is imported after that."""
     assert detect_machine().num_gpus == 2

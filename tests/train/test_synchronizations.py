@@ -37,7 +37,9 @@ OWN: dict[int, tuple[dict[str, int], dict[str, int]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("stage", OWN)
+@pytest.mark.parametrize(
+    "stage", [pytest.param(stage, marks=pytest.mark.slow if stage in (0, 3) else ()) for stage in OWN]
+)
 def test_the_host_waits_for_the_device_nowhere_inside_an_accumulation_but_in_deepspeed(
     stage: int, tmp_path: Path
 ) -> None:

@@ -50,7 +50,7 @@ from turbolm.train.context import Context
 from turbolm.train.gate import UpdateGate
 from turbolm.train.metrics import MetricsLog, measure_peak_flops
 from turbolm.train.pace import Pace
-from turbolm.train.pinned import PinnedMemory
+from turbolm.train.pinned import pinned_memory
 from turbolm.train.recover import SavedWeights, saved_weights
 from turbolm.train.run_directory import RunDirectory
 from turbolm.train.session import Session
@@ -207,7 +207,7 @@ def _build_loader(plan: Plan, store: TokenStore, device: torch.device) -> BatchL
     order = recipe_order(recipe, store, plan.curriculum, save=rank == 0, on_progress=lambda _: heartbeat.beat())
     # What is compiled sees few sizes for each sequence length, up to the most slices there are in the whole run.
     max_slices = order.max_slices(plan.num_steps) if recipe.execution.compile != "none" else None
-    memory = PinnedMemory(device) if device.type == "cuda" else None
+    memory = pinned_memory(device)
     return BatchLoader(order, store, "train", world_size, rank, recipe.execution.micro_batch, max_slices, memory)
 
 

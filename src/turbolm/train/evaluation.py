@@ -12,6 +12,7 @@ from turbolm.data.batch.loader import evaluation_batches, evaluation_set
 from turbolm.engine.engine import Engine
 from turbolm.reliability import heartbeat
 from turbolm.train.context import Context
+from turbolm.train.pinned import pinned_memory
 from turbolm.train.step import micro_batch_loss
 
 
@@ -33,19 +34,18 @@ def evaluate(engine: Engine, context: Context, attention: str) -> EvaluationResu
 
     Returns None if a rank was asked to stop meanwhile.
     """
-    plan, store = context.plan, context.store
-    data, max_tokens = plan.recipe.data, plan.recipe.evaluation.tokens
+    plan, store, data = context.plan, context.store, context.recipe.data
+    held_out = evaluation_set(store, data.seq_len, plan.recipe.evaluation.tokens, data.packing)
     device_sum = torch.zeros((), dtype=torch.float64, device=engine.device)  # read once, at the end
     engine.eval()
     for batch in evaluation_batches(
+        held_out,
         store,
-        data.seq_len,
-        max_tokens,
-        data.packing,
         micro_batch_size=plan.batch.micro_batch_bins,
         fixed_cu_seqlens=plan.recipe.execution.compile != "none",
         world_size=dist.get_world_size(),
         rank=dist.get_rank(),
+        memory=pinned_memory(engine.device),
     ):
         heartbeat.advance()
         if _any_rank_asked_to_stop(context):
@@ -57,7 +57,6 @@ def evaluate(engine: Engine, context: Context, attention: str) -> EvaluationResu
     engine.train()
     loss_sum = device_sum.cpu()
     dist.all_reduce(loss_sum, group=context.group)
-    held_out = evaluation_set(store, data.seq_len, max_tokens, data.packing)
     loss = float(loss_sum) / held_out.num_targets
     bits_per_byte = float(loss_sum) / math.log(2) / held_out.text_bytes
     return EvaluationResult(loss, None if store.text_loss else bits_per_byte, held_out.num_targets)

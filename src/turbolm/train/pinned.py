@@ -21,6 +21,11 @@ from turbolm.engine.device import use_device
 Batch = TypeVar("Batch")
 
 
+def pinned_memory(device: torch.device) -> PinnedMemory | None:
+    """Return the memory to read batches for `device` into, or None for the process's own."""
+    return PinnedMemory(device) if device.type == "cuda" else None
+
+
 @dataclass(frozen=True)
 class PinnedMemory:
     """Allocates arrays in pinned memory for one GPU."""

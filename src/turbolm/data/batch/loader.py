@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -154,26 +154,28 @@ def evaluation_set(store: TokenStore, seq_len: int, max_tokens: int, packing: Pa
 
 
 def evaluation_batches(
+    held_out: EvaluationSet,
     store: TokenStore,
-    seq_len: int,
-    max_tokens: int,
-    packing: Packing = "best_fit",
     *,
     world_size: int = 1,
     rank: int = 0,
     micro_batch_size: int = 1,
     fixed_cu_seqlens: bool = False,
-) -> Iterator[GlobalBatch]:
+    memory: Memory | None = None,
+) -> Generator[GlobalBatch, None, None]:
     """Yield the evaluation set as batches of one micro-batch per rank; all ranks get the same number of batches.
 
-    With `fixed_cu_seqlens` micro-batches hold `cu_seqlens` of few sizes.
+    With `fixed_cu_seqlens` micro-batches hold `cu_seqlens` of few sizes. They are read into `memory`, in this thread.
     """
-    sequences = evaluation_set(store, seq_len, max_tokens, packing).sequences
+    sequences = held_out.sequences
     most = int(np.diff(sequences.offsets).max()) if fixed_cu_seqlens else None
-    per_batch = world_size * micro_batch_size
-    for index, first in enumerate(range(0, len(sequences), per_batch)):
-        part = sequences.slice(first, min(first + per_batch, len(sequences)))
-        yield _global_batch(index, part, store, "validation", (world_size, rank, micro_batch_size), most)
+    per_batch, layout = world_size * micro_batch_size, (world_size, rank, micro_batch_size)
+    ends = ((first, min(first + per_batch, len(sequences))) for first in range(0, len(sequences), per_batch))
+    batches = (
+        _global_batch(index, sequences.slice(first, end), store, "validation", layout, most, memory)
+        for index, (first, end) in enumerate(ends)
+    )
+    return batches if memory is None else memory.held_until_read(batches)
 
 
 def _global_batch(
