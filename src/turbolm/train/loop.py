@@ -16,6 +16,7 @@ from turbolm.plan.rates import step_rates
 from turbolm.reliability import heartbeat
 from turbolm.train.evaluation import EvaluationResult, evaluate
 from turbolm.train.garbage import collect_when_due, manual_collection
+from turbolm.train.largest import run_largest
 from turbolm.train.profile import profiled
 from turbolm.train.recover import settle_anomaly
 from turbolm.train.session import Session, check_replicas_when_due, save
@@ -56,6 +57,9 @@ def take_step(session: Session, batch: GlobalBatch) -> StepResult:
     plan = session.plan
     rates = step_rates(plan, session.step, batch.index)
     session.engine.set_rates(rates)
+    if not session.has_run_largest:
+        run_largest(session)
+        session.has_run_largest = True
     segment = plan.curriculum.segment(batch.index).first_step
     result = train_step(
         session.engine, batch.micro_batches, batch.num_targets, session.attention, session.gate, segment

@@ -42,6 +42,7 @@ class Session:
     best_eval_loss: float = math.inf
     evaluation: EvaluationResult | None = None  # of the trained model; None if nothing is held out
     has_saved_weights: bool = False  # the engine was built with those of a checkpoint, which `resume` must find again
+    has_run_largest: bool = False  # see train.largest
     random_restarts: dict[str, Any] | None = None  # which candidate the run continues, and the results of all
 
     @property
