@@ -1,4 +1,4 @@
-"""What does not fit fails at the first step: the largest micro-batch of a schedule is run before it, and changes nothing."""
+"""What does not fit fails at once: the largest micro-batch of a schedule runs before the first step."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
-import torch
 
 from tests.train.harness import MODELS, SEQ_LEN, make_recipe
 from tests.world import run_world
@@ -80,8 +79,6 @@ def _train_noting_shapes(recipes: dict[tuple[int, bool], Recipe]) -> dict[tuple[
         ):
             assert train_with_faults(recipe, {}) == 0
         lines = [line for line in read_lines(run_directory(recipe).metrics) if "train/loss" in line]
-        found[stage, runs] = {
-            "shapes": shapes,
-            "trained": [(line["train/loss"], line["train/grad_norm"]) for line in lines],
-        }
+        trained = [(line["train/loss"], line["train/grad_norm"]) for line in lines]
+        found[stage, runs] = {"shapes": shapes, "trained": trained}
     return found

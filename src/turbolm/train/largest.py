@@ -20,13 +20,10 @@ def micro_batch_shapes(plan: Plan, step: int) -> set[tuple[int, int]]:
     """Return every (sequences, seq_len) of a micro-batch that the run meets after `step` finished steps."""
     curriculum, micro_batch = plan.curriculum, plan.recipe.execution.micro_batch
     remaining = curriculum.segments[curriculum.segments.index(curriculum.segment(step)) :]
+    batches = {(segment.global_batch_tokens, seq_len) for segment in remaining for seq_len in segment.seq_lens}
     return {
-        (
-            choose_micro_batch_size(micro_batch, seq_len, segment.global_batch_tokens // seq_len, plan.world_size),
-            seq_len,
-        )
-        for segment in remaining
-        for seq_len in segment.seq_lens
+        (choose_micro_batch_size(micro_batch, seq_len, tokens // seq_len, plan.world_size), seq_len)
+        for tokens, seq_len in batches
     }
 
 
@@ -52,7 +49,7 @@ def run_largest(session: Session) -> None:
 
 
 def _made_up(session: Session, num_sequences: int, seq_len: int) -> dict[str, np.ndarray]:
-    """Return a micro-batch without padding. Where documents share sequences, so they do here: attention needs a mask."""
+    """Return a micro-batch without padding. Documents share its sequences if the run's do: attention takes a mask."""
     documents = 1 if session.plan.recipe.data.packing == "single" else 2
     first = np.arange(seq_len) % -(-seq_len // documents)
     tokens = np.arange(num_sequences * seq_len).reshape(num_sequences, seq_len) % session.loader.store.vocab_size
