@@ -193,16 +193,24 @@ def submit(
     dry_run: Annotated[bool, Option("--dry-run", help="write and print the script without submitting it")] = False,
     fresh: Fresh = False,
 ) -> None:
-    """Train on a Slurm cluster: write the job script into the run directory and submit it."""
+    """Train on a Slurm cluster: write the job script into the run directory and submit it.
+
+    Data that are not prepared yet are prepared first, by a job of one node without GPUs; the training job waits for it.
+    """
     from turbolm.launch.slurm import submit as submit_script
     from turbolm.launch.slurm import write_submission
 
     submission = write_submission(recipe, overrides or (), fresh=fresh and not dry_run)
     if dry_run:
         print(submission.text, end="")
+        if submission.prepare is not None:
+            print(submission.prepare.describe(submission), file=sys.stderr)
         return
-    job_id = submit_script(submission)
-    print(f"submitted job {job_id}: {submission.script}")
+    submitted = submit_script(submission)
+    print(f"submitted job {submitted.job_id}: {submission.script}")
+    if submission.prepare is not None and submitted.prepare_id is not None:
+        log = submission.prepare.log_of(submitted.prepare_id)
+        print(f"job {submitted.prepare_id} prepares the data first, on one node without GPUs: {log}")
     print("watch it with: turbolm status " + " ".join(shlex.quote(str(run.path)) for run in submission.runs))
 
 

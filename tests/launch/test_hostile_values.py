@@ -37,6 +37,7 @@ _MODEL = {"model_type": "llama", "hidden_size": 32, "_name_or_path": "text"}
 _SLURM = {
     "partition": "p", "account": "a", "qos": "q", "mem": "1G", "gpu_type": "t", "constraint": "c", "exclude": "e",
     "nodelist": "n", "reservation": "r", "dependency": "singleton", "modules": ["m"], "environment": {"NAME": "value"},
+    "prepare": {"partition": "p", "account": "a", "qos": "q", "mem": "1G"},
 }  # fmt: skip
 # Recipes that together have every string field.
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -161,6 +162,8 @@ def test_payloads_are_refused_or_arrive_unchanged(layout: str, tmp_path: Path, m
         shell = run_script(submission.script, tmp_path)
         num_run += 1
         check_arrived(data, submission.text, shell, tmp_path)
+        assert submission.prepare is not None
+        check_prepare_job(data, submission.prepare.script, tmp_path)
         assert [path for path in tmp_path.rglob("pwned*") if path.is_file()] == [], payload
         shutil.rmtree(runs_of(data, tmp_path))
     assert num_run == len(PAYLOADS)
@@ -171,6 +174,21 @@ def test_environment_names_are_names(payload: str, tmp_path: Path) -> None:
     data = {**LAYOUTS["files"], "cluster": {"slurm": {"environment": {payload: "x"}}}}
     with pytest.raises(ValueError, match="environment"):
         Recipe.model_validate(data)
+
+
+def check_prepare_job(data: dict[str, Any], script: Path, folder: Path) -> None:
+    """The job before it gets the same values, and runs prepare on the same recipe."""
+    slurm = data["cluster"]["slurm"]
+    options, shell = read_directives(script.read_text(encoding="utf-8")), run_script(script, folder)
+    for key in ("partition", "account", "qos", "mem"):
+        assert options[key] == slurm["prepare"][key]
+    assert options["exclude"] == slurm["exclude"]
+    assert shell.code == 0, shell.stderr
+    words, environment = next((words, given) for _, words, given in shell.calls if "prepare" in words)
+    assert environment["NAME"] == slurm["environment"]["NAME"]
+    assert load_recipe(words[-1]) == load_recipe(folder / "recipe.yaml")
+    if "container" in slurm:
+        assert slurm["container"]["python"] in words
 
 
 def runs_of(data: dict[str, Any], folder: Path) -> Path:

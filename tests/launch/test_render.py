@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from turbolm.cli import app
 from turbolm.errors import UserError
-from turbolm.launch.slurm import submit
+from turbolm.launch.slurm import Submitted, submit
 from turbolm.recipe.load import RecipeError, load_recipe
 
 from .harness import make_programs, read_directives, render, write_recipe
@@ -76,18 +76,24 @@ SETUPS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", SETUPS)
 def test_golden(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """TURBOLM_GOLDEN=write renders them anew; read the difference before you commit it."""
-    text = render(tmp_path, monkeypatch, cluster=SETUPS[name]).text.replace(str(tmp_path), "/home/me/project")
-    path = GOLDEN / f"{name}.slurm"
-    if os.environ.get("TURBOLM_GOLDEN") == "write":
-        path.write_text(text, encoding="utf-8")
-    assert text == path.read_text(encoding="utf-8")
+    submission = render(tmp_path, monkeypatch, cluster=SETUPS[name])
+    scripts = {f"{name}.slurm": submission.script}
+    if submission.prepare is not None:
+        scripts[f"{name}.prepare.slurm"] = submission.prepare.script
+    for golden, script in scripts.items():
+        text, path = script.read_text(encoding="utf-8").replace(str(tmp_path), "/home/me/project"), GOLDEN / golden
+        if os.environ.get("TURBOLM_GOLDEN") == "write":
+            path.write_text(text, encoding="utf-8")
+        assert text == path.read_text(encoding="utf-8")
+    has_job = (GOLDEN / f"{name}.prepare.slurm").exists()
+    assert has_job == (submission.prepare is not None) == (name != "modules"), "one node without GPUs prepares itself"
 
 
-@pytest.mark.parametrize("name", SETUPS)
-def test_golden_passes_shellcheck(name: str) -> None:
+@pytest.mark.parametrize("path", sorted(GOLDEN.iterdir()), ids=lambda path: path.stem)
+def test_golden_passes_shellcheck(path: Path) -> None:
     if shutil.which("shellcheck") is None:
         pytest.skip("shellcheck is not installed")
-    done = subprocess.run(["shellcheck", f"{GOLDEN}/{name}.slurm"], capture_output=True, text=True, check=False)
+    done = subprocess.run(["shellcheck", str(path)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
 
 
@@ -99,7 +105,9 @@ def test_dry_run_prints_the_script_it_leaves_in_the_run_directory(
     done = CliRunner().invoke(app, ["submit", "--dry-run", str(recipe), "train.seed=5", "name=other"])
     assert done.exit_code == 0, done.output
     folder = tmp_path / "runs" / "other" / "submissions" / "1"
-    assert done.output == (folder / "submit.slurm").read_text()
+    assert done.stdout == (folder / "submit.slurm").read_text(), "it can be saved as a script"
+    assert f"1. sbatch {folder / 'prepare.slurm'}" in done.stderr
+    assert f"2. sbatch --dependency=afterok:ID --kill-on-invalid-dep=yes {folder / 'submit.slurm'}" in done.stderr
     assert load_recipe(folder / "recipe.yaml") == load_recipe(recipe, ["train.seed=5", "name=other"])
 
 
@@ -109,8 +117,8 @@ def test_submit_hands_the_script_to_sbatch(tmp_path: Path, monkeypatch: pytest.M
     sbatch.write_text('#!/bin/sh\nprintf "%s\\n" "$@" >asked\necho "41;east"\n')
     sbatch.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
-    submission = render(tmp_path, monkeypatch, cluster=SETUPS["plain"])
-    assert submit(submission) == "41"
+    submission = render(tmp_path, monkeypatch, cluster={"slurm": {}})
+    assert submit(submission) == Submitted("41")
     assert (tmp_path / "asked").read_text().splitlines() == ["--parsable", str(submission.script)]
     sbatch.write_text("#!/bin/sh\necho 'Invalid partition' >&2\nexit 1\n")
     with pytest.raises(UserError, match="Invalid partition"):

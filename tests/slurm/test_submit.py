@@ -294,7 +294,7 @@ def test_what_cannot_get_better_is_not_tried_again(cluster: SlurmCluster, work: 
     """A node without the GPUs of the recipe is an error of one line at the start, not a hang and not a requeue."""
     gpus = ("cluster.device=auto", "cluster.gpus_per_node=8", "cluster.gpu=H100-80GB", "cluster.processes_per_node=1")
     job_id = submit(cluster, work, "no-gpus", "cluster.num_nodes=2", *gpus)
-    cluster.wait(job_id, timeout_sec=60, until={"FAILED"})
+    cluster.wait(job_id, timeout_sec=120, until={"FAILED"})  # a prepare job runs first
     assert cluster.job(job_id)["ExitCode"] == "2:0"
     assert "cluster.gpus_per_node is 8, but 0 GPUs are visible on this node" in log_of(work, "no-gpus")
     assert cluster.job(job_id)["Restarts"] == "0"

@@ -2,6 +2,7 @@
 
     python -m turbolm.launch.job open --recipe FILE --hosts a,b     prints the attempt's number
     python -m turbolm.launch.job settle --recipe FILE --attempt N   exit code 75: start the job again
+    python -m turbolm.launch.job unprepared --recipe FILE --code N FILE...     the same of a job that prepares data
 
 An attempt is started again when it stopped cleanly because Slurm asked (its outcome says 75), or when it lost a
 node: some rank or node launcher is gone, or could not reach the others, and none has an error of its own.
@@ -11,19 +12,31 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from turbolm.checkpoint.manifest import list_checkpoints
-from turbolm.errors import EXIT_FAILED, EXIT_OK, EXIT_REQUEUE, EXIT_STOPPED, UserError, exit_code_of
+from turbolm.errors import EXIT_FAILED, EXIT_OK, EXIT_REQUEUE, EXIT_SIGNAL, EXIT_STOPPED, UserError, exit_code_of
 from turbolm.files import read_json, write_json
+from turbolm.launch.prepare_job import prepared_bytes
 from turbolm.launch.slurm import SEEN, STARTED, copy_script
 from turbolm.recipe.load import load_recipe
 from turbolm.recipe.paths import make_folder
 from turbolm.recipe.schema import Recipe
-from turbolm.reliability.outcome import explain, outcome_of, read_outcome, write_outcome
+from turbolm.reliability.outcome import (
+    FAILED,
+    OUTCOME,
+    STOPPED,
+    Outcome,
+    explain,
+    outcome_of,
+    read_outcome,
+    write_outcome,
+)
 from turbolm.reliability.run_lock import RunLock
 from turbolm.reliability.stop import Seen, asked_since, look, read_seen
 from turbolm.train.run_directory import (
@@ -35,6 +48,7 @@ from turbolm.train.run_directory import (
     stop_seen,
 )
 
+PREPARED = "prepare.json"  # beside a job's recipe: bytes prepared whenever a start of its prepare job was stopped
 JOB = "slurm.json"  # of an attempt: which start of which job it is, and from which step
 
 
@@ -76,6 +90,8 @@ def is_of_job(recipe_file: Path) -> bool:
 def told_to_job(recipe_file: str | Path) -> Iterator[None]:
     """What ends the block is written beside a job's recipe: the job has no attempt yet whose folder could tell."""
     recipe_file = Path(recipe_file)
+    if is_of_job(recipe_file):  # what ended an earlier start of the job
+        (recipe_file.parent / OUTCOME).unlink(missing_ok=True)
     try:
         yield
     except BaseException as error:
@@ -132,6 +148,41 @@ def settle(run: RunDirectory, recipe: Recipe, attempt: int) -> tuple[int, str]:
     return EXIT_REQUEUE, message
 
 
+def settle_prepare(recipe: Recipe, recipe_file: Path, code: int, recipe_files: Sequence[Path]) -> Outcome:
+    """Tell beside every recipe of a job that prepares why it ended, after `recipe_file` with exit code `code`.
+
+    Returns the end of the job; with `EXIT_REQUEUE` it is worth starting again now.
+    """
+    assert recipe.cluster.slurm is not None
+    limit = recipe.cluster.slurm.max_attempts_without_progress
+    prefix = f"prepare job {os.environ.get('SLURM_JOB_ID', '')}: "
+    outcome = read_outcome(recipe_file.parent) or _end_of_prepare(code)
+    if outcome.exit_code == EXIT_REQUEUE:
+        sizes = [*((read_json(recipe_file.with_name(PREPARED)) or {}).get("bytes", [])), prepared_bytes(recipe)]
+        write_json(recipe_file.with_name(PREPARED), {"bytes": sizes})
+        if len(sizes) > limit and len(set(sizes[-limit - 1 :])) == 1:
+            text = f"giving up: its last {limit} starts prepared nothing more, and were stopped by Slurm"
+            outcome = Outcome(FAILED, EXIT_FAILED, f"{text} (cluster.slurm.max_attempts_without_progress is {limit})")
+    outcome = replace(outcome, message=prefix + outcome.message.removeprefix(prefix))
+    for file in recipe_files:
+        write_outcome(file.parent, outcome)
+    return outcome
+
+
+def _end_of_prepare(code: int) -> Outcome:
+    """The end of a prepare that has told none: it was killed, or not started."""
+    if code == EXIT_REQUEUE:
+        return Outcome(STOPPED, code, "stopped by Slurm")
+    if code <= EXIT_SIGNAL:
+        return Outcome(FAILED, code, f"ended with exit code {code}; its log tells more")
+    message = f"was killed by signal {code - EXIT_SIGNAL}"
+    if code == EXIT_SIGNAL + signal.SIGKILL:
+        message += (
+            ", possibly by the out-of-memory killer; raise cluster.slurm.prepare.mem or lower execution.prepare_workers"
+        )
+    return Outcome(FAILED, code, message)
+
+
 def _open(recipe_file: Path, hosts: str) -> int:
     recipe = load_recipe(recipe_file)
     with told_to_job(recipe_file):
@@ -146,17 +197,28 @@ def _settle(recipe_file: Path, attempt: str) -> int:
     return code
 
 
+def _unprepared(recipe_file: Path, code: int, recipe_files: Sequence[Path]) -> int:
+    outcome = settle_prepare(load_recipe(recipe_file), recipe_file, code, recipe_files)
+    print(f"turbolm: {outcome.message}", file=sys.stderr)
+    return outcome.exit_code
+
+
 def main() -> int:
-    """Run one of the two commands."""
+    """Run one of the three commands."""
     parser = argparse.ArgumentParser(prog="python -m turbolm.launch.job", description=__doc__)
     commands = parser.add_subparsers(required=True)
     for name, option, action in (("open", "--hosts", _open), ("settle", "--attempt", _settle)):
         command = commands.add_parser(name)
         command.add_argument("--recipe", type=Path, required=True)
         command.add_argument(option, dest="value", required=True)
-        command.set_defaults(action=action)
+        command.set_defaults(run=lambda given, action=action: action(given.recipe, given.value))
+    command = commands.add_parser("unprepared")
+    command.add_argument("--recipe", type=Path, required=True)
+    command.add_argument("--code", type=int, required=True)
+    command.add_argument("recipes", type=Path, nargs="+")
+    command.set_defaults(run=lambda given: _unprepared(given.recipe, given.code, given.recipes))
     given = parser.parse_args()
-    return exit_code_of(lambda: given.action(given.recipe, given.value))
+    return exit_code_of(lambda: given.run(given))
 
 
 if __name__ == "__main__":

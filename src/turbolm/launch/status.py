@@ -1,4 +1,7 @@
-"""Read the status of a run from its directory: attempts, progress, remaining time. Torch-free, without Slurm."""
+"""Read the status of a run from its directory: attempts, progress, remaining time. Torch-free.
+
+Slurm is asked only about jobs that have neither started nor ended, where it can be (`queue`).
+"""
 
 from __future__ import annotations
 
@@ -13,10 +16,10 @@ from typing import Any
 from turbolm.errors import EXIT_REQUEUE, UserError, explain_os_error
 from turbolm.files import read_json
 from turbolm.launch.job import JOB, newest_step
-from turbolm.launch.slurm import SCRIPT, SEEN, STARTED, SUBMITTED
-from turbolm.reliability.outcome import COMPLETE, FINISHED, OUTCOME, REFUSED, read_outcome
+from turbolm.launch.queue import find_queued
+from turbolm.reliability.outcome import COMPLETE, FINISHED, REFUSED, read_outcome
 from turbolm.reliability.run_lock import RunLock, is_gone, this_process
-from turbolm.reliability.stop import ask_to_stop, asked_since, read_seen
+from turbolm.reliability.stop import ask_to_stop
 from turbolm.report.metrics import is_number, read_lines
 from turbolm.train.run_directory import RunDirectory, list_attempts, starter_of
 from turbolm.units import align_columns, format_count, format_duration
@@ -66,7 +69,7 @@ def read_status(path: Path, now: float | None = None) -> RunStatus:
     step, saved = int(last.get("step", 0)), newest_step(run)
     rates = [rate for line in steps[-_RATE_STEPS:] if is_number(rate := line.get("perf/tokens_per_sec")) and rate > 0]
     rate = median(rates) if rates else None
-    sign, trouble = _last_sign(run, attempts), _job_trouble(run)
+    sign, (waiting, trouble) = _last_sign(run, attempts), find_queued(run)
     silent_sec = (time.time() if now is None else now) - (sign or 0.0)
     state = _state(run, attempts, step == num_steps, trouble, silent_sec)
     total, seen, eta = plan.get("num_tokens"), last.get("tokens_seen"), None
@@ -84,7 +87,7 @@ def read_status(path: Path, now: float | None = None) -> RunStatus:
         eta_sec=eta,
         last_sign_unix_sec=sign,
         attempts=attempts,
-        waiting_jobs=_waiting_jobs(run),
+        waiting_jobs=waiting,
         job_trouble=trouble,
     )
 
@@ -211,32 +214,6 @@ def _state(
     if gone or starter_gone:
         return "killed"
     return "running" if silent_sec < _SILENT_SEC else "silent"
-
-
-def _waiting_jobs(run: RunDirectory) -> list[str]:
-    """The submissions that have neither started nor ended, and that nobody has asked to stop since."""
-    waiting = []
-    for folder in _submissions(run):
-        marks = (folder / STARTED, folder / OUTCOME)
-        if any(mark.exists() for mark in marks) or asked_since(run.stop_file, read_seen(folder / SEEN)):
-            continue
-        job_id = (read_json(folder / SUBMITTED) or {}).get("job_id")
-        waiting.append(f"job {job_id}" if job_id is not None else f"a job of {folder / SCRIPT}, if there is one,")
-    return waiting
-
-
-def _job_trouble(run: RunDirectory) -> str | None:
-    folders = _submissions(run)
-    outcome = read_outcome(folders[-1]) if folders and not (folders[-1] / STARTED).exists() else None
-    if outcome is None:
-        return None
-    job = (read_json(folders[-1] / SUBMITTED) or {}).get("job_id", "of " + str(folders[-1]))
-    return f"job {job} {outcome.status} before it started: {outcome.message}"
-
-
-def _submissions(run: RunDirectory) -> list[Path]:
-    folders = [path for path in (run.path / "submissions").glob("[0-9]*") if path.name.isdigit()]
-    return sorted(folders, key=lambda path: int(path.name))
 
 
 def _last_sign(run: RunDirectory, attempts: list[dict[str, Any]]) -> float | None:

@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, TypeVar
 
 from turbolm.errors import UserError
@@ -208,6 +209,19 @@ def collect_summary(
         accelerate_config=accelerate_config(plan, recipe.cluster.num_nodes),
         notes=(*notes, *span_notes(recipe, plan.curriculum), *run_out_notes(uses)),
     )
+
+
+def memory_request_note(recipe: Recipe, recipe_file: str | Path) -> str | None:
+    """Return `host_memory_note` for a recipe that describes its machines; None where the need is not known."""
+    machine = described_machine(recipe)
+    if machine is None:
+        return None
+    try:
+        plan, size = build_plan(recipe, machine), examine_model(recipe, recipe_file).size
+    except UserError:  # `plan` and the start of the run tell
+        return None
+    host = size and _host_memory(plan, _state(plan, recipe.execution, size.total), size)
+    return host_memory_note(recipe, host) if host else None
 
 
 def _collect(problems: list[str], action: Callable[[], T]) -> T | None:

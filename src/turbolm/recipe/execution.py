@@ -86,6 +86,28 @@ class Container(Section):
     python: ContainerPath = Field("python3", description="the Python of the image")
 
 
+class PrepareJob(Section):
+    """The job of one node without GPUs that prepares the data before the training job starts.
+
+    What is not set here is as for the training job, without its GPUs and its `nodelist`; in another partition also
+    without its `constraint` and `reservation`.
+    """
+
+    separate: bool = Field(
+        True,
+        description="prepare in a job of its own unless store and order of batches are there already; it is for jobs "
+        "of several nodes or with GPUs. false: the training job prepares on its first node, and the others wait",
+    )
+    partition: SlurmValue | None = Field(None, description="where it queues, such as a partition without GPUs")
+    account: SlurmValue | None = Field(None, description="who is charged")
+    qos: SlurmValue | None = Field(None, description="quality of service")
+    time: SlurmTime | None = Field(None, description="limit of one start; a requeue goes on from there")
+    mem: SlurmMemory | None = Field(None, description="memory, such as 64G")
+    cpus_per_task: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="CPUs; with it the node is shared even where `exclusive` is set for training"
+    )
+
+
 class Slurm(Section):
     """What `turbolm submit` asks Slurm for."""
 
@@ -125,6 +147,7 @@ class Slurm(Section):
         (), description="lines of bash, run on the first node before anything else; shell code goes only here"
     )
     environment: dict[EnvironmentName, Text] = Field({}, description="variables exported to every process")
+    prepare: PrepareJob = Field(PrepareJob(), description="the job that prepares the data before")
     preflight: bool = Field(
         True,
         description="with several nodes, run `turbolm doctor` before training, and end the job if a node fails",
@@ -141,6 +164,11 @@ class Slurm(Section):
     def _coherent(self) -> Slurm:
         if isinstance(self.time, int) and self.time <= self.stop_grace:
             raise ValueError(f"expected `time` ({self.time} s) to be longer than `stop_grace` ({self.stop_grace} s)")
+        limit = self.prepare.time
+        if isinstance(limit, int) and limit <= self.stop_grace:
+            raise ValueError(
+                f"expected `prepare.time` ({limit} s) to be longer than `stop_grace` ({self.stop_grace} s)"
+            )
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError("expected every seed once in `seeds`")
         return self
