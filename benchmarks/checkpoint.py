@@ -176,16 +176,16 @@ class Worker:
 
     def load(self, parts: dict[str, float] | None = None) -> None:
         """As the trainer does it; `parts` gets the seconds, by the clock and of the processor, of both halves."""
+        from turbolm.checkpoint.agreement import gather_over
         from turbolm.checkpoint.load import load_checkpoint
-        from turbolm.checkpoint.save import gather_over
         from turbolm.checkpoint.verify import find_newest_valid
 
         def now() -> tuple[float, float]:
             return time.perf_counter(), time.process_time()
 
-        start, share = now(), (self.dist.get_rank(), 2)
+        start = now()
         agree = gather_over(self.group)
-        found, rejected = find_newest_valid(self.paths["turbolm"], {"c"}, share, agree, hashed=self.hashed)
+        found, rejected = find_newest_valid(self.paths["turbolm"], {"c"}, agree, hashed=self.hashed)
         assert found is not None, rejected
         middle = now()
         load_checkpoint(found, self.engine)

@@ -9,6 +9,7 @@ import random
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -134,16 +135,21 @@ def remove_a_rank(checkpoint: Path) -> None:
     edit_json(checkpoint / "manifest.json", world_size=2)
 
 
+def group_of(index: dict[str, Any], name: str) -> dict[str, list[int]]:
+    """The fragments in an index file that have the state of a parameter."""
+    return next(group["fragments"] for group in index["fragments"] if name in group["fragments"])
+
+
 def remove_a_fragment(checkpoint: Path) -> None:
     index = json.loads((checkpoint / INDEX).read_text())
-    del index["fragments"]["inner.weight"]
+    del group_of(index, "inner.weight")["inner.weight"]
     (checkpoint / INDEX).write_text(json.dumps(index))
     recompute_manifest(checkpoint)
 
 
 def shift_a_fragment(checkpoint: Path) -> None:
     index = json.loads((checkpoint / INDEX).read_text())
-    index["fragments"]["inner.weight"]["start"] = 1
+    group_of(index, "inner.weight")["inner.weight"][0] = 1
     (checkpoint / INDEX).write_text(json.dumps(index))
     recompute_manifest(checkpoint)
 

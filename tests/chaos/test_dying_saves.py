@@ -15,6 +15,7 @@ import torch
 from tests.checkpoint.toy import CONTRACT, Engine, one_process
 from turbolm.checkpoint.load import CheckpointReader
 from turbolm.checkpoint.manifest import clear_leftovers
+from turbolm.checkpoint.ranks import ALONE
 from turbolm.checkpoint.retention import Retention
 from turbolm.checkpoint.save import write_checkpoint
 from turbolm.checkpoint.snapshot import take_snapshot
@@ -102,7 +103,7 @@ def save(folder: Path, engine: Engine, step: int, keep_last: int = 1) -> None:
     """What the trainer's thread does. Without the process group, whose threads a fork does not copy."""
     snapshot = take_snapshot(engine, step, {"step": step, "tokens_seen": step, "order_digest": ""})
     about = {"contract": CONTRACT, "eval_loss": None}
-    write_checkpoint(folder, snapshot, about, Retention(keep_last), agree=lambda value: [value])
+    write_checkpoint(folder, snapshot, about, Retention(keep_last), agree=ALONE)
 
 
 def start(folder: Path, steps: list[int]) -> dict[int, Engine]:

@@ -105,7 +105,8 @@ def reshape_a_moment(checkpoint: Path) -> None:
 def forget_a_moment(checkpoint: Path) -> None:
     path = checkpoint / "fragments-00001.json"
     index = json.loads(path.read_text())
-    index["states"] = {name: ["exp_avg_sq"] for name in index["states"]}
+    for group in index["fragments"]:
+        group["states"] = ["exp_avg_sq"]
     path.write_text(json.dumps(index))
 
     def edit(tensors: dict[str, torch.Tensor], labels: dict[str, str]) -> None:

@@ -6,21 +6,19 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
 from tests.checkpoint.toy import Engine, build_saver, write_checkpoint
 from turbolm.checkpoint import manifest
+from turbolm.checkpoint.ranks import ALONE, Agree
 from turbolm.checkpoint.retention import Kept, Retention, remove_old
-from turbolm.checkpoint.verify import (
-    find_newest_valid,
-    hash_ahead,
-    verify_checkpoint,
-    verify_files,
-)
+from turbolm.checkpoint.verify import find_newest_valid, hash_ahead, verify_checkpoint
+from turbolm.files import sha256_file
 
 
 def kept(retention: Retention, checkpoints: list[tuple[int, int, float | None]]) -> list[int]:
@@ -107,41 +105,53 @@ def test_processes_share_the_hashing_and_agree(tmp_path: Path, process_group: No
         meeting = Meeting(3)
 
         def find(rank: int, answers: dict[int, Any] = answers, meeting: Meeting = meeting) -> None:
-            found = verify_files(newer, share=(rank, 3))
-            answers[rank] = (found, find_newest_valid(tmp_path, None, (rank, 3), meeting.agree(rank)))
+            answers[rank] = find_newest_valid(tmp_path, None, Member(meeting, rank))
 
         threads = [threading.Thread(target=find, args=(rank,)) for rank in range(3)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(30)
-        assert sorted(found for found, _ in answers.values()) == [[], [], [problem]]
-        assert [answer for _, answer in answers.values()] == [(older, [f"{newer}: {problem}"])] * 3
+        with patch("turbolm.checkpoint.verify.sha256_file", wraps=sha256_file) as hashing:
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join(30)
+        assert list(answers.values()) == [(older, [f"{newer}: {problem}"])] * 3
+        hashed = sorted(call.args[0] for call in hashing.call_args_list)
+        assert hashed == sorted(path / file for path in (older, newer) for file in files), "each file by one process"
         (newer / name).write_bytes(content)
 
 
 class Meeting:
-    """Threads that agree as ranks do."""
+    """Where threads leave values for each other."""
 
     def __init__(self, size: int):
         self.barrier, self.values = threading.Barrier(size), [None] * size  # type: ignore[var-annotated]
 
-    def agree(self, rank: int) -> Callable[[Any], list[Any]]:
-        def agree(value: Any) -> list[Any]:
-            self.values[rank] = value
-            self.barrier.wait(30)
-            everything = list(self.values)
-            self.barrier.wait(30)
-            return everything
+    def exchange(self, rank: int, value: Any) -> list[Any]:
+        self.values[rank] = value
+        self.barrier.wait(30)
+        everything = list(self.values)
+        self.barrier.wait(30)
+        return everything
 
-        return agree
+
+class Member(Agree):
+    """A thread that agrees as a rank does."""
+
+    def __init__(self, meeting: Meeting, rank: int):
+        self.meeting, self.rank, self.num_ranks = meeting, rank, meeting.barrier.parties
+
+    def gather(self, value: Any) -> list[Any] | None:
+        everything = self.meeting.exchange(self.rank, value)
+        return everything if self.rank == 0 else None
+
+    def scatter(self, values: Sequence[Any] | None) -> Any:
+        return self.meeting.exchange(self.rank, values)[0][self.rank]
 
 
 def test_what_was_hashed_ahead_is_not_hashed_again(
     tmp_path: Path, process_group: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     older, newer = write_checkpoint(tmp_path, 1), write_checkpoint(tmp_path, 2)
-    hashed = hash_ahead(tmp_path, (0, 1))
+    hashed = hash_ahead(tmp_path, ALONE)
     assert hashed(newer) == []
     assert hashed(older) is None, "only the newest is looked at"
     with monkeypatch.context() as patch:
@@ -149,7 +159,7 @@ def test_what_was_hashed_ahead_is_not_hashed_again(
         assert find_newest_valid(tmp_path, hashed=hashed) == (newer, [])
     content = (newer / "trainer.json").read_bytes()
     (newer / "trainer.json").write_bytes(content.replace(b"2", b"3"))
-    found, rejected = find_newest_valid(tmp_path, hashed=hash_ahead(tmp_path, (0, 1)))
+    found, rejected = find_newest_valid(tmp_path, hashed=hash_ahead(tmp_path, ALONE))
     assert found == older
     assert rejected == [f"{newer}: trainer.json: content changed (SHA-256 differs)"]
-    assert hash_ahead(tmp_path / "nothing", (0, 1))(newer) is None
+    assert hash_ahead(tmp_path / "nothing", ALONE)(newer) is None

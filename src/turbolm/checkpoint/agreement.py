@@ -1,51 +1,80 @@
-"""What all ranks do together on the host: what fails on one of them fails on all, so that none waits for ever."""
+"""How ranks exchange values on the host: over a process group's collective operations, or by tagged messages."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from turbolm.errors import UserError
+from turbolm.checkpoint.ranks import Agree
 from turbolm.reliability import heartbeat
 
-Agree = Callable[[Any], list[Any]]
 _TAG = 7001  # of the checkpoint threads' messages; nothing else here sends any
 
 
-def gather_over(group: dist.ProcessGroup | None) -> Agree:
-    """What every rank gave, by rank, over a host-side process group."""
+class _Collective(Agree):
+    """Over a host-side process group's collective operations."""
 
-    def agree(value: Any) -> list[Any]:
-        gathered: list[Any] = [None] * dist.get_world_size(group)
+    def __init__(self, group: dist.ProcessGroup | None):
+        self.group = group
+        self.rank, self.num_ranks = dist.get_rank(group), dist.get_world_size(group)
+
+    def gather(self, value: Any) -> list[Any] | None:
+        gathered: list[Any] | None = [None] * self.num_ranks if self.rank == 0 else None
         with heartbeat.awaiting_others():
-            dist.all_gather_object(gathered, value, group=group)
+            dist.gather_object(value, gathered, group=self.group, group_dst=0)
         return gathered
 
-    return agree
+    def scatter(self, values: Sequence[Any] | None) -> Any:
+        own: list[Any] = [None]
+        with heartbeat.awaiting_others():
+            dist.scatter_object_list(own, None if values is None else list(values), group=self.group, group_src=0)
+        return own[0]
+
+    def __call__(self, value: Any) -> list[Any]:
+        everything: list[Any] = [None] * self.num_ranks
+        with heartbeat.awaiting_others():
+            dist.all_gather_object(everything, value, group=self.group)
+        return everything
+
+
+class _Messages(Agree):
+    """Over tagged messages to rank 0 and back, of values that JSON holds."""
+
+    def __init__(self, group: dist.ProcessGroup | None):
+        self.group = group
+        self.rank, self.num_ranks = dist.get_rank(group), dist.get_world_size(group)
+
+    def gather(self, value: Any) -> list[Any] | None:
+        with heartbeat.awaiting_others():
+            if self.rank > 0:
+                _send(value, 0, self.group)
+                return None
+            return [value, *(_receive(other, self.group) for other in range(1, self.num_ranks))]
+
+    def scatter(self, values: Sequence[Any] | None) -> Any:
+        with heartbeat.awaiting_others():
+            if values is None:
+                return _receive(0, self.group)
+            for other in range(1, self.num_ranks):
+                _send(values[other], other, self.group)
+        return values[0]
+
+
+def gather_over(group: dist.ProcessGroup | None) -> Agree:
+    """Exchange over a host-side process group, by default the one of all ranks."""
+    return _Collective(group)
 
 
 def gather_by_messages(group: dist.ProcessGroup | None) -> Agree:
-    """What every rank gave, by rank, for a thread beside the one that uses `group`'s collective operations.
+    """Exchange for a thread beside the one that uses `group`'s collective operations.
 
-    Tagged messages to rank 0 and back never mix with those, so the thread needs no group, and no files, of its own.
+    Tagged messages never mix with those, so the thread needs no group, and no files, of its own.
     """
-
-    def agree(value: Any) -> list[Any]:
-        rank, num_ranks = dist.get_rank(group), dist.get_world_size(group)
-        with heartbeat.awaiting_others():
-            if rank > 0:
-                _send(value, 0, group)
-                return list(_receive(0, group))
-            gathered = [value, *(_receive(other, group) for other in range(1, num_ranks))]
-            for other in range(1, num_ranks):
-                _send(gathered, other, group)
-        return gathered
-
-    return agree
+    return _Messages(group)
 
 
 def _send(value: Any, to: int, group: dist.ProcessGroup | None) -> None:
@@ -60,31 +89,3 @@ def _receive(sender: int, group: dist.ProcessGroup | None) -> Any:
     content = torch.empty(int(size), dtype=torch.uint8)
     dist.recv(content, sender, group, _TAG)
     return json.loads(content.numpy().tobytes())
-
-
-def in_step(agree: Agree, action: Callable[[], Any] | None, error: type[Exception] = RuntimeError) -> list[Any]:
-    """Do this rank's part and wait for the others'; returns what each gave, by rank.
-
-    Raises `error` on all ranks with what any failed with.
-    """
-    result, failure = None, None
-    try:
-        result = action() if action else None
-    except UserError as reason:
-        failure = str(reason)
-    except Exception as reason:  # whatever it was, the other ranks must not wait for this one
-        failure = f"{type(reason).__name__}: {reason}"
-    outcomes = agree((failure, result))
-    failures = told_of([failure for failure, _ in outcomes])
-    if failures:
-        raise error(failures)
-    return [result for _, result in outcomes]
-
-
-def told_of(by_rank: list[str | None]) -> str:
-    """What any rank failed with; the same text for ranks with the same reason is said once."""
-    ranks: dict[str, list[str]] = {}
-    for rank, failure in enumerate(by_rank):
-        if failure:
-            ranks.setdefault(failure, []).append(str(rank))
-    return "; ".join(f"rank {', '.join(numbers)}: {failure}" for failure, numbers in ranks.items())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,10 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 
-from turbolm.checkpoint.agreement import Agree, gather_over, in_step
+from turbolm.checkpoint.agreement import gather_over
 from turbolm.checkpoint.host_rng import set_host_rng_state
-from turbolm.checkpoint.manifest import BUFFERS, TRAINER_STATE, index_file, rank_of_tensor_file, read_manifest
+from turbolm.checkpoint.index import CheckpointIndex, Part, Wanted
+from turbolm.checkpoint.manifest import BUFFERS, TRAINER_STATE
 from turbolm.checkpoint.optimizer_state import (
     check_same_states,
     layouts,
@@ -22,43 +22,23 @@ from turbolm.checkpoint.optimizer_state import (
     set_group_numbers,
     set_scalars,
 )
+from turbolm.checkpoint.ranks import Agree, in_step
 from turbolm.engine.engine import Engine
 from turbolm.engine.partitions import Fragment
 from turbolm.errors import UserError
-from turbolm.files import load_json
 
 
 class CheckpointReader:
-    """The tensors of a checkpoint, whoever wrote which part of them. Use as a context manager."""
+    """The tensors of a checkpoint, whoever wrote which part of them. Use as a context manager.
 
-    def __init__(self, checkpoint: Path):
+    `part` is what this process is to read; by default all, for which it reads the index files of all ranks itself.
+    """
+
+    def __init__(self, checkpoint: Path, part: Part | None = None):
         self.checkpoint = checkpoint
-        self.manifest = read_manifest(checkpoint)
-        self.shapes = {name: tuple(shape) for name, shape in self.manifest["parameters"].items()}
-        self.scalars: dict[str, dict[str, float]] = {}
-        self.states_of: dict[str, set[str]] = {}
-        self.groups: list[dict[str, float]] = []
-        self.whole: dict[tuple[str, str], tuple[int, set[str]]] = {}  # (parameter, layout): rank and states
-        self._ranges: dict[str, list[tuple[int, int, int]]] = defaultdict(list)  # parameter: (start, end, rank)
-        self._rng: dict[int, dict[str, Any]] = {}
-        for rank in range(self.manifest["world_size"]):
-            self._read_index(rank)
-        for name, shape in self.shapes.items():
-            covered = sum(end - start for start, end, _ in self._ranges[name])
-            if covered != math.prod(shape):
-                raise UserError(f"{checkpoint}: holds {covered} of {math.prod(shape)} elements of {name}")
-
-    def _read_index(self, rank: int) -> None:
-        index = load_json(self.checkpoint / index_file(rank))
-        for name, fragment in index["fragments"].items():
-            self._ranges[name].append((fragment["start"], fragment["start"] + fragment["numel"], rank))
-        for name, states in index["states"].items():
-            self.states_of.setdefault(name, set()).update(states)
-        for name, whole in index["whole"].items():
-            self.whole[name, whole["layout"]] = (rank, set(whole["states"]))
-        self.scalars.update(index["scalars"])
-        self.groups = self.groups or index["groups"]
-        self._rng[rank] = index["rng"]
+        self.part = part or CheckpointIndex(checkpoint).everything()
+        self.shapes, self.scalars, self.groups = self.part.shapes, self.part.scalars, self.part.groups
+        self.states_of, self.whole = self.part.states_of, self.part.whole
 
     def __enter__(self) -> CheckpointReader:
         self._stack = ExitStack()
@@ -68,19 +48,13 @@ class CheckpointReader:
     def __exit__(self, *exception: object) -> None:
         self._stack.close()
 
-    @property
-    def states(self) -> set[str]:
-        """The optimizer's state tensors; none before the first update."""
-        whole = (states for _, states in self.whole.values())
-        return set().union(*self.states_of.values(), *whole)
-
     def read(self, state: str, name: str, start: int, numel: int) -> torch.Tensor:
         """Elements [start, start + numel) of the flattened tensor, 1-D, as saved; maps only the files that hold them.
 
         Where they lie in one file, the result is a view of it.
         """
         parts = []
-        for first, end, rank in sorted(self._ranges[name]):
+        for first, end, rank in self.part.pieces[name]:
             low, high = max(start, first), min(start + numel, end)
             if low < high:
                 key = f"{state}/{name}"
@@ -100,29 +74,23 @@ class CheckpointReader:
 
     def buffers(self) -> dict[str, torch.Tensor]:
         """The model's persistent buffers."""
-        if BUFFERS not in self.manifest["files"]:
+        if not self.part.has_buffers:
             return {}
         file = self._stack.enter_context(self._map(BUFFERS))
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
 
     def rng_state(self, rank: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """The random state rank `rank` saved, torch's and the host's; empty when fewer ranks wrote this checkpoint."""
-        if rank not in self._rng:
+        if rank not in self.part.rng:
             return {}, {}
         files = self._open(rank)
         keys = {name: f"rng/{name}" for name in ("cpu", "cuda") if f"rng/{name}" in files}
-        return {name: files[key].get_tensor(key) for name, key in keys.items()}, self._rng[rank]
-
-    def trainer_state(self) -> dict[str, Any]:
-        """What the trainer noted beside the tensors."""
-        state: dict[str, Any] = load_json(self.checkpoint / TRAINER_STATE)
-        return state
+        return {name: files[key].get_tensor(key) for name, key in keys.items()}, self.part.rng[rank]
 
     def _open(self, rank: int) -> dict[str, Any]:
         """The open file of each tensor that a rank wrote."""
         if rank not in self._tensors:
-            names = [name for name in self.manifest["files"] if rank_of_tensor_file(name) == rank]
-            files = [self._stack.enter_context(self._map(name)) for name in names]
+            files = [self._stack.enter_context(self._map(name)) for name in self.part.tensor_files[rank]]
             self._tensors[rank] = {key: file for file in files for key in file.keys()}  # noqa: SIM118
         return self._tensors[rank]
 
@@ -142,13 +110,13 @@ def load_checkpoint(checkpoint: Path, engine: Engine, agree: Agree | None = None
     """
     agree = agree or gather_over(None)
     with ExitStack() as stack:
-        reader, has_states = _open_fitting(checkpoint, engine, stack, agree)
-        if has_states:
+        reader = _open_fitting(checkpoint, engine, stack, agree)
+        if reader.part.has_states:
             engine.materialise_state()
         in_step(agree, lambda: _load_own_part(reader, engine), UserError)
         engine.publish_weights()
-        state: dict[str, Any] = in_step(agree, lambda: _load_rest(reader, engine), UserError)[dist.get_rank()]
-        return state
+        in_step(agree, lambda: _load_rest(reader, engine), UserError)
+        return reader.part.trainer_state
 
 
 def load_weights(checkpoint: Path, engine: Engine, agree: Agree) -> None:
@@ -160,23 +128,41 @@ def load_weights(checkpoint: Path, engine: Engine, agree: Agree) -> None:
         _load_buffers(reader, engine)
 
     with ExitStack() as stack:
-        reader, _ = _open_fitting(checkpoint, engine, stack, agree)
+        reader = _open_fitting(checkpoint, engine, stack, agree)
         in_step(agree, load, UserError)
         engine.publish_weights()
 
 
-def _open_fitting(checkpoint: Path, engine: Engine, stack: ExitStack, agree: Agree) -> tuple[CheckpointReader, bool]:
-    """Return the opened checkpoint, and whether any rank finds state of the optimizer in it."""
-    opened: list[CheckpointReader] = []
+def _open_fitting(checkpoint: Path, engine: Engine, stack: ExitStack, agree: Agree) -> CheckpointReader:
+    """Return the opened checkpoint, of which this rank knows its part; rank 0 reads the index files for all."""
+    part = _own_part(checkpoint, in_step(agree, lambda: _wanted(engine), UserError), agree)
 
-    def open_and_check() -> bool:
-        reader = stack.enter_context(CheckpointReader(checkpoint))
+    def open_and_check() -> CheckpointReader:
+        reader = stack.enter_context(CheckpointReader(checkpoint, part))
         _check_fits(reader, engine)
-        opened.append(reader)
-        return bool(reader.states)
+        return reader
 
-    has_states = in_step(agree, open_and_check, UserError)
-    return opened[0], any(has_states)
+    reader: CheckpointReader = in_step(agree, open_and_check, UserError)
+    return reader
+
+
+def _own_part(checkpoint: Path, wanted: Wanted, agree: Agree) -> Part:
+    """What this rank needs to know of the checkpoint. Collective."""
+    by_rank = agree.gather(wanted)
+
+    def deal() -> list[Part]:
+        index = CheckpointIndex(checkpoint)
+        state = index.trainer_state()
+        return [index.part(one, rank, state) for rank, one in enumerate(by_rank or ())]
+
+    part: Part = agree.scatter(in_step(agree, deal if by_rank is not None else None, UserError))
+    return part
+
+
+def _wanted(engine: Engine) -> Wanted:
+    """What this rank's optimizer holds."""
+    fragments = engine.fragments()
+    return Wanted({one.name: (one.start, one.numel) for one in fragments}, layouts(engine))
 
 
 def _check_fits(reader: CheckpointReader, engine: Engine) -> None:
@@ -196,7 +182,7 @@ def _check_fits(reader: CheckpointReader, engine: Engine) -> None:
                 torch.Generator(device).set_state(state)
     except (RuntimeError, TypeError) as error:
         raise UserError(f"{checkpoint}: the random state of rank {rank} is not one: {error}") from None
-    scaler = reader.trainer_state()["scaler"]
+    scaler = reader.part.trainer_state["scaler"]
     if not all(isinstance(value, (int, float)) for value in scaler.values()):
         raise UserError(f"{checkpoint}: {TRAINER_STATE}: the loss scaler's state is not numbers")
 
@@ -208,7 +194,7 @@ def _load_own_part(reader: CheckpointReader, engine: Engine) -> None:
         is_first = id(fragment.flat) not in seen
         _load_fragment(reader, fragment, optimizer, bound_to[fragment.name] if is_first else None)
         seen.add(id(fragment.flat))
-    counted = {name: value for scalars in reader.scalars.values() for name, value in scalars.items()}
+    counted = reader.part.counted
     set_group_numbers(optimizer, reader.groups, {"step": counted["step"]} if "step" in counted else {})
     _load_buffers(reader, engine)
 
@@ -226,12 +212,10 @@ def _load_weight(reader: CheckpointReader, fragment: Fragment) -> None:
     weight.copy_(_of_its_kind(reader, f"weight of {fragment.name}", values, weight))
 
 
-def _load_rest(reader: CheckpointReader, engine: Engine) -> dict[str, Any]:
-    """What follows the weights; returns the trainer's state."""
-    state = reader.trainer_state()
+def _load_rest(reader: CheckpointReader, engine: Engine) -> None:
+    """What follows the weights."""
     _set_rng_state(*reader.rng_state(dist.get_rank()))
-    engine.restore_loss_scaler(state["scaler"])
-    return state
+    engine.restore_loss_scaler(reader.part.trainer_state["scaler"])
 
 
 @torch.no_grad()
@@ -247,7 +231,7 @@ def _load_fragment(
     _load_weight(reader, fragment)
     ours = parameter_state(optimizer, fragment)
     saved, scalars = reader.states_of.get(name, set()), reader.scalars.get(name, {})
-    if not saved and not scalars and not any(parameter == name for parameter, _ in reader.whole):
+    if not saved and not scalars and name not in reader.part.with_whole:
         optimizer.state.pop(fragment.flat, None)  # it had none: never updated, or an optimizer without state
         return
     in_groups = {key: value for numbers in reader.groups for key, value in numbers.items()}
@@ -257,7 +241,7 @@ def _load_fragment(
     if layout is not None and ours.whole and not bound and not set(ours.whole) <= saved:
         raise UserError(
             f"{reader.checkpoint}: the optimizer's state {sorted(ours.whole)[0]!r} of {name} is bound to the "
-            f"{reader.manifest['world_size']} processes and ZeRO stage {reader.manifest['zero_stage']} it was saved "
+            f"{reader.part.world_size} processes and ZeRO stage {reader.part.zero_stage} it was saved "
             "with; resume with these"
         )
     ours_whole = ours.whole if layout is not None else {}

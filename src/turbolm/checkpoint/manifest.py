@@ -13,7 +13,8 @@ from typing import Any
 from turbolm.errors import UserError
 from turbolm.files import load_json, sync_folder, write_json
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+_READABLE = (2, 3)  # format 2 had a dictionary for each fragment in the index files
 MANIFEST = "manifest.json"
 TRAINER_STATE = "trainer.json"
 BUFFERS = "buffers.safetensors"
@@ -69,8 +70,9 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
         raise UserError(f"{checkpoint}: no {MANIFEST}; not a complete checkpoint") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{checkpoint / MANIFEST}: cannot be read: {error}") from None
-    if not isinstance(manifest, dict) or manifest.get("format_version") != FORMAT_VERSION:
-        raise UserError(f"{checkpoint / MANIFEST}: not a checkpoint manifest of format {FORMAT_VERSION}")
+    if not isinstance(manifest, dict) or manifest.get("format_version") not in _READABLE:
+        formats = " or ".join(map(str, _READABLE))
+        raise UserError(f"{checkpoint / MANIFEST}: not a checkpoint manifest of format {formats}")
     if not _is_complete(manifest):
         raise UserError(f"{checkpoint / MANIFEST}: lacks a value or has one of another type")
     return manifest

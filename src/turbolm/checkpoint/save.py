@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,12 +11,12 @@ from typing import Any
 import torch
 
 from turbolm.checkpoint import manifest
-from turbolm.checkpoint.agreement import Agree, in_step, told_of
+from turbolm.checkpoint.ranks import Agree, in_step, share_failure
 from turbolm.checkpoint.retention import Retention, remove_old
 from turbolm.checkpoint.snapshot import Snapshot
 from turbolm.checkpoint.tensor_file import write_tensors
 from turbolm.engine.device import use_device
-from turbolm.files import write_json
+from turbolm.files import write_atomic, write_json
 
 _PART_BYTES = 512 * 2**20  # of a safetensors file, so that several threads write and hash; a larger tensor stays whole
 _MAX_THREADS = 4
@@ -37,7 +38,7 @@ def write_checkpoint(
     0 calls `before_commit` just before the checkpoint gets its name. If any rank fails, all raise RuntimeError, and the
     partial checkpoint is removed.
     """
-    failures = told_of(agree(failure))
+    failures = share_failure(agree, failure)
     if failures or snapshot is None:
         raise RuntimeError(failures)
     final = folder / manifest.checkpoint_name(snapshot.step)
@@ -45,10 +46,10 @@ def write_checkpoint(
     is_first = snapshot.rank == 0
     try:
         in_step(agree, (lambda: _open_folder(temporary)) if is_first else None)
-        parts = in_step(agree, lambda: write_rank_files(temporary, snapshot))
-        files = {name: described for part in parts for name, described in part.items()}
+        parts = agree.gather(in_step(agree, lambda: write_rank_files(temporary, snapshot)))
 
         def commit() -> None:
+            files = {name: described for part in parts or () for name, described in part.items()}
             before_commit()
             manifest.commit(temporary, final, {**snapshot.about, **about, "files": dict(sorted(files.items()))})
             remove_old(folder, retention, snapshot.step)
@@ -71,11 +72,12 @@ def write_rank_files(folder: Path, snapshot: Snapshot) -> dict[str, Any]:
     with ThreadPoolExecutor(_MAX_THREADS, initializer=use_device, initargs=(snapshot.device,)) as pool:
         written = pool.map(lambda item: write_tensors(folder / item[0], item[1], metadata), files.items())
         described = dict(zip(files, written, strict=True))
-    texts = {manifest.index_file(rank): snapshot.index}
+    name = manifest.index_file(rank)
+    text = json.dumps(snapshot.index, allow_nan=False, separators=(",", ":"))
+    described[name] = write_atomic(folder / name, text + "\n", durable=True)
     if rank == 0:
-        texts[manifest.TRAINER_STATE] = snapshot.trainer_state
-    for name, value in texts.items():
-        described[name] = write_json(folder / name, value, durable=True)
+        name = manifest.TRAINER_STATE
+        described[name] = write_json(folder / name, snapshot.trainer_state, durable=True)
     return described
 
 

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from turbolm.checkpoint.host_rng import host_rng_state
+from turbolm.checkpoint.index import pack_fragments
 from turbolm.checkpoint.optimizer_state import group_numbers, layouts, parameter_state
 from turbolm.engine.engine import Engine
 
@@ -61,7 +62,7 @@ def take_snapshot(engine: Engine, step: int, trainer_state: Mapping[str, Any]) -
         state = parameter_state(optimizer, fragment)
         tensors[f"weight/{fragment.name}"] = fragment.view(fragment.flat)
         tensors |= {f"{name}/{fragment.name}": tensor for name, tensor in state.sharded.items()}
-        fragments[fragment.name] = {"start": fragment.start, "numel": fragment.numel}
+        fragments[fragment.name] = (fragment.start, fragment.numel)
         scalars[fragment.name], states[fragment.name] = state.scalars, sorted(state.sharded)
         if state.whole and id(fragment.flat) not in seen:  # once for all fragments of a partition
             tensors |= {f"whole/{name}/{fragment.name}": tensor for name, tensor in state.whole.items()}
@@ -71,9 +72,7 @@ def take_snapshot(engine: Engine, step: int, trainer_state: Mapping[str, Any]) -
         "step": step,
         "rank": rank,
         "world_size": dist.get_world_size(),
-        "fragments": fragments,
-        "states": states,
-        "scalars": scalars,
+        "fragments": pack_fragments(fragments, states, scalars),
         "whole": whole,
         "groups": group_numbers(optimizer),
         "rng": host_rng_state(),

@@ -6,12 +6,14 @@ import math
 import os
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
 from turbolm.checkpoint.host_rng import host_rng_problem
+from turbolm.checkpoint.index import CheckpointIndex, RankIndex, read_index
 from turbolm.checkpoint.manifest import (
     BUFFERS,
     TRAINER_STATE,
@@ -21,6 +23,7 @@ from turbolm.checkpoint.manifest import (
     rank_of_tensor_file,
     read_manifest,
 )
+from turbolm.checkpoint.ranks import ALONE, Agree, in_step
 from turbolm.errors import UserError
 from turbolm.files import load_json, sha256_file
 
@@ -30,7 +33,10 @@ def verify_checkpoint(checkpoint: Path, contracts: Collection[str] | None = None
 
     `contracts` are the fingerprints of the run's learning contract; None accepts any.
     """
-    return verify_files(checkpoint, contracts) or verify_structure(checkpoint)
+    problem, (share,) = _deal(checkpoint, contracts, 1)
+    if problem:
+        return [problem]
+    return _hash_files(checkpoint, share.files, 1) or list(filter(None, [_structure_problem(checkpoint, share)]))
 
 
 Hashed = Callable[[Path], list[str] | None]  # what `hash_ahead` found, or None where it did not look
@@ -40,91 +46,152 @@ def not_hashed(checkpoint: Path) -> None:
     """Nothing was hashed ahead."""
 
 
-def verify_files(
-    checkpoint: Path,
-    contracts: Collection[str] | None = None,
-    share: tuple[int, int] = (0, 1),
-    hashed: Hashed = not_hashed,
-) -> list[str]:
-    """Problems of the manifest, or of single files.
+@dataclass
+class Share:
+    """What one of n processes verifies: files to hash, and ranks whose index and tensor files must fit together."""
 
-    With `share` (k, n) only the k-th part of the files in n is hashed; none if that was done ahead.
-    """
-    try:
-        manifest = read_manifest(checkpoint)
-    except UserError as error:
-        return [str(error)]
-    if checkpoint.is_symlink():
-        return ["a link, not a folder of the run"]
-    if checkpoint.name != checkpoint_name(manifest["step"]):
-        return [f"its manifest is of step {manifest['step']}"]
-    if contracts is not None and manifest["contract"] not in contracts:
-        return ["saved under another learning contract than the run's"]
-    found = hashed(checkpoint)
-    return _hash_files(checkpoint, manifest["files"], share) if found is None else found
+    files: dict[str, Any] = field(default_factory=dict)  # their size and SHA-256
+    ranks: dict[int, list[str]] = field(default_factory=dict)  # the tensor files of each
+    labels: dict[str, int] = field(default_factory=dict)  # what all files must say inside
+    is_first: bool = False  # and what concerns all ranks
 
 
-def hash_ahead(folder: Path, share: tuple[int, int]) -> Hashed:
+def hash_ahead(folder: Path, agree: Agree) -> Hashed:
     """Start to hash this process's share of the newest checkpoint in a thread; waits for it when asked for the result.
 
-    For a process that owns the run (nothing else changes checkpoints) and is about to build its model.
+    For a process that owns the run (nothing else changes checkpoints) and is about to build its model. Collective:
+    rank 0 alone reads the manifest. Raises UserError when the folder cannot be read.
     """
-    newest = max(list_checkpoints(folder), default=None)
-    if newest is None:
+
+    def deal() -> list[Any]:
+        step, newest = max(list_checkpoints(folder), default=(None, folder))
+        problem, shares = (None, [Share()] * agree.num_ranks) if step is None else _deal(newest, None, agree.num_ranks)
+        return [(None if problem else step, share.files) for share in shares]
+
+    step, files = agree.scatter(in_step(agree, deal if agree.rank == 0 else None, UserError))
+    if step is None:
         return not_hashed
-    problems = ThreadPoolExecutor(1).submit(lambda: _hash_files(newest[1], read_manifest(newest[1])["files"], share))
-    return lambda checkpoint: problems.result() if checkpoint == newest[1] else None
-
-
-def _hash_files(checkpoint: Path, records: Mapping[str, Any], share: tuple[int, int]) -> list[str]:
-    part, parts = share
-    files = sorted(records.items(), key=lambda item: (-item[1]["bytes"], item[0]))[part::parts]
-    threads = min(8, max(1, (os.cpu_count() or 1) // parts))
-    with ThreadPoolExecutor(threads) as pool:
-        found = pool.map(lambda item: _file_problem(checkpoint, *item), files)
-        return sorted(f"{name}: {problem}" for (name, _), problem in zip(files, found, strict=True) if problem)
-
-
-def verify_structure(checkpoint: Path) -> list[str]:
-    """Problems of how files that match their manifest fit together."""
-    try:
-        _check_structure(checkpoint, read_manifest(checkpoint))
-    except UserError as error:
-        return [str(error)]
-    except Exception as error:  # one rank looks, and the others wait for its result
-        return [f"{type(error).__name__}: {error}"]
-    return []
+    newest = folder / checkpoint_name(step)
+    problems = ThreadPoolExecutor(1).submit(lambda: _hash_files(newest, files, agree.num_ranks))
+    return lambda checkpoint: problems.result() if checkpoint == newest else None
 
 
 def find_newest_valid(
     folder: Path,
     contracts: Collection[str] | None = None,
-    share: tuple[int, int] = (0, 1),
-    agree: Callable[[Any], list[Any]] = lambda value: [value],
+    agree: Agree = ALONE,
     below_step: int | None = None,
     hashed: Hashed = not_hashed,
 ) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that passes verification, and why each newer one was rejected.
 
-    With n processes each hashes its share of the files; `agree` returns what every process gave, by rank, so that all
-    agree even if a shared file system shows them different folders. With `below_step`, only checkpoints of earlier
-    steps are considered.
+    Collective. Rank 0 lists the folder and reads the manifest, so that all agree even if a shared file system shows
+    them different folders; each rank hashes its share of the files and looks into its share. With `below_step`, only
+    checkpoints of earlier steps are considered. Raises UserError when the folder cannot be read.
     """
-    steps = agree([step for step, _ in list_checkpoints(folder) if below_step is None or step < below_step])[0]
+
+    def steps_there() -> list[int]:
+        return [step for step, _ in list_checkpoints(folder) if below_step is None or step < below_step]
+
+    steps = agree.broadcast(in_step(agree, steps_there if agree.rank == 0 else None, UserError))
     rejected: list[str] = []
     for step in reversed(steps):
         path = folder / checkpoint_name(step)
-        try:
-            own = verify_files(path, contracts, share, hashed)
-        except OSError as error:
-            own = [str(error)]
-        problems = [problem for part in agree(own) for problem in part]
-        if not problems:
-            problems = agree(verify_structure(path) if share[0] == 0 else [])[0]
-        if not problems:
+        problem = _first_problem(path, contracts, agree, hashed)
+        if not problem:
             return path, rejected
-        rejected.append(f"{path}: {problems[0]}")
+        rejected.append(f"{path}: {problem}")
     return None, rejected
+
+
+def _first_problem(path: Path, contracts: Collection[str] | None, agree: Agree, hashed: Hashed) -> str | None:
+    """A reason why a checkpoint cannot be resumed from, the same on all ranks, or None. Collective."""
+    dealt = None
+    if agree.rank == 0:
+        problem, shares = _deal(path, contracts, agree.num_ranks)
+        dealt = [(problem, share) for share in shares]
+    problem, share = agree.scatter(dealt)
+
+    def hash_problem() -> str | None:
+        found = hashed(path)
+        return next(iter(_hash_files(path, share.files, agree.num_ranks) if found is None else found), None)
+
+    def first_of(look: Callable[[], str | None]) -> str | None:
+        by_rank = agree.gather(_told(look))
+        return agree.broadcast(None if by_rank is None else next(filter(None, by_rank), None))
+
+    return (
+        problem
+        or first_of(hash_problem)
+        or first_of(lambda: _ranks_problem(path, share))
+        or first_of(lambda: _coverage_problem(path) if share.is_first else None)
+    )
+
+
+def _told(look: Callable[[], str | None]) -> str | None:
+    """What is wrong, whatever way that shows: the other ranks wait for this one's word."""
+    try:
+        return look()
+    except (UserError, OSError) as error:
+        return str(error)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def _deal(checkpoint: Path, contracts: Collection[str] | None, num_shares: int) -> tuple[str | None, list[Share]]:
+    """What is wrong with the manifest, or None, and what each of `num_shares` processes is to verify."""
+    shares = [Share(is_first=number == 0) for number in range(num_shares)]
+    return _told(lambda: _fill(shares, checkpoint, contracts)), shares
+
+
+def _fill(shares: list[Share], checkpoint: Path, contracts: Collection[str] | None) -> str | None:
+    """Deal the files and ranks of a checkpoint. Returns, or raises UserError, what is wrong with the manifest."""
+    manifest = read_manifest(checkpoint)
+    if checkpoint.is_symlink():
+        return "a link, not a folder of the run"
+    if checkpoint.name != checkpoint_name(manifest["step"]):
+        return f"its manifest is of step {manifest['step']}"
+    if contracts is not None and manifest["contract"] not in contracts:
+        return "saved under another learning contract than the run's"
+    files = sorted(manifest["files"].items(), key=lambda item: (-item[1]["bytes"], item[0]))
+    tensor_files: dict[int, list[str]] = {}
+    for name in manifest["files"]:
+        owner = rank_of_tensor_file(name)
+        if owner is not None:
+            tensor_files.setdefault(owner, []).append(name)
+    num_ranks = min(manifest["world_size"], len(files))  # each has files
+    for number, share in enumerate(shares):
+        share.files = dict(files[number :: len(shares)])
+        share.ranks = {rank: tensor_files.get(rank, []) for rank in range(number, num_ranks, len(shares))}
+        share.labels = {"step": manifest["step"], "world_size": manifest["world_size"]}
+    return None
+
+
+def _hash_files(checkpoint: Path, files: Mapping[str, Any], num_shares: int) -> list[str]:
+    """What is wrong with each of these files."""
+    threads = min(8, max(1, (os.cpu_count() or 1) // num_shares))
+    with ThreadPoolExecutor(threads) as pool:
+        found = pool.map(lambda item: _file_problem(checkpoint, *item), files.items())
+        return sorted(f"{name}: {problem}" for name, problem in zip(files, found, strict=True) if problem)
+
+
+def _structure_problem(checkpoint: Path, share: Share) -> str | None:
+    """How files that match their manifest do not fit together, for a process that looks at all of them."""
+    return _told(lambda: _ranks_problem(checkpoint, share)) or _told(lambda: _coverage_problem(checkpoint))
+
+
+def _ranks_problem(checkpoint: Path, share: Share) -> str | None:
+    """Check the files of each rank of a share. Raises UserError."""
+    if share.is_first:
+        _check_files_of_all(checkpoint, share.labels)
+    for rank, tensor_files in share.ranks.items():
+        _check_rank(checkpoint, rank, tensor_files, {**share.labels, "rank": rank})
+    return None
+
+
+def _coverage_problem(checkpoint: Path) -> None:
+    """Read all index files. Raises UserError where they do not cover each parameter once."""
+    CheckpointIndex(checkpoint)
 
 
 def _read_header(path: Path, labels: Mapping[str, int]) -> dict[str, tuple[str, list[int]]]:
@@ -156,43 +223,37 @@ def _file_problem(checkpoint: Path, name: str, expected: Mapping[str, Any]) -> s
     return None if sha256_file(path) == expected["sha256"] else "content changed (SHA-256 differs)"
 
 
-def _check_structure(checkpoint: Path, manifest: Mapping[str, Any]) -> None:
-    """Check that every rank's files are there, of this step, and cover each parameter once. Raises UserError."""
-    step, files = manifest["step"], manifest["files"]
-    trainer_state = _read_mapping(checkpoint, TRAINER_STATE, files)
-    if trainer_state.get("step") != step:
-        raise UserError(f"{TRAINER_STATE}: not of step {step}")
-    _check_trainer_state(trainer_state)
-    labels = {"step": step, "rank": 0, "world_size": manifest["world_size"]}
-    if BUFFERS in files:
-        _read_header(checkpoint / BUFFERS, labels)
-    ranges: dict[str, list[tuple[int, int]]] = {name: [] for name in manifest["parameters"]}
+def _check_files_of_all(checkpoint: Path, labels: Mapping[str, int]) -> None:
+    """Check the trainer's state, the buffers, and that every rank has an index file. Raises UserError."""
+    manifest = read_manifest(checkpoint)
+    if TRAINER_STATE not in manifest["files"]:
+        raise UserError(f"{TRAINER_STATE}: missing in the manifest")
+    try:
+        state = load_json(checkpoint / TRAINER_STATE)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{TRAINER_STATE}: {error}") from None
+    if not isinstance(state, dict) or state.get("step") != labels["step"]:
+        raise UserError(f"{TRAINER_STATE}: not of step {labels['step']}")
+    _check_trainer_state(state)
+    if BUFFERS in manifest["files"]:
+        _read_header(checkpoint / BUFFERS, {**labels, "rank": 0})
     for rank in range(manifest["world_size"]):
-        name = index_file(rank)
-        index = _read_mapping(checkpoint, name, files)
-        labels["rank"] = rank
-        _check_labels(name, {"step": None, "rank": None, **index}, labels)
-        tensors: dict[str, tuple[str, list[int]]] = {}
-        for file in files:
-            if rank_of_tensor_file(file) == rank:
-                tensors |= _read_header(checkpoint / file, labels)
-        if "rng/cpu" not in tensors or not isinstance(index.get("rng"), dict):
-            raise UserError(f"{name}: the random state of rank {rank} is missing")
-        if problem := host_rng_problem(index["rng"]):
-            raise UserError(f"{name}: the random state of rank {rank} is not one: {problem}")
-        for parameter, (start, numel) in _fragments(name, index, tensors).items():
-            if parameter not in ranges:
-                raise UserError(f"{name}: {parameter} is not a parameter of the manifest")
-            ranges[parameter].append((start, numel))
-    for parameter, shape in manifest["parameters"].items():
-        end = 0
-        for start, numel in sorted(ranges[parameter]):
-            if start != end:
-                first, last = sorted((start, end))
-                raise UserError(f"elements {first} to {last} of {parameter} are missing or doubled")
-            end = start + numel
-        if end != math.prod(shape):
-            raise UserError(f"{end} of {math.prod(shape)} elements of {parameter} are there")
+        if index_file(rank) not in manifest["files"]:
+            raise UserError(f"{index_file(rank)}: missing in the manifest")
+
+
+def _check_rank(checkpoint: Path, rank: int, tensor_files: list[str], labels: Mapping[str, int]) -> None:
+    """Check that what a rank saved is of this step and rank, and that its tensors are those of its index file."""
+    name, index = index_file(rank), read_index(checkpoint, rank)
+    _check_labels(name, {"step": None, "rank": None, **index.labels}, labels)
+    tensors: dict[str, tuple[str, list[int]]] = {}
+    for file in tensor_files:
+        tensors |= _read_header(checkpoint / file, labels)
+    if "rng/cpu" not in tensors or not isinstance(index.rng, dict):
+        raise UserError(f"{name}: the random state of rank {rank} is missing")
+    if problem := host_rng_problem(index.rng):
+        raise UserError(f"{name}: the random state of rank {rank} is not one: {problem}")
+    _check_fragments(name, index, tensors)
 
 
 def _check_trainer_state(state: Mapping[str, Any]) -> None:
@@ -213,37 +274,11 @@ def _check_trainer_state(state: Mapping[str, Any]) -> None:
         raise UserError(f"{TRAINER_STATE}: not a trainer's state")
 
 
-def _fragments(
-    name: str, index: Mapping[str, Any], tensors: Mapping[str, tuple[str, list[int]]]
-) -> dict[str, tuple[int, int]]:
-    """(start, numel) of each fragment of a rank, whose tensors are all there, and the weights in fp32."""
-    try:
-        fragments = {
-            key: (int(fragment["start"]), int(fragment["numel"])) for key, fragment in index["fragments"].items()
-        }
-        wanted = {
-            f"{state}/{key}": numel
-            for key, (_, numel) in fragments.items()
-            for state in ("weight", *index["states"].get(key, ()))
-        }
-        wrong = [key for key, numel in wanted.items() if key not in tensors or tensors[key][1] != [numel]]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{name}: not an index of fragments: {error!r}") from None
-    if wrong:
-        raise UserError(f"{name}: the tensor {wrong[0]} is missing or of another size")
-    narrow = [f"weight/{key}" for key in fragments if tensors[f"weight/{key}"][0] != "F32"]
-    if narrow:
-        raise UserError(f"{name}: the tensor {narrow[0]} is not in fp32")
-    return fragments
-
-
-def _read_mapping(checkpoint: Path, name: str, files: Collection[str]) -> dict[str, Any]:
-    if name not in files:
-        raise UserError(f"{name}: missing in the manifest")
-    try:
-        value = load_json(checkpoint / name)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{name}: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{name}: not a JSON object")
-    return value
+def _check_fragments(name: str, index: RankIndex, tensors: Mapping[str, tuple[str, list[int]]]) -> None:
+    """Check that the tensors of each fragment of a rank are all there, and the weights in fp32. Raises UserError."""
+    for key, (_, numel) in index.fragments.items():
+        for state in ("weight", *index.states[key]):
+            if f"{state}/{key}" not in tensors or tensors[f"{state}/{key}"][1] != [numel]:
+                raise UserError(f"{name}: the tensor {state}/{key} is missing or of another size")
+        if tensors[f"weight/{key}"][0] != "F32":
+            raise UserError(f"{name}: the tensor weight/{key} is not in fp32")

@@ -151,8 +151,7 @@ def _finished(session: Session) -> list[float | None]:
     if not isinstance(losses, list) or record.get("steps") != session.plan.random_restart_steps:
         return []
     best = _best(losses)
-    share = (dist.get_rank(), dist.get_world_size())
-    if best is not None and find_newest_valid(folder / str(best), session.context.contracts, share, agree)[0] is None:
+    if best is not None and find_newest_valid(folder / str(best), session.context.contracts, agree)[0] is None:
         session.log.say(f"no valid checkpoint of the best candidate in {folder}: all candidates are trained again")
         return []
     return losses

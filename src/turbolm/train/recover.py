@@ -35,9 +35,9 @@ def newest_valid(
     session: Session, below_step: int | None = None, hashed: Hashed = not_hashed
 ) -> tuple[Path | None, list[str]]:
     """Return the newest valid checkpoint, and why newer ones were rejected. Collective; all ranks verify it."""
-    context, share = session.context, (dist.get_rank(), dist.get_world_size())
+    context = session.context
     agree = gather_over(context.group)
-    return find_newest_valid(context.run.checkpoints, context.contracts, share, agree, below_step, hashed)
+    return find_newest_valid(context.run.checkpoints, context.contracts, agree, below_step, hashed)
 
 
 @dataclass(frozen=True)
@@ -51,17 +51,16 @@ class SavedWeights:
 def saved_weights(context: Context, hashed: Hashed) -> SavedWeights | None:
     """Return what a run with checkpoints loads in place of initial weights; None for a run without. Collective."""
     agree = gather_over(context.group)
-    names = agree(_saved_parameters(context.run.checkpoints) if dist.get_rank() == 0 else None)[0]
+    names = agree.broadcast(_saved_parameters(context.run.checkpoints) if agree.rank == 0 else None)
     if names is None:
         return None
 
     def load(engine: Engine) -> None:
         """Load the newest valid weights. Raises UserError where `resume` would."""
         below_step, passed_over = None, []
-        share = (dist.get_rank(), dist.get_world_size())
         while True:
             checkpoint, rejected = find_newest_valid(
-                context.run.checkpoints, context.contracts, share, agree, below_step, hashed
+                context.run.checkpoints, context.contracts, agree, below_step, hashed
             )
             passed_over += rejected
             if checkpoint is None:

@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from turbolm.checkpoint.agreement import gather_over, in_step
+from turbolm.checkpoint.agreement import gather_over
 from turbolm.checkpoint.load import load_checkpoint
+from turbolm.checkpoint.ranks import in_step
 from turbolm.checkpoint.saver import CheckpointSaver
 from turbolm.data.batch.loader import BatchLoader, GlobalBatch
 from turbolm.engine.engine import Engine

@@ -11,6 +11,7 @@ from typing import Any, TextIO
 import torch
 import torch.distributed as dist
 
+from turbolm.checkpoint.agreement import gather_over
 from turbolm.checkpoint.verify import hash_ahead
 from turbolm.data import native
 from turbolm.data.prepare.build import find_store
@@ -102,7 +103,7 @@ def _run_locked(recipe: Recipe, attempt: int | None, lock: RunLock, stop: StopRe
         print(f"as this run was started: {line}")
     if is_finished(run, recipe.train.budget):
         return _complete(context) if dist.get_rank() == 0 else EXIT_OK
-    hashed = hash_ahead(run.checkpoints, (dist.get_rank(), plan.world_size))  # while the model is built
+    hashed = hash_ahead(run.checkpoints, gather_over(context.group))  # while the model is built
     session = build_session(accelerator, context, hashed)
     session.saver.before_commit = lock.check
     for note in filter(None, (untested_note(recipe.execution), *store.notes)):
