@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import shutil
 from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,10 +21,13 @@ from turbolm.data.prepare.build import prepare
 from turbolm.data.prepare.tokenizer import load_tokenizer, save_tokenizer
 from turbolm.recipe.schema import Recipe
 from turbolm.train.finish import add_products
-from turbolm.train.run_directory import RunDirectory, run_directory
+from turbolm.train.run_directory import RunDirectory, lacks_export, run_directory
 
 
-def fail(*_: Any, **__: Any) -> Any:
+def fail(*arguments: Any, **__: Any) -> Any:
+    if arguments and isinstance(arguments[0], Path) and arguments[0].parent.name == "checkpoints":  # the export's
+        attempt = arguments[0].parent.parent / "attempts/1"
+        shutil.copy(attempt / "outcome.json", attempt / "outcome-at-export.json")
     raise IndexError("of the\ntest")
 
 
@@ -96,19 +100,28 @@ def test_what_fails_after_the_results_costs_only_itself(runs: dict[str, Any]) ->
     assert "turbolm" in (run / "export/README.md").read_text()  # a short card
 
 
+def test_the_outcome_is_recorded_before_the_export(runs: dict[str, Any]) -> None:
+    """A process that is killed while it exports leaves a run that has finished, and the command to export it."""
+    outcome = json.loads((runs["lossy"] / "attempts/1/outcome-at-export.json").read_text())
+    assert (outcome["status"], outcome["exit_code"]) == ("finished", 0)
+    command = f"`turbolm export {runs['lossy']}/checkpoints/step-00000002 OUT`"
+    assert outcome["message"] == f"trained and saved; the export did not end: {command} makes one"
+
+
 def test_a_failed_export_is_told_and_done_again_by_the_same_command(runs: dict[str, Any]) -> None:
     run = runs["lossy"]
     first = (run / "attempts/1/log.rank0.txt").read_text()
     line = next(line for line in first.splitlines() if line.startswith("the export failed: IndexError: of the test; "))
     assert f"`turbolm export {run}/checkpoints/step-00000002 OUT`" in line and "Traceback" not in first
     outcomes = [json.loads((run / f"attempts/{number}/outcome.json").read_text()) for number in (1, 2)]
-    assert [(one["status"], one["exit_code"]) for one in outcomes] == [("finished", 1), ("complete", 0)]
+    assert [(one["status"], one["exit_code"]) for one in outcomes] == [("finished", 0), ("complete", 0)]
+    assert "the export failed: `turbolm export " in outcomes[0]["message"] and not outcomes[1]["message"]
     results, log = read(run)
     assert results["export"] == str(run / "export") and results["sample"]
     assert (run / "export/model.safetensors").is_file() and (run / "report.html").is_file()
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 1, 2, 2]  # each trained and evaluated once
-    assert runs["codes"] == [0, 1, 0, 0]
+    assert runs["codes"] == [0, 0, 0, 0]
 
 
 def test_a_run_without_held_out_documents(runs: dict[str, Any]) -> None:
@@ -135,22 +148,38 @@ def test_bits_per_byte_are_left_out_where_text_is_lost(runs: dict[str, Any]) -> 
     assert "<dt>bits per byte" not in (run / "report.html").read_text()
 
 
-def test_a_large_model_is_not_sampled_on_the_cpu_while_all_nodes_wait(tmp_path: Path) -> None:
-    (tmp_path / "checkpoints/step-00000001").mkdir(parents=True)
-    logging, train = SimpleNamespace(sample_tokens=8), SimpleNamespace(seed=0)
-    recipe = SimpleNamespace(logging=logging, train=train)
-    context: Any = SimpleNamespace(
-        run=RunDirectory(tmp_path), recipe=recipe, store=None, plan=SimpleNamespace(precision="bf16")
-    )
-    sampled: dict[int, Any] = {}
-    lines: list[str] = []
-    with (
-        patch("turbolm.train.finish.export_checkpoint", lambda *_, **__: tmp_path / "export"),
-        patch("turbolm.train.finish.generate_sample", lambda *_, **__: "text"),
-        patch("turbolm.train.finish.model_card", lambda *_: "card"),
-        patch("turbolm.train.finish.write_report", lambda *_: tmp_path / "report.html"),
-    ):
-        for size in (10**9, 8 * 10**9):
-            sampled[size] = add_products(context, {"parameters": size}, lines.append).get("sample")
-    assert sampled == {10**9: "text", 8 * 10**9: None}
-    assert lines == ["no sample: the CPU would take long for more than 3B parameters"]
+def test_what_all_nodes_would_wait_for_is_left_to_one(tmp_path: Path) -> None:
+    """Above a size no sample; on several nodes no export either, and the results say how to make one."""
+    checkpoint, export = tmp_path / "checkpoints/step-00000001", tmp_path / "export"
+    checkpoint.mkdir(parents=True)
+
+    def finish(size: int, num_nodes: int) -> tuple[dict[str, Any], list[str], bool]:
+        logging, train = SimpleNamespace(sample_tokens=8), SimpleNamespace(seed=0)
+        recipe = SimpleNamespace(logging=logging, train=train, cluster=SimpleNamespace(num_nodes=num_nodes))
+        plan = SimpleNamespace(precision="bf16")
+        context: Any = SimpleNamespace(run=RunDirectory(tmp_path), recipe=recipe, store=None, plan=plan)
+        lines: list[str] = []
+        with (
+            patch("turbolm.train.finish.export_checkpoint", lambda *_, **__: export),
+            patch("turbolm.train.finish.generate_sample", lambda *_, **__: "text"),
+            patch("turbolm.train.finish.model_card", lambda *_: "card"),
+            patch("turbolm.train.finish.write_report", lambda *_: tmp_path / "report.html"),
+        ):
+            results = add_products(context, {"parameters": size, "export": None}, lines.append)
+        (tmp_path / "results.json").write_text(json.dumps(results))
+        return results, lines, lacks_export(RunDirectory(tmp_path))
+
+    results, lines, is_lacking = finish(10**9, 64)
+    assert (results["sample"], results["export"], lines, is_lacking) == ("text", str(export), [], False)
+    for size, num_nodes in ((8 * 10**9, 64), (70 * 10**9, 1)):
+        results, lines, _ = finish(size, num_nodes)
+        assert "sample" not in results and results["export"] == str(export)
+        assert lines == ["no sample: the CPU would take long for more than 3B parameters"]
+    results, lines, is_lacking = finish(70 * 10**9, 64)
+    command = f"turbolm export {checkpoint} {export}"
+    assert results["export_command"] == command and not {"export", "sample"} & set(results)
+    assert not is_lacking, "the same command has nothing left to do"
+    assert lines == [
+        "no export: 64 nodes would wait for one process that writes more than 15B parameters; on one node, "
+        f"run `{command}`"
+    ]

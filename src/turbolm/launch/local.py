@@ -59,7 +59,8 @@ def launch(plan: Plan, run: RunDirectory, attempt: int, recipe_file: str, overri
     if outcome is None:
         outcome = cut_short or explain(folder, process.returncode)
         write_outcome(folder, outcome)
-    if outcome.message and outcome.status not in (FINISHED, COMPLETE):  # of those the ranks have told
+    has_told = outcome.status in (FINISHED, COMPLETE) and process.returncode == 0  # else killed during the export
+    if outcome.message and not has_told:
         print(f"turbolm: {outcome.message}", file=sys.stderr)
     return outcome.exit_code
 

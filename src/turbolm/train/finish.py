@@ -1,6 +1,7 @@
 """Write the products of a finished run: results, then the export with its model card, a sample and a report.
 
-Once results.json is written, the run is finished. A later failure costs only that product and a line in the log.
+Once results.json and the outcome are written, the run is finished. A later failure costs only that product and a line
+in the log.
 """
 
 from __future__ import annotations
@@ -8,16 +9,18 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 from turbolm.checkpoint.export import export_checkpoint, generate_sample, short_card
 from turbolm.checkpoint.manifest import TRAINER_STATE, list_checkpoints
 from turbolm.data.batch.loader import evaluation_set
 from turbolm.data.store.token_store import TokenStore, unigram_entropy
-from turbolm.errors import RunError, UserError
+from turbolm.errors import EXIT_OK, RunError, UserError
 from turbolm.files import read_json, write_json
 from turbolm.plan.plan import Plan
 from turbolm.redaction import redact
+from turbolm.reliability.outcome import FINISHED, Outcome, write_outcome
 from turbolm.report.html import write_report
 from turbolm.train.context import Context
 from turbolm.train.evaluation import EvaluationResult
@@ -28,6 +31,10 @@ T = TypeVar("T")
 Say = Callable[[str], None]
 _MAX_REASON = 300  # characters of an error's message
 _MAX_SAMPLED_PARAMETERS = 3 * 10**9  # the first node's CPU draws the sample, while all nodes are held
+# To export, one process hashes the checkpoint (12 bytes a parameter), reads the weights, writes them, and reads both to
+# compare (10 more): at 1 GB/s 5 minutes, for which all nodes wait. The ranks do not share this work: only Transformers
+# knows how a model's weights are named and fused in its files, so `turbolm export` on one node does it afterwards.
+_MAX_EXPORTED_PARAMETERS = 15 * 10**9
 _MAX_EXPONENT = 700.0  # math.exp raises beyond 709
 
 _CARD = """---
@@ -55,9 +62,9 @@ A causal language model of {parameters} parameters, pretrained with turbolm on {
 
 
 def finish_run(context: Context, evaluation: EvaluationResult | None, num_parameters: int, say: Say) -> dict[str, Any]:
-    """Write results.json, then call `add_products`; return the results.
+    """Write results.json and the outcome, then call `add_products`; return the results.
 
-    `evaluation` is None if nothing is held out. Raises RunError if results.json cannot be written.
+    `evaluation` is None if nothing is held out. Raises RunError if results.json or the outcome cannot be written.
     """
     plan, run = context.plan, context.run
     checkpoint, recipe = list_checkpoints(run.checkpoints)[-1][1], plan.recipe
@@ -77,18 +84,36 @@ def finish_run(context: Context, evaluation: EvaluationResult | None, num_parame
         results["restarts"] = restarts
     try:
         write_json(run.results, results)
+        conclude(context, FINISHED, f"trained and saved; the export did not end: {_cure(checkpoint)}")
     except OSError as error:
         raise RunError(
-            f"{run.results} cannot be written: {error}; {checkpoint} is saved, and the same command tries again"
+            f"the results of {run.path} cannot be written: {error}; {checkpoint} is saved, and the same command tries "
+            "again"
         ) from error
-    return add_products(context, results, say)
+    results = add_products(context, results, say)
+    failed = f"trained and saved; the export failed: {_cure(checkpoint)}" if _lacks(results) else ""
+    _attempt("outcome.json", lambda: conclude(context, FINISHED, failed), say)
+    return results
+
+
+def conclude(context: Context, status: str, message: str = "") -> None:
+    """Record that the run is trained: whatever happens to its export, this attempt has not failed. Raises OSError."""
+    write_outcome(context.run.attempt(context.attempt), Outcome(status, EXIT_OK, message))
+
+
+def _lacks(results: dict[str, Any]) -> bool:
+    return results.get("export", "") is None
+
+
+def _cure(checkpoint: Path) -> str:
+    return f"`turbolm export {checkpoint} OUT` makes one"
 
 
 def add_products(context: Context, results: dict[str, Any], say: Say) -> dict[str, Any]:
     """Export the last checkpoint with a model card, sample from it and write report.html; returns the results.
 
-    A failure affects only that product, and `say` gets the reason. `export` of the results stays None without an
-    export.
+    A failure affects only that product, and `say` gets the reason. `export` of the results stays None where the export
+    failed; a model too large to export while several nodes wait has none, and `export_command` says how to make it.
     """
     run, recipe = context.run, context.recipe
     checkpoint, out = list_checkpoints(run.checkpoints)[-1][1], run.path / "export"
@@ -97,17 +122,23 @@ def add_products(context: Context, results: dict[str, Any], say: Say) -> dict[st
         results[key] = value
         _attempt("results.json", lambda: write_json(run.results, results), say)
 
+    def make_export() -> Path:
+        return export_checkpoint(checkpoint, run.model, out, precision=context.plan.precision, card=card)
+
     card = _attempt("the model card", lambda: model_card(run, results, context.store), say)
     card = card or short_card(run.path, checkpoint)
-    advice = f"; {checkpoint} is safe: the same command tries again, as does `turbolm export {checkpoint} OUT`"
+    advice = f"; {checkpoint} is safe: the same command tries again, and {_cure(checkpoint)}"
     if out.exists():
         advice += f"; {out} is that of an earlier budget"
-    export = _attempt(
-        "the export",
-        lambda: export_checkpoint(checkpoint, run.model, out, precision=context.plan.precision, card=card),
-        say,
-        advice,
-    )
+    is_left = _is_left_for_later(context, results["parameters"])
+    if is_left:
+        results.pop("export", None)
+        add("export_command", f"turbolm export {checkpoint} {out}")
+        say(
+            f"no export: {context.recipe.cluster.num_nodes} nodes would wait for one process that writes more than "
+            f"{format_count(_MAX_EXPORTED_PARAMETERS)} parameters; on one node, run `{results['export_command']}`"
+        )
+    export = None if is_left else _attempt("the export", make_export, say, advice)
     if export is not None:
         add("export", str(export))
     num_tokens, seed = recipe.logging.sample_tokens, recipe.train.seed
@@ -119,6 +150,10 @@ def add_products(context: Context, results: dict[str, Any], say: Say) -> dict[st
             add("sample", sample)
     report = _attempt("report.html", lambda: write_report(run.path), say)
     return results if report is None else {**results, "report": str(report)}
+
+
+def _is_left_for_later(context: Context, num_parameters: int) -> bool:
+    return context.recipe.cluster.num_nodes > 1 and num_parameters > _MAX_EXPORTED_PARAMETERS
 
 
 def _attempt(what: str, make: Callable[[], T], say: Say, advice: str = "") -> T | None:
@@ -177,7 +212,7 @@ def summary(results: dict[str, Any]) -> str:
     rows = {
         **(_measured_rows(results) or {"eval loss": "none: data.validation is 0"}),
         "checkpoint": results["checkpoint"],
-        "export": results["export"] or "none: it failed, see above",
+        "export": results.get("export") or _why_no_export(results),
     }
     if results.get("restarts"):
         restarts = results["restarts"]
@@ -196,6 +231,11 @@ def summary(results: dict[str, Any]) -> str:
         indented = "\n".join(f"    | {line}" for line in results["sample"].splitlines()[:20])
         lines.append(f"  a sample the model wrote:\n{indented}")
     return "\n".join(lines)
+
+
+def _why_no_export(results: dict[str, Any]) -> str:
+    command = results.get("export_command")
+    return f"left to `{command}`" if command else "none: it failed, see above"
 
 
 def _measured_rows(results: dict[str, Any]) -> dict[str, str]:

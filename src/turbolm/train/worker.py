@@ -18,7 +18,7 @@ from turbolm.data.prepare.build import find_store
 from turbolm.data.prepare.reader import check_left_out
 from turbolm.data.store.token_store import TokenStore, check_held_out, check_tokenizer, open_store
 from turbolm.engine.start import build_accelerator, control_group
-from turbolm.errors import EXIT_FAILED, EXIT_OK, EXIT_REQUEUE, UserError
+from turbolm.errors import EXIT_OK, EXIT_REQUEUE, UserError
 from turbolm.files import read_json
 from turbolm.hub import pretrained_folder
 from turbolm.models.count import examine
@@ -32,12 +32,12 @@ from turbolm.recipe.schema import Recipe
 from turbolm.reliability import heartbeat
 from turbolm.reliability.build_locks import clear_stale_locks, extensions_root
 from turbolm.reliability.open_files import check_open_files, num_gloo_groups
-from turbolm.reliability.outcome import COMPLETE, FINISHED, STOPPED, Outcome, write_outcome
+from turbolm.reliability.outcome import COMPLETE, STOPPED, Outcome, write_outcome
 from turbolm.reliability.run_lock import RunLock, this_process
 from turbolm.reliability.stop import Seen, StopRequest, look
 from turbolm.train.build import build_session
 from turbolm.train.context import Context
-from turbolm.train.finish import add_products, finish_run, summary
+from turbolm.train.finish import add_products, conclude, finish_run, summary
 from turbolm.train.loop import train
 from turbolm.train.recover import resume
 from turbolm.train.run_contract import as_started, known_fingerprints, settle_contract, with_commits
@@ -136,9 +136,8 @@ def _train(session: Session) -> int:
     session.log.say("exporting the model")
     with heartbeat.phase(heartbeat.EXPORTING):
         results = finish_run(context, session.evaluation, num_parameters, session.log.say)
-    code = _conclude(context, FINISHED, results)
     session.log.say(summary(results))
-    return code
+    return EXIT_OK
 
 
 def _complete(context: Context) -> int:
@@ -149,6 +148,7 @@ def _complete(context: Context) -> int:
         print(text, flush=True)
         context.terminal.write(f"{text}\n")
 
+    conclude(context, COMPLETE)
     results = read_json(run.results) or {}
     if lacks_export(run):
         say("exporting the model")
@@ -156,14 +156,7 @@ def _complete(context: Context) -> int:
             results = add_products(context, results, say)
         say(summary(results))
     say(f"{run.path} is complete; see {run.results}")
-    return _conclude(context, COMPLETE, results)
-
-
-def _conclude(context: Context, status: str, results: dict[str, Any]) -> int:
-    """Return the exit code of a trained run. Without its export it is a failure for jobs that depend on it."""
-    code, message = (EXIT_OK, "") if results.get("export") else (EXIT_FAILED, "trained and saved; the export failed")
-    write_outcome(context.run.attempt(context.attempt), Outcome(status, code, message))
-    return code
+    return EXIT_OK
 
 
 def redirect_output(log: Path) -> TextIO:
