@@ -11,7 +11,7 @@ import math
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -108,17 +108,12 @@ class Part:
     rng: dict[int, Any]  # the host's random state, by rank
 
 
-@dataclass
 class CheckpointIndex:
     """The index files of all ranks. Raises UserError when they do not hold each parameter exactly once."""
 
-    checkpoint: Path
-    manifest: dict[str, Any] = field(init=False)
-    pieces: dict[str, list[Piece]] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.manifest = read_manifest(self.checkpoint)
-        self.pieces = {name: [] for name in self.manifest["parameters"]}
+    def __init__(self, checkpoint: Path):
+        self.checkpoint, self.manifest = checkpoint, read_manifest(checkpoint)
+        self.pieces: dict[str, list[Piece]] = {name: [] for name in self.manifest["parameters"]}
         self._states_of: dict[str, set[str]] = defaultdict(set)
         self._scalars: dict[str, dict[str, float]] = {}
         self._whole: dict[tuple[str, str], tuple[int, set[str]]] = {}
@@ -199,10 +194,10 @@ class CheckpointIndex:
         )
 
     def _overlapping(self, name: str, start: int, numel: int) -> list[Piece]:
-        found = []
-        for piece in self.pieces[name][max(0, bisect_right(self._starts[name], start) - 1) :]:
-            if piece[0] >= start + numel:
-                break
-            if piece[1] > start:
-                found.append(piece)
+        pieces, found = self.pieces[name], []
+        at = max(0, bisect_right(self._starts[name], start) - 1)
+        while at < len(pieces) and pieces[at][0] < start + numel:
+            if pieces[at][1] > start:
+                found.append(pieces[at])
+            at += 1
         return found

@@ -132,10 +132,9 @@ def _told(look: Callable[[], str | None]) -> str | None:
     """What is wrong, whatever way that shows: the other ranks wait for this one's word."""
     try:
         return look()
-    except (UserError, OSError) as error:
-        return str(error)
     except Exception as error:
-        return f"{type(error).__name__}: {error}"
+        is_said = isinstance(error, (UserError, OSError)) and str(error)
+        return str(error) if is_said else f"{type(error).__name__}: {error}"
 
 
 def _deal(checkpoint: Path, contracts: Collection[str] | None, num_shares: int) -> tuple[str | None, list[Share]]:

@@ -122,14 +122,15 @@ def add_products(context: Context, results: dict[str, Any], say: Say) -> dict[st
         results[key] = value
         _attempt("results.json", lambda: write_json(run.results, results), say)
 
-    def make_export() -> Path:
-        return export_checkpoint(checkpoint, run.model, out, precision=context.plan.precision, card=card)
-
-    card = _attempt("the model card", lambda: model_card(run, results, context.store), say)
-    card = card or short_card(run.path, checkpoint)
+    made = _attempt("the model card", lambda: model_card(run, results, context.store), say)
+    card = made or short_card(run.path, checkpoint)
     advice = f"; {checkpoint} is safe: the same command tries again, and {_cure(checkpoint)}"
     if out.exists():
         advice += f"; {out} is that of an earlier budget"
+
+    def make_export() -> Path:
+        return export_checkpoint(checkpoint, run.model, out, precision=context.plan.precision, card=card)
+
     is_left = _is_left_for_later(context, results["parameters"])
     if is_left:
         results.pop("export", None)
