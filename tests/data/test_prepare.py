@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ import numpy as np
 import pytest
 
 from turbolm.data.prepare import build as prepare_module
-from turbolm.data.prepare import cut
 from turbolm.data.prepare import shards as shards_module
 from turbolm.data.prepare.build import find_store, finished_shards, prepare, store_folder, store_key
 from turbolm.data.prepare.cut import is_validation
@@ -25,6 +25,8 @@ from turbolm.data.prepare.sample import Sample
 from turbolm.data.prepare.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from turbolm.data.store.token_store import SPLITS, TokenStore, open_store
 from turbolm.errors import UserError
+from turbolm.recipe.sources.base import Bad, Gauge
+from turbolm.recipe.sources.jsonl import JsonlSource
 
 from .conftest import make_recipe, make_texts, write_jsonl
 
@@ -128,15 +130,14 @@ def test_interrupted_prepare_goes_on(tmp_path: Path, corpus: Path, monkeypatch: 
     damaged = folder / "shard-00001.tokens"
     damaged.write_bytes(b"\0" * damaged.stat().st_size)
     read: list[tuple[int, int]] = []
-    reader = cut.Reader
+    read_file = JsonlSource.read
 
-    class Watched(reader):  # type: ignore[valid-type, misc]
-        def __iter__(self) -> Any:
-            for text in super().__iter__():
-                read.append(self.offset)
-                yield text
+    def watched(self: JsonlSource, path: Path, skip: int, gauge: Gauge) -> Iterator[str | Bad]:
+        for number, text in enumerate(read_file(self, path, skip, gauge), start=skip + 1):
+            read.append((0, number))
+            yield text
 
-    monkeypatch.setattr(cut, "Reader", Watched)
+    monkeypatch.setattr(JsonlSource, "read", watched)
     assert prepare(recipe, num_workers=1) == folder
     assert contents(folder) == contents(undisturbed)
     rewritten = {path.name for path, inode in before.items() if path.stat().st_ino != inode}
@@ -309,7 +310,7 @@ def test_sources_that_change_meanwhile(tmp_path: Path, texts: list[str]) -> None
 
 
 def test_killed_worker_is_reported(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards_module, "_start_worker", os._exit)
+    monkeypatch.setattr(shards_module, "start_worker", os._exit)
     with pytest.raises(UserError, match="worker process of prepare was killed"):
         prepare(make_recipe(tmp_path, [{"type": "jsonl", "path": str(corpus)}]), num_workers=1)
 

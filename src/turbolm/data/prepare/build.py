@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import math
 import os
 import shutil
 import sys
@@ -19,15 +20,17 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from turbolm.data.prepare.blocks import Offset
 from turbolm.data.prepare.cut import Dropped, cut_shards, is_validation
 from turbolm.data.prepare.engines import EngineMismatch, EngineName, choose_engine
 from turbolm.data.prepare.progress import Meter, OnProgress, Progress
-from turbolm.data.prepare.reader import Offset, Reader, SourceSizes, check_left_out, empty_files, no_documents
+from turbolm.data.prepare.reader import Reader, SourceSizes, check_left_out, empty_files, no_documents
 from turbolm.data.prepare.same_content import (
     can_be_compared,
     cannot_record,
@@ -41,6 +44,7 @@ from turbolm.data.prepare.same_content import (
 from turbolm.data.prepare.sample import Sample
 from turbolm.data.prepare.shards import Layout, Shard, write_shards
 from turbolm.data.prepare.special_tokens import SpecialTokens
+from turbolm.data.prepare.texts import SUFFIX
 from turbolm.data.prepare.tokenizer import (
     copy_tokenizer,
     load_tokenizer,
@@ -70,7 +74,9 @@ from turbolm.recipe.schema import Recipe
 
 # Shards grow up to this size from a sixteenth of it, so that a small corpus has work for several processes as well.
 SHARD_TEXT_BYTES = 32 * 10**6
-_MAX_AUTO_WORKERS = 64  # one process reads for all of them
+_MAX_AUTO_WORKERS = 64
+# Measured (benchmarks/prepare_readers.py): so many tokenize what one process reads.
+_WORKERS_OF_A_READER: dict[EngineName, int] = {"gigatoken": 3, "words": 20, "tokenizers": 30}
 _ENGINE_BYTES = 8 * 10**6  # a smaller corpus is done before a faster engine would be loaded and checked
 _SAMPLE_STATE = "sample.jsonl"
 _TOKENIZER_RECORD = "tokenizer-files.json"
@@ -78,16 +84,26 @@ _SAVE_EVERY_SEC = 120
 _SHARD = ("source", "tokens", "index", "train", "validation")  # the rest of a record is for resuming, or is summed up
 
 
+class Processes(NamedTuple):
+    """How many processes tokenize, and how many read; None: as many as feed them."""
+
+    workers: int
+    readers: int | None
+
+
 def prepare(
     recipe: Recipe,
     *,
     num_workers: int | None = None,
+    num_readers: int | None = None,
     on_progress: OnProgress = lambda progress: None,
     warn: Callable[[str], None] = lambda message: print(f"turbolm: {message}", file=sys.stderr),
 ) -> Path:
     """Build the recipe's token store unless it exists; return its folder.
 
     A store of files with the same bytes and other times or names is the recipe's too (`same_content`).
+
+    Its bytes do not depend on `num_workers` and `num_readers`, processes that tokenize and read.
 
     `on_progress` is called periodically. On KeyboardInterrupt the shards in progress are finished; the next call
     resumes after them, also within the tokenizer's sample. `warn` gets the reason if `gigatoken` is requested and not
@@ -110,7 +126,7 @@ def prepare(
         make_folder(folder, "execution.cache_dir")
         with locked(folder.with_suffix(".lock"), on_progress):
             if not _is_complete(folder, recipe):
-                _build(recipe, folder, num_workers or _auto_workers(recipe), on_progress, warn)
+                _build(recipe, folder, Processes(num_workers or _auto_workers(recipe), num_readers), on_progress, warn)
     except OSError as error:  # errors of reading a source are UserErrors already
         raise UserError(f"The token store {folder} cannot be written: {explain_os_error(error)}") from None
     except BrokenProcessPool:
@@ -253,7 +269,7 @@ def locked(path: Path, on_progress: OnProgress) -> Iterator[None]:
 
 
 def _build(
-    recipe: Recipe, folder: Path, num_workers: int, on_progress: OnProgress, warn: Callable[[str], None]
+    recipe: Recipe, folder: Path, processes: Processes, on_progress: OnProgress, warn: Callable[[str], None]
 ) -> None:
     if empty := empty_files(recipe.data.sources):
         warn(f"{len(empty)} files of data.sources have 0 bytes and hold no documents, such as {empty[0]}")
@@ -268,12 +284,12 @@ def _build(
     dtype, engine = "<u2" if vocab_size <= 2**16 else "<u4", _engine(recipe, folder, warn)
     layout = Layout(str(folder), dtype, bos_id, eos_id, engine, special_tokens)
     try:
-        shards, dropped = _write_all(recipe, layout, num_workers, on_progress)
+        shards, dropped = _write_all(recipe, layout, processes, on_progress)
     except EngineMismatch as problem:
         warn(f"{layout.engine} is not used after all: {problem}; tokenizing everything again with tokenizers")
         _remove_shards(folder)
         layout = replace(layout, engine="tokenizers")
-        shards, dropped = _write_all(recipe, layout, num_workers, on_progress)
+        shards, dropped = _write_all(recipe, layout, processes, on_progress)
     totals = {
         split: {name: sum(shard[split][name] for shard in shards) for name in ("documents", "tokens", "text_bytes")}
         for split in SPLITS
@@ -339,7 +355,7 @@ def _engine(recipe: Recipe, folder: Path, warn: Callable[[str], None]) -> Engine
 
 
 def _write_all(
-    recipe: Recipe, layout: Layout, num_workers: int, on_progress: OnProgress
+    recipe: Recipe, layout: Layout, processes: Processes, on_progress: OnProgress
 ) -> tuple[list[dict[str, Any]], Dropped]:
     """Return every shard's record, in order, and the documents that are in no shard."""
     dropped, meter, sizes = Dropped(), Meter("tokenize", on_progress), SourceSizes(recipe.data.sources)
@@ -356,8 +372,15 @@ def _write_all(
             meter.skip(shard_bytes, shard.share)
         meter.report(num_documents, text_bytes, share_done if sizes.known else None)
 
-    shards = cut_shards(recipe, Path(layout.folder), SHARD_TEXT_BYTES, sizes, dropped)
-    return write_shards(shards, layout, num_workers, on_finish, lambda: on_progress(Progress("stopping"))), dropped
+    folder = Path(layout.folder)
+    num_readers = processes.readers or math.ceil(processes.workers / _WORKERS_OF_A_READER[layout.engine])
+    try:
+        with closing(cut_shards(recipe, folder, SHARD_TEXT_BYTES, sizes, dropped, num_readers)) as shards:
+            stopping = partial(on_progress, Progress("stopping"))
+            return write_shards(shards, layout, processes.workers, on_finish, stopping), dropped
+    finally:
+        for path in folder.glob(f"*{SUFFIX}"):
+            path.unlink()
 
 
 def _put_tokenizer(recipe: Recipe, folder: Path, on_progress: OnProgress) -> list[dict[str, Any]]:

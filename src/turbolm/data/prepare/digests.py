@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 
+import numpy as np
+
 DIGEST_BYTES = 16  # in files
 _HELD_BYTES = 12  # in memory: two of 10^9 different texts share one with a probability of 10^-11
 _EMPTY = bytes(_HELD_BYTES)
@@ -42,6 +44,12 @@ class DigestSet:
         if self._counts[number] * _HELD_BYTES > _FULL * len(table):
             self._tables[number] = _grown(table)
         return True
+
+    def add_all(self, digests: np.ndarray) -> np.ndarray:
+        """Add digests, uint8 [count, at least 12], in order; return for each whether it was new."""
+        held = digests[:, :_HELD_BYTES].tobytes()
+        starts = range(0, len(held), _HELD_BYTES)
+        return np.fromiter((self.add(held[at : at + _HELD_BYTES]) for at in starts), bool, len(digests))
 
 
 def _new_table(slots: int) -> mmap:
