@@ -128,7 +128,7 @@ class _Documents:
             kept = np.flatnonzero(lengths > 0)
             empty += int(np.count_nonzero(lengths == 0))
             if seen is not None:
-                new = seen.add_all(digests[kept])
+                new = seen.add(digests[kept])
                 duplicates += len(kept) - int(np.count_nonzero(new))
                 kept = kept[new]
                 shard.digests += digests[kept, :DIGEST_BYTES].tobytes()
@@ -191,9 +191,8 @@ def _find(folder: Path, number: int, expected: dict[str, Any], seen: DigestSet |
         if any(check_file(folder, record[part], full=True) for part in parts):
             return None
         if seen is not None:
-            digests = (folder / record["digests"]["file"]).read_bytes()
-            for at in range(0, len(digests), DIGEST_BYTES):
-                seen.add(digests[at : at + DIGEST_BYTES])
+            digests = np.fromfile(folder / record["digests"]["file"], np.uint8)
+            seen.add(digests.reshape(-1, DIGEST_BYTES))
         return Shard(number, dict(record))
     except (OSError, ValueError, KeyError, TypeError):
         return None
