@@ -157,25 +157,30 @@ def test_interrupted_sample_goes_on(
     train = {"vocab_size": 290, "sample_bytes": 6000}
     undisturbed = prepare(make_recipe(tmp_path / "a", sources, train=train), num_workers=1)
     recipe = make_recipe(tmp_path / "b", sources, train=train)
-    considered: list[str] = []
-    add = Sample.add
+    num_considered, reads = 0, list[tuple[str, int]]()
+    add, read_file = Sample.add, JsonlSource.read
 
     def interrupt(sample: Sample, digest: bytes, text: str) -> None:
-        considered.append(text)
-        if len(considered) == after:
+        nonlocal num_considered
+        num_considered += 1
+        if num_considered == after:
             raise KeyboardInterrupt
         add(sample, digest, text)
 
+    def watched(self: JsonlSource, path: Path, skip: int, gauge: Gauge) -> Iterator[str | Bad]:
+        reads.append((path.name, skip))
+        return read_file(self, path, skip, gauge)
+
     monkeypatch.setattr(Sample, "add", interrupt)
+    monkeypatch.setattr(JsonlSource, "read", watched)
     with pytest.raises(KeyboardInterrupt):
         prepare(recipe, num_workers=1)
     assert (store_folder(recipe) / "sample.jsonl").is_file()
+    before = list(reads)
     folder = prepare(recipe, num_workers=1)
     assert contents(folder) == contents(undisturbed)
-    # The interrupted text twice; besides, those of the sample that was saved, which come from the file.
-    again = [text for text in set(considered) if considered.count(text) > 1]
-    assert considered[after - 1] in again
-    assert sum(len(text.encode()) for text in again[1:]) < 6000 + 3000
+    # It began where it was interrupted: in the first file, or behind it.
+    assert reads[len(before)] == ("0.jsonl", 0 if after == 20 else 100)
 
 
 def test_damaged_store_is_mended(tmp_path: Path, corpus: Path) -> None:

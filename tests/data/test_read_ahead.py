@@ -22,12 +22,14 @@ import pytest
 from turbolm.data.prepare import blocks as blocks_module
 from turbolm.data.prepare import build as prepare_module
 from turbolm.data.prepare import read_ahead
-from turbolm.data.prepare.blocks import plan_tasks
+from turbolm.data.prepare.blocks import files_from, plan_tasks, read_blocks
 from turbolm.data.prepare.build import prepare, store_folder
 from turbolm.data.prepare.cut import Dropped, cut_shards, held_out, is_validation
 from turbolm.data.prepare.progress import Progress
 from turbolm.data.prepare.read_ahead import BlockReader
 from turbolm.data.prepare.reader import SourceSizes
+from turbolm.data.prepare.sample import Sample, read_sample
+from turbolm.data.prepare.texts import Texts
 from turbolm.data.prepare.tokenizer import save_tokenizer, train_tokenizer
 from turbolm.data.store.token_store import SPLITS, open_store
 from turbolm.errors import UserError
@@ -208,7 +210,7 @@ def test_readers_do_not_run_far_ahead(tmp_path: Path, texts: list[str], monkeypa
         write_jsonl(tmp_path / f"{number}.jsonl", texts)
     recipe = make_recipe(tmp_path, [{"type": "jsonl", "path": str(tmp_path / "*.jsonl")}])
     (tmp_path / "texts").mkdir()
-    reader = BlockReader(recipe.data.sources, tmp_path / "texts", 2)
+    reader = BlockReader(recipe.data.sources, tmp_path / "texts", 2, 1)
     blocks = reader.read(0, (0, 0), ahead=True)
     taken = [next(blocks)]
     counts: list[int] = []
@@ -221,6 +223,44 @@ def test_readers_do_not_run_far_ahead(tmp_path: Path, texts: list[str], monkeypa
     found = [block.file.path.read_bytes()[: block.lengths.sum()] for block in taken]
     assert b"".join(found).decode() == "".join(texts) * 4
     reader.close()
+
+
+def test_readers_make_no_difference_to_the_tokenizers_sample(tmp_path: Path, tokenizer_dir: Path) -> None:
+    """The documents with the smallest digests; texts that cannot be among them are not kept for long."""
+    recipe, documents = mixed_recipe(tmp_path / "corpus", tokenizer_dir, "cache")
+    samples = []
+    for num_readers in (1, 2):
+        sample = Sample(8_000)
+        read_sample(sample, recipe, tmp_path / "sample.jsonl", num_readers, lambda progress: None)
+        samples.append(sample.texts())
+    ranked = sorted({text for text in documents if text}, key=lambda text: hashlib.sha256(text.encode()).digest())
+    ranked = [text for text in ranked if not is_validation(hashlib.sha256(text.encode()).digest(), 0.2)]
+    assert samples[0] == samples[1]
+    assert samples[0][:-1] == ranked[: len(samples[0]) - 1]
+    assert sum(len(text.encode()) for text in samples[0]) == pytest.approx(8_000, abs=3)
+    (source, *_), paths = recipe.data.sources, iter([tmp_path / "0.text", tmp_path / "1.text"])
+    bound = hashlib.sha256(ranked[20].encode()).digest()[:8]
+    (block,) = read_blocks(
+        source, files_from(source, (0, 0)), paths, lambda: 10**6, lambda: int.from_bytes(bound, "big")
+    )
+    texts = {text for text in documents[:222] if text and hashlib.sha256(text.encode()).digest()[:8] <= bound}
+    held = Texts()
+    held.add(block.file.path, block.starts[block.starts >= 0], block.lengths[block.starts >= 0])
+    assert {text.decode() for text in held} == texts
+    assert len(texts) < 100 < len(block)
+
+
+def test_without_semaphores_one_process_reads(
+    tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(*_: object, **__: object) -> None:
+        raise OSError(38, "Function not implemented")
+
+    recipe, _ = mixed_recipe(tmp_path / "corpus", tokenizer_dir, "cache")
+    expected = cut(recipe, tmp_path / "cut", 1)
+    monkeypatch.setattr("multiprocessing.synchronize._multiprocessing.SemLock", none)
+    assert cut(recipe, tmp_path / "cut", 2) == expected
+    assert multiprocessing.active_children() == []
 
 
 def test_tasks_cover_each_document_once(tmp_path: Path) -> None:
@@ -237,7 +277,7 @@ def test_tasks_cover_each_document_once(tmp_path: Path) -> None:
         found = [
             (block.end_of(number)[0], block.file.path.read_bytes()[start : start + length].decode())
             for task in tasks
-            for block in blocks_module.read_blocks(source, task.spans, paths, lambda: 2000)
+            for block in read_blocks(source, task.spans, paths, lambda: 2000)
             for number, (start, length) in enumerate(zip(block.starts, block.lengths, strict=True))
         ]
         assert [text for _, text in found] == texts[first:]

@@ -10,8 +10,7 @@ import hashlib
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -25,11 +24,11 @@ from turbolm.recipe.sources.base import Bad, Gauge
 
 Offset = tuple[int, int]  # (a file of the source, how many of its documents come before): where a document begins
 
+ANY_DIGEST = 2**64 - 1
 _TASK_BYTES = 16 * 10**6  # on disk: small files are read together, large ones in parts where they have any
-_SHA256_BYTES = 32
 _MAX_DOCUMENTS = 2**16  # in a block: empty and bad ones add no bytes
-_BAD = -1  # the length of a document that cannot be used
 _BUFFER_BYTES = 1 << 18
+_NO_DIGEST = bytes(32)
 
 
 class Span(NamedTuple):
@@ -60,27 +59,22 @@ class Run(NamedTuple):
 
 @dataclass
 class Block:
-    """Consecutive documents of a source; the texts that are not empty lie one after the other in the file.
+    """Consecutive documents of a source.
 
-    `lengths`, int64 [num_documents], is in bytes, and -1 for a document in `bad`. `digests`, uint8 [num_documents, 32],
-    has the SHA-256 of each text that is not empty.
+    Of each: `lengths`, in bytes, int64, -1 for a document in `bad`; `digests`, its SHA-256, uint8 [num_documents, 32];
+    `starts`, where in the file the text begins, in bytes, int64, -1 for a text that is not wanted.
     """
 
     file: TextFile
     lengths: np.ndarray
     digests: np.ndarray
+    starts: np.ndarray
     runs: list[Run]
     bad: dict[int, Bad]
     share: float  # of the last file, read after the block
 
     def __len__(self) -> int:
         return len(self.lengths)
-
-    @cached_property
-    def starts(self) -> np.ndarray:
-        """Return where each text begins in the file, in bytes."""
-        sizes = np.maximum(self.lengths, 0)
-        return np.cumsum(sizes) - sizes
 
     def end_of(self, document: int) -> tuple[Offset, float]:
         """Return the offset after a document, and the share of its file that has been read, 0 to 1."""
@@ -93,48 +87,58 @@ class Block:
         return (file, before + count), share
 
 
-@dataclass
 class _Builder:
-    """A block that is being read."""
+    """A block that is being read. Texts with a digest above `max_digest` are not wanted."""
 
-    path: Path
-    lengths: array[int] = field(default_factory=lambda: array("q"))
-    digests: list[bytes] = field(default_factory=list)
-    runs: list[Run] = field(default_factory=list)
-    bad: dict[int, Bad] = field(default_factory=dict)
+    def __init__(self, path: Path, left: int, max_digest: int):
+        self.lengths = array("q")
+        self.runs: list[Run] = []
+        self.left = left  # bytes of text, until it is full
+        self.path, self._max_digest = path, max_digest
+        self._starts, self._digests, self._bad = array("q"), list[bytes](), dict[int, Bad]()
+        self._file_bytes = 0
 
-    def read(self, documents: Iterator[str | Bad], text_bytes: int) -> int:
-        """Add documents up to so many bytes of text; return how many bytes are left: 0 if the block is full."""
-        lengths, digests = self.lengths, self.digests
-        with self.path.open("ab" if lengths else "wb", _BUFFER_BYTES) as file:
+    def read(self, documents: Iterator[str | Bad]) -> None:
+        """Add documents until the block is full."""
+        with self.path.open("ab" if self._starts else "wb", _BUFFER_BYTES) as file:
             for document in documents:
+                start, length, digest = -1, -1, _NO_DIGEST
                 if isinstance(document, Bad):
-                    self.bad[len(lengths)] = document
-                    lengths.append(_BAD)
-                    digests.append(bytes(_SHA256_BYTES))
+                    self._bad[len(self._starts)] = document
                 else:
                     text = document.encode()
-                    lengths.append(len(text))
-                    digests.append(hashlib.sha256(text).digest())
-                    file.write(text)
-                    text_bytes -= len(text)
-                if text_bytes <= 0 or len(lengths) == _MAX_DOCUMENTS:
-                    return 0
-        return text_bytes
+                    length, digest = len(text), hashlib.sha256(text).digest()
+                    self.left -= length
+                    if self._max_digest == ANY_DIGEST or int.from_bytes(digest[:8], "big") <= self._max_digest:
+                        start = self._file_bytes
+                        self._file_bytes += length
+                        file.write(text)
+                self.lengths.append(length)
+                self._starts.append(start)
+                self._digests.append(digest)
+                if self.left <= 0 or len(self._starts) == _MAX_DOCUMENTS:
+                    self.left = 0
+                    return
 
     def block(self, share: float) -> Block:
-        digests = np.frombuffer(b"".join(self.digests), np.uint8).reshape(-1, _SHA256_BYTES)
-        return Block(TextFile(self.path), np.array(self.lengths, np.int64), digests, self.runs, self.bad, share)
+        lengths, starts = np.array(self.lengths, np.int64), np.array(self._starts, np.int64)
+        digests = np.frombuffer(b"".join(self._digests), np.uint8).reshape(-1, len(_NO_DIGEST))
+        return Block(TextFile(self.path), lengths, digests, starts, self.runs, self._bad, share)
 
 
 def read_blocks(
-    source: Source, spans: Sequence[Span], paths: Iterator[Path], size: Callable[[], int]
+    source: Source,
+    spans: Sequence[Span],
+    paths: Iterator[Path],
+    size: Callable[[], int],
+    max_digest: Callable[[], int] = lambda: ANY_DIGEST,
 ) -> Iterator[Block]:
     """Yield the documents of the spans in blocks of `size()` bytes of text, and not one document more.
 
+    Only texts whose digest does not begin with a larger number than `max_digest()`, 8 bytes, are kept in the files.
     Raises UserError for a file that cannot be read, after the documents before.
     """
-    builder, left, share = _Builder(next(paths)), size(), 0.0
+    builder, share = _Builder(next(paths), size(), max_digest()), 0.0
     try:
         for span in spans:
             gauge, count = Gauge(), span.start
@@ -146,16 +150,16 @@ def read_blocks(
                 first = len(builder.lengths)
                 builder.runs.append(Run(first, (span.file, count), share))
                 try:
-                    left = builder.read(documents, left)
+                    builder.read(documents)
                 finally:
                     count += len(builder.lengths) - first
                     share = gauge.share()
                     if len(builder.lengths) == first:
                         builder.runs.pop()
-                if left:
+                if builder.left:
                     break
                 yield builder.block(share)
-                builder, left = _Builder(next(paths)), size()
+                builder = _Builder(next(paths), size(), max_digest())
     except UserError:
         if builder.lengths:
             yield builder.block(share)

@@ -1,22 +1,21 @@
 """Build the token store of a recipe: split, tokenize in parallel, write shards.
 
-The key determines every byte of a store: the number of workers, the engine and interruptions make no difference. The
+The key determines every byte of a store: the number of processes, the engine and interruptions make no difference. The
 manifest is written last, so a store with a manifest is complete.
 
-Memory does not grow with the corpus: texts for a worker are in files. What takes memory is a row group of the source,
-each worker's tokenizer, the sample the tokenizer is trained on (`tokenizer.train.sample_bytes`), and 16 to 23 bytes for
-each distinct document if duplicates are skipped (`data.deduplicate`).
+Memory does not grow with the corpus: texts for a worker are in files. What takes memory is a row group of the source
+for each process that reads, each worker's tokenizer, the sample the tokenizer is trained on
+(`tokenizer.train.sample_bytes`), and 16 to 23 bytes for each distinct document if duplicates are skipped
+(`data.deduplicate`).
 """
 
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import math
 import os
 import shutil
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
@@ -26,11 +25,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from turbolm.data.prepare.blocks import Offset
-from turbolm.data.prepare.cut import Dropped, cut_shards, is_validation
+from turbolm.data.prepare.cut import Dropped, cut_shards
 from turbolm.data.prepare.engines import EngineMismatch, EngineName, choose_engine
 from turbolm.data.prepare.progress import Meter, OnProgress, Progress
-from turbolm.data.prepare.reader import Reader, SourceSizes, check_left_out, empty_files, no_documents
+from turbolm.data.prepare.reader import SourceSizes, check_left_out, empty_files, no_documents
 from turbolm.data.prepare.same_content import (
     can_be_compared,
     cannot_record,
@@ -41,10 +39,10 @@ from turbolm.data.prepare.same_content import (
     save_record,
     without_times,
 )
-from turbolm.data.prepare.sample import Sample
+from turbolm.data.prepare.sample import Sample, read_sample
 from turbolm.data.prepare.shards import Layout, Shard, write_shards
 from turbolm.data.prepare.special_tokens import SpecialTokens
-from turbolm.data.prepare.texts import SUFFIX
+from turbolm.data.prepare.texts import texts_in
 from turbolm.data.prepare.tokenizer import (
     copy_tokenizer,
     load_tokenizer,
@@ -80,7 +78,6 @@ _WORKERS_OF_A_READER: dict[EngineName, int] = {"gigatoken": 3, "words": 20, "tok
 _ENGINE_BYTES = 8 * 10**6  # a smaller corpus is done before a faster engine would be loaded and checked
 _SAMPLE_STATE = "sample.jsonl"
 _TOKENIZER_RECORD = "tokenizer-files.json"
-_SAVE_EVERY_SEC = 120
 _SHARD = ("source", "tokens", "index", "train", "validation")  # the rest of a record is for resuming, or is summed up
 
 
@@ -276,7 +273,7 @@ def _build(
     (folder / MANIFEST).unlink(missing_ok=True)
     for leftover in folder.glob("*.tmp"):
         shutil.rmtree(leftover) if leftover.is_dir() and not leftover.is_symlink() else leftover.unlink()
-    tokenizer_files = _put_tokenizer(recipe, folder, on_progress)
+    tokenizer_files = _put_tokenizer(recipe, folder, processes, on_progress)
     tokenizer = load_tokenizer(folder / TOKENIZER_FOLDER)
     bos_id, eos_id = special_ids(folder / TOKENIZER_FOLDER, tokenizer)
     vocab_size = vocabulary_size(tokenizer)
@@ -374,16 +371,13 @@ def _write_all(
 
     folder = Path(layout.folder)
     num_readers = processes.readers or math.ceil(processes.workers / _WORKERS_OF_A_READER[layout.engine])
-    try:
-        with closing(cut_shards(recipe, folder, SHARD_TEXT_BYTES, sizes, dropped, num_readers)) as shards:
-            stopping = partial(on_progress, Progress("stopping"))
-            return write_shards(shards, layout, processes.workers, on_finish, stopping), dropped
-    finally:
-        for path in folder.glob(f"*{SUFFIX}"):
-            path.unlink()
+    shards = cut_shards(recipe, folder, SHARD_TEXT_BYTES, sizes, dropped, num_readers)
+    with texts_in(folder), closing(shards):
+        stopping = partial(on_progress, Progress("stopping"))
+        return write_shards(shards, layout, processes.workers, on_finish, stopping), dropped
 
 
-def _put_tokenizer(recipe: Recipe, folder: Path, on_progress: OnProgress) -> list[dict[str, Any]]:
+def _put_tokenizer(recipe: Recipe, folder: Path, processes: Processes, on_progress: OnProgress) -> list[dict[str, Any]]:
     """Train or copy the recipe's tokenizer into the store's folder, unless it exists. Returns its files."""
     target, unfinished = folder / TOKENIZER_FOLDER, folder / f"{TOKENIZER_FOLDER}.tmp"
     before = _tokenizer_files(folder)
@@ -394,7 +388,9 @@ def _put_tokenizer(recipe: Recipe, folder: Path, on_progress: OnProgress) -> lis
     else:
         settings = recipe.tokenizer.train
         sample = Sample(settings.sample_bytes)
-        _read_sample(sample, recipe, folder / _SAMPLE_STATE, on_progress)
+        num_readers = processes.readers or processes.workers  # nobody tokenizes yet
+        with texts_in(folder):
+            read_sample(sample, recipe, folder / _SAMPLE_STATE, num_readers, on_progress)
         texts = sample.texts()
         if not texts:
             raise UserError("There are no training documents to train the tokenizer on (data.sources, data.validation)")
@@ -421,42 +417,3 @@ def _tokenizer_files(folder: Path) -> list[dict[str, Any]]:
 def _remove_shards(folder: Path) -> None:
     for path in folder.glob("shard-*"):
         path.unlink()
-
-
-def _read_sample(sample: Sample, recipe: Recipe, state_file: Path, on_progress: OnProgress) -> None:
-    """Read all sources for the tokenizer's training text; progress is saved periodically and on exit."""
-    sizes, meter = SourceSizes(recipe.data.sources), Meter("sample", on_progress)
-    # Source, offset in it, documents and bytes of text up to which everything has been considered
-    done: tuple[int, Offset, int, int] = (0, (0, 0), 0, 0)
-    if state := sample.load(state_file):
-        done = (state["source"], (state["place"][0], state["place"][1]), state["documents"], state["text_bytes"])
-    first, start, num_documents, text_bytes = done
-    meter.skip(text_bytes, sizes.share(first, start))
-    saved_at = time.monotonic()
-
-    def save() -> None:
-        if recipe.data.sources[done[0]].files():  # the next run may find another data set on the hub
-            sample.save(state_file, dict(zip(("source", "place", "documents", "text_bytes"), done, strict=True)))
-
-    try:
-        for source in range(first, len(recipe.data.sources)):
-            begin: Offset = start if source == first else (0, 0)
-            reader = Reader(recipe.data.sources[source], begin, recipe.data.on_bad_document)
-            for text in reader:
-                content = text.encode()
-                digest = hashlib.sha256(content).digest()
-                if text and not is_validation(digest, recipe.data.validation):
-                    sample.add(digest, text)
-                num_documents, text_bytes = num_documents + 1, text_bytes + len(content)
-                done = (source, reader.offset, num_documents, text_bytes)
-                if num_documents % 1000 == 0:
-                    share = sizes.share(source, reader.offset, reader.share_of_file)
-                    meter.report(num_documents, text_bytes, share if sizes.known else None)
-                    if time.monotonic() - saved_at > _SAVE_EVERY_SEC:
-                        save()
-                        saved_at = time.monotonic()
-    except KeyboardInterrupt:
-        save()
-        raise
-    if not num_documents:
-        raise no_documents()

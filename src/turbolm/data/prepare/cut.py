@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from turbolm.data.prepare.blocks import Block, Offset
+from turbolm.data.prepare.blocks import Offset
 from turbolm.data.prepare.digests import DIGEST_BYTES, DigestSet
+from turbolm.data.prepare.documents import Documents
 from turbolm.data.prepare.read_ahead import BlockReader
-from turbolm.data.prepare.reader import BadDocuments, LeftOut, SourceSizes, check_left_out
+from turbolm.data.prepare.reader import LeftOut, SourceSizes, check_left_out
 from turbolm.data.prepare.shards import Shard, shard_name
 from turbolm.data.prepare.texts import Texts
 from turbolm.data.store.token_store import SPLITS, check_file
@@ -57,24 +58,22 @@ def cut_shards(
     seen = DigestSet() if recipe.data.deduplicate == "exact" else None
     last_written = _last_written(folder)
     number, share = 0, 0.0
-    with closing(BlockReader(recipe.data.sources, folder, num_readers)) as blocks:
+    with closing(BlockReader(recipe.data.sources, folder, num_readers, sizes.num_bytes)) as blocks:
         for source, settings in enumerate(recipe.data.sources):
             known = bool(settings.files())
             start: Offset = (0, 0)
-            documents: _Documents | None = None
+            documents: Documents | None = None
             while True:
                 expected = {"source": source, "start": list(start)}
                 part = _find(folder, number, expected, seen) if known else None
                 if part is not None:
                     documents = None
                 else:
-                    ahead = (
-                        number > last_written
-                    )  # before that are gaps, of which this process reads no more than it must
+                    ahead = number > last_written  # before are gaps, and this process reads only what they lack
                     if documents is None or (known and ahead > documents.ahead):
-                        documents = _Documents(recipe, source, start, blocks, ahead=ahead)
+                        documents = Documents(recipe, source, start, blocks, ahead=ahead)
                     part = Shard(number, expected, {split: Texts() for split in SPLITS})
-                    documents.fill(part, seen, _limit(number, shard_text_bytes))
+                    _fill(part, documents, seen, recipe.data.validation, _limit(number, shard_text_bytes))
                     found = _find(folder, number, part.record, None) if not known and part.num_documents else None
                     if found:
                         part.drop_texts()
@@ -105,78 +104,36 @@ def _limit(number: int, shard_text_bytes: int) -> int:
     return shard_text_bytes >> max(0, 4 - number // 8)
 
 
-class _Documents:
-    """The documents of a source from an offset on, as shards take them."""
-
-    def __init__(self, recipe: Recipe, source: int, start: Offset, reader: BlockReader, *, ahead: bool):
-        self.share = 0.0  # of the file that the last document is in, read
-        self.ahead = ahead
-        self._offset, self._validation = start, recipe.data.validation
-        self._bad = BadDocuments(recipe.data.sources[source], start, recipe.data.on_bad_document)
-        self._reader, self._blocks = reader, reader.read(source, start, ahead=ahead)
-        self._block: Block | None = None
-        self._at = 0  # the next document in the block
-
-    def fill(self, shard: Shard, seen: DigestSet | None, limit: int) -> None:
-        """Move documents to the shard until it holds `limit` bytes of text."""
-        left, empty, duplicates, digest_of_all = limit, 0, 0, hashlib.sha256()
-        while left > 0 and (block := self._next_block(left)) is not None:
-            first, sizes = self._at, np.maximum(block.lengths[self._at :], 0)
-            # No document is left unread before these fill the shard, whichever of them turn out to be duplicates.
-            stop = first + min(int(np.searchsorted(np.cumsum(sizes), left)) + 1, len(sizes))
-            lengths, digests = block.lengths[first:stop], block.digests[first:stop]
-            kept = np.flatnonzero(lengths > 0)
-            empty += int(np.count_nonzero(lengths == 0))
-            if seen is not None:
-                new = seen.add(digests[kept])
-                duplicates += len(kept) - int(np.count_nonzero(new))
-                kept = kept[new]
-                shard.digests += digests[kept, :DIGEST_BYTES].tobytes()
-            lengths, digests, starts = lengths[kept], digests[kept], block.starts[first:stop][kept]
-            for split, rows in zip(SPLITS, self._split(digests), strict=True):
-                shard.texts[split].add(block.file.path, starts[rows], lengths[rows])
-            shard.files.append(block.file.use())
-            left -= int(lengths.sum())
-            digest_of_all.update(digests.tobytes())
-            self._advance(block, stop)
-        shard.record |= {
-            "end": list(self._offset),  # behind bad documents at the end of the source
-            "empty": empty,
-            "duplicates": duplicates,
-            "text_sha256": digest_of_all.hexdigest(),
-            **self._bad.take_record(),
-        }
-
-    def _next_block(self, wanted_bytes: int) -> Block | None:
-        """Return the block with the next document, or None at the end of the source."""
-        if self._block is None:
-            self._reader.wanted_bytes = wanted_bytes
-            self._block, self._at = next(self._blocks, None), 0
-            if self._block is None:
-                self._bad.end()
-        return self._block
-
-    def _advance(self, block: Block, stop: int) -> None:
-        """Leave the documents before `stop` behind, and tell of the bad ones."""
-        good = np.flatnonzero(block.lengths[self._at : stop] >= 0)
-        first_good = self._at + int(good[0]) if len(good) else stop
-        for document, bad in block.bad.items():
-            if self._at <= document < stop:
-                if document > first_good:
-                    self._bad.good()
-                self._bad.leave_out(bad)
-        if len(good):
-            self._bad.good()
-        self._at = stop
-        self._offset, self.share = block.end_of(stop - 1)
-        if stop == len(block):
-            block.file.drop()
-            self._block = None
-
-    def _split(self, digests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return which of the documents are in each of SPLITS."""
-        validation = held_out(digests, self._validation)
-        return ~validation, validation
+def _fill(shard: Shard, documents: Documents, seen: DigestSet | None, validation: float, limit: int) -> None:
+    """Move documents to the shard until it holds `limit` bytes of text."""
+    left, empty, duplicates, digest_of_all = limit, 0, 0, hashlib.sha256()
+    while left > 0 and (block := documents.block(left)) is not None:
+        first, sizes = documents.first, np.maximum(block.lengths[documents.first :], 0)
+        # No document is left unread before these fill the shard, whichever of them turn out to be duplicates.
+        stop = first + min(int(np.searchsorted(np.cumsum(sizes), left)) + 1, len(sizes))
+        lengths, digests = block.lengths[first:stop], block.digests[first:stop]
+        kept = np.flatnonzero(lengths > 0)
+        empty += int(np.count_nonzero(lengths == 0))
+        if seen is not None:
+            new = seen.add(digests[kept])
+            duplicates += len(kept) - int(np.count_nonzero(new))
+            kept = kept[new]
+            shard.digests += digests[kept, :DIGEST_BYTES].tobytes()
+        lengths, digests, starts = lengths[kept], digests[kept], block.starts[first:stop][kept]
+        in_validation = held_out(digests, validation)
+        for split, rows in zip(SPLITS, (~in_validation, in_validation), strict=True):
+            shard.texts[split].add(block.file.path, starts[rows], lengths[rows])
+        shard.files.append(block.file.use())
+        left -= int(lengths.sum())
+        digest_of_all.update(digests.tobytes())
+        documents.advance(stop)
+    shard.record |= {
+        "end": list(documents.offset),  # behind bad documents at the end of the source
+        "empty": empty,
+        "duplicates": duplicates,
+        "text_sha256": digest_of_all.hexdigest(),
+        **documents.bad.take_record(),
+    }
 
 
 def _find(folder: Path, number: int, expected: dict[str, Any], seen: DigestSet | None) -> Shard | None:

@@ -11,20 +11,23 @@ import os
 import pickle
 import traceback
 from collections import defaultdict, deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing
+from functools import partial
 from itertools import count
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
-from multiprocessing.synchronize import Semaphore
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from turbolm.data.prepare.blocks import Block, Offset, Task, files_from, plan_tasks, read_blocks
+from turbolm.data.prepare.blocks import ANY_DIGEST, Block, Offset, Task, files_from, plan_tasks, read_blocks
 from turbolm.data.prepare.shards import start_worker
 from turbolm.data.prepare.texts import SUFFIX
 from turbolm.errors import UserError
 from turbolm.recipe.sources import Source
+
+if TYPE_CHECKING:
+    from multiprocessing.synchronize import Semaphore  # cannot be imported where there are none
 
 _BLOCK_BYTES = 8 * 10**6  # of text
 # Of each reader: half a gigabyte on disk. Files that hold more, and have no parts, are read in parallel only so far.
@@ -33,19 +36,19 @@ _TASKS_AHEAD = 2  # of each reader, so that it has the next one when one is done
 _PARALLEL_BYTES = 64 * 10**6  # smaller sources are read before more processes would have started
 
 Answer = tuple[Path, int] | Exception | None  # a file, and where in it a block is pickled; or why, or that, a task ends
-Ahead = Generator[tuple[int, Block | None], None, None]  # with the number of the source; None: the source ends
 
 
 class BlockReader:
     """Reads the blocks of a recipe's sources; their files are in `folder`."""
 
-    def __init__(self, sources: Sequence[Source], folder: Path, num_readers: int):
-        num_bytes = sum(status.st_size for source in sources for _, status in source.stats())
+    def __init__(self, sources: Sequence[Source], folder: Path, num_readers: int, num_bytes: int):
+        """`num_bytes`: of all sources."""
         self._sources, self._folder, self._paths = sources, folder, _paths(folder)
         self._num_readers = num_readers if num_bytes >= _PARALLEL_BYTES else 1
-        self._ahead: Ahead | None = None
-        self._next_source: int | None = None  # that `_ahead` is at the beginning of
+        self._readers: _Readers | None = None
+        self._next_source: int | None = None  # that the readers are at the beginning of
         self.wanted_bytes = 0  # of text in the next block, unless it was read ahead
+        self.max_digest = ANY_DIGEST  # the texts of documents with a larger one are not wanted any more
 
     def read(self, source: int, start: Offset, *, ahead: bool) -> Iterator[Block]:
         """Yield the blocks of a source from an offset on; `ahead`: what follows it in the sources will be read too.
@@ -53,46 +56,52 @@ class BlockReader:
         The caller drops the blocks' files. Raises UserError for a file that cannot be read, and BrokenProcessPool if a
         reader was killed.
         """
-        if not ahead or self._num_readers == 1:
+        if not (ahead and self._start(source, start)):
             self.close()
-            settings = self._sources[source]
-            yield from read_blocks(settings, files_from(settings, start), self._paths, lambda: self.wanted_bytes)
+            settings, size, bound = self._sources[source], lambda: self.wanted_bytes, lambda: self.max_digest
+            yield from read_blocks(settings, files_from(settings, start), self._paths, size, bound)
             return
-        if self._ahead is None or source != self._next_source or start != (0, 0):
-            self.close()
-            tasks = plan_tasks(self._sources, source, start)
-            self._ahead = _read_ahead(self._sources, self._folder, tasks, self._num_readers)
+        readers = self._readers
+        assert readers is not None
         self._next_source = None
-        for number, block in self._ahead:
-            assert number == source
-            if block is None:
+        while (task := readers.next_task()) is not None:
+            while isinstance(answer := readers.answer(), tuple):
+                yield _load(*answer)
+            if answer is not None:
+                raise answer
+            if task.is_last:
                 self._next_source = source + 1
                 return
-            yield block
+
+    def _start(self, source: int, start: Offset) -> bool:
+        """Have processes read from an offset on, if there are to be several; return whether they do."""
+        if self._readers is not None and (source, start) == (self._next_source, (0, 0)):
+            return True
+        self.close()
+        if self._num_readers > 1:
+            tasks = plan_tasks(self._sources, source, start)
+            try:
+                self._readers = _Readers(self._sources, self._folder, tasks, self._num_readers, lambda: self.max_digest)
+            except (OSError, ImportError):  # there are no semaphores, as `shards._pool` says
+                self._num_readers = 1
+        return self._readers is not None
 
     def close(self) -> None:
         """End the readers."""
-        if self._ahead is not None:
-            self._ahead.close()
-            self._ahead = None
+        if self._readers is not None:
+            self._readers.close()
+            self._readers = None
 
 
 def _paths(folder: Path) -> Iterator[Path]:
     return (folder / f"{os.getpid()}-{number}{SUFFIX}" for number in count())
 
 
-def _read_ahead(sources: Sequence[Source], folder: Path, tasks: Iterator[Task], num_readers: int) -> Ahead:
-    with closing(_Readers(sources, folder, tasks, num_readers)) as readers:
-        while (task := readers.next_task()) is not None:
-            while isinstance(answer := readers.answer(), tuple):
-                path, at = answer
-                with path.open("rb") as file:
-                    file.seek(at)
-                    yield task.source, pickle.load(file)  # noqa: S301 - a reader wrote it just now
-            if answer is not None:
-                raise answer
-            if task.is_last:
-                yield task.source, None
+def _load(path: Path, at: int) -> Block:
+    with path.open("rb") as file:
+        file.seek(at)
+        block: Block = pickle.load(file)  # noqa: S301 - a reader wrote it just now
+        return block
 
 
 class _Reader:
@@ -116,8 +125,15 @@ class _Reader:
 class _Readers:
     """Gives tasks to processes and gathers their answers."""
 
-    def __init__(self, sources: Sequence[Source], folder: Path, tasks: Iterator[Task], num_readers: int):
-        self._tasks = enumerate(tasks)
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        folder: Path,
+        tasks: Iterator[Task],
+        num_readers: int,
+        max_digest: Callable[[], int],
+    ):
+        self._tasks, self._max_digest = enumerate(tasks), max_digest
         self._given: deque[tuple[int, Task, _Reader]] = deque()  # in order
         self._answers: dict[int, deque[Answer]] = defaultdict(deque)  # by number of the task
         self._readers: list[_Reader] = []
@@ -169,7 +185,7 @@ class _Readers:
             if (numbered := next(self._tasks, None)) is None:
                 return
             try:
-                reader.connection.send(numbered)
+                reader.connection.send((*numbered, self._max_digest()))
             except ConnectionError:
                 raise BrokenProcessPool("a reader ended") from None
             reader.num_tasks += 1
@@ -185,10 +201,11 @@ def _serve(connection: Connection, room: Semaphore, sources: Sequence[Source], f
     start_worker()
     paths = _paths(folder)
     while True:
-        number, task = connection.recv()
+        number, task, max_digest = connection.recv()
         answer: Answer = None
         try:
-            for block in read_blocks(sources[task.source], task.spans, paths, lambda: block_bytes):
+            settings, size, bound = sources[task.source], lambda: block_bytes, partial(int, max_digest)
+            for block in read_blocks(settings, task.spans, paths, size, bound):
                 room.acquire()
                 with block.file.path.open("ab") as file:
                     at = file.tell()

@@ -94,12 +94,10 @@ class Reader:
         self.offset = start  # of the next document
         self._source = source
         self._bad = BadDocuments(source, start, on_bad)
-        self._gauge = Gauge()
 
     def __iter__(self) -> Iterator[str]:
         for span in files_from(self._source, self.offset):
-            self._gauge.share = lambda: 0.0
-            documents = self._source.read(span.path, span.start, self._gauge)
+            documents = self._source.read(span.path, span.start, Gauge())
             for count, text in enumerate(documents, start=span.start + 1):
                 self.offset = span.file, count
                 if isinstance(text, Bad):
@@ -108,11 +106,6 @@ class Reader:
                     self._bad.good()
                     yield text
         self._bad.end()
-
-    @property
-    def share_of_file(self) -> float:
-        """Return the share of the file at `offset` that has been read, 0 to 1."""
-        return self._gauge.share() if self.offset[1] else 0.0
 
 
 def empty_files(sources: Sequence[Source]) -> list[Path]:

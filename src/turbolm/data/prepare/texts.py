@@ -7,11 +7,22 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
 SUFFIX = ".text.tmp"  # of the files
+
+
+@contextmanager
+def texts_in(folder: Path) -> Iterator[None]:
+    """Remove the files that are left in a folder afterwards, when no process reads or writes them any more."""
+    try:
+        yield
+    finally:
+        for path in folder.glob(f"*{SUFFIX}"):
+            path.unlink()
 
 
 class TextFile:
