@@ -74,7 +74,7 @@ from turbolm.recipe.schema import Recipe
 SHARD_TEXT_BYTES = 32 * 10**6
 _MAX_AUTO_WORKERS = 64
 # Measured (benchmarks/prepare_readers.py): so many tokenize what one process reads.
-_WORKERS_OF_A_READER: dict[EngineName, int] = {"gigatoken": 3, "words": 20, "tokenizers": 30}
+_WORKERS_OF_A_READER: dict[EngineName, int] = {"gigatoken": 2, "words": 12, "tokenizers": 30}
 _ENGINE_BYTES = 8 * 10**6  # a smaller corpus is done before a faster engine would be loaded and checked
 _SAMPLE_STATE = "sample.jsonl"
 _TOKENIZER_RECORD = "tokenizer-files.json"
