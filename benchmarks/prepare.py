@@ -261,7 +261,7 @@ def reading_speed(texts: list[str], folder: Path, text_mb: int) -> dict[str, flo
         recipe = Recipe.model_validate(settings)
         start = time.process_time()
         for shard in cut_shards(recipe, folder, 32 * 10**6, SourceSizes(recipe.data.sources), Dropped()):
-            shard.remove_texts()
+            shard.drop_texts()
         name = kind + (", duplicates left out" if deduplicate == "exact" else "")
         figures[name] = text_bytes / (time.process_time() - start) / 1e6
         print(f"| {name} | {figures[name]:.0f} |")

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ import numpy as np
 import pytest
 
 from turbolm.data.prepare import build as prepare_module
-from turbolm.data.prepare import cut
 from turbolm.data.prepare import shards as shards_module
 from turbolm.data.prepare.build import find_store, finished_shards, prepare, store_folder, store_key
 from turbolm.data.prepare.cut import is_validation
@@ -25,6 +25,8 @@ from turbolm.data.prepare.sample import Sample
 from turbolm.data.prepare.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from turbolm.data.store.token_store import SPLITS, TokenStore, open_store
 from turbolm.errors import UserError
+from turbolm.recipe.sources.base import Bad, Gauge
+from turbolm.recipe.sources.jsonl import JsonlSource
 
 from .conftest import make_recipe, make_texts, write_jsonl
 
@@ -128,15 +130,14 @@ def test_interrupted_prepare_goes_on(tmp_path: Path, corpus: Path, monkeypatch: 
     damaged = folder / "shard-00001.tokens"
     damaged.write_bytes(b"\0" * damaged.stat().st_size)
     read: list[tuple[int, int]] = []
-    reader = cut.Reader
+    read_file = JsonlSource.read
 
-    class Watched(reader):  # type: ignore[valid-type, misc]
-        def __iter__(self) -> Any:
-            for text in super().__iter__():
-                read.append(self.offset)
-                yield text
+    def watched(self: JsonlSource, path: Path, skip: int, gauge: Gauge) -> Iterator[str | Bad]:
+        for number, text in enumerate(read_file(self, path, skip, gauge), start=skip + 1):
+            read.append((0, number))
+            yield text
 
-    monkeypatch.setattr(cut, "Reader", Watched)
+    monkeypatch.setattr(JsonlSource, "read", watched)
     assert prepare(recipe, num_workers=1) == folder
     assert contents(folder) == contents(undisturbed)
     rewritten = {path.name for path, inode in before.items() if path.stat().st_ino != inode}
@@ -156,25 +157,30 @@ def test_interrupted_sample_goes_on(
     train = {"vocab_size": 290, "sample_bytes": 6000}
     undisturbed = prepare(make_recipe(tmp_path / "a", sources, train=train), num_workers=1)
     recipe = make_recipe(tmp_path / "b", sources, train=train)
-    considered: list[str] = []
-    add = Sample.add
+    num_considered, reads = 0, list[tuple[str, int]]()
+    add, read_file = Sample.add, JsonlSource.read
 
     def interrupt(sample: Sample, digest: bytes, text: str) -> None:
-        considered.append(text)
-        if len(considered) == after:
+        nonlocal num_considered
+        num_considered += 1
+        if num_considered == after:
             raise KeyboardInterrupt
         add(sample, digest, text)
 
+    def watched(self: JsonlSource, path: Path, skip: int, gauge: Gauge) -> Iterator[str | Bad]:
+        reads.append((path.name, skip))
+        return read_file(self, path, skip, gauge)
+
     monkeypatch.setattr(Sample, "add", interrupt)
+    monkeypatch.setattr(JsonlSource, "read", watched)
     with pytest.raises(KeyboardInterrupt):
         prepare(recipe, num_workers=1)
     assert (store_folder(recipe) / "sample.jsonl").is_file()
+    before = list(reads)
     folder = prepare(recipe, num_workers=1)
     assert contents(folder) == contents(undisturbed)
-    # The interrupted text twice; besides, those of the sample that was saved, which come from the file.
-    again = [text for text in set(considered) if considered.count(text) > 1]
-    assert considered[after - 1] in again
-    assert sum(len(text.encode()) for text in again[1:]) < 6000 + 3000
+    # It began where it was interrupted: in the first file, or behind it.
+    assert reads[len(before)] == ("0.jsonl", 0 if after == 20 else 100)
 
 
 def test_damaged_store_is_mended(tmp_path: Path, corpus: Path) -> None:
@@ -309,7 +315,7 @@ def test_sources_that_change_meanwhile(tmp_path: Path, texts: list[str]) -> None
 
 
 def test_killed_worker_is_reported(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards_module, "_start_worker", os._exit)
+    monkeypatch.setattr(shards_module, "start_worker", os._exit)
     with pytest.raises(UserError, match="worker process of prepare was killed"):
         prepare(make_recipe(tmp_path, [{"type": "jsonl", "path": str(corpus)}]), num_workers=1)
 
@@ -425,12 +431,13 @@ def test_duplicates_are_left_out(
 def test_digests_are_a_set_in_little_memory() -> None:
     random = np.random.default_rng(0)
     digests = [random.bytes(DIGEST_BYTES) for _ in range(40_000)]
-    digests += [bytes(7) + random.bytes(DIGEST_BYTES - 7) for _ in range(300)]  # all for the same places
-    seen, expected = DigestSet(), set()
-    for digest in (*digests, *digests[::7], *digests[-300:]):
-        assert seen.add(digest) == (digest not in expected)
-        expected.add(digest)
-    assert len(seen) == len(expected) == len(digests)
+    digests += [bytes(8) + random.bytes(DIGEST_BYTES - 8) for _ in range(300)]  # all for the same places
+    digests += [*digests[::7], *digests[-300:]]
+    rows = np.frombuffer(b"".join(digests), np.uint8).reshape(-1, DIGEST_BYTES)
+    seen = DigestSet()
+    is_new = np.concatenate([seen.add(part) for part in np.split(rows, [0, 1, 2, 3000, 3007, 25_000])])
+    assert is_new.tolist() == [True] * 40_300 + [False] * (len(digests) - 40_300)
+    assert len(seen) == len(set(digests)) == 40_300
     assert 16 * len(seen) <= seen.num_bytes <= 23 * len(seen)
 
 

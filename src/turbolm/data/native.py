@@ -38,6 +38,8 @@ _NUM_ARGUMENTS = {
     "turbolm_fill_u4": 14,
     "turbolm_best_fit": 8,
     "turbolm_argsort_random": 5,
+    "turbolm_add_digests": 8,
+    "turbolm_grow_digests": 4,
 }
 
 
@@ -127,6 +129,23 @@ def argsort_random(numbers: np.ndarray) -> IntArray:
     starts, order = np.zeros(2**bits + 1, np.int64), np.empty(len(numbers), np.int64)
     _call("turbolm_argsort_random", len(numbers), bits, numbers, starts, order)
     return order
+
+
+def add_digests(
+    tables: np.ndarray, num_slots: IntArray, num_used: IntArray, digests: np.ndarray, is_new: np.ndarray
+) -> int:
+    """Add digests, uint8 [count, at least 12], to tables by address, uint64; write to `is_new`, bool [count].
+
+    Returns how many were added: fewer than `count` if the table of the next one is full.
+    """
+    assert digests.dtype == np.uint8 and digests.strides[1] == 1 and is_new.dtype == bool
+    count, stride = len(digests), digests.strides[0]
+    return _call("turbolm_add_digests", len(tables), tables, num_slots, num_used, count, stride, digests, is_new)
+
+
+def grow_digests(table: np.ndarray, larger: np.ndarray, digest_bytes: int) -> None:
+    """Copy the digests of a table, uint8, to a larger one that is empty."""
+    _call("turbolm_grow_digests", len(table) // digest_bytes, table, len(larger) // digest_bytes, larger)
 
 
 def address(array: np.ndarray) -> int:

@@ -1,33 +1,34 @@
 """Build the token store of a recipe: split, tokenize in parallel, write shards.
 
-The key determines every byte of a store: the number of workers, the engine and interruptions make no difference. The
+The key determines every byte of a store: the number of processes, the engine and interruptions make no difference. The
 manifest is written last, so a store with a manifest is complete.
 
-Memory does not grow with the corpus: texts for a worker are in files. What takes memory is a row group of the source,
-each worker's tokenizer, the sample the tokenizer is trained on (`tokenizer.train.sample_bytes`), and 16 to 23 bytes for
-each distinct document if duplicates are skipped (`data.deduplicate`).
+Memory does not grow with the corpus: texts for a worker are in files. What takes memory is a row group of the source
+for each process that reads, each worker's tokenizer, the sample the tokenizer is trained on
+(`tokenizer.train.sample_bytes`), and 16 to 23 bytes for each distinct document if duplicates are skipped
+(`data.deduplicate`).
 """
 
 from __future__ import annotations
 
 import fcntl
-import hashlib
+import math
 import os
 import shutil
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from turbolm.data.prepare.cut import Dropped, cut_shards, is_validation
+from turbolm.data.prepare.cut import Dropped, cut_shards
 from turbolm.data.prepare.engines import EngineMismatch, EngineName, choose_engine
 from turbolm.data.prepare.progress import Meter, OnProgress, Progress
-from turbolm.data.prepare.reader import Offset, Reader, SourceSizes, check_left_out, empty_files, no_documents
+from turbolm.data.prepare.reader import SourceSizes, check_left_out, empty_files, no_documents
 from turbolm.data.prepare.same_content import (
     can_be_compared,
     cannot_record,
@@ -38,9 +39,10 @@ from turbolm.data.prepare.same_content import (
     save_record,
     without_times,
 )
-from turbolm.data.prepare.sample import Sample
+from turbolm.data.prepare.sample import Sample, read_sample
 from turbolm.data.prepare.shards import Layout, Shard, write_shards
 from turbolm.data.prepare.special_tokens import SpecialTokens
+from turbolm.data.prepare.texts import texts_in
 from turbolm.data.prepare.tokenizer import (
     copy_tokenizer,
     load_tokenizer,
@@ -70,24 +72,35 @@ from turbolm.recipe.schema import Recipe
 
 # Shards grow up to this size from a sixteenth of it, so that a small corpus has work for several processes as well.
 SHARD_TEXT_BYTES = 32 * 10**6
-_MAX_AUTO_WORKERS = 64  # one process reads for all of them
+_MAX_AUTO_WORKERS = 64
+# Measured (benchmarks/prepare_readers.py): so many tokenize what one process reads.
+_WORKERS_OF_A_READER: dict[EngineName, int] = {"gigatoken": 2, "words": 12, "tokenizers": 30}
 _ENGINE_BYTES = 8 * 10**6  # a smaller corpus is done before a faster engine would be loaded and checked
 _SAMPLE_STATE = "sample.jsonl"
 _TOKENIZER_RECORD = "tokenizer-files.json"
-_SAVE_EVERY_SEC = 120
 _SHARD = ("source", "tokens", "index", "train", "validation")  # the rest of a record is for resuming, or is summed up
+
+
+class Processes(NamedTuple):
+    """How many processes tokenize, and how many read; None: as many as feed them."""
+
+    workers: int
+    readers: int | None
 
 
 def prepare(
     recipe: Recipe,
     *,
     num_workers: int | None = None,
+    num_readers: int | None = None,
     on_progress: OnProgress = lambda progress: None,
     warn: Callable[[str], None] = lambda message: print(f"turbolm: {message}", file=sys.stderr),
 ) -> Path:
     """Build the recipe's token store unless it exists; return its folder.
 
     A store of files with the same bytes and other times or names is the recipe's too (`same_content`).
+
+    Its bytes do not depend on `num_workers` and `num_readers`, processes that tokenize and read.
 
     `on_progress` is called periodically. On KeyboardInterrupt the shards in progress are finished; the next call
     resumes after them, also within the tokenizer's sample. `warn` gets the reason if `gigatoken` is requested and not
@@ -110,7 +123,7 @@ def prepare(
         make_folder(folder, "execution.cache_dir")
         with locked(folder.with_suffix(".lock"), on_progress):
             if not _is_complete(folder, recipe):
-                _build(recipe, folder, num_workers or _auto_workers(recipe), on_progress, warn)
+                _build(recipe, folder, Processes(num_workers or _auto_workers(recipe), num_readers), on_progress, warn)
     except OSError as error:  # errors of reading a source are UserErrors already
         raise UserError(f"The token store {folder} cannot be written: {explain_os_error(error)}") from None
     except BrokenProcessPool:
@@ -253,14 +266,14 @@ def locked(path: Path, on_progress: OnProgress) -> Iterator[None]:
 
 
 def _build(
-    recipe: Recipe, folder: Path, num_workers: int, on_progress: OnProgress, warn: Callable[[str], None]
+    recipe: Recipe, folder: Path, processes: Processes, on_progress: OnProgress, warn: Callable[[str], None]
 ) -> None:
     if empty := empty_files(recipe.data.sources):
         warn(f"{len(empty)} files of data.sources have 0 bytes and hold no documents, such as {empty[0]}")
     (folder / MANIFEST).unlink(missing_ok=True)
     for leftover in folder.glob("*.tmp"):
         shutil.rmtree(leftover) if leftover.is_dir() and not leftover.is_symlink() else leftover.unlink()
-    tokenizer_files = _put_tokenizer(recipe, folder, on_progress)
+    tokenizer_files = _put_tokenizer(recipe, folder, processes, on_progress)
     tokenizer = load_tokenizer(folder / TOKENIZER_FOLDER)
     bos_id, eos_id = special_ids(folder / TOKENIZER_FOLDER, tokenizer)
     vocab_size = vocabulary_size(tokenizer)
@@ -268,12 +281,12 @@ def _build(
     dtype, engine = "<u2" if vocab_size <= 2**16 else "<u4", _engine(recipe, folder, warn)
     layout = Layout(str(folder), dtype, bos_id, eos_id, engine, special_tokens)
     try:
-        shards, dropped = _write_all(recipe, layout, num_workers, on_progress)
+        shards, dropped = _write_all(recipe, layout, processes, on_progress)
     except EngineMismatch as problem:
         warn(f"{layout.engine} is not used after all: {problem}; tokenizing everything again with tokenizers")
         _remove_shards(folder)
         layout = replace(layout, engine="tokenizers")
-        shards, dropped = _write_all(recipe, layout, num_workers, on_progress)
+        shards, dropped = _write_all(recipe, layout, processes, on_progress)
     totals = {
         split: {name: sum(shard[split][name] for shard in shards) for name in ("documents", "tokens", "text_bytes")}
         for split in SPLITS
@@ -339,7 +352,7 @@ def _engine(recipe: Recipe, folder: Path, warn: Callable[[str], None]) -> Engine
 
 
 def _write_all(
-    recipe: Recipe, layout: Layout, num_workers: int, on_progress: OnProgress
+    recipe: Recipe, layout: Layout, processes: Processes, on_progress: OnProgress
 ) -> tuple[list[dict[str, Any]], Dropped]:
     """Return every shard's record, in order, and the documents that are in no shard."""
     dropped, meter, sizes = Dropped(), Meter("tokenize", on_progress), SourceSizes(recipe.data.sources)
@@ -356,11 +369,15 @@ def _write_all(
             meter.skip(shard_bytes, shard.share)
         meter.report(num_documents, text_bytes, share_done if sizes.known else None)
 
-    shards = cut_shards(recipe, Path(layout.folder), SHARD_TEXT_BYTES, sizes, dropped)
-    return write_shards(shards, layout, num_workers, on_finish, lambda: on_progress(Progress("stopping"))), dropped
+    folder = Path(layout.folder)
+    num_readers = processes.readers or math.ceil(processes.workers / _WORKERS_OF_A_READER[layout.engine])
+    shards = cut_shards(recipe, folder, SHARD_TEXT_BYTES, sizes, dropped, num_readers)
+    with texts_in(folder), closing(shards):
+        stopping = partial(on_progress, Progress("stopping"))
+        return write_shards(shards, layout, processes.workers, on_finish, stopping), dropped
 
 
-def _put_tokenizer(recipe: Recipe, folder: Path, on_progress: OnProgress) -> list[dict[str, Any]]:
+def _put_tokenizer(recipe: Recipe, folder: Path, processes: Processes, on_progress: OnProgress) -> list[dict[str, Any]]:
     """Train or copy the recipe's tokenizer into the store's folder, unless it exists. Returns its files."""
     target, unfinished = folder / TOKENIZER_FOLDER, folder / f"{TOKENIZER_FOLDER}.tmp"
     before = _tokenizer_files(folder)
@@ -371,7 +388,9 @@ def _put_tokenizer(recipe: Recipe, folder: Path, on_progress: OnProgress) -> lis
     else:
         settings = recipe.tokenizer.train
         sample = Sample(settings.sample_bytes)
-        _read_sample(sample, recipe, folder / _SAMPLE_STATE, on_progress)
+        num_readers = processes.readers or processes.workers  # nobody tokenizes yet
+        with texts_in(folder):
+            read_sample(sample, recipe, folder / _SAMPLE_STATE, num_readers, on_progress)
         texts = sample.texts()
         if not texts:
             raise UserError("There are no training documents to train the tokenizer on (data.sources, data.validation)")
@@ -398,42 +417,3 @@ def _tokenizer_files(folder: Path) -> list[dict[str, Any]]:
 def _remove_shards(folder: Path) -> None:
     for path in folder.glob("shard-*"):
         path.unlink()
-
-
-def _read_sample(sample: Sample, recipe: Recipe, state_file: Path, on_progress: OnProgress) -> None:
-    """Read all sources for the tokenizer's training text; progress is saved periodically and on exit."""
-    sizes, meter = SourceSizes(recipe.data.sources), Meter("sample", on_progress)
-    # Source, offset in it, documents and bytes of text up to which everything has been considered
-    done: tuple[int, Offset, int, int] = (0, (0, 0), 0, 0)
-    if state := sample.load(state_file):
-        done = (state["source"], (state["place"][0], state["place"][1]), state["documents"], state["text_bytes"])
-    first, start, num_documents, text_bytes = done
-    meter.skip(text_bytes, sizes.share(first, start))
-    saved_at = time.monotonic()
-
-    def save() -> None:
-        if recipe.data.sources[done[0]].files():  # the next run may find another data set on the hub
-            sample.save(state_file, dict(zip(("source", "place", "documents", "text_bytes"), done, strict=True)))
-
-    try:
-        for source in range(first, len(recipe.data.sources)):
-            begin: Offset = start if source == first else (0, 0)
-            reader = Reader(recipe.data.sources[source], begin, recipe.data.on_bad_document)
-            for text in reader:
-                content = text.encode()
-                digest = hashlib.sha256(content).digest()
-                if text and not is_validation(digest, recipe.data.validation):
-                    sample.add(digest, text)
-                num_documents, text_bytes = num_documents + 1, text_bytes + len(content)
-                done = (source, reader.offset, num_documents, text_bytes)
-                if num_documents % 1000 == 0:
-                    share = sizes.share(source, reader.offset, reader.share_of_file)
-                    meter.report(num_documents, text_bytes, share if sizes.known else None)
-                    if time.monotonic() - saved_at > _SAVE_EVERY_SEC:
-                        save()
-                        saved_at = time.monotonic()
-    except KeyboardInterrupt:
-        save()
-        raise
-    if not num_documents:
-        raise no_documents()

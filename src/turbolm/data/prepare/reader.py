@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from turbolm.data.prepare.blocks import Offset, files_from
 from turbolm.errors import UserError
 from turbolm.recipe.sources import Source
 from turbolm.recipe.sources.base import Bad, Gauge
 
 OnBad = Literal["refuse", "skip"]  # data.on_bad_document
-Offset = tuple[int, int]  # (a file of the source, how many of its documents come before): where a document begins
 
 _ALL_BAD = 1000  # documents at the start of a source: if all are bad, the recipe is wrong, not the documents
 _NUM_NAMED = 10
@@ -45,54 +45,67 @@ class LeftOut:
         return {_NUM_KEY: self.count, _NAMED_KEY: self.first} if self.count else {}
 
 
+class BadDocuments:
+    """Refuses, or counts in `left_out`, the bad documents of one source from `start` on, in their order.
+
+    With `on_bad` skip, a source with only bad documents raises UserError; otherwise each one does.
+    """
+
+    def __init__(self, source: Source, start: Offset, on_bad: OnBad):
+        self.left_out = LeftOut()
+        self._has_good = start != (0, 0)
+        self._source, self._on_bad = source, on_bad
+
+    def good(self) -> None:
+        """Note that there is another document."""
+        self._has_good = True
+
+    def leave_out(self, bad: Bad) -> None:
+        """Leave out a document."""
+        if self._on_bad == "refuse":
+            raise _refusal(f"{bad.where}: {bad.reason}")
+        self.left_out.add(bad)
+        if self.left_out.count >= _ALL_BAD:
+            self.end()
+
+    def end(self) -> None:
+        """Check that there was a good document."""
+        if self.left_out.count and not self._has_good:
+            label = self._source.label or self._source.type
+            raise UserError(
+                f"data.sources: the first {self.left_out.count} documents of the source {label!r} cannot be used, and "
+                f"none before: {self.left_out.first[0]}"
+            )
+
+    def take_record(self) -> dict[str, Any]:
+        """Return the record of those left out since the last call."""
+        record, self.left_out = self.left_out.record(), LeftOut()
+        return record
+
+
 class Reader:
     """Iterates over the texts of one source from `start`, files sorted by path.
 
-    With `on_bad` skip, bad documents are skipped and counted in `left_out`; offsets include them. Otherwise a bad
-    document raises UserError, and so does a file that cannot be read, or a source with only bad documents.
+    Bad documents are skipped or refused as in `BadDocuments`; offsets include them. Raises UserError for a file that
+    cannot be read.
     """
 
     def __init__(self, source: Source, start: Offset = (0, 0), on_bad: OnBad = "refuse"):
         self.offset = start  # of the next document
-        self.left_out = LeftOut()
-        self._has_good = start != (0, 0)
-        self._source, self._on_bad = source, on_bad
-        self._files = [Path()] if source.reads_all_files_at_once else source.files()
-        self._gauge = Gauge()
+        self._source = source
+        self._bad = BadDocuments(source, start, on_bad)
 
     def __iter__(self) -> Iterator[str]:
-        first, skip = self.offset
-        for number in range(first, len(self._files)):
-            self._gauge.share = lambda: 0.0
-            begin = skip if number == first else 0
-            for count, text in enumerate(self._source.read(self._files[number], begin, self._gauge), start=begin + 1):
-                self.offset = number, count
+        for span in files_from(self._source, self.offset):
+            documents = self._source.read(span.path, span.start, Gauge())
+            for count, text in enumerate(documents, start=span.start + 1):
+                self.offset = span.file, count
                 if isinstance(text, Bad):
-                    self._leave_out(text)
+                    self._bad.leave_out(text)
                 else:
-                    self._has_good = True
+                    self._bad.good()
                     yield text
-        if self.left_out.count and not self._has_good:
-            raise self._nothing_but_bad()
-
-    def _leave_out(self, bad: Bad) -> None:
-        if self._on_bad == "refuse":
-            raise _refusal(f"{bad.where}: {bad.reason}")
-        self.left_out.add(bad)
-        if self.left_out.count >= _ALL_BAD and not self._has_good:
-            raise self._nothing_but_bad()
-
-    def _nothing_but_bad(self) -> UserError:
-        label = self._source.label or self._source.type
-        return UserError(
-            f"data.sources: the first {self.left_out.count} documents of the source {label!r} cannot be used, and none "
-            f"before: {self.left_out.first[0]}"
-        )
-
-    @property
-    def share_of_file(self) -> float:
-        """Return the share of the file at `offset` that has been read, 0 to 1."""
-        return self._gauge.share() if self.offset[1] else 0.0
+        self._bad.end()
 
 
 def empty_files(sources: Sequence[Source]) -> list[Path]:

@@ -10,27 +10,24 @@ import os
 import signal
 import sys
 import threading
-from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import chain
 from multiprocessing import get_context, parent_process
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from turbolm.data.prepare.engines import Engine, EngineName, Plain, check_sample, load_engine
 from turbolm.data.prepare.round_trip import measure_loss
 from turbolm.data.prepare.special_tokens import Finder, SpecialTokens
+from turbolm.data.prepare.texts import TextFile, Texts
 from turbolm.data.store.token_store import SPLITS, TOKENIZER_FOLDER, file_record
 from turbolm.files import sync, temporary, write_bytes, write_json
-
-if TYPE_CHECKING:
-    from io import BufferedWriter
 
 _PART_BYTES = 4 * 2**20  # longer texts are tokenized in parts: a tokenizer needs some 100 bytes of memory for each byte
 _CHUNK_BYTES = 2**18  # tokenized at a time
@@ -48,53 +45,6 @@ class Layout:
     special_tokens: SpecialTokens = "split"
 
 
-class Texts:
-    """UTF-8 texts, one after the other in a temporary file; only their ends are in memory.
-
-    A worker gets the file's name: a pipe would hold each text in memory several times.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.ends = array("q")  # in bytes
-        self._file: BufferedWriter | None = None
-
-    def append(self, text: bytes) -> None:
-        if self._file is None:
-            self._file = self.path.open("wb")
-        self._file.write(text)
-        self.ends.append(len(text) + (self.ends[-1] if self.ends else 0))
-
-    def close(self) -> None:
-        """Close the file; nothing more is appended."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-
-    def remove(self) -> None:
-        """Remove the file, if there is one."""
-        self.close()
-        self.path.unlink(missing_ok=True)
-
-    def __len__(self) -> int:
-        return len(self.ends)
-
-    def __getitem__(self, number: int) -> bytes:
-        start = self.ends[number - 1] if number else 0
-        with self.path.open("rb") as file:
-            file.seek(start)
-            return file.read(self.ends[number] - start)
-
-    def __iter__(self) -> Iterator[bytes]:
-        if not self.ends:
-            return
-        start = 0
-        with self.path.open("rb") as file:
-            for end in self.ends:
-                yield file.read(end - start)
-                start = end
-
-
 @dataclass
 class Shard:
     """Consecutive documents of one source: to be tokenized or, without `texts`, written by an earlier run."""
@@ -103,6 +53,7 @@ class Shard:
     record: dict[str, Any]  # what it holds and where it comes from
     texts: dict[str, Texts] = field(default_factory=dict)  # by split
     digests: bytearray = field(default_factory=bytearray)  # of each document, if duplicates are skipped
+    files: list[TextFile] = field(default_factory=list)  # that hold the texts
     share: float = 0.0  # of all sources' bytes
 
     @property
@@ -110,10 +61,10 @@ class Shard:
         """Documents that a worker will tokenize."""
         return sum(map(len, self.texts.values()))
 
-    def remove_texts(self) -> None:
-        """Remove the files of its texts."""
-        for texts in self.texts.values():
-            texts.remove()
+    def drop_texts(self) -> None:
+        """Remove the files of its texts that no other shard uses."""
+        for file in self.files:
+            file.drop()
 
 
 def write_shards(
@@ -139,6 +90,7 @@ def write_shards(
         for job in jobs:
             shard = running.pop(job)
             shard.record = job.result()
+            shard.drop_texts()
             finish(shard)
 
     pool = _pool(num_workers)
@@ -148,7 +100,7 @@ def write_shards(
             if not shard.texts:
                 finish(shard)
                 continue
-            running[pool.submit(_write_shard, layout, shard)] = shard
+            running[pool.submit(_write_shard, layout, replace(shard, files=[]))] = shard
             if len(running) > num_workers:  # one shard waits, so that no worker has to; more would only fill the memory
                 finish_some(wait(running, return_when=FIRST_COMPLETED).done)
         finish_some(list(running))
@@ -163,7 +115,7 @@ def write_shards(
 def _pool(num_workers: int) -> Executor:
     """Return processes, or where the shared memory that these need cannot be used, a thread and a line that says so."""
     try:
-        return ProcessPoolExecutor(num_workers, get_context("spawn"), initializer=_start_worker)
+        return ProcessPoolExecutor(num_workers, get_context("spawn"), initializer=start_worker)
     except (OSError, ImportError) as error:  # ImportError: a Python without semaphores
         why = error.strerror if isinstance(error, OSError) else error
         print(
@@ -174,7 +126,8 @@ def _pool(num_workers: int) -> Executor:
         return ThreadPoolExecutor(1)
 
 
-def _start_worker() -> None:
+def start_worker() -> None:
+    """Prepare a process that this one ends, or that ends when this one is killed."""
     for stop in (signal.SIGINT, signal.SIGTERM):  # the parent stops and waits for the shards in progress
         signal.signal(stop, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the parallelism is in the processes
@@ -197,7 +150,7 @@ def _engines(layout: Layout) -> tuple[Engine, Plain, Finder]:
 
 
 def _write_shard(layout: Layout, shard: Shard) -> dict[str, Any]:
-    """Tokenize the texts, write the files of one shard and remove the texts. Returns its record."""
+    """Tokenize the texts and write the files of one shard. Returns its record."""
     folder, name = Path(layout.folder), shard_name(shard.number)
     engine, plain, finder = _engines(layout)
     both = [shard.texts[split] for split in SPLITS]
@@ -212,8 +165,8 @@ def _write_shard(layout: Layout, shard: Shard) -> dict[str, Any]:
             file.write(_with_ends(ids, lengths, layout).tobytes())
             ends.append(np.cumsum(lengths + 2) + ends[-1][-1])
         sync(file)
-    text_bytes = [np.diff(np.array(texts.ends, np.int64), prepend=0) for texts in both]
-    index = np.stack([np.concatenate(ends)[1:], np.concatenate(text_bytes)], axis=1).astype("<i8")
+    text_bytes = np.concatenate([texts.lengths for texts in both])
+    index = np.stack([np.concatenate(ends)[1:], text_bytes], axis=1).astype("<i8")
     write_bytes(parts["index"], index.tobytes(), durable=True)
     if shard.digests:
         write_bytes(parts["digests"], bytes(shard.digests), durable=True)
@@ -230,7 +183,6 @@ def _write_shard(layout: Layout, shard: Shard) -> dict[str, Any]:
         record[split] = {"documents": len(rows), "tokens": num_tokens, "text_bytes": int(rows[:, 1].sum())}
         first += len(texts)
     write_json(folder / f"{name}.json", record, durable=True)
-    shard.remove_texts()
     return record
 
 

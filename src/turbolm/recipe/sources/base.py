@@ -59,6 +59,10 @@ class BaseSource(Section):
         """
         raise NotImplementedError
 
+    def parts(self, path: Path) -> list[tuple[int, int]]:
+        """Return documents and bytes of each part of a file, if `read` can skip parts without decoding them."""
+        return []
+
     def listing(self) -> list[tuple[str, int, int]]:
         """Return name, size in bytes and modification time (ns) of its files: a change makes another token store."""
         return [(str(path), status.st_size, status.st_mtime_ns) for path, status in self.stats()]

@@ -51,6 +51,17 @@ class ParquetSource(FileSource):
             why = " ".join(str(error).split())[:500]  # Arrow's may have several lines
             raise UserError(f"{path} cannot be read as parquet after row {row}: {why}") from None
 
+    def parts(self, path: Path) -> list[tuple[int, int]]:
+        """Return rows and bytes of each row group; none if the file cannot be read, which `read` explains."""
+        import pyarrow.parquet
+
+        try:
+            metadata = pyarrow.parquet.read_metadata(path)
+        except (pyarrow.ArrowException, OSError):
+            return []
+        groups = map(metadata.row_group, range(metadata.num_row_groups))
+        return [(group.num_rows, group.total_byte_size) for group in groups]
+
 
 def _check_column(schema: Any, name: str, path: Path) -> None:
     """Refuse a file unless exactly one column has this name, and it is text."""
