@@ -34,6 +34,7 @@ from turbolm.reliability.open_files import check_open_files, num_gloo_groups
 from turbolm.reliability.outcome import COMPLETE, FINISHED, STOPPED, Outcome, write_outcome
 from turbolm.reliability.run_lock import RunLock, this_process
 from turbolm.reliability.stop import Seen, StopRequest, look
+from turbolm.train.arrival import meet_ranks
 from turbolm.train.build import build_session
 from turbolm.train.context import Context
 from turbolm.train.finish import add_products, finish_run, summary
@@ -49,7 +50,6 @@ from turbolm.train.run_directory import (
     stop_seen,
     write_attempt,
 )
-from turbolm.train.same_plan import check_same_plan
 from turbolm.train.session import Session
 from turbolm.train.tricks import apply_tricks
 
@@ -89,11 +89,12 @@ def _run_locked(recipe: Recipe, attempt: int | None, lock: RunLock, stop: StopRe
     check_open_files(plan.world_size, num_gloo_groups(plan.device))
     stop.listen()
     timeout_sec = recipe.execution.process_group_timeout
-    check_same_plan(plan.device, plan.precision, timeout_sec)
+    rendezvous = meet_ranks(plan.device, plan.precision, timeout_sec)
     accelerator = build_accelerator(
         plan.ds_config, device=plan.device, precision=plan.precision, timeout_sec=timeout_sec
     )
     context = Context(plan, run, store, machine, control_group(), stop, sys.stdout, attempt or 0)
+    del rendezvous  # the process group has a store of its own
     heartbeat.advance()
     if os.environ["LOCAL_RANK"] == "0":  # the other ranks come to building only after this one has opened the run
         clear_stale_locks(extensions_root(os.environ), lambda text: print(f"turbolm: {text}", flush=True))
