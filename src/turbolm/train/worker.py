@@ -17,6 +17,7 @@ from turbolm.data.prepare.build import find_store
 from turbolm.data.prepare.reader import check_left_out
 from turbolm.data.store.token_store import TokenStore, check_held_out, check_tokenizer, open_store
 from turbolm.engine.start import build_accelerator, control_group
+from turbolm.environment import use_flight_recorder
 from turbolm.errors import EXIT_FAILED, EXIT_OK, EXIT_REQUEUE, UserError
 from turbolm.files import read_json
 from turbolm.hub import pretrained_folder
@@ -222,6 +223,7 @@ def _open_run(context: Context, lock: RunLock) -> Context:
     attempt, budgets, contracts, seen = answer[0]
     context.stop.join(seen, run.attempt_stop_file(attempt))
     heartbeat.set_attempt(attempt)
+    use_flight_recorder(os.environ, run.attempt(attempt))  # its file, where no launcher has opened the attempt
     terminal = redirect_output(run.attempt(attempt) / f"log.rank{dist.get_rank()}.txt")
     known = {"attempt": attempt, "contracts": frozenset(contracts), "terminal": terminal}
     return replace(context, plan=plan.with_budgets(budgets), **known)
