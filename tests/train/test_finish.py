@@ -154,3 +154,15 @@ def test_a_large_model_is_not_sampled_on_the_cpu_while_all_nodes_wait(tmp_path: 
             sampled[size] = add_products(context, {"parameters": size}, lines.append).get("sample")
     assert sampled == {10**9: "text", 8 * 10**9: None}
     assert lines == ["no sample: the CPU would take long for more than 3B parameters"]
+
+
+def test_the_time_until_the_first_step_is_told_by_part(runs: dict[str, Any]) -> None:
+    names = ("ornaments", "lossy")
+    first, second = (json.loads((runs[name] / "attempts/1/start-up.json").read_text()) for name in names)
+    for told in (first, second):
+        parts = told["seconds"]
+        assert list(parts)[:3] == ["imports", "plan and token store", "wait for all ranks"]
+        assert list(parts)[-1] == "first step" and parts["first step"] > 0 and parts["model"] > 0
+        assert sum(parts.values()) == pytest.approx(told["ended"] - told["begun"], abs=0.01)
+    assert second["begun"] >= first["ended"]  # of one process
+    assert (runs["ornaments"] / "attempts/1/start-up.json").stat().st_mtime == pytest.approx(first["ended"], abs=2)

@@ -38,7 +38,8 @@ def meet_ranks(device: str, precision: str, timeout_sec: float) -> dist.Store | 
     world_size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     if world_size == 1:
         return None
-    store, key = _connect(rank, world_size, timeout_sec), f"turbolm/start{next(_calls)}"
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's own restarts may share a store
+    store, key = _connect(rank, world_size, timeout_sec), f"turbolm/start{attempt}.{next(_calls)}"
     num_here = arrive(store, key, rank, f"{device}, {precision}", socket.gethostname())
     if num_here == world_size:
         store.compare_set(f"{key}/verdict", "", _difference_in(store, key) or "same")

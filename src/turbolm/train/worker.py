@@ -52,6 +52,7 @@ from turbolm.train.run_directory import (
     write_attempt,
 )
 from turbolm.train.session import Session
+from turbolm.train.start_times import mark
 from turbolm.train.tricks import apply_tricks
 
 _LAST_WRITE_SEC = 60
@@ -75,6 +76,7 @@ def run_worker(recipe: Recipe, attempt: int | None = None, seen: Seen | None = N
 def _run_locked(recipe: Recipe, attempt: int | None, lock: RunLock, stop: StopRequest) -> int:
     """`run_worker`; rank 0 takes the lock."""
     heartbeat.advance()  # all is imported
+    mark("imports")
     machine = detect_machine()
     check_machine(recipe, machine)
     for note in check_model(recipe, "recipe", examine):
@@ -90,16 +92,20 @@ def _run_locked(recipe: Recipe, attempt: int | None, lock: RunLock, stop: StopRe
     check_open_files(plan.world_size, num_gloo_groups(plan.device))
     stop.listen()
     timeout_sec = recipe.execution.process_group_timeout
+    mark("plan and token store")
     rendezvous = meet_ranks(plan.device, plan.precision, timeout_sec)
+    mark("wait for all ranks")
     accelerator = build_accelerator(
         plan.ds_config, device=plan.device, precision=plan.precision, timeout_sec=timeout_sec
     )
     context = Context(plan, run, store, machine, control_group(), stop, sys.stdout, attempt or 0)
     del rendezvous  # the process group has a store of its own
     heartbeat.advance()
+    mark("process groups")
     if os.environ["LOCAL_RANK"] == "0":  # the other ranks come to building only after this one has opened the run
         clear_stale_locks(extensions_root(os.environ), lambda text: print(f"turbolm: {text}", flush=True))
     context = _open_run(context, lock)
+    mark("run directory")
     for line in pinned:
         print(f"as this run was started: {line}")
     if is_finished(run, recipe.train.budget):
@@ -110,8 +116,10 @@ def _run_locked(recipe: Recipe, attempt: int | None, lock: RunLock, stop: StopRe
     for note in filter(None, (untested_note(recipe.execution), *store.notes)):
         session.log.say(note)
     heartbeat.advance()
+    mark("order, log, trackers")
     resume(session, hashed)
     heartbeat.advance()
+    mark("resume")
     return _train(session)
 
 
