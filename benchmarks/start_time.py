@@ -5,8 +5,8 @@
 A real Slurm of three nodes on this machine (tests/slurm/cluster.py; needs root) runs a job of a tiny model, prepared
 before. The parts come from what a run leaves anyway: Slurm's times of the job (whole seconds), the files of the
 attempt, and its start-up.json. All nodes share the cores of this machine, so parts that compute take longer than on
-nodes of their own. `--ranks` measures by itself what grows with the world: forked processes that do nothing but meet in
-the store and build the gloo group, in processor time of all of them. The last line is one JSON object.
+nodes of their own: the processor time of rank 0 is beside them. `--ranks` measures by itself what grows with the world:
+forked processes that do nothing but meet in the store and build the gloo group. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -70,7 +70,8 @@ def run_job(cluster: Any, work: Path, name: str, overrides: list[str]) -> dict[s
     }
     ends = [began, *moments.values()]
     parts = {part: end - begin for (part, end), begin in zip(moments.items(), ends, strict=False)}
-    return {**parts, **ranks["seconds"], "all": ranks["ended"] - began}
+    cpu = {f"{part}, processor": seconds for part, seconds in ranks["cpu_seconds"].items()}
+    return {**parts, **ranks["seconds"], "all": ranks["ended"] - began, **cpu}
 
 
 def measure_jobs(processes: int, rounds: int) -> dict[str, dict[str, float]]:
@@ -163,7 +164,8 @@ def main() -> None:
         meetings[str(world_size)] = {name: round(value, 4) for name, value in measure_meeting(world_size).items()}
         print(world_size, meetings[str(world_size)], flush=True)
     for part, formula in FORMULAS.items():
-        print(f"{part}: {formula}; " + ", ".join(f"{kind} {one.get(part)} s" for kind, one in jobs.items()))
+        found = [f"{kind} {one.get(part)} s ({one.get(f'{part}, processor')})" for kind, one in jobs.items()]
+        print(f"{part}: {formula}; {', '.join(found)}")
     figures = {"nodes": NODES, "processes": arguments.processes, "jobs": jobs, "ranks": meetings, "formulas": FORMULAS}
     print(json.dumps({"bench": "start_time", "figures": figures, "rivals": {}, "targets": {}, "met": {}}))
 

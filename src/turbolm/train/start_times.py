@@ -11,15 +11,15 @@ from turbolm.files import write_json
 from turbolm.reliability.processes import start_time
 
 START_TIMES = "start-up.json"  # of an attempt
-_marks: list[tuple[str, float]] = []  # what ended, and when
+_marks: list[tuple[str, float, float]] = []  # what ended, when, and the processor time of this process until then
 _begun: list[float] = []  # a process that trains several runs begins once
 
 
 def mark(part: str) -> None:
     """Note that a part of the start-up has ended."""
     if not _begun:
-        _begun.append(_process_start())
-    _marks.append((part, time.time()))
+        _begun.extend((_process_start(), 0.0))
+    _marks.append((part, time.time(), time.process_time()))
 
 
 def first_step_done(attempt_folder: Path, rank: int) -> None:
@@ -27,15 +27,19 @@ def first_step_done(attempt_folder: Path, rank: int) -> None:
     if not _marks:
         return
     mark("first step")
-    times = [_begun[0], *(when for _, when in _marks)]
-    parts: dict[str, float] = {}
-    for (part, end), begin in zip(_marks, times, strict=False):  # random restarts build several engines
-        parts[part] = parts.get(part, 0.0) + end - begin
-    _begun[0] = times[-1]
+    begun, (before, cpu_before) = _begun[0], _begun
+    seconds: dict[str, float] = {}
+    cpu_seconds: dict[str, float] = {}
+    for part, when, cpu in _marks:  # random restarts build several engines
+        seconds[part] = seconds.get(part, 0.0) + when - before
+        cpu_seconds[part] = cpu_seconds.get(part, 0.0) + cpu - cpu_before
+        before, cpu_before = when, cpu
+    _begun[:] = before, cpu_before
     _marks.clear()
     if rank == 0:
+        told = {"begun": begun, "ended": before, "seconds": seconds, "cpu_seconds": cpu_seconds}
         with contextlib.suppress(OSError):  # a full disk: training goes on
-            write_json(attempt_folder / START_TIMES, {"begun": times[0], "ended": times[-1], "seconds": parts})
+            write_json(attempt_folder / START_TIMES, told)
 
 
 def _process_start() -> float:
