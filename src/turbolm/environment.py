@@ -11,6 +11,7 @@ import os
 import re
 import sys
 from collections.abc import Collection, Mapping, MutableMapping
+from pathlib import Path
 
 # The world of ranks: torch.distributed, torchrun (PET_*: defaults of its options), MPI and PMI launchers, DeepSpeed.
 _WORLD = re.compile(
@@ -50,6 +51,25 @@ def use_expandable_segments(environment: MutableMapping[str, str]) -> None:
     """
     if "PYTORCH_CUDA_ALLOC_CONF" not in environment:
         environment.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
+
+def use_flight_recorder(environment: MutableMapping[str, str], attempt_folder: Path | None) -> None:
+    """Let torch record the last collective operations of every process group, and write them where they time out.
+
+    NCCL's are then in `<attempt_folder>/nccl_trace.rank<k>`, for `torchfrtrace --prefix nccl_trace.rank FOLDER`. Names
+    as torch 2.11 to 2.13 read them (FlightRecorder.hpp, ProcessGroupNCCL.hpp), older ones of the same thing second;
+    what the user has set, by either name, stays.
+    """
+    wanted = [
+        (("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"), "2000"),
+        (("TORCH_NCCL_DUMP_ON_TIMEOUT",), "1"),
+    ]
+    if attempt_folder is not None:
+        prefix = str(attempt_folder.absolute() / "nccl_trace.rank")
+        wanted.append((("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"), prefix))
+    for names, value in wanted:
+        if not any(name in environment for name in names):
+            environment[names[0]] = value
 
 
 def sbatch_environment(environment: Mapping[str, str], directives: Collection[str]) -> tuple[dict[str, str], list[str]]:

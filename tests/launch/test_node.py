@@ -14,13 +14,14 @@ from typing import Any
 import pytest
 
 from turbolm.errors import UserError
-from turbolm.files import write_json
+from turbolm.files import read_json, write_json
 from turbolm.launch import network, node
 from turbolm.launch.network import free_port, interface_of, own_address, probe, resolve
 from turbolm.launch.node import Place, build_extensions, check_same, find_place, meet, node_command
 from turbolm.plan.machine import Machine
 from turbolm.plan.plan import build_plan
 from turbolm.recipe.schema import Recipe
+from turbolm.reliability import late
 
 from .harness import RECIPE
 
@@ -97,14 +98,56 @@ def test_the_nodes_meet_or_say_who_is_missing(tmp_path: Path) -> None:
         write_json(tmp_path / "0.json", head)
         with pytest.raises(TimeoutError, match="no sign of b, c within 0 s"):
             meet(tmp_path, Place(0, ("a", "b", "c")), timeout_sec=0)
+        with pytest.raises(TimeoutError, match="no sign of b, c within 0 s"):  # by the head's word
+            meet(tmp_path, Place(1, ("a", "b", "c")), timeout_sec=60)
         write_json(tmp_path / "1.json", {"node": 1, "host": "b"})
-        assert meet(tmp_path, Place(1, ("a", "b")), timeout_sec=0) == [head, {"node": 1, "host": "b"}]
+        for number in (0, 1):
+            assert meet(tmp_path, Place(number, ("a", "b")), timeout_sec=0) == [head, {"node": 1, "host": "b"}]
         write_json(tmp_path / "1.json", {"node": 1, "host": "b", "refused": "b has 7 GPUs"})
-        with pytest.raises(UserError, match="b has 7 GPUs"):
-            meet(tmp_path, Place(0, ("a", "b")), timeout_sec=60)
-    write_json(tmp_path / "1.json", {"node": 1, "host": "b"})
+        for number in (0, 2):
+            with pytest.raises(UserError, match="b has 7 GPUs"):
+                meet(tmp_path, Place(number, ("a", "b", "c")), timeout_sec=60)
+    write_json(tmp_path / "met.json", {"nodes": [head, {"node": 1, "host": "b"}]})
     with pytest.raises(TimeoutError, match="b cannot reach a"):
         meet(tmp_path, Place(1, ("a", "b")), timeout_sec=60)
+    (tmp_path / "met.json").unlink()
+    write_json(tmp_path / "0.json", {**head, "refused": "a has no GPU"})
+    with pytest.raises(UserError, match="a has no GPU"):
+        meet(tmp_path, Place(1, ("a", "b")), timeout_sec=60)
+
+
+def test_64_nodes_meet_in_a_few_reads_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each record is read once, by the head; another node reads one file, however many nodes there are."""
+    hosts, read, slept = tuple(f"n{node:02}" for node in range(64)), [], []
+    records = [{"node": node, "host": host, "address": "a", "port": 1} for node, host in enumerate(hosts)]
+    monkeypatch.setattr(node, "probe", lambda *_: "open")
+    monkeypatch.setattr(node, "read_json", lambda path: read.append(path.name) or read_json(path))
+    write_json(tmp_path / "0.json", records[0])
+
+    def sleep(_: float) -> None:
+        """One more node comes at each look."""
+        slept.append(None)
+        write_json(tmp_path / f"{len(slept)}.json", records[len(slept)])
+
+    monkeypatch.setattr(node.time, "sleep", sleep)
+    assert meet(tmp_path, Place(0, hosts), timeout_sec=60) == records
+    assert sorted(read) == sorted(f"{number}.json" for number in range(64)) and len(slept) == 63
+    read.clear()
+    assert meet(tmp_path, Place(63, hosts), timeout_sec=60) == records
+    assert read == ["met.json"]
+
+
+def test_the_head_says_which_nodes_are_late(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(late, "_FIRST_NOTICE_SEC", 0)
+    write_json(tmp_path / "0.json", {"node": 0, "host": "a"})
+    hosts = ("a", *(f"n{number}" for number in range(63)))
+    monkeypatch.setattr(node.time, "sleep", lambda _: None)
+    with pytest.raises(TimeoutError, match="no sign of n0, n1, n2, n3, n4, n5, n6, n7 and 55 more within 0 s"):
+        meet(tmp_path, Place(0, hosts), timeout_sec=0.05)
+    first = capsys.readouterr().err.splitlines()[0]
+    assert first == "turbolm: 63 of 64 nodes have not come after 0 s: n0, n1, n2, n3, n4, n5, n6, n7 and 55 more"
 
 
 def test_nodes_that_differ_are_an_error() -> None:

@@ -183,3 +183,16 @@ def test_what_all_nodes_would_wait_for_is_left_to_one(tmp_path: Path) -> None:
         "no export: 64 nodes would wait for one process that writes more than 15B parameters; on one node, "
         f"run `{command}`"
     ]
+
+
+def test_the_time_until_the_first_step_is_told_by_part(runs: dict[str, Any]) -> None:
+    names = ("ornaments", "lossy")
+    first, second = (json.loads((runs[name] / "attempts/1/start-up.json").read_text()) for name in names)
+    for told in (first, second):
+        parts = told["seconds"]
+        assert list(parts)[:3] == ["imports", "plan and token store", "wait for all ranks"]
+        assert list(parts)[-1] == "first step" and parts["first step"] > 0 and parts["model"] > 0
+        assert sum(parts.values()) == pytest.approx(told["ended"] - told["begun"], abs=0.01)
+        assert list(told["cpu_seconds"]) == list(parts) and told["cpu_seconds"]["first step"] > 0
+    assert second["begun"] >= first["ended"]  # of one process
+    assert (runs["ornaments"] / "attempts/1/start-up.json").stat().st_mtime == pytest.approx(first["ended"], abs=2)

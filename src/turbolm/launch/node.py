@@ -43,12 +43,15 @@ from turbolm.recipe.paths import use_path
 from turbolm.recipe.schema import Recipe
 from turbolm.redaction import redact
 from turbolm.reliability.build_locks import clear_stale_locks, extensions_root
+from turbolm.reliability.late import HOSTS, Notices, name_some
 from turbolm.reliability.open_files import raise_open_files
 from turbolm.reliability.outcome import read_rank_ends
 from turbolm.train.run_directory import RunDirectory, run_directory
 
 _FAILED = "failed"  # in the attempt's folder: the batch shell need not wait long for a node that does not answer
+_MET = "met.json"  # in the folder of the nodes' records: all of them, or why they did not meet
 _POLL_SEC = 0.5
+_HEAD_GRACE_SEC = 10  # the head knows who is late; the others wait a little longer for its word
 _MEET_TIMEOUT_SEC = 600  # slow images and module loads; a recipe's process_group_timeout may shorten it
 
 
@@ -123,7 +126,7 @@ def open_door(address: str) -> socket.socket:
     """A listening port of this node: the kernel answers, and nothing needs to accept."""
     door = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
     door.bind((address, 0))
-    door.listen(128)
+    door.listen(4096)  # nobody accepts, so what asked stays in the queue: twice the other nodes
     return door
 
 
@@ -142,6 +145,7 @@ def _train_here(
     build_extensions(plan, environment)
     command = node_command(folder, plan, recipe_file, attempt, place, nodes)
     environment |= _network_environment(plan, nodes[place.node]["address"])
+    environment[HOSTS] = ",".join(place.hosts)  # so that ranks can name a node that none of them hears from
     process = start_ranks(command, environment, folder / f"launcher.node{place.node}.log")
     numbers = range(place.node * plan.processes_per_node, (place.node + 1) * plan.processes_per_node)
     cut_short = wait_for_ranks(process, Ranks(run, attempt, numbers, recipe.execution))
@@ -169,24 +173,57 @@ def _plan_here(recipe: Recipe, place: Place, mine: dict[str, Any]) -> Plan:
 
 
 def meet(folder: Path, place: Place, timeout_sec: float) -> list[dict[str, Any]]:
-    """The records of all nodes, once they are all there and this node reaches the head. Raises UserError."""
-    deadline = time.monotonic() + timeout_sec
-    while True:
-        nodes = [read_json(folder / f"{node}.json") for node in range(len(place.hosts))]
-        refused = [node["refused"] for node in nodes if node is not None and "refused" in node]
-        if refused:
-            raise UserError(refused[0])
-        here = [node for node in nodes if node is not None]
-        if len(here) == len(nodes):
-            break
+    """The records of all nodes, once they are all there and this node reaches the head. Raises UserError.
+
+    The head reads each record once and writes them into one file, which is all that the others look for: 64 nodes that
+    each read 64 files twice a second would keep a shared file system busy.
+    """
+    if place.node == 0:
+        return _gather(folder, place, timeout_sec)
+    deadline = time.monotonic() + timeout_sec + _HEAD_GRACE_SEC
+    while (met := read_json(folder / _MET)) is None:
+        head = read_json(folder / "0.json") or {}
+        if "refused" in head:
+            raise UserError(head["refused"])
         if time.monotonic() > deadline:
-            silent = [host for host, node in zip(place.hosts, nodes, strict=True) if node is None]
-            raise TimeoutError(f"no sign of {', '.join(silent)} within {timeout_sec:.0f} s")
+            raise TimeoutError(f"no sign of {place.hosts[0]} within {timeout_sec:.0f} s")
         time.sleep(_POLL_SEC)
-    head = here[0]
+    if "refused" in met:
+        raise UserError(met["refused"])
+    if "late" in met:
+        raise TimeoutError(met["late"])
+    head = met["nodes"][0]
     if probe(head["address"], head["port"]) != "open":
         raise TimeoutError(f"{place.host} cannot reach {head['host']} ({head['address']})")
-    return here
+    return list(met["nodes"])
+
+
+def _gather(folder: Path, place: Place, timeout_sec: float) -> list[dict[str, Any]]:
+    """`meet` on the head; it says meanwhile which nodes are late."""
+    here: dict[int, dict[str, Any]] = {}
+    notices = Notices()
+    while True:
+        names = {path.name for path in folder.iterdir()}
+        new = [node for node in range(len(place.hosts)) if node not in here and f"{node}.json" in names]
+        here |= {node: record for node in new if (record := read_json(folder / f"{node}.json")) is not None}
+        refused = [record["refused"] for record in here.values() if "refused" in record]
+        if refused:
+            write_json(folder / _MET, {"refused": refused[0]})
+            raise UserError(refused[0])
+        if len(here) == len(place.hosts):
+            break
+        silent = name_some([host for node, host in enumerate(place.hosts) if node not in here])
+        if notices.waited_sec > timeout_sec:
+            late = f"no sign of {silent} within {timeout_sec:.0f} s"
+            write_json(folder / _MET, {"late": late})
+            raise TimeoutError(late)
+        if notices.is_due():
+            num = f"{len(place.hosts) - len(here)} of {len(place.hosts)} nodes"
+            print(f"turbolm: {num} have not come after {notices.waited_sec:.0f} s: {silent}", file=sys.stderr)
+        time.sleep(_POLL_SEC)
+    nodes = [here[node] for node in range(len(place.hosts))]
+    write_json(folder / _MET, {"nodes": nodes})
+    return nodes
 
 
 def check_same(nodes: Sequence[dict[str, Any]]) -> None:
@@ -252,8 +289,8 @@ def _judge(
 ) -> tuple[int, list[str]]:
     """This task's exit code, and which nodes and ranks are lost as seen from here, in words."""
     folder = run.attempt(attempt)
-    ends = {end.rank: end for end in read_rank_ends(folder)}
     own = range(place.node * plan.processes_per_node, (place.node + 1) * plan.processes_per_node)
+    ends = {end.rank: end for end in read_rank_ends(folder, own)}
     codes = [ends[rank].exit_code if rank in ends else EXIT_FAILED for rank in own]
     if all(code in (EXIT_OK, EXIT_REQUEUE) for code in codes):
         return EXIT_OK, []

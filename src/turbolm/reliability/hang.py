@@ -2,7 +2,8 @@
 
 Training is synchronous: when one rank stops, all others wait for it in their next collective operation, and all look
 alike from outside. What tells them apart, strongest first: a stopped process, an interpreter that runs no Python code,
-a place in the program that the others have passed, a stack that does not wait for others.
+a place in the program that the others have passed, a collective operation that the others have entered, a stack that
+does not wait for others.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from turbolm.reliability.collectives import in_words
 from turbolm.reliability.heartbeat import SAVED_HERE
 from turbolm.units import format_duration
 
@@ -34,6 +37,7 @@ class RankState:
     process_state: str  # as `ps` shows it; "" when the process has died
     frames: tuple[str, ...] = ()
     python_silent_sec: float = 0.0  # since a thread of it has run
+    collectives: Sequence[dict[str, Any]] = ()  # by process group, as `collectives.summarize` tells
 
     def __str__(self) -> str:
         where = f", at {self.frames[0]}" if self.frames else ""
@@ -41,8 +45,14 @@ class RankState:
         what["D"] = "; the process waits for a device or a file system"
         return (
             f"rank {self.rank} on {self.host} (process {self.pid}): {self.phase}, after step {self.step}, "
-            f"no sign for {format_duration(self.silent_sec)}{what.get(self.process_state, '')}{where}"
+            f"no sign for {format_duration(self.silent_sec)}{what.get(self.process_state, '')}{where}{self.holds}"
         )
+
+    @property
+    def holds(self) -> str:
+        """What its flight recorder holds, to be appended to a line."""
+        words = in_words(self.collectives)
+        return f"; {words}" if words else ""
 
 
 @dataclass(frozen=True)
@@ -63,6 +73,7 @@ def judge(ranks: Sequence[RankState]) -> Verdict:
     )
     differences = (
         ("has not come as far as the others", lambda rank: rank.progress == least < furthest),
+        ("has not entered a collective operation that others are in", lambda rank: _is_behind(rank, ranks)),
         ("is saving, and the others wait for it", lambda rank: rank.phase != SAVED_HERE),
         ("waits for no other rank", lambda rank: bool(rank.frames) and not waits_for_others(rank.frames)),
         ("waits for a device or a file system", lambda rank: rank.process_state == "D"),
@@ -77,6 +88,16 @@ def judge(ranks: Sequence[RankState]) -> Verdict:
         if found and len(found) < len(ranks):
             return Verdict(found, reason)
     return Verdict((), "all these ranks are at the same place, or wait for ranks on other hosts")
+
+
+def _is_behind(rank: RankState, ranks: Sequence[RankState]) -> bool:
+    """Whether others have entered more collective operations of a process group that this rank is in."""
+    entered = {group["group"]: group["entered"] for group in rank.collectives}
+    return any(
+        group["entered"] > entered.get(group["group"], group["entered"])
+        for other in ranks
+        for group in other.collectives
+    )
 
 
 def waits_for_others(frames: Sequence[str]) -> bool:

@@ -23,7 +23,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TextIO
 
-from turbolm.files import temporary
+from turbolm.files import temporary, write_json
+from turbolm.reliability.collectives import recorded
 from turbolm.reliability.processes import start_time
 
 STARTING = "start-up"  # until the first step is done
@@ -42,6 +43,7 @@ STACKS_SIGNAL = signal.SIGRTMIN + 11
 _RECORD = struct.Struct("<IIQQdI44s")
 _PYTHON_RUNS = struct.Struct("<d")  # after the record
 _PYTHON_RUNS_SEC = 0.5
+ASK = "ask"  # a file by which the watchdog asks all ranks what their flight recorders hold
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ def start(folder: Path, rank: int) -> None:
         _reserve(file)
         _own.memory, _own.rank = mmap.mmap(file.fileno(), 0), rank
     beat()
-    threading.Thread(target=_note_that_python_runs, name="turbolm-heartbeat", daemon=True).start()
+    threading.Thread(target=_answer, args=(folder, rank), name="turbolm-heartbeat", daemon=True).start()
     temporary(path).replace(path)  # whoever reads finds a whole one
     if place != folder:
         for file_there in (stacks_file(place, rank), path):
@@ -134,9 +136,15 @@ def remove(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _note_that_python_runs() -> None:
+def _answer(folder: Path, rank: int) -> None:
+    """Note that Python code runs, for ever, and write what the flight recorder holds once that is asked for."""
+    is_asked = False
     while True:
         _PYTHON_RUNS.pack_into(_own.memory, _RECORD.size, time.monotonic())
+        if not is_asked and (folder / ASK).exists():
+            is_asked = True
+            with contextlib.suppress(Exception):  # whatever torch or a full disk says: the job is being ended
+                write_json(collectives_file(folder, rank), recorded())
         time.sleep(_PYTHON_RUNS_SEC)
 
 
@@ -248,3 +256,8 @@ def read_signs(folder: Path) -> list[Sign]:
 def stacks_file(folder: Path, rank: int) -> Path:
     """Where a rank writes its stacks."""
     return folder / f"{rank}.stacks"
+
+
+def collectives_file(folder: Path, rank: int) -> Path:
+    """Where a rank writes what its flight recorder holds."""
+    return folder / f"{rank}.collectives"

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import platform
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -104,12 +105,16 @@ def outcome_of(error: BaseException) -> Outcome:
     return Outcome(FAILED, EXIT_FAILED, redact(f"{type(error).__name__}: {error}"))
 
 
+class LateRanksError(RunError):
+    """Ranks that never came to the meeting: a lost node, not an error of the rank that waited for them."""
+
+
 def classify(error: BaseException) -> tuple[int, str, str]:
     """Exit code, kind and message of a rank that ends with an exception."""
     if isinstance(error, UserError):
         return EXIT_BAD_INPUT, BAD_INPUT, str(error)
     if isinstance(error, RunError):
-        return EXIT_FAILED, ERROR, str(error)
+        return EXIT_FAILED, LOST_PEER if isinstance(error, LateRanksError) else ERROR, str(error)
     return EXIT_FAILED, failure_kind(error), f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
@@ -127,10 +132,10 @@ def record_rank_end(attempt_folder: Path, exit_code: int, kind: str, message: st
     write_json(attempt_folder / "ranks" / f"{rank}.json", asdict(end))
 
 
-def read_rank_ends(attempt_folder: Path) -> list[RankEnd]:
-    """The ranks that ended by themselves, by number; a killed one left nothing."""
-    ends = []
-    for path in (attempt_folder / "ranks").glob("[0-9]*.json"):
+def read_rank_ends(attempt_folder: Path, ranks: Iterable[int] | None = None) -> list[RankEnd]:
+    """The ranks that ended by themselves, by number, of all or of these `ranks`; a killed one left nothing."""
+    ends, folder = [], attempt_folder / "ranks"
+    for path in folder.glob("[0-9]*.json") if ranks is None else [folder / f"{rank}.json" for rank in ranks]:
         try:
             ends.append(RankEnd(**load_json(path)))
         except (OSError, ValueError, TypeError):

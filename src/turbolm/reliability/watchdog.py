@@ -21,17 +21,20 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from turbolm.errors import EXIT_REQUEUE
 from turbolm.files import load_json, write_json
 from turbolm.reliability import heartbeat
 from turbolm.reliability.hang import RankState, Verdict, judge, main_thread_frames
 from turbolm.reliability.heartbeat import Sign, read_signs, stacks_file
+from turbolm.reliability.late import name_ranks
 from turbolm.reliability.outcome import FINISHED, HUNG, Outcome, read_outcome, write_outcome
 from turbolm.reliability.processes import descendants, living, process_state, start_time
 from turbolm.units import format_duration
 
 _PATIENT = (heartbeat.STARTING, heartbeat.COMPILING, heartbeat.EXPORTING, heartbeat.SAVED_HERE)
+_MAX_LINES = 16
 _POLL_SEC = 0.5
 _SHARED_POLL_SEC = 5.0  # how often the shared folder is asked whether another host has found a hang
 _STACKS_SEC = 3.0  # for the ranks to write their stacks, and for the other hosts to tell of theirs
@@ -145,12 +148,16 @@ class Watchdog:
         silent = {sign.rank: (self.silence(sign), now - sign.python_ran_sec) for sign in signs}
         states = {sign.rank: process_state(sign.pid) if self._lives(sign) else "" for sign in signs}
         living = [sign for sign in signs if states[sign.rank]]
+        with contextlib.suppress(OSError):
+            (self.folder / heartbeat.ASK).touch()
         for sign in living:
             for number in (heartbeat.STACKS_SIGNAL, signal.SIGCONT):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(sign.pid, number)
         deadline, sizes, unchanged = time.monotonic() + _STACKS_SEC, [-1], 0
-        while time.monotonic() < deadline and unchanged < 3:  # a rank on a busy host may pause between two lines
+        answers = [heartbeat.collectives_file(self.folder, sign.rank) for sign in living]
+        # A rank on a busy host may pause between two lines; one whose interpreter is held does not answer.
+        while time.monotonic() < deadline and (unchanged < 3 or not all(path.exists() for path in answers)):
             time.sleep(0.2)
             before, sizes = sizes, [stacks_file(self.folder, sign.rank).stat().st_size for sign in living]
             unchanged = unchanged + 1 if all(sizes) and sizes == before else 0
@@ -160,7 +167,8 @@ class Watchdog:
             about = (platform.node(), sign.pid, sign.phase, sign.step, sign.progress)
             sign_sec, python_sec = silent[sign.rank]
             if sign.phase != heartbeat.ENDED:
-                found.append(RankState(sign.rank, *about, sign_sec, states[sign.rank], frames, python_sec))
+                holds = _read_list(heartbeat.collectives_file(self.folder, sign.rank))
+                found.append(RankState(sign.rank, *about, sign_sec, states[sign.rank], frames, python_sec, holds))
         return found
 
     def _share(self, attempt: int, here: list[RankState]) -> list[RankState]:
@@ -220,7 +228,23 @@ def report(verdict: Verdict, ranks: list[RankState]) -> str:
     if not verdict.culprits:
         longest = max((rank.silent_sec for rank in ranks), default=0.0)
         first = f"the job hangs, without a sign for {format_duration(longest)}: {verdict.reason}"
-    return "\n".join([first, *(f"  {rank}" for rank in ranks)])
+    return "\n".join([first, *(f"  {line}" for line in _lines(verdict, ranks))])
+
+
+def _lines(verdict: Verdict, ranks: list[RankState]) -> list[str]:
+    """A line for each rank; of many ranks one for each that hangs, and one for all that are at the same place."""
+    if len(ranks) <= _MAX_LINES:
+        return [str(rank) for rank in ranks]
+    lines = [str(rank) for rank in ranks if rank.rank in verdict.culprits][:_MAX_LINES]
+    places: dict[str, list[int]] = {}
+    for rank in ranks:
+        if rank.rank not in verdict.culprits:
+            where = f", at {rank.frames[0]}" if rank.frames else ""
+            places.setdefault(f"{rank.phase}, after step {rank.step}{where}{rank.holds}", []).append(rank.rank)
+    common = sorted(places, key=lambda place: len(places[place]), reverse=True)
+    lines += [f"{name_ranks(places[place])}: {place}" for place in common[:_MAX_LINES]]
+    more = sum(len(places[place]) for place in common[_MAX_LINES:])
+    return lines + ([f"{more} ranks at other places"] if more else [])
 
 
 def _within(limit_sec: float, action: Callable[[], None]) -> None:
@@ -235,6 +259,13 @@ def _within(limit_sec: float, action: Callable[[], None]) -> None:
     thread = threading.Thread(target=attempt, daemon=True)
     thread.start()
     thread.join(limit_sec)
+
+
+def _read_list(path: Path) -> list[dict[str, Any]]:
+    with contextlib.suppress(OSError, ValueError):
+        found = load_json(path)
+        return found if isinstance(found, list) else []
+    return []
 
 
 def _read_states(path: Path) -> list[RankState]:

@@ -10,7 +10,7 @@ import traceback
 from typing import TextIO
 
 from turbolm.engine.versions import check_versions
-from turbolm.environment import cpu_environment, use_expandable_segments
+from turbolm.environment import cpu_environment, use_expandable_segments, use_flight_recorder
 from turbolm.errors import RunError, UserError
 from turbolm.recipe.load import load_recipe
 from turbolm.redaction import redact
@@ -42,6 +42,7 @@ def main() -> int:
         if recipe.cluster.device == "cpu":
             os.environ.update(cpu_environment())
         run = run_directory(recipe)
+        use_flight_recorder(os.environ, run.attempt(arguments.attempt) if arguments.attempt else None)
         seen = look(run.stop_file)
         limits = recipe.execution.hang_timeout, recipe.execution.startup_timeout
         watch_over(run.path, *limits, arguments.attempt)

@@ -54,6 +54,7 @@ from turbolm.train.pinned import pinned_memory
 from turbolm.train.recover import SavedWeights, saved_weights
 from turbolm.train.run_directory import RunDirectory
 from turbolm.train.session import Session
+from turbolm.train.start_times import mark
 from turbolm.train.trackers import build_trackers
 from turbolm.train.tricks import apply_tricks
 
@@ -111,6 +112,7 @@ def build_engine(
     """
     recipe = plan.recipe
     model, attention = _build_model(accelerator, plan, store, saved)
+    mark("model")
     if dist.get_rank() == 0:
         model.config.save_pretrained(run.model)
         from turbolm.checkpoint.export import tokenizer
@@ -121,6 +123,7 @@ def build_engine(
     print(group_table(recipe.optimizer.name, optimizer.param_groups))
     apply_tricks("optimizer", optimizer, recipe)
     engine = wrap(accelerator, model, optimizer)
+    mark("engine")
     if recipe.optimizer.name == "adamw_8bit":
         share = eight_bit_share(engine.stepped_partitions() or list(engine.module.parameters()))
         print(f"moments in 8 bits for {share:.1%} of the parameters here; the others' are not in whole blocks: fp32")
@@ -141,6 +144,7 @@ def build_engine(
     heartbeat.advance()
     seed_for_rank(recipe.train.seed, dist.get_rank())
     engine.train()
+    mark("checks of the model")
     return engine, attention
 
 

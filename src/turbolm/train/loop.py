@@ -20,6 +20,7 @@ from turbolm.train.largest import run_largest
 from turbolm.train.profile import profiled
 from turbolm.train.recover import settle_anomaly
 from turbolm.train.session import Session, check_replicas_when_due, save
+from turbolm.train.start_times import first_step_done
 from turbolm.train.step import StepResult, train_step
 
 
@@ -66,6 +67,7 @@ def take_step(session: Session, batch: GlobalBatch) -> StepResult:
     )
     session.step += 1
     heartbeat.advance(heartbeat.STEP, session.step)
+    first_step_done(session.context.run.attempt(session.context.attempt), dist.get_rank())
     session.saver.prepare()
     session.log.add_step(session.step, rates.lr, batch, result, session.training_flops(batch))
     return result

@@ -6,6 +6,8 @@ runs/<name>/
   model/          Hugging Face configuration and tokenizer of the run
   attempts/<n>/   start.json (which process started it), plan.json, ds_config.json, accelerate.yaml, environment.json,
                   log.rank<k>.txt, outcome.json, hung/ (ranks and their stacks, of an attempt that hung),
+                  start-up.json (where the time until the first step went), nccl_trace.rank<k> (torch's flight recorder,
+                  where NCCL timed out),
                   profile/ (of each rank: trace, and memory on a GPU; logging.profile),
                   stop (asks this attempt alone to save and stop)
   metrics.jsonl   one line a step      checkpoints/    results.json, report.html, export/

@@ -18,6 +18,7 @@ from turbolm.data.prepare.build import find_store
 from turbolm.data.prepare.reader import check_left_out
 from turbolm.data.store.token_store import TokenStore, check_held_out, check_tokenizer, open_store
 from turbolm.engine.start import build_accelerator, control_group
+from turbolm.environment import use_flight_recorder
 from turbolm.errors import EXIT_OK, EXIT_REQUEUE, UserError
 from turbolm.files import read_json
 from turbolm.hub import pretrained_folder
@@ -35,6 +36,7 @@ from turbolm.reliability.open_files import check_open_files, num_gloo_groups
 from turbolm.reliability.outcome import COMPLETE, STOPPED, Outcome, write_outcome
 from turbolm.reliability.run_lock import RunLock, this_process
 from turbolm.reliability.stop import Seen, StopRequest, look
+from turbolm.train.arrival import meet_ranks
 from turbolm.train.build import build_session
 from turbolm.train.context import Context
 from turbolm.train.finish import add_products, conclude, finish_run, summary
@@ -50,8 +52,8 @@ from turbolm.train.run_directory import (
     stop_seen,
     write_attempt,
 )
-from turbolm.train.same_plan import check_same_plan
 from turbolm.train.session import Session
+from turbolm.train.start_times import mark
 from turbolm.train.tricks import apply_tricks
 
 _LAST_WRITE_SEC = 60
@@ -75,6 +77,7 @@ def run_worker(recipe: Recipe, attempt: int | None = None, seen: Seen | None = N
 def _run_locked(recipe: Recipe, attempt: int | None, lock: RunLock, stop: StopRequest) -> int:
     """`run_worker`; rank 0 takes the lock."""
     heartbeat.advance()  # all is imported
+    mark("imports")
     machine = detect_machine()
     check_machine(recipe, machine)
     for note in check_model(recipe, "recipe", examine):
@@ -90,15 +93,20 @@ def _run_locked(recipe: Recipe, attempt: int | None, lock: RunLock, stop: StopRe
     check_open_files(plan.world_size, num_gloo_groups(plan.device))
     stop.listen()
     timeout_sec = recipe.execution.process_group_timeout
-    check_same_plan(plan.device, plan.precision, timeout_sec)
+    mark("plan and token store")
+    rendezvous = meet_ranks(plan.device, plan.precision, timeout_sec)
+    mark("wait for all ranks")
     accelerator = build_accelerator(
         plan.ds_config, device=plan.device, precision=plan.precision, timeout_sec=timeout_sec
     )
     context = Context(plan, run, store, machine, control_group(), stop, sys.stdout, attempt or 0)
+    del rendezvous  # the process group has a store of its own
     heartbeat.advance()
+    mark("process groups")
     if os.environ["LOCAL_RANK"] == "0":  # the other ranks come to building only after this one has opened the run
         clear_stale_locks(extensions_root(os.environ), lambda text: print(f"turbolm: {text}", flush=True))
     context = _open_run(context, lock)
+    mark("run directory")
     for line in pinned:
         print(f"as this run was started: {line}")
     if is_finished(run, recipe.train.budget):
@@ -109,8 +117,10 @@ def _run_locked(recipe: Recipe, attempt: int | None, lock: RunLock, stop: StopRe
     for note in filter(None, (untested_note(recipe.execution), *store.notes)):
         session.log.say(note)
     heartbeat.advance()
+    mark("order, log, trackers")
     resume(session, hashed)
     heartbeat.advance()
+    mark("resume")
     return _train(session)
 
 
@@ -215,6 +225,7 @@ def _open_run(context: Context, lock: RunLock) -> Context:
     attempt, budgets, contracts, seen = answer[0]
     context.stop.join(seen, run.attempt_stop_file(attempt))
     heartbeat.set_attempt(attempt)
+    use_flight_recorder(os.environ, run.attempt(attempt))  # its file, where no launcher has opened the attempt
     terminal = redirect_output(run.attempt(attempt) / f"log.rank{dist.get_rank()}.txt")
     known = {"attempt": attempt, "contracts": frozenset(contracts), "terminal": terminal}
     return replace(context, plan=plan.with_budgets(budgets), **known)
