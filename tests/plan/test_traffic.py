@@ -64,7 +64,7 @@ def test_the_loop_of_the_trainer_does_what_is_planned(tmp_path: Path) -> None:
     tokens = 2 * SEQ_LEN
     recipe = make_recipe(
         tmp_path,
-        data={"validation": None},
+        data={"validation": "0%"},
         train={"global_batch": tokens, "budget": 31 * tokens},
         execution={"zero_stage": 2, "micro_batch": SEQ_LEN},
         anomalies={"spikes": "skip"},

@@ -2,7 +2,7 @@
 
 As DeepSpeed 0.19.8 issues them with the bases of ds_configs/ (read from runtime/engine.py, bf16_optimizer.py,
 zero/stage_1_and_2.py, zero/stage3.py and zero/partitioned_param_coordinator.py), with this project's own beside them.
-`benchmarks/traffic.py` and tests/plan/test_traffic.py compare this with the operators of real steps.
+tests/plan/test_traffic.py and tests/plan/traffic_grid.py compare this with the operators of real steps.
 
 Bytes sent follow the ring algorithms (NCCL's for large messages; Thakur, Rabenseifner and Gropp 2005): of a message of
 B bytes each of n ranks sends 2 (n-1)/n B in an all-reduce, and (n-1)/n B in a reduce-scatter or all-gather. The ring
