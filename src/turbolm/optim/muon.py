@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from turbolm.engine.partitions import Fragment
+from turbolm.plan.traffic import matrix_owners
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # from the post: steepest at zero, singular values end in about [0.7, 1.2]
 
@@ -148,13 +149,7 @@ def _owners(by_rank: Sequence[Sequence[Fragment]]) -> dict[str, int]:
         for fragment in fragments:
             held[fragment.name][rank] = fragment.numel
             shapes[fragment.name] = fragment.shape
-    owners, load = {}, [0.0] * len(by_rank)
-    for name, holders in held.items():
-        most = max(holders.values())
-        owner = min((rank for rank, numel in holders.items() if 2 * numel >= most), key=lambda rank: load[rank])
-        owners[name] = owner
-        load[owner] += math.prod(shapes[name]) * min(shapes[name][-2:])  # the cost of a Newton-Schulz iteration
-    return owners
+    return matrix_owners(shapes, held)
 
 
 def _concatenate(parts: Sequence[torch.Tensor], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
