@@ -17,12 +17,12 @@ from transformers import PreTrainedModel
 
 from turbolm.errors import UserError
 from turbolm.plan.batch import IGNORED_TARGET
+from turbolm.plan.profile import CHUNK_LOGITS, chunk_rows
 
 Loss = tuple[torch.Tensor, torch.Tensor]
 """What is minimised, and the negative log likelihood alone, without its gradient: both summed over targets, in fp32."""
 
 _FEW_LOGITS = 2**26  # 256 MB in fp32; a tenth of a step's time faster at once, on a CPU core (in bf16 it is not)
-_CHUNK_LOGITS = {"cpu": 2**20, "cuda": 2**27}  # logits held at once: 4 MB stay in a core's cache, 512 MB fill a GPU
 
 
 def summed_loss(logits: torch.Tensor, targets: torch.Tensor, z_loss: float = 0.0) -> Loss:
@@ -68,13 +68,9 @@ def chunked_linear_loss(
 
 
 def _chunk_tokens(num_rows: int, weight: torch.Tensor) -> int:
-    """Rows of a chunk: equal chunks, of at most so many logits, but of 256 rows where that is more.
-
-    Every chunk reads and writes the gradient of the whole head, which would take longer than the rest of a small one.
-    """
-    most = max(256, _CHUNK_LOGITS.get(weight.device.type, _CHUNK_LOGITS["cuda"]) // weight.shape[0])
-    num_chunks = -(-num_rows // most)
-    return -(-num_rows // num_chunks)
+    """Rows of a chunk, which the planner knows too."""
+    device = weight.device.type
+    return chunk_rows("chunked", num_rows, *weight.shape, device if device in CHUNK_LOGITS else "cuda")
 
 
 class _ChunkedLinearLoss(torch.autograd.Function):

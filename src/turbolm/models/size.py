@@ -20,7 +20,7 @@ def measure_model(model: PreTrainedModel) -> ModelSize:
     embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
     has_own_head = output is not None and output.weight is not embedding.weight
     tables = {id(m.weight): _numel(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}  # and positions
-    total, idle, embedding_size = sum(map(_numel, model.parameters())), _count_idle(model), sum(tables.values())
+    total, idle, embedding_size = sum(map(_numel, model.parameters())), count_idle(model), sum(tables.values())
     return ModelSize(
         total=total,
         embedding=embedding_size,
@@ -45,7 +45,7 @@ def expert_parameters(model: nn.Module) -> Iterator[tuple[nn.Parameter, int]]:
                 yield parameter, number
 
 
-def _count_idle(model: PreTrainedModel) -> int:
+def count_idle(model: PreTrainedModel) -> int:
     """Count the weights of experts that a token does not pass through."""
     parts = (model.config.get_text_config(), getattr(model.config, "ffn_config", None))  # DBRX has the latter
     per_token = next((n for part in parts for name in _EXPERTS_PER_TOKEN if (n := getattr(part, name, None))), None)

@@ -36,25 +36,43 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Cost:
-    """A quantity of one micro-batch: fixed + per_token x tokens + per_pair x tokens x seq_len.
+    """A quantity of one micro-batch: fixed + per_token x tokens + per_pair x tokens x seq_len + per_row x chunk rows.
 
-    `per_pair` is what dense masks and dense scores take, which have an entry for every pair of tokens of a sequence.
+    `per_pair` is what dense masks and dense scores take, which have an entry for every pair of tokens of a sequence;
+    `per_row` is for each row of logits that the loss makes at once (`chunk_rows`).
     """
 
-    per_token: float
+    per_token: float = 0.0
     per_pair: float = 0.0
     fixed: float = 0.0
+    per_row: float = 0.0
 
-    def at(self, tokens: int, seq_len: int) -> float:
+    def at(self, tokens: int, seq_len: int, num_rows: int = 0) -> float:
         """Return the quantity for `tokens` in sequences of `seq_len`."""
-        return self.fixed + self.per_token * tokens + self.per_pair * tokens * seq_len
+        return self.fixed + (self.per_token + self.per_pair * seq_len) * tokens + self.per_row * num_rows
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(self.per_token + other.per_token, self.per_pair + other.per_pair, self.fixed + other.fixed)
+        return Cost(
+            self.per_token + other.per_token,
+            self.per_pair + other.per_pair,
+            self.fixed + other.fixed,
+            self.per_row + other.per_row,
+        )
 
     def times(self, number: float) -> Cost:
         """Return `number` times the quantity."""
-        return Cost(self.per_token * number, self.per_pair * number, self.fixed * number)
+        return Cost(*(number * value for value in (self.per_token, self.per_pair, self.fixed, self.per_row)))
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The largest of several quantities: bytes at the moments of a pass that are the worst for some micro-batch."""
+
+    moments: tuple[Cost, ...]
+
+    def at(self, tokens: int, seq_len: int, num_rows: int = 0) -> float:
+        """Return the bytes at the worst moment, 0 if there is none."""
+        return max((moment.at(tokens, seq_len, num_rows) for moment in self.moments), default=0.0)
 
 
 @dataclass(frozen=True)
@@ -65,19 +83,25 @@ class Activations:
     kernel: Kernel
     element_bytes: int  # 2: bf16 or fp16; 4: fp32
     saved: Cost  # kept from the forward to the backward pass
-    backward_peak: Cost  # on top of what is saved, at the worst moment of its backward pass; no gradients of weights
+    backward_peak: Peak  # on top of what is saved, at the worst moment of its backward pass; no gradients of weights
     elementwise_forward: Cost  # read and written by everything but matrix products and attention
     elementwise_backward: Cost  # with what is recomputed
 
 
 @dataclass(frozen=True)
 class LossBytes:
-    """Bytes of the output head and the loss: logits, their gradients and copies."""
+    """Bytes of the output head and the loss on top of the last hidden state: logits, their gradients and copies."""
 
     loss: Loss
     element_bytes: int
-    saved: Cost  # at the end of the forward pass
-    peak: Cost  # at the worst moment of the forward or backward pass, including what is saved
+    saved: Cost  # from the end of the forward pass on; less than 0 where the last hidden state is not kept
+    forward_peak: Peak
+    backward_peak: Peak
+    elementwise: Cost  # read and written in both passes by everything but matrix products
+
+    def peak(self, tokens: int, seq_len: int, num_rows: int) -> float:
+        """Return the bytes at the worst moment, with what is saved; `num_rows` are those of a chunk."""
+        return max(one.at(tokens, seq_len, num_rows) for one in (self.forward_peak, self.backward_peak))
 
 
 @dataclass(frozen=True)
@@ -150,7 +174,7 @@ class ModelProfile:
         )
 
     def training_flops_per_token(self, document_lengths: Iterable[int]) -> float:
-        """Return the FLOPs of a forward and a backward pass: three times the forward pass. Recomputation not counted."""
+        """Return the FLOPs of both passes, three times those of the forward pass; recomputation does not count."""
         return 3 * (self.matrix_flops_per_token + self.attention_flops_per_token(document_lengths))
 
     def saved(self, recomputation: Recomputation, kernel: Kernel, element_bytes: int) -> Cost:
@@ -169,7 +193,7 @@ class ModelProfile:
 
     def elementwise_bytes(self, kernel: Kernel, element_bytes: int) -> tuple[Cost, Cost]:
         """Return what elementwise operators of layers and surroundings move, forward and backward, not recomputed."""
-        forward = backward = Cost(0)
+        forward = backward = Cost()
         for number, one in (
             (1, _find(self.outer, "none", kernel, element_bytes)),
             *((kind.count, kind.at("none", kernel, element_bytes)) for kind in self.layers),
@@ -191,9 +215,7 @@ class ModelProfile:
             for one in values["layers"]
         )
         outer = tuple(map(_activations, values["outer"]))
-        losses = tuple(
-            LossBytes(**{**one, "saved": Cost(**one["saved"]), "peak": Cost(**one["peak"])}) for one in values["losses"]
-        )
+        losses = tuple(map(_loss_bytes, values["losses"]))
         made = {"tensors": tensors, "layers": layers, "outer": outer, "losses": losses}
         return cls(**{**values, **made, "notes": tuple(values["notes"])})
 
@@ -222,9 +244,37 @@ def mean_span(document_lengths: Iterable[int], span_kind: str = "full", limit: i
     return num_pairs / num_tokens if num_tokens else 0.0
 
 
+CHUNK_LOGITS = {"cpu": 2**20, "cuda": 2**27}
+"""Logits that the chunked loss holds at once: 4 MB stay in a core's cache, 512 MB fill a GPU."""
+
+
+def chunk_rows(loss: Loss, tokens: int, vocab_size: int, hidden_size: int, device: str) -> int:
+    """Return the rows of a chunk of the loss: equal chunks of at most CHUNK_LOGITS, or 256 rows where that is more.
+
+    Every chunk reads and writes the gradient of the whole head, which would take longer than the rest of a small one.
+    Liger's chunks are its own: a power of two, with about as many logits as the hidden states have elements.
+    """
+    if loss == "full":
+        return 0
+    if loss == "liger":
+        rows = -(-tokens // -(-vocab_size // hidden_size))
+        return int(min(tokens, 2 ** math.ceil(math.log2(rows))))
+    most = max(256, CHUNK_LOGITS[device] // vocab_size)
+    return -(-tokens // -(-tokens // most))
+
+
 def _activations(values: Mapping[str, Any]) -> Activations:
-    costs = ("saved", "backward_peak", "elementwise_forward", "elementwise_backward")
-    return Activations(**{**values, **{name: Cost(**values[name]) for name in costs}})
+    costs = {name: Cost(**values[name]) for name in ("saved", "elementwise_forward", "elementwise_backward")}
+    return Activations(**{**values, **costs, "backward_peak": _peak(values["backward_peak"])})
+
+
+def _loss_bytes(values: Mapping[str, Any]) -> LossBytes:
+    costs = {name: Cost(**values[name]) for name in ("saved", "elementwise")}
+    return LossBytes(**{**values, **costs, **{name: _peak(values[name]) for name in ("forward_peak", "backward_peak")}})
+
+
+def _peak(values: Mapping[str, Any]) -> Peak:
+    return Peak(tuple(Cost(**one) for one in values["moments"]))
 
 
 def _find(entries: Iterable[Activations], recomputation: str, kernel: str, element_bytes: int) -> Activations:
