@@ -104,7 +104,7 @@ def plan(
     from turbolm.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
-    summary = collect_summary(loaded, recipe, overrides or (), accelerate_config, _store_size(loaded))
+    summary = collect_summary(loaded, recipe, overrides or (), accelerate_config, _store_size(loaded), may_trace=True)
     if steps:
         for step in preview_steps(summary.plan):
             print(json.dumps(step))

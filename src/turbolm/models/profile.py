@@ -1,6 +1,6 @@
 """Trace a model on meta tensors: parameters, FLOPs and bytes of each kind of layer, for every way to run it.
 
-No weight is allocated and nothing is computed. A model is traced with two layers of each kind, at four shapes of a
+No weight is allocated and nothing is computed. A model is traced with three layers of each kind, at four shapes of a
 micro-batch; what is found must be affine in tokens and in pairs of tokens, and the sum over all layers must equal one
 trace of the whole model. `turbolm.plan.count` runs this in a child process and caches the answer.
 """
@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,18 +23,21 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.integrations import unset_hf_deepspeed_config
 
+from turbolm.errors import UserError
 from turbolm.models.compile import stacked_layers
+from turbolm.models.config import make_config
 from turbolm.models.loss import attach_loss
 from turbolm.models.meter import AROUND, LOSS, Meter, Section, metered
 from turbolm.models.recompute import apply_activation_checkpointing
 from turbolm.models.size import count_idle, expert_parameters
 from turbolm.models.stand_ins import FLASH, loss_chunks, stand_ins
 from turbolm.plan.profile import Activations, Cost, LayerKind, Loss, LossBytes, ModelProfile, Peak, Tensor, TensorKind
+from turbolm.recipe.model_config import is_dropout
 
 _SHAPES = ((2, 512), (2, 1024), (4, 512))  # sequences x tokens
 _CHECKED = (4, 1536)
 _TOLERANCE = 0.005
-_LAYERS_OF_A_KIND = 2
+_LAYERS_OF_A_KIND = 3  # the last one stands for the others: the first two keep the embeddings and what they receive
 # What a moment must be the worst for to be kept: tokens, those of a sequence, and rows of the loss.
 _GRID = [(tokens, seq_len, rows) for tokens in (2**k for k in range(8, 19)) for seq_len in (256, 2048, 16384)
          if seq_len <= tokens for rows in (64, 1024, 16384) if rows <= tokens]  # fmt: skip
@@ -281,7 +286,7 @@ def _layer_kind(
 
 
 def _representative(numbers: Sequence[int]) -> int:
-    """Return the layer that stands for others of its kind: not the model's first, which receives the embeddings."""
+    """Return the layer that stands for others of its kind: not the first two of the model."""
     return numbers[:_LAYERS_OF_A_KIND][-1]
 
 
@@ -356,3 +361,19 @@ def _eager_flops(profile: ModelProfile, kernel: str, tokens: int, seq_len: int) 
     if kernel != "eager":
         return 0.0
     return sum(kind.count * kind.attention_flops_per_pair for kind in profile.layers) * tokens * seq_len
+
+
+def answer(request: dict[str, Any]) -> str:
+    """Return the profile of a requested configuration as JSON, or the reason why there is none."""
+    try:
+        config = make_config(request["config"], None)
+        for key in vars(config):
+            if is_dropout(key) and key not in request["config"]:
+                setattr(config, key, request["dropout"])
+        return profile_model(config).to_json()
+    except (CannotTrace, UserError) as error:
+        return json.dumps({"problem": str(error)})
+
+
+if __name__ == "__main__":
+    print(answer(json.load(sys.stdin)))

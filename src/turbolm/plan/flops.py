@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from turbolm.plan.parameters import ModelSize, estimate_size
+from turbolm.plan.profile import mean_span
 
 
 def training_flops_per_token(
@@ -29,12 +30,5 @@ def training_flops_per_token(
 
 
 def mean_causal_span(document_lengths: Iterable[int]) -> float:
-    """Return the mean number of keys per query, for documents whose tokens attend only to their own past.
-
-    The tokens of a document of length l attend to 1, 2, ..., l keys: sum of l(l+1)/2 over sum of l.
-    """
-    num_pairs = num_tokens = 0
-    for length in document_lengths:
-        num_pairs += length * (length + 1) // 2
-        num_tokens += length
-    return num_pairs / num_tokens if num_tokens else 0.0
+    """Return the mean number of keys per query, for documents whose tokens attend only to their own past."""
+    return mean_span(document_lengths)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from turbolm.plan.curriculum import Curriculum, Segment
-from turbolm.plan.flops import mean_causal_span
+from turbolm.plan.profile import mean_span as mean_document_span
 from turbolm.recipe.schema import Recipe
 
 
@@ -59,12 +59,17 @@ def run_out_notes(uses: Sequence[SourceUse]) -> list[str]:
     ]
 
 
-def mean_span(curriculum: Curriculum, store: StoreSize | None) -> float:
-    """Return the mean keys per query over the run, from the store's documents or else one document per sequence."""
+def mean_span(
+    curriculum: Curriculum, store: StoreSize | None, span_kind: str = "full", limit: int | None = None
+) -> float:
+    """Return the mean keys per query over the run, from the store's documents or else one document per sequence.
+
+    `span_kind` and `limit` are those of a layer that does not see all keys (`turbolm.plan.profile.LayerKind`).
+    """
     ends = [*(segment.first_token for segment in curriculum.segments[1:]), curriculum.tokens_seen(curriculum.num_steps)]
     total = 0.0
     for segment, end in zip(curriculum.segments, ends, strict=True):
-        total += (end - segment.first_token) * _segment_span(segment, store)
+        total += (end - segment.first_token) * _segment_span(segment, store, span_kind, limit)
     return total / ends[-1]
 
 
@@ -74,9 +79,12 @@ def constant_span(curriculum: Curriculum, store: StoreSize | None) -> float:
     return _segment_span(Segment(0, 0, (longest,), longest), store)
 
 
-def _segment_span(segment: Segment, store: StoreSize | None) -> float:
+def _segment_span(
+    segment: Segment, store: StoreSize | None, span_kind: str = "full", limit: int | None = None
+) -> float:
     if store is None:  # buckets are assumed to hold the same number of tokens
-        return sum(mean_causal_span([seq_len]) for seq_len in segment.seq_lens) / len(segment.seq_lens)
+        spans = [mean_document_span([seq_len], span_kind, limit) for seq_len in segment.seq_lens]
+        return sum(spans) / len(spans)
     slices: list[int] = []
     for length in store.sample_lengths:
         for seq_len in reversed(segment.seq_lens):
@@ -84,4 +92,4 @@ def _segment_span(segment: Segment, store: StoreSize | None) -> float:
             slices += [seq_len] * count
         if length:
             slices.append(length)
-    return mean_causal_span(slices)
+    return mean_document_span(slices, span_kind, limit)

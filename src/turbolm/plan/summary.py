@@ -12,11 +12,14 @@ from turbolm.errors import UserError
 from turbolm.plan.batch import BatchPlan
 from turbolm.plan.count import ModelFacts, ModelSize, examine_model
 from turbolm.plan.deepspeed import untested_note
+from turbolm.plan.fitting import Fit, examine_fit
 from turbolm.plan.flops import training_flops_per_token
+from turbolm.plan.footprint import Footprint
 from turbolm.plan.machine import Machine, cpu_request_note, described_machine, detect_machine, missing_package
 from turbolm.plan.memory import HostMemory, ModelState, estimate_host_memory, estimate_model_state, host_memory_note
 from turbolm.plan.plan import Plan, build_plan
 from turbolm.plan.preview import SourceUse, StoreSize, constant_span, mean_span, run_out_notes, source_uses
+from turbolm.plan.profile import ModelProfile
 from turbolm.plan.rates import step_rates
 from turbolm.plan.spans import check_spans, span_notes
 from turbolm.plan.suggestions import Suggestion, is_accepted, nearest_batch, suggest
@@ -58,6 +61,9 @@ class Summary:
     size: ModelSize | None
     cost: Cost
     memory: ModelState | None
+    profile: ModelProfile | None
+    footprint: Footprint | None  # None without a profile or a GPU
+    advice: tuple[str, ...]  # overrides with which the run fits, a set a line, if it does not
     gpu_memory_bytes: int | None
     host_memory: HostMemory | None
     learning_rate: tuple[tuple[int, float], ...]  # (tokens seen after the step, its rate), as in metrics.jsonl
@@ -146,6 +152,7 @@ class Summary:
             "parameters": asdict(self.size) if self.size else None,
             "cost": asdict(self.cost),
             "memory": {**asdict(self.memory), "device_bytes": self.memory.device_bytes} if self.memory else None,
+            "footprint": self._footprint(),
             "host_memory": asdict(self.host_memory) | {"total_bytes": self.host_memory.total_bytes}
             if self.host_memory
             else None,
@@ -156,6 +163,13 @@ class Summary:
             "notes": list(self.notes),
         }
 
+    def _footprint(self) -> dict[str, Any] | None:
+        if self.footprint is None or self.gpu_memory_bytes is None:
+            return None
+        found, gpu_bytes = self.footprint, self.gpu_memory_bytes
+        totals = {"counted_bytes": found.counted_bytes, "total_bytes": found.total_bytes}
+        return asdict(found) | totals | {"verdict": found.verdict(gpu_bytes), "fitting_overrides": list(self.advice)}
+
 
 def collect_summary(
     recipe: Recipe,
@@ -163,9 +177,12 @@ def collect_summary(
     overrides: Sequence[str],
     accelerate_config: AccelerateConfig,
     store: StoreSize | None = None,
+    *,
+    may_trace: bool = False,
 ) -> Summary:
     """Derive everything; `store` is the size of the recipe's store if it has been prepared.
 
+    With `may_trace` a model without a profile is traced if the run is on GPUs, which takes seconds the first time.
     Raises UserError with all problems, one per line.
     """
     problems: list[str] = []
@@ -174,12 +191,15 @@ def collect_summary(
     plan = _collect(problems, lambda: build_plan(recipe, machine))
     _collect(problems, lambda: check_spans(recipe))
     facts = _collect(problems, lambda: examine_model(recipe, recipe_file)) or ModelFacts(None, None)
-    memory, size = None, facts.size
+    memory, fit, size = None, Fit(), facts.size
     gpu_bytes = GPUS[recipe.cluster.gpu].memory_bytes if described and recipe.cluster.gpu else None
-    if plan is not None and size is not None:
+    if plan is not None and size is not None and facts.config is not None:
         memory = _state(plan, recipe.execution, size.total)
+        fit = examine_fit(plan, machine, facts.config, gpu_bytes, may_trace=may_trace)
         if gpu_bytes is not None and memory.device_bytes > gpu_bytes:
-            problems.append(_too_large(plan, memory, gpu_bytes, size.total))
+            problems += [_too_large(plan, memory, gpu_bytes, size.total), *fit.ways]
+        elif fit.is_refused(gpu_bytes):
+            problems += [fit.refusal(gpu_bytes), *fit.ways]
     if problems or plan is None:
         raise UserError("\n".join(f"{recipe_file}: {line}" for problem in problems for line in problem.splitlines()))
     host = _host_memory(plan, memory, size)
@@ -190,7 +210,7 @@ def collect_summary(
         cpu_request_note(recipe),
         host_memory_note(recipe, host) if host else None,
     )
-    notes = [*facts.assumed, *facts.notes, *(note for note in said if note), *_hang_notes(recipe.execution)]
+    notes = [*facts.assumed, *facts.notes, *fit.notes, *filter(None, said), *_hang_notes(recipe.execution)]
     return Summary(
         recipe_file=recipe_file,
         overrides=tuple(overrides),
@@ -198,8 +218,11 @@ def collect_summary(
         machine=machine,
         is_described=described is not None,
         size=size,
-        cost=_cost(plan, machine, facts.config, store, size),
+        cost=_cost(plan, machine, _flops_per_token(plan, facts, store, fit.profile), store),
         memory=memory,
+        profile=fit.profile,
+        footprint=fit.footprint,
+        advice=fit.ways,
         gpu_memory_bytes=gpu_bytes,
         host_memory=host,
         learning_rate=_learning_rate(plan),
@@ -245,14 +268,27 @@ def _too_large(plan: Plan, memory: ModelState, gpu_bytes: int, num_parameters: i
     return f"execution.zero_stage: {wanted}; use more GPUs{offload} or a smaller model"
 
 
-def _cost(
-    plan: Plan, machine: Machine, config: Mapping[str, Any] | None, store: StoreSize | None, size: ModelSize | None
-) -> Cost:
-    span = mean_span(plan.curriculum, store)
+def _flops_per_token(
+    plan: Plan, facts: ModelFacts, store: StoreSize | None, profile: ModelProfile | None
+) -> float | None:
+    """Return the training FLOPs of a token: of the profile, which knows windows and experts, or else by formula."""
+    if profile is not None:
+        pairs = sum(
+            kind.count
+            * kind.attention_flops_per_pair
+            * mean_span(plan.curriculum, store, kind.span_kind, kind.span_limit)
+            for kind in profile.layers
+        )
+        return 3 * (profile.matrix_flops_per_token + pairs)
     try:
-        per_token = training_flops_per_token(config, span, size) if config is not None else None
+        span = mean_span(plan.curriculum, store)
+        return training_flops_per_token(facts.config, span, facts.size) if facts.config is not None else None
     except ValueError:  # sizes without a formula, such as one per layer
-        per_token = None
+        return None
+
+
+def _cost(plan: Plan, machine: Machine, per_token: float | None, store: StoreSize | None) -> Cost:
+    span = mean_span(plan.curriculum, store)
     num_tokens = plan.curriculum.tokens_seen(plan.num_steps) + plan.random_restart_tokens
     total = None if per_token is None else per_token * num_tokens
     peak = peak_flops(machine.gpu_name, plan.precision) if plan.device == "cuda" else None

@@ -26,6 +26,7 @@ def render_summary(summary: Summary) -> str:
         ("data", _data(summary)),
         ("model", _model(summary)),
         ("model state on each process", _memory(summary)),
+        ("memory of each GPU", _footprint(summary)),
         ("host memory of each node", _host_memory(summary)),
         ("DeepSpeed configuration", json.dumps(summary.plan.ds_config, indent=2).splitlines()),
         ("Accelerate configuration", yaml.safe_dump(dict(summary.accelerate_config), sort_keys=False).splitlines()),
@@ -175,8 +176,36 @@ def _memory(summary: Summary) -> Iterator[str]:
         ("communication buckets", state.buckets),
     )
     of = f" of {format_bytes(summary.gpu_memory_bytes)}" if summary.gpu_memory_bytes else ""
-    yield f"{'together':<26}{format_bytes(state.device_bytes):>10}{of}; activations come on top"
+    yield f"{'together':<26}{format_bytes(state.device_bytes):>10}{of}" + (
+        "; activations come on top" if summary.footprint is None else ""
+    )
     yield from _sizes(("in the host memory", state.host_bytes))
+
+
+def _footprint(summary: Summary) -> Iterator[str]:
+    found, gpu_bytes = summary.footprint, summary.gpu_memory_bytes
+    if found is None or gpu_bytes is None:
+        return
+    bound = " (compiled code keeps fewer: an upper bound)" if found.is_upper_bound else ""
+    yield (
+        f"{found.verdict(gpu_bytes)}: {format_bytes(found.total_bytes)} of {format_bytes(gpu_bytes)}, "
+        f"{found.total_bytes / gpu_bytes:.0%}, at the {found.moment}{bound}"
+    )
+    yield from _sizes(
+        ("weights", found.weights),
+        ("gradients", found.gradients),
+        ("fp32 master weights", found.master),
+        ("optimizer moments", found.optimizer),
+        ("gathered weights, at most", found.gathered),
+        ("communication buckets", found.buckets),
+        ("saved activations", found.saved),
+        ("work of one layer", found.working),
+        ("logits and loss", found.loss),
+        ("CUDA and NCCL (assumed)", found.context),
+        ("fragmentation (assumed)", found.margin),
+    )
+    yield from _sizes(("in the host memory", found.offloaded))
+    yield from summary.advice
 
 
 def _host_memory(summary: Summary) -> Iterator[str]:

@@ -1,0 +1,110 @@
+"""Find the profile of a recipe's model: shipped, cached, or traced once in a separate process. Torch-free."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from turbolm.files import write_atomic
+from turbolm.plan.profile import ModelProfile
+from turbolm.recipe.contract import canonical_json
+from turbolm.recipe.model_config import is_dropout
+from turbolm.recipe.paths import use_path
+
+SHIPPED = Path(__file__).with_name(
+    "profiles.json"
+)  # of the recipes' models, by `profile_key`; `make profiles` writes it
+_TIMEOUT_SEC = 300
+_TRACERS = ("attention", "loss", "meter", "profile", "recompute", "stand_ins")
+
+
+def find_profile(
+    config: Mapping[str, Any], dropout: float, cache_dir: str | Path, *, may_trace: bool = True
+) -> tuple[ModelProfile | None, str]:
+    """Return the profile of the model that `config` describes, or None and why there is none.
+
+    `dropout` is that of the recipe, for settings that `config` does not name. Tracing takes about 10 s and needs torch;
+    the result, a refusal included, is cached under `cache_dir`.
+    """
+    request = profile_request(config, dropout)
+    shipped = _shipped().get(profile_key(request))
+    if shipped is not None:
+        return ModelProfile.from_dict(shipped), ""
+    if importlib.util.find_spec("torch") is None or importlib.util.find_spec("transformers") is None:
+        return None, "torch and transformers, which trace a model, are not installed here"
+    path = use_path(str(cache_dir), "execution.cache_dir") / "models" / f"{_cache_key(request)}.profile.json"
+    try:
+        return _parse(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        pass
+    if not may_trace:
+        return None, "not traced yet"
+    answer = _run_tracer(canonical_json(request))
+    found = _parse(answer)
+    try:
+        write_atomic(path, answer)
+    except OSError:
+        pass  # traced again next time
+    return found
+
+
+def profile_request(config: Mapping[str, Any], dropout: float) -> dict[str, Any]:
+    """Return what a profile depends on: the configuration, with the recipe's dropout where it names none."""
+    return {"config": dict(config), "dropout": 0.0 if any(map(is_dropout, config)) else dropout}
+
+
+def profile_key(request: Mapping[str, Any]) -> str:
+    """Return the key of a shipped profile."""
+    return hashlib.sha256(canonical_json(request).encode()).hexdigest()[:16]
+
+
+@cache
+def _shipped() -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(SHIPPED.read_text(encoding="utf-8"))
+    except OSError:
+        return {}
+    return found
+
+
+def _cache_key(request: Mapping[str, Any]) -> str:
+    versions = [importlib.metadata.version(name) for name in ("torch", "transformers")]
+    digest = hashlib.sha256(f"{versions} {canonical_json(request)}".encode())
+    for name in _TRACERS:
+        digest.update((Path(__file__).parent.parent / "models" / f"{name}.py").read_bytes())
+    digest.update(Path(__file__).with_name("profile.py").read_bytes())
+    return digest.hexdigest()[:32]
+
+
+def _run_tracer(request: str) -> str:
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "turbolm.models.profile"],
+            input=request,
+            capture_output=True,
+            text=True,
+            timeout=_TIMEOUT_SEC,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return json.dumps({"problem": f"tracing takes more than {_TIMEOUT_SEC} s"})
+    lines = done.stdout.splitlines()
+    if done.returncode == 0 and lines:
+        return lines[-1]
+    last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+    return json.dumps({"problem": f"the tracer failed: {last[:300]}"})
+
+
+def _parse(answer: str) -> tuple[ModelProfile | None, str]:
+    values = json.loads(answer)
+    if "problem" in values:
+        return None, str(values["problem"])
+    return ModelProfile.from_dict(values), ""
