@@ -21,7 +21,7 @@ from turbolm.recipe.load import load_recipe
 
 REPOSITORY = Path(__file__).parents[2]
 LLAMA_8B = str(REPOSITORY / "recipes/llama3.1-8b/pretrain/config.yaml")
-TOO_LARGE = ("execution.zero_stage=1", "execution.micro_batch=16k", "cluster.gpu=A100-40GB")
+TOO_LARGE = ("execution.zero_stage=1", "execution.micro_batch=16384", "cluster.gpu=A100-40GB")
 
 
 def summary_of(*overrides: str) -> Summary:
@@ -124,6 +124,6 @@ def test_every_second_layer_is_halfway() -> None:
 
 
 def test_compiled_code_is_an_upper_bound_and_is_not_refused() -> None:
-    found = summary_of("execution.compile=layers", "execution.micro_batch=16k", "cluster.gpu=A100-40GB")
+    found = summary_of("execution.compile=layers", "execution.micro_batch=16384", "cluster.gpu=A100-40GB")
     assert found.footprint is not None and found.footprint.is_upper_bound
     assert "an upper bound" in render_summary(found)

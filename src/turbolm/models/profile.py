@@ -234,8 +234,7 @@ def _fit_section(what: str, runs: list[Run], sections: list[Section]) -> Fitted:
 
 def _fit_peak(what: str, runs: list[Run], lists: list[list[float]]) -> Peak:
     """Fit the live bytes after each operator, and return those that are the worst for some micro-batch."""
-    if "chunks" in what:  # as many operators as chunks: those of the last one, when most is kept
-        length = len(lists[2]) - len(lists[0])
+    if "chunks" in what and (length := len(lists[2]) - len(lists[0])):  # those of the last chunk, when most is kept
         lists = [one[len(one) - length :] for one in lists]
     if len(set(map(len, lists))) > 1:
         raise CannotTrace(f"{what}: other operators for other shapes")
@@ -254,7 +253,7 @@ def _fit(what: str, runs: list[Run], values: list[float]) -> Cost:
     used = [0, 2, 3] if runs[0][2] else [0, 1, 2]  # chunks of the loss do not look at pairs
     solved = np.zeros(4)
     solved[used] = np.linalg.lstsq(terms[:-1, used] / 1024, np.array(values[:-1]) / 1024, rcond=None)[0]
-    cost = Cost(*(float(np.round(value, 6)) for value in solved))
+    cost = Cost(*(round(float(value), 3) + 0.0 for value in solved))
     expected = float(terms[-1] @ solved)
     if abs(expected - values[-1]) > _TOLERANCE * abs(values[-1]) + 4096:
         raise CannotTrace(f"{what} is not affine in tokens: {values[-1]:.6g} where {expected:.6g} was expected")

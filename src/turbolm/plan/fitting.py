@@ -80,22 +80,24 @@ def examine_fit(
 def ways_that_fit(
     recipe: Recipe, machine: Machine, profile: ModelProfile, gpu_bytes: int
 ) -> list[tuple[tuple[str, ...], Footprint]]:
-    """Return up to three sets of overrides with which the run FITS, cheapest first, each changing other keys."""
-    found: list[tuple[tuple[str, ...], Footprint]] = []
-    for changes in sorted(_candidates(recipe, machine), key=_cost):
-        keys = set(changes) - {"cost"}
-        if any(keys <= set(map(_key, overrides)) or keys >= set(map(_key, overrides)) for overrides, _ in found):
+    """Return up to three sets of overrides with which the run FITS, cheapest first; none is another one and more."""
+    found: list[tuple[dict[str, Any], Footprint]] = []
+    for _, changes in sorted(_candidates(recipe, machine), key=lambda one: (one[0], len(one[1]))):
+        if any(other.keys() == changes.keys() or other.items() <= changes.items() for other, _ in found):
             continue
         footprint = _try(recipe, machine, profile, changes)
         if footprint is not None and footprint.verdict(gpu_bytes) == "FITS":
-            found.append((tuple(f"{key}={_text(value)}" for key, value in changes.items() if key != "cost"), footprint))
+            found.append((changes, footprint))
         if len(found) == _NUM_WAYS:
             break
-    return found
+    return [
+        (tuple(f"{key}={str(value).lower()}" for key, value in changes.items()), footprint)
+        for changes, footprint in found
+    ]
 
 
-def _candidates(recipe: Recipe, machine: Machine) -> Iterator[dict[str, Any]]:
-    """Yield changes by dotted key, with what they are expected to cost."""
+def _candidates(recipe: Recipe, machine: Machine) -> Iterator[tuple[float, dict[str, Any]]]:
+    """Yield changes by dotted key, after what they are expected to cost."""
     execution, nodes = recipe.execution, recipe.cluster.num_nodes
     now = execution.activation_checkpointing
     modes = [mode for mode, cost in _RECOMPUTATION_COST.items() if cost > _RECOMPUTATION_COST.get(str(now), 3.0)]
@@ -118,27 +120,14 @@ def _candidates(recipe: Recipe, machine: Machine) -> Iterator[dict[str, Any]]:
             halvings = (micro // size).bit_length() - 1 if size else 0
             cost = _STAGE_COST * (stage - execution.zero_stage if stage else 0) + _MICRO_BATCH_COST * halvings
             cost += (_RECOMPUTATION_COST[mode] if mode else 0) + _OFFLOAD_COST * bool(offload)
-            yield {**kept, "cost": cost + _NODES_COST * (factor or 0)}
-
-
-def _cost(changes: dict[str, Any]) -> tuple[float, int]:
-    return changes["cost"], len(changes)
-
-
-def _key(override: str) -> str:
-    return override.partition("=")[0]
-
-
-def _text(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+            yield cost + _NODES_COST * (factor or 0), kept
 
 
 def _try(recipe: Recipe, machine: Machine, profile: ModelProfile, changes: dict[str, Any]) -> Footprint | None:
     sections: dict[str, Any] = {}
     for key, value in changes.items():
         section, _, name = key.partition(".")
-        if name:
-            sections.setdefault(section, {})[name] = value
+        sections.setdefault(section, {})[name] = value
     updated = {name: getattr(recipe, name).model_copy(update=values) for name, values in sections.items()}
     if not is_accepted(recipe, machine, **updated):
         return None
