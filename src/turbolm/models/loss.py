@@ -70,7 +70,8 @@ def chunked_linear_loss(
 def _chunk_tokens(num_rows: int, weight: torch.Tensor) -> int:
     """Rows of a chunk, which the planner knows too."""
     device = weight.device.type
-    return chunk_rows("chunked", num_rows, *weight.shape, device if device in CHUNK_LOGITS else "cuda")
+    vocab_size, width = weight.shape
+    return chunk_rows("chunked", num_rows, vocab_size, width, device if device in CHUNK_LOGITS else "cuda")
 
 
 class _ChunkedLinearLoss(torch.autograd.Function):

@@ -13,7 +13,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -31,7 +31,18 @@ from turbolm.models.meter import AROUND, LOSS, Meter, Section, metered
 from turbolm.models.recompute import apply_activation_checkpointing
 from turbolm.models.size import count_idle, expert_parameters
 from turbolm.models.stand_ins import FLASH, loss_chunks, stand_ins
-from turbolm.plan.profile import Activations, Cost, LayerKind, Loss, LossBytes, ModelProfile, Peak, Tensor, TensorKind
+from turbolm.plan.profile import (
+    Activations,
+    Cost,
+    Kernel,
+    LayerKind,
+    Loss,
+    LossBytes,
+    ModelProfile,
+    Peak,
+    Tensor,
+    TensorKind,
+)
 from turbolm.recipe.model_config import is_dropout
 
 _SHAPES = ((2, 512), (2, 1024), (4, 512))  # sequences x tokens
@@ -44,7 +55,13 @@ _GRID = [(tokens, seq_len, rows) for tokens in (2**k for k in range(8, 19)) for 
 _DTYPES = {2: torch.bfloat16, 4: torch.float32}
 _RECOMPUTATIONS = ("none", "selective", "full")
 _MEASURED = ("saved", "head_width", "matrix_flops", "forward_bytes", "backward_bytes")
-_SPANS = {"sliding_attention": "window", "chunked_attention": "chunk", "full_attention": "full", "attention": "full"}
+Span = Literal["full", "window", "chunk", "none"]
+_SPANS: dict[str, Span] = {
+    "sliding_attention": "window",
+    "chunked_attention": "chunk",
+    "full_attention": "full",
+    "attention": "full",
+}
 
 _NAMES = {AROUND: "around the layers", LOSS: "the loss"}
 Build = Callable[[str, torch.dtype], PreTrainedModel]
@@ -98,10 +115,10 @@ def _profile(config: PreTrainedConfig) -> ModelProfile:
     return profile
 
 
-def _kernels(config: PreTrainedConfig) -> tuple[str, ...]:
+def _kernels(config: PreTrainedConfig) -> tuple[Kernel, ...]:
     """Return the kernels to trace: a model without sdpa computes attention itself on a CPU."""
     supports = AutoModelForCausalLM._model_mapping[type(config)]
-    plain = "sdpa" if supports._supports_sdpa else "eager"
+    plain: Kernel = "sdpa" if supports._supports_sdpa else "eager"
     return ("flash", plain) if supports._supports_attention_backend else (plain,)
 
 
@@ -136,7 +153,7 @@ def _layer_type(config: PreTrainedConfig, layer: nn.Module, number: int) -> str:
     return str(types[number]) if types and number < len(types) else type(layer).__name__
 
 
-def _span(config: PreTrainedConfig, layer: nn.Module, number: int) -> tuple[str, int | None]:
+def _span(config: PreTrainedConfig, layer: nn.Module, number: int) -> tuple[Span, int | None]:
     """Return what limits the keys of a layer's queries, as its modules and its type say."""
     text = config.get_text_config()
     kind = _SPANS.get(_layer_type(config, layer, number))
@@ -226,10 +243,9 @@ def _trace(model: PreTrainedModel, kernel: str, num_sequences: int, seq_len: int
 def _fit_section(what: str, runs: list[Run], sections: list[Section]) -> Fitted:
     """Fit what a section takes in each run. Raises CannotTrace where it is not affine."""
     costs = {name: _fit(f"{name} of {what}", runs, [vars(one)[name] for one in sections]) for name in _MEASURED}
-    peaks = {"forward_peak": Peak(()), "backward_peak": _fit_peak(what, runs, [one.backward_live for one in sections])}
-    if "loss" in what:
-        peaks["forward_peak"] = _fit_peak(what, runs, [one.forward_live for one in sections])
-    return Fitted(**costs, **peaks)
+    forward = _fit_peak(what, runs, [one.forward_live for one in sections]) if "loss" in what else Peak(())
+    backward = _fit_peak(what, runs, [one.backward_live for one in sections])
+    return Fitted(**costs, forward_peak=forward, backward_peak=backward)
 
 
 def _fit_peak(what: str, runs: list[Run], lists: list[list[float]]) -> Peak:

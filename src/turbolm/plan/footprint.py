@@ -8,7 +8,7 @@ around. Activations are those of eager code, so for compiled models they are an 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from turbolm.plan.memory import ModelState, estimate_model_state
@@ -92,17 +92,16 @@ def estimate_footprint(plan: Plan, profile: ModelProfile) -> Footprint:
         )
     )
     late = (
-        _moment(plan, state, None, "end of the backward pass", state.gradients, working, 0.0)
+        _moment(plan, state, replace(found, saved=0.0), "end of the backward pass", state.gradients, working, 0.0)
         for working in (found.first + found.working, found.around)
     )
     return max((*moments, *late), key=lambda one: one.total_bytes)
 
 
 def _moment(
-    plan: Plan, state: ModelState, found: Activations | None, name: str, gradients: int, working: float, loss: float
+    plan: Plan, state: ModelState, found: Activations, name: str, gradients: int, working: float, loss: float
 ) -> Footprint:
-    saved = found.saved if found else 0.0
-    moving = gradients + state.gathered + state.buckets + saved + working + loss
+    moving = gradients + state.gathered + state.buckets + found.saved + working + loss
     on_gpu = plan.device == "cuda"
     return Footprint(
         moment=name,
@@ -112,12 +111,12 @@ def _moment(
         optimizer=state.optimizer,
         gathered=state.gathered,
         buckets=state.buckets,
-        saved=round(saved),
+        saved=round(found.saved),
         working=round(working),
         loss=round(loss),
         context=(CONTEXT_BYTES + NCCL_BYTES * (plan.world_size > 1)) if on_gpu else 0,
         margin=round(FRAGMENTATION * moving) if on_gpu else 0,
-        offloaded=round(found.offloaded) if found else 0,
+        offloaded=round(found.offloaded),
         is_upper_bound=plan.recipe.execution.compile != "none",
     )
 
