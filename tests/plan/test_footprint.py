@@ -127,3 +127,9 @@ def test_compiled_code_is_an_upper_bound_and_is_not_refused() -> None:
     found = summary_of("execution.compile=layers", "execution.micro_batch=16384", "cluster.gpu=A100-40GB")
     assert found.footprint is not None and found.footprint.is_upper_bound
     assert "an upper bound" in render_summary(found)
+
+
+def test_a_way_to_run_that_was_not_traced_is_noted() -> None:
+    found = summary_of("execution.attention=eager")
+    assert found.footprint is None
+    assert [note for note in found.notes if note.startswith("activations are not estimated: the model was not traced")]

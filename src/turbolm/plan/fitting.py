@@ -66,8 +66,9 @@ def examine_fit(
         return Fit(profile, notes=notes)
     try:
         footprint = estimate_footprint(plan, profile)
-    except KeyError as error:
-        return Fit(profile, notes=(f"activations are not estimated: not traced with {error.args[0]}",))
+    except KeyError:
+        way = f"{execution.attention} attention, {execution.activation_checkpointing} recomputation, {plan.precision}"
+        return Fit(profile, notes=(f"activations are not estimated: the model was not traced with {way}",))
     if footprint.verdict(gpu_bytes) != "DOES NOT FIT":
         return Fit(profile, footprint)
     ways = (
