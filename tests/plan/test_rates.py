@@ -6,9 +6,9 @@ import json
 from typing import Any
 
 import pytest
-from tests.fixtures.record import FOLDER
 from typer.testing import CliRunner
 
+from tests.fixtures.record import FOLDER
 from turbolm.cli import app
 from turbolm.plan.machine import Machine
 from turbolm.plan.plan import build_plan

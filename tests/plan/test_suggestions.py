@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tests.train.harness import make_recipe
 
+from tests.train.harness import make_recipe
 from turbolm.errors import UserError
 from turbolm.plan.machine import check_machine, detect_machine, missing_package
 from turbolm.plan.suggestions import suggest

@@ -1,0 +1,448 @@
+"""The collectives of one training step, and the bytes that each process sends for them. Torch-free.
+
+As DeepSpeed 0.19.8 issues them with the bases of ds_configs/ (read from runtime/engine.py, bf16_optimizer.py,
+zero/stage_1_and_2.py, zero/stage3.py and zero/partitioned_param_coordinator.py), with this project's own beside them.
+`benchmarks/traffic.py` and tests/plan/test_traffic.py compare this with the operators of real steps.
+
+Bytes sent follow the ring algorithms (NCCL's for large messages; Thakur, Rabenseifner and Gropp 2005): of a message of
+B bytes each of n ranks sends 2 (n-1)/n B in an all-reduce, and (n-1)/n B in a reduce-scatter or all-gather. The ring
+passes through the ranks in order, so that it enters and leaves each node once; a mean over ranks is given, of which the
+part between nodes leaves a node through its ranks together. Trees and in-network reduction send less between nodes.
+
+Not counted: evaluations, checkpoints, comparisons of replicas, and the first steps, in which ZeRO-3 compares the order
+of its modules over the ranks.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import groupby
+from typing import Any, Literal, Protocol
+
+from turbolm.plan.plan import Plan
+from turbolm.recipe.optimizers import Optimizer
+from turbolm.units import format_bytes
+
+Kind = Literal["all_reduce", "reduce_scatter", "all_gather", "all_to_all"]
+_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "int64": 8, "int8": 1, "uint8": 1}
+_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+_FLATTENED_ELEMENTS = 500_000_000  # MEMORY_OPT_ALLREDUCE_SIZE: stage 0, and stage 1 in bf16
+_ALIGNMENT = 2  # elements of each rank's part of a flat group at stages 1 and 2: nccl_start_alignment_factor
+_DECAYED = ("matrix", "expert", "head")
+_MULTIPLIERS = {"embedding": "embeddings", "head": "head", "matrix": "matrices", "expert": "matrices"}
+
+
+class Tensor(Protocol):
+    """A parameter, as `plan.profile.Tensor`. Convolutions count as matrices, which matters to Muon alone."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def kind(self) -> str: ...  # embedding, head, matrix, expert or vector
+
+
+@dataclass(frozen=True)
+class Collective:
+    """A message that all ranks of a group exchange.
+
+    `bytes` is the larger side of the operator, on the rank where it is largest: what is reduced or gathered in full.
+    `calls` is a mean over steps. ZeRO-3 cuts what it gathers as its prefetcher sees fit, so that there a call is a pass
+    through the model, and not a message.
+    """
+
+    kind: Kind
+    bytes: int
+    dtype: str
+    calls: float  # a step
+    group: Literal["world", "partition", "host"]  # partition: that of hpZ, of consecutive ranks; host: through gloo
+    ranks: int  # in the group
+    what: str
+    sent_inside: float  # bytes to ranks of the same node, in one call, mean over ranks
+    sent_between: float  # bytes to other nodes
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """All collectives of a step, and their sums: bytes that a rank sends in a step, mean over ranks."""
+
+    collectives: tuple[Collective, ...]
+    inside_bytes: float
+    between_bytes: float
+    node_bytes: float  # sent by all ranks of a node together to other nodes
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain JSON types."""
+        return asdict(self)
+
+
+def step_traffic(tensors: Sequence[Tensor], plan: Plan) -> Traffic:
+    """Return the collectives of a step of `plan` and the bytes sent.
+
+    `tensors` are the parameters in the order of `named_parameters`.
+    """
+    found = collectives(tensors, plan)
+    inside = sum(one.calls * one.sent_inside for one in found)
+    between = sum(one.calls * one.sent_between for one in found)
+    return Traffic(found, inside, between, between * plan.processes_per_node)
+
+
+def collectives(tensors: Sequence[Tensor], plan: Plan) -> tuple[Collective, ...]:
+    """Return the collectives of a step, largest first; none for a single process."""
+    if plan.world_size == 1:
+        return ()
+    step = _Step(tensors, plan)
+    stage = plan.recipe.execution.zero_stage
+    of_stage = (_whole, _flattened, _flattened, _sharded)[stage]
+    found = [*of_stage(step), *_of_optimizer(step), *_own(step)]
+    calls: dict[Collective, float] = defaultdict(float)
+    for one in found:
+        calls[replace(one, calls=0.0)] += one.calls
+    summed = [replace(one, calls=number) for one, number in calls.items() if one.bytes]
+    return tuple(sorted(summed, key=lambda one: -one.bytes * one.calls))
+
+
+class _Step:
+    """What the collectives depend on, and how one is written down."""
+
+    def __init__(self, tensors: Sequence[Tensor], plan: Plan):
+        self.tensors, self.plan, self.recipe = tensors, plan, plan.recipe
+        self.world_size, self.per_node = plan.world_size, min(plan.processes_per_node, plan.world_size)
+        self.zero: Mapping[str, Any] = plan.ds_config["zero_optimization"]
+        self.groups = _optimizer_groups(tensors, plan.recipe.optimizer)
+        self.weights_in = _DTYPES[plan.precision]
+        self.reduced_in = _DTYPES[plan.ds_config["communication_data_type"]]
+        self.micro_batches = plan.batch.gradient_accumulation_steps
+        self._shares: dict[int, float] = {}
+
+    def ring(
+        self, kind: Kind, elements: int, dtype: str, what: str, calls: float = 1, ranks: int | None = None
+    ) -> Collective:
+        """Return a collective of all ranks, or of every `ranks` consecutive ones."""
+        size, num_bytes = ranks or self.world_size, elements * _BYTES[dtype]
+        sent = (2 if kind == "all_reduce" else 1) * (size - 1) / size * num_bytes
+        between = sent * self._leaving_share(size)
+        group: Literal["world", "partition"] = "world" if ranks is None else "partition"
+        return Collective(kind, num_bytes, dtype, calls, group, size, what, sent - between, between)
+
+    def host(self, elements: int, dtype: str, what: str, calls: float = 1) -> Collective:
+        """Return an all-reduce of all ranks through gloo, over the hosts' network."""
+        return replace(self.ring("all_reduce", elements, dtype, what, calls), group="host")
+
+    def _leaving_share(self, size: int) -> float:
+        """Return the share of links of rings of `size` consecutive ranks that leave a node."""
+        if size not in self._shares:
+            node = [rank // self.per_node for rank in range(self.world_size)]
+            following = (rank + 1 if (rank + 1) % size else rank + 1 - size for rank in range(self.world_size))
+            leaving = sum(node[rank] != node[other] for rank, other in enumerate(following))
+            self._shares[size] = leaving / self.world_size
+        return self._shares[size]
+
+
+def _optimizer_groups(tensors: Sequence[Tensor], optimizer: Optimizer) -> list[list[Tensor]]:
+    """Return the parameter groups of `optim.groups.build_param_groups`."""
+    groups: dict[tuple[bool, bool, float], list[Tensor]] = defaultdict(list)
+    for tensor in tensors:
+        is_orthogonal = optimizer.is_orthogonal and tensor.kind in ("matrix", "expert")
+        lr_scale = getattr(optimizer.lr_multipliers, _MULTIPLIERS.get(tensor.kind, "vectors"))
+        groups[not is_orthogonal, tensor.kind not in _DECAYED, lr_scale].append(tensor)
+    return [groups[key] for key in sorted(groups)]
+
+
+def _whole(step: _Step) -> Iterator[Collective]:
+    """Stage 0: gradients are all-reduced where they are, at the update."""
+    for elements in _until_above(map(_numel, step.tensors), _FLATTENED_ELEMENTS):
+        yield step.ring("all_reduce", elements, step.reduced_in, "gradients")
+    if step.recipe.train.max_grad_norm:
+        yield step.ring("all_reduce", 1, "float32", "gradient norm")  # of a mean: every rank has it already
+
+
+def _flattened(step: _Step) -> Iterator[Collective]:
+    """Stages 1 and 2: each group of the optimizer is one flat tensor, of which each rank owns a part."""
+    execution, precision = step.recipe.execution, step.plan.precision
+    padded = [_padded(sum(map(_numel, group)), _ALIGNMENT * step.world_size) for group in step.groups]
+    for elements in padded:
+        yield step.ring("all_gather", elements, step.weights_in, "weights")
+    if execution.zero_stage == 1 and precision == "bf16" and not execution.offload_optimizer:  # BF16_Optimizer
+        for elements in _until_above(padded, _FLATTENED_ELEMENTS):
+            yield step.ring("all_reduce", elements, step.reduced_in, "gradients")
+        return  # every rank has all gradients, so their norm takes no message
+    # Stage 2 reduces every micro-batch, stage 1 the accumulated gradients.
+    passes = step.micro_batches if execution.zero_stage == 2 else 1
+    for elements in _bucket_messages(step, padded):
+        yield step.ring("all_reduce", elements, step.reduced_in, "gradients", passes)
+    yield step.ring("all_reduce", 1, "float32", "gradient norm", len(step.groups))
+    if precision != "fp32":
+        yield step.ring("all_reduce", 1, "uint8", "overflow flag")
+
+
+def _bucket_messages(step: _Step, padded: Sequence[int]) -> Iterator[int]:
+    """Return the elements of each all-reduce of one pass at stages 1 and 2.
+
+    A gradient larger than the bucket goes alone, in the parts that its owners get, as many as exceed the bucket.
+    """
+    limit = int(step.zero["reduce_bucket_size"])
+    starts: dict[str, tuple[int, int]] = {}  # offset in the flat group, and elements of each rank's part of it
+    for group, total in zip(step.groups, padded, strict=True):
+        offset = 0
+        for tensor in group:
+            starts[tensor.name] = offset, total // step.world_size
+            offset += _numel(tensor)
+    arrives_late = step.recipe.execution.zero_stage == 1 and not step.zero["overlap_comm"]
+    order = [tensor for group in step.groups for tensor in group] if arrives_late else backward_order(step.tensors)
+    for bucket in _buckets(order, limit):
+        if len(bucket) > 1 or _numel(bucket[0]) <= limit:
+            yield sum(map(_numel, bucket))
+            continue
+        start, part = starts[bucket[0].name]
+        end = start + _numel(bucket[0])
+        cuts = [start, *range(part * (start // part + 1), end, part), end]
+        yield from _until_above([b - a for a, b in zip(cuts, cuts[1:], strict=False)], limit)
+
+
+def _sharded(step: _Step) -> Iterator[Collective]:
+    """Stage 3: each rank holds a part of every parameter; large ones are gathered to be used.
+
+    Once in each forward and each backward pass: DeepSpeed would keep a parameter that is used again within
+    `stage3_max_reuse_distance`, but it remembers what it released in the forward passes that check the isolation of
+    documents, where no backward pass follows. Recomputation gathers nothing more.
+    """
+    execution, world_size = step.recipe.execution, step.world_size
+    threshold = int(step.zero["stage3_param_persistence_threshold"])
+    cut = [tensor for tensor in step.tensors if _numel(tensor) > threshold]
+    gathered = sum(_padded(_numel(tensor), world_size) for tensor in cut)
+    dtype = "int8" if execution.quantized_weights else step.weights_in  # qwZ: with scales, which are left out here
+    within = execution.hierarchical_partition
+    passes = 2 * step.micro_batches
+    # hpZ: the first pass after an update makes the second copy, from which all others gather.
+    yield step.ring("all_gather", gathered, dtype, "weights", 1 if within else passes)
+    if within:
+        yield step.ring("all_gather", gathered, dtype, "weights", passes - 1, ranks=within)
+    again = _gathered_twice(step, cut)
+    yield step.ring("all_gather", again, dtype, "weights", step.micro_batches, ranks=within)
+    for tensor in step.tensors:
+        if _numel(tensor) <= threshold:
+            yield step.ring("all_gather", _padded(_numel(tensor), world_size), step.weights_in, "small weights")
+    for bucket in _buckets(backward_order(step.tensors), int(step.zero["reduce_bucket_size"])):
+        yield from _reduced(step, bucket)
+    num_norms = sum(len(_sub_groups(step, group)) for group in step.groups)
+    norm_in = "float32" if execution.offload_optimizer else "float64"
+    yield step.ring("all_reduce", 1, norm_in, "gradient norm", num_norms)
+    if step.plan.precision == "fp16":
+        yield step.ring("all_reduce", 1, "uint8", "overflow flag")
+
+
+def _reduced(step: _Step, bucket: Sequence[Tensor]) -> Iterator[Collective]:
+    """Return how stage 3 reduces a bucket of gradients. qgZ (not run by any test) does so in 4 bits between nodes."""
+    quantized: list[Tensor] = []
+    if step.recipe.execution.quantized_gradients and step.per_node < step.world_size:
+        quantized = [t for t in bucket if len(t.shape) > 1 and _numel(t) % (2 * step.world_size) == 0]
+    for tensor in quantized:  # all-to-all of 4-bit values inside the node, then of the sums between nodes; no scales
+        half, calls = _numel(tensor) // 2, step.micro_batches
+        inside = half * (step.per_node - 1) / step.per_node
+        nodes = step.world_size // step.per_node
+        yield Collective("all_to_all", half, "int8", calls, "partition", step.per_node, "gradients", inside, 0.0)
+        sums = half // step.per_node
+        yield Collective(
+            "all_to_all", sums, "int8", calls, "world", nodes, "gradients", 0.0, sums * (nodes - 1) / nodes
+        )
+    elements = sum(_padded(_numel(tensor), step.world_size) for tensor in bucket if tensor not in quantized)
+    yield step.ring("reduce_scatter", elements, step.reduced_in, "gradients", step.micro_batches)
+
+
+def _gathered_twice(step: _Step, cut: Sequence[Tensor]) -> int:
+    """Return the elements that a forward pass gathers again: a tied head, where the layers exceed what is kept."""
+    tied = [] if any(tensor.kind == "head" for tensor in step.tensors) else [t for t in cut if t.kind == "embedding"]
+    layers = sum(map(_numel, step.tensors)) - sum(_numel(tensor) for tensor in tied)
+    if not tied or layers < int(step.zero["stage3_max_reuse_distance"]):
+        return 0
+    return _padded(_numel(tied[0]), step.world_size)
+
+
+def _sub_groups(step: _Step, group: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Cut a group of stage 3 where the elements on a rank reach `sub_group_size`; each is one flat tensor there."""
+    found: list[list[Tensor]] = [[]]
+    held = 0
+    for tensor in group:
+        if held >= int(step.zero["sub_group_size"]):
+            found.append([])
+            held = 0
+        found[-1].append(tensor)
+        held += -(-_numel(tensor) // step.world_size)
+    return found
+
+
+def _of_optimizer(step: _Step) -> Iterator[Collective]:
+    """Messages of our optimizers that need to know whole matrices, at stages 1 to 3."""
+    stage, name = step.recipe.execution.zero_stage, step.recipe.optimizer.name
+    if stage == 0 or name not in ("muon", "cautious_adamw"):
+        return
+    for group in step.groups:
+        for flat in _sub_groups(step, group) if stage == 3 else [group]:
+            if name == "cautious_adamw":  # kept elements and all, of every tensor of the group
+                yield step.ring("all_reduce", 2 * len(group), "float64", "optimizer")
+            elif group[0].kind in ("matrix", "expert"):
+                yield from _muon_exchange(step, flat)
+
+
+def _muon_exchange(step: _Step, flat: Sequence[Tensor]) -> Iterator[Collective]:
+    """Return the two exchanges of `optim.muon`: parts of each matrix to the rank that orthogonalizes it, and back."""
+    holders = {tensor.name: parts for tensor, parts in zip(flat, _parts(step, flat), strict=True)}
+    owners = matrix_owners({tensor.name: tensor.shape for tensor in flat}, holders)
+    held, owned = [0] * step.world_size, [0] * step.world_size
+    inside = between = 0
+    for name, parts in holders.items():
+        owner = owners[name]
+        owned[owner] += sum(parts.values())
+        for rank, elements in parts.items():
+            held[rank] += elements
+            if rank // step.per_node != owner // step.per_node:
+                between += elements
+            elif rank != owner:
+                inside += elements
+    dtype = "float32" if step.plan.precision == "fp32" else "bfloat16"
+    size = _BYTES[dtype]
+    for largest in (max(held), max(owned)):
+        sent = (size * inside / step.world_size, size * between / step.world_size)
+        yield Collective("all_to_all", size * largest, dtype, 1, "world", step.world_size, "optimizer", *sent)
+
+
+def _parts(step: _Step, flat: Sequence[Tensor]) -> Iterator[dict[int, int]]:
+    """Return how many elements of each tensor of a flat one are on each rank that has any."""
+    if step.recipe.execution.zero_stage == 3:
+        for tensor in flat:
+            numel = _numel(tensor)
+            part = -(-numel // step.world_size)
+            yield {rank: min(part, numel - rank * part) for rank in range(-(-numel // part))}
+        return
+    part = _padded(sum(map(_numel, flat)), _ALIGNMENT * step.world_size) // step.world_size
+    start = 0
+    for tensor in flat:
+        end = start + _numel(tensor)
+        ranks = range(start // part, (end - 1) // part + 1)
+        yield {rank: min(end, (rank + 1) * part) - max(start, rank * part) for rank in ranks}
+        start = end
+
+
+def matrix_owners(shapes: Mapping[str, Sequence[int]], holders: Mapping[str, Mapping[int, int]]) -> dict[str, int]:
+    """Return the rank that orthogonalizes each matrix under Muon; every rank computes the same.
+
+    `holders` has the elements of each matrix on each rank. A matrix goes to a rank that has at least half as much of it
+    as the one with most, and of these to the one with the least work so far.
+    """
+    owners: dict[str, int] = {}
+    load: dict[int, float] = defaultdict(float)
+    for name, parts in holders.items():
+        most = max(parts.values())
+        owner = min((rank for rank, numel in parts.items() if 2 * numel >= most), key=lambda rank: load[rank])
+        owners[name] = owner
+        load[owner] += math.prod(shapes[name]) * min(shapes[name][-2:])  # the cost of a Newton-Schulz iteration
+    return owners
+
+
+def _own(step: _Step) -> Iterator[Collective]:
+    """This project's own messages, all tiny: they cost their latency."""
+    recipe, every = step.recipe, step.recipe.logging.every_steps
+    yield step.host(2, "int64", "agreement on targets and stops")
+    if recipe.execution.zero_stage == 0 or recipe.anomalies.spikes != "off":
+        yield step.ring("all_reduce", 2, "float64", "watch for anomalies")
+    # Losses of the steps; times of the ranks, which take at least 10 steps; peak memory. Routers add theirs.
+    yield step.host(every + (2 * step.world_size if every >= 10 else 0), "float64", "metrics", 1 / every)
+    yield step.host(1, "int64", "metrics", 1 / every)
+
+
+def backward_order(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return the parameters as their gradients arrive: in reverse order of use.
+
+    The order of use is that of `named_parameters`, but in layers whose parameters all have the names that most models
+    give them, where norms are defined last.
+    """
+    used: list[Tensor] = []
+    for layer, members in groupby(tensors, key=lambda tensor: _layer(tensor.name)):
+        known = list(members)
+        places = [_place(tensor.name.removeprefix(layer)) for tensor in known]
+        if None not in places:
+            known = [tensor for _, tensor in sorted(zip(places, known, strict=True), key=lambda pair: pair[0] or 0)]
+        used += known
+    return used[::-1]
+
+
+def _layer(name: str) -> str:
+    found = _LAYER.match(name)
+    return found.group() if found else ""
+
+
+def _place(name: str) -> int | None:
+    return next((place for place, start in enumerate(_USED_IN_ORDER) if name.startswith(start)), None)
+
+
+_LAYER = re.compile(r".*?\.\d+\.")
+_USED_IN_ORDER = (
+    "input_layernorm",
+    *(f"self_attn.{part}" for part in ("q_proj", "q_norm", "k_proj", "k_norm", "v_proj", "o_proj")),
+    "post_attention_layernorm",
+    "pre_feedforward_layernorm",
+    *(f"mlp.{part}" for part in ("gate.", "experts.", "gate_proj", "up_proj", "down_proj")),
+    "post_feedforward_layernorm",
+)
+
+
+def _buckets(tensors: Iterable[Tensor], limit: int) -> Iterator[list[Tensor]]:
+    """Cut gradients into buckets as they arrive: one that would exceed `limit` elements starts the next bucket."""
+    bucket: list[Tensor] = []
+    filled = 0
+    for tensor in tensors:
+        if bucket and filled + _numel(tensor) > limit:
+            yield bucket
+            bucket, filled = [], 0
+        bucket.append(tensor)
+        filled += _numel(tensor)
+    if bucket:
+        yield bucket
+
+
+def _until_above(sizes: Iterable[int], limit: int) -> Iterator[int]:
+    """Add up sizes, and cut where the sum exceeds `limit`."""
+    total = 0
+    for size in sizes:
+        total += size
+        if total > limit:
+            yield total
+            total = 0
+    if total:
+        yield total
+
+
+def _numel(tensor: Tensor) -> int:
+    return math.prod(tensor.shape)
+
+
+def _padded(elements: int, multiple: int) -> int:
+    return -(-elements // multiple) * multiple
+
+
+def traffic_lines(traffic: Traffic) -> Iterator[str]:
+    """Return the lines of `turbolm plan`: what is sent for what, and the sums."""
+    if not traffic.collectives:
+        return
+    sent: dict[tuple[str, str], float] = defaultdict(float)
+    for one in traffic.collectives:
+        sent[one.what, one.kind] += one.calls * (one.sent_inside + one.sent_between)
+    small = 0.0
+    for (what, kind), num_bytes in sent.items():
+        if num_bytes < 2**20:
+            small += num_bytes
+            continue
+        yield f"{f'{what} ({kind})':<26}{format_bytes(round(num_bytes)):>10}"
+    if small:
+        yield f"{'small messages':<26}{format_bytes(round(small)):>10}"
+    inside, between, node = (
+        format_bytes(round(number)) for number in (traffic.inside_bytes, traffic.between_bytes, traffic.node_bytes)
+    )
+    leaves = f", {between} to other nodes ({node} out of each node)" if traffic.between_bytes else ""
+    yield f"{'together':<26}{inside:>10} inside the node{leaves}"
