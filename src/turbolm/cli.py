@@ -238,6 +238,25 @@ def doctor(
 
 
 @app.command()
+def calibrate(
+    recipe: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[RECIPE]", help="whose model is measured as well", callback=lambda v: v and find_recipe(v)
+        ),
+    ] = None,
+    overrides: Overrides = None,
+    seconds: Annotated[float, Option(min=1, help="how long to measure, after everything is built")] = 45,
+    clock: Annotated[Literal["wall", "cpu"], Option(help="cpu: measure processor time, for a shared machine")] = "wall",
+) -> None:
+    """Measure how fast this node computes, and keep it for the times that `turbolm plan` shows."""
+    from turbolm.launch.calibrate import calibrate as measure
+    from turbolm.launch.calibrate import calibration_lines
+
+    print("\n".join(calibration_lines(measure(recipe, overrides or (), seconds, clock))))
+
+
+@app.command()
 def stop(run: RunFolder) -> None:
     """Ask a run to save and stop, whatever it does now; a Slurm job that waits in the queue will not train it."""
     from turbolm.launch.status import stop_run
