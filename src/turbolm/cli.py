@@ -95,6 +95,11 @@ def plan(
     overrides: Overrides = None,
     as_json: Annotated[bool, Option("--json", help="one JSON object with stable keys")] = False,
     steps: Annotated[bool, Option("--steps", help="one JSON object per step, with its learning rate")] = False,
+    search: Annotated[bool, Option("--search", help="rank other execution plans for the same contract")] = False,
+    gpus: Annotated[int | None, Option(min=1, help="with --search: GPUs to use; default: the recipe's")] = None,
+    deadline: Annotated[str | None, Option(help="with --search: such as 3d; the cheapest run in time is best")] = None,
+    budget_usd: Annotated[float | None, Option(min=0, help="with --search: the most a run may cost")] = None,
+    project: Annotated[bool, Option("--project", help="tables of strong and weak scaling to 16,384 GPUs")] = False,
 ) -> None:
     """Show what a recipe will run, for the machines it describes or for this one."""
     from turbolm.launch.local import accelerate_config
@@ -104,6 +109,11 @@ def plan(
     from turbolm.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
+    if search or project:
+        from turbolm.plan.explore import Asked, explore
+
+        print("\n".join(explore(loaded, recipe, overrides or (), Asked(search, gpus, deadline, budget_usd, project))))
+        return
     summary = collect_summary(loaded, recipe, overrides or (), accelerate_config, _store_size(loaded), may_trace=True)
     if steps:
         for step in preview_steps(summary.plan):

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
+from turbolm.plan.footprint import used_kernel
 from turbolm.plan.machine import Machine
-from turbolm.plan.machine_rates import Rates, assumed_rates, kind_of, read_rates
+from turbolm.plan.machine_rates import OFFLOADED_SEC, Rates, assumed_rates, kind_of, read_rates
 from turbolm.plan.plan import Plan
-from turbolm.plan.profile import Kernel, ModelProfile, Recomputation
-from turbolm.plan.time import Bill, Exchange, StepWork, Window, bill, step_time
-from turbolm.plan.work import Amounts, Shape, add, micro_batch_amounts, scale
+from turbolm.plan.profile import ModelProfile, Recomputation
+from turbolm.plan.time import Bill, Exchange, StepWork, Window, bill, step_time, time_lines
+from turbolm.plan.traffic import Collective, collectives
+from turbolm.plan.work import Amounts, Shape, Unit, add, micro_batch_amounts, scale
 from turbolm.recipe.gpus import find_gpu, peak_flops
 
 # Bytes read and written for a weight. Of each process's share at an update: gradient norm 4, clipping 8, AdamW 28, the
@@ -28,25 +30,6 @@ _RECOMPUTATION: dict[str, Recomputation] = {
 }
 
 
-class Message(Protocol):
-    """A collective of a step, as `plan.traffic.Collective`."""
-
-    @property
-    def kind(self) -> str: ...
-    @property
-    def bytes(self) -> int: ...
-    @property
-    def calls(self) -> float: ...
-    @property
-    def ranks(self) -> int: ...
-    @property
-    def what(self) -> str: ...
-    @property
-    def sent_inside(self) -> float: ...
-    @property
-    def sent_between(self) -> float: ...
-
-
 @dataclass(frozen=True)
 class Estimate:
     """The bill of a run, and the rates that it was computed with."""
@@ -54,12 +37,44 @@ class Estimate:
     bill: Bill
     rates: Rates
 
+    def lines(self) -> Iterator[str]:
+        """Yield what `turbolm plan` shows."""
+        return time_lines(self.bill, self.rates)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain JSON types."""
+        found = asdict(self.bill)
+        return {**found, "step": {**found["step"], "total": self.bill.step.total}, "rates": asdict(self.rates)}
+
+
+def estimate_run(
+    plan: Plan,
+    machine: Machine,
+    profile: ModelProfile | None,
+    config: Mapping[str, Any] | None,
+    lengths: Sequence[int] = (),
+) -> Estimate | None:
+    """Return the estimate where everything it needs is known. `lengths`: of a sample of the store's documents."""
+    if profile is None:
+        return None
+    try:
+        return estimate(plan, profile, machine, head_dim=head_dim_of(config or {}), documents=cut(lengths, plan))
+    except KeyError:
+        return None
+
+
+def cut(lengths: Sequence[int], plan: Plan) -> list[int]:
+    """Return documents as they are cut into sequences."""
+    seq_len, found = plan.batch.seq_len, []
+    for length in lengths:
+        found += [seq_len] * (length // seq_len) + [length % seq_len] * (length % seq_len > 0)
+    return found
+
 
 def estimate(
     plan: Plan,
     profile: ModelProfile,
     machine: Machine,
-    messages: Sequence[Message],
     *,
     head_dim: int = 128,
     documents: Sequence[int] = (),
@@ -67,7 +82,7 @@ def estimate(
     """Return the estimate of a plan on a machine like `machine`; None for a machine without rates.
 
     `head_dim` matters to kernels of a CPU. `documents` are the lengths of a sample; without, each fills its sequence.
-    Raises KeyError if the profile has no entry for the way the plan computes.
+    The time is that of the longest sequences. Raises KeyError for a way to run that was not traced.
     """
     rates = rates_for(plan, machine)
     if rates is None:
@@ -75,7 +90,7 @@ def estimate(
     documents = documents or (plan.batch.seq_len,)
     cluster, on_gpus = plan.recipe.cluster, plan.device == "cuda"
     gpu = find_gpu(machine.gpu_name) if on_gpus else None
-    work = step_work(plan, profile, messages, head_dim=head_dim, documents=documents)
+    work = step_work(plan, profile, head_dim=head_dim, documents=documents)
     made = bill(
         step_time(work, rates),
         global_batch_tokens=plan.batch.global_batch_tokens,
@@ -89,18 +104,29 @@ def estimate(
     return Estimate(made, rates)
 
 
+def head_dim_of(config: Mapping[str, Any]) -> int:
+    """Return the size of a head that a Hugging Face configuration names, or a usual one."""
+    if isinstance(config.get("head_dim"), int):
+        return int(config["head_dim"])
+    hidden, heads = (
+        next((config[name] for name in names if isinstance(config.get(name), int)), None)
+        for names in (("hidden_size", "n_embd", "d_model"), ("num_attention_heads", "n_head", "num_heads"))
+    )
+    return hidden // heads if hidden and heads else 128
+
+
 def rates_for(plan: Plan, machine: Machine) -> Rates | None:
     """Return the machine's calibrated rates, or those assumed for its GPU; None for a CPU without a calibration."""
     kind = kind_of(plan.device, machine.gpu_name, plan.precision, plan.threads_per_process)
     kept = read_rates(plan.recipe.execution.cache_dir, kind)
-    if kept is not None or plan.device != "cuda":
-        return kept
+    if kept is not None:
+        return replace(kept, sec_per={"offloaded_bytes": OFFLOADED_SEC, **kept.sec_per})
+    if plan.device != "cuda":
+        return None
     return assumed_rates(machine.gpu_name, plan.precision, plan.processes_per_node)
 
 
-def step_work(
-    plan: Plan, profile: ModelProfile, messages: Sequence[Message], *, head_dim: int, documents: Sequence[int]
-) -> StepWork:
+def step_work(plan: Plan, profile: ModelProfile, *, head_dim: int, documents: Sequence[int]) -> StepWork:
     """Return what each process does in a step of the longest sequences. Raises KeyError as `estimate`."""
     execution, batch = plan.recipe.execution, plan.batch
     asked = execution.activation_checkpointing
@@ -109,7 +135,7 @@ def step_work(
         shape = Shape(
             tokens=batch.micro_batch_tokens,
             seq_len=batch.seq_len,
-            kernel=kernel_of(plan, profile),
+            kernel=used_kernel(plan, profile),
             element_bytes=_ELEMENT_BYTES[plan.precision],
             head_dim=head_dim,
             documents=tuple(documents),
@@ -127,38 +153,26 @@ def step_work(
         mode = "full" if isinstance(asked, int) else _RECOMPUTATION[asked]
         again = add(amounts(mode), scale(plain, -1))
     share = profile.num_parameters / (plan.world_size if execution.zero_stage else 1)
+    updated: Unit = "offloaded_bytes" if execution.offload_optimizer else "optimizer_bytes"
     accumulated = _GRADIENT_BYTES * profile.num_parameters * batch.gradient_accumulation_steps
     return StepWork(
         device=plan.device,
         micro_batches=batch.gradient_accumulation_steps,
         micro_batch=plain,
         recomputed=again,
-        update={"optimizer_bytes": _UPDATE_BYTES * share + accumulated},
-        exchanges=tuple(_exchanges(plan, messages)),
+        update=add({updated: _UPDATE_BYTES * share}, {"optimizer_bytes": accumulated}),
+        exchanges=tuple(_exchange(plan, one) for one in collectives(profile.tensors, plan)),
     )
 
 
-def kernel_of(plan: Plan, profile: ModelProfile) -> Kernel:
-    """Return how attention is computed, as the profile calls it."""
-    asked = plan.recipe.execution.attention
-    has = {one.kernel for kind in profile.layers for one in kind.activations}
-    is_fast = asked in ("flash", "varlen", "flex") or (
-        asked == "auto" and plan.device == "cuda" and plan.precision != "fp32"
-    )
-    wanted: list[Kernel] = ["flash", "sdpa", "eager"] if is_fast else ["sdpa", "eager", "flash"]
-    if asked == "eager":
-        wanted = ["eager", "sdpa"]
-    return next((kernel for kernel in wanted if kernel in has), wanted[0])
+def _exchange(plan: Plan, one: Collective) -> Exchange:
+    """Return a collective with what it may hide behind. Through gloo (`host`) it takes the same time here."""
+    nodes = math.ceil(one.ranks / plan.processes_per_node) if one.sent_between else 1
+    sent = one.sent_inside + one.sent_between
+    return Exchange(one.what, sent, one.calls, one.ranks, nodes, _window(plan, one), one.kind != "all_reduce")
 
 
-def _exchanges(plan: Plan, messages: Sequence[Message]) -> Iterator[Exchange]:
-    for one in messages:
-        nodes = max(1, math.ceil(one.ranks / plan.processes_per_node)) if one.sent_between else 1
-        sent = one.sent_inside + one.sent_between
-        yield Exchange(one.what, sent, one.calls, one.ranks, nodes, _window(plan, one), one.kind != "all_reduce")
-
-
-def _window(plan: Plan, one: Message) -> Window:
+def _window(plan: Plan, one: Collective) -> Window:
     """Return what a message may hide behind."""
     stage, overlaps = plan.recipe.execution.zero_stage, plan.ds_config["zero_optimization"].get("overlap_comm")
     if plan.device == "cpu" or not overlaps:

@@ -27,6 +27,7 @@ LOGIT_BYTES = 24  # of a logit: made, read for its maximum and sum, turned into 
 PCIE_BYTES_PER_SEC = 20e9  # between GPUs without NVLink
 NETWORK_GBIT_PER_GPU = {"ampere": 200, "later": 400}  # one adapter a GPU, as in NVIDIA's DGX A100 and DGX H100
 MESSAGE_SEC = {"node": 5e-6, "network": 15e-6}  # latency of one hop of a collective
+OFFLOADED_SEC = 1e-10  # of a byte of an update in host memory: 80 GB/s of a node shared by 8 processes, with PCIe
 _CPU_LINK = (1e9, 1e-4)  # gloo between processes of a node, where it was not measured
 
 
@@ -133,6 +134,7 @@ def assumed_rates(gpu_name: str | None, precision: str, gpus_per_node: int) -> R
         "memory_bytes": memory,
         "logits": LOGIT_BYTES * memory,
         "optimizer_bytes": memory,
+        "offloaded_bytes": OFFLOADED_SEC,
         "layers": LAUNCH_SEC,
     }
     return Rates(

@@ -19,6 +19,7 @@ Unit = Literal[
     "layers",  # passes of a layer, forward and backward together: operators to start, whatever their size
     "logits",  # tokens x vocabulary: the loss, without its matrix products
     "optimizer_bytes",  # read and written by the update of the weights
+    "offloaded_bytes",  # the same, by the host
 ]
 Amounts = Mapping[Unit, float]
 
