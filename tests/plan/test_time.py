@@ -21,7 +21,7 @@ from turbolm.plan.machine_rates import (
     read_rates,
 )
 from turbolm.plan.plan import Plan, build_plan
-from turbolm.plan.profile import Activations, Cost, LayerKind, ModelProfile, Tensor
+from turbolm.plan.profile import Activations, Cost, LayerKind, ModelProfile, Peak, Tensor
 from turbolm.plan.time import OVERLAP, Exchange, StepWork, bill, exchange_sec, step_time, time_lines
 from turbolm.plan.work import Shape, micro_batch_amounts
 from turbolm.recipe.load import load_recipe
@@ -39,7 +39,7 @@ UNIT_RATES = Rates(
 
 
 def activations(mode: str, kernel: str = "flash", backward: float = 30.0) -> Activations:
-    return Activations(mode, kernel, 2, Cost(0), Cost(0), Cost(10.0), Cost(backward))  # type: ignore[arg-type]
+    return Activations(mode, kernel, 2, Cost(0), Peak(()), Cost(10.0), Cost(backward))  # type: ignore[arg-type]
 
 
 def small_profile() -> ModelProfile:
@@ -52,7 +52,9 @@ def small_profile() -> ModelProfile:
     )
     ways = (activations("none"), activations("full", backward=40.0), activations("selective", backward=38.0))
     layer = LayerKind("full_attention", 2, 32, "full", None, 64.0, 32.0, ways)
-    return ModelProfile("llama", tensors, 0, False, 128.0, (layer,), (activations("none"),), (), {})
+    return ModelProfile(
+        "llama", tensors, 0, False, 128.0, (layer,), (activations("none"), activations("none", "sdpa")), (), {}
+    )
 
 
 def work_of(recomputation: str) -> dict[str, float]:

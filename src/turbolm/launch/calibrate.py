@@ -32,8 +32,13 @@ _BATCHES = {"cpu": ((2, 512), (8, 256), (1, 1024)), "cuda": ((4, 2048), (2, 8192
 _MAX_TOKENS = {"cpu": 2048, "cuda": 32768}  # of a recipe's own micro-batch, so that a piece takes seconds at most
 
 
-def calibrate(recipe_file: str | None, overrides: Sequence[str], budget_sec: float, clock: str = "wall") -> Rates:
-    """Measure for about `budget_sec`, keep the result and return it. Raises UserError."""
+def calibrate(
+    recipe_file: str | None, overrides: Sequence[str], budget_sec: float, clock: str = "wall", *, with_own: bool = True
+) -> Rates:
+    """Measure for about `budget_sec`, keep the result and return it. Raises UserError.
+
+    `with_own`: measure the recipe's own model beside the usual ones.
+    """
     machine, plan = detect_machine(), None
     if recipe_file is not None:
         recipe = load_recipe(recipe_file, overrides)
@@ -44,7 +49,10 @@ def calibrate(recipe_file: str | None, overrides: Sequence[str], budget_sec: flo
     threads = plan.threads_per_process if plan else max(1, machine.num_cpus // num_ranks)
     precision = plan.precision if plan else "bf16" if device == "cuda" or machine.cpu_has_bf16 else "fp32"
     cache_dir = plan.recipe.execution.cache_dir if plan else Execution().cache_dir
-    subjects = [*_default_subjects(device, precision), *(_own_subjects(plan, recipe_file or "") if plan else ())]
+    subjects = [
+        *_default_subjects(device, precision),
+        *(_own_subjects(plan, recipe_file or "") if plan and with_own else ()),
+    ]
     order = {
         "device": device,
         "precision": precision,
