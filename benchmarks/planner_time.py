@@ -30,7 +30,7 @@ from turbolm.plan.estimate import estimate, head_dim_of, rates_for
 from turbolm.plan.machine import detect_machine
 from turbolm.plan.plan import Plan, build_plan
 from turbolm.plan.profile import ModelProfile
-from turbolm.plan.profiles import find_profile
+from turbolm.plan.profiles import profile_request
 from turbolm.plan.time import shares
 from turbolm.recipe.load import load_recipe
 
@@ -69,7 +69,7 @@ def read_plan(shape: tuple[int, ...], precision: str, cache_dir: str) -> Plan:
 
 
 def serve(shape: tuple[int, ...], arguments: argparse.Namespace, folder: Path, pipe: Connection) -> None:
-    """A shape's process: for everything that comes through the pipe, the seconds of so many steps back."""
+    """A shape's process: its model's profile, then for everything that comes through the pipe the seconds of steps."""
     import torch
 
     from turbolm.data.batch.loader import BatchLoader
@@ -77,6 +77,7 @@ def serve(shape: tuple[int, ...], arguments: argparse.Namespace, folder: Path, p
     from turbolm.data.prepare.build import prepare
     from turbolm.data.store.token_store import open_store
     from turbolm.engine.start import build_accelerator
+    from turbolm.models.profile import answer
     from turbolm.train.build import build_engine
     from turbolm.train.run_directory import RunDirectory
     from turbolm.train.step import train_step
@@ -98,7 +99,9 @@ def serve(shape: tuple[int, ...], arguments: argparse.Namespace, folder: Path, p
         return timer() - begun
 
     step()
-    pipe.send("ready")
+    config, _ = read_model_config(plan.recipe, RECIPE)
+    assert config is not None
+    pipe.send((config, answer(profile_request(config, plan.recipe.model.dropout))))
     while True:
         pipe.recv()
         pipe.send([step() for _ in range(arguments.steps)])
@@ -114,22 +117,19 @@ def predict(plan: Plan, profile: ModelProfile, config: dict[str, Any]) -> tuple[
 
 def measure(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     plans = [read_plan(shape, arguments.precision, arguments.cache) for shape in SHAPES]
-    configs = [read_model_config(plan.recipe, RECIPE)[0] or {} for plan in plans]
-    profiles: list[ModelProfile] = []
-    for config, plan in zip(configs, plans, strict=True):
-        profile, why = find_profile(config, plan.recipe.model.dropout, arguments.cache)
-        if profile is None:
-            raise SystemExit(why)
-        profiles.append(profile)
-    context = multiprocessing.get_context("spawn")
     os.environ.update(rank_environment("cpu", 1))
-    pipes = []
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["turbolm.train.build", "turbolm.train.step", "turbolm.models.profile"])
+    pipes, configs, profiles = [], [], []
     for number, shape in enumerate(SHAPES):
         pipe, end = context.Pipe()
         context.Process(target=serve, args=(shape, arguments, folder / str(number), end), daemon=True).start()
         end.close()
-        print(f"{shape}: {pipe.recv()}", flush=True)  # one after the other: they share the token store
+        config, profile = pipe.recv()  # one shape after the other: they share the token store
+        print(f"{shape} is ready", flush=True)
         pipes.append(pipe)
+        configs.append(config)
+        profiles.append(ModelProfile.from_json(profile))
     rows: list[dict[str, Any]] = [{"shape": shape, "predicted": [], "measured": [], "spreads": []} for shape in SHAPES]
     clock = "cpu" if arguments.processor_time else "wall"
     overrides = ["cluster.device=cpu", "cluster.processes_per_node=1", "execution.threads_per_process=1"]
