@@ -23,6 +23,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from turbolm.data.prepare.build import prepare
 from turbolm.launch.calibrate import calibrate
 from turbolm.launch.local import rank_environment
 from turbolm.plan.count import read_model_config
@@ -74,7 +75,7 @@ def serve(shape: tuple[int, ...], arguments: argparse.Namespace, folder: Path, p
 
     from turbolm.data.batch.loader import BatchLoader
     from turbolm.data.order.batch_order import constant_order
-    from turbolm.data.prepare.build import prepare
+    from turbolm.data.prepare.build import find_store
     from turbolm.data.store.token_store import open_store
     from turbolm.engine.start import build_accelerator
     from turbolm.models.profile import answer
@@ -83,7 +84,9 @@ def serve(shape: tuple[int, ...], arguments: argparse.Namespace, folder: Path, p
     from turbolm.train.step import train_step
 
     plan = read_plan(shape, arguments.precision, arguments.cache)
-    store = open_store(prepare(plan.recipe))
+    folder_of_store = find_store(plan.recipe)
+    assert folder_of_store is not None
+    store = open_store(folder_of_store)
     timer = time.process_time if arguments.processor_time else time.perf_counter
     with contextlib.redirect_stdout(sys.stderr):
         accelerator = build_accelerator(plan.ds_config, device="cpu", precision=plan.precision, timeout_sec=600)
@@ -117,6 +120,8 @@ def predict(plan: Plan, profile: ModelProfile, config: dict[str, Any]) -> tuple[
 
 def measure(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     plans = [read_plan(shape, arguments.precision, arguments.cache) for shape in SHAPES]
+    for plan in plans:
+        prepare(plan.recipe)  # here: a daemonic process may start none
     os.environ.update(rank_environment("cpu", 1))
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["turbolm.train.build", "turbolm.train.step", "turbolm.models.profile"])

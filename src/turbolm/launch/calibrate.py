@@ -16,6 +16,7 @@ from turbolm.plan.count import read_model_config
 from turbolm.plan.machine import detect_machine
 from turbolm.plan.machine_rates import Rates, keep_rates, kind_of, measured_link, network_link
 from turbolm.plan.plan import Plan, build_plan
+from turbolm.plan.profiles import find_profile
 from turbolm.plan.work import Unit
 from turbolm.recipe.execution import Execution
 from turbolm.recipe.gpus import find_gpu
@@ -137,6 +138,7 @@ def _own_subjects(plan: Plan, recipe_file: str) -> Iterator[dict[str, Any]]:
     config, _ = read_model_config(plan.recipe, recipe_file)
     if config is None:
         return
+    find_profile(config, plan.recipe.model.dropout, plan.recipe.execution.cache_dir)  # kept, for `plan`
     batch = plan.batch
     most = max(1, min(batch.micro_batch_bins, _MAX_TOKENS[plan.device] // batch.seq_len))
     for sequences in sorted({most, max(1, most // 2)}):

@@ -38,7 +38,6 @@ class Shape:
     documents: tuple[int, ...]  # lengths of documents, as a sample: what a kernel without dense masks computes
     recomputation: Recomputation = "none"
     recomputed_share: float = 1.0  # of the layers, where there is recomputation
-    has_whole_logits: bool = False
 
 
 def product_amounts(rows: float, inner: int, outer: int, element_bytes: int, passes: float = _PASSES) -> Amounts:
