@@ -146,13 +146,18 @@ def test_what_is_asked_wrongly_is_refused() -> None:
 
 def test_projections_keep_the_batch_or_the_share_of_it() -> None:
     recipe, machine = machine_of()
+
+    def verdict(plan: Plan) -> str:
+        return estimate_footprint(plan, PROFILE).verdict(GPU_BYTES)
+
     strong, weak = (
-        project(recipe, machine, lambda plan: estimate(plan, PROFILE, machine), weak=weak)  # type: ignore[arg-type]
+        project(recipe, machine, lambda plan: estimate(plan, PROFILE, machine), verdict, weak=weak)  # type: ignore[arg-type]
         for weak in (False, True)
     )
     assert [one.num_gpus for one in strong] == [8 * 2**k for k in range(12)], "8 to 16,384"
     assert {one.global_batch_tokens for one in strong} == {4194304}
-    assert strong[-1].estimate is None and "sequences" in strong[-1].reason, "4M tokens are 512 sequences of 8,192"
+    assert strong[-1].estimate is None and "sequences" in strong[-1].remark, "4M tokens are 512 sequences of 8,192"
+    assert strong[3].remark == "FITS"
     assert all(one.global_batch_tokens == 65536 * one.num_gpus for one in weak)
     rates = [one.estimate.bill.tokens_per_sec / one.num_gpus for one in weak if one.estimate]
     assert len(rates) == 12 and all(b <= a * 1.02 for a, b in zip(rates, rates[1:], strict=False))

@@ -118,6 +118,8 @@ def test_communication_is_exposed_beyond_what_it_hides_behind() -> None:
 def test_the_hops_of_a_tree_grow_with_the_logarithm() -> None:
     empty = Exchange("norm", 0, 1, 64, 8, "none", is_ring=False)
     assert exchange_sec(empty, UNIT_RATES) == pytest.approx(3 * 1e-6 + 3 * 1e-5)
+    cut = Exchange("weights", 1e9, 1, 64, 8, "none", messages=5)
+    assert exchange_sec(cut, UNIT_RATES) == pytest.approx(0.1 + 5 * (56e-6 + 7e-5))
 
 
 def test_the_bill_is_arithmetic() -> None:

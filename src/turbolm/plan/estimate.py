@@ -166,10 +166,23 @@ def step_work(plan: Plan, profile: ModelProfile, *, head_dim: int, documents: Se
 
 
 def _exchange(plan: Plan, one: Collective) -> Exchange:
-    """Return a collective with what it may hide behind. Through gloo (`host`) it takes the same time here."""
+    """Return a collective with what it may hide behind. Through gloo (`host`) it takes the same time here.
+
+    What ZeRO-3 gathers in a pass is taken to come in messages as large as DeepSpeed prefetches at once.
+    """
     nodes = math.ceil(one.ranks / plan.processes_per_node) if one.sent_between else 1
-    sent = one.sent_inside + one.sent_between
-    return Exchange(one.what, sent, one.calls, one.ranks, nodes, _window(plan, one), one.kind != "all_reduce")
+    prefetched = plan.ds_config["zero_optimization"].get("stage3_prefetch_bucket_size", 0)
+    at_once = prefetched * _ELEMENT_BYTES[plan.precision] if one.what == "weights" else 0
+    return Exchange(
+        what=one.what,
+        sent_bytes=one.sent_inside + one.sent_between,
+        calls=one.calls,
+        ranks=one.ranks,
+        nodes=nodes,
+        window=_window(plan, one),
+        is_ring=one.kind != "all_reduce",
+        messages=max(1.0, one.bytes / at_once) if at_once else 1.0,
+    )
 
 
 def _window(plan: Plan, one: Collective) -> Window:

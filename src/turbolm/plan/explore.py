@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from turbolm.errors import UserError
 from turbolm.plan.count import read_model_config
 from turbolm.plan.estimate import Estimate, estimate, head_dim_of, rates_for
+from turbolm.plan.footprint import estimate_footprint
 from turbolm.plan.machine import described_machine
 from turbolm.plan.plan import Plan, build_plan
 from turbolm.plan.profiles import find_profile
@@ -48,6 +49,9 @@ def explore(recipe: Recipe, recipe_file: str, overrides: Sequence[str], asked: A
     def estimator(plan: Plan) -> Estimate | None:
         return estimate(plan, profile, machine, head_dim=width)
 
+    def verdict(plan: Plan) -> str:
+        return estimate_footprint(plan, profile).verdict(gpu_bytes)
+
     if asked.gpus is not None:
         recipe = _on_gpus(recipe, asked.gpus)
         overrides = [one for one in overrides if not one.startswith("cluster.num_nodes=")]
@@ -61,7 +65,7 @@ def explore(recipe: Recipe, recipe_file: str, overrides: Sequence[str], asked: A
         verb = "submit" if recipe.cluster.slurm is not None or recipe.cluster.num_nodes > 1 else "train"
         yield from search_lines(found, goal, recipe_file, overrides, verb)
     if asked.project:
-        strong, weak = (project(recipe, machine, estimator, weak=weak) for weak in (False, True))
+        strong, weak = (project(recipe, machine, estimator, verdict, weak=weak) for weak in (False, True))
         yield from projection_lines(strong, weak, rates)
 
 

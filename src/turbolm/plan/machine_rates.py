@@ -26,7 +26,7 @@ LAUNCH_SEC = 1e-3  # host time to start a layer's kernels, forward and backward:
 LOGIT_BYTES = 24  # of a logit: made, read for its maximum and sum, turned into its gradient, partly in fp32
 PCIE_BYTES_PER_SEC = 20e9  # between GPUs without NVLink
 NETWORK_GBIT_PER_GPU = {"ampere": 200, "later": 400}  # one adapter a GPU, as in NVIDIA's DGX A100 and DGX H100
-MESSAGE_SEC = {"node": 5e-6, "network": 15e-6}  # latency of one hop of a collective
+MESSAGE_SEC = {"node": 3.4e-6, "network": 14e-6}  # one hop of a ring: what NCCL itself assumes (hwLat in its tuning)
 OFFLOADED_SEC = 1e-10  # of a byte of an update in host memory: 80 GB/s of a node shared by 8 processes, with PCIe
 _CPU_LINK = (1e9, 1e-4)  # gloo between processes of a node, where it was not measured
 

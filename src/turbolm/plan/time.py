@@ -38,6 +38,7 @@ class Exchange:
     nodes: int  # that the ranks are on
     window: Window
     is_ring: bool = True  # hops grow with the ranks; else with their logarithm (trees)
+    messages: float = 1  # that one of them is cut into
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,8 @@ def exchange_sec(one: Exchange, rates: Rates) -> float:
     inside, between = one.ranks - one.nodes, one.nodes - 1
     if not one.is_ring:
         inside, between = math.ceil(math.log2(max(1, one.ranks / one.nodes))), math.ceil(math.log2(one.nodes))
-    return one.sent_bytes / link.bytes_per_sec + (inside * rates.node.message_sec + between * rates.network.message_sec)
+    hops = inside * rates.node.message_sec + between * rates.network.message_sec
+    return one.sent_bytes / link.bytes_per_sec + one.messages * hops
 
 
 @dataclass(frozen=True)
