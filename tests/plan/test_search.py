@@ -121,7 +121,19 @@ def test_others_lose_for_a_reason(on_512_gpus: tuple[list[Candidate], float]) ->
         for stage in others
         if any(one.values["execution.zero_stage"] == stage for one in found)
     )
-    assert "DOES NOT FIT" in text
+    poor = "\n".join(search_lines(found, Goal(budget_usd=1.0), RECIPE, (), "submit"))
+    assert "0 of them meet the goal" in poor and "costs" in poor
+
+
+def test_what_does_not_fit_is_told_with_its_memory() -> None:
+    recipe, machine = machine_of("cluster.gpu=A100-40GB")
+
+    def estimator(plan: Plan) -> Estimate | None:
+        return estimate(plan, PROFILE, machine)
+
+    found = search(recipe, machine, PROFILE, GPUS["A100-40GB"].memory_bytes, estimator, ANY)  # type: ignore[arg-type]
+    text = "\n".join(search_lines(found, ANY, RECIPE, (), "submit"))
+    assert "execution.activation_checkpointing=none: DOES NOT FIT" in text
 
 
 def test_with_a_deadline_the_cheapest_in_time_wins() -> None:

@@ -38,6 +38,11 @@ def explore(recipe: Recipe, recipe_file: str, overrides: Sequence[str], asked: A
     gpu_bytes = GPUS[recipe.cluster.gpu].memory_bytes
     if asked.budget_usd is not None and recipe.cluster.price_per_gpu_hour is None:
         raise UserError("--budget-usd needs cluster.price_per_gpu_hour, such as cluster.price_per_gpu_hour=2.5")
+    if asked.gpus is not None:
+        recipe = _on_gpus(recipe, asked.gpus)
+        overrides = [one for one in overrides if not one.startswith("cluster.num_nodes=")]
+        overrides = [*overrides, f"cluster.num_nodes={recipe.cluster.num_nodes}"]
+    goal = Goal(_deadline(asked.deadline), asked.budget_usd)
     config, _ = read_model_config(recipe, recipe_file)
     if config is None:
         raise UserError("model.pretrained: its configuration is not on this machine, so nothing can be estimated")
@@ -52,15 +57,10 @@ def explore(recipe: Recipe, recipe_file: str, overrides: Sequence[str], asked: A
     def verdict(plan: Plan) -> str:
         return estimate_footprint(plan, profile).verdict(gpu_bytes)
 
-    if asked.gpus is not None:
-        recipe = _on_gpus(recipe, asked.gpus)
-        overrides = [one for one in overrides if not one.startswith("cluster.num_nodes=")]
-        overrides = [*overrides, f"cluster.num_nodes={recipe.cluster.num_nodes}"]
     rates = rates_for(build_plan(recipe, machine), machine)
     if rates is None:
         raise UserError(f"cluster.gpu: no rates of {recipe.cluster.gpu} in this precision are known")
     if asked.search:
-        goal = Goal(_deadline(asked.deadline), asked.budget_usd)
         found = search(recipe, machine, profile, gpu_bytes, estimator, goal)
         verb = "submit" if recipe.cluster.slurm is not None or recipe.cluster.num_nodes > 1 else "train"
         yield from search_lines(found, goal, recipe_file, overrides, verb)
