@@ -35,6 +35,12 @@ RecipeFile = Annotated[
         autocompletion=lambda: list(recipes_by_name()),
     ),
 ]
+AnyRecipe = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[RECIPE]", help="whose processes, folders and model to take", callback=lambda v: v and find_recipe(v)
+    ),
+]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="recipe values to override")]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="a run directory, such as runs/quickstart")]
 CheckpointFolder = Annotated[
@@ -231,12 +237,7 @@ def status(
 
 @app.command()
 def doctor(
-    recipe: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="[RECIPE]", help="whose folders and processes to try", callback=lambda v: v and find_recipe(v)
-        ),
-    ] = None,
+    recipe: AnyRecipe = None,
     overrides: Overrides = None,
     timeout: Annotated[float, Option(min=1, help="seconds after which a node that has not come is named")] = 60,
     as_json: Annotated[bool, Option("--json", help="one JSON object with stable keys; progress on stderr")] = False,
@@ -249,21 +250,15 @@ def doctor(
 
 @app.command()
 def calibrate(
-    recipe: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="[RECIPE]", help="whose model is measured as well", callback=lambda v: v and find_recipe(v)
-        ),
-    ] = None,
+    recipe: AnyRecipe = None,
     overrides: Overrides = None,
     seconds: Annotated[float, Option(min=1, help="how long to measure, after everything is built")] = 45,
     clock: Annotated[Literal["wall", "cpu"], Option(help="cpu: measure processor time, for a shared machine")] = "wall",
 ) -> None:
     """Measure how fast this node computes, and keep it for the times that `turbolm plan` shows."""
-    from turbolm.launch.calibrate import calibrate as measure
-    from turbolm.launch.calibrate import calibration_lines
+    from turbolm.launch import calibrate as node
 
-    print("\n".join(calibration_lines(measure(recipe, overrides or (), seconds, clock))))
+    print("\n".join(node.calibration_lines(node.calibrate(recipe, overrides or (), seconds, clock))))
 
 
 @app.command()

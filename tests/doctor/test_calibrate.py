@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from turbolm.doctor.calibrate import CLOCKS, Order, Sample, fit_rates, measure, take_turns
-from turbolm.doctor.pieces import Case, count_memory_bytes
+from turbolm.doctor.pieces import Case, Subject, count_memory_bytes, model_cases, small_config
+from turbolm.models.profile import profile_model
+from turbolm.plan.work import Shape, micro_batch_amounts
 
 LLAMA = {
     "model_type": "llama",
@@ -93,6 +95,18 @@ def test_a_rank_measures_products_attention_models_and_the_update() -> None:
     assert model["amounts"]["attention_pairs"] == 3 * 2 * 2 * 32 * 16
     assert all(one["sec"] > 0 for one in found["samples"])
     assert set(CLOCKS) == {"wall", "cpu"}
+
+
+@pytest.mark.slow
+def test_the_profile_that_plan_reads_counts_what_calibrate_counts() -> None:
+    """Rates are seconds per counted unit, so that both must count alike."""
+    values = {**SUBJECT, "sequences": 2, "seq_len": 128, "config": {**LLAMA, "max_position_embeddings": 128}}
+    *_, piece = model_cases(values, torch.device("cpu"), "bf16")
+    profile = profile_model(small_config(Subject(**values)))
+    found = micro_batch_amounts(profile, Shape(256, 128, "sdpa", 2, 16, (64, 64)))
+    for unit in ("matrix_flops", "matrix_bytes", "products", "attention_flops", "attention_rows", "layers", "logits"):
+        assert found[unit] == pytest.approx(piece.amounts[unit]), unit  # type: ignore[index]
+    assert found["memory_bytes"] == pytest.approx(piece.amounts["memory_bytes"], rel=0.05)
 
 
 @pytest.mark.slow

@@ -189,8 +189,7 @@ def collect_summary(
     Raises UserError with all problems, one per line.
     """
     problems: list[str] = []
-    described = described_machine(recipe)
-    machine = described or detect_machine()
+    machine = (described := described_machine(recipe)) or detect_machine()
     plan = _collect(problems, lambda: build_plan(recipe, machine))
     _collect(problems, lambda: check_spans(recipe))
     facts = _collect(problems, lambda: examine_model(recipe, recipe_file)) or ModelFacts(None, None)
