@@ -23,6 +23,7 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
 from turbolm.doctor.pieces import Case, model_cases, optimizer_case
+from turbolm.models.flash import start_kernels
 from turbolm.plan.work import Unit
 from turbolm.reliability.orphans import end_with_parent
 
@@ -102,6 +103,8 @@ def measure(order: Order, rank: int) -> dict[str, Any]:
     """Measure as one rank: samples, and the seconds of all-reduces by bytes. Collective."""
     torch.set_num_threads(order.threads)
     device = torch.device("cuda", rank) if order.device == "cuda" else torch.device("cpu")
+    for attention in {values["attention"] for values in order.subjects}:
+        print(start_kernels(attention, device), file=sys.stderr)
     cases = [one for values in order.subjects for one in model_cases(values, device, order.precision)]
     unique = {case.name: case for case in [*cases, optimizer_case(device)]}
     if order.num_ranks > 1:
