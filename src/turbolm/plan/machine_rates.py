@@ -55,7 +55,7 @@ class Rates:
     def source(self) -> str:
         """Return where they come from, in words."""
         if not self.is_calibrated:
-            return f"not calibrated: assumed for {self.kind} (`turbolm calibrate` measures on one such node)"
+            return f"not calibrated: assumed for {self.kind}; `turbolm calibrate` measures on one such node"
         return f"calibrated on {self.kind}, {self.date}"
 
 
