@@ -26,7 +26,6 @@ from typing import Any
 from turbolm.data.prepare.build import prepare
 from turbolm.launch.calibrate import calibrate
 from turbolm.launch.local import rank_environment
-from turbolm.launch.network import free_port
 from turbolm.plan.count import read_model_config
 from turbolm.plan.estimate import estimate, head_dim_of, rates_for
 from turbolm.plan.machine import detect_machine
@@ -127,7 +126,6 @@ def measure(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]
     pipes, configs, profiles = [], [], []
     for number, shape in enumerate(SHAPES):
         pipe, end = context.Pipe()
-        os.environ["MASTER_PORT"] = str(free_port("127.0.0.1"))
         context.Process(target=serve, args=(shape, arguments, folder / str(number), end), daemon=True).start()
         end.close()
         pipes.append(pipe)
