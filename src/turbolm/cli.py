@@ -35,6 +35,12 @@ RecipeFile = Annotated[
         autocompletion=lambda: list(recipes_by_name()),
     ),
 ]
+AnyRecipe = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[RECIPE]", help="whose processes, folders and model to take", callback=lambda v: v and find_recipe(v)
+    ),
+]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="recipe values to override")]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="a run directory, such as runs/quickstart")]
 CheckpointFolder = Annotated[
@@ -95,6 +101,11 @@ def plan(
     overrides: Overrides = None,
     as_json: Annotated[bool, Option("--json", help="one JSON object with stable keys")] = False,
     steps: Annotated[bool, Option("--steps", help="one JSON object per step, with its learning rate")] = False,
+    search: Annotated[bool, Option("--search", help="rank other execution plans for the same contract")] = False,
+    gpus: Annotated[int | None, Option(min=1, help="with --search: GPUs to use; default: the recipe's")] = None,
+    deadline: Annotated[str | None, Option(help="with --search: such as 3d; the cheapest run in time is best")] = None,
+    budget_usd: Annotated[float | None, Option(min=0, help="with --search: the most a run may cost")] = None,
+    project: Annotated[bool, Option("--project", help="tables of strong and weak scaling to 16,384 GPUs")] = False,
 ) -> None:
     """Show what a recipe will run, for the machines it describes or for this one."""
     from turbolm.launch.local import accelerate_config
@@ -104,6 +115,11 @@ def plan(
     from turbolm.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
+    if search or project:
+        from turbolm.plan.explore import Asked, explore
+
+        print("\n".join(explore(loaded, recipe, overrides or (), Asked(search, gpus, deadline, budget_usd, project))))
+        return
     summary = collect_summary(loaded, recipe, overrides or (), accelerate_config, _store_size(loaded), may_trace=True)
     if steps:
         for step in preview_steps(summary.plan):
@@ -229,12 +245,7 @@ def status(
 
 @app.command()
 def doctor(
-    recipe: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="[RECIPE]", help="whose folders and processes to try", callback=lambda v: v and find_recipe(v)
-        ),
-    ] = None,
+    recipe: AnyRecipe = None,
     overrides: Overrides = None,
     timeout: Annotated[float, Option(min=1, help="seconds after which a node that has not come is named")] = 60,
     as_json: Annotated[bool, Option("--json", help="one JSON object with stable keys; progress on stderr")] = False,
@@ -243,6 +254,19 @@ def doctor(
     from turbolm.launch.doctor import doctor as examine_nodes
 
     raise typer.Exit(examine_nodes(recipe, overrides or (), timeout, as_json=as_json))
+
+
+@app.command()
+def calibrate(
+    recipe: AnyRecipe = None,
+    overrides: Overrides = None,
+    seconds: Annotated[float, Option(min=1, help="how long to measure, after everything is built")] = 45,
+    clock: Annotated[Literal["wall", "cpu"], Option(help="cpu: measure processor time, for a shared machine")] = "wall",
+) -> None:
+    """Measure how fast this node computes, and keep it for the times that `turbolm plan` shows."""
+    from turbolm.launch import calibrate as node
+
+    print("\n".join(node.calibration_lines(node.calibrate(recipe, overrides or (), seconds, clock))))
 
 
 @app.command()

@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 
 import pytest
-from tests.models.record_profiles import requests
 
+from tests.models.record_profiles import requests
 from turbolm.errors import UserError
 from turbolm.plan.flops import training_flops_per_token
 from turbolm.plan.footprint import estimate_activations

@@ -99,7 +99,12 @@ def launch_command(
 
 
 def process_environment(plan: Plan) -> dict[str, str]:
-    """The ranks' environment: threads that do not fight over cores, and this Python's tools (ninja) on the path.
+    """The environment of a plan's ranks."""
+    return rank_environment(plan.device, plan.threads_per_process)
+
+
+def rank_environment(device: str, num_threads: int) -> dict[str, str]:
+    """The environment of ranks: threads that do not fight over cores, and this Python's tools (ninja) on the path.
 
     On a CPU glibc would give the memory of every large tensor back to the system and fault it in again at the next
     step: 90 of the quickstart's 415 CPU seconds were spent in the kernel, and 20 once glibc was told to keep it.
@@ -107,16 +112,16 @@ def process_environment(plan: Plan) -> dict[str, str]:
     inherited, dropped = children_environment(os.environ)
     tell_dropped(dropped)
     scripts = str(Path(sys.executable).parent)
-    if plan.device == "cuda":
+    if device == "cuda":
         use_expandable_segments(inherited)
     keep = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
     return {
-        **(keep if plan.device == "cpu" else {}),
+        **(keep if device == "cpu" else {}),
         **inherited,
-        "OMP_NUM_THREADS": str(plan.threads_per_process),
+        "OMP_NUM_THREADS": str(num_threads),
         "TOKENIZERS_PARALLELISM": "false",
-        "DS_ACCELERATOR": plan.device,  # else DeepSpeed guesses, and complains where there is no GPU
-        **(cpu_environment() if plan.device == "cpu" else {}),
+        "DS_ACCELERATOR": device,  # else DeepSpeed guesses, and complains where there is no GPU
+        **(cpu_environment() if device == "cpu" else {}),
         "PATH": os.pathsep.join([scripts, inherited.get("PATH", os.defpath)]),
     }
 

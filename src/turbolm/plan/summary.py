@@ -13,6 +13,7 @@ from turbolm.errors import UserError
 from turbolm.plan.batch import BatchPlan
 from turbolm.plan.count import ModelFacts, ModelSize, examine_model
 from turbolm.plan.deepspeed import untested_note
+from turbolm.plan.estimate import Estimate, estimate_run
 from turbolm.plan.fitting import Fit, examine_fit
 from turbolm.plan.flops import training_flops_per_token
 from turbolm.plan.footprint import Footprint
@@ -64,6 +65,7 @@ class Summary:
     memory: ModelState | None
     profile: ModelProfile | None
     footprint: Footprint | None  # None without a profile or a GPU
+    estimate: Estimate | None  # None without a profile, or without rates of the machine
     advice: tuple[str, ...]  # overrides with which the run fits, a set a line, if it does not
     gpu_memory_bytes: int | None
     host_memory: HostMemory | None
@@ -152,6 +154,7 @@ class Summary:
             },
             "parameters": asdict(self.size) if self.size else None,
             "cost": asdict(self.cost),
+            "estimate": self.estimate.as_dict() if self.estimate else None,
             "memory": {**asdict(self.memory), "device_bytes": self.memory.device_bytes} if self.memory else None,
             "footprint": self._footprint(),
             "host_memory": asdict(self.host_memory) | {"total_bytes": self.host_memory.total_bytes}
@@ -187,8 +190,7 @@ def collect_summary(
     Raises UserError with all problems, one per line.
     """
     problems: list[str] = []
-    described = described_machine(recipe)
-    machine = described or detect_machine()
+    machine = (described := described_machine(recipe)) or detect_machine()
     plan = _collect(problems, lambda: build_plan(recipe, machine))
     _collect(problems, lambda: check_spans(recipe))
     facts = _collect(problems, lambda: examine_model(recipe, recipe_file)) or ModelFacts(None, None)
@@ -223,6 +225,7 @@ def collect_summary(
         memory=memory,
         profile=fit.profile,
         footprint=fit.footprint,
+        estimate=estimate_run(plan, machine, fit.profile, facts.config, store.sample_lengths if store else ()),
         advice=fit.ways,
         gpu_memory_bytes=gpu_bytes,
         host_memory=host,

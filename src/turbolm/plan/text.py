@@ -25,6 +25,7 @@ def render_summary(summary: Summary) -> str:
         ("schedule", _schedule(summary)),
         ("data", _data(summary)),
         ("model", _model(summary)),
+        ("time", summary.estimate.lines() if summary.estimate else _unknown_time(summary)),
         ("model state on each process", _memory(summary)),
         ("memory of each GPU", _footprint(summary)),
         ("host memory of each node", _host_memory(summary)),
@@ -159,8 +160,13 @@ def _model(summary: Summary) -> Iterator[str]:
     how = "of documents as prepared" if known else "one document a sequence; shorter documents take less"
     yield f"  (mean span {cost.mean_span_tokens:.6g}: {how})"
     yield f"{cost.total_flops:.4g} FLOPs in all"
-    if cost.estimated_sec is not None:
+    if cost.estimated_sec is not None and summary.estimate is None:
         yield f"{format_duration(cost.estimated_sec)} at an assumed MFU of {cost.assumed_mfu:.0%} (not measured)"
+
+
+def _unknown_time(summary: Summary) -> Iterator[str]:
+    if summary.plan.device == "cpu":
+        yield "not calibrated: `turbolm calibrate RECIPE` measures this machine and traces the model"
 
 
 def _memory(summary: Summary) -> Iterator[str]:

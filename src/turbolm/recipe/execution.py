@@ -186,6 +186,9 @@ class Cluster(Section):
         "auto", description="auto: one for each GPU; without a GPU two, or one on a single core"
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is a GPU")
+    price_per_gpu_hour: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
+        None, description="in USD, for the price that `turbolm plan` shows; none: it shows none"
+    )
     slurm: Slurm | None = Field(None, description="how `turbolm submit` asks for the nodes")
 
     @model_validator(mode="after")

@@ -1,0 +1,175 @@
+"""Pieces of a training step that `calibrate` times: products, attention, a model of few layers, an update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from turbolm.engine.device import DTYPES
+from turbolm.models.attention import ATTENTION_NAMES, model_inputs
+from turbolm.models.config import make_config
+from turbolm.models.loss import attach_loss
+from turbolm.plan.work import Unit, add, attention_amounts, product_amounts
+
+_ELEMENTS = {"cpu": 2**22, "cuda": 2**28}  # that the optimizer case updates
+_PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "_grouped_mm"}
+ADAMW_BYTES = 7 * 4  # of a weight: it, its gradient and two moments read, all but the gradient written, in fp32
+
+
+@dataclass(frozen=True)
+class Case:
+    """Something to time, and what it amounts to."""
+
+    name: str
+    amounts: Mapping[Unit, float]
+    run: Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to take pieces of, and a micro-batch."""
+
+    config: Mapping[str, Any]
+    num_layers: int
+    sequences: int
+    seq_len: int
+    attention: str  # a name in ATTENTION_NAMES: sdpa, varlen
+    loss: str
+
+
+def model_cases(values: Mapping[str, Any], device: torch.device, precision: str) -> Iterator[Case]:
+    """Yield the cases of a subject: its products, its attention, and a forward and backward pass of all of it."""
+    subject, dtype = Subject(**values), DTYPES[precision]
+    config = small_config(subject)
+    model = _build(subject, config, device, dtype)
+    tokens = subject.sequences * subject.seq_len
+    heads, head_dim = heads_of(config)
+    shapes = [(one.in_features, one.out_features) for one in model.modules() if isinstance(one, nn.Linear)]
+    for inner, outer in sorted(set(shapes)):
+        yield product_case(tokens, inner, outer, device, dtype)
+    if subject.attention == "sdpa":
+        yield attention_case(subject.sequences, subject.seq_len, heads, head_dim, device, dtype)
+    span = subject.seq_len if subject.attention == "sdpa" else (subject.seq_len // 2 + 1) / 2
+    rows = float(heads * tokens * subject.num_layers)
+    inputs, targets = _inputs(subject, config, device)
+    amounts = add(
+        *(product_amounts(tokens, inner, outer, dtype.itemsize) for inner, outer in shapes),
+        attention_amounts(rows, rows * span, 4 * head_dim * rows * span),
+        {"memory_bytes": count_memory_bytes(model, inputs), "layers": float(subject.num_layers)},
+        {"logits": float(tokens * config.vocab_size)},
+    )
+    attach_loss(model, subject.loss)
+
+    def run() -> None:
+        model.zero_grad()
+        model(**inputs, targets=targets)[0].backward()
+
+    name = f"{config.model_type} of {subject.num_layers} layers, width {config.hidden_size}"
+    yield Case(f"{name}, {subject.sequences} x {subject.seq_len} tokens", amounts, run)
+
+
+def small_config(subject: Subject) -> PreTrainedConfig:
+    """Return the configuration with few layers."""
+    config = make_config(None, dict(subject.config))
+    text = config.get_text_config()
+    for key, value in list(vars(text).items()):
+        if isinstance(value, list | tuple) and len(value) == text.num_hidden_layers:
+            setattr(text, key, list(value[: subject.num_layers]))
+    text.num_hidden_layers = subject.num_layers
+    return config
+
+
+def heads_of(config: PreTrainedConfig) -> tuple[int, int]:
+    """Return the number of query heads and their size."""
+    text = config.get_text_config()
+    heads = int(text.num_attention_heads)
+    return heads, int(getattr(text, "head_dim", None) or text.hidden_size // heads)
+
+
+def _build(subject: Subject, config: PreTrainedConfig, device: torch.device, dtype: torch.dtype) -> Any:
+    name = ATTENTION_NAMES[subject.attention]
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=name).train()
+
+
+def _inputs(subject: Subject, config: PreTrainedConfig, device: torch.device) -> tuple[dict[str, Any], torch.Tensor]:
+    """Return sequences of two documents each."""
+    shape = (subject.sequences, subject.seq_len)
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, shape)
+    positions = np.tile(np.arange(subject.seq_len), (subject.sequences, 1))
+    positions[:, subject.seq_len // 2 :] -= subject.seq_len // 2
+    inputs = model_inputs({"input_ids": tokens, "position_ids": positions}, subject.attention, device)
+    return inputs, torch.from_numpy(tokens).to(device)
+
+
+class _MemoryBytes(TorchDispatchMode):
+    """Count what operators read and write, but for views, allocations, matrix products and attention."""
+
+    num_bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        skipped = name in _PRODUCTS or "attn" in name or "attention" in name
+        if not skipped and not func.is_view and not name.startswith(("empty", "new_empty", "detach", "_unsafe_view")):
+            tensors = [one for one in tree_leaves((args, kwargs, output)) if isinstance(one, torch.Tensor)]
+            self.num_bytes += sum(
+                min(one.numel() * one.element_size(), one.untyped_storage().nbytes()) for one in tensors
+            )
+        return output
+
+
+def count_memory_bytes(model: Any, inputs: Mapping[str, Any]) -> float:
+    """Return what the operators of a forward and a backward pass read and write, without head and loss."""
+    with _MemoryBytes() as counted:
+        hidden = model.base_model(**inputs)[0]
+        hidden.backward(torch.ones_like(hidden))
+    model.zero_grad()
+    return float(counted.num_bytes)
+
+
+def product_case(rows: int, inner: int, outer: int, device: torch.device, dtype: torch.dtype) -> Case:
+    """Return a linear layer's forward and backward pass."""
+    inputs = torch.randn(rows, inner, device=device).to(dtype).requires_grad_()
+    weight = torch.randn(outer, inner, device=device).to(dtype).requires_grad_()
+    gradient = torch.randn(rows, outer, device=device).to(dtype)
+
+    def run() -> None:
+        torch.autograd.grad(F.linear(inputs, weight), (inputs, weight), gradient)
+
+    return Case(f"{rows} x {inner} x {outer}", product_amounts(rows, inner, outer, dtype.itemsize), run)
+
+
+def attention_case(
+    sequences: int, seq_len: int, heads: int, head_dim: int, device: torch.device, dtype: torch.dtype
+) -> Case:
+    """Return a forward and a backward pass of torch's kernel with a dense mask, which computes every pair."""
+    shape = (sequences, heads, seq_len, head_dim)
+    query, key, value = (torch.randn(shape, device=device).to(dtype).requires_grad_() for _ in range(3))
+    mask = torch.ones(seq_len, seq_len, dtype=torch.bool, device=device).tril().expand(sequences, 1, -1, -1)
+    gradient = torch.randn(shape, device=device).to(dtype)
+
+    def run() -> None:
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        torch.autograd.grad(out, (query, key, value), gradient)
+
+    rows = float(sequences * heads * seq_len)
+    amounts = attention_amounts(rows, rows * seq_len, 4 * head_dim * rows * seq_len)
+    return Case(f"attention {sequences} x {heads} x {seq_len} x {head_dim}", amounts, run)
+
+
+def optimizer_case(device: torch.device) -> Case:
+    """Return an update of torch's fused AdamW."""
+    weight = torch.zeros(_ELEMENTS[device.type], device=device, requires_grad=True)
+    weight.grad = torch.ones_like(weight)
+    optimizer = torch.optim.AdamW([weight], fused=True)
+    return Case("AdamW", {"optimizer_bytes": float(ADAMW_BYTES * weight.numel())}, optimizer.step)

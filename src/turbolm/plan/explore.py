@@ -1,0 +1,85 @@
+"""`turbolm plan --search` and `--project`: other ways to run a recipe, and on other numbers of GPUs. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from turbolm.errors import UserError
+from turbolm.plan.count import read_model_config
+from turbolm.plan.estimate import Estimate, estimate, head_dim_of, rates_for
+from turbolm.plan.footprint import estimate_footprint
+from turbolm.plan.machine import described_machine
+from turbolm.plan.plan import Plan, build_plan
+from turbolm.plan.profiles import find_profile
+from turbolm.plan.projection import project, projection_lines
+from turbolm.plan.search import Goal, search, search_lines
+from turbolm.recipe.gpus import GPUS
+from turbolm.recipe.schema import Recipe
+from turbolm.units import parse_duration
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What was asked on the command line."""
+
+    search: bool = False
+    gpus: int | None = None
+    deadline: str | None = None
+    budget_usd: float | None = None
+    project: bool = False
+
+
+def explore(recipe: Recipe, recipe_file: str, overrides: Sequence[str], asked: Asked) -> Iterator[str]:
+    """Yield the lines of a search, of projections, or of both. Raises UserError."""
+    machine = described_machine(recipe)
+    if machine is None or recipe.cluster.gpu is None:
+        raise UserError("--search and --project need cluster.gpu and cluster.gpus_per_node, whose rates are known")
+    gpu_bytes = GPUS[recipe.cluster.gpu].memory_bytes
+    if asked.budget_usd is not None and recipe.cluster.price_per_gpu_hour is None:
+        raise UserError("--budget-usd needs cluster.price_per_gpu_hour, such as cluster.price_per_gpu_hour=2.5")
+    if asked.gpus is not None:
+        recipe = _on_gpus(recipe, asked.gpus)
+        overrides = [one for one in overrides if not one.startswith("cluster.num_nodes=")]
+        overrides = [*overrides, f"cluster.num_nodes={recipe.cluster.num_nodes}"]
+    goal = Goal(_deadline(asked.deadline), asked.budget_usd)
+    config, _ = read_model_config(recipe, recipe_file)
+    if config is None:
+        raise UserError("model.pretrained: its configuration is not on this machine, so nothing can be estimated")
+    profile, why = find_profile(config, recipe.model.dropout, recipe.execution.cache_dir)
+    if profile is None:
+        raise UserError(f"model: {why}, so nothing can be estimated")
+    width = head_dim_of(config)
+
+    def estimator(plan: Plan) -> Estimate | None:
+        return estimate(plan, profile, machine, head_dim=width)
+
+    def verdict(plan: Plan) -> str:
+        return estimate_footprint(plan, profile).verdict(gpu_bytes)
+
+    rates = rates_for(build_plan(recipe, machine), machine)
+    if rates is None:
+        raise UserError(f"cluster.gpu: no rates of {recipe.cluster.gpu} in this precision are known")
+    if asked.search:
+        found = search(recipe, machine, profile, gpu_bytes, estimator, goal)
+        verb = "submit" if recipe.cluster.slurm is not None or recipe.cluster.num_nodes > 1 else "train"
+        yield from search_lines(found, goal, recipe_file, overrides, verb)
+    if asked.project:
+        strong, weak = (project(recipe, machine, estimator, verdict, weak=weak) for weak in (False, True))
+        yield from projection_lines(strong, weak, rates)
+
+
+def _on_gpus(recipe: Recipe, gpus: int) -> Recipe:
+    per_node = recipe.cluster.gpus_per_node or 1
+    if gpus % per_node:
+        raise UserError(f"--gpus: expected a multiple of cluster.gpus_per_node ({per_node}), got {gpus}")
+    return recipe.model_copy(update={"cluster": recipe.cluster.model_copy(update={"num_nodes": gpus // per_node})})
+
+
+def _deadline(text: str | None) -> float | None:
+    if text is None:
+        return None
+    try:
+        return float(parse_duration(text))
+    except ValueError as error:
+        raise UserError(f"--deadline: {error}") from None

@@ -1,0 +1,123 @@
+"""What `turbolm calibrate` measures, and how rates are fitted to it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from turbolm.doctor.calibrate import CLOCKS, Order, Sample, fit_rates, measure, take_turns
+from turbolm.doctor.pieces import Case, Subject, count_memory_bytes, model_cases, small_config
+from turbolm.models.profile import profile_model
+from turbolm.plan.work import Shape, micro_batch_amounts
+
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "vocab_size": 64,
+    "max_position_embeddings": 64,
+}
+SUBJECT = {"config": LLAMA, "num_layers": 2, "sequences": 2, "seq_len": 16, "attention": "sdpa", "loss": "full"}
+ORDER = {
+    "device": "cpu",
+    "precision": "fp32",
+    "num_ranks": 1,
+    "threads": 1,
+    "port": 0,
+    "subjects": [SUBJECT],
+    "budget_sec": 0.05,
+    "clock": "cpu",
+}
+
+
+def test_the_fit_finds_the_rates_that_made_the_times() -> None:
+    true = {"matrix_flops": 1e-12, "memory_bytes": 2e-9, "products": 1e-4}
+    amounts = [
+        {"matrix_flops": flops, "memory_bytes": moved, "products": number, "layers": 1.0}
+        for flops, moved, number in ((1e9, 1e6, 3), (1e10, 1e6, 3), (1e9, 1e8, 3), (1e8, 1e7, 30), (5e10, 5e7, 1))
+    ]
+    samples = [Sample("", one, sum(true[u] * one[u] for u in true), 0.0) for one in amounts]  # type: ignore[literal-required, arg-type]
+    found = fit_rates(samples)
+    for unit, value in true.items():
+        assert found[unit] == pytest.approx(value, rel=0.01)  # type: ignore[literal-required, index]
+    assert found["layers"] == pytest.approx(0, abs=1e-6)
+    assert min(found.values()) >= 0
+
+
+def test_cases_take_turns_and_the_median_counts() -> None:
+    now, calls = [0.0], []
+
+    def case(name: str, durations: list[float]) -> Case:
+        def run() -> None:
+            calls.append(name)
+            now[0] += durations[min(calls.count(name), len(durations)) - 1]
+
+        return Case(name, {}, run)
+
+    cases = [case("a", [9.0, 1.0, 5.0, 1.1]), case("b", [9.0, 2.0])]
+    found = take_turns(cases, 0.0, torch.device("cpu"), lambda: now[0])
+    assert calls == ["a", "b"] * 4, "one turn that does not count, and three"
+    assert [one.sec for one in found] == pytest.approx([1.1, 2.0])
+    assert found[0].spread == pytest.approx(0.1 / 1.1)
+
+
+def test_memory_bytes_are_those_of_the_operators_that_move_them() -> None:
+    model = _Doubling()
+    object.__setattr__(model, "base_model", model)  # a child of itself would be traversed without end
+    # Forward 2 x 16 elements; backward 2 x 16 for the gradient's ones and 2 x 16 for the product with 2. The matrix
+    # products and the view count nothing.
+    assert count_memory_bytes(model, {"rows": torch.ones(2, 4)}) == 4 * 3 * 2 * 16
+
+
+class _Doubling(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(4, 8))
+
+    def forward(self, rows: torch.Tensor) -> tuple[torch.Tensor]:
+        return ((rows @ self.weight).view(-1) * 2,)
+
+
+def test_a_rank_measures_products_attention_models_and_the_update() -> None:
+    found = measure(Order(**{**ORDER, "subjects": (SUBJECT,)}), 0)  # type: ignore[arg-type]
+    names = [one["name"] for one in found["samples"]]
+    assert {"32 x 32 x 48", "32 x 48 x 32", "32 x 32 x 64", "attention 2 x 2 x 16 x 16", "AdamW"} <= set(names)
+    model = next(one for one in found["samples"] if one["name"].startswith("llama of 2 layers"))
+    weights = 2 * (4 * 32 * 32 + 3 * 32 * 48) + 32 * 64
+    assert model["amounts"]["matrix_flops"] == 6 * 32 * weights
+    assert model["amounts"]["attention_pairs"] == 3 * 2 * 2 * 32 * 16
+    assert all(one["sec"] > 0 for one in found["samples"])
+    assert set(CLOCKS) == {"wall", "cpu"}
+
+
+@pytest.mark.slow
+def test_the_profile_that_plan_reads_counts_what_calibrate_counts() -> None:
+    """Rates are seconds per counted unit, so that both must count alike."""
+    values = {**SUBJECT, "sequences": 2, "seq_len": 128, "config": {**LLAMA, "max_position_embeddings": 128}}
+    *_, piece = model_cases(values, torch.device("cpu"), "bf16")
+    profile = profile_model(small_config(Subject(**values)))
+    found = micro_batch_amounts(profile, Shape(256, 128, "sdpa", 2, 16, (64, 64)))
+    for unit in ("matrix_flops", "matrix_bytes", "products", "attention_flops", "attention_rows", "layers", "logits"):
+        assert found[unit] == pytest.approx(piece.amounts[unit]), unit  # type: ignore[index]
+    assert found["memory_bytes"] == pytest.approx(piece.amounts["memory_bytes"], rel=0.05)
+
+
+@pytest.mark.slow
+def test_two_ranks_measure_together_and_plan_reads_what_they_kept(tmp_path: Path) -> None:
+    code = (
+        "import turbolm.launch.calibrate as c;"
+        f"c._default_subjects = lambda *_: [{SUBJECT!r}];"
+        "print(c.calibrate(None, (), 0.05))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    kept = json.loads(next((tmp_path / ".cache/turbolm/rates").glob("*.json")).read_text())
+    assert kept["version"] == 1 and kept["sec_per"]["matrix_flops"] >= 0
+    assert kept["node"]["bytes_per_sec"] > 0 and kept["measured"]["messages"]

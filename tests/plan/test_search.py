@@ -1,0 +1,175 @@
+"""Other ways to run a recipe: what is shown, in what order, and what is not."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from pathlib import Path
+
+import pytest
+
+from turbolm.errors import UserError
+from turbolm.plan.estimate import Estimate, estimate
+from turbolm.plan.explore import Asked, explore
+from turbolm.plan.footprint import estimate_footprint
+from turbolm.plan.machine import Machine, described_machine
+from turbolm.plan.plan import Plan, build_plan
+from turbolm.plan.profile import Activations, Cost, LayerKind, LossBytes, ModelProfile, Peak, Tensor
+from turbolm.plan.projection import project
+from turbolm.plan.search import Candidate, Goal, search, search_lines
+from turbolm.recipe.contract import contract_of
+from turbolm.recipe.gpus import GPUS
+from turbolm.recipe.load import load_recipe
+
+RECIPE = str(Path(__file__).parents[2] / "recipes/llama3.1-8b/pretrain/config.yaml")
+GPU_BYTES = GPUS["H100-80GB"].memory_bytes
+HIDDEN, INNER, LAYERS, VOCABULARY = 4096, 14336, 32, 128256
+
+
+def llama_8b() -> ModelProfile:
+    """Llama 3.1 8B: shapes exact, bytes of activations about right (784 MiB a layer for 4,096 tokens are kept)."""
+    shapes = {"q": (HIDDEN, HIDDEN), "k": (1024, HIDDEN), "v": (1024, HIDDEN), "o": (HIDDEN, HIDDEN)}
+    shapes |= {"gate": (INNER, HIDDEN), "up": (INNER, HIDDEN), "down": (HIDDEN, INNER)}
+    tensors = [Tensor("embed", (VOCABULARY, HIDDEN), "embedding")]
+    for layer in range(LAYERS):
+        tensors += [Tensor(f"layers.{layer}.{name}.weight", shape, "matrix") for name, shape in shapes.items()]
+    tensors.append(Tensor("head", (VOCABULARY, HIDDEN), "head"))
+    matrix = sum(a * b for a, b in shapes.values())
+    kept = {"none": 200_000.0, "selective": 100_000.0, "full": 2.0 * HIDDEN}
+    twice = {"none": 0.0, "selective": 200_000.0, "full": 400_000.0}
+    ways = tuple(
+        Activations(mode, "flash", 2, Cost(kept[mode]), Peak((Cost(200_000.0),)), Cost(4e5), Cost(8e5 + twice[mode]))  # type: ignore[arg-type]
+        for mode in kept
+    )
+    layer_kind = LayerKind("full_attention", LAYERS, matrix, "full", None, 2.0 * matrix, 4.0 * HIDDEN, ways)
+    loss = LossBytes("chunked", 2, Cost(8192.0), Peak((Cost(0, per_row=8.0 * VOCABULARY),)), Peak(()), Cost(0))
+    around = tuple(
+        Activations(mode, kernel, 2, Cost(0), Peak(()), Cost(0), Cost(0))  # type: ignore[arg-type]
+        for mode in kept
+        for kernel in ("flash", "sdpa")
+    )
+    head = 2.0 * VOCABULARY * HIDDEN
+    return ModelProfile("llama", tuple(tensors), 0, False, head, (layer_kind,), around, (loss,), {})
+
+
+PROFILE = llama_8b()
+ANY = Goal()
+
+
+def machine_of(*overrides: str) -> tuple[object, Machine]:
+    recipe = load_recipe(RECIPE, overrides)
+    machine = described_machine(recipe)
+    assert machine is not None
+    return recipe, machine
+
+
+def found_on(nodes: int, goal: Goal = ANY) -> list[Candidate]:
+    recipe, machine = machine_of(f"cluster.num_nodes={nodes}", "cluster.price_per_gpu_hour=2")
+
+    def estimator(plan: Plan) -> Estimate | None:
+        return estimate(plan, PROFILE, machine)
+
+    return search(recipe, machine, PROFILE, GPU_BYTES, estimator, goal)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def on_512_gpus() -> tuple[list[Candidate], float]:
+    begun = time.process_time()
+    found = found_on(64)
+    return found, time.process_time() - begun
+
+
+def test_8b_on_512_gpus_is_searched_in_seconds(on_512_gpus: tuple[list[Candidate], float]) -> None:
+    found, sec = on_512_gpus
+    assert len(found) > 20
+    assert sec < 10
+
+
+def test_the_best_come_first_and_what_does_not_fit_last(on_512_gpus: tuple[list[Candidate], float]) -> None:
+    found, _ = on_512_gpus
+    fits = [one.verdict == "FITS" for one in found]
+    assert fits == sorted(fits, reverse=True) and any(fits) and not all(fits)
+    times = [one.estimate.bill.run_sec for one in found if one.estimate]
+    assert times == sorted(times)
+
+
+def test_each_line_of_overrides_launches_what_it_promises(on_512_gpus: tuple[list[Candidate], float]) -> None:
+    """Loaded again from its overrides, a candidate has the same memory and time, and the contract of the recipe."""
+    found, _ = on_512_gpus
+    overrides = ["cluster.num_nodes=64", "cluster.price_per_gpu_hour=2"]
+    contract = contract_of(load_recipe(RECIPE, overrides))
+    for one in found[:3]:
+        words = shlex.split(one.command(RECIPE, overrides, "submit"))
+        assert words[:3] == ["turbolm", "submit", RECIPE]
+        recipe, machine = machine_of(*words[3:])
+        plan = build_plan(recipe, machine)  # type: ignore[arg-type]
+        assert estimate_footprint(plan, PROFILE).verdict(GPU_BYTES) == "FITS"
+        again = estimate(plan, PROFILE, machine)
+        assert again is not None and one.estimate is not None
+        assert again.bill.run_sec == pytest.approx(one.estimate.bill.run_sec)
+        assert contract_of(recipe) == contract  # type: ignore[arg-type]
+
+
+def test_others_lose_for_a_reason(on_512_gpus: tuple[list[Candidate], float]) -> None:
+    found, _ = on_512_gpus
+    text = "\n".join(search_lines(found, Goal(), RECIPE, (), "submit"))
+    assert "not calibrated" in text and "a model, not a measurement" in text
+    best = found[0].values
+    others = {0, 1, 2, 3} - {best["execution.zero_stage"]}
+    assert all(
+        f"execution.zero_stage={stage}:" in text
+        for stage in others
+        if any(one.values["execution.zero_stage"] == stage for one in found)
+    )
+    poor = "\n".join(search_lines(found, Goal(budget_usd=1.0), RECIPE, (), "submit"))
+    assert "0 of them meet the goal" in poor and "costs" in poor
+
+
+def test_what_does_not_fit_is_told_with_its_memory() -> None:
+    recipe, machine = machine_of("cluster.gpu=A100-40GB")
+
+    def estimator(plan: Plan) -> Estimate | None:
+        return estimate(plan, PROFILE, machine)
+
+    found = search(recipe, machine, PROFILE, GPUS["A100-40GB"].memory_bytes, estimator, ANY)  # type: ignore[arg-type]
+    text = "\n".join(search_lines(found, ANY, RECIPE, (), "submit"))
+    assert "execution.activation_checkpointing=none: DOES NOT FIT" in text
+
+
+def test_with_a_deadline_the_cheapest_in_time_wins() -> None:
+    month = 30 * 86400.0
+    found = found_on(8, Goal(deadline_sec=month))
+    assert {one.values["cluster.num_nodes"] for one in found} == {2, 4, 8, 16, 32, 64}
+    in_time = [one for one in found if one.estimate and one.estimate.bill.run_sec <= month]
+    assert found[0] is min(in_time, key=lambda one: one.estimate.bill.gpu_hours)  # type: ignore[union-attr, return-value]
+    assert in_time[-1].values["cluster.num_nodes"] != 2, "two nodes take months"
+
+
+def test_what_is_asked_wrongly_is_refused() -> None:
+    for overrides, asked, expected in (
+        ((), Asked(search=True, gpus=12), "--gpus: expected a multiple of cluster.gpus_per_node (8), got 12"),
+        ((), Asked(search=True, budget_usd=1000), "--budget-usd needs cluster.price_per_gpu_hour"),
+        (("cluster.gpu=null", "cluster.gpus_per_node=null"), Asked(search=True), "need cluster.gpu"),
+    ):
+        recipe = load_recipe(RECIPE, overrides)
+        with pytest.raises(UserError, match=expected.replace("(", r"\(").replace(")", r"\)")):
+            list(explore(recipe, RECIPE, overrides, asked))
+
+
+def test_projections_keep_the_batch_or_the_share_of_it() -> None:
+    recipe, machine = machine_of()
+
+    def verdict(plan: Plan) -> str:
+        return estimate_footprint(plan, PROFILE).verdict(GPU_BYTES)
+
+    strong, weak = (
+        project(recipe, machine, lambda plan: estimate(plan, PROFILE, machine), verdict, weak=weak)  # type: ignore[arg-type]
+        for weak in (False, True)
+    )
+    assert [one.num_gpus for one in strong] == [8 * 2**k for k in range(12)], "8 to 16,384"
+    assert {one.global_batch_tokens for one in strong} == {4194304}
+    assert strong[-1].estimate is None and "sequences" in strong[-1].remark, "4M tokens are 512 sequences of 8,192"
+    assert strong[3].remark == "FITS"
+    assert all(one.global_batch_tokens == 65536 * one.num_gpus for one in weak)
+    rates = [one.estimate.bill.tokens_per_sec / one.num_gpus for one in weak if one.estimate]
+    assert len(rates) == 12 and all(b <= a * 1.02 for a, b in zip(rates, rates[1:], strict=False))
