@@ -25,6 +25,7 @@ from turbolm.plan.profile import ModelProfile
 from turbolm.plan.rates import step_rates
 from turbolm.plan.spans import check_spans, span_notes
 from turbolm.plan.suggestions import Suggestion, is_accepted, nearest_batch, suggest
+from turbolm.plan.traffic import Traffic, step_traffic
 from turbolm.recipe.gpus import GPUS, peak_flops
 from turbolm.recipe.schema import Execution, Recipe
 from turbolm.units import format_bytes, format_duration
@@ -97,6 +98,11 @@ class Summary:
         law = self.suggestion
         return nearest_batch(self.recipe, self.machine, law.global_batch_tokens) if law else None
 
+    @cached_property
+    def traffic(self) -> Traffic | None:
+        """Return the collectives of a step and the bytes that they send, if the model has a profile."""
+        return step_traffic(self.profile.tensors, self.plan) if self.profile else None
+
     @property
     def launch_command(self) -> str:
         """Return the command that starts the run."""
@@ -157,6 +163,7 @@ class Summary:
             "estimate": self.estimate.as_dict() if self.estimate else None,
             "memory": {**asdict(self.memory), "device_bytes": self.memory.device_bytes} if self.memory else None,
             "footprint": self._footprint(),
+            "traffic": self.traffic.as_dict() if self.traffic else None,
             "host_memory": asdict(self.host_memory) | {"total_bytes": self.host_memory.total_bytes}
             if self.host_memory
             else None,

@@ -9,6 +9,7 @@ import yaml
 
 from turbolm.plan.batch import plan_batch
 from turbolm.plan.summary import Summary
+from turbolm.plan.traffic import traffic_lines
 from turbolm.recipe.schedules import Wsd
 from turbolm.units import format_bytes, format_count, format_duration
 
@@ -26,6 +27,7 @@ def render_summary(summary: Summary) -> str:
         ("data", _data(summary)),
         ("model", _model(summary)),
         ("time", summary.estimate.lines() if summary.estimate else _unknown_time(summary)),
+        ("traffic of a step, sent by each process", traffic_lines(summary.traffic) if summary.traffic else ()),
         ("model state on each process", _memory(summary)),
         ("memory of each GPU", _footprint(summary)),
         ("host memory of each node", _host_memory(summary)),
