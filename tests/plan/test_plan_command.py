@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -27,7 +26,7 @@ LLAMA_8B = "recipes/llama3.1-8b/pretrain/config.yaml"
 # Runs the command and then says on stderr which of the heavy packages it has imported.
 RUN = """
 import atexit, runpy, sys
-heavy = ("torch", "transformers", "deepspeed", "accelerate")
+heavy = ("torch", "transformers", "deepspeed", "accelerate", "datasets", "pandas", "scipy")
 atexit.register(lambda: print("heavy:", [name for name in heavy if name in sys.modules], file=sys.stderr))
 sys.argv = ["turbolm", *sys.argv[1:]]
 runpy.run_module("turbolm.cli", run_name="__main__")
@@ -146,16 +145,6 @@ def test_json_has_the_same_and_stable_keys() -> None:
     assert found["memory"]["device_bytes"] == sum(
         found["memory"][part] for part in ("weights", "gradients", "master", "optimizer", "gathered", "buckets")
     )
-
-
-def test_it_is_quick() -> None:
-    """In processor time, which other work on the machine does not lengthen much."""
-    seconds = []
-    for _ in range(3):
-        start = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
-        plan(LLAMA_8B)
-        seconds.append(resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - start)
-    assert min(seconds) < 1.0
 
 
 def test_here_it_is_planned_for_this_machine() -> None:

