@@ -7,14 +7,16 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
+import torch
 
 from tests.train.harness import MODELS, SEQ_LEN, make_recipe
 from tests.world import run_world
 from turbolm.data.prepare.build import prepare
+from turbolm.errors import RunError
 from turbolm.plan.machine import detect_machine
 from turbolm.plan.plan import build_plan
 from turbolm.recipe.schema import Recipe
-from turbolm.train.largest import micro_batch_shapes
+from turbolm.train.largest import memory_told, micro_batch_shapes
 
 GROWTH = {"name": "growth", "start": 8, "over": "60%", "num_lengths": 3}
 
@@ -82,3 +84,20 @@ def _train_noting_shapes(recipes: dict[tuple[int, bool], Recipe]) -> dict[tuple[
         trained = [(line["train/loss"], line["train/grad_norm"]) for line in lines]
         found[stage, runs] = {"shapes": shapes, "trained": trained}
     return found
+
+
+def test_what_does_not_fit_is_told_with_what_to_change(tmp_path: Path) -> None:
+    plan = build_plan(grows(tmp_path, "oom", zero_stage=1), detect_machine(), 2)
+    with pytest.raises(RunError) as caught, memory_told(plan, "step 1"):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 1")
+    assert str(caught.value) == (
+        "step 1: CUDA out of memory. Set one or more of execution.micro_batch=32, execution.zero_stage=2, "
+        "execution.activation_checkpointing=full, execution.offload_optimizer=true; `turbolm plan` shows what takes "
+        "the memory"
+    )
+    changes = {"micro_batch": 32, "zero_stage": 3, "activation_checkpointing": "full", "offload_optimizer": True}
+    plan = build_plan(grows(tmp_path, "none", **changes), detect_machine(), 2)
+    with pytest.raises(RunError, match="Use more or larger GPUs"), memory_told(plan, "step 1"):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(RuntimeError, match="another"), memory_told(plan, "step 1"):
+        raise RuntimeError("another")

@@ -1,14 +1,19 @@
 """Run the largest micro-batch of a schedule once before the first step, so that what does not fit fails at once.
 
-A run that begins with short sequences or small batches would otherwise end when they grow, hours later.
+A run that begins with short sequences or small batches would otherwise end when they grow, hours later. What does not
+fit is told with what to change.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 
 from turbolm.data.batch.collate import fill_cu_seqlens
+from turbolm.errors import RunError
 from turbolm.plan.batch import choose_micro_batch_size
 from turbolm.plan.plan import Plan
 from turbolm.reliability import heartbeat
@@ -27,6 +32,32 @@ def micro_batch_shapes(plan: Plan, step: int) -> set[tuple[int, int]]:
     }
 
 
+@contextmanager
+def memory_told(plan: Plan, what: str) -> Iterator[None]:
+    """Turn torch's OutOfMemoryError into a RunError that names the keys to change."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        first = str(error).partition(". ")[0]
+        raise RunError(f"{what}: {first}. {_cure(plan)}; `turbolm plan` shows what takes the memory") from error
+
+
+def _cure(plan: Plan) -> str:
+    """Return the changes of the execution that this recipe has left, cheapest first."""
+    execution, micro_tokens = plan.recipe.execution, plan.batch.micro_batch_tokens
+    smaller = max(plan.batch.micro_batch_bins // 2, 1) * plan.batch.seq_len
+    keeps_little = execution.activation_checkpointing in ("full", "offloaded")
+    ways = [
+        f"execution.micro_batch={smaller}" if smaller < micro_tokens else "",
+        f"execution.zero_stage={execution.zero_stage + 1}" if execution.zero_stage < 3 and plan.world_size > 1 else "",
+        "execution.activation_checkpointing=full"
+        if execution.activation_checkpointing in ("none", "selective")
+        else "",
+        "" if execution.offload_optimizer else "execution.offload_optimizer=true",
+    ]
+    return f"Set one or more of {', '.join(filter(None, ways))}" if any(ways) else "Use more or larger GPUs"
+
+
 def run_largest(session: Session) -> None:
     """Run the largest micro-batch forward and backward with a loss of 0, as the first one of the step that follows.
 
@@ -40,7 +71,8 @@ def run_largest(session: Session) -> None:
     num_sequences, seq_len = max(shapes, key=lambda shape: (shape[0] * shape[1], shape[1]))
     session.log.say(f"trying the largest micro-batch of the schedule: {num_sequences} x {seq_len} tokens")
     micro_batch = _made_up(session, num_sequences, seq_len)
-    with torch.random.fork_rng([engine.device] if engine.device.type == "cuda" else []):
+    what = f"execution.micro_batch: {num_sequences} x {seq_len} tokens, the largest micro-batch of the schedule"
+    with memory_told(plan, what), torch.random.fork_rng([engine.device] if engine.device.type == "cuda" else []):
         heartbeat.advance()
         objective = micro_batch_loss(engine, micro_batch, session.attention)[0]
         engine.backward_and_step(objective * 0.0, is_boundary=False)

@@ -16,7 +16,7 @@ from turbolm.plan.rates import step_rates
 from turbolm.reliability import heartbeat
 from turbolm.train.evaluation import EvaluationResult, evaluate
 from turbolm.train.garbage import collect_when_due, manual_collection
-from turbolm.train.largest import run_largest
+from turbolm.train.largest import memory_told, run_largest
 from turbolm.train.profile import profiled
 from turbolm.train.recover import settle_anomaly
 from turbolm.train.session import Session, check_replicas_when_due, save
@@ -62,9 +62,11 @@ def take_step(session: Session, batch: GlobalBatch) -> StepResult:
         run_largest(session)
         session.has_run_largest = True
     segment = plan.curriculum.segment(batch.index).first_step
-    result = train_step(
-        session.engine, batch.micro_batches, batch.num_targets, session.attention, session.gate, segment
-    )
+    shape = batch.micro_batches[0]["input_ids"].shape
+    with memory_told(plan, f"step {session.step + 1}, micro-batches of {shape[0]} x {shape[1]} tokens"):
+        result = train_step(
+            session.engine, batch.micro_batches, batch.num_targets, session.attention, session.gate, segment
+        )
     session.step += 1
     heartbeat.advance(heartbeat.STEP, session.step)
     first_step_done(session.context.run.attempt(session.context.attempt), dist.get_rank())
