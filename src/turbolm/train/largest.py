@@ -50,9 +50,7 @@ def _cure(plan: Plan) -> str:
     ways = [
         f"execution.micro_batch={smaller}" if smaller < micro_tokens else "",
         f"execution.zero_stage={execution.zero_stage + 1}" if execution.zero_stage < 3 and plan.world_size > 1 else "",
-        "execution.activation_checkpointing=full"
-        if execution.activation_checkpointing in ("none", "selective")
-        else "",
+        "" if keeps_little else "execution.activation_checkpointing=full",
         "" if execution.offload_optimizer else "execution.offload_optimizer=true",
     ]
     return f"Set one or more of {', '.join(filter(None, ways))}" if any(ways) else "Use more or larger GPUs"
