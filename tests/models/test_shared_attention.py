@@ -28,11 +28,11 @@ CPU = torch.device("cpu")
 MODELS = CONFIGS | {
     "one-key-head": {"model_type": "llama", "num_key_value_heads": 1, **SHAPE},
     "twelve-heads": {
-        "model_type": "llama",
-        "num_key_value_heads": 6,
         **SHAPE,
+        "model_type": "llama",
+        "hidden_size": 96,
         "num_attention_heads": 12,
-        "head_dim": 8,
+        "num_key_value_heads": 6,
     },
 }
 LFM2 = {"layer_types": ["conv", "full_attention"], "num_key_value_heads": 2}
@@ -101,6 +101,9 @@ def refusal(config: dict[str, Any]) -> str:
     start_sequence_group(2)
     model = make_model(config, "sdpa")
     share_attention(model, "sdpa")
+    with torch.no_grad():
+        for parameter in model.parameters():  # convolutions hardly count at initial weights
+            parameter.mul_(5.0 if parameter.dim() > 1 else 1.0)
     try:
         check_isolation(model, vocab_size=VOCAB, seq_len=SEQ_LEN, attention="sdpa", precision="fp32", packed=False)
     except UserError as error:
@@ -150,7 +153,8 @@ def test_models_that_cannot_be_shared_are_refused_by_name() -> None:
     )
     chunked = {"layer_types": ["chunked_attention"] * 2, "attention_chunk_size": 32}
     assert "by chunks of 32 tokens" in refused("llama4_text", config=chunked)
-    assert "from token 16 on" in refused("llama4_text", config={"attn_temperature_tuning": True, "floor_scale": 16})
+    tuned = {"layer_types": ["full_attention"] * 2, "attn_temperature_tuning": True, "floor_scale": 16}
+    assert "from token 16 on" in refused("llama4_text", config=tuned)
 
 
 class Sent(TorchDispatchMode):
@@ -213,5 +217,5 @@ def test_what_is_sent_is_what_the_plan_says_and_activations_fall_with_the_group(
         )
         assert sent == exchange_bytes(CONFIGS[name], batch, precision="fp32", recomputation=recomputation)
         assert (sent > 0) == (size > 1)
-    assert saved[2] == pytest.approx(saved[1] / 2, rel=0.01)
-    assert saved[4] == pytest.approx(saved[1] / 4, rel=0.01)
+    for size in (2, 4):  # and the output of attention on both sides of the exchange
+        assert 0.99 < size * saved[size] / saved[1] < 1.15, saved

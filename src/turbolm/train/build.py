@@ -218,9 +218,9 @@ def _build_loader(plan: Plan, store: TokenStore, device: torch.device) -> BatchL
     order = recipe_order(recipe, store, plan.curriculum, save=rank == 0, on_progress=lambda _: heartbeat.beat())
     # What is compiled sees few sizes for each sequence length, up to the most slices there are in the whole run.
     max_slices = order.max_slices(plan.num_steps) if recipe.execution.compile != "none" else None
-    memory, execution = pinned_memory(device), recipe.execution
-    shared = {"max_slices": max_slices, "memory": memory, "shared_by": execution.sequence_parallel}
-    return BatchLoader(order, store, "train", world_size, rank, execution.micro_batch, **shared)
+    micro_batch, shared_by = recipe.execution.micro_batch, recipe.execution.sequence_parallel
+    memory = pinned_memory(device)
+    return BatchLoader(order, store, "train", world_size, rank, micro_batch, max_slices, memory, shared_by)
 
 
 def _build_saver(context: Context, engine: Engine, log: MetricsLog) -> CheckpointSaver:
