@@ -85,7 +85,10 @@ def compare(names: list[str], sizes: list[int], attention: str) -> dict[tuple[st
     return found
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "varlen", pytest.param("flex", marks=pytest.mark.slow)])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("attention", ["sdpa", pytest.param("varlen", marks=SLOW), pytest.param("flex", marks=SLOW)])
 def test_slices_give_what_whole_sequences_give_and_leak_nothing(attention: str) -> None:
     """Groups of 2 and 4; key heads that groups repeat: 2 and 1 for groups of 4, 6 to 12 for groups of 4."""
     names, sizes = (list(MODELS), [2, 4]) if attention != "flex" else (["llama"], [2])
@@ -196,7 +199,10 @@ def sent_and_saved(config: dict[str, Any], size: int, recomputation: str | int) 
     return sent.num_bytes, saved
 
 
-@pytest.mark.parametrize(("name", "recomputation"), [("llama", "none"), ("gpt2", "full"), ("qwen3", 2)])
+@pytest.mark.parametrize(
+    ("name", "recomputation"),
+    [("llama", "none"), pytest.param("gpt2", "full", marks=SLOW), pytest.param("qwen3", 2, marks=SLOW)],
+)
 def test_what_is_sent_is_what_the_plan_says_and_activations_fall_with_the_group(
     name: str, recomputation: str | int
 ) -> None:
