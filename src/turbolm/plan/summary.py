@@ -14,8 +14,8 @@ from turbolm.plan.batch import BatchPlan
 from turbolm.plan.count import ModelFacts, ModelSize, examine_model
 from turbolm.plan.deepspeed import untested_note
 from turbolm.plan.estimate import Estimate, estimate_run
-from turbolm.plan.fitting import Fit, examine_fit
 from turbolm.plan.exchange import exchange_note
+from turbolm.plan.fitting import Fit, examine_fit
 from turbolm.plan.flops import training_flops_per_token
 from turbolm.plan.footprint import Footprint
 from turbolm.plan.machine import Machine, cpu_request_note, described_machine, detect_machine, missing_package
