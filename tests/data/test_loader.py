@@ -86,6 +86,30 @@ def test_rows_of_scheduled_lengths_are_the_same_for_every_layout(store: TokenSto
                 assert np.prod(shapes.pop()) <= max(micro_batch, again.sequences.seq_len)
 
 
+@pytest.mark.parametrize(("world_size", "shared_by"), [(2, 2), (4, 2), (8, 4), (6, 2)])
+def test_ranks_of_a_group_have_slices_of_the_same_sequences(
+    store: TokenStore, order: BatchOrder, world_size: int, shared_by: int
+) -> None:
+    """Put together they are the batch of as many ranks as there are groups; every rank knows the whole positions."""
+    num_groups, boundaries = world_size // shared_by, order.max_slices(4)
+    for group in range(num_groups):
+        whole = BatchLoader(order, store, "train", num_groups, group, 2 * SEQ_LEN, boundaries).global_batch(3)
+        ranks = range(shared_by * group, shared_by * (group + 1))
+        loaders = [
+            BatchLoader(order, store, "train", world_size, rank, 2 * SEQ_LEN, boundaries, shared_by=shared_by)
+            for rank in ranks
+        ]
+        batches = [loader.global_batch(3) for loader in loaders]
+        for number, micro in enumerate(whole.micro_batches):
+            parts = [batch.micro_batches[number] for batch in batches]
+            for name in ("input_ids", "position_ids", "targets"):
+                np.testing.assert_array_equal(np.concatenate([part[name] for part in parts], axis=1), micro[name])
+            for part in parts:
+                np.testing.assert_array_equal(part["whole_position_ids"], micro["position_ids"])
+                np.testing.assert_array_equal(part["cu_seqlens"], micro["cu_seqlens"])
+        assert {batch.samples_digest for batch in batches} == {whole.samples_digest}
+
+
 def test_imbalance_by_hand(store: TokenStore) -> None:
     sequences = Sequences(8, np.arange(4), np.arange(3), np.zeros(3, np.int64), np.array([8, 4, 4]))  # costs 64, 16, 16
     dealt = np.array([[[0], [1]], [[-1], [2]]])  # of two ranks: 64 and 16, then nothing and 16

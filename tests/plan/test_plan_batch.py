@@ -38,6 +38,18 @@ def test_even_split() -> None:
     )
 
 
+def test_groups_that_share_sequences_are_what_batches_are_divided_by() -> None:
+    shared = recipe(64 * 1024)
+    shared = shared.model_copy(update={"execution": shared.execution.model_copy(update={"sequence_parallel": 4})})
+    plan = plan_batch(shared, 8)
+    assert (plan.num_groups, plan.micro_batch_bins, plan.gradient_accumulation_steps) == (2, 32, 1)  # 16k a process
+    assert plan.num_filler_bins == 0
+    with pytest.raises(UserError, match="must divide the 6 processes, got 4; set one of 1, 2, 3, 6"):
+        plan_batch(shared, 6)
+    with pytest.raises(UserError, match="too few for 512 processes in groups of 4; use at most 256 processes"):
+        plan_batch(shared, 512)
+
+
 @pytest.mark.parametrize(
     (
         "num_sequences",

@@ -205,6 +205,18 @@ ADDED = {
     "execution: {zero_stage: 3, hierarchical_partition: 3}\ncluster: {gpu: L4-24GB, gpus_per_node: 8}": (
         "a.yaml:11: execution.hierarchical_partition: must divide the 8 processes, got 3"
     ),
+    "execution: {sequence_parallel: 3}": (
+        "a.yaml:11: execution.sequence_parallel: must divide the 128 tokens of a sequence (data.seq_len and "
+        "data.length_schedule), got 3; set one of 1, 2, 4, 8, 16, 32, 64, 128"
+    ),
+    "execution: {sequence_parallel: 4}\ncluster: {device: cpu, processes_per_node: 6}": (
+        "a.yaml:11: execution.sequence_parallel: must divide the 6 processes, got 4; set one of 1, 2, 3, 6"
+    ),
+    "execution: {sequence_parallel: 0}": "a.yaml:11: execution.sequence_parallel: must be at least 1, got 0",
+    "execution: {sequence_parallel: 2, attention: eager}": (
+        "a.yaml:11: execution.attention: eager does not work with execution.sequence_parallel, which needs the kernel "
+        "apart from the model; set attention: auto, or one of varlen, sdpa and flex"
+    ),
     "execution: {zero_stage: 3, hierarchical_partition: 4, offload_parameters: true}": (
         "a.yaml:11: execution.hierarchical_partition: keeps a copy of the weights on the GPU, which "
         "execution.offload_parameters would move away; choose one of the two"

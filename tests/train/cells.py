@@ -62,7 +62,8 @@ def train_cell(folder: Path, cell: Cell) -> list[list[float]]:
     plan, store, engine, attention = build_cell(folder, cell)
     recipe = plan.recipe
     order = recipe_order(recipe, store, plan.curriculum, save=False)
-    loader = BatchLoader(order, store, "train", dist.get_world_size(), dist.get_rank(), recipe.execution.micro_batch)
+    ranks, execution = (dist.get_world_size(), dist.get_rank()), recipe.execution
+    loader = BatchLoader(order, store, "train", *ranks, execution.micro_batch, shared_by=execution.sequence_parallel)
     if cell.load:  # after a forward pass, as in the trainer, which checks first that packed documents are isolated
         engine.eval()
         with torch.no_grad():

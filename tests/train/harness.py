@@ -34,6 +34,7 @@ MIXTURES: dict[str, dict[str, Any]] = {
     },
     "olmoe": {"model_type": "olmoe", "num_experts": 4, "num_experts_per_tok": 1, "router_aux_loss_coef": 0.5},
 }  # fmt: skip
+MODELS["qwen3"] = {**MODELS["llama"], "model_type": "qwen3", "head_dim": 16, "num_key_value_heads": 1}
 MODELS |= {name: {**MODELS["llama"], **mixture} for name, mixture in MIXTURES.items()}
 SEQ_LEN = 32
 BINS_PER_BATCH = 5  # divided by none of the layouts below: there are always ranks with less than the others

@@ -19,6 +19,7 @@ from turbolm.engine.engine import Engine
 from turbolm.engine.sharding import is_sharded
 from turbolm.environment import drop_accelerate_settings
 from turbolm.errors import UserError
+from turbolm.recipe.sequence_parallel import DEEPSPEED_ULYSSES
 
 _ACCELERATE_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
@@ -41,6 +42,8 @@ def build_accelerator(ds_config: dict[str, Any], *, device: str, precision: str,
     backend = "gloo" if device == "cpu" else "nccl"
     # A C++ extension for inference that DeepSpeed would compile (40 s) at the first start on a CPU.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if os.environ.get("PARALLELISM_CONFIG_SP_SIZE", "1") != "1":
+        raise UserError(f"parallelism_config.sp_size of the accelerate configuration: {DEEPSPEED_ULYSSES}")
     drop_accelerate_settings()
     # The recipe overrides what the launcher or an accelerate YAML says about precision and DeepSpeed.
     if device == "cpu":

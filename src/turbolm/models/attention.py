@@ -21,6 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import flex_attention_mask, sdpa_mask
 
 from turbolm.errors import UserError
+from turbolm.models.sequence_parallel import WHOLE_POSITIONS, WholeSequences, sequence_group
 from turbolm.plan.batch import few_sizes
 
 # The recipe's names and Transformers' own.
@@ -102,27 +103,37 @@ def model_inputs(batch: dict[str, np.ndarray], attention: str, device: torch.dev
     and `max_length_*` (an int) are added; they are computed on the host, so that no layer has to ask the device. The
     kernels start blocks for every slice up to that length: it is that of the longest slice, or, where the micro-batch
     has `cu_seqlens` because a compiler is at work, the next of `few_sizes`.
+
+    In a group that shares sequences none are joined, and attention gets what it has to know as `whole_sequences`.
     """
     tokens, positions = batch["input_ids"], batch["position_ids"]
-    if attention not in _FLATTENED:
-        return {
-            "input_ids": torch.from_numpy(tokens).to(device, non_blocking=True),
-            "position_ids": torch.from_numpy(positions).to(device, non_blocking=True),
-            "use_cache": False,
-        }
-    flat_positions = positions.reshape(1, -1)
-    cumulative = batch.get("cu_seqlens")
+    is_shared = sequence_group() is not None
+    is_flat = attention in _FLATTENED and not is_shared
+    inputs: dict[str, Any] = {
+        "input_ids": torch.from_numpy(tokens.reshape(1, -1) if is_flat else tokens).to(device, non_blocking=True),
+        "position_ids": torch.from_numpy(positions.reshape(1, -1) if is_flat else positions).to(
+            device, non_blocking=True
+        ),
+        "use_cache": False,
+    }
+    whole = batch.get(WHOLE_POSITIONS, positions)
+    lengths = _lengths(whole, batch.get("cu_seqlens"), device) if attention in _FLATTENED else {}
+    if is_shared:
+        documents = torch.from_numpy(np.cumsum(whole == 0, axis=1, dtype=np.int32)).to(device, non_blocking=True)
+        return inputs | {"whole_sequences": WholeSequences(documents, lengths, WHOLE_POSITIONS in batch)}
+    return inputs | lengths
+
+
+def _lengths(positions: np.ndarray, cumulative: np.ndarray | None, device: torch.device) -> dict[str, Any]:
+    """Return the cumulative lengths of a micro-batch's slices, and the longest, under Transformers' names."""
     if cumulative is None:
-        starts = np.flatnonzero(flat_positions[0] == 0)
-        cumulative = np.append(starts, flat_positions.size).astype(np.int32)
+        starts = np.flatnonzero(positions.reshape(-1) == 0)
+        cumulative = np.append(starts, positions.size).astype(np.int32)
         max_length = int(np.diff(cumulative).max())
     else:
         max_length = few_sizes(int(np.diff(cumulative).max()), positions.shape[1])
     cu_seq_lens = torch.from_numpy(cumulative).to(device, non_blocking=True)
     return {
-        "input_ids": torch.from_numpy(tokens.reshape(1, -1)).to(device, non_blocking=True),
-        "position_ids": torch.from_numpy(flat_positions).to(device, non_blocking=True),
-        "use_cache": False,
         "cu_seq_lens_q": cu_seq_lens,
         "cu_seq_lens_k": cu_seq_lens,
         "max_length_q": max_length,

@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from turbolm.engine.engine import Engine
 from turbolm.errors import UserError
 from turbolm.models.attention import model_inputs
+from turbolm.models.sequence_parallel import sequence_group
 from turbolm.models.settings import ropes_by_length
 
 # Relative to the largest logit. Every kernel that isolates gave exactly 0 in fp32; mixtures of experts, whose products
@@ -22,6 +23,9 @@ from turbolm.models.settings import ropes_by_length
 # twentieth of how far a document's own tokens move its logits.
 _TOLERANCE = {"fp32": 1e-5, "bf16": 1e-3, "fp16": 1e-3}
 _ALONE_TOLERANCE = {"fp32": 1e-3, "bf16": 0.2, "fp16": 0.2}  # see `Probe.differ_alone`; other positions move it by 1
+# Relative to the norm of a token's logits: in fp32 of the token that differs most, where all types that can be shared
+# gave up to 6e-7; else the mean over tokens, since rounding may send one to another expert.
+_SHARED_TOLERANCE = {"fp32": 1e-5, "bf16": 0.05, "fp16": 0.05}
 _SEQUENCE_TOKENS = 32
 _MASKED = 1e9  # logits beyond it, either way, are those of tokens that the model rules out
 # Settings that make a type that reads both ways read from left to right.
@@ -50,7 +54,9 @@ class Probe:
         num_sequences: int = 2,
     ) -> None:
         self.model, self.attention, self.device, self.vocab_size = model, attention, model.device, vocab_size
-        self.seq_len, self.num_tokens, self.sequence = seq_len, min(seq_len, _SEQUENCE_TOKENS), num_sequences - 1
+        group = sequence_group()
+        tokens = _SEQUENCE_TOKENS if group is None else -(-_SEQUENCE_TOKENS // group.size) * group.size
+        self.seq_len, self.num_tokens, self.sequence = seq_len, min(seq_len, tokens), num_sequences - 1
         self.first = self.num_tokens // 3 if packed else 0  # where the document that must not change begins
         self.middle = (self.first + self.num_tokens) // 2
         self.tokens = np.random.default_rng(0).integers(0, vocab_size, (num_sequences, self.num_tokens))
@@ -62,8 +68,11 @@ class Probe:
 
     def _run(self, tokens: np.ndarray, positions: np.ndarray) -> torch.Tensor:
         """Return the logits in fp32, [sequences, tokens, vocabulary]."""
-        inputs = model_inputs({"input_ids": tokens, "position_ids": positions}, self.attention, self.device)
-        return self._forward(inputs).reshape(*tokens.shape, -1)
+        batch, group = {"input_ids": tokens, "position_ids": positions}, sequence_group()
+        if group is None:
+            return self._forward(model_inputs(batch, self.attention, self.device)).reshape(*tokens.shape, -1)
+        inputs = model_inputs(group.share(batch), self.attention, self.device)
+        return group.gather_logits(self._forward(inputs))
 
     @torch.no_grad()
     def _forward(self, inputs: dict[str, Any]) -> torch.Tensor:
@@ -111,17 +120,31 @@ class Probe:
         batch = {"input_ids": tokens[part], "position_ids": positions[part]}
         alone = model_inputs(batch, self.attention, self.device)
         del alone["position_ids"]
+        with self._evaluating():
+            expected = self._forward(alone)[0]
+            difference = self._run(tokens, positions)[self.sequence, first:last] - expected
+        return float(_relative(difference, expected).median())
+
+    def differ_shared(self, precision: str) -> float:
+        """Return how far logits of ranks that share sequences are from those of a rank that has them whole.
+
+        Runs without dropout. The result is relative, see `_SHARED_TOLERANCE`.
+        """
+        batch = {"input_ids": self.tokens, "position_ids": self.positions}
+        with self._evaluating():
+            whole = self._forward(model_inputs(batch, self.attention, self.device))
+            apart = _relative(self._run(self.tokens, self.positions) - whole, whole)
+        return float(apart.max() if precision == "fp32" else apart.mean())
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
         was_training = self.model.training
         self.model.eval()
         try:
-            expected = self._forward(alone)[0]
-            difference = self._run(tokens, positions)[self.sequence, first:last] - expected
+            yield
         finally:
             if was_training:
                 self.model.train()
-        is_masked = expected.abs() >= _MASKED
-        moved, size = (each.masked_fill(is_masked, 0.0).norm(dim=-1) for each in (difference, expected))
-        return float((moved / size.clamp(min=1e-12)).median())  # a model's own padding token may have logits of 0
 
     def _change(self, tokens: np.ndarray) -> None:
         """Replace every token by another, in place."""
@@ -131,6 +154,13 @@ class Probe:
     def _moved(self, logits: torch.Tensor, where: slice) -> float:
         expected = self.logits[self.sequence, where]
         return float((logits[self.sequence, where] - expected).masked_fill(expected.abs() >= _MASKED, 0.0).abs().max())
+
+
+def _relative(difference: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """Return the norm of each token's difference over that of its logits, but for those that the model rules out."""
+    is_masked = expected.abs() >= _MASKED
+    moved, size = (each.masked_fill(is_masked, 0.0).norm(dim=-1) for each in (difference, expected))
+    return moved / size.clamp(min=1e-12)  # a model's own padding token may have logits of 0
 
 
 def check_isolation(
@@ -153,12 +183,20 @@ def check_isolation(
     """
     kind = "this model" if config is None else config.model_type
     sizes = {"vocab_size": vocab_size, "seq_len": seq_len, "num_sequences": min(num_sequences, 2)}
-    with _told(f"model: {kind} cannot be trained with {attention} attention"):
+    what = f"model: {kind} cannot be trained with {attention} attention"
+    if sequence_group() is not None:
+        what = f"execution.sequence_parallel: {kind} cannot be trained so with {attention} attention; set 1"
+    with _told(what):
         probe = Probe(model, attention=attention, packed=packed, **sizes)
     if not torch.isfinite(probe.logits).all():
         raise UserError(
             f"model: the logits of {kind} are not finite (NaN or infinite) before the first step, in {precision}: a "
             "weight is not, or train.precision is too narrow for it (fp32 is the widest)"
+        )
+    if sequence_group() is not None and not (apart := probe.differ_shared(precision)) <= _SHARED_TOLERANCE[precision]:
+        raise UserError(
+            f"execution.sequence_parallel: {kind} does not compute for slices of a sequence what it does for the whole "
+            f"(logits differ by {apart:.2g}): it mixes tokens outside attention; set sequence_parallel: 1"
         )
     before, after = probe.move_by_tokens()
     if not after > 0:

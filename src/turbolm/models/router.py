@@ -2,7 +2,8 @@
 
 Transformers adds the loss in the model's own forward pass, over the whole batch and only beside `labels`. It is a
 product of two means, so it is not the same for a batch as for its parts. Here the same function is applied to each
-packed sequence by itself and weighted by its tokens: a sum over sequences, like the language-model loss.
+packed sequence by itself and weighted by its tokens: a sum over sequences, like the language-model loss. Ranks that
+share sequences sum the shares of which the means are made, and each takes the gradient of its own.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from transformers.utils.output_capturing import OutputRecorder
 
 from turbolm.engine import sharding
 from turbolm.errors import UserError
+from turbolm.models.sequence_parallel import sequence_group
 from turbolm.models.size import expert_parameters
 from turbolm.plan.batch import IGNORED_TARGET
 
@@ -106,7 +108,8 @@ def attach_router_loss(model: PreTrainedModel, routers: Routers) -> None:
         if not routers.coefficient:
             logits = tuple(one.detach() for one in logits)
         router_loss = _summed(routers.losses, logits, mask)
-        return objective + routers.coefficient * router_loss, nll, router_loss.detach(), load
+        own_share = router_loss.detach() / _num_sharing()  # what all ranks report is summed
+        return objective + routers.coefficient * router_loss, nll, own_share, load
 
     model.forward = with_routers
 
@@ -157,15 +160,32 @@ def _router_loss(model: PreTrainedModel) -> tuple[SequenceLosses | None, float]:
     def at_once(logits: tuple[torch.Tensor, ...], mask: torch.Tensor) -> torch.Tensor:
         return switch_losses(logits, mask, num_experts, top_k)
 
-    return (at_once if _are_equal(at_once, one_by_one, num_experts) else one_by_one), float(own)
+    def over_group(logits: tuple[torch.Tensor, ...], mask: torch.Tensor) -> torch.Tensor:
+        return switch_losses(logits, mask, num_experts, top_k, total=_over_group)
+
+    if _are_equal(at_once, one_by_one, num_experts):
+        return over_group, float(own)
+    if _num_sharing() > 1:
+        raise UserError(
+            f"execution.sequence_parallel: Transformers' router loss of {model.config.model_type} is not made of sums "
+            "over tokens, which ranks that share a sequence could add up; set sequence_parallel: 1"
+        )
+    return one_by_one, float(own)
 
 
-def switch_losses(logits: tuple[torch.Tensor, ...], mask: torch.Tensor, num_experts: int, top_k: int) -> torch.Tensor:
+def switch_losses(
+    logits: tuple[torch.Tensor, ...],
+    mask: torch.Tensor,
+    num_experts: int,
+    top_k: int,
+    total: Callable[[torch.Tensor], torch.Tensor] = lambda share: share,
+) -> torch.Tensor:
     """The loss of Switch Transformers (arXiv 2101.03961, equations 4 to 6) of each sequence, [sequences].
 
     `logits` are those of each layer, [sequences x seq_len, experts], `mask` is 1 for tokens that count, fp32
     [sequences, seq_len]. It is experts x the sum over experts of (share of the choices, counted `top_k` times) x (mean
     probability), with means over tokens and layers: what nearly all types of Transformers call for a whole batch.
+    `total` sums the parts of the means over ranks that each have a slice of the sequences.
     """
     num_sequences, seq_len = mask.shape
     chosen = mask.new_zeros(num_sequences, num_experts)
@@ -177,6 +197,8 @@ def switch_losses(logits: tuple[torch.Tensor, ...], mask: torch.Tensor, num_expe
         chosen = chosen.scatter_add(1, experts, each_choice)
         probability = probability + (weights.float().view(num_sequences, seq_len, -1) * mask[..., None]).sum(1)
     num_rows = len(logits) * mask.sum(1, keepdim=True)
+    sums = total(torch.cat([chosen, probability, num_rows], 1))
+    chosen, probability, num_rows = sums.split((num_experts, num_experts, 1), 1)
     return num_experts * (chosen / num_rows * (probability / num_rows)).sum(1)
 
 
@@ -194,8 +216,18 @@ def _are_equal(one: SequenceLosses, other: SequenceLosses, num_experts: int) -> 
 
 def _summed(losses: SequenceLosses, logits: tuple[torch.Tensor, ...], mask: torch.Tensor) -> torch.Tensor:
     """The sum over sequences of their loss times their tokens. A sequence without any, a filler, counts nothing."""
-    num_tokens = mask.sum(1)
+    num_tokens = _over_group(mask.sum(1))
     return (num_tokens * losses(logits, torch.where(num_tokens[:, None] > 0, mask, 1.0))).sum()
+
+
+def _over_group(share: torch.Tensor) -> torch.Tensor:
+    group = sequence_group()
+    return share if group is None else group.total(share)
+
+
+def _num_sharing() -> int:
+    group = sequence_group()
+    return 1 if group is None else group.size
 
 
 def _no_load(experts: list[nn.Module], device: torch.device) -> torch.Tensor | None:

@@ -6,11 +6,13 @@ ds_configs/README.md explains each key and its value.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from turbolm.errors import UserError
 from turbolm.plan.batch import BatchPlan
 from turbolm.recipe.schema import Execution, Recipe
+from turbolm.recipe.sequence_parallel import DEEPSPEED_ULYSSES
 from turbolm.shipped import read_shipped, shipped
 
 # Bytes of one message on the wire. DeepSpeed's own default, 5e8 elements, would be 2 GB of gradients in fp32.
@@ -23,6 +25,8 @@ def resolve_ds_config(recipe: Recipe, batch: BatchPlan, device: str, precision: 
     execution = recipe.execution
     base = _base_name(recipe)
     config = _load_base(base)
+    _refuse_other_ulysses(config, base)
+    # DeepSpeed is not told of groups that share sequences: to it every process has a micro-batch of its own.
     num_sequences = batch.micro_batch_bins * batch.gradient_accumulation_steps * batch.world_size
     config |= {
         "train_micro_batch_size_per_gpu": batch.micro_batch_bins,
@@ -112,6 +116,12 @@ def _check_zeropp(recipe: Recipe, batch: BatchPlan, device: str) -> None:
     group = execution.hierarchical_partition
     if group and batch.world_size % group:
         raise UserError(f"execution.hierarchical_partition: must divide the {batch.world_size} processes, got {group}")
+
+
+def _refuse_other_ulysses(config: Mapping[str, Any], base: str) -> None:
+    for key in ("sequence_parallel_size", "sequence_parallel"):
+        if key in config:
+            raise UserError(f"{shipped('ds_configs', f'{base}.json')}: {key}: {DEEPSPEED_ULYSSES}")
 
 
 def _load_base(name: str) -> dict[str, Any]:

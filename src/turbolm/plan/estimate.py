@@ -133,7 +133,7 @@ def step_work(plan: Plan, profile: ModelProfile, *, head_dim: int, documents: Se
 
     def amounts(recomputation: Recomputation) -> Amounts:
         shape = Shape(
-            tokens=batch.micro_batch_tokens,
+            tokens=batch.process_tokens,
             seq_len=batch.seq_len,
             kernel=used_kernel(plan, profile),
             element_bytes=_ELEMENT_BYTES[plan.precision],

@@ -132,7 +132,7 @@ def _kept_gradients(plan: Plan, state: ModelState, num_parameters: int) -> int:
 def estimate_activations(plan: Plan, profile: ModelProfile) -> Activations:
     """Return the activations of a micro-batch of the longest sequences. Raises KeyError for a way not traced."""
     batch, execution = plan.batch, plan.recipe.execution
-    tokens, seq_len = batch.micro_batch_tokens, batch.seq_len
+    tokens, seq_len = batch.process_tokens, batch.seq_len
     kernel, element_bytes = used_kernel(plan, profile), 4 if plan.precision == "fp32" else 2
     mix = list(_recomputations(execution.activation_checkpointing, profile.num_layers))
     way = (mix[0][0], kernel, element_bytes)
@@ -191,5 +191,5 @@ def used_loss(plan: Plan, profile: ModelProfile) -> Loss:
     if asked != "auto":
         return asked
     vocabulary = next(tensor.shape[0] for tensor in profile.tensors if tensor.kind == "embedding")
-    is_small = plan.precision == "fp32" and plan.batch.micro_batch_tokens * vocabulary <= _FEW_LOGITS
+    is_small = plan.precision == "fp32" and plan.batch.process_tokens * vocabulary <= _FEW_LOGITS
     return "full" if plan.precision == "fp16" or is_small else "chunked"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -88,24 +88,14 @@ def estimate_size(config: Mapping[str, Any]) -> ModelSize | None:
     if family is None or config.get("add_cross_attention"):
         return None
     values = family.values(config)
-
-    def size(name: str, fallback: int | None = None) -> int:
-        value = values.get(name)
-        value = fallback if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"model.config.{name}: expected a whole number of at least 1, got {value!r}")
-        return value
+    size = _reader(values)
 
     def bias(which: bool | str, width: int) -> int:
         return width if (values.get(which) if isinstance(which, str) else which) else 0
 
-    vocabulary, hidden, layers, heads = map(
-        size, ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
-    )
+    vocabulary, hidden = map(size, ("vocab_size", "hidden_size"))
+    layers, heads, kv_heads, head_dim = _attention_shape(family, size)
     inner = size(family.inner_key, 4 * hidden)
-    head_dim, kv_heads = hidden // heads, heads
-    if family.own_head_dim:
-        head_dim, kv_heads = size("head_dim", head_dim), size("num_key_value_heads", heads)
     queries, keys_values = heads * head_dim, 2 * kv_heads * head_dim
     num_wide = 2 if family.gated else 1
     matrices = hidden * (queries + keys_values) + queries * hidden + (num_wide + 1) * hidden * inner
@@ -128,3 +118,30 @@ def estimate_size(config: Mapping[str, Any]) -> ModelSize | None:
         attention_width=layers * queries,
         matmul=layers * matrices + vocabulary * hidden,
     )
+
+
+def attention_shape(config: Mapping[str, Any]) -> tuple[int, int, int, int] | None:
+    """Return layers, heads of queries, heads of keys and the size of a head; None for a type without a formula here.
+
+    Raises ValueError as `estimate_size` does.
+    """
+    family = _FAMILIES.get(str(config.get("model_type")))
+    return None if family is None else _attention_shape(family, _reader(family.values(config)))
+
+
+def _attention_shape(family: _Family, size: Callable[..., int]) -> tuple[int, int, int, int]:
+    hidden, layers, heads = map(size, ("hidden_size", "num_hidden_layers", "num_attention_heads"))
+    if not family.own_head_dim:
+        return layers, heads, heads, hidden // heads
+    return layers, heads, size("num_key_value_heads", heads), size("head_dim", hidden // heads)
+
+
+def _reader(values: Mapping[str, Any]) -> Callable[..., int]:
+    def size(name: str, fallback: int | None = None) -> int:
+        value = values.get(name)
+        value = fallback if value is None else value
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"model.config.{name}: expected a whole number of at least 1, got {value!r}")
+        return value
+
+    return size

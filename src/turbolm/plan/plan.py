@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from turbolm.errors import UserError
 from turbolm.plan.batch import BatchPlan, plan_batch
 from turbolm.plan.curriculum import Curriculum, build_curriculum
 from turbolm.plan.deepspeed import resolve_ds_config
@@ -19,6 +20,7 @@ from turbolm.plan.machine import (
     resolve_processes_per_node,
 )
 from turbolm.recipe.schema import Recipe
+from turbolm.recipe.sequence_parallel import sequence_problems
 from turbolm.units import Span
 
 
@@ -82,6 +84,8 @@ def build_plan(recipe: Recipe, machine: Machine, world_size: int | None = None) 
     curriculum = build_curriculum(recipe)
     for segment in curriculum.segments:  # raises if a small batch has too few sequences
         plan_batch(recipe, world_size, seq_len=segment.seq_len, batch_tokens=segment.global_batch_tokens)
+    for key, problem in sequence_problems(batch.sequence_parallel, curriculum.seq_lens):
+        raise UserError(f"{key}: {problem}")
     threads = recipe.execution.threads_per_process
     return Plan(
         recipe=recipe,

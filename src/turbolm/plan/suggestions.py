@@ -57,7 +57,7 @@ def nearest_batch(recipe: Recipe, machine: Machine, wanted: int) -> int | None:
     the recipe (a ramp, a micro-batch) goes with none near it."""
     plan = build_plan(recipe, machine)
     unit = math.lcm(*plan.curriculum.seq_lens)
-    least = -(-plan.world_size * recipe.data.seq_len // unit)
+    least = -(-plan.batch.num_groups * recipe.data.seq_len // unit)
     near = {max(least, count) for count in (wanted // unit, wanted // unit + 1)}
     for count in sorted(near, key=lambda count: abs(count * unit - wanted)):
         train = recipe.train.model_copy(update={"global_batch": count * unit})

@@ -14,6 +14,7 @@ from turbolm.plan.batch import BatchPlan
 from turbolm.plan.count import ModelFacts, ModelSize, examine_model
 from turbolm.plan.deepspeed import untested_note
 from turbolm.plan.estimate import Estimate, estimate_run
+from turbolm.plan.exchange import exchange_note
 from turbolm.plan.fitting import Fit, examine_fit
 from turbolm.plan.flops import training_flops_per_token
 from turbolm.plan.footprint import Footprint
@@ -219,6 +220,7 @@ def collect_summary(
         untested_note(recipe.execution),
         cpu_request_note(recipe),
         host_memory_note(recipe, host) if host else None,
+        exchange_note(plan, facts.config),
     )
     notes = [*facts.assumed, *facts.notes, *fit.notes, *filter(None, said), *_hang_notes(recipe.execution)]
     return Summary(

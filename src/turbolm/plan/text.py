@@ -67,16 +67,19 @@ def _cluster(summary: Summary) -> Iterator[str]:
 
 
 def _batch(summary: Summary) -> Iterator[str]:
-    batch = summary.batch
+    batch, shared_by = summary.batch, summary.batch.sequence_parallel
+    processes = f"{batch.world_size} processes"
+    if shared_by > 1:
+        processes = f"{batch.num_groups} groups of {shared_by} processes, which share their sequences"
     yield (
         f"{batch.micro_batch_bins} x {batch.seq_len} tokens of a micro-batch x {batch.gradient_accumulation_steps} "
-        f"accumulated x {batch.world_size} processes = {batch.global_batch_tokens} tokens "
+        f"accumulated x {processes} = {batch.global_batch_tokens} tokens "
         f"({batch.bins_per_batch} sequences)"
         + (f", with {batch.num_filler_bins} filler sequences on top" if batch.num_filler_bins else "")
     )
     slots = batch.bins_per_batch + batch.num_filler_bins
     if batch.num_filler_bins:
-        least = -batch.bins_per_batch % batch.world_size
+        least = -batch.bins_per_batch % batch.num_groups
         better = f"; another micro_batch can leave {least}" if least < batch.num_filler_bins else ""
         yield f"fillers count in nothing, but take {batch.num_filler_bins / slots:.1%} of the time{better}"
 

@@ -22,6 +22,7 @@ from turbolm.recipe.model_config import lay_over
 from turbolm.recipe.optimizers import OPTIMIZERS
 from turbolm.recipe.schedules import SCHEDULES
 from turbolm.recipe.schema import Recipe
+from turbolm.recipe.sequence_parallel import HEADS, not_a_divisor, sequence_problems
 from turbolm.redaction import holds_secret
 
 Values = Mapping[str, Any]  # by dotted key; a missing or invalid value is None
@@ -75,19 +76,21 @@ def not_full_sequences(tokens: int, seq_len: int, is_fine: Callable[[int], bool]
     )
 
 
-def too_few_sequences(batch_tokens: int, seq_len: int, world_size: int) -> str | None:
-    """Return the message, with alternatives, for a batch with fewer sequences than processes; None if it has enough."""
-    num_sequences = batch_tokens // seq_len
-    if num_sequences >= world_size:
+def too_few_sequences(batch_tokens: int, seq_len: int, world_size: int, shared_by: int = 1) -> str | None:
+    """Return the message, with alternatives, for a batch with fewer sequences than processes; None if it has enough.
+
+    Each sequence is shared by `shared_by` processes.
+    """
+    num_sequences, needed = batch_tokens // seq_len, world_size // shared_by
+    if num_sequences >= needed:
         return None
-    counts = range(
-        world_size, min(batch_tokens // 8, 100 * world_size) + 1
-    )  # of sequences; more is no useful suggestion
+    counts = range(needed, min(batch_tokens // 8, 100 * needed) + 1)  # of sequences; more is no useful suggestion
     longest = next((batch_tokens // count for count in counts if batch_tokens % count == 0), None)
     shorter = f", or a seq_len of at most {longest}" if longest else ""
     return (
         f"{batch_tokens} tokens are {num_sequences} sequences of data.seq_len {seq_len}, too few for {world_size} "
-        f"processes; use at most {num_sequences} processes, a global_batch of at least {world_size * seq_len}{shorter}"
+        f"processes{f' in groups of {shared_by}' if shared_by > 1 else ''}; use at most {num_sequences * shared_by} "
+        f"processes, a global_batch of at least {needed * seq_len}{shorter}"
     )
 
 
@@ -367,11 +370,24 @@ def _world_size(values: Values) -> Iterator[tuple[str, str]]:
         return
     world_size = processes * values["cluster.num_nodes"]
     seq_len, group = values["data.seq_len"], values["execution.hierarchical_partition"]
+    shared_by = values["execution.sequence_parallel"] or 1
+    if world_size % shared_by:
+        yield "execution.sequence_parallel", not_a_divisor(shared_by, world_size, "processes")
+        return
     for key, tokens in _batches(values):
-        if seq_len and tokens % seq_len == 0 and (message := too_few_sequences(tokens, seq_len, world_size)):
-            yield key, message
+        too_few = seq_len and not tokens % seq_len and too_few_sequences(tokens, seq_len, world_size, shared_by)
+        if too_few:
+            yield key, too_few
     if group and world_size % group:
         yield "execution.hierarchical_partition", f"must divide the {world_size} processes, got {group}"
+
+
+def _sequence_parallel(values: Values) -> Iterator[tuple[str, str]]:
+    schedule, seq_len, config = values["data.length_schedule"], values["data.seq_len"], _full_config(values)
+    lengths = {seq_len, *(schedule.named_lengths if schedule is not None else ())} - {None}
+    heads = next((config[name] for name in HEADS if _is_count(config.get(name))), None)
+    shared_by = values["execution.sequence_parallel"] or 1
+    yield from sequence_problems(shared_by, lengths, heads, values["execution.attention"])
 
 
 def _no_evaluation(values: Values) -> Iterator[tuple[str, str]]:
@@ -450,6 +466,7 @@ _RULES: tuple[Callable[[Values], Iterator[tuple[str, str]]], ...] = (
     _kernels,
     _fp8,
     _world_size,
+    _sequence_parallel,
     _no_evaluation,
     _positions,
     _vocabulary,

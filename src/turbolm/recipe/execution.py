@@ -221,7 +221,15 @@ class Execution(Section):
         "result",
     )
     micro_batch: Positive | Literal["auto"] = Field(
-        "auto", description="tokens of one forward on one process; auto: a process's share, 16k tokens at most"
+        "auto",
+        description="tokens of one forward on one process (or one group of `sequence_parallel`); auto: a process's "
+        "share, 16k tokens at most",
+    )
+    sequence_parallel: Annotated[int, Field(ge=1)] = Field(
+        1,
+        description="processes that share each sequence, best those of one node: each computes a slice of its tokens, "
+        "and attention a share of its heads over the whole sequence (Ulysses); for sequences whose activations one "
+        "GPU does not hold",
     )
     activation_checkpointing: Literal["none", "full", "selective", "offloaded"] | Annotated[int, Field(ge=1)] = Field(
         "none",

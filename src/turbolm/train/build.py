@@ -33,8 +33,10 @@ from turbolm.models.flash import start_kernels
 from turbolm.models.initialise import seed_for_rank
 from turbolm.models.isolation import check_isolation
 from turbolm.models.loss import attach_loss, choose_loss
+from turbolm.models.parallel_attention import check_shared_sequences, share_attention
 from turbolm.models.positions import check_positions
 from turbolm.models.router import find_routers, freeze_balancing_biases
+from turbolm.models.sequence_parallel import start_sequence_group
 from turbolm.models.size import measure_model
 from turbolm.optim.build import build_optimizer, eight_bit_share
 from turbolm.optim.groups import group_table
@@ -136,7 +138,7 @@ def build_engine(
     _check_isolation(engine, plan, store, attention)
     tokens = np.arange(8)[None]
     probe = model_inputs({"input_ids": tokens, "position_ids": tokens}, attention, engine.device)
-    kernel, micro_batch_tokens = recipe.execution.loss, plan.batch.micro_batch_tokens
+    kernel, micro_batch_tokens = recipe.execution.loss, plan.batch.process_tokens
     loss = choose_loss(kernel, engine, engine.module, probe, plan.precision, micro_batch_tokens)
     attach_loss(engine.module, loss, z_loss=recipe.train.z_loss)
     apply_tricks("engine", engine, recipe)
@@ -168,6 +170,9 @@ def _build_model(
     attention = choose_attention(requested, plan.device, plan.precision, kind, carries_state=carries_state)
     sizes = {"seq_len": recipe.data.seq_len, "joined_tokens": plan.batch.micro_batch_tokens}
     check_long_sequences(config, attention, packed=recipe.data.packing != "single", **sizes)
+    shared_by = recipe.execution.sequence_parallel
+    if shared_by > 1:
+        check_shared_sequences(config, attention, shared_by=shared_by, seq_len=recipe.data.seq_len, reason=reason)
     sharded_by = plan.ds_config if recipe.execution.zero_stage == 3 else None
     model = build_model(
         recipe.model,
@@ -178,6 +183,8 @@ def _build_model(
         saved=saved.parameters if saved else None,
         held_as=(DTYPES[plan.precision], accelerator.device),
     )
+    if start_sequence_group(shared_by) is not None:
+        share_attention(model, attention)
     freeze_balancing_biases(model)
     check_all_trained(model)
     check_positions(model, recipe.data.seq_len)
@@ -211,8 +218,9 @@ def _build_loader(plan: Plan, store: TokenStore, device: torch.device) -> BatchL
     order = recipe_order(recipe, store, plan.curriculum, save=rank == 0, on_progress=lambda _: heartbeat.beat())
     # What is compiled sees few sizes for each sequence length, up to the most slices there are in the whole run.
     max_slices = order.max_slices(plan.num_steps) if recipe.execution.compile != "none" else None
+    micro_batch, shared_by = recipe.execution.micro_batch, recipe.execution.sequence_parallel
     memory = pinned_memory(device)
-    return BatchLoader(order, store, "train", world_size, rank, recipe.execution.micro_batch, max_slices, memory)
+    return BatchLoader(order, store, "train", world_size, rank, micro_batch, max_slices, memory, shared_by)
 
 
 def _build_saver(context: Context, engine: Engine, log: MetricsLog) -> CheckpointSaver:

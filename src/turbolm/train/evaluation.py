@@ -45,6 +45,7 @@ def evaluate(engine: Engine, context: Context, attention: str) -> EvaluationResu
         fixed_cu_seqlens=plan.recipe.execution.compile != "none",
         world_size=dist.get_world_size(),
         rank=dist.get_rank(),
+        shared_by=plan.batch.sequence_parallel,
         memory=pinned_memory(engine.device),
     ):
         heartbeat.advance()

@@ -14,6 +14,7 @@ import torch
 
 from turbolm.data.batch.collate import fill_cu_seqlens
 from turbolm.errors import RunError
+from turbolm.models.sequence_parallel import sequence_group
 from turbolm.plan.batch import choose_micro_batch_size
 from turbolm.plan.plan import Plan
 from turbolm.reliability import heartbeat
@@ -24,10 +25,11 @@ from turbolm.train.step import micro_batch_loss
 def micro_batch_shapes(plan: Plan, step: int) -> set[tuple[int, int]]:
     """Return every (sequences, seq_len) of a micro-batch that the run meets after `step` finished steps."""
     curriculum, micro_batch = plan.curriculum, plan.recipe.execution.micro_batch
+    groups = plan.batch.num_groups, plan.batch.sequence_parallel
     remaining = curriculum.segments[curriculum.segments.index(curriculum.segment(step)) :]
     batches = {(segment.global_batch_tokens, seq_len) for segment in remaining for seq_len in segment.seq_lens}
     return {
-        (choose_micro_batch_size(micro_batch, seq_len, tokens // seq_len, plan.world_size), seq_len)
+        (choose_micro_batch_size(micro_batch, seq_len, tokens // seq_len, *groups), seq_len)
         for tokens, seq_len in batches
     }
 
@@ -89,4 +91,5 @@ def _made_up(session: Session, num_sequences: int, seq_len: int) -> dict[str, np
         starts = np.flatnonzero(micro_batch["position_ids"].ravel() == 0)
         ends = np.append(starts[1:], tokens.size)
         micro_batch["cu_seqlens"] = fill_cu_seqlens(ends, num_sequences * (max_slices[seq_len] + 1))
-    return micro_batch
+    group = sequence_group()
+    return micro_batch if group is None else group.share(micro_batch)

@@ -46,8 +46,9 @@ def train_step(
 
     `num_targets` counts the valid targets of the global batch, over all ranks and micro-batches. Each micro-batch's
     summed loss is divided by it, so that the gradient is that of the mean over the global batch whatever the split:
-    DeepSpeed averages over ranks, hence the factor `world_size`. So is the router loss, which is a sum over the tokens
-    that are not padding: each has a target. `gate` keeps anomalies from being applied; `segment` is the curriculum's.
+    DeepSpeed averages over ranks, hence the factor `world_size`. Ranks that share sequences add up like others, each
+    with the targets of its slices. So is the router loss, which is a sum over the tokens that are not padding: each has
+    a target. `gate` keeps anomalies from being applied; `segment` is the curriculum's.
     """
     scale = dist.get_world_size() / num_targets
     loss_sum = torch.zeros((), device=engine.device)

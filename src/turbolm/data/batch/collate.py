@@ -75,6 +75,8 @@ def collate(
     split: Split,
     max_slices: int | None = None,
     empty: Callable[[tuple[int, ...]], np.ndarray] | None = None,
+    *,
+    part: slice | None = None,
 ) -> list[dict[str, np.ndarray]]:
     """Build the micro-batches of the sequences `indices` [num_micro, m]; -1 is a sequence without any target.
 
@@ -82,15 +84,26 @@ def collate(
     that follows its input in the same document, or `IGNORED_TARGET`. Positions count from 0 in each slice; the padding
     at the end of a sequence is a separate slice. With `max_slices` there is also `cu_seqlens`, see `fill_cu_seqlens`.
     `empty` allocates their int64 block, by default as numpy does.
+
+    With `part` the three hold that slice of every sequence, and `whole_position_ids`, int64 [m, seq_len], are the
+    positions of all of it, by which a rank knows the documents without asking those that have the other slices.
     """
     num_micro, micro_batch_size = indices.shape
     # All arrays share one block: the C library keeps freed memory in proportion to the largest block, and getting new
     # memory costs more than filling it here.
     shape = (3, num_micro, micro_batch_size, sequences.seq_len)
-    block = np.empty(shape, np.int64) if empty is None else empty(shape)
+    block = np.empty(shape, np.int64) if empty is None or part is not None else empty(shape)
     ends = fill(block.reshape(3, -1, sequences.seq_len), sequences, indices.ravel(), store, split)
+    whole_positions = block[1]
+    if part is not None:
+        whole, shape = block[..., part], (*shape[:-1], part.stop - part.start)
+        block = np.empty(shape, np.int64) if empty is None else empty(shape)
+        block[:] = whole
     names = ("input_ids", "position_ids", "targets")
     micro_batches = [dict(zip(names, block[:, i], strict=True)) for i in range(num_micro)]
+    if part is not None:
+        for micro_batch, positions in zip(micro_batches, whole_positions, strict=True):
+            micro_batch["whole_position_ids"] = positions
     if max_slices is not None:
         for micro_batch, its_ends in zip(micro_batches, _split(ends, num_micro), strict=True):
             micro_batch["cu_seqlens"] = fill_cu_seqlens(its_ends, max_slices)

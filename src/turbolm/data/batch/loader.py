@@ -17,7 +17,7 @@ from turbolm.data.order.batch_order import BatchOrder
 from turbolm.data.order.packing import IntArray, Sequences
 from turbolm.data.order.window import Packing, pack
 from turbolm.data.store.token_store import Split, TokenStore, check_held_out
-from turbolm.plan.batch import choose_micro_batch_size
+from turbolm.plan.batch import choose_micro_batch_size, slice_of_sequence
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,9 @@ class GlobalBatch:
     """A global batch and this rank's part of it.
 
     `micro_batches` has the same length on every rank; the arrays are those of `collate`. `dealt` is int64 [num_micro,
-    world_size, micro_batch_size]: the indices in `sequences` of every rank, -1 for an empty slot; `indices` are those
-    of this rank. All statistics are of the full global batch and the same on every rank.
+    num_groups, micro_batch_size]: the indices in `sequences` of every rank, or group of ranks that share them, -1 for
+    an empty slot; `indices` are those of this rank. All statistics are of the full global batch and the same on every
+    rank.
     """
 
     index: int
@@ -68,6 +69,21 @@ class GlobalBatch:
         return hashlib.sha256(slices.tobytes()).hexdigest()[:16]
 
 
+@dataclass(frozen=True)
+class Layout:
+    """How the sequences of a global batch lie on the ranks, of which groups of `shared_by` share theirs."""
+
+    world_size: int
+    rank: int
+    shared_by: int
+    micro_batch_size: int
+
+    def slice_of(self, seq_len: int) -> slice | None:
+        """Return the tokens that this rank has of every sequence of its group; None for all of them."""
+        alone = self.shared_by == 1
+        return None if alone else slice_of_sequence(seq_len, self.shared_by, self.rank % self.shared_by)
+
+
 class Memory(Protocol):
     """Memory to read batches into that a device copies from, such as `train.pinned.PinnedMemory`."""
 
@@ -87,7 +103,8 @@ class BatchLoader:
 
     `micro_batch` is the recipe's: tokens of one forward pass on one process, or `auto`. With `max_slices`, the most
     slices in a sequence by sequence length (`order.max_slices`), micro-batches hold `cu_seqlens` of few sizes.
-    Batches are read into `memory`, by default the process's own.
+    Batches are read into `memory`, by default the process's own. Groups of `shared_by` neighboring ranks share their
+    sequences: each holds a slice, see `collate`.
     """
 
     order: BatchOrder
@@ -98,13 +115,16 @@ class BatchLoader:
     micro_batch: int | str
     max_slices: Mapping[int, int] | None = None
     memory: Memory | None = None
+    shared_by: int = 1
 
     def global_batch(self, index: int) -> GlobalBatch:
         """Return global batch `index`, counted from 0."""
         sequences = self.order.batch(index)
-        size = choose_micro_batch_size(self.micro_batch, sequences.seq_len, len(sequences), self.world_size)
-        most = None if self.max_slices is None else self.max_slices[sequences.seq_len]
-        layout = (self.world_size, self.rank, size)
+        ranks, seq_len = (self.world_size, self.rank, self.shared_by), sequences.seq_len
+        num_groups = self.world_size // self.shared_by
+        size = choose_micro_batch_size(self.micro_batch, seq_len, len(sequences), num_groups, self.shared_by)
+        most = None if self.max_slices is None else self.max_slices[seq_len]
+        layout = Layout(*ranks, size)
         return _global_batch(index, sequences, self.store, self.split, layout, most, self.memory)
 
     def iterate(self, first_index: int, last_index: int) -> Generator[GlobalBatch, None, None]:
@@ -159,6 +179,7 @@ def evaluation_batches(
     *,
     world_size: int = 1,
     rank: int = 0,
+    shared_by: int = 1,
     micro_batch_size: int = 1,
     fixed_cu_seqlens: bool = False,
     memory: Memory | None = None,
@@ -166,10 +187,12 @@ def evaluation_batches(
     """Yield the evaluation set as batches of one micro-batch per rank; all ranks get the same number of batches.
 
     With `fixed_cu_seqlens` micro-batches hold `cu_seqlens` of few sizes. They are read into `memory`, in this thread.
+    Groups of `shared_by` ranks share their sequences.
     """
     sequences = held_out.sequences
     most = int(np.diff(sequences.offsets).max()) if fixed_cu_seqlens else None
-    per_batch, layout = world_size * micro_batch_size, (world_size, rank, micro_batch_size)
+    layout = Layout(world_size, rank, shared_by, micro_batch_size)
+    per_batch = world_size // shared_by * micro_batch_size
     ends = ((first, min(first + per_batch, len(sequences))) for first in range(0, len(sequences), per_batch))
     batches = (
         _global_batch(index, sequences.slice(first, end), store, "validation", layout, most, memory)
@@ -183,15 +206,16 @@ def _global_batch(
     sequences: Sequences,
     store: TokenStore,
     split: Split,
-    layout: tuple[int, int, int],
+    layout: Layout,
     max_slices: int | None,
     memory: Memory | None = None,
 ) -> GlobalBatch:
-    world_size, rank, micro_batch_size = layout
-    assert 0 <= rank < world_size
-    dealt = deal_sequences(sequences.attention_cost, world_size, micro_batch_size)
-    indices = dealt[:, rank]
-    most = None if max_slices is None else micro_batch_size * (max_slices + 1)  # each sequence may end with padding
+    assert 0 <= layout.rank < layout.world_size
+    size, num_groups = layout.micro_batch_size, layout.world_size // layout.shared_by
+    dealt = deal_sequences(sequences.attention_cost, num_groups, size)
+    indices = dealt[:, layout.rank // layout.shared_by]
+    most = None if max_slices is None else size * (max_slices + 1)  # each sequence may end with padding
     empty = None if memory is None else memory.empty
-    micro_batches = collate(sequences, indices, store, split, most, empty)
+    part = layout.slice_of(sequences.seq_len)
+    micro_batches = collate(sequences, indices, store, split, most, empty, part=part)
     return GlobalBatch(index, sequences, dealt, indices, micro_batches)
