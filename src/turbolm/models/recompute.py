@@ -20,6 +20,7 @@ _KEPT = {
     "aten::addmm",
     "aten::bmm",
     "aten::_grouped_mm",  # the experts of a mixture
+    "transformers::grouped_mm_fallback",  # the same where torch has none, as in compiled fp32
     "aten::_scaled_dot_product_flash_attention",
     "aten::_scaled_dot_product_efficient_attention",
     "aten::_scaled_dot_product_cudnn_attention",
