@@ -268,6 +268,7 @@ def test_slurm_is_not_asked_about_jobs_that_started_or_ended(submission: Submiss
 # ---------------------------------------------------------------------------------------------------------- the memory
 
 
+@pytest.mark.slow  # its model is traced
 def test_submit_says_what_plan_says_about_memory(slurm: Path) -> None:
     gpus = {"num_nodes": 2, "gpus_per_node": 8, "gpu": "H100-80GB", "slurm": {"cpus_per_task": 64, "mem": "4G"}}
     recipe = make_recipe(slurm, cluster={"device": "auto", **gpus}, train={"global_batch": 1024, "budget": 10240})

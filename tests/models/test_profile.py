@@ -69,7 +69,11 @@ def test_the_stand_in_for_liger_saves_gradients_alone() -> None:
     assert saved_bytes(lambda: LigerLoss.apply(rows, weight, targets, 16), set()) == 2 * (64 * 32 + 100 * 32)
 
 
-@pytest.mark.parametrize(("model_type", "values"), [("llama", SMALL), ("qwen3_moe", MOE)], ids=["llama", "qwen3_moe"])
+@pytest.mark.parametrize(
+    ("model_type", "values"),
+    [("llama", SMALL), pytest.param("qwen3_moe", MOE, marks=pytest.mark.slow)],
+    ids=["llama", "qwen3_moe"],
+)
 def test_a_profile_is_what_a_real_run_saves(model_type: str, values: dict[str, Any]) -> None:
     """Every tensor that autograd keeps on the CPU, of packed documents, at a shape that was not traced."""
     config = config_of(model_type, **values)
@@ -107,6 +111,7 @@ def test_flops_are_those_of_torchs_counter(model_type: str) -> None:
     assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in real.parameters())
 
 
+@pytest.mark.slow
 def test_flops_of_experts_by_hand() -> None:
     profile = profile_model(config_of("qwen3_moe", **MOE))
     attention = 64 * (64 + 2 * 32 + 64)
@@ -117,6 +122,7 @@ def test_flops_of_experts_by_hand() -> None:
     assert profile.parameters_by_kind()["expert"] == 3 * 4 * 3 * 64 * 48
 
 
+@pytest.mark.slow
 def test_windows_limit_attention() -> None:
     profile = profile_model(config_of("gemma2", **SMALL | {"head_dim": 16, "sliding_window": 8}))
     kinds = {kind.name: (kind.span_kind, kind.span_limit) for kind in profile.layers}

@@ -117,7 +117,7 @@ def test_the_text_has_everything() -> None:
 def test_json_has_the_same_and_stable_keys() -> None:
     text, _ = plan(LLAMA_8B, "--json")
     found = json.loads(text)
-    keys = "recipe cluster batch schedule data parameters cost estimate memory footprint host_memory ds_config "
+    keys = "recipe cluster batch schedule data parameters cost estimate memory footprint traffic host_memory ds_config "
     keys += "accelerate_config launch suggestions notes"
     assert list(found) == keys.split()
     recipe = load_recipe(REPOSITORY / LLAMA_8B)

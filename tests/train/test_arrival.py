@@ -41,6 +41,7 @@ def meet(odd: int | None, late_rank: int | None, late_sec: float, notice_sec: fl
     return f"{printed.getvalue()}a world of {dist.get_world_size()}"
 
 
+@pytest.mark.slow  # every start of ranks goes this way
 def test_ranks_that_agree_go_on_without_a_word() -> None:
     assert run_world(3, meet, None, None, 0.0, 60.0, 60.0) == ["a world of 3"] * 3
 

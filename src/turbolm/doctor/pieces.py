@@ -98,7 +98,8 @@ def heads_of(config: PreTrainedConfig) -> tuple[int, int]:
 def _build(subject: Subject, config: PreTrainedConfig, device: torch.device, dtype: torch.dtype) -> Any:
     name = ATTENTION_NAMES[subject.attention]
     with torch.device(device):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=name).train()
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=name, trust_remote_code=False)
+        return model.train()
 
 
 def _inputs(subject: Subject, config: PreTrainedConfig, device: torch.device) -> tuple[dict[str, Any], torch.Tensor]:

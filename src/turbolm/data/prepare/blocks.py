@@ -7,6 +7,7 @@ lies; a worker reads it from the file.
 from __future__ import annotations
 
 import hashlib
+import json
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
@@ -85,6 +86,35 @@ class Block:
         count = document + 1 - first
         share += ((self.share if is_last else 1.0) - share) * count / num_documents
         return (file, before + count), share
+
+
+def append_block(block: Block) -> int:
+    """Write a block behind its texts, for another process; return where in the file it begins."""
+    told = {
+        "num_documents": len(block),
+        "runs": block.runs,
+        "bad": {document: (bad.where, bad.reason) for document, bad in block.bad.items()},
+        "share": block.share,
+    }
+    with block.file.path.open("ab") as file:
+        at = file.tell()
+        file.write(json.dumps(told).encode() + b"\n")
+        for column in (block.lengths, block.starts, block.digests):
+            file.write(column.tobytes())
+    return at
+
+
+def load_block(path: Path, at: int) -> Block:
+    """Read what `append_block` wrote."""
+    with path.open("rb") as file:
+        file.seek(at)
+        told = json.loads(file.readline())
+        count = told["num_documents"]
+        lengths, starts = (np.frombuffer(file.read(8 * count), np.int64) for _ in range(2))
+        digests = np.frombuffer(file.read(32 * count), np.uint8).reshape(count, 32)
+    runs = [Run(first, (number, before), share) for first, (number, before), share in told["runs"]]
+    bad = {int(document): Bad(*texts) for document, texts in told["bad"].items()}
+    return Block(TextFile(path), lengths, digests, starts, runs, bad, told["share"])
 
 
 class _Builder:

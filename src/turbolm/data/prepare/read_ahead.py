@@ -8,7 +8,6 @@ limited: those that wait for a slow file stop there.
 from __future__ import annotations
 
 import os
-import pickle
 import traceback
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +19,17 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from turbolm.data.prepare.blocks import ANY_DIGEST, Block, Offset, Task, files_from, plan_tasks, read_blocks
+from turbolm.data.prepare.blocks import (
+    ANY_DIGEST,
+    Block,
+    Offset,
+    Task,
+    append_block,
+    files_from,
+    load_block,
+    plan_tasks,
+    read_blocks,
+)
 from turbolm.data.prepare.shards import start_worker
 from turbolm.data.prepare.texts import SUFFIX
 from turbolm.errors import UserError
@@ -35,7 +44,7 @@ _BLOCKS_AHEAD = 64
 _TASKS_AHEAD = 2  # of each reader, so that it has the next one when one is done
 _PARALLEL_BYTES = 64 * 10**6  # smaller sources are read before more processes would have started
 
-Answer = tuple[Path, int] | Exception | None  # a file, and where in it a block is pickled; or why, or that, a task ends
+Answer = tuple[Path, int] | Exception | None  # a file, and where in it a block begins; or why, or that, a task ends
 
 
 class BlockReader:
@@ -66,7 +75,7 @@ class BlockReader:
         self._next_source = None
         while (task := readers.next_task()) is not None:
             while isinstance(answer := readers.answer(), tuple):
-                yield _load(*answer)
+                yield load_block(*answer)
             if answer is not None:
                 raise answer
             if task.is_last:
@@ -95,13 +104,6 @@ class BlockReader:
 
 def _paths(folder: Path) -> Iterator[Path]:
     return (folder / f"{os.getpid()}-{number}{SUFFIX}" for number in count())
-
-
-def _load(path: Path, at: int) -> Block:
-    with path.open("rb") as file:
-        file.seek(at)
-        block: Block = pickle.load(file)  # noqa: S301 - a reader wrote it just now
-        return block
 
 
 class _Reader:
@@ -207,10 +209,7 @@ def _serve(connection: Connection, room: Semaphore, sources: Sequence[Source], f
             settings, size, bound = sources[task.source], lambda: block_bytes, partial(int, max_digest)
             for block in read_blocks(settings, task.spans, paths, size, bound):
                 room.acquire()
-                with block.file.path.open("ab") as file:
-                    at = file.tell()
-                    pickle.dump(block, file)
-                connection.send((number, (block.file.path, at)))
+                connection.send((number, (block.file.path, append_block(block))))
         except (UserError, OSError) as error:
             answer = error
         except Exception:
