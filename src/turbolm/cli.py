@@ -21,8 +21,7 @@ from turbolm.errors import EXIT_FAILED, EXIT_OK, EXIT_REQUEUE, UserError, exit_c
 from turbolm.shipped import find_recipe, recipes_by_name, shipped
 
 if TYPE_CHECKING:
-    from turbolm.plan.preview import StoreSize
-    from turbolm.recipe.schema import Recipe
+    pass
 
 app = typer.Typer(name="turbolm", no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -85,8 +84,8 @@ def prepare(recipe: RecipeFile, overrides: Overrides = None) -> None:
         prepare_order(settled, store)
     manifest = store.manifest
     for split, total in manifest["totals"].items():
-        counts = [f"{format_count(total[name])} {name}" for name in ("documents", "tokens")]
-        print(f"{split}: {', '.join(counts)}, {format_bytes(total['text_bytes'])} of text")
+        documents, tokens = format_count(total["documents"]), format_count(total["tokens"])
+        print(f"{split}: {documents} documents, {tokens} tokens, {format_bytes(total['text_bytes'])} of text")
     for what in ("empty", "duplicate"):
         if count := manifest[f"{what}_documents"]:
             print(f"skipped: {format_count(count)} {what} documents")
@@ -109,18 +108,19 @@ def plan(
 ) -> None:
     """Show what a recipe will run, for the machines it describes or for this one."""
     from turbolm.launch.local import accelerate_config
+    from turbolm.launch.store import store_size
+    from turbolm.plan.explore import Asked, explore
     from turbolm.plan.rates import preview_steps
     from turbolm.plan.summary import collect_summary
     from turbolm.plan.text import render_summary
     from turbolm.recipe.load import load_recipe
 
-    loaded = load_recipe(recipe, overrides or ())
-    if search or project:
-        from turbolm.plan.explore import Asked, explore
-
-        print("\n".join(explore(loaded, recipe, overrides or (), Asked(search, gpus, deadline, budget_usd, project))))
+    loaded, changes = load_recipe(recipe, overrides or ()), overrides or ()
+    asked = Asked(search, gpus, deadline, budget_usd, project, as_text=not (as_json or steps))
+    if asked != Asked(as_text=asked.as_text):
+        print("\n".join(explore(loaded, recipe, changes, asked)))
         return
-    summary = collect_summary(loaded, recipe, overrides or (), accelerate_config, _store_size(loaded), may_trace=True)
+    summary = collect_summary(loaded, recipe, changes, accelerate_config, store_size(loaded), may_trace=True)
     if steps:
         for step in preview_steps(summary.plan):
             print(json.dumps(step))
@@ -442,23 +442,6 @@ def _standard_output_as_error() -> Iterator[None]:
         sys.stdout.flush()
         os.dup2(kept, 1)
         os.close(kept)
-
-
-def _store_size(recipe: Recipe) -> StoreSize | None:
-    """Return the size of the recipe's store, if it has been prepared and is intact."""
-    from turbolm.data.prepare.build import find_store
-    from turbolm.data.store.token_store import open_store
-    from turbolm.plan.preview import StoreSize
-
-    try:
-        folder = find_store(recipe)
-        store = open_store(folder) if folder else None
-    except UserError:
-        return None  # sources or tokenizer on another machine; `plan` works for any machine
-    if store is None:
-        return None
-    sample = store.lengths("train", 0, min(store.num_documents("train"), 20_000))
-    return StoreSize(tuple(store.source_positions()), tuple(sample.tolist()))
 
 
 def _print_or_write(text: str, path: Path | None) -> None:

@@ -140,6 +140,8 @@ def test_with_a_deadline_the_cheapest_in_time_wins() -> None:
 def test_what_is_asked_wrongly_is_refused() -> None:
     for overrides, asked, expected in (
         ((), Asked(search=True, gpus=12), "--gpus: expected a multiple of cluster.gpus_per_node (8), got 12"),
+        ((), Asked(gpus=16), "--gpus, --deadline and --budget-usd choose among execution plans; add --search"),
+        ((), Asked(search=True, as_text=False), "leave out --json and --steps"),
         ((), Asked(search=True, budget_usd=1000), "--budget-usd needs cluster.price_per_gpu_hour"),
         (("cluster.gpu=null", "cluster.gpus_per_node=null"), Asked(search=True), "need cluster.gpu"),
     ):

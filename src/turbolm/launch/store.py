@@ -10,12 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from turbolm.data.order.batch_order import is_order_kept, open_order, stays_in_memory, table_folder
-from turbolm.data.prepare.build import finished_shards, locked, prepare
+from turbolm.data.prepare.build import find_store, finished_shards, locked, prepare
 from turbolm.data.prepare.progress import Meter, ProgressLine
 from turbolm.data.prepare.reader import tell_left_out
-from turbolm.data.store.token_store import TokenStore, read_manifest
+from turbolm.data.store.token_store import TokenStore, open_store, read_manifest
 from turbolm.errors import EXIT_REQUEUE, EXIT_SIGNAL, EXIT_STOPPED, UserError
 from turbolm.plan.curriculum import Curriculum, build_curriculum
+from turbolm.plan.preview import StoreSize
 from turbolm.recipe.schema import Recipe
 from turbolm.reliability.stop import SignalRequests
 from turbolm.train.run_contract import budgets_of
@@ -35,6 +36,19 @@ def prepare_store(recipe: Recipe) -> Path:
     for line in tell_left_out(read_manifest(folder)):
         print(line)
     return folder
+
+
+def store_size(recipe: Recipe) -> StoreSize | None:
+    """Return the size of the recipe's store, if it has been prepared and is intact."""
+    try:
+        folder = find_store(recipe)
+        store = open_store(folder) if folder else None
+    except UserError:
+        return None  # sources or tokenizer on another machine; `plan` works for any machine
+    if store is None:
+        return None
+    sample = store.lengths("train", 0, min(store.num_documents("train"), 20_000))
+    return StoreSize(tuple(store.source_positions()), tuple(sample.tolist()))
 
 
 def prepare_order(recipe: Recipe, store: TokenStore) -> None:

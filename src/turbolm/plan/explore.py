@@ -28,10 +28,15 @@ class Asked:
     deadline: str | None = None
     budget_usd: float | None = None
     project: bool = False
+    as_text: bool = True
 
 
 def explore(recipe: Recipe, recipe_file: str, overrides: Sequence[str], asked: Asked) -> Iterator[str]:
     """Yield the lines of a search, of projections, or of both. Raises UserError."""
+    if not (asked.search or asked.project):
+        raise UserError("--gpus, --deadline and --budget-usd choose among execution plans; add --search")
+    if not asked.as_text:
+        raise UserError("--search and --project print text; leave out --json and --steps")
     machine = described_machine(recipe)
     if machine is None or recipe.cluster.gpu is None:
         raise UserError("--search and --project need cluster.gpu and cluster.gpus_per_node, whose rates are known")

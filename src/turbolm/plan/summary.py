@@ -213,8 +213,7 @@ def collect_summary(
             problems += [fit.refusal(gpu_bytes), *fit.ways]
     if problems or plan is None:
         raise UserError("\n".join(f"{recipe_file}: {line}" for problem in problems for line in problem.splitlines()))
-    host = _host_memory(plan, memory, size)
-    uses = source_uses(recipe, plan.curriculum, store)
+    host, uses = _host_memory(plan, memory, size), source_uses(recipe, plan.curriculum, store)
     said = (
         missing_package(recipe),
         untested_note(recipe.execution),
