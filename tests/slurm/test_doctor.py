@@ -30,7 +30,7 @@ def test_the_slow_link_and_the_full_disk_are_named(cluster: SlurmCluster, tmp_pa
     script = f"#!/bin/bash\n{COMMAND} doctor recipe.yaml --json >report.json 2>progress\necho code $?\n"
     with cluster.slow_link(second, 10), cluster.full_disk(third, tmp_path / "cache"):
         job_id = cluster.sbatch("--nodes=3", "--ntasks-per-node=1", script=script, cwd=tmp_path)
-        cluster.wait(job_id, timeout_sec=90)
+        cluster.wait(job_id, timeout_sec=300)
 
     progress = (tmp_path / "progress").read_text()
     assert cluster.output(job_id).strip() == "code 2", progress
@@ -66,7 +66,7 @@ def test_a_failing_preflight_ends_the_job_with_its_reason_in_status(cluster: Slu
     asked = f"cluster.slurm.nodelist={cluster.nodes[0].name},{second.name}"
     with cluster.full_disk(second, tmp_path / "cache"):
         job_id = int(turbolm("submit", "recipe.yaml", asked).split()[2].rstrip(":"))
-        cluster.wait(job_id, timeout_sec=90, until=("FAILED",))
+        cluster.wait(job_id, timeout_sec=300, until=("FAILED",))
     (run,) = (tmp_path / "runs").iterdir()
     status = turbolm("status", str(run))
     assert "refused" in status

@@ -58,7 +58,7 @@ def orders() -> list[Path]:
     return [path for path in Path("cache/orders").glob("*/*") if path.is_file()]
 
 
-def wait_until(condition: Callable[[], object], what: str, timeout_sec: float = 60) -> None:
+def wait_until(condition: Callable[[], object], what: str, timeout_sec: float = 300) -> None:
     deadline = time.monotonic() + timeout_sec
     while not condition():
         assert time.monotonic() < deadline, f"waited {timeout_sec} s for {what}"
@@ -83,7 +83,7 @@ def test_training_waits_for_its_prepare_job_and_starts_with_store_and_table(clus
         assert str(blocker) not in jobs["train"]["Dependency"], "the user's dependency moves to the first job"
         assert f"job {train} (after prepare job {prepare}, PENDING) waits" in turbolm(cluster, "status", "runs/cell")
         cluster.run("scancel", str(blocker))
-        cluster.wait(prepare, timeout_sec=60, until={"RUNNING"})
+        cluster.wait(prepare, timeout_sec=300, until={"RUNNING"})
         log = Path(cluster.job(prepare)["StdOut"])
         wait_until(lambda: log.exists() and "another process" in log.read_text(), "prepare to meet the lock")
         assert cluster.job(train)["JobState"] == "PENDING"
@@ -92,7 +92,7 @@ def test_training_waits_for_its_prepare_job_and_starts_with_store_and_table(clus
         wait_until(lambda: cluster.job(number)["Restarts"] == "1", "the prepare job to be requeued")
         assert cluster.job(train)["JobState"] == "PENDING"
         assert f"job {train} (after prepare job {prepare}, PENDING) waits" in turbolm(cluster, "status", "runs/cell")
-    cluster.wait(prepare, timeout_sec=90)
+    cluster.wait(prepare, timeout_sec=300)
     assert is_prepared(recipe)
     assert cluster.job(prepare)["NumNodes"] == "1"
     made = {path: path.stat().st_mtime_ns for path in [store_folder(recipe) / "manifest.json", *orders()]}
@@ -118,9 +118,9 @@ def test_a_prepare_job_that_fails_ends_the_training_job_with_its_reason(
     assert prepare is not None
     assert "gres:gpu:8" in cluster.run("scontrol", "show", "job", str(train))
     assert "gpu" not in cluster.job(prepare).get("TresPerNode", "")
-    cluster.wait(prepare, timeout_sec=60, until={"FAILED"})
+    cluster.wait(prepare, timeout_sec=300, until={"FAILED"})
     assert cluster.job(prepare)["ExitCode"] == "2:0"
-    cluster.wait(train, timeout_sec=60, until={"CANCELLED"})
+    cluster.wait(train, timeout_sec=300, until={"CANCELLED"})
     for seed in (1, 2):
         status = turbolm(cluster, "status", f"runs/bad-seed{seed}")
         assert f"job {train} refused before it started: prepare job {prepare}:" in status
@@ -133,7 +133,7 @@ def test_a_prepare_job_that_fails_ends_the_training_job_with_its_reason(
     log = Path(f"runs/killed/slurm-{prepare}-prepare.out")
     wait_until(lambda: log.exists() and "set up" in log.read_text(), "the prepare job to start")
     cluster.run("scancel", str(prepare))
-    cluster.wait(train, timeout_sec=60, until={"CANCELLED"})
+    cluster.wait(train, timeout_sec=300, until={"CANCELLED"})
     status = turbolm(cluster, "status", "runs/killed")
     assert f"job {train} will not start: prepare job {prepare} ended as CANCELLED" in status
     monkeypatch.setenv("SLURM_CONF", cluster.env["SLURM_CONF"])

@@ -169,7 +169,7 @@ def test_a_job_on_two_nodes_learns_what_one_node_learns(
     expected = on_one_node(2)
     assert len(expected) == NUM_STEPS
     job_id = submit(cluster, work, "two-nodes", "cluster.num_nodes=2")
-    wait_job(cluster, work, "two-nodes", job_id, timeout_sec=180)
+    wait_job(cluster, work, "two-nodes", job_id, timeout_sec=900)
     assert history(work, "two-nodes") == expected  # bitwise in fp32
     assert outcomes(work, "two-nodes") == [("finished", 0)]
     nodes = [json.loads((work / f"all runs/two-nodes/attempts/1/nodes/{i}.json").read_text()) for i in range(2)]
@@ -184,7 +184,7 @@ def test_two_jobs_on_the_same_nodes_learn_what_one_node_learns(
     expected = {world_size: on_one_node(world_size) for world_size in (2, 3)}
     jobs = {size: submit(cluster, work, f"nodes-{size}", f"cluster.num_nodes={size}") for size in (2, 3)}
     for size, job_id in jobs.items():
-        wait_job(cluster, work, f"nodes-{size}", job_id, timeout_sec=180)
+        wait_job(cluster, work, f"nodes-{size}", job_id, timeout_sec=900)
     # Bitwise in fp32, at world size 3 as well.
     assert history(work, "nodes-2") == expected[2]
     assert history(work, "nodes-3") == expected[3]
@@ -294,7 +294,7 @@ def test_what_cannot_get_better_is_not_tried_again(cluster: SlurmCluster, work: 
     """A node without the GPUs of the recipe is an error of one line at the start, not a hang and not a requeue."""
     gpus = ("cluster.device=auto", "cluster.gpus_per_node=8", "cluster.gpu=H100-80GB", "cluster.processes_per_node=1")
     job_id = submit(cluster, work, "no-gpus", "cluster.num_nodes=2", *gpus)
-    cluster.wait(job_id, timeout_sec=120, until={"FAILED"})  # a prepare job runs first
+    cluster.wait(job_id, timeout_sec=600, until={"FAILED"})  # a prepare job runs first
     assert cluster.job(job_id)["ExitCode"] == "2:0"
     assert "cluster.gpus_per_node is 8, but 0 GPUs are visible on this node" in log_of(work, "no-gpus")
     assert cluster.job(job_id)["Restarts"] == "0"
@@ -324,7 +324,7 @@ def test_a_job_submitted_from_inside_a_job_runs_as_from_the_login_node(cluster: 
     options = ("--array=7", "--time=5", "--cpus-per-task=2", "--mem=100", "--ntasks=1", "--comment=outer")
     exported = "--export=ALL,SBATCH_TIMELIMIT=7,SBATCH_COMMENT=leaked,MASTER_ADDR=10.0.0.9,RANK=3,WORLD_SIZE=8"
     outer = cluster.sbatch(*options, exported, script=script)
-    cluster.wait(f"{outer}_7", timeout_sec=90)  # type: ignore[arg-type]
+    cluster.wait(f"{outer}_7", timeout_sec=600)  # type: ignore[arg-type]
     answer = re.search(r"submitted job (\d+)", cluster.output(f"{outer}_7"))  # type: ignore[arg-type]
     assert answer is not None
     inside = int(answer[1])
