@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -176,3 +178,17 @@ def test_the_command_says_it_in_one_line(kind: str, verb: str, key: str, tmp_pat
     assert f"execution.{key}: {path}" in line or str(path) in line
     assert "Traceback" not in done.stderr
     assert tree() == before, "nothing half-made is left"
+
+
+def test_processes_that_start_together_make_one_folder(tmp_path: Path) -> None:
+    for number in range(50):
+        folder, start = tmp_path / f"{number}/cache/stores/a", threading.Barrier(4)
+
+        def make(folder: Path = folder, start: threading.Barrier = start) -> None:
+            start.wait()
+            make_folder(folder, "execution.cache_dir")
+
+        with ThreadPoolExecutor(4) as pool:
+            for one in [pool.submit(make) for _ in range(4)]:
+                one.result()
+        assert folder.is_dir() and not list(folder.iterdir())

@@ -12,6 +12,7 @@ The recipe, its fingerprint and the run directory keep what was written; the rul
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
@@ -69,9 +70,10 @@ def make_folder(path: Path, key: str) -> None:
     try:
         for folder in [*reversed(path.parents), path]:
             if not os.path.lexists(folder):
-                folder.mkdir()
-                made.append(folder)
-            elif not stat.S_ISDIR(folder.stat().st_mode):  # which a link that leads nowhere fails
+                with contextlib.suppress(FileExistsError):  # another process made it meanwhile
+                    folder.mkdir()
+                    made.append(folder)
+            if not stat.S_ISDIR(folder.stat().st_mode):  # which a link that leads nowhere fails
                 raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
         probe = path / f".turbolm-{os.getpid()}"
         try:
@@ -80,5 +82,6 @@ def make_folder(path: Path, key: str) -> None:
             probe.unlink(missing_ok=True)
     except OSError as error:
         for folder in reversed(made):
-            folder.rmdir()
+            with contextlib.suppress(OSError):  # another process uses it already
+                folder.rmdir()
         raise UserError(f"{key}: {path} cannot be written: {explain_os_error(error)}") from None
