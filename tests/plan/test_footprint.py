@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -133,3 +135,25 @@ def test_a_way_to_run_that_was_not_traced_is_noted() -> None:
     found = summary_of("execution.attention=eager")
     assert found.footprint is None
     assert [note for note in found.notes if note.startswith("activations are not estimated: the model was not traced")]
+
+
+def test_a_tracer_that_did_not_end_is_asked_again_and_a_refusal_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = {"model_type": "llama", "hidden_size": 24}
+    ends = [
+        subprocess.TimeoutExpired("tracer", 300),
+        subprocess.CompletedProcess("tracer", -9, "", ""),
+        subprocess.CompletedProcess("tracer", 0, '{"problem": "mixes tokens"}\n', ""),
+    ]
+
+    def run(*_: Any, **__: Any) -> Any:
+        end = ends.pop(0)
+        if isinstance(end, Exception):
+            raise end
+        return end
+
+    monkeypatch.setattr(subprocess, "run", run)
+    why = [find_profile(config, 0.0, tmp_path)[1] for _ in range(4)]
+    assert why == ["tracing takes more than 300 s", "the tracer failed: exit code -9", "mixes tokens", "mixes tokens"]
+    assert not ends

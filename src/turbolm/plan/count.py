@@ -9,7 +9,7 @@ import importlib.util
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -174,16 +174,23 @@ def _ask(
 ) -> Answer:
     """Return Transformers' result, from the cache if these versions computed it before."""
     text = canonical_json({"file": file, "config": config})
-    digest = hashlib.sha256(f"{importlib.metadata.version('transformers')} {text}".encode())
-    for module in _EXAMINERS:
-        digest.update((Path(__file__).parent.parent / module).read_bytes())
-    cache = use_path(str(cache_dir), "execution.cache_dir") / "models" / f"{digest.hexdigest()[:32]}.json"
+    cache = answer_file(cache_dir, text, ("transformers",), _EXAMINERS, ".json")
     try:
         return Answer.from_json(cache.read_text(encoding="utf-8"))
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         answer = examine(file, config) if examine is not None else _run_examiner(text)
         _keep(cache, answer)
         return answer
+
+
+def answer_file(
+    cache_dir: str | Path, request: str, packages: Iterable[str], modules: Iterable[str], suffix: str
+) -> Path:
+    """Return where the answer to a request is cached: by these packages' versions and the modules that answer it."""
+    digest = hashlib.sha256(f"{' '.join(map(importlib.metadata.version, packages))} {request}".encode())
+    for module in modules:
+        digest.update((Path(__file__).parent.parent / module).read_bytes())
+    return use_path(str(cache_dir), "execution.cache_dir") / "models" / f"{digest.hexdigest()[:32]}{suffix}"
 
 
 def _check_model_type(file: Mapping[str, Any] | None, config: Mapping[str, Any]) -> None:

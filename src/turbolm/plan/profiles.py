@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import importlib.util
 import json
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from turbolm.files import write_atomic
+from turbolm.plan.count import answer_file
 from turbolm.plan.profile import ModelProfile
 from turbolm.recipe.contract import canonical_json
 from turbolm.recipe.model_config import is_dropout
-from turbolm.recipe.paths import use_path
 
-SHIPPED = Path(__file__).with_name(
-    "profiles.json"
-)  # of the recipes' models, by `profile_key`; `make profiles` writes it
+# Of the recipes' models, by `profile_key`; `python -m tests.models.record_profiles` writes it.
+SHIPPED = Path(__file__).with_name("profiles.json")
 _TIMEOUT_SEC = 300
-_TRACERS = ("attention", "loss", "meter", "profile", "recompute", "stand_ins")
+_TRACERS = (
+    *(f"models/{name}.py" for name in ("attention", "loss", "meter", "profile", "recompute", "stand_ins")),
+    "plan/profile.py",
+)
 
 
 def find_profile(
@@ -31,8 +33,8 @@ def find_profile(
 ) -> tuple[ModelProfile | None, str]:
     """Return the profile of the model that `config` describes, or None and why there is none.
 
-    `dropout` is that of the recipe, for settings that `config` does not name. Tracing takes about 10 s and needs torch;
-    the result, a refusal included, is cached under `cache_dir`.
+    `dropout` is that of the recipe, for settings that `config` does not name. Tracing takes some 20 s and needs torch;
+    what it finds, a refusal included, is cached under `cache_dir`. A tracer that does not end is asked again next time.
     """
     request = profile_request(config, dropout)
     shipped = _shipped().get(profile_key(request))
@@ -40,20 +42,19 @@ def find_profile(
         return ModelProfile.from_dict(shipped), ""
     if importlib.util.find_spec("torch") is None or importlib.util.find_spec("transformers") is None:
         return None, "torch and transformers, which trace a model, are not installed here"
-    path = use_path(str(cache_dir), "execution.cache_dir") / "models" / f"{_cache_key(request)}.profile.json"
+    path = answer_file(cache_dir, canonical_json(request), ("torch", "transformers"), _TRACERS, ".profile.json")
     try:
         return _parse(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         pass
     if not may_trace:
         return None, "not traced yet"
-    answer = _run_tracer(canonical_json(request))
-    found = _parse(answer)
-    try:
+    answer, why = _run_tracer(canonical_json(request))
+    if answer is None:
+        return None, why
+    with suppress(OSError):  # traced again next time
         write_atomic(path, answer)
-    except OSError:
-        pass  # traced again next time
-    return found
+    return _parse(answer)
 
 
 def profile_request(config: Mapping[str, Any], dropout: float) -> dict[str, Any]:
@@ -75,16 +76,8 @@ def _shipped() -> dict[str, Any]:
     return found
 
 
-def _cache_key(request: Mapping[str, Any]) -> str:
-    versions = [importlib.metadata.version(name) for name in ("torch", "transformers")]
-    digest = hashlib.sha256(f"{versions} {canonical_json(request)}".encode())
-    for name in _TRACERS:
-        digest.update((Path(__file__).parent.parent / "models" / f"{name}.py").read_bytes())
-    digest.update(Path(__file__).with_name("profile.py").read_bytes())
-    return digest.hexdigest()[:32]
-
-
-def _run_tracer(request: str) -> str:
+def _run_tracer(request: str) -> tuple[str | None, str]:
+    """Return the tracer's answer, or None and why there is none."""
     try:
         done = subprocess.run(
             [sys.executable, "-m", "turbolm.models.profile"],
@@ -95,12 +88,12 @@ def _run_tracer(request: str) -> str:
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return json.dumps({"problem": f"tracing takes more than {_TIMEOUT_SEC} s"})
+        return None, f"tracing takes more than {_TIMEOUT_SEC} s"
     lines = done.stdout.splitlines()
     if done.returncode == 0 and lines:
-        return lines[-1]
+        return lines[-1], ""
     last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-    return json.dumps({"problem": f"the tracer failed: {last[:300]}"})
+    return None, f"the tracer failed: {last[:300]}"
 
 
 def _parse(answer: str) -> tuple[ModelProfile | None, str]:
