@@ -92,9 +92,14 @@ def test_what_does_not_fit_is_told_with_what_to_change(tmp_path: Path) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 1")
     assert str(caught.value) == (
         "step 1: CUDA out of memory. Set one or more of execution.micro_batch=32, execution.zero_stage=2, "
-        "execution.activation_checkpointing=full, execution.offload_optimizer=true; `turbolm plan` shows what takes "
-        "the memory"
+        "execution.zero_stage=3, execution.activation_checkpointing=full, execution.offload_optimizer=true; "
+        "`turbolm plan` shows what takes the memory"
     )
+    plan = build_plan(grows(tmp_path, "no offload", zero_stage=0), detect_machine(), 2)
+    with pytest.raises(RunError) as caught, memory_told(plan, "step 1"):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    assert "execution.zero_stage=1" in str(caught.value), "offload_optimizer is refused at stage 0, so not proposed"
+    assert "offload" not in str(caught.value)
     changes = {"micro_batch": 32, "zero_stage": 3, "activation_checkpointing": "full", "offload_optimizer": True}
     plan = build_plan(grows(tmp_path, "none", **changes), detect_machine(), 2)
     with pytest.raises(RunError, match="Use more or larger GPUs"), memory_told(plan, "step 1"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from turbolm.errors import RunError
 from turbolm.models.sequence_parallel import sequence_group
 from turbolm.plan.batch import choose_micro_batch_size
 from turbolm.plan.plan import Plan
+from turbolm.plan.suggestions import is_accepted
 from turbolm.reliability import heartbeat
 from turbolm.train.session import Session
 from turbolm.train.step import micro_batch_loss
@@ -45,17 +47,24 @@ def memory_told(plan: Plan, what: str) -> Iterator[None]:
 
 
 def _cure(plan: Plan) -> str:
-    """Return the changes of the execution that this recipe has left, cheapest first."""
-    execution, micro_tokens = plan.recipe.execution, plan.batch.micro_batch_tokens
-    smaller = max(plan.batch.micro_batch_bins // 2, 1) * plan.batch.seq_len
-    keeps_little = execution.activation_checkpointing in ("full", "offloaded")
+    """Return the changes of the execution that this recipe has left and accepts, cheapest first."""
+    execution, batch = plan.recipe.execution, plan.batch
+    changes: list[dict[str, Any]] = []
+    if batch.micro_batch_bins > 1:
+        changes.append({"micro_batch": batch.micro_batch_bins // 2 * batch.seq_len})
+    if plan.world_size > 1:
+        changes += [{"zero_stage": stage} for stage in range(execution.zero_stage + 1, 4)]
+    if execution.activation_checkpointing not in ("full", "offloaded"):
+        changes.append({"activation_checkpointing": "full"})
+    if not execution.offload_optimizer:
+        changes.append({"offload_optimizer": True})
     ways = [
-        f"execution.micro_batch={smaller}" if smaller < micro_tokens else "",
-        f"execution.zero_stage={execution.zero_stage + 1}" if execution.zero_stage < 3 and plan.world_size > 1 else "",
-        "" if keeps_little else "execution.activation_checkpointing=full",
-        "" if execution.offload_optimizer else "execution.offload_optimizer=true",
+        f"execution.{key}={str(value).lower()}"
+        for change in changes
+        if is_accepted(plan.recipe, execution=execution.model_copy(update=change))
+        for key, value in change.items()
     ]
-    return f"Set one or more of {', '.join(filter(None, ways))}" if any(ways) else "Use more or larger GPUs"
+    return f"Set one or more of {', '.join(ways)}" if ways else "Use more or larger GPUs"
 
 
 def run_largest(session: Session) -> None:
