@@ -31,7 +31,7 @@ from typing import Any
 from prepare import VOCAB_SIZE, changed_copies, corpus_texts, installed, recipe_of, write_parquet
 
 from turbolm.data.prepare import cut, read_ahead, shards
-from turbolm.data.prepare.blocks import Block, files_from, read_blocks
+from turbolm.data.prepare.blocks import Block, append_block, files_from, load_block, read_blocks
 from turbolm.data.prepare.cut import Dropped, cut_shards
 from turbolm.data.prepare.reader import SourceSizes
 from turbolm.data.prepare.shards import Layout, Shard
@@ -53,9 +53,7 @@ class Replay:
 
     def read(self, *_: Any, **__: Any) -> Iterator[Block]:
         for path, at in self.saved:
-            with path.open("rb") as file:
-                file.seek(at)
-                block = pickle.load(file)  # noqa: S301 - `read` has just written it
+            block = load_block(path, at)
             block.file.use()  # the next round reads it again
             yield block
 
@@ -93,13 +91,11 @@ def median_sec(rounds: int, call: Callable[..., Any], *arguments: Any) -> float:
 
 
 def read(recipe: Recipe, folder: Path) -> list[tuple[Path, int]]:
-    """What a process that reads does; the blocks' files, and where in them the blocks are pickled."""
+    """What a process that reads does; the blocks' files, and where in them the blocks are told of."""
     (source,) = recipe.data.sources
     paths, saved = (folder / f"{number}.text" for number in count()), []
     for block in read_blocks(source, files_from(source, (0, 0)), paths, lambda: read_ahead._BLOCK_BYTES):
-        with block.file.path.open("ab") as file:
-            saved.append((block.file.path, file.tell()))
-            pickle.dump(block, file)
+        saved.append((block.file.path, append_block(block)))
     return saved
 
 
@@ -226,6 +222,8 @@ def main() -> None:
     parser.add_argument("--join", type=int, nargs="+", default=[1, 5])
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
+    if arguments.text_mb * 10**6 < 1.1 * read_ahead._PARALLEL_BYTES:
+        parser.error("--text-mb: less than 71 MB are read by one process, whatever is asked for")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     result: dict[str, Any] = {
         "bench": "prepare_readers",
