@@ -30,9 +30,10 @@ from turbolm.models.build import build_config, build_model
 from turbolm.models.compile import apply_compile, compilations
 from turbolm.models.loss import attach_loss
 from turbolm.optim.build import build_optimizer
-from turbolm.plan.flops import mean_causal_span, training_flops_per_token
+from turbolm.plan.flops import training_flops_per_token
 from turbolm.plan.machine import detect_machine
 from turbolm.plan.plan import build_plan
+from turbolm.plan.profile import mean_span
 from turbolm.recipe.schema import Recipe
 from turbolm.train.step import train_step
 
@@ -127,9 +128,7 @@ def main() -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     torch.set_num_threads(1)
     config = dict(make_recipe(arguments).model.config or {})
-    flops = {
-        n: training_flops_per_token(config, mean_causal_span([SHORT, n - SHORT])) or 0.0 for n in arguments.lengths
-    }
+    flops = {n: training_flops_per_token(config, mean_span([SHORT, n - SHORT])) or 0.0 for n in arguments.lengths}
     dense = {n: training_flops_per_token(config, n) or 0.0 for n in arguments.lengths}
     predicted, predicted_dense = saved(flops), saved(dense)
     print(f"FLOPs saved: {predicted:.1%} (causal), {predicted_dense:.1%} (full sequences)", flush=True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from turbolm.plan.flops import mean_causal_span, training_flops_per_token
+from turbolm.plan.flops import training_flops_per_token
+from turbolm.plan.profile import mean_span
 
 TINY = {"model_type": "llama", "vocab_size": 100, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "pad_token_id": None}
@@ -37,8 +38,8 @@ def test_by_the_flop_counter_of_torch() -> None:
     assert counter.get_total_flops() == expected * batch * seq_len
 
 
-def test_mean_causal_span() -> None:
-    assert mean_causal_span([4]) == (1 + 2 + 3 + 4) / 4
-    assert mean_causal_span([1, 1, 1]) == 1
-    assert mean_causal_span([4, 2]) == (10 + 3) / 6
-    assert mean_causal_span([]) == 0
+def test_mean_span() -> None:
+    assert mean_span([4]) == (1 + 2 + 3 + 4) / 4
+    assert mean_span([1, 1, 1]) == 1
+    assert mean_span([4, 2]) == (10 + 3) / 6
+    assert mean_span([]) == 0

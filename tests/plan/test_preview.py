@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from turbolm.plan.curriculum import Curriculum, Segment
-from turbolm.plan.preview import StoreSize, constant_span, mean_span, run_out_notes, source_uses
+from turbolm.plan.preview import StoreSize, constant_span, mean_span_of_run, run_out_notes, source_uses
 from turbolm.recipe.schema import Recipe
 
 WEB_AND_CODE = [{"type": "stdlib", "label": "web", "weight": 3}, {"type": "stdlib", "weight": 1}]
@@ -47,11 +47,11 @@ def test_without_weights_or_store() -> None:
 def test_spans_of_rows_and_of_documents() -> None:
     # Half of the tokens in sequences of 2, half of 4: a full sequence of n has a mean span of (n + 1) / 2.
     stages = Curriculum((Segment(0, 0, (2,), 8), Segment(2, 16, (4,), 8)), (32,))
-    assert mean_span(stages, None) == pytest.approx((1.5 + 2.5) / 2)
+    assert mean_span_of_run(stages, None) == pytest.approx((1.5 + 2.5) / 2)
     assert constant_span(stages, None) == 2.5
     # One document of 7: slices 2, 2, 2, 1 and 4, 3; pairs 3 + 3 + 3 + 1 and 10 + 6.
     store = StoreSize((7,), (7,))
-    assert mean_span(stages, store) == pytest.approx((10 / 7 + 16 / 7) / 2)
+    assert mean_span_of_run(stages, store) == pytest.approx((10 / 7 + 16 / 7) / 2)
     assert constant_span(stages, store) == pytest.approx(16 / 7)
     # In buckets of 2 and 4 it is 4, 2, 1: pairs 10 + 3 + 1.
-    assert mean_span(Curriculum((Segment(0, 0, (2, 4), 8),), (32,)), store) == pytest.approx(14 / 7)
+    assert mean_span_of_run(Curriculum((Segment(0, 0, (2, 4), 8),), (32,)), store) == pytest.approx(14 / 7)

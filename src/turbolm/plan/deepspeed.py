@@ -17,7 +17,7 @@ from turbolm.shipped import read_shipped, shipped
 
 # Bytes of one message on the wire. DeepSpeed's own default, 5e8 elements, would be 2 GB of gradients in fp32.
 _BUCKET_BYTES = {"cuda": 200_000_000, "cpu": 100_000_000}
-_ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 def resolve_ds_config(recipe: Recipe, batch: BatchPlan, device: str, precision: str) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def resolve_ds_config(recipe: Recipe, batch: BatchPlan, device: str, precision: 
     for key in ("reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucket_size"):
         if key in zero:
             bucket, sent_in = execution.communication_bucket, reduced_in if key == "reduce_bucket_size" else precision
-            zero[key] = _BUCKET_BYTES[device] // _ELEMENT_BYTES[sent_in] if bucket == "auto" else bucket
+            zero[key] = _BUCKET_BYTES[device] // ELEMENT_BYTES[sent_in] if bucket == "auto" else bucket
     if "overlap_comm" in zero:
         overlap = execution.overlap_communication
         # A CPU has no stream to overlap on, and a single process nothing to reduce: a bucket would only synchronize.

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from turbolm.plan.deepspeed import ELEMENT_BYTES
 from turbolm.plan.footprint import used_kernel
 from turbolm.plan.machine import Machine
 from turbolm.plan.machine_rates import OFFLOADED_SEC, Rates, assumed_rates, kind_of, read_rates
@@ -21,7 +22,6 @@ from turbolm.recipe.gpus import find_gpu, peak_flops
 # weight in half precision 6. Of every weight and micro-batch: its gradient, added to what has accumulated in fp32.
 _UPDATE_BYTES, _GRADIENT_BYTES = 46, 10
 COMPILED = 0.4  # of the bytes and of the starts of eager operators, once torch.compile has fused them: assumed
-_ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 _RECOMPUTATION: dict[str, Recomputation] = {
     "none": "none",
     "selective": "selective",
@@ -136,7 +136,7 @@ def step_work(plan: Plan, profile: ModelProfile, *, head_dim: int, documents: Se
             tokens=batch.process_tokens,
             seq_len=batch.seq_len,
             kernel=used_kernel(plan, profile),
-            element_bytes=_ELEMENT_BYTES[plan.precision],
+            element_bytes=ELEMENT_BYTES[plan.precision],
             head_dim=head_dim,
             documents=tuple(documents),
             recomputation=recomputation,
@@ -172,7 +172,7 @@ def _exchange(plan: Plan, one: Collective) -> Exchange:
     """
     nodes = math.ceil(one.ranks / plan.processes_per_node) if one.sent_between else 1
     prefetched = plan.ds_config["zero_optimization"].get("stage3_prefetch_bucket_size", 0)
-    at_once = prefetched * _ELEMENT_BYTES[plan.precision] if one.what == "weights" else 0
+    at_once = prefetched * ELEMENT_BYTES[plan.precision] if one.what == "weights" else 0
     return Exchange(
         what=one.what,
         sent_bytes=one.sent_inside + one.sent_between,

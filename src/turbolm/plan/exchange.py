@@ -7,11 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from turbolm.plan.batch import BatchPlan
+from turbolm.plan.deepspeed import ELEMENT_BYTES
 from turbolm.plan.parameters import attention_shape
 from turbolm.plan.plan import Plan
 from turbolm.units import format_bytes
-
-_ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 def exchange_bytes(config: Mapping[str, Any], batch: BatchPlan, *, precision: str, recomputation: str | int) -> int:
@@ -31,7 +30,7 @@ def exchange_bytes(config: Mapping[str, Any], batch: BatchPlan, *, precision: st
     recomputed = 0 if recomputation == "none" else num_layers
     if isinstance(recomputation, int):
         recomputed = -(-num_layers // recomputation)
-    per_token = 2 * (heads + math.lcm(key_heads, size)) * head_dim * _ELEMENT_BYTES[precision]
+    per_token = 2 * (heads + math.lcm(key_heads, size)) * head_dim * ELEMENT_BYTES[precision]
     tokens = batch.process_tokens * batch.gradient_accumulation_steps
     return (2 * num_layers + recomputed) * per_token * tokens * (size - 1) // size
 

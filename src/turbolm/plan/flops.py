@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from turbolm.plan.parameters import ModelSize, estimate_size
-from turbolm.plan.profile import mean_span
 
 
 def training_flops_per_token(
@@ -23,12 +22,8 @@ def training_flops_per_token(
     A matrix takes 2 FLOPs a weight forward (multiply, add) and twice that backward (gradients of input and weight):
     6 N. Attention takes 2 H S for the scores and 2 H S for the weighted values, three times that with the backward
     pass: 12 L H S. This is appendix B of PaLM (arXiv 2204.02311), with the span that causal masking and the limits of
-    packed documents leave (`mean_causal_span`) in place of the whole sequence. Recomputed activations do not count.
+    packed documents leave (`plan.profile.mean_span`) in place of the whole sequence. Recomputed activations do not
+    count.
     """
     size = estimate_size(config) or size
     return None if size is None else 6.0 * size.matmul + 12.0 * size.attention_width * mean_span
-
-
-def mean_causal_span(document_lengths: Iterable[int]) -> float:
-    """Return the mean number of keys per query, for documents whose tokens attend only to their own past."""
-    return mean_span(document_lengths)

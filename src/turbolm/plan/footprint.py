@@ -135,8 +135,7 @@ def estimate_activations(plan: Plan, profile: ModelProfile) -> Activations:
     tokens, seq_len = batch.process_tokens, batch.seq_len
     kernel, element_bytes = used_kernel(plan, profile), 4 if plan.precision == "fp32" else 2
     mix = list(_recomputations(execution.activation_checkpointing, profile.num_layers))
-    way = (mix[0][0], kernel, element_bytes)
-    around = {(one.recomputation, one.kernel, one.element_bytes): one for one in profile.outer}[way]
+    around = profile.around(mix[0][0], kernel, element_bytes)
     saved = around.saved.at(tokens, seq_len)
     layers = first = working = 0.0
     for kind in profile.layers:

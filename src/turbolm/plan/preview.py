@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from turbolm.plan.curriculum import Curriculum, Segment
-from turbolm.plan.profile import mean_span as mean_document_span
+from turbolm.plan.profile import mean_span
 from turbolm.recipe.schema import Recipe
 
 
@@ -59,7 +59,7 @@ def run_out_notes(uses: Sequence[SourceUse]) -> list[str]:
     ]
 
 
-def mean_span(
+def mean_span_of_run(
     curriculum: Curriculum, store: StoreSize | None, span_kind: str = "full", limit: int | None = None
 ) -> float:
     """Return the mean keys per query over the run, from the store's documents or else one document per sequence.
@@ -83,7 +83,7 @@ def _segment_span(
     segment: Segment, store: StoreSize | None, span_kind: str = "full", limit: int | None = None
 ) -> float:
     if store is None:  # buckets are assumed to hold the same number of tokens
-        spans = [mean_document_span([seq_len], span_kind, limit) for seq_len in segment.seq_lens]
+        spans = [mean_span([seq_len], span_kind, limit) for seq_len in segment.seq_lens]
         return sum(spans) / len(spans)
     slices: list[int] = []
     for length in store.sample_lengths:
@@ -92,4 +92,4 @@ def _segment_span(
             slices += [seq_len] * count
         if length:
             slices.append(length)
-    return mean_document_span(slices, span_kind, limit)
+    return mean_span(slices, span_kind, limit)

@@ -142,11 +142,6 @@ class ModelProfile:
         """Return all parameters, tied weights once."""
         return sum(tensor.num_parameters for tensor in self.tensors)
 
-    @property
-    def num_active_parameters(self) -> int:
-        """Return the parameters without the experts that a token does not pass through."""
-        return self.num_parameters - self.idle_parameters
-
     def parameters_by_kind(self) -> dict[TensorKind, int]:
         """Return the number of parameters of each kind of tensor."""
         counts: dict[TensorKind, int] = dict.fromkeys(("embedding", "head", "matrix", "vector", "expert"), 0)
@@ -177,9 +172,13 @@ class ModelProfile:
         """Return the FLOPs of both passes, three times those of the forward pass; recomputation does not count."""
         return 3 * (self.matrix_flops_per_token + self.attention_flops_per_token(document_lengths))
 
+    def around(self, recomputation: Recomputation, kernel: Kernel, element_bytes: int) -> Activations:
+        """Return the entry of what stands around the layers. Raises KeyError if it was not traced."""
+        return _find(self.outer, recomputation, kernel, element_bytes)
+
     def saved(self, recomputation: Recomputation, kernel: Kernel, element_bytes: int) -> Cost:
         """Return the bytes that all layers and what stands around them save, without the loss. Raises KeyError."""
-        total = _find(self.outer, recomputation, kernel, element_bytes).saved
+        total = self.around(recomputation, kernel, element_bytes).saved
         for kind in self.layers:
             total += kind.at(recomputation, kernel, element_bytes).saved.times(kind.count)
         return total
@@ -190,17 +189,6 @@ class ModelProfile:
             if (one.loss, one.element_bytes) == (loss, element_bytes):
                 return one
         raise KeyError(f"{loss} loss, {element_bytes} bytes")
-
-    def elementwise_bytes(self, kernel: Kernel, element_bytes: int) -> tuple[Cost, Cost]:
-        """Return what elementwise operators of layers and surroundings move, forward and backward, not recomputed."""
-        forward = backward = Cost()
-        for number, one in (
-            (1, _find(self.outer, "none", kernel, element_bytes)),
-            *((kind.count, kind.at("none", kernel, element_bytes)) for kind in self.layers),
-        ):
-            forward += one.elementwise_forward.times(number)
-            backward += one.elementwise_backward.times(number)
-        return forward, backward
 
     def to_json(self) -> str:
         """Return the profile as JSON."""

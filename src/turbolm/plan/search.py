@@ -108,7 +108,7 @@ def _values(recipe: Recipe, machine: Machine, nodes: int) -> Iterator[dict[str, 
     except UserError:
         return
     seq_len = base.batch.seq_len
-    share = -(-base.batch.bins_per_batch // base.world_size)  # sequences of a process
+    share = -(-base.batch.bins_per_batch // base.batch.num_groups)  # sequences of a process, or of a group
     most = min(share, max(1, _MAX_MICRO_TOKENS // seq_len))
     sizes = {max(1, most >> halvings) for halvings in range(_FEWEST_MICRO_BATCHES)} | {1}
     replicas = [None, base.processes_per_node] if nodes > 1 and base.processes_per_node > 1 else [None]

@@ -21,7 +21,7 @@ from turbolm.plan.footprint import Footprint
 from turbolm.plan.machine import Machine, cpu_request_note, described_machine, detect_machine, missing_package
 from turbolm.plan.memory import HostMemory, ModelState, estimate_host_memory, estimate_model_state, host_memory_note
 from turbolm.plan.plan import Plan, build_plan
-from turbolm.plan.preview import SourceUse, StoreSize, constant_span, mean_span, run_out_notes, source_uses
+from turbolm.plan.preview import SourceUse, StoreSize, constant_span, mean_span_of_run, run_out_notes, source_uses
 from turbolm.plan.profile import ModelProfile
 from turbolm.plan.rates import step_rates
 from turbolm.plan.spans import check_spans, span_notes
@@ -301,19 +301,19 @@ def _flops_per_token(
         pairs = sum(
             kind.count
             * kind.attention_flops_per_pair
-            * mean_span(plan.curriculum, store, kind.span_kind, kind.span_limit)
+            * mean_span_of_run(plan.curriculum, store, kind.span_kind, kind.span_limit)
             for kind in profile.layers
         )
         return 3 * (profile.matrix_flops_per_token + pairs)
     try:
-        span = mean_span(plan.curriculum, store)
+        span = mean_span_of_run(plan.curriculum, store)
         return training_flops_per_token(facts.config, span, facts.size) if facts.config is not None else None
     except ValueError:  # sizes without a formula, such as one per layer
         return None
 
 
 def _cost(plan: Plan, machine: Machine, per_token: float | None, store: StoreSize | None) -> Cost:
-    span = mean_span(plan.curriculum, store)
+    span = mean_span_of_run(plan.curriculum, store)
     num_tokens = plan.curriculum.tokens_seen(plan.num_steps) + plan.random_restart_tokens
     total = None if per_token is None else per_token * num_tokens
     peak = peak_flops(machine.gpu_name, plan.precision) if plan.device == "cuda" else None

@@ -60,7 +60,8 @@ def micro_batch_amounts(profile: ModelProfile, shape: Shape) -> dict[Unit, float
     Raises KeyError if the profile has no entry for the way it is computed.
     """
     tokens, size = shape.tokens, shape.element_bytes
-    outer = _outer_memory(profile, shape)
+    around = profile.around("none", shape.kernel, size)
+    outer = (around.elementwise_forward + around.elementwise_backward).at(tokens, shape.seq_len)
     total = add(
         *(_matrix_bytes(profile, one, shape) for one in profile.tensors),
         {"matrix_flops": _PASSES * profile.outer_flops_per_token * tokens, "memory_bytes": outer},
@@ -68,9 +69,7 @@ def micro_batch_amounts(profile: ModelProfile, shape: Shape) -> dict[Unit, float
     )
     for kind in profile.layers:
         plain = kind.at("none", shape.kernel, size)
-        memory = plain.elementwise_forward.at(tokens, shape.seq_len) + plain.elementwise_backward.at(
-            tokens, shape.seq_len
-        )
+        memory = (plain.elementwise_forward + plain.elementwise_backward).at(tokens, shape.seq_len)
         layer: Amounts = {
             "matrix_flops": _PASSES * kind.matrix_flops_per_token * tokens,
             "memory_bytes": memory,
@@ -79,14 +78,6 @@ def micro_batch_amounts(profile: ModelProfile, shape: Shape) -> dict[Unit, float
         twice = _recomputed(kind, shape)
         total = add(total, scale(add(layer, _attention(kind, shape), twice), kind.count))
     return total
-
-
-def _outer_memory(profile: ModelProfile, shape: Shape) -> float:
-    for one in profile.outer:
-        if (one.recomputation, one.kernel, one.element_bytes) == ("none", shape.kernel, shape.element_bytes):
-            both = one.elementwise_forward + one.elementwise_backward
-            return both.at(shape.tokens, shape.seq_len)
-    raise KeyError(f"{shape.kernel} attention, {shape.element_bytes} bytes")
 
 
 def _recomputed(kind: LayerKind, shape: Shape) -> Amounts:
@@ -115,7 +106,7 @@ def _attention(kind: LayerKind, shape: Shape) -> Amounts:
 
 def _matrix_bytes(profile: ModelProfile, tensor: Tensor, shape: Shape) -> Amounts:
     """Return the bytes and the number of a weight's products; their FLOPs are counted by layers."""
-    is_head = tensor.kind == "embedding" and profile.is_tied and tensor.name.find("position") < 0
+    is_head = tensor.kind == "embedding" and profile.is_tied and "position" not in tensor.name
     if len(tensor.shape) < 2 or not (tensor.kind in ("matrix", "head", "expert") or is_head):
         return {}
     *several, outer, inner = tensor.shape
