@@ -9,12 +9,13 @@ from unittest.mock import patch
 
 import pytest
 
-from tests.plan.traffic_cells import Parameter, cell, grid, record
+from tests.plan.traffic_cells import cell, grid, record
 from tests.train.harness import SEQ_LEN, make_recipe
 from tests.world import run_world
 from turbolm.data.prepare.build import prepare
 from turbolm.plan.machine import detect_machine
 from turbolm.plan.plan import Plan, build_plan
+from turbolm.plan.profile import Tensor
 from turbolm.plan.traffic import collectives, step_traffic, traffic_lines
 
 
@@ -80,9 +81,9 @@ def test_the_loop_of_the_trainer_does_what_is_planned(tmp_path: Path) -> None:
         assert Counter(seen) == expected
 
 
-def llama_tensors(hidden: int = 48, inner: int = 96, layers: int = 2, vocabulary: int = 300) -> list[Parameter]:
+def llama_tensors(hidden: int = 48, inner: int = 96, layers: int = 2, vocabulary: int = 300) -> list[Tensor]:
     """The parameters of `harness.MODELS["llama"]`, written by hand."""
-    found = [Parameter("model.embed_tokens.weight", (vocabulary, hidden), "embedding")]
+    found = [Tensor("model.embed_tokens.weight", (vocabulary, hidden), "embedding")]
     for layer in range(layers):
         shapes = {
             "self_attn.q_proj": (hidden, hidden),
@@ -96,10 +97,10 @@ def llama_tensors(hidden: int = 48, inner: int = 96, layers: int = 2, vocabulary
             "post_attention_layernorm": (hidden,),
         }
         for name, shape in shapes.items():
-            kind = "matrix" if len(shape) > 1 else "vector"
-            found.append(Parameter(f"model.layers.{layer}.{name}.weight", shape, kind))
-    found.append(Parameter("model.norm.weight", (hidden,), "vector"))
-    return [*found, Parameter("lm_head.weight", (vocabulary, hidden), "head")]
+            kind: Any = "matrix" if len(shape) > 1 else "vector"
+            found.append(Tensor(f"model.layers.{layer}.{name}.weight", shape, kind))
+    found.append(Tensor("model.norm.weight", (hidden,), "vector"))
+    return [*found, Tensor("lm_head.weight", (vocabulary, hidden), "head")]
 
 
 def planned(folder: Path, world_size: int, nodes: int, **execution: Any) -> Plan:
@@ -115,7 +116,7 @@ def planned(folder: Path, world_size: int, nodes: int, **execution: Any) -> Plan
 
 def test_bytes_inside_nodes_and_between_them(tmp_path: Path) -> None:
     """A ring through 8 ranks on 2 nodes: of its 8 links 2 leave a node."""
-    tensors = [Parameter("weight", (1024, 1024), "matrix")]
+    tensors = [Tensor("weight", (1024, 1024), "matrix")]
     traffic = step_traffic(tensors, planned(tmp_path, 8, 2, zero_stage=2))
     elements = 1024 * 1024
     sent = 2 * 7 / 8 * 4 * elements + 7 / 8 * 2 * elements  # gradients in fp32, all-reduced; weights in bf16, gathered
@@ -132,7 +133,7 @@ def test_bytes_inside_nodes_and_between_them(tmp_path: Path) -> None:
 
 
 def test_hpz_gathers_for_the_backward_pass_inside_a_node(tmp_path: Path) -> None:
-    tensors = [Parameter("weight", (1024, 1024), "matrix")]
+    tensors = [Tensor("weight", (1024, 1024), "matrix")]
     weights = 2 * 1024 * 1024
     flat = step_traffic(tensors, planned(tmp_path, 8, 2, zero_stage=3))
     hpz = step_traffic(tensors, planned(tmp_path, 8, 2, zero_stage=3, hierarchical_partition=4))
@@ -144,7 +145,7 @@ def test_hpz_gathers_for_the_backward_pass_inside_a_node(tmp_path: Path) -> None
 
 def test_lines_say_what_is_sent_for_what(tmp_path: Path) -> None:
     """Small: a norm of 4 bytes and a flag of 1; our own 16, and every 10 steps (10 + 2 x 8) x 8 and 8."""
-    tensors = [Parameter("weight", (8192, 8192), "matrix")]
+    tensors = [Tensor("weight", (8192, 8192), "matrix")]
     assert list(traffic_lines(step_traffic(tensors, planned(tmp_path, 8, 2, zero_stage=2)))) == [
         "gradients (all_reduce)       448 MiB",
         "weights (all_gather)         112 MiB",

@@ -11,6 +11,7 @@ from unittest.mock import patch
 from tests.train.harness import SEQ_LEN, Cell, cell_recipe
 from tests.world import run_world
 from turbolm.data.prepare.build import prepare
+from turbolm.plan.profile import Tensor
 from turbolm.plan.traffic import Collective
 
 RECORDED_STEP = 3
@@ -18,15 +19,6 @@ TIED_APART = "ZeRO-3 gpt2 with its embedding far from its head"
 _OF_THE_LOOP = ("agreement on targets and stops", "metrics")  # not of `train_step`
 
 Key = tuple[str, int, str, int]  # kind, bytes, dtype, ranks of the group
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """A `plan.traffic.Tensor`, of a real model."""
-
-    name: str
-    shape: tuple[int, ...]
-    kind: str
 
 
 def cell(name: str, world_size: int, accumulation: int, *, train: Any = None, **settings: Any) -> Cell:
@@ -165,10 +157,10 @@ def _record_cell(folder: Path, one: Cell) -> tuple[list[Key], list[Collective]]:
     return recorder.seen, list(found)
 
 
-def parameters_of(engine: Any) -> list[Parameter]:
+def parameters_of(engine: Any) -> list[Tensor]:
     """The parameters of an engine's model with their kinds, as a profile has them."""
     from turbolm.optim.groups import parameter_kinds
 
     kinds = {name: kind for name, _, kind in parameter_kinds(engine.module)}
-    names = {"embeddings": "embedding", "head": "head", "matrices": "matrix", "vectors": "vector"}
-    return [Parameter(name, shape, names[kinds[name]]) for name, shape in engine.parameter_shapes().items()]
+    names: dict[str, Any] = {"embeddings": "embedding", "head": "head", "matrices": "matrix", "vectors": "vector"}
+    return [Tensor(name, shape, names[kinds[name]]) for name, shape in engine.parameter_shapes().items()]

@@ -46,4 +46,7 @@ def exchange_note(plan: Plan, config: Mapping[str, Any] | None) -> str | None:
     where = ""
     if per_node % size:
         where = f", and groups reach over nodes of {per_node}: a size that divides it stays within"
-    return f"execution.sequence_parallel: each process sends {amount} to the others of its group{where}"
+    return (
+        f"execution.sequence_parallel: each process sends {amount} to the others of its group, which the times and the "
+        f"traffic shown do not count{where}"
+    )

@@ -21,9 +21,10 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from turbolm.plan.plan import Plan
+from turbolm.plan.profile import Tensor
 from turbolm.recipe.optimizers import Optimizer
 from turbolm.units import format_bytes
 
@@ -34,17 +35,6 @@ _FLATTENED_ELEMENTS = 500_000_000  # MEMORY_OPT_ALLREDUCE_SIZE: stage 0, and sta
 _ALIGNMENT = 2  # elements of each rank's part of a flat group at stages 1 and 2: nccl_start_alignment_factor
 _DECAYED = ("matrix", "expert", "head")
 _MULTIPLIERS = {"embedding": "embeddings", "head": "head", "matrix": "matrices", "expert": "matrices"}
-
-
-class Tensor(Protocol):
-    """A parameter, as `plan.profile.Tensor`. Convolutions count as matrices, which matters to Muon alone."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    @property
-    def kind(self) -> str: ...  # embedding, head, matrix, expert or vector
 
 
 @dataclass(frozen=True)
@@ -84,7 +74,8 @@ class Traffic:
 def step_traffic(tensors: Sequence[Tensor], plan: Plan) -> Traffic:
     """Return the collectives of a step of `plan` and the bytes sent.
 
-    `tensors` are the parameters in the order of `named_parameters`.
+    `tensors` are the parameters in the order of `named_parameters`. Convolutions count as matrices, which matters to
+    Muon alone.
     """
     found = collectives(tensors, plan)
     inside = sum(one.calls * one.sent_inside for one in found)
@@ -156,7 +147,7 @@ def _optimizer_groups(tensors: Sequence[Tensor], optimizer: Optimizer) -> list[l
 
 def _whole(step: _Step) -> Iterator[Collective]:
     """Stage 0: gradients are all-reduced where they are, at the update."""
-    for elements in _until_above(map(_numel, step.tensors), _FLATTENED_ELEMENTS):
+    for elements in _until_above(_numels(step.tensors), _FLATTENED_ELEMENTS):
         yield step.ring("all_reduce", elements, step.reduced_in, "gradients")
     if step.recipe.train.max_grad_norm:
         yield step.ring("all_reduce", 1, "float32", "gradient norm")  # of a mean: every rank has it already
@@ -165,7 +156,7 @@ def _whole(step: _Step) -> Iterator[Collective]:
 def _flattened(step: _Step) -> Iterator[Collective]:
     """Stages 1 and 2: each group of the optimizer is one flat tensor, of which each rank owns a part."""
     execution, precision = step.recipe.execution, step.plan.precision
-    padded = [_padded(sum(map(_numel, group)), _ALIGNMENT * step.world_size) for group in step.groups]
+    padded = [_padded(sum(_numels(group)), _ALIGNMENT * step.world_size) for group in step.groups]
     for elements in padded:
         yield step.ring("all_gather", elements, step.weights_in, "weights")
     if execution.zero_stage == 1 and precision == "bf16" and not execution.offload_optimizer:  # BF16_Optimizer
@@ -192,15 +183,15 @@ def _bucket_messages(step: _Step, padded: Sequence[int]) -> Iterator[int]:
         offset = 0
         for tensor in group:
             starts[tensor.name] = offset, total // step.world_size
-            offset += _numel(tensor)
+            offset += tensor.num_parameters
     arrives_late = step.recipe.execution.zero_stage == 1 and not step.zero["overlap_comm"]
     order = [tensor for group in step.groups for tensor in group] if arrives_late else backward_order(step.tensors)
     for bucket in _buckets(order, limit):
-        if len(bucket) > 1 or _numel(bucket[0]) <= limit:
-            yield sum(map(_numel, bucket))
+        if len(bucket) > 1 or bucket[0].num_parameters <= limit:
+            yield sum(_numels(bucket))
             continue
         start, part = starts[bucket[0].name]
-        end = start + _numel(bucket[0])
+        end = start + bucket[0].num_parameters
         cuts = [start, *range(part * (start // part + 1), end, part), end]
         yield from _until_above([b - a for a, b in zip(cuts, cuts[1:], strict=False)], limit)
 
@@ -214,8 +205,8 @@ def _sharded(step: _Step) -> Iterator[Collective]:
     """
     execution, world_size = step.recipe.execution, step.world_size
     threshold = int(step.zero["stage3_param_persistence_threshold"])
-    cut = [tensor for tensor in step.tensors if _numel(tensor) > threshold]
-    gathered = sum(_padded(_numel(tensor), world_size) for tensor in cut)
+    cut = [tensor for tensor in step.tensors if tensor.num_parameters > threshold]
+    gathered = sum(_padded(tensor.num_parameters, world_size) for tensor in cut)
     dtype = "int8" if execution.quantized_weights else step.weights_in  # qwZ: with scales, which are left out here
     within = execution.hierarchical_partition
     passes = 2 * step.micro_batches
@@ -226,8 +217,8 @@ def _sharded(step: _Step) -> Iterator[Collective]:
     again = _gathered_twice(step, cut)
     yield step.ring("all_gather", again, dtype, "weights", step.micro_batches, ranks=within)
     for tensor in step.tensors:
-        if _numel(tensor) <= threshold:
-            yield step.ring("all_gather", _padded(_numel(tensor), world_size), step.weights_in, "small weights")
+        if tensor.num_parameters <= threshold:
+            yield step.ring("all_gather", _padded(tensor.num_parameters, world_size), step.weights_in, "small weights")
     for bucket in _buckets(backward_order(step.tensors), int(step.zero["reduce_bucket_size"])):
         yield from _reduced(step, bucket)
     num_norms = sum(len(_sub_groups(step, group)) for group in step.groups)
@@ -241,9 +232,9 @@ def _reduced(step: _Step, bucket: Sequence[Tensor]) -> Iterator[Collective]:
     """Return how stage 3 reduces a bucket of gradients. qgZ (not run by any test) does so in 4 bits between nodes."""
     quantized: list[Tensor] = []
     if step.recipe.execution.quantized_gradients and step.per_node < step.world_size:
-        quantized = [t for t in bucket if len(t.shape) > 1 and _numel(t) % (2 * step.world_size) == 0]
+        quantized = [t for t in bucket if len(t.shape) > 1 and t.num_parameters % (2 * step.world_size) == 0]
     for tensor in quantized:  # all-to-all of 4-bit values inside the node, then of the sums between nodes; no scales
-        half, calls = _numel(tensor) // 2, step.micro_batches
+        half, calls = tensor.num_parameters // 2, step.micro_batches
         inside = half * (step.per_node - 1) / step.per_node
         nodes = step.world_size // step.per_node
         yield Collective("all_to_all", half, "int8", calls, "partition", step.per_node, "gradients", inside, 0.0)
@@ -251,17 +242,17 @@ def _reduced(step: _Step, bucket: Sequence[Tensor]) -> Iterator[Collective]:
         yield Collective(
             "all_to_all", sums, "int8", calls, "world", nodes, "gradients", 0.0, sums * (nodes - 1) / nodes
         )
-    elements = sum(_padded(_numel(tensor), step.world_size) for tensor in bucket if tensor not in quantized)
+    elements = sum(_padded(tensor.num_parameters, step.world_size) for tensor in bucket if tensor not in quantized)
     yield step.ring("reduce_scatter", elements, step.reduced_in, "gradients", step.micro_batches)
 
 
 def _gathered_twice(step: _Step, cut: Sequence[Tensor]) -> int:
     """Return the elements that a forward pass gathers again: a tied head, where the layers exceed what is kept."""
     tied = [] if any(tensor.kind == "head" for tensor in step.tensors) else [t for t in cut if t.kind == "embedding"]
-    layers = sum(map(_numel, step.tensors)) - sum(_numel(tensor) for tensor in tied)
+    layers = sum(_numels(step.tensors)) - sum(tensor.num_parameters for tensor in tied)
     if not tied or layers < int(step.zero["stage3_max_reuse_distance"]):
         return 0
-    return _padded(_numel(tied[0]), step.world_size)
+    return _padded(tied[0].num_parameters, step.world_size)
 
 
 def _sub_groups(step: _Step, group: Sequence[Tensor]) -> list[list[Tensor]]:
@@ -273,7 +264,7 @@ def _sub_groups(step: _Step, group: Sequence[Tensor]) -> list[list[Tensor]]:
             found.append([])
             held = 0
         found[-1].append(tensor)
-        held += -(-_numel(tensor) // step.world_size)
+        held += -(-tensor.num_parameters // step.world_size)
     return found
 
 
@@ -316,14 +307,14 @@ def _parts(step: _Step, flat: Sequence[Tensor]) -> Iterator[dict[int, int]]:
     """Return how many elements of each tensor of a flat one are on each rank that has any."""
     if step.recipe.execution.zero_stage == 3:
         for tensor in flat:
-            numel = _numel(tensor)
+            numel = tensor.num_parameters
             part = -(-numel // step.world_size)
             yield {rank: min(part, numel - rank * part) for rank in range(-(-numel // part))}
         return
-    part = _padded(sum(map(_numel, flat)), _ALIGNMENT * step.world_size) // step.world_size
+    part = _padded(sum(_numels(flat)), _ALIGNMENT * step.world_size) // step.world_size
     start = 0
     for tensor in flat:
-        end = start + _numel(tensor)
+        end = start + tensor.num_parameters
         ranks = range(start // part, (end - 1) // part + 1)
         yield {rank: min(end, (rank + 1) * part) - max(start, rank * part) for rank in ranks}
         start = end
@@ -397,11 +388,11 @@ def _buckets(tensors: Iterable[Tensor], limit: int) -> Iterator[list[Tensor]]:
     bucket: list[Tensor] = []
     filled = 0
     for tensor in tensors:
-        if bucket and filled + _numel(tensor) > limit:
+        if bucket and filled + tensor.num_parameters > limit:
             yield bucket
             bucket, filled = [], 0
         bucket.append(tensor)
-        filled += _numel(tensor)
+        filled += tensor.num_parameters
     if bucket:
         yield bucket
 
@@ -418,8 +409,8 @@ def _until_above(sizes: Iterable[int], limit: int) -> Iterator[int]:
         yield total
 
 
-def _numel(tensor: Tensor) -> int:
-    return math.prod(tensor.shape)
+def _numels(tensors: Iterable[Tensor]) -> list[int]:
+    return [tensor.num_parameters for tensor in tensors]
 
 
 def _padded(elements: int, multiple: int) -> int:
