@@ -1,11 +1,11 @@
 """How many tokenizer processes of `turbolm prepare` the processes that read can feed.
 
-    python benchmarks/prepare_readers.py [corpus.parquet] [--text-mb 100] [--join 1 5] [--rounds 3]
+    python benchmarks/prepare_readers.py [corpus.parquet] [--text-mb 200] [--join 1 5] [--rounds 3]
 
 Without a corpus it takes the source files of the running Python. Measured is MB of text per second of processor time:
 of a process that reads, of the one that decides about the documents of all readers, and of a worker. How many workers
 are fed is worked out from these. Then one process reads and decides, and two read while a third decides: MB of text
-per second of the busiest one's processor time, which other programs on the machine hardly change, and by the clock.
+per second by the clock, and of the busiest one's processor time, which other programs on the machine hardly change.
 `--join`: so many documents put together to one. The last line is one JSON object.
 """
 
@@ -18,11 +18,11 @@ import multiprocessing
 import os
 import pickle
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -71,7 +71,7 @@ def write_corpora(documents: list[str], folder: Path) -> dict[str, list[Path]]:
     """Files of each kind, which hold the same documents."""
     paths: dict[str, list[Path]] = {"parquet": [], "jsonl": []}
     for number in range(NUM_FILES):
-        part = documents[number::NUM_FILES]
+        part = documents[number::NUM_FILES]  # files of much the same size
         for kind in paths:
             paths[kind].append(folder / f"{number}.{kind}")
         write_parquet(paths["parquet"][-1], iter(part))
@@ -110,23 +110,34 @@ def decide(recipe: Recipe, folder: Path, num_readers: int = 1) -> list[Shard]:
     return found
 
 
-def busiest_sec(recipe: Recipe, folder: Path, num_readers: int) -> float:
-    """Processor seconds of the busiest process that reads or decides, its start left out."""
-    start, reading = time.process_time(), {}
+def reading_sec(recipe: Recipe, folder: Path, num_readers: int) -> tuple[float, float]:
+    """Seconds by the clock, and processor seconds of the busiest process that reads or decides."""
+    folder.mkdir()
+    clock, own, reading = time.monotonic(), time.process_time(), {}
     for shard in cut_shards(recipe, folder, SHARD_BYTES, SourceSizes(recipe.data.sources), Dropped(), num_readers):
         pickle.dumps(replace(shard, files=[]))
         shard.drop_texts()
         for process in multiprocessing.active_children():
             fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
             reading[process.pid] = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-    starting = startup_sec() if reading else 0.0
-    return max(time.process_time() - start, *(seconds - starting for seconds in reading.values()), 0.0)
+    return time.monotonic() - clock, max(time.process_time() - own, *reading.values(), 0.0)
 
 
-def startup_sec() -> float:
-    """Processor seconds until a process that reads has imported what it needs."""
-    code = "import time, turbolm.data.prepare.read_ahead; print(time.process_time())"
-    return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+def scaling(paths: list[Path], folder: Path, num_bytes: int, rounds: int) -> dict[str, dict[int, float]]:
+    """MB/s of one and two processes that read: what the second half of the files adds, so that starts do not count."""
+    found: dict[str, dict[int, list[float]]] = {"clock": {1: [], 2: []}, "busiest": {1: [], 2: []}}
+    half, whole = (make_recipe("jsonl", part, folder) for part in (paths[: NUM_FILES // 2], paths))
+    for number in range(rounds):
+        for num_readers in (1, 2):
+            seconds = []
+            for name, recipe in (("half", half), ("whole", whole)):
+                with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:  # its memory is its own
+                    cut_folder = folder / f"{number}-{num_readers}-{name}"
+                    seconds.append(fresh.submit(reading_sec, recipe, cut_folder, num_readers).result())
+            print(f"round {number}, {num_readers} reading: {seconds}", file=sys.stderr)
+            for column, small, large in zip(found, *seconds, strict=True):
+                found[column][num_readers].append(num_bytes / 2 / (large - small) / 1e6)
+    return {name: {key: statistics.median(values) for key, values in row.items()} for name, row in found.items()}
 
 
 def write(layout: Layout, part: list[Shard]) -> None:
@@ -162,8 +173,6 @@ def measure(documents: list[str], tokenizer: Path, folder: Path, rounds: int) ->
         "document_bytes": num_bytes / len(documents),
         "read": {},
         "decide": {},
-        "busiest": {},
-        "clock": {},
     }
     for kind in paths:
         recipe = make_recipe(kind, paths[kind], folder)
@@ -178,13 +187,7 @@ def measure(documents: list[str], tokenizer: Path, folder: Path, rounds: int) ->
         figures["worker"] = worker_speeds(tokenizer, texts, decide(recipe, texts), rounds)
     finally:
         cut.BlockReader = original
-    recipe = make_recipe("jsonl", paths["jsonl"], folder)
-    for num_readers in (1, 2):
-        cut_folder = folder / f"clock-{num_readers}"
-        cut_folder.mkdir()
-        start = time.monotonic()
-        figures["busiest"][num_readers] = num_bytes / busiest_sec(recipe, cut_folder, num_readers) / 1e6
-        figures["clock"][num_readers] = num_bytes / (time.monotonic() - start) / 1e6
+    figures |= scaling(paths["jsonl"], folder, num_bytes, rounds)
     return figures
 
 
@@ -205,7 +208,7 @@ def show(figures: dict[str, Any]) -> None:
     for what in ("read", "decide", "worker"):
         for kind, speed in figures[what].items():
             print(f"| {what}, {kind} | {speed:.1f} |")
-    for what, label in (("busiest", "in the time of the busiest process"), ("clock", "by the clock")):
+    for what, label in (("clock", "by the clock"), ("busiest", "in the time of the busiest process")):
         for num_readers, speed in figures[what].items():
             print(f"| {num_readers} reading jsonl, {label} | {speed:.1f} |")
     print(f"\n| engine | workers of a reader | readers of {WORKERS} workers | workers of the deciding process |")
@@ -218,12 +221,12 @@ def show(figures: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("corpus", nargs="?", type=Path, help="a parquet file with a column `text`")
-    parser.add_argument("--text-mb", type=int, default=100)
+    parser.add_argument("--text-mb", type=int, default=200)
     parser.add_argument("--join", type=int, nargs="+", default=[1, 5])
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
-    if arguments.text_mb * 10**6 < 1.1 * read_ahead._PARALLEL_BYTES:
-        parser.error("--text-mb: less than 71 MB are read by one process, whatever is asked for")
+    if arguments.text_mb * 10**6 / 2 < 1.1 * read_ahead._PARALLEL_BYTES:
+        parser.error("--text-mb: at least 141, as one process reads less than 64 MB, and half of it is read too")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     result: dict[str, Any] = {
         "bench": "prepare_readers",
