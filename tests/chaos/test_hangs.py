@@ -17,6 +17,7 @@ import pytest
 
 from tests.chaos.fake_rank import HANG_AFTER
 from tests.chaos.test_kills import Run, make_folder
+from tests.train.harness import BINS_PER_BATCH, SEQ_LEN
 from turbolm.errors import EXIT_REQUEUE
 from turbolm.reliability.hang import RankState, judge, main_thread_frames
 from turbolm.reliability.heartbeat import COMPILING, EXPORTING, SAVED_HERE, SAVING, STARTING, STEP, Sign
@@ -217,7 +218,9 @@ def test_a_run_that_hangs_ends_and_goes_on_as_if_it_had_not(tmp_path: Path, monk
     (tmp_path / "sitecustomize.py").write_text(HOLD_THE_INTERPRETER)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setenv("HOLD_WHEN", str(tmp_path / "hold"))
-    run = Run(make_folder(tmp_path, zero_stage=2), "hangs", (f"execution.hang_timeout={REAL_HANG_SEC}s",))
+    num_steps = 80
+    settings = (f"execution.hang_timeout={REAL_HANG_SEC}s", f"train.budget={num_steps * BINS_PER_BATCH * SEQ_LEN}")
+    run = Run(make_folder(tmp_path, zero_stage=2), "hangs", settings)
     for attempt, how in enumerate(("stopped", "held"), start=1):
         process, before = run.start(), len(run.lines())
         while len(run.lines()) < before + 10:
@@ -241,4 +244,4 @@ def test_a_run_that_hangs_ends_and_goes_on_as_if_it_had_not(tmp_path: Path, monk
         assert not run.ranks()
     (tmp_path / "hold").unlink()
     run.finish()
-    assert sorted(run.learned()) == list(range(1, 201))  # and none of them otherwise when done again
+    assert sorted(run.learned()) == list(range(1, num_steps + 1))  # and none of them otherwise when done again

@@ -171,7 +171,7 @@ def check_ledger(run: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    ("zero_stage", "kills", "inside"), [(2, LONGER or 10, max(3, LONGER // 3)), (3, max(3, LONGER // 3), 1)]
+    ("zero_stage", "kills", "inside"), [(2, LONGER or 5, max(2, LONGER // 3)), (3, max(2, LONGER // 3), 1)]
 )
 def test_killed_runs_equal_the_uninterrupted_one(zero_stage: int, kills: int, inside: int, tmp_path: Path) -> None:
     rng = random.Random(f"{SEED}/{zero_stage}")

@@ -165,12 +165,10 @@ def test_killed_and_stopped_it_still_goes_on_with_the_best_start(tmp_path: Path)
 @pytest.mark.parametrize(
     ("stage", "precision", "settings"),
     [
-        (0, "fp32", {}),
         (1, "bf16", {}),
         (2, "bf16", {"optimizer": {"name": "muon"}}),
         (2, "fp32", {"execution": {"offload_optimizer": True}}),
-        (3, "fp32", {"model": {"dropout": 0.1}}),
-        (3, "bf16", {"optimizer": {"name": "adamw"}, "execution": {"activation_checkpointing": "full"}}),
+        (3, "bf16", {"model": {"dropout": 0.1}, "execution": {"activation_checkpointing": "full"}}),
     ],
 )
 def test_every_stage_begins_as_a_plain_run_of_that_seed(
