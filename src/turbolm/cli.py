@@ -105,7 +105,8 @@ def plan(
     gpus: Annotated[int | None, Option(min=1, help="with --search: GPUs to use; default: the recipe's")] = None,
     deadline: Annotated[str | None, Option(help="with --search: such as 3d; the cheapest run in time is best")] = None,
     budget_usd: Annotated[float | None, Option(min=0, help="with --search: the most a run may cost")] = None,
-    project: Annotated[bool, Option("--project", help="tables of strong and weak scaling to 16,384 GPUs")] = False,
+    project: Annotated[bool, Option("--project", help="strong and weak scaling from a node to 16,384 GPUs")] = False,
+    html: Annotated[Path | None, Option(help="with --project: the page to write, with plots")] = None,
 ) -> None:
     """Show what a recipe will run, for the machines it describes or for this one: a page, or all details."""
     from turbolm.launch.local import accelerate_config
@@ -118,9 +119,11 @@ def plan(
     from turbolm.recipe.load import load_recipe
 
     loaded, changes = load_recipe(recipe, overrides or ()), overrides or ()
-    asked = Asked(search, gpus, deadline, budget_usd, project, as_text=not (as_json or steps))
-    if asked != Asked(as_text=asked.as_text):
-        print("\n".join(explore(loaded, recipe, changes, asked)))
+    asked = Asked(search, gpus, deadline, budget_usd, project, html, as_json, steps)
+    if not asked.is_plain:
+        from turbolm.report.projection import write_projection
+
+        print("\n".join(explore(loaded, recipe, changes, asked, write_projection)))
         return
     summary = collect_summary(loaded, recipe, changes, accelerate_config, store_size(loaded), may_trace=True)
     if steps:
