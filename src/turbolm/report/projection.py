@@ -33,14 +33,18 @@ def write_projection(found: Mapping[str, Any], path: Path) -> None:
             _chart("Days of training", found, lambda one: one["run_sec"] / _DAY_SEC, logarithmic="xy"),
         ],
         head=HEAD,
-        tables=[
-            (title[0].upper() + title[1:], [table_row(one) for one in found[kind]]) for kind, title in SCALINGS.items()
-        ],
+        tables=[(title.capitalize(), [_cells(one) for one in found[kind]]) for kind, title in SCALINGS.items()],
     )
     try:
         write_atomic(path, text)
     except OSError as error:
         raise UserError(f"--html: {path} cannot be written: {error.strerror or error}") from None
+
+
+def _cells(one: Mapping[str, Any]) -> list[str]:
+    """Return a row whose figures are not broken; the remark may be."""
+    *figures, remark = table_row(one)
+    return [*(text.replace(" ", "\N{NO-BREAK SPACE}") for text in figures), remark]
 
 
 def _chart(title: str, found: Mapping[str, Any], value: Value, logarithmic: str = "x") -> dict[str, Any]:
