@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from turbolm.report.html import write_report
-from turbolm.report.planned import compare, planned_line
+from turbolm.report.planned import Row, compare, planned_line
 
 EXPECTED = {
     "device": "cuda",
@@ -89,6 +89,8 @@ def test_memory_of_a_cpu_is_named_as_what_it_is(run: Path) -> None:
     assert shown["step_sec"] == ("–", "2.5s", "–") and "mfu" not in shown
     assert shown["collective_bytes"] == ("10 MiB", "–", "–")
     assert notes[-1].startswith("collectives were not counted")
+    small = [Row("resident_bytes", "", 200e6, 500e6), Row("resident_bytes", "", 400e6, 500e6)]
+    assert [row.texts[2] for row in small] == ["–", "+25.0%"], "a few MB of a model are lost among the libraries"
     (run / "attempts/2/measured.json").unlink()
     assert {row.figure: row.texts for row in compare(run)[0]}["resident_bytes"] == ("40 GiB", "–", "–")
 

@@ -20,9 +20,10 @@ from turbolm.units import format_duration
 _FIRST_STEPS = 2  # of an attempt, which load kernels and compile, and are left out where there are more
 _SHORT = {"step_sec": "step", "tokens_per_sec": "tokens/s", "mfu": "MFU", "peak_bytes": "peak memory"}
 _SHORT |= {"resident_bytes": "rise of resident memory", "collective_bytes": "collectives"}
+_LEAST_RESIDENT = 300e6  # bytes planned; below, libraries and the allocator outweigh the tensors of a model
 _MEMORY = {
     "peak_bytes": "peak of a GPU's tensors (torch.cuda.max_memory_allocated)",
-    "resident_bytes": "tensors of a process / rise of its resident memory, with libraries and file pages",
+    "resident_bytes": "tensors of a process / rise of its resident memory, libraries and file pages included",
 }
 
 
@@ -39,7 +40,7 @@ class Row:
     def texts(self) -> tuple[str, str, str]:
         """Return planned, measured, and the difference in percent of what was planned."""
         values = (_text(self.figure, value) for value in (self.planned, self.measured))
-        return (*values, _difference(self.planned, self.measured) or "–")  # type: ignore[return-value]
+        return (*values, _difference(self.figure, self.planned, self.measured) or "–")  # type: ignore[return-value]
 
 
 def compare(run_dir: Path, lines: Sequence[Line] | None = None) -> tuple[list[Row], list[str]]:
@@ -92,22 +93,24 @@ def _compare(planned: Mapping[str, Any], once: Mapping[str, Any], lines: Sequenc
 
 
 def planned_line(found: Mapping[str, Any]) -> str:
-    """Return the line at the end of a run; `found` is `planned` of results.json."""
+    """Return the line at the end of a run: what can be compared. `found` is `planned` of results.json."""
     parts = []
     for figure, name in _SHORT.items():
         values = found.get(figure)
-        if not isinstance(values, dict) or values.get("planned") is None:
-            continue
-        planned, measured = values["planned"], values.get("measured")
-        difference = _difference(planned, measured)
-        parts.append(
-            f"{name} {_text(figure, planned)} / {_text(figure, measured)}" + (f" ({difference})" if difference else "")
+        planned, measured = (
+            (values.get("planned"), values.get("measured")) if isinstance(values, dict) else (None, None)
         )
+        difference = _difference(figure, planned, measured)
+        if difference is not None:
+            parts.append(f"{name} {_text(figure, planned)} / {_text(figure, measured)} ({difference})")
     return "; ".join(filter(None, [", ".join(parts), *found.get("notes", ())]))
 
 
-def _difference(planned: float | None, measured: float | None) -> str | None:
-    return f"{measured / planned - 1:+.1%}" if planned and measured is not None else None
+def _difference(figure: str, planned: float | None, measured: float | None) -> str | None:
+    """Return the difference in percent, None where nothing can be compared."""
+    if not planned or measured is None or (figure == "resident_bytes" and planned < _LEAST_RESIDENT):
+        return None
+    return f"{measured / planned - 1:+.1%}"
 
 
 def _text(figure: str, value: float | None) -> str:
