@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -16,9 +17,15 @@ from typing import Any
 
 import pytest
 
+from tests.plan.test_traffic import llama_tensors
 from tests.train.harness import make_recipe, train_in_world
 from turbolm.data.prepare.build import prepare
+from turbolm.plan import profiles
+from turbolm.plan.count import answer_file, read_model_config
+from turbolm.plan.profile import Activations, Cost, LayerKind, LossBytes, ModelProfile, Peak
+from turbolm.recipe.contract import canonical_json
 from turbolm.recipe.load import dump_recipe, load_recipe
+from turbolm.recipe.schema import Recipe
 
 ROOT = Path(__file__).parents[1]
 TURBOLM = [sys.executable, "-m", "turbolm.cli"]
@@ -42,6 +49,23 @@ def train(folder: Path, *overrides: str) -> int | str:
     recipe = load_recipe(folder / "recipe.yaml", overrides)
     prepare(recipe)
     return train_in_world(recipe)
+
+
+def keep_profile(recipe: Recipe) -> None:
+    """Leave a profile of the model in the cache, as if it had been traced: true tensors, and 5 bytes a token saved."""
+    saved, none = Cost(per_token=5), Cost()
+    ways = (Activations("none", "sdpa", 4, saved, Peak(()), none, none),)
+    loss = (LossBytes("full", 4, none, Peak((none,)), Peak((none,)), none),)
+    layers = (LayerKind("full_attention", 2, 0, "full", None, 0.0, 0.0, ways),)
+    profile = ModelProfile("llama", tuple(llama_tensors()), 0, False, 0.0, layers, ways, loss, {})
+    config, _ = read_model_config(recipe, "recipe")
+    assert config is not None
+    request = canonical_json(profiles.profile_request(config, recipe.model.dropout))
+    path = answer_file(
+        recipe.execution.cache_dir, request, ("torch", "transformers"), profiles._TRACERS, ".profile.json"
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(profile.to_json(), encoding="utf-8")
 
 
 def steps_of(run_folder: Path) -> list[dict[str, Any]]:
@@ -72,6 +96,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         cluster={"device": "cpu", "processes_per_node": 2},
     )
     (folder / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+    keep_profile(recipe)
     return folder
 
 
@@ -154,6 +179,25 @@ def test_tensorboard_shows_the_metrics_of_an_interrupted_run(resumed: Path) -> N
         lines = {line["step"]: line[name] for line in written if name in line}
         shown = {event.step: event.value for event in events.Scalars(name)}
         assert shown == pytest.approx(lines, rel=1e-6), name
+
+
+def test_a_run_says_what_was_planned_and_what_happened(uninterrupted: Path) -> None:
+    """ZeRO-2 in fp32 on two ranks reduces 4 bytes a weight and gathers 4, with a few flags; both are counted."""
+    planned = json.loads((uninterrupted / "attempts/1/plan.json").read_text(encoding="utf-8"))["planned"]
+    found = json.loads((uninterrupted / "results.json").read_text(encoding="utf-8"))["planned"]
+    num_parameters = sum(tensor.num_parameters for tensor in llama_tensors())
+    assert 8 * num_parameters <= planned["collective_bytes"] < 8 * num_parameters + 1000
+    assert found["collective_bytes"] == dict.fromkeys(("planned", "measured"), planned["collective_bytes"])
+    # Weights, gradients of the share, master copy and moments of the share, and what is saved of 96 tokens.
+    assert planned["peak_bytes"] > (4 + (4 + 4 + 8) / 2) * num_parameters + 3 * 96 * 5
+    assert found["resident_bytes"]["planned"] == planned["peak_bytes"] < found["resident_bytes"]["measured"]
+    seconds = sorted(160 / step["perf/tokens_per_sec"] for step in steps_of(uninterrupted)[2:])
+    assert found["step_sec"]["measured"] == pytest.approx(statistics.median(seconds), rel=0.05)
+    assert found["step_sec"]["planned"] is None and "no time is planned: not calibrated; " in found["notes"][0]
+    log = (uninterrupted / "attempts/1/log.rank0.txt").read_text(encoding="utf-8")
+    (line,) = [line for line in log.splitlines() if line.startswith("  planned ")]
+    assert "collectives" in line and "(+0.0%); no time is planned: not calibrated" in line
+    assert "<h2>Planned / measured</h2>" in (uninterrupted / "report.html").read_text(encoding="utf-8")
 
 
 def test_torchrun_starts_the_same_training(folder: Path, uninterrupted: Path) -> None:

@@ -99,33 +99,40 @@ def plan(
     recipe: RecipeFile,
     overrides: Overrides = None,
     as_json: Annotated[bool, Option("--json", help="one JSON object with stable keys")] = False,
+    verbose: Annotated[bool, Option("--verbose", help="everything that follows from the recipe")] = False,
     steps: Annotated[bool, Option("--steps", help="one JSON object per step, with its learning rate")] = False,
     search: Annotated[bool, Option("--search", help="rank other execution plans for the same contract")] = False,
     gpus: Annotated[int | None, Option(min=1, help="with --search: GPUs to use; default: the recipe's")] = None,
     deadline: Annotated[str | None, Option(help="with --search: such as 3d; the cheapest run in time is best")] = None,
     budget_usd: Annotated[float | None, Option(min=0, help="with --search: the most a run may cost")] = None,
-    project: Annotated[bool, Option("--project", help="tables of strong and weak scaling to 16,384 GPUs")] = False,
+    project: Annotated[bool, Option("--project", help="strong and weak scaling from a node to 16,384 GPUs")] = False,
+    html: Annotated[Path | None, Option(help="with --project: the page to write, with plots")] = None,
 ) -> None:
-    """Show what a recipe will run, for the machines it describes or for this one."""
+    """Show what a recipe will run, for the machines it describes or for this one: a page, or all details."""
     from turbolm.launch.local import accelerate_config
     from turbolm.launch.store import store_size
     from turbolm.plan.explore import Asked, explore
+    from turbolm.plan.overview import render_overview
     from turbolm.plan.rates import preview_steps
     from turbolm.plan.summary import collect_summary
     from turbolm.plan.text import render_summary
     from turbolm.recipe.load import load_recipe
 
     loaded, changes = load_recipe(recipe, overrides or ()), overrides or ()
-    asked = Asked(search, gpus, deadline, budget_usd, project, as_text=not (as_json or steps))
-    if asked != Asked(as_text=asked.as_text):
-        print("\n".join(explore(loaded, recipe, changes, asked)))
+    asked = Asked(search, gpus, deadline, budget_usd, project, html, as_json, steps)
+    if not asked.is_plain:
+        from turbolm.report.projection import write_projection
+
+        print("\n".join(explore(loaded, recipe, changes, asked, write_projection)))
         return
     summary = collect_summary(loaded, recipe, changes, accelerate_config, store_size(loaded), may_trace=True)
     if steps:
         for step in preview_steps(summary.plan):
             print(json.dumps(step))
+    elif as_json:
+        print(json.dumps(summary.as_dict(), indent=2))
     else:
-        print(json.dumps(summary.as_dict(), indent=2) if as_json else render_summary(summary))
+        print(render_summary(summary) if verbose else render_overview(summary))
 
 
 @app.command()

@@ -19,6 +19,7 @@ from turbolm.plan.search import Candidate, Goal, search, search_lines
 from turbolm.recipe.contract import contract_of
 from turbolm.recipe.gpus import GPUS
 from turbolm.recipe.load import load_recipe
+from turbolm.report.projection import write_projection
 
 RECIPE = str(Path(__file__).parents[2] / "recipes/llama3.1-8b/pretrain/config.yaml")
 GPU_BYTES = GPUS["H100-80GB"].memory_bytes
@@ -141,13 +142,15 @@ def test_what_is_asked_wrongly_is_refused() -> None:
     for overrides, asked, expected in (
         ((), Asked(search=True, gpus=12), "--gpus: expected a multiple of cluster.gpus_per_node (8), got 12"),
         ((), Asked(gpus=16), "--gpus, --deadline and --budget-usd choose among execution plans; add --search"),
-        ((), Asked(search=True, as_text=False), "leave out --json and --steps"),
+        ((), Asked(search=True, as_json=True), "--search prints text; leave out --json"),
+        ((), Asked(project=True, steps=True), "leave out --search and --project"),
+        ((), Asked(search=True, html=Path("a.html")), "--html draws projections; add --project"),
         ((), Asked(search=True, budget_usd=1000), "--budget-usd needs cluster.price_per_gpu_hour"),
         (("cluster.gpu=null", "cluster.gpus_per_node=null"), Asked(search=True), "need cluster.gpu"),
     ):
         recipe = load_recipe(RECIPE, overrides)
         with pytest.raises(UserError, match=expected.replace("(", r"\(").replace(")", r"\)")):
-            list(explore(recipe, RECIPE, overrides, asked))
+            list(explore(recipe, RECIPE, overrides, asked, write_projection))
 
 
 def test_projections_keep_the_batch_or_the_share_of_it() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from unittest.mock import patch
 from tests.train.harness import SEQ_LEN, Cell, cell_recipe
 from tests.world import run_world
 from turbolm.data.prepare.build import prepare
+from turbolm.environment import use_flight_recorder
 from turbolm.plan.profile import Tensor
 from turbolm.plan.traffic import Collective
 
@@ -68,6 +70,7 @@ class Recorded:
     by_rank: list[list[Key]]
     planned: list[Collective]
     stage: int
+    counted: list[int | None]  # bytes by rank, of torch's flight recorder
 
     def seen(self) -> Counter[Key]:
         """What a step did: all ranks alike, but for exchanges, of which the largest over ranks counts."""
@@ -111,16 +114,25 @@ def record(folder: Path, world_size: int, cells: list[Cell]) -> dict[str, Record
     prepare(cell_recipe(folder, cells[0]))
     answers = run_world(world_size, _record, folder, cells, timeout_sec=1200)
     return {
-        one.name: Recorded([answer[one.name][0] for answer in answers], answers[0][one.name][1], one.zero_stage)
+        one.name: Recorded(
+            [answer[one.name][0] for answer in answers],
+            answers[0][one.name][1],
+            one.zero_stage,
+            [answer[one.name][2] for answer in answers],
+        )
         for one in cells
     }
 
 
-def _record(folder: Path, cells: list[Cell]) -> dict[str, tuple[list[Key], list[Collective]]]:
+Answer = tuple[list[Key], list[Collective], int | None]
+
+
+def _record(folder: Path, cells: list[Cell]) -> dict[str, Answer]:
+    use_flight_recorder(os.environ, None)
     return {one.name: _record_cell(folder, one) for one in cells}
 
 
-def _record_cell(folder: Path, one: Cell) -> tuple[list[Key], list[Collective]]:
+def _record_cell(folder: Path, one: Cell) -> Answer:
     import torch.distributed as dist
 
     from tests.plan.recorder import Recorder
@@ -130,6 +142,7 @@ def _record_cell(folder: Path, one: Cell) -> tuple[list[Key], list[Collective]]:
     from turbolm.plan.traffic import collectives
     from turbolm.recipe.schema import Anomalies
     from turbolm.reliability.anomalies import AnomalyWatch
+    from turbolm.reliability.collectives import bytes_since, last_records
     from turbolm.train.gate import UpdateGate
     from turbolm.train.step import train_step
 
@@ -150,11 +163,13 @@ def _record_cell(folder: Path, one: Cell) -> tuple[list[Key], list[Collective]]:
     gate = UpdateGate(engine, AnomalyWatch(Anomalies()))
     for step in range(RECORDED_STEP):
         batch = loader.global_batch(step)
+        before = last_records()
         with Recorder() as recorder:
             train_step(engine, batch.micro_batches, batch.num_targets, attention, gate)
+        counted = bytes_since(before)
     found = collectives(parameters_of(engine), plan)
     engine.deepspeed_engine.destroy()
-    return recorder.seen, list(found)
+    return recorder.seen, list(found), counted
 
 
 def parameters_of(engine: Any) -> list[Tensor]:

@@ -20,6 +20,7 @@ from tests.recipe.mutations import byte_mutation, grammar_mutation, override_mut
 from turbolm.errors import UserError
 from turbolm.launch.local import accelerate_config
 from turbolm.plan.count import Answer
+from turbolm.plan.overview import render_overview
 from turbolm.plan.summary import collect_summary
 from turbolm.plan.text import render_summary
 from turbolm.recipe.load import dump_recipe, load_recipe
@@ -102,7 +103,9 @@ def mutate(number: int, folder: Path) -> tuple[Path, Path, bytes, list[str]]:
 def plan(recipe: Path, overrides: Sequence[str]) -> None:
     """As `turbolm plan` does; what loads must also survive being written down."""
     loaded = load_recipe(recipe, overrides)
-    render_summary(collect_summary(loaded, str(recipe), overrides, accelerate_config))
+    summary = collect_summary(loaded, str(recipe), overrides, accelerate_config)
+    render_summary(summary)
+    render_overview(summary)
     written = recipe.parent / "written.yaml"
     written.write_text(dump_recipe(loaded), encoding="utf-8")
     assert load_recipe(written) == loaded

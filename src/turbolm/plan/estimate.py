@@ -38,7 +38,7 @@ class Estimate:
     rates: Rates
 
     def lines(self) -> Iterator[str]:
-        """Yield what `turbolm plan` shows."""
+        """Yield what `turbolm plan --verbose` shows."""
         return time_lines(self.bill, self.rates)
 
     def as_dict(self) -> dict[str, Any]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from turbolm.errors import UserError
 from turbolm.plan.count import read_model_config
@@ -12,11 +15,13 @@ from turbolm.plan.footprint import estimate_footprint
 from turbolm.plan.machine import described_machine
 from turbolm.plan.plan import Plan, build_plan
 from turbolm.plan.profiles import find_profile
-from turbolm.plan.projection import project, projection_lines
+from turbolm.plan.projection import project, projection_lines, projections
 from turbolm.plan.search import Goal, search, search_lines
 from turbolm.recipe.gpus import GPUS
 from turbolm.recipe.schema import Recipe
 from turbolm.units import parse_duration
+
+Draw = Callable[[Mapping[str, Any], Path], None]
 
 
 @dataclass(frozen=True)
@@ -28,15 +33,19 @@ class Asked:
     deadline: str | None = None
     budget_usd: float | None = None
     project: bool = False
-    as_text: bool = True
+    html: Path | None = None
+    as_json: bool = False
+    steps: bool = False
+
+    @property
+    def is_plain(self) -> bool:
+        """Return whether this asks for neither, but for the plan itself."""
+        return self == Asked(as_json=self.as_json, steps=self.steps)
 
 
-def explore(recipe: Recipe, recipe_file: str, overrides: Sequence[str], asked: Asked) -> Iterator[str]:
-    """Yield the lines of a search, of projections, or of both. Raises UserError."""
-    if not (asked.search or asked.project):
-        raise UserError("--gpus, --deadline and --budget-usd choose among execution plans; add --search")
-    if not asked.as_text:
-        raise UserError("--search and --project print text; leave out --json and --steps")
+def explore(recipe: Recipe, recipe_file: str, overrides: Sequence[str], asked: Asked, draw: Draw) -> Iterator[str]:
+    """Yield the lines of a search, of projections, or of both; `draw` makes the page. Raises UserError."""
+    _check(asked)
     machine = described_machine(recipe)
     if machine is None or recipe.cluster.gpu is None:
         raise UserError("--search and --project need cluster.gpu and cluster.gpus_per_node, whose rates are known")
@@ -71,7 +80,22 @@ def explore(recipe: Recipe, recipe_file: str, overrides: Sequence[str], asked: A
         yield from search_lines(found, goal, recipe_file, overrides, verb)
     if asked.project:
         strong, weak = (project(recipe, machine, estimator, verdict, weak=weak) for weak in (False, True))
-        yield from projection_lines(strong, weak, rates)
+        projected = {"recipe": recipe.name, "gpu": recipe.cluster.gpu, **projections(strong, weak, rates)}
+        yield from [json.dumps(projected, indent=2)] if asked.as_json else projection_lines(projected)
+        if asked.html is not None:
+            draw(projected, asked.html)
+            yield from () if asked.as_json else (f"plots: {asked.html}",)
+
+
+def _check(asked: Asked) -> None:
+    if asked.html is not None and not asked.project:
+        raise UserError("--html draws projections; add --project")
+    if not (asked.search or asked.project):
+        raise UserError("--gpus, --deadline and --budget-usd choose among execution plans; add --search")
+    if asked.steps:
+        raise UserError("--steps shows the steps of one plan; leave out --search and --project")
+    if asked.search and asked.as_json:
+        raise UserError("--search prints text; leave out --json")
 
 
 def _on_gpus(recipe: Recipe, gpus: int) -> Recipe:

@@ -1,9 +1,13 @@
-"""Project a recipe to other numbers of GPUs, as a table. A model, not a measurement. Torch-free."""
+"""Project a recipe to other numbers of GPUs. A model, not a measurement. Torch-free.
+
+`report/projection.py` draws it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from turbolm.errors import UserError
 from turbolm.plan.estimate import COMPILED, Estimate
@@ -15,6 +19,8 @@ from turbolm.recipe.schema import Recipe
 from turbolm.units import align_columns, format_count, format_duration
 
 MAX_GPUS = 16_384
+HEAD = ("GPUs", "batch", "step", "tokens/s", "efficiency", "MFU", "exposed", "run", "")
+SCALINGS = {"strong": "strong scaling: the recipe's global batch", "weak": "weak scaling: the batch grows"}
 Estimator = Callable[[Plan], Estimate | None]
 Verdict = Callable[[Plan], str]  # whether it fits the GPUs
 
@@ -57,38 +63,66 @@ def _on_nodes(recipe: Recipe, nodes: int, *, weak: bool) -> Recipe:
     )
 
 
-def projection_lines(strong: list[Point], weak: list[Point], rates: Rates) -> Iterator[str]:
-    """Yield both tables and what they assume."""
-    yield f"projections: a model, not a measurement; rates {rates.source}"
-    for name, points in (
-        ("strong scaling: the recipe's global batch", strong),
-        ("weak scaling: the batch grows", weak),
-    ):
-        yield name
-        rows: list[tuple[str, ...]] = [("GPUs", "batch", "step", "tokens/s", "efficiency", "MFU", "exposed", "run", "")]
-        first = next((one for one in points if one.estimate), None)
-        for one in points:
-            if one.estimate is None or first is None or first.estimate is None:
-                rows.append((str(one.num_gpus), format_count(one.global_batch_tokens), *[""] * 6, one.remark))
-                continue
-            made, base = one.estimate.bill, first.estimate.bill
-            efficiency = made.tokens_per_sec / one.num_gpus / (base.tokens_per_sec / first.num_gpus)
-            rows.append(
-                (
-                    str(one.num_gpus),
-                    format_count(one.global_batch_tokens),
-                    f"{made.step.total:.3g} s",
-                    format_count(made.tokens_per_sec),
-                    f"{efficiency:.0%}",
-                    f"{made.mfu:.0%}" if made.mfu is not None else "",
-                    f"{made.step.communication / made.step.total:.0%}",
-                    format_duration(made.run_sec),
-                    one.remark,
-                )
-            )
-        yield from (f"  {line}" for line in align_columns(rows).splitlines())
-    yield (
-        f"assumed: a non-blocking network of {rates.network.bytes_per_sec / 1e9:.4g} GB/s a ring, ring collectives of "
-        f"{rates.network.message_sec * 1e6:g} us a hop between nodes, communication hidden behind {OVERLAP:.0%} of the "
-        f"computation, compiled code with {COMPILED:.0%} of the memory traffic, no failures, no stragglers"
+def projections(strong: list[Point], weak: list[Point], rates: Rates) -> dict[str, Any]:
+    """Return both as plain JSON types: what `--project --json` prints and the page draws."""
+    return {
+        "note": "a model, not a measurement",
+        "rates": rates.source,
+        "assumptions": _assumptions(rates),
+        "strong": [_as_dict(one, strong) for one in strong],
+        "weak": [_as_dict(one, weak) for one in weak],
+    }
+
+
+def _as_dict(one: Point, points: list[Point]) -> dict[str, Any]:
+    """Return a point; its efficiency is the rate of a GPU relative to that of the first point with an estimate."""
+    found: dict[str, Any] = {"num_gpus": one.num_gpus, "global_batch_tokens": one.global_batch_tokens}
+    found |= dict.fromkeys(("step_sec", "tokens_per_sec", "efficiency", "mfu", "exposed_share", "run_sec"))
+    first = next((point for point in points if point.estimate), None)
+    if one.estimate is not None and first is not None and first.estimate is not None:
+        made, base = one.estimate.bill, first.estimate.bill
+        found |= {
+            "step_sec": made.step.total,
+            "tokens_per_sec": made.tokens_per_sec,
+            "efficiency": made.tokens_per_sec / one.num_gpus / (base.tokens_per_sec / first.num_gpus),
+            "mfu": made.mfu,
+            "exposed_share": made.step.communication / made.step.total,
+            "run_sec": made.run_sec,
+        }
+    return {**found, "remark": one.remark}
+
+
+def _assumptions(rates: Rates) -> list[str]:
+    return [
+        f"a non-blocking network of {rates.network.bytes_per_sec / 1e9:.4g} GB/s a ring",
+        f"ring collectives of {rates.network.message_sec * 1e6:g} us a hop between nodes",
+        f"communication hidden behind {OVERLAP:.0%} of the computation",
+        f"compiled code with {COMPILED:.0%} of the memory traffic",
+        "no failures, no stragglers",
+    ]
+
+
+def table_row(one: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the cells of a point of `projections`, under HEAD."""
+    start = (str(one["num_gpus"]), format_count(one["global_batch_tokens"]))
+    if one["step_sec"] is None:
+        return (*start, *[""] * 6, one["remark"])
+    return (
+        *start,
+        f"{one['step_sec']:.3g} s",
+        format_count(one["tokens_per_sec"]),
+        f"{one['efficiency']:.0%}",
+        f"{one['mfu']:.0%}" if one["mfu"] is not None else "",
+        f"{one['exposed_share']:.0%}",
+        format_duration(one["run_sec"]),
+        one["remark"],
     )
+
+
+def projection_lines(found: Mapping[str, Any]) -> Iterator[str]:
+    """Yield both tables of `projections` and what they assume."""
+    yield f"projections: {found['note']}; rates {found['rates']}"
+    for kind, title in SCALINGS.items():
+        yield title
+        yield from (f"  {line}" for line in align_columns([HEAD, *map(table_row, found[kind])]).splitlines())
+    yield f"assumed: {', '.join(found['assumptions'])}"

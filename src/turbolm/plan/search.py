@@ -76,16 +76,25 @@ class Candidate:
 
 
 def search(
-    recipe: Recipe, machine: Machine, profile: ModelProfile, gpu_bytes: int, estimator: Estimator, goal: Goal
+    recipe: Recipe,
+    machine: Machine,
+    profile: ModelProfile,
+    gpu_bytes: int,
+    estimator: Estimator,
+    goal: Goal,
+    *,
+    most_changes: int | None = None,
 ) -> list[Candidate]:
     """Return every accepted way to run `recipe` on machines like `machine`: those that meet the goal first, best first.
 
-    Combinations that the recipe's rules, the plan or DeepSpeed refuse are left out.
+    Combinations that the recipe's rules, the plan or DeepSpeed refuse are left out, and with `most_changes` those that
+    differ from the recipe in more keys.
     """
     found = [
         one
         for nodes in _nodes(recipe, goal)
         for values in _values(recipe, machine, nodes)
+        if most_changes is None or len(_changes(recipe, values)) <= most_changes
         if (one := _try(recipe, machine, profile, gpu_bytes, estimator, values)) is not None
     ]
     good = [one for one in found if goal.problem(one) is None]

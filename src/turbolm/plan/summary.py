@@ -105,11 +105,15 @@ class Summary:
         return step_traffic(self.profile.tensors, self.plan) if self.profile else None
 
     @property
-    def launch_command(self) -> str:
-        """Return the command that starts the run."""
+    def verb(self) -> str:
+        """Return the command that starts the run: submit or train."""
         cluster = self.recipe.cluster
-        verb = "submit" if cluster.num_nodes > 1 or cluster.slurm is not None else "train"
-        return shlex.join(["turbolm", verb, self.recipe_file, *self.overrides])
+        return "submit" if cluster.num_nodes > 1 or cluster.slurm is not None else "train"
+
+    @property
+    def launch_command(self) -> str:
+        """Return the line that starts the run."""
+        return shlex.join(["turbolm", self.verb, self.recipe_file, *self.overrides])
 
     @property
     def accelerate_command(self) -> str:

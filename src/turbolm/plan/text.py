@@ -1,4 +1,4 @@
-"""The text of `turbolm plan`."""
+"""The text of `turbolm plan --verbose`: everything that follows from a recipe. The page is `plan/overview.py`'s."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import yaml
 
 from turbolm.plan.batch import plan_batch
+from turbolm.plan.footprint import Footprint
 from turbolm.plan.summary import Summary
 from turbolm.plan.traffic import traffic_lines
 from turbolm.recipe.schedules import Wsd
@@ -55,14 +56,18 @@ def plot(values: Sequence[float], num_rows: int = _PLOT_ROWS) -> list[str]:
 
 
 def _cluster(summary: Summary) -> Iterator[str]:
+    yield f"{summary.recipe.name}: {summary.recipe_file}"
+    yield f"{processes_line(summary)}, gradients reduced in {summary.plan.ds_config['communication_data_type']}"
+
+
+def processes_line(summary: Summary) -> str:
+    """Return what the run runs on, and how it is split."""
     plan, cluster = summary.plan, summary.recipe.cluster
     kind = (summary.machine.gpu_name or "GPU") if plan.device == "cuda" else "CPU"
     where = "as the recipe describes" if summary.is_described else "as found here"
-    yield f"{summary.recipe.name}: {summary.recipe_file}"
-    yield (
+    return (
         f"{cluster.num_nodes} node{'s' * (cluster.num_nodes > 1)} x {plan.processes_per_node} processes = "
-        f"{plan.world_size} on {kind} ({where}), {plan.precision}, ZeRO-{summary.recipe.execution.zero_stage}, "
-        f"gradients reduced in {plan.ds_config['communication_data_type']}"
+        f"{plan.world_size} on {kind} ({where}), {plan.precision}, ZeRO-{summary.recipe.execution.zero_stage}"
     )
 
 
@@ -77,11 +82,19 @@ def _batch(summary: Summary) -> Iterator[str]:
         f"({batch.bins_per_batch} sequences)"
         + (f", with {batch.num_filler_bins} filler sequences on top" if batch.num_filler_bins else "")
     )
-    slots = batch.bins_per_batch + batch.num_filler_bins
-    if batch.num_filler_bins:
-        least = -batch.bins_per_batch % batch.num_groups
-        better = f"; another micro_batch can leave {least}" if least < batch.num_filler_bins else ""
-        yield f"fillers count in nothing, but take {batch.num_filler_bins / slots:.1%} of the time{better}"
+    fillers = filler_line(summary)
+    if fillers:
+        yield fillers
+
+
+def filler_line(summary: Summary) -> str | None:
+    """Return what filler sequences cost, if there are any."""
+    batch = summary.batch
+    if not batch.num_filler_bins:
+        return None
+    slots, least = batch.bins_per_batch + batch.num_filler_bins, -batch.bins_per_batch % batch.num_groups
+    better = f"; another micro_batch can leave {least}" if least < batch.num_filler_bins else ""
+    return f"fillers count in nothing, but take {batch.num_filler_bins / slots:.1%} of the time{better}"
 
 
 def _schedule(summary: Summary) -> Iterator[str]:
@@ -89,13 +102,9 @@ def _schedule(summary: Summary) -> Iterator[str]:
     schedule = recipe.schedule
     tokens = plan.curriculum.tokens_seen(plan.num_steps)
     yield f"{plan.num_steps} steps, {format_count(tokens)} tokens (budget {recipe.train.budget})"
-    restarts = recipe.train.random_restarts
-    if restarts is not None:
-        extra = plan.random_restart_tokens
-        yield (
-            f"random restarts: {restarts.seeds} candidates of {plan.random_restart_steps} steps each; those "
-            f"not chosen take {format_count(extra)} tokens on top ({extra / tokens:.1%})"
-        )
+    restarts = restarts_line(summary)
+    if restarts:
+        yield restarts
     every = f"evaluate every {plan.evaluate_every_steps} steps" if recipe.data.validation else "no evaluation"
     yield f"{every}, checkpoint every {plan.checkpoint_every_steps} steps"
     shape = f"{schedule.name}, decay {schedule.decay}" if isinstance(schedule, Wsd) else schedule.name
@@ -126,6 +135,18 @@ def _schedule(summary: Summary) -> Iterator[str]:
         saved = 1 - summary.cost.mean_span_tokens / summary.constant_span_tokens
         longest = plan.curriculum.seq_lens[-1]
         yield f"attention takes {saved:.0%} fewer FLOPs than with sequences of {longest} throughout"
+
+
+def restarts_line(summary: Summary) -> str | None:
+    """Return what train.random_restarts costs, if it is set."""
+    plan, restarts = summary.plan, summary.recipe.train.random_restarts
+    if restarts is None:
+        return None
+    extra, tokens = plan.random_restart_tokens, plan.curriculum.tokens_seen(plan.num_steps)
+    return (
+        f"random restarts: {restarts.seeds} candidates of {plan.random_restart_steps} steps each; those "
+        f"not chosen take {format_count(extra)} tokens on top ({extra / tokens:.1%})"
+    )
 
 
 def _data(summary: Summary) -> Iterator[str]:
@@ -193,16 +214,9 @@ def _memory(summary: Summary) -> Iterator[str]:
     yield from _sizes(("in the host memory", state.host_bytes))
 
 
-def _footprint(summary: Summary) -> Iterator[str]:
-    found, gpu_bytes = summary.footprint, summary.gpu_memory_bytes
-    if found is None or gpu_bytes is None:
-        return
-    bound = " (compiled code keeps fewer: an upper bound)" if found.is_upper_bound else ""
-    yield (
-        f"{found.verdict(gpu_bytes)}: {format_bytes(found.total_bytes)} of {format_bytes(gpu_bytes)}, "
-        f"{found.total_bytes / gpu_bytes:.0%}, at the {found.moment}{bound}"
-    )
-    yield from _sizes(
+def footprint_parts(found: Footprint) -> tuple[tuple[str, int], ...]:
+    """Return the components of a GPU's memory by name."""
+    return (
         ("weights", found.weights),
         ("gradients", found.gradients),
         ("fp32 master weights", found.master),
@@ -215,6 +229,18 @@ def _footprint(summary: Summary) -> Iterator[str]:
         ("CUDA and NCCL (assumed)", found.context),
         ("fragmentation (assumed)", found.margin),
     )
+
+
+def _footprint(summary: Summary) -> Iterator[str]:
+    found, gpu_bytes = summary.footprint, summary.gpu_memory_bytes
+    if found is None or gpu_bytes is None:
+        return
+    bound = " (compiled code keeps fewer: an upper bound)" if found.is_upper_bound else ""
+    yield (
+        f"{found.verdict(gpu_bytes)}: {format_bytes(found.total_bytes)} of {format_bytes(gpu_bytes)}, "
+        f"{found.total_bytes / gpu_bytes:.0%}, at the {found.moment}{bound}"
+    )
+    yield from _sizes(*footprint_parts(found))
     yield from _sizes(("in the host memory", found.offloaded))
     yield from summary.advice
 

@@ -171,10 +171,10 @@ def bill(
 
 
 def time_lines(one: Bill, rates: Rates) -> Iterator[str]:
-    """Yield what `turbolm plan` shows of a run's time and price."""
+    """Yield what `turbolm plan --verbose` shows of a run's time and price."""
     step = one.step
     per_gpu = f", MFU {one.mfu:.0%}" if one.mfu is not None else ""
-    yield f"{_short(step.total)} a step, {format_count(one.tokens_per_sec)} tokens/s{per_gpu} ({rates.source})"
+    yield f"{format_step(step.total)} a step, {format_count(one.tokens_per_sec)} tokens/s{per_gpu} ({rates.source})"
     cost = [f"{format_duration(one.run_sec)} of training, without evaluations and checkpoints"]
     if one.gpu_hours is not None:
         cost.append(f"{format_count(one.gpu_hours)} GPU-hours")
@@ -184,7 +184,7 @@ def time_lines(one: Bill, rates: Rates) -> Iterator[str]:
         cost.append(f"at most {format_count(one.energy_kwh)} kWh of the GPUs")
     yield ", ".join(cost)
     parts = ", ".join(f"{name} {share:.0%}" for name, share in shares(step) if share >= 0.005)
-    hidden = f"; {_short(step.hidden_communication)} of communication hidden" if step.hidden_communication else ""
+    hidden = f"; {format_step(step.hidden_communication)} of communication hidden" if step.hidden_communication else ""
     yield f"of a step: {parts}{hidden}"
 
 
@@ -202,5 +202,6 @@ def shares(step: StepTime) -> Iterable[tuple[str, float]]:
     return sorted(((name, value / step.total) for name, value in parts.items()), key=lambda item: -item[1])
 
 
-def _short(sec: float) -> str:
+def format_step(sec: float) -> str:
+    """Return a step's duration as text, in ms below a second."""
     return f"{sec * 1e3:.3g} ms" if sec < 1 else format_duration(sec)

@@ -418,7 +418,7 @@ def _padded(elements: int, multiple: int) -> int:
 
 
 def traffic_lines(traffic: Traffic) -> Iterator[str]:
-    """Return the lines of `turbolm plan`: what is sent for what, and the sums."""
+    """Return the lines of `turbolm plan --verbose`: what is sent for what, and the sums."""
     if not traffic.collectives:
         return
     sent: dict[tuple[str, str], float] = defaultdict(float)

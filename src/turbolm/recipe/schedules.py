@@ -1,7 +1,7 @@
 """The `schedule` section: one class per learning-rate schedule, with its settings and its curve. Torch-free.
 
 To add one, write its class here and add it to SCHEDULES. A curve is a pure function of the tokens seen, so a resumed
-run, a run on another world size and the preview of `turbolm plan` are the same.
+run, a run on another world size and the preview of `turbolm plan --verbose` are the same.
 """
 
 from __future__ import annotations

@@ -8,19 +8,67 @@ which rank has not entered it.
 from __future__ import annotations
 
 import json
+import math
+import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 _DUMPS = ("_dump_nccl_trace_json", "_dump_fr_trace_json")  # of torch._C._distributed_c10d; a CPU build lacks the first
 _MAX_PENDING = 2
+_COUNTED = re.compile(r"all_?reduce(?!_barrier)|reduce_scatter|all_?gather|all_?to_?all")
+_ELEMENT_BYTES = {
+    "Double": 8, "Long": 8, "Float": 4, "Int": 4, "BFloat16": 2, "Half": 2, "Short": 2, "Char": 1, "Byte": 1, "Bool": 1,
+}  # fmt: skip
 
 
 def recorded() -> list[dict[str, Any]]:
     """What this process's recorders hold, as `summarize` returns it; empty where torch has none or is not imported."""
+    return [group for entries in _entries() for group in summarize(entries)]
+
+
+def _entries() -> list[list[dict[str, Any]]]:
+    """The entries of each recorder of this process."""
     c10d = getattr(getattr(sys.modules.get("torch"), "_C", None), "_distributed_c10d", None)
     dumps = [getattr(c10d, name, None) for name in _DUMPS]
-    return [group for dump in dumps if dump is not None for group in summarize(json.loads(dump()).get("entries", ()))]
+    return [list(json.loads(dump()).get("entries", ())) for dump in dumps if dump is not None]
+
+
+def last_records() -> list[int]:
+    """The number of the newest record of each recorder, for `bytes_since`; -1 where it has none."""
+    return [max((entry["record_id"] for entry in entries), default=-1) for entries in _entries()]
+
+
+def bytes_since(records: Sequence[int]) -> int | None:
+    """The bytes of this rank's reductions, gathers and exchanges since `last_records` returned `records`.
+
+    Of each the larger side: what is reduced or gathered in full. None where the recorders are off, have dropped some
+    (they keep the last 2,000), or recorded a type whose size is not known here.
+    """
+    recorders = _entries()
+    if not any(recorders):
+        return None
+    total = 0
+    for last, entries in zip(records, recorders, strict=True):
+        new = [entry for entry in entries if entry["record_id"] > last]
+        if new and min(entry["record_id"] for entry in new) > last + 1:
+            return None
+        for entry in new:
+            if entry["is_p2p"] or not _COUNTED.search(entry["profiling_name"]):
+                continue
+            sides = [_side_bytes(entry[f"{side}_sizes"], entry[f"{side}_dtypes"]) for side in ("input", "output")]
+            if None in sides:
+                return None
+            total += max(side for side in sides if side is not None)
+    return total
+
+
+def _side_bytes(sizes: Sequence[Sequence[int]], dtypes: Sequence[str]) -> int | None:
+    """The bytes of tensors of these sizes; one type may stand for all."""
+    if not set(dtypes) <= set(_ELEMENT_BYTES):
+        return None
+    types = dtypes if len(dtypes) == len(sizes) else [*dtypes[:1]] * len(sizes)
+    return sum(math.prod(size) * _ELEMENT_BYTES[dtype] for size, dtype in zip(sizes, types, strict=False))
 
 
 def summarize(entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -25,11 +25,12 @@ def line_chart(
     resumes: Sequence[float] = (),
     clip_spikes: bool = False,
     from_zero: bool = False,
+    logarithmic: str = "",
 ) -> dict[str, Any]:
     """A chart of curves over one x axis.
 
     `resumes` are marked by vertical lines. `clip_spikes` keeps a few outliers from flattening the rest. `from_zero`
-    starts the y axis at 0.
+    starts the y axis at 0. `logarithmic` names axes, such as "x" or "xy": x doubles, y grows by powers of ten.
     """
     drawn = [one for one in curves if one["x"]]
     heights = sorted(value for one in drawn for value in one["y"])
@@ -41,6 +42,7 @@ def line_chart(
         "resumes": list(resumes),
         "clip_above": 2 * heights[int(0.97 * (len(heights) - 1))] if clip_spikes and drawn else None,
         "from_zero": from_zero,
+        "logarithmic": logarithmic,
     }
 
 

@@ -11,6 +11,7 @@ from turbolm.files import read_json, write_atomic
 from turbolm.report.charts import curve, line_chart, noisy_curves
 from turbolm.report.metrics import Line, is_number, read_lines, read_metrics, values
 from turbolm.report.page import format_rows, format_value, render_page
+from turbolm.report.planned import compare
 from turbolm.units import format_count
 
 
@@ -19,6 +20,8 @@ def write_report(run_dir: Path) -> Path:
     lines, metrics = read_lines(run_dir / "metrics.jsonl"), read_metrics(run_dir / "metrics.jsonl")
     attempts = _attempts(run_dir, lines)
     results = read_json(run_dir / "results.json") or {}
+    results.pop("planned", None)  # as it was when the run finished
+    rows, notes = compare(run_dir, lines)
     recipe = run_dir / "recipe.yaml"
     text = render_page(
         "run.html",
@@ -26,6 +29,8 @@ def write_report(run_dir: Path) -> Path:
         tiles=[*_tiles(metrics), ("attempts", str(len(attempts)))],
         loss=_loss_chart(metrics, results.get("unigram_entropy")),
         charts=_small_charts(metrics),
+        planned=[[row.label, *row.texts] for row in rows],
+        planned_notes=notes,
         results=format_rows(results),
         anomalies=[_anomaly(line) for line in lines if "anomaly" in line],
         attempts=attempts,

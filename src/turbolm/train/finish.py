@@ -22,6 +22,7 @@ from turbolm.plan.plan import Plan
 from turbolm.redaction import redact
 from turbolm.reliability.outcome import FINISHED, Outcome, write_outcome
 from turbolm.report.html import write_report
+from turbolm.report.planned import compare, planned_line
 from turbolm.train.context import Context
 from turbolm.train.evaluation import EvaluationResult
 from turbolm.train.run_directory import RunDirectory
@@ -82,6 +83,10 @@ def finish_run(context: Context, evaluation: EvaluationResult | None, num_parame
     restarts = (read_json(checkpoint / TRAINER_STATE) or {}).get("restarts")
     if restarts:
         results["restarts"] = restarts
+    planned = _attempt("the comparison with the plan", lambda: compare(run.path), say)
+    if planned is not None and planned[0]:
+        results["planned"] = {row.figure: {"planned": row.planned, "measured": row.measured} for row in planned[0]}
+        results["planned"]["notes"] = list(planned[1])
     try:
         write_json(run.results, results)
         conclude(context, FINISHED, f"trained and saved; the export did not end: {_cure(checkpoint)}")
@@ -221,6 +226,8 @@ def summary(results: dict[str, Any]) -> str:
             f"candidate {restarts['chosen'] + 1} of {len(restarts['losses'])}; the others took "
             f"{format_count(restarts['extra_tokens'])} tokens on top"
         )
+    if results.get("planned"):
+        rows["planned"] = planned_line(results["planned"])
     if results.get("report"):
         rows["report"] = results["report"]
     lines = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, nullcontext
 
 import numpy as np
 import torch
@@ -63,13 +63,15 @@ def take_step(session: Session, batch: GlobalBatch) -> StepResult:
         session.has_run_largest = True
     segment = plan.curriculum.segment(batch.index).first_step
     shape = batch.micro_batches[0]["input_ids"].shape
-    with memory_told(plan, f"step {session.step + 1}, micro-batches of {shape[0]} x {shape[1]} tokens"):
+    attempt_folder = session.context.run.attempt(session.context.attempt)
+    measured = session.measure.step(batch, session.step + 1, attempt_folder) if session.measure else nullcontext()
+    with measured, memory_told(plan, f"step {session.step + 1}, micro-batches of {shape[0]} x {shape[1]} tokens"):
         result = train_step(
             session.engine, batch.micro_batches, batch.num_targets, session.attention, session.gate, segment
         )
     session.step += 1
     heartbeat.advance(heartbeat.STEP, session.step)
-    first_step_done(session.context.run.attempt(session.context.attempt), dist.get_rank())
+    first_step_done(attempt_folder, dist.get_rank())
     session.saver.prepare()
     session.log.add_step(session.step, rates.lr, batch, result, session.training_flops(batch))
     return result

@@ -6,7 +6,8 @@ runs/<name>/
   model/          Hugging Face configuration and tokenizer of the run
   attempts/<n>/   start.json (which process started it), plan.json, ds_config.json, accelerate.yaml, environment.json,
                   log.rank<k>.txt, outcome.json, hung/ (ranks and their stacks, of an attempt that hung),
-                  start-up.json (where the time until the first step went), nccl_trace.rank<k> (torch's flight recorder,
+                  start-up.json (where the time until the first step went), measured.json (what one step sent, and the
+                  memory before it, for the comparison with plan.json), nccl_trace.rank<k> (torch's flight recorder,
                   where NCCL timed out),
                   profile/ (of each rank: trace, and memory on a GPU; logging.profile),
                   stop (asks this attempt alone to save and stop)
@@ -21,8 +22,10 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from turbolm.errors import UserError
 from turbolm.files import read_json, write_json
@@ -148,12 +151,15 @@ def refuse_links_out(run: RunDirectory) -> None:
                 )
 
 
-def write_attempt(run: RunDirectory, number: int, plan: Plan, machine: Machine) -> None:
-    """Record what this attempt runs with."""
+def write_attempt(
+    run: RunDirectory, number: int, plan: Plan, machine: Machine, planned: Mapping[str, Any] | None = None
+) -> None:
+    """Record what this attempt runs with, and what it is expected to take (`planned_figures`)."""
     folder = run.attempt(number)
     described = {key: value for key, value in asdict(plan).items() if key not in ("recipe", "ds_config")}
     tokens = plan.curriculum.tokens_seen(plan.num_steps)
-    write_json(folder / "plan.json", {"num_steps": plan.num_steps, "num_tokens": tokens, **described})
+    expected = {"planned": dict(planned)} if planned else {}
+    write_json(folder / "plan.json", {"num_steps": plan.num_steps, "num_tokens": tokens, **expected, **described})
     write_json(folder / "ds_config.json", plan.ds_config)
     versions = {name: importlib.metadata.version(name) for name in _VERSIONED}
     system = {"python": platform.python_version(), "platform": platform.platform(), "host": platform.node()}

@@ -22,6 +22,7 @@ from turbolm.reliability.replicas import check_replicas
 from turbolm.train.context import Context
 from turbolm.train.evaluation import EvaluationResult
 from turbolm.train.gate import UpdateGate
+from turbolm.train.measured import StepMeasure
 from turbolm.train.metrics import MetricsLog
 
 
@@ -44,6 +45,7 @@ class Session:
     evaluation: EvaluationResult | None = None  # of the trained model; None if nothing is held out
     has_saved_weights: bool = False  # the engine was built with those of a checkpoint, which `resume` must find again
     has_run_largest: bool = False  # see train.largest
+    measure: StepMeasure | None = None  # on rank 0 of a run
     random_restarts: dict[str, Any] | None = None  # which candidate the run continues, and the results of all
 
     @property

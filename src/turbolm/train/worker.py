@@ -29,6 +29,7 @@ from turbolm.plan.count import check_model
 from turbolm.plan.deepspeed import untested_note
 from turbolm.plan.machine import check_machine, detect_machine
 from turbolm.plan.plan import build_plan
+from turbolm.plan.planned import planned_figures
 from turbolm.recipe.schema import Recipe
 from turbolm.reliability import heartbeat
 from turbolm.reliability.build_locks import clear_stale_locks, extensions_root
@@ -41,6 +42,7 @@ from turbolm.train.build import build_session
 from turbolm.train.context import Context
 from turbolm.train.finish import add_products, conclude, finish_run, summary
 from turbolm.train.loop import train
+from turbolm.train.measured import StepMeasure
 from turbolm.train.recover import resume
 from turbolm.train.run_contract import as_started, known_fingerprints, settle_contract, with_commits
 from turbolm.train.run_directory import (
@@ -57,6 +59,7 @@ from turbolm.train.start_times import mark
 from turbolm.train.tricks import apply_tricks
 
 _LAST_WRITE_SEC = 60
+_SAMPLED_DOCUMENTS = 20_000  # whose lengths the plan of the times takes
 
 
 def run_worker(recipe: Recipe, attempt: int | None = None, seen: Seen | None = None) -> int:
@@ -112,7 +115,9 @@ def _run_locked(recipe: Recipe, attempt: int | None, lock: RunLock, stop: StopRe
     if is_finished(run, recipe.train.budget):
         return _complete(context) if dist.get_rank() == 0 else EXIT_OK
     hashed = hash_ahead(run.checkpoints, gather_over(context.group))  # while the model is built
+    measure = StepMeasure(context.plan) if dist.get_rank() == 0 else None
     session = build_session(accelerator, context, hashed)
+    session.measure = measure
     session.saver.before_commit = lock.check
     for note in filter(None, (untested_note(recipe.execution), *store.notes)):
         session.log.say(note)
@@ -214,7 +219,9 @@ def _open_run(context: Context, lock: RunLock) -> Context:
             lock.acquire()
             budgets = settle_contract(run, plan.recipe, context.store.fingerprint)
             attempt = context.attempt or open_attempt(run, context.stop.seen, this_process())
-            write_attempt(run, attempt, plan.with_budgets(budgets), context.machine)
+            lengths = context.store.lengths("train", 0, min(context.store.num_documents("train"), _SAMPLED_DOCUMENTS))
+            planned = planned_figures(plan, context.machine, lengths.tolist())
+            write_attempt(run, attempt, plan.with_budgets(budgets), context.machine, planned)
             seen = stop_seen(run.attempt(attempt))
             answer = [(attempt, budgets, known_fingerprints(run, plan.recipe, budgets), seen)]
         except (UserError, OSError) as error:

@@ -8,7 +8,7 @@
   function options(chart, width) {
     const css = getComputedStyle(document.documentElement), color = name => css.getPropertyValue("--" + name);
     const axis = {
-      stroke: color("muted"), font, labelFont: font, labelSize: 18, values: (plot, ticks) => ticks.map(short),
+      stroke: color("muted"), font, labelFont: font, labelSize: 18, values: (plot, ticks) => ticks.map(tick => tick == null ? "" : short(tick)),
       grid: {stroke: color("grid"), width: 1}, ticks: {stroke: color("grid"), width: 1, size: 5},
     };
     // A few spikes must not flatten the rest. A zoom into a spike shows it.
@@ -38,7 +38,11 @@
     });
     return {
       width, height: chart.height, series: [{label: chart.x_label, value: (plot, value) => short(value)}, ...chart.curves.map(curve)],
-      scales: {x: {time: false}, y: {range}}, axes: [{...axis, label: chart.x_label, size: 34}, {...axis, size: 54}],
+      scales: {
+        x: chart.logarithmic.includes("x") ? {time: false, distr: 3, log: 2} : {time: false},
+        y: chart.logarithmic.includes("y") ? {distr: 3, log: 10} : {range},
+      },
+      axes: [{...axis, label: chart.x_label, size: 34}, {...axis, size: 54}],
       cursor: {sync: {key: chart.x_label, setSeries: false}}, hooks: {drawClear: [markResumes]},
     };
   }
