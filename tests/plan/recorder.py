@@ -20,6 +20,7 @@ _OPERATORS = {
     "alltoall_base_": ("all_to_all", 1),
     "barrier": ("barrier", None),
 }
+_FUNCTIONAL = {"all_to_all_single": "all_to_all", "all_reduce": "all_reduce"}  # of what a compiler can see
 
 
 class Recorder(TorchDispatchMode):
@@ -32,6 +33,12 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.seen: list[tuple[str, int, str, int]] = []
 
+    def note_functional(self, name: str, args: Any) -> None:
+        """Note an operator of `_c10d_functional`, which has the input first and the group's name last."""
+        tensor, size = args[0], dist.distributed_c10d._resolve_process_group(args[-1]).size()
+        num_bytes = tensor.numel() * tensor.element_size()
+        self.seen.append((_FUNCTIONAL[name], num_bytes, str(tensor.dtype).removeprefix("torch."), size))
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d":
             name = func._schema.name.removeprefix("c10d::")
@@ -43,4 +50,7 @@ class Recorder(TorchDispatchMode):
             dtype = str(tensors[0].dtype).removeprefix("torch.") if tensors else ""
             group = next(dist.ProcessGroup.unbox(arg) for arg in args if isinstance(arg, torch.ScriptObject))
             self.seen.append((kind, num_bytes, dtype, group.size()))
+        name = func._schema.name.rpartition("::")[2]
+        if func.namespace == "_c10d_functional" and name != "wait_tensor":
+            self.note_functional(name, args)
         return func(*args, **(kwargs or {}))

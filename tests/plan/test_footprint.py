@@ -15,7 +15,7 @@ from turbolm.plan.flops import training_flops_per_token
 from turbolm.plan.footprint import estimate_activations
 from turbolm.plan.machine import described_machine
 from turbolm.plan.plan import build_plan
-from turbolm.plan.profile import Cost, ModelProfile, Peak, chunk_rows, mean_span
+from turbolm.plan.profile import Cost, Heads, ModelProfile, Peak, chunk_rows, mean_span
 from turbolm.plan.profiles import find_profile
 from turbolm.plan.summary import Summary, collect_summary
 from turbolm.plan.text import render_summary
@@ -112,6 +112,26 @@ def test_components_add_up_and_move_with_their_causes() -> None:
     assert recomputed is not None and offloaded is not None
     assert offloaded.total_bytes < recomputed.total_bytes < base.total_bytes
     assert offloaded.offloaded == 32 * 8192 * 4096 * 2  # the input of each layer
+
+
+def test_activations_of_shared_sequences_fall_with_the_group() -> None:
+    """But for the output of attention, kept on both sides of the exchange, and keys repeated for 16 processes."""
+
+    def saved(shared_by: int, *overrides: str) -> float:
+        asked = (f"execution.sequence_parallel={shared_by}", "execution.activation_checkpointing=none", *overrides)
+        recipe = load_recipe(LLAMA_8B, asked)
+        machine = described_machine(recipe)
+        assert machine is not None
+        return estimate_activations(build_plan(recipe, machine), profile_8b()).saved
+
+    assert profile_8b().heads == Heads(32, 32, 8, 128)
+    tokens, layers, bf16 = 8192, 32, 2
+    for shared_by, kept in ((2, 4096), (8, 4096), (16, 4096 + 2 * 8 * 128)):
+        extra = layers * tokens * kept * bf16
+        assert shared_by * saved(shared_by) == pytest.approx(saved(1) + extra, rel=1e-4)
+    masks = layers * 2 * 8192 * 8192  # in bf16, one a layer, of the whole sequence on every process
+    dense = [saved(shared_by, "execution.attention=sdpa") for shared_by in (1, 4)]
+    assert 4 * (dense[1] - masks) == pytest.approx(dense[0] - masks + layers * tokens * 4096 * bf16, rel=1e-3)
 
 
 def test_every_second_layer_is_halfway() -> None:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from turbolm.errors import UserError
 from turbolm.plan.estimate import Estimate, estimate
+from turbolm.plan.exchange import group_sizes
 from turbolm.plan.explore import Asked, explore
+from turbolm.plan.fitting import ways_that_fit
 from turbolm.plan.footprint import estimate_footprint
 from turbolm.plan.machine import Machine, described_machine
 from turbolm.plan.plan import Plan, build_plan
-from turbolm.plan.profile import Activations, Cost, LayerKind, LossBytes, ModelProfile, Peak, Tensor
+from turbolm.plan.profile import Activations, Cost, Heads, LayerKind, LossBytes, ModelProfile, Peak, Tensor
 from turbolm.plan.projection import project
 from turbolm.plan.search import Candidate, Goal, search, search_lines
 from turbolm.recipe.contract import contract_of
@@ -170,3 +173,59 @@ def test_projections_keep_the_batch_or_the_share_of_it() -> None:
     assert all(one.global_batch_tokens == 65536 * one.num_gpus for one in weak)
     rates = [one.estimate.bill.tokens_per_sec / one.num_gpus for one in weak if one.estimate]
     assert len(rates) == 12 and all(b <= a * 1.02 for a, b in zip(rates, rates[1:], strict=False))
+
+
+SHARED = replace(PROFILE, heads=Heads(LAYERS, 32, 8, 128))
+CONFIG = {"model_type": "llama"}
+LONG = ("cluster.num_nodes=8", "data.seq_len=131072", "execution.sequence_parallel=8", "execution.micro_batch=131072")
+
+
+def test_sequences_are_shared_where_there_are_fewer_than_gpus() -> None:
+    """32 sequences of 131,072 tokens for 64 GPUs: one process cannot have one of its own."""
+    recipe, machine = machine_of(*LONG)
+    plan = build_plan(recipe, machine)  # type: ignore[arg-type]
+    groups = group_sizes(plan, CONFIG, SHARED)
+    assert groups == [1, 2, 4, 8]
+
+    def estimator(plan: Plan) -> Estimate | None:
+        return estimate(plan, SHARED, machine)
+
+    found = search(recipe, machine, SHARED, GPU_BYTES, estimator, ANY, groups)  # type: ignore[arg-type]
+    assert {one.values["execution.sequence_parallel"] for one in found} == {2, 4, 8}
+    assert found[0].verdict == "FITS"
+    text = "\n".join(search_lines(found, ANY, RECIPE, LONG, "submit"))
+    assert "sequences shared by 8" in text and "execution.sequence_parallel=2: +" in text
+    for size in (2, 4, 8):
+        one = next(one for one in found if one.values["execution.sequence_parallel"] == size)
+        words = shlex.split(one.command(RECIPE, LONG, "submit"))
+        again = build_plan(*machine_of(*words[3:]))  # type: ignore[arg-type]
+        assert again.batch.sequence_parallel == size
+        assert estimate_footprint(again, SHARED) == one.footprint
+        micro = again.batch.micro_batch_bins
+        assert micro < size, "as many sequences as processes need no exchange"
+
+
+def test_groups_are_proposed_only_where_all_divides_and_the_type_is_known(on_512_gpus: list[Candidate]) -> None:
+    assert {one.values["execution.sequence_parallel"] for one in on_512_gpus} == {1}
+
+    def sizes(config: dict[str, object], profile: ModelProfile, *overrides: str) -> list[int]:
+        return group_sizes(build_plan(*machine_of(*overrides)), config, profile)  # type: ignore[arg-type]
+
+    assert sizes(CONFIG, SHARED) == [1, 2, 4, 8]
+    assert sizes(CONFIG, replace(SHARED, heads=Heads(LAYERS, 36, 4, 128))) == [1, 2, 4]
+    assert sizes(CONFIG, SHARED, "cluster.gpus_per_node=6", "train.global_batch=393216") == [1, 2]
+    assert sizes(CONFIG, PROFILE) == [1], "heads are not known"
+    assert sizes({"model_type": "mamba"}, SHARED) == [1]
+    assert sizes({**CONFIG, "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, SHARED) == [1]
+    assert sizes(CONFIG, SHARED, "execution.attention=eager") == [1]
+
+
+def test_sharing_sequences_makes_a_run_fit() -> None:
+    recipe, machine = machine_of(*LONG, "execution.sequence_parallel=2", "execution.zero_stage=3")
+    gpu_bytes = GPUS["A100-40GB"].memory_bytes
+
+    def ways(*groups: int) -> str:
+        return str(ways_that_fit(recipe, machine, SHARED, gpu_bytes, groups))  # type: ignore[arg-type]
+
+    assert "execution.sequence_parallel=" in ways(1, 2, 4, 8)
+    assert "execution.sequence_parallel=" not in ways()

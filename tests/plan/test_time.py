@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from turbolm.plan.machine_rates import (
     read_rates,
 )
 from turbolm.plan.plan import Plan, build_plan
-from turbolm.plan.profile import Activations, Cost, LayerKind, ModelProfile, Peak, Tensor
+from turbolm.plan.profile import Activations, Cost, Heads, LayerKind, ModelProfile, Peak, Tensor
 from turbolm.plan.time import OVERLAP, Exchange, StepWork, bill, exchange_sec, step_time, time_lines
 from turbolm.plan.work import Shape, micro_batch_amounts
 from turbolm.recipe.load import load_recipe
@@ -213,3 +214,29 @@ def test_gradients_hide_behind_the_backward_pass_and_gathered_weights_do_not() -
     assert {one.nodes for one in work.exchanges if one.what == "gradients"} == {8}
     sharded = step_work(h100_plan("execution.zero_stage=3"), small_profile(), head_dim=4, documents=(8192,))
     assert {one.what: one.window for one in sharded.exchanges}["small weights"] == "none", "gathered after the update"
+
+
+def test_processes_that_share_sequences_have_a_part_of_the_work_and_wait_for_the_exchange() -> None:
+    """By hand: 2 layers of 2 heads of 4 elements, slices of 4,096 tokens in bf16, 16 micro-batches."""
+    profile = replace(small_profile(), heads=Heads(2, 2, 2, 4))
+
+    def work_of_group(size: int, recomputation: str = "none", heads: Heads | None = None) -> StepWork:
+        asked = (f"execution.sequence_parallel={size}", f"execution.activation_checkpointing={recomputation}")
+        shared = replace(profile, heads=heads or profile.heads)
+        return step_work(h100_plan(*asked), shared, head_dim=4, documents=(8192,))
+
+    whole, halves, again = work_of_group(1), work_of_group(2), work_of_group(2, "full")
+    for unit in ("matrix_flops", "attention_flops", "attention_pairs", "attention_rows", "logits"):
+        assert halves.micro_batch[unit] == whole.micro_batch[unit] / 2  # type: ignore[index]
+    tensor, messages = 4096 * 2 * 4 * 2, 4 * 2  # bytes; of both layers in one pass
+    copied = 2 * 2 * tensor * messages
+    assert halves.micro_batch["memory_bytes"] == pytest.approx(whole.micro_batch["memory_bytes"] / 2 + 2 * copied)
+    plain_again = work_of_group(1, "full").recomputed["memory_bytes"] / 2
+    assert again.recomputed["memory_bytes"] == pytest.approx(plain_again + copied)
+    (sent,) = (one for one in halves.exchanges if one.what == "sequences")
+    assert (sent.sent_bytes, sent.calls, sent.window, sent.nodes) == (tensor / 2, 2 * messages * 16, "none", 1)
+    (sent,) = (one for one in again.exchanges if one.what == "sequences")
+    assert sent.calls == 3 * messages * 16
+    # Of 16 parts 8 go to the other node, whose network they wait for; 7 stay, over faster links at the same time.
+    (over,) = (one for one in work_of_group(16, heads=Heads(2, 16, 16, 4)).exchanges if one.what == "sequences")
+    assert (over.nodes, over.sent_bytes) == (2, 512 * 16 * 4 * 2 * 8 / 16)

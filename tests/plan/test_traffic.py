@@ -15,8 +15,8 @@ from tests.world import run_world
 from turbolm.data.prepare.build import prepare
 from turbolm.plan.machine import detect_machine
 from turbolm.plan.plan import Plan, build_plan
-from turbolm.plan.profile import Tensor
-from turbolm.plan.traffic import collectives, step_traffic, traffic_lines
+from turbolm.plan.profile import Heads, Tensor
+from turbolm.plan.traffic import Collective, collectives, step_traffic, traffic_lines
 
 
 def test_steps_of_two_ranks_do_what_is_planned(tmp_path: Path) -> None:
@@ -26,6 +26,7 @@ def test_steps_of_two_ranks_do_what_is_planned(tmp_path: Path) -> None:
         cell("ZeRO-1 bf16", 2, 3, zero_stage=1, precision="bf16"),
         cell("ZeRO-2 Muon", 2, 3, zero_stage=2, optimizer={"name": "muon"}, **small),
         cell("ZeRO-3", 2, 1, zero_stage=3, precision="bf16"),
+        cell("shared sequences", 2, 3, zero_stage=2, execution={"sequence_parallel": 2}),
     ]
     for name, recorded in record(tmp_path, 2, cells).items():
         assert not recorded.differences(), name
@@ -37,8 +38,8 @@ def test_steps_of_two_ranks_do_what_is_planned(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_steps_of_four_ranks_do_what_is_planned(tmp_path: Path) -> None:
     wanted = ("hpZ fp32, accumulation 3", "ZeRO-3 fp32 Muon, accumulation 1", "ZeRO-2 bf16 offloaded, accumulation 3")
-    cells = [one for one in grid(4) if one.name in wanted]
-    assert len(cells) == len(wanted)
+    cells = [one for one in grid(4) if one.name in wanted or ("shared" in one.name and "accumulation 1" in one.name)]
+    assert len(cells) == len(wanted) + 5
     for name, recorded in record(tmp_path, 4, cells).items():
         assert not recorded.differences(), name
 
@@ -144,6 +145,34 @@ def test_hpz_gathers_for_the_backward_pass_inside_a_node(tmp_path: Path) -> None
     gathers = {one.ranks: one for one in hpz.collectives if one.what == "weights"}
     assert gathers[4].sent_between == 0
     assert gathers[4].sent_inside == 3 / 4 * weights
+
+
+def test_groups_that_share_sequences_send_inside_their_node_first(tmp_path: Path) -> None:
+    """By hand: 2 layers of 4 heads, 2 of keys, of 12 elements; 4 x 32 tokens shared by 4, and 3 micro-batches."""
+    tokens = 8 // 4 * 3 * 4 * SEQ_LEN
+
+    def exchanged(per_node: int, shared_by: int, **execution: Any) -> list[Collective]:
+        recipe = make_recipe(
+            tmp_path,
+            train={"global_batch": tokens, "budget": tokens, "precision": "bf16"},
+            cluster={"device": "cpu", "num_nodes": 8 // per_node},
+            execution={"micro_batch": 4 * SEQ_LEN, "sequence_parallel": shared_by, **execution},
+        )
+        plan = build_plan(recipe, detect_machine(), 8)
+        tensors = [Tensor("weight", (1024, 1024), "matrix")]
+        assert all(one.group != "sequence" for one in collectives(tensors, plan))
+        return [one for one in collectives(tensors, plan, Heads(2, 4, 2, 12)) if one.group == "sequence"]
+
+    (alike,) = exchanged(8, 4)  # keys and values are repeated: 2 heads for 4 ranks
+    assert alike.bytes == 32 * 4 * 12 * 2
+    assert alike.calls == 4 * 2 * 2 * 3, "queries, keys, values, output; both passes; layers; micro-batches"
+    assert alike.sent_inside == alike.bytes * 3 / 4 and alike.sent_between == 0
+    (recomputed,) = exchanged(8, 4, activation_checkpointing="full")
+    assert recomputed.calls == 4 * 3 * 2 * 3
+    (over_two,) = exchanged(2, 4)
+    assert over_two.sent_inside == over_two.bytes * 1 / 4 and over_two.sent_between == over_two.bytes * 2 / 4
+    pairs = exchanged(8, 2)  # 2 heads of keys need no repetition
+    assert sorted(one.bytes for one in pairs) == [64 * 2 * 12 * 2, 64 * 4 * 12 * 2]
 
 
 def test_lines_say_what_is_sent_for_what(tmp_path: Path) -> None:

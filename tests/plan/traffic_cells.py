@@ -13,19 +13,28 @@ from tests.train.harness import SEQ_LEN, Cell, cell_recipe
 from tests.world import run_world
 from turbolm.data.prepare.build import prepare
 from turbolm.environment import use_flight_recorder
-from turbolm.plan.profile import Tensor
+from turbolm.plan.profile import Heads, Tensor
 from turbolm.plan.traffic import Collective
 
 RECORDED_STEP = 3
 TIED_APART = "ZeRO-3 gpt2 with its embedding far from its head"
 _OF_THE_LOOP = ("agreement on targets and stops", "metrics")  # not of `train_step`
 
+# Layers, heads of queries and of keys, size: of `harness.MODELS`.
+HEADS = {
+    "llama": Heads(2, 4, 2, 12),
+    "qwen3": Heads(2, 4, 1, 16),
+    "gpt2": Heads(2, 4, 4, 12),
+    "mixtral": Heads(2, 4, 2, 12),
+}
+
 Key = tuple[str, int, str, int]  # kind, bytes, dtype, ranks of the group
 
 
 def cell(name: str, world_size: int, accumulation: int, *, train: Any = None, **settings: Any) -> Cell:
-    """A cell with `accumulation` micro-batches of one sequence on each rank, and none that is filler."""
-    tokens = world_size * accumulation * SEQ_LEN
+    """A cell with `accumulation` micro-batches of one sequence on each rank or group, and none that is filler."""
+    groups = world_size // settings.get("execution", {}).get("sequence_parallel", 1)
+    tokens = groups * accumulation * SEQ_LEN
     batch = {"global_batch": tokens, "budget": 10 * tokens, **(train or {})}
     return Cell(name=f"{name}, accumulation {accumulation}", micro_batch_bins=1, train=batch, **settings)
 
@@ -59,6 +68,13 @@ def grid(world_size: int) -> list[Cell]:
         add("ZeRO-3 recomputed", zero_stage=3, activation_checkpointing="full")
         add("ZeRO-3 chunked loss", zero_stage=3, execution={"loss": "chunked"})
         add("ZeRO-3 documents alone", zero_stage=3, packing="single")
+        for model, stage, recomputed in (("llama", 0, "full"), ("qwen3", 2, "none"), ("gpt2", 3, 2)):
+            shared = {"sequence_parallel": world_size}
+            again: dict[str, Any] = {"activation_checkpointing": recomputed}
+            add(f"ZeRO-{stage} {model} shared sequences", zero_stage=stage, model=model, execution=shared, **again)
+        pairs = {"sequence_parallel": 2}
+        add("ZeRO-1 bf16 shared sequences", zero_stage=1, precision="bf16", execution=pairs)
+        add("ZeRO-2 experts, shared sequences", zero_stage=2, model="mixtral", execution=pairs)
         add(TIED_APART, zero_stage=3, model="gpt2", execution={"communication_bucket": 20_000})
     return found
 
@@ -157,9 +173,8 @@ def _record_cell(folder: Path, one: Cell) -> Answer:
     with patch.object(rank_side, "build_plan_of_large_matrices", with_reuse):
         plan, store, engine, attention = rank_side.build_cell(folder, one)
     order = recipe_order(plan.recipe, store, plan.curriculum, save=False)
-    loader = BatchLoader(
-        order, store, "train", dist.get_world_size(), dist.get_rank(), plan.recipe.execution.micro_batch
-    )
+    ranks, execution = (dist.get_world_size(), dist.get_rank()), plan.recipe.execution
+    loader = BatchLoader(order, store, "train", *ranks, execution.micro_batch, shared_by=execution.sequence_parallel)
     gate = UpdateGate(engine, AnomalyWatch(Anomalies()))
     for step in range(RECORDED_STEP):
         batch = loader.global_batch(step)
@@ -167,7 +182,7 @@ def _record_cell(folder: Path, one: Cell) -> Answer:
         with Recorder() as recorder:
             train_step(engine, batch.micro_batches, batch.num_targets, attention, gate)
         counted = bytes_since(before)
-    found = collectives(parameters_of(engine), plan)
+    found = collectives(parameters_of(engine), plan, HEADS.get(one.model))
     engine.deepspeed_engine.destroy()
     return recorder.seen, list(found), counted
 

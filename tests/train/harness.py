@@ -117,14 +117,16 @@ def cell_recipe(folder: Path, cell: Cell) -> Recipe:
     )
 
 
-def run_cells(folder: Path, world_size: int, cells: list[Cell]) -> dict[str, list[list[float]]]:
+def run_cells(
+    folder: Path, world_size: int, cells: list[Cell], timeout_sec: float = 600
+) -> dict[str, list[list[float]]]:
     """Train every cell on `world_size` ranks of one world; returns (loss, grad_norm) by step for each name.
 
     Of a mixture of experts also its router loss and the norm of the gradient of its routers.
     """
     prepare(cell_recipe(folder, cells[0]))
     trained: dict[str, list[list[float]]] = run_world(
-        world_size, _train_cells, folder, cells, device=cells[0].device, timeout_sec=600
+        world_size, _train_cells, folder, cells, device=cells[0].device, timeout_sec=timeout_sec
     )[0]
     return trained
 

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from turbolm.plan.deepspeed import ELEMENT_BYTES
+from turbolm.plan.exchange import COPIES, exchanges
 from turbolm.plan.footprint import used_kernel
 from turbolm.plan.machine import Machine
 from turbolm.plan.machine_rates import OFFLOADED_SEC, Rates, assumed_rates, kind_of, read_rates
@@ -141,6 +142,7 @@ def step_work(plan: Plan, profile: ModelProfile, *, head_dim: int, documents: Se
             documents=tuple(documents),
             recomputation=recomputation,
             recomputed_share=1 / asked if isinstance(asked, int) else 1.0,
+            shared_by=batch.sequence_parallel,
         )
         found = micro_batch_amounts(profile, shape)
         if execution.compile != "none":
@@ -152,6 +154,7 @@ def step_work(plan: Plan, profile: ModelProfile, *, head_dim: int, documents: Se
     if asked != "none":
         mode = "full" if isinstance(asked, int) else _RECOMPUTATION[asked]
         again = add(amounts(mode), scale(plain, -1))
+    plain, again = (add(one, two) for one, two in zip((plain, again), _copies(plan, profile), strict=True))
     share = profile.num_parameters / (plan.world_size if execution.zero_stage else 1)
     updated: Unit = "offloaded_bytes" if execution.offload_optimizer else "optimizer_bytes"
     accumulated = _GRADIENT_BYTES * profile.num_parameters * batch.gradient_accumulation_steps
@@ -161,21 +164,37 @@ def step_work(plan: Plan, profile: ModelProfile, *, head_dim: int, documents: Se
         micro_batch=plain,
         recomputed=again,
         update=add({updated: _UPDATE_BYTES * share}, {"optimizer_bytes": accumulated}),
-        exchanges=tuple(_exchange(plan, one) for one in collectives(profile.tensors, plan)),
+        exchanges=tuple(_exchange(plan, one) for one in collectives(profile.tensors, plan, profile.heads)),
     )
+
+
+def _copies(plan: Plan, profile: ModelProfile) -> tuple[Amounts, Amounts]:
+    """Return what a micro-batch copies around the exchange of processes that share sequences, and copies again."""
+    batch, asked = plan.batch, plan.recipe.execution.activation_checkpointing
+    if profile.heads is None or batch.sequence_parallel == 1:
+        return {}, {}
+    moved = 2 * COPIES * ELEMENT_BYTES[plan.precision] / batch.gradient_accumulation_steps  # read and written
+    plain, all_of_it = (
+        moved * sum(elements * calls for elements, calls in exchanges(profile.heads, batch, again))
+        for again in ("none", asked)
+    )
+    return {"memory_bytes": plain}, {"memory_bytes": all_of_it - plain}
 
 
 def _exchange(plan: Plan, one: Collective) -> Exchange:
     """Return a collective with what it may hide behind. Through gloo (`host`) it takes the same time here.
 
+    An all-to-all sends to its own node and to others at once, so that the network's part is what takes its time.
+
     What ZeRO-3 gathers in a pass is taken to come in messages as large as DeepSpeed prefetches at once.
     """
     nodes = math.ceil(one.ranks / plan.processes_per_node) if one.sent_between else 1
     prefetched = plan.ds_config["zero_optimization"].get("stage3_prefetch_bucket_size", 0)
+    between_alone = one.kind == "all_to_all" and nodes > 1
     at_once = prefetched * ELEMENT_BYTES[plan.precision] if one.what == "weights" else 0
     return Exchange(
         what=one.what,
-        sent_bytes=one.sent_inside + one.sent_between,
+        sent_bytes=one.sent_between if between_alone else one.sent_inside + one.sent_between,
         calls=one.calls,
         ranks=one.ranks,
         nodes=nodes,

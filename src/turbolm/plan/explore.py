@@ -11,6 +11,7 @@ from typing import Any
 from turbolm.errors import UserError
 from turbolm.plan.count import read_model_config
 from turbolm.plan.estimate import Estimate, estimate, head_dim_of, rates_for
+from turbolm.plan.exchange import group_sizes
 from turbolm.plan.footprint import estimate_footprint
 from turbolm.plan.machine import described_machine
 from turbolm.plan.plan import Plan, build_plan
@@ -71,11 +72,12 @@ def explore(recipe: Recipe, recipe_file: str, overrides: Sequence[str], asked: A
     def verdict(plan: Plan) -> str:
         return estimate_footprint(plan, profile).verdict(gpu_bytes)
 
-    rates = rates_for(build_plan(recipe, machine), machine)
+    plan = build_plan(recipe, machine)
+    rates = rates_for(plan, machine)
     if rates is None:
         raise UserError(f"cluster.gpu: no rates of {recipe.cluster.gpu} in this precision are known")
     if asked.search:
-        found = search(recipe, machine, profile, gpu_bytes, estimator, goal)
+        found = search(recipe, machine, profile, gpu_bytes, estimator, goal, group_sizes(plan, config, profile))
         verb = "submit" if recipe.cluster.slurm is not None or recipe.cluster.num_nodes > 1 else "train"
         yield from search_lines(found, goal, recipe_file, overrides, verb)
     if asked.project:

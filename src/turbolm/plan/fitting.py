@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from turbolm.errors import UserError
+from turbolm.plan.exchange import group_sizes
 from turbolm.plan.footprint import Footprint, estimate_footprint
 from turbolm.plan.machine import Machine
 from turbolm.plan.plan import Plan, build_plan
@@ -19,7 +20,7 @@ from turbolm.units import format_bytes
 
 # How much a change is expected to cost a run in speed, to order proposals; none is measured.
 _RECOMPUTATION_COST = {"none": 0.0, "selective": 1.0, "full": 3.0}
-_STAGE_COST, _MICRO_BATCH_COST, _OFFLOAD_COST, _NODES_COST = 1.0, 1.0, 6.0, 10.0
+_STAGE_COST, _MICRO_BATCH_COST, _GROUP_COST, _OFFLOAD_COST, _NODES_COST = 1.0, 1.0, 2.0, 6.0, 10.0
 _NUM_WAYS = 3
 
 
@@ -73,17 +74,22 @@ def examine_fit(
         return Fit(profile, footprint)
     ways = (
         f"fits with {' '.join(overrides)} ({format_bytes(other.total_bytes)} of {format_bytes(gpu_bytes)})"
-        for overrides, other in ways_that_fit(plan.recipe, machine, profile, gpu_bytes)
+        for overrides, other in ways_that_fit(
+            plan.recipe, machine, profile, gpu_bytes, group_sizes(plan, config, profile)
+        )
     )
     return Fit(profile, footprint, tuple(ways) or ("nothing that leaves the contract as it is fits these GPUs",))
 
 
 def ways_that_fit(
-    recipe: Recipe, machine: Machine, profile: ModelProfile, gpu_bytes: int
+    recipe: Recipe, machine: Machine, profile: ModelProfile, gpu_bytes: int, groups: Sequence[int] = ()
 ) -> list[tuple[tuple[str, ...], Footprint]]:
-    """Return up to three sets of overrides with which the run FITS, cheapest first; none is another one and more."""
+    """Return up to three sets of overrides with which the run FITS, cheapest first; none is another one and more.
+
+    `groups`: values of execution.sequence_parallel that go with the model.
+    """
     found: list[tuple[dict[str, Any], Footprint]] = []
-    for _, changes in sorted(_candidates(recipe, machine), key=lambda one: (one[0], len(one[1]))):
+    for _, changes in sorted(_candidates(recipe, machine, groups), key=lambda one: (one[0], len(one[1]))):
         if any(other.keys() == changes.keys() or other.items() <= changes.items() for other, _ in found):
             continue
         footprint = _try(recipe, machine, profile, changes)
@@ -97,22 +103,29 @@ def ways_that_fit(
     ]
 
 
-def _candidates(recipe: Recipe, machine: Machine) -> Iterator[tuple[float, dict[str, Any]]]:
+def _candidates(recipe: Recipe, machine: Machine, groups: Sequence[int]) -> Iterator[tuple[float, dict[str, Any]]]:
     """Yield changes by dotted key, after what they are expected to cost."""
     execution, nodes = recipe.execution, recipe.cluster.num_nodes
     now = execution.activation_checkpointing
     modes = [mode for mode, cost in _RECOMPUTATION_COST.items() if cost > _RECOMPUTATION_COST.get(str(now), 3.0)]
     micro = build_plan(recipe, machine).batch.micro_batch_tokens
-    sizes = [micro // 2**k for k in range(1, 8) if micro // 2**k >= recipe.data.seq_len]
+    one, now_by = recipe.data.seq_len, execution.sequence_parallel
+    sizes = [micro // 2**k for k in range(1, 8) if micro // 2**k >= one]
+    larger = [size for size in groups if size > now_by]
     stages = range(execution.zero_stage + 1, 4)
     offloads = () if execution.offload_optimizer else (True,)
-    for stage, mode, size, offload, factor in itertools.product(
-        (None, *stages), (None, *modes), (None, *sizes), (None, *offloads), (None, 2, 4)
+    for stage, mode, size, group, offload, factor in itertools.product(
+        (None, *stages), (None, *modes), (None, *sizes), (None, *larger), (None, *offloads), (None, 2, 4)
     ):
+        if group and (size or micro) != one:  # smaller micro-batches come first
+            continue
+        if group and execution.micro_batch == "auto":  # which grows with the group
+            size = one
         changes: dict[str, Any] = {
             "execution.zero_stage": stage,
             "execution.activation_checkpointing": mode,
             "execution.micro_batch": size,
+            "execution.sequence_parallel": group,
             "execution.offload_optimizer": offload,
             "cluster.num_nodes": factor and factor * nodes,
         }
@@ -121,6 +134,7 @@ def _candidates(recipe: Recipe, machine: Machine) -> Iterator[tuple[float, dict[
             halvings = (micro // size).bit_length() - 1 if size else 0
             cost = _STAGE_COST * (stage - execution.zero_stage if stage else 0) + _MICRO_BATCH_COST * halvings
             cost += (_RECOMPUTATION_COST[mode] if mode else 0) + _OFFLOAD_COST * bool(offload)
+            cost += _GROUP_COST * (group / now_by - 1) if group else 0
             yield cost + _NODES_COST * (factor or 0), kept
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from turbolm.plan.exchange import kept_elements
 from turbolm.plan.memory import ModelState, estimate_model_state
 from turbolm.plan.plan import Plan
 from turbolm.plan.profile import Kernel, Loss, ModelProfile, Recomputation, chunk_rows
@@ -132,7 +133,8 @@ def _kept_gradients(plan: Plan, state: ModelState, num_parameters: int) -> int:
 def estimate_activations(plan: Plan, profile: ModelProfile) -> Activations:
     """Return the activations of a micro-batch of the longest sequences. Raises KeyError for a way not traced."""
     batch, execution = plan.batch, plan.recipe.execution
-    tokens, seq_len = batch.process_tokens, batch.seq_len
+    shared_by = batch.sequence_parallel
+    tokens, seq_len = batch.process_tokens, batch.seq_len * shared_by  # dense masks are of whole sequences
     kernel, element_bytes = used_kernel(plan, profile), 4 if plan.precision == "fp32" else 2
     mix = list(_recomputations(execution.activation_checkpointing, profile.num_layers))
     around = profile.around(mix[0][0], kernel, element_bytes)
@@ -141,9 +143,12 @@ def estimate_activations(plan: Plan, profile: ModelProfile) -> Activations:
     for kind in profile.layers:
         for mode, share in mix:
             one = kind.at(mode, kernel, element_bytes)
-            layers += kind.count * share * one.saved.at(tokens, seq_len)
-            first = max(first, one.saved.at(tokens, seq_len))
-            working = max(working, one.backward_peak.at(tokens, seq_len))
+            kept, again = one.saved.at(tokens, seq_len), one.backward_peak.at(tokens, seq_len)
+            if shared_by > 1 and profile.heads is not None:
+                extra = tokens * element_bytes * kept_elements(profile.heads, shared_by, kernel, mode)
+                kept, again = (kept + extra, again) if mode == "none" else (kept, again + extra)
+            layers += kind.count * share * kept
+            first, working = max(first, kept), max(working, again)
     offloads = execution.activation_checkpointing == "offloaded"
     loss = used_loss(plan, profile)
     table = next(tensor.shape for tensor in profile.tensors if tensor.kind == "embedding")

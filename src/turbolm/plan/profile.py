@@ -123,6 +123,16 @@ class LayerKind:
 
 
 @dataclass(frozen=True)
+class Heads:
+    """The heads of attention, alike in every layer: what processes share under sequence parallelism."""
+
+    layers: int
+    queries: int
+    keys: int
+    size: int  # elements of one
+
+
+@dataclass(frozen=True)
 class ModelProfile:
     """Everything the planner knows about a model. Counts are per token and forward pass unless they say otherwise."""
 
@@ -136,6 +146,7 @@ class ModelProfile:
     losses: tuple[LossBytes, ...]
     versions: Mapping[str, str]  # of torch and transformers that traced it
     notes: tuple[str, ...] = ()
+    heads: Heads | None = None  # not traced but read from the configuration, by `plan.exchange.read_heads`
 
     @property
     def num_parameters(self) -> int:
@@ -204,7 +215,8 @@ class ModelProfile:
         )
         outer = tuple(map(_activations, values["outer"]))
         losses = tuple(map(_loss_bytes, values["losses"]))
-        made = {"tensors": tensors, "layers": layers, "outer": outer, "losses": losses}
+        heads = Heads(**values["heads"]) if values.get("heads") else None
+        made = {"tensors": tensors, "layers": layers, "outer": outer, "losses": losses, "heads": heads}
         return cls(**{**values, **made, "notes": tuple(values["notes"])})
 
     @classmethod

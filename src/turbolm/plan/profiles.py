@@ -9,12 +9,14 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from turbolm.files import write_atomic
 from turbolm.plan.count import answer_file
+from turbolm.plan.exchange import read_heads
 from turbolm.plan.profile import ModelProfile
 from turbolm.recipe.contract import canonical_json
 from turbolm.recipe.model_config import is_dropout
@@ -36,6 +38,13 @@ def find_profile(
     `dropout` is that of the recipe, for settings that `config` does not name. Tracing takes some 20 s and needs torch;
     what it finds, a refusal included, is cached under `cache_dir`. A tracer that does not end is asked again next time.
     """
+    profile, why = _find_profile(config, dropout, cache_dir, may_trace)
+    return profile and replace(profile, heads=read_heads(config, profile)), why
+
+
+def _find_profile(
+    config: Mapping[str, Any], dropout: float, cache_dir: str | Path, may_trace: bool
+) -> tuple[ModelProfile | None, str]:
     request = profile_request(config, dropout)
     shipped = _shipped().get(profile_key(request))
     if shipped is not None:

@@ -83,17 +83,20 @@ def search(
     estimator: Estimator,
     goal: Goal,
     *,
+    groups: Sequence[int] = (),
     most_changes: int | None = None,
 ) -> list[Candidate]:
     """Return every accepted way to run `recipe` on machines like `machine`: those that meet the goal first, best first.
 
-    Combinations that the recipe's rules, the plan or DeepSpeed refuse are left out, and with `most_changes` those that
-    differ from the recipe in more keys.
+    `groups`: values of execution.sequence_parallel that go with the model, by default the recipe's. Combinations that
+    the recipe's rules, the plan or DeepSpeed refuse are left out, and with `most_changes` those that differ from the
+    recipe in more keys.
     """
     found = [
         one
         for nodes in _nodes(recipe, goal)
-        for values in _values(recipe, machine, nodes)
+        for shared_by in groups or (recipe.execution.sequence_parallel,)
+        for values in _values(recipe, machine, nodes, shared_by)
         if most_changes is None or len(_changes(recipe, values)) <= most_changes
         if (one := _try(recipe, machine, profile, gpu_bytes, estimator, values)) is not None
     ]
@@ -109,17 +112,20 @@ def _nodes(recipe: Recipe, goal: Goal) -> list[int]:
     return sorted({int(nodes * factor) for factor in NODE_FACTORS if nodes * factor >= 1})
 
 
-def _values(recipe: Recipe, machine: Machine, nodes: int) -> Iterator[dict[str, Any]]:
+def _values(recipe: Recipe, machine: Machine, nodes: int, shared_by: int) -> Iterator[dict[str, Any]]:
     """Yield the values of all keys that are searched."""
     cluster = recipe.cluster.model_copy(update={"num_nodes": nodes})
+    execution = recipe.execution.model_copy(update={"sequence_parallel": shared_by})
     try:
-        base = build_plan(recipe.model_copy(update={"cluster": cluster}), machine)
+        base = build_plan(recipe.model_copy(update={"cluster": cluster, "execution": execution}), machine)
     except UserError:
         return
     seq_len = base.batch.seq_len
     share = -(-base.batch.bins_per_batch // base.batch.num_groups)  # sequences of a process, or of a group
-    most = min(share, max(1, _MAX_MICRO_TOKENS // seq_len))
+    most = min(share, max(1, _MAX_MICRO_TOKENS * shared_by // seq_len))
     sizes = {max(1, most >> halvings) for halvings in range(_FEWEST_MICRO_BATCHES)} | {1}
+    if shared_by > 1:  # as many sequences as processes, or more, are as large without an exchange: whole ones each
+        sizes = {size for size in (1, 2, 4, 8, 16, 32) if size < shared_by and size <= most}
     replicas = [None, base.processes_per_node] if nodes > 1 and base.processes_per_node > 1 else [None]
     now = recipe.execution.activation_checkpointing
     modes = dict.fromkeys(["none", "selective", "full", now])
@@ -133,6 +139,7 @@ def _values(recipe: Recipe, machine: Machine, nodes: int) -> Iterator[dict[str, 
             "execution.offload_optimizer": offload,
             "execution.offload_parameters": False,
             "execution.hierarchical_partition": group,
+            "execution.sequence_parallel": shared_by,
             "cluster.num_nodes": nodes,
         }
 
@@ -209,6 +216,8 @@ def describe(one: Candidate) -> str:
         parts.append("optimizer offloaded")
     if values["execution.hierarchical_partition"]:
         parts.append("hpZ")
+    if values["execution.sequence_parallel"] > 1:
+        parts.append(f"sequences shared by {values['execution.sequence_parallel']}")
     return ", ".join(parts)
 
 

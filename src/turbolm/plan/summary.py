@@ -102,7 +102,7 @@ class Summary:
     @cached_property
     def traffic(self) -> Traffic | None:
         """Return the collectives of a step and the bytes that they send, if the model has a profile."""
-        return step_traffic(self.profile.tensors, self.plan) if self.profile else None
+        return step_traffic(self.profile.tensors, self.plan, self.profile.heads) if self.profile else None
 
     @property
     def verb(self) -> str:
@@ -223,7 +223,7 @@ def collect_summary(
         untested_note(recipe.execution),
         cpu_request_note(recipe),
         host_memory_note(recipe, host) if host else None,
-        exchange_note(plan, facts.config),
+        exchange_note(plan, fit.profile),
     )
     notes = [*facts.assumed, *facts.notes, *fit.notes, *filter(None, said), *_hang_notes(recipe.execution)]
     return Summary(

@@ -23,8 +23,9 @@ from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from typing import Any, Literal
 
+from turbolm.plan.exchange import exchanges
 from turbolm.plan.plan import Plan
-from turbolm.plan.profile import Tensor
+from turbolm.plan.profile import Heads, Tensor
 from turbolm.recipe.optimizers import Optimizer
 from turbolm.units import format_bytes
 
@@ -50,7 +51,8 @@ class Collective:
     bytes: int
     dtype: str
     calls: float  # a step
-    group: Literal["world", "partition", "host"]  # partition: that of hpZ, of consecutive ranks; host: through gloo
+    # partition: that of hpZ, of consecutive ranks; sequence: those that share sequences; host: through gloo
+    group: Literal["world", "partition", "sequence", "host"]
     ranks: int  # in the group
     what: str
     sent_inside: float  # bytes to ranks of the same node, in one call, mean over ranks
@@ -71,26 +73,26 @@ class Traffic:
         return asdict(self)
 
 
-def step_traffic(tensors: Sequence[Tensor], plan: Plan) -> Traffic:
+def step_traffic(tensors: Sequence[Tensor], plan: Plan, heads: Heads | None = None) -> Traffic:
     """Return the collectives of a step of `plan` and the bytes sent.
 
     `tensors` are the parameters in the order of `named_parameters`. Convolutions count as matrices, which matters to
-    Muon alone.
+    Muon alone. Without `heads` the exchange of processes that share sequences is left out.
     """
-    found = collectives(tensors, plan)
+    found = collectives(tensors, plan, heads)
     inside = sum(one.calls * one.sent_inside for one in found)
     between = sum(one.calls * one.sent_between for one in found)
     return Traffic(found, inside, between, between * plan.processes_per_node)
 
 
-def collectives(tensors: Sequence[Tensor], plan: Plan) -> tuple[Collective, ...]:
-    """Return the collectives of a step, largest first; none for a single process."""
+def collectives(tensors: Sequence[Tensor], plan: Plan, heads: Heads | None = None) -> tuple[Collective, ...]:
+    """Return the collectives of a step as `step_traffic` does, largest first; none for a single process."""
     if plan.world_size == 1:
         return ()
     step = _Step(tensors, plan)
     stage = plan.recipe.execution.zero_stage
     of_stage = (_whole, _flattened, _flattened, _sharded)[stage]
-    found = [*of_stage(step), *_of_optimizer(step), *_own(step)]
+    found = [*of_stage(step), *_of_optimizer(step), *_own(step), *_shared_sequences(step, heads)]
     calls: dict[Collective, float] = defaultdict(float)
     for one in found:
         calls[replace(one, calls=0.0)] += one.calls
@@ -124,6 +126,17 @@ class _Step:
     def host(self, elements: int, dtype: str, what: str, calls: float = 1) -> Collective:
         """Return an all-reduce of all ranks through gloo, over the hosts' network."""
         return replace(self.ring("all_reduce", elements, dtype, what, calls), group="host")
+
+    def in_groups(self, elements: int, what: str, calls: float) -> Collective:
+        """Return an all-to-all of every group that shares sequences: each rank sends one part to each of the others."""
+        size, per_node, num_bytes = self.plan.batch.sequence_parallel, self.per_node, elements * _BYTES[self.weights_in]
+        period = math.lcm(size, per_node)
+        ranks = range(self.world_size if self.world_size % period else period)
+        peers = ((rank, rank - rank % size + place) for rank in ranks for place in range(size))
+        apart = sum(one // per_node != other // per_node for one, other in peers) / len(ranks)  # of each rank
+        between = num_bytes / size * apart
+        inside = num_bytes * (size - 1) / size - between
+        return Collective("all_to_all", num_bytes, self.weights_in, calls, "sequence", size, what, inside, between)
 
     def _leaving_share(self, size: int) -> float:
         """Return the share of links of rings of `size` consecutive ranks that leave a node."""
@@ -345,6 +358,25 @@ def _own(step: _Step) -> Iterator[Collective]:
     # Losses of the steps; times of the ranks, which take at least 10 steps; peak memory. Routers add theirs.
     yield step.host(every + (2 * step.world_size if every >= 10 else 0), "float64", "metrics", 1 / every)
     yield step.host(1, "int64", "metrics", 1 / every)
+
+
+def _shared_sequences(step: _Step, heads: Heads | None) -> Iterator[Collective]:
+    """Return the messages of `models.parallel_attention` and `models.router` inside groups that share sequences.
+
+    The shares of routers are all-reduced for every type with experts; some have no router loss to need them.
+    """
+    batch = step.plan.batch
+    size, bins, passes = batch.sequence_parallel, batch.micro_batch_bins, batch.gradient_accumulation_steps
+    if size == 1:
+        return
+    if heads is not None:
+        again = step.recipe.execution.activation_checkpointing
+        for elements, calls in exchanges(heads, batch, again):
+            yield step.in_groups(elements, "sequences", calls)
+    num_experts = next((tensor.shape[0] for tensor in step.tensors if tensor.kind == "expert"), 0)
+    for elements in (bins, bins * (2 * num_experts + 1)) if num_experts else ():  # tokens; choices, probabilities, rows
+        reduced = step.ring("all_reduce", elements, "float32", "router shares", passes, ranks=size)
+        yield replace(reduced, group="sequence")
 
 
 def backward_order(tensors: Sequence[Tensor]) -> list[Tensor]:

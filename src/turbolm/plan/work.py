@@ -38,6 +38,12 @@ class Shape:
     documents: tuple[int, ...]  # lengths of documents, as a sample: what a kernel without dense masks computes
     recomputation: Recomputation = "none"
     recomputed_share: float = 1.0  # of the layers, where there is recomputation
+    shared_by: int = 1  # processes that have a slice of each sequence
+
+    @property
+    def mask_len(self) -> int:
+        """Return the entries of dense masks for each token: every process makes those of its whole sequences."""
+        return self.seq_len * self.shared_by
 
 
 def product_amounts(rows: float, inner: int, outer: int, element_bytes: int, passes: float = _PASSES) -> Amounts:
@@ -61,7 +67,7 @@ def micro_batch_amounts(profile: ModelProfile, shape: Shape) -> dict[Unit, float
     """
     tokens, size = shape.tokens, shape.element_bytes
     around = profile.around("none", shape.kernel, size)
-    outer = (around.elementwise_forward + around.elementwise_backward).at(tokens, shape.seq_len)
+    outer = (around.elementwise_forward + around.elementwise_backward).at(tokens, shape.mask_len)
     total = add(
         *(_matrix_bytes(profile, one, shape) for one in profile.tensors),
         {"matrix_flops": _PASSES * profile.outer_flops_per_token * tokens, "memory_bytes": outer},
@@ -69,7 +75,7 @@ def micro_batch_amounts(profile: ModelProfile, shape: Shape) -> dict[Unit, float
     )
     for kind in profile.layers:
         plain = kind.at("none", shape.kernel, size)
-        memory = (plain.elementwise_forward + plain.elementwise_backward).at(tokens, shape.seq_len)
+        memory = (plain.elementwise_forward + plain.elementwise_backward).at(tokens, shape.mask_len)
         layer: Amounts = {
             "matrix_flops": _PASSES * kind.matrix_flops_per_token * tokens,
             "memory_bytes": memory,
@@ -85,7 +91,7 @@ def _recomputed(kind: LayerKind, shape: Shape) -> Amounts:
     mode, size = shape.recomputation, shape.element_bytes
     if mode == "none":
         return {}
-    at = (shape.tokens, shape.seq_len)
+    at = (shape.tokens, shape.mask_len)
     plain, again = (kind.at(which, shape.kernel, size).elementwise_backward for which in ("none", mode))
     memory: Amounts = {"memory_bytes": max(0.0, again.at(*at) - plain.at(*at)), "layers": 1 / _PASSES}
     if mode == "full":

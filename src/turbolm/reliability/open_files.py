@@ -29,18 +29,25 @@ def num_gloo_groups(device: str) -> int:
     return 2 if device == "cpu" else 1
 
 
-def files_needed(world_size: int, num_groups: int) -> int:
-    """Return how many files a rank opens besides those it starts with: for `num_groups` gloo groups of all ranks.
+def gloo_sharing(device: str, shared_by: int) -> int:
+    """Return the ranks of the gloo group in which a rank shares its sequences; 0 without, or where NCCL serves it."""
+    return shared_by if device == "cpu" and shared_by > 1 else 0
+
+
+def files_needed(world_size: int, num_groups: int, num_sharing: int = 0) -> int:
+    """Return how many files a rank opens besides those it starts with: for `num_groups` gloo groups of all ranks, and
+    for one of `num_sharing`.
 
     Rank 0 may serve the rendezvous store, to which every rank is connected; all count it, to refuse together.
     """
-    return num_groups * (world_size + _FILES_OF_A_GROUP) + world_size + _RESERVE
+    sharing = num_sharing + _FILES_OF_A_GROUP if num_sharing else 0
+    return num_groups * (world_size + _FILES_OF_A_GROUP) + sharing + world_size + _RESERVE
 
 
-def check_open_files(world_size: int, num_groups: int) -> None:
-    """Raise UserError where `num_groups` gloo groups of all ranks need more open files than this process may have."""
+def check_open_files(world_size: int, num_groups: int, num_sharing: int = 0) -> None:
+    """Raise UserError where the gloo groups of `files_needed` need more open files than this process may have."""
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    need = len(os.listdir("/proc/self/fd")) + files_needed(world_size, num_groups)
+    need = len(os.listdir("/proc/self/fd")) + files_needed(world_size, num_groups, num_sharing)
     if limit != resource.RLIM_INFINITY and need > limit:
         raise UserError(
             f"a rank of {world_size} needs {need} open files, and the limit is {limit} (RLIMIT_NOFILE, hard); raise it "

@@ -33,7 +33,7 @@ from turbolm.plan.planned import planned_figures
 from turbolm.recipe.schema import Recipe
 from turbolm.reliability import heartbeat
 from turbolm.reliability.build_locks import clear_stale_locks, extensions_root
-from turbolm.reliability.open_files import check_open_files, num_gloo_groups
+from turbolm.reliability.open_files import check_open_files, gloo_sharing, num_gloo_groups
 from turbolm.reliability.outcome import COMPLETE, STOPPED, Outcome, write_outcome
 from turbolm.reliability.run_lock import RunLock, this_process
 from turbolm.reliability.stop import Seen, StopRequest, look
@@ -93,7 +93,8 @@ def _run_locked(recipe: Recipe, attempt: int | None, lock: RunLock, stop: StopRe
         bind_to_gpu(int(os.environ.get("LOCAL_RANK", "0")), int(here))
     torch.set_num_threads(plan.threads_per_process)
     store, run = _open_prepared_store(recipe), run_directory(recipe)
-    check_open_files(plan.world_size, num_gloo_groups(plan.device))
+    sharing = gloo_sharing(plan.device, recipe.execution.sequence_parallel)
+    check_open_files(plan.world_size, num_gloo_groups(plan.device), sharing)
     stop.listen()
     timeout_sec = recipe.execution.process_group_timeout
     mark("plan and token store")
