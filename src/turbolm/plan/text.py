@@ -89,6 +89,9 @@ def _schedule(summary: Summary) -> Iterator[str]:
     schedule = recipe.schedule
     tokens = plan.curriculum.tokens_seen(plan.num_steps)
     yield f"{plan.num_steps} steps, {format_count(tokens)} tokens (budget {recipe.train.budget})"
+    start = recipe.data.starts_at
+    if start is not None:
+        yield f"the first {start.step} steps, {format_count(start.tokens)} tokens, were the forked run's, on its data"
     restarts = recipe.train.random_restarts
     if restarts is not None:
         extra = plan.random_restart_tokens
@@ -104,8 +107,8 @@ def _schedule(summary: Summary) -> Iterator[str]:
     labels = [f"{max(rates):.3g}", *[""] * (_PLOT_ROWS - 2), "0"]
     for label, row in zip(labels, plot(rates), strict=True):
         yield f"{label:>9} │{row}"
-    end = format_count(recipe.train.budget)
-    yield f"{'':>9} └0{end:>{len(rates) - 1}} tokens (ends at {rates[-1]:.3g})"
+    begin, end = format_count(start.tokens) if start else "0", format_count(recipe.train.budget)
+    yield f"{'':>9} └{begin}{end:>{len(rates) - len(begin)}} tokens (ends at {rates[-1]:.3g})"
     segments = plan.curriculum.segments
     if len(segments) == 1 and len(segments[0].seq_lens) == 1:
         yield f"batch {batch.global_batch_tokens} tokens and seq_len {batch.seq_len} throughout"
