@@ -243,11 +243,11 @@ def status(
     runs_dir: Annotated[Path, Option("--runs", help="the folder that contains run directories")] = Path("runs"),
     as_json: Annotated[bool, Option("--json", help="for programs")] = False,
 ) -> None:
-    """List runs, their attempts, progress and remaining time."""
-    from turbolm.launch.status import find_runs, format_status, read_status
+    """List runs, their attempts, progress and remaining time; of a named run also its forks, compared."""
+    from turbolm.launch.forks import tell_runs
+    from turbolm.launch.status import find_runs
 
-    found = [read_status(path) for path in (runs or find_runs(runs_dir))]
-    print(json.dumps([vars(one) for one in found], indent=1) if as_json else format_status(found, detailed=bool(runs)))
+    print(tell_runs(runs or find_runs(runs_dir), detailed=bool(runs), as_json=as_json))
 
 
 @app.command()
@@ -352,19 +352,27 @@ def export(
 def fork(
     checkpoint: CheckpointFolder,
     decay: Annotated[str, Option(help="length of the decay: 10% (of the new run), 2M (tokens) or 200 steps")],
-    name: Annotated[str | None, Option(help="name of the new run; default: RUN-decay-STEP")] = None,
+    recipe: Annotated[
+        str | None,
+        Option(metavar="RECIPE", help="decay on the data of this recipe, from their first batch on, run as it says"),
+    ] = None,
+    name: Annotated[
+        str | None, Option(help="name of the new run; default: that of --recipe if another, else RUN-decay-STEP")
+    ] = None,
     decay_shape: Annotated[str | None, Option(help="linear, sqrt or cosine")] = None,
     min_lr_ratio: Annotated[float | None, Option(help="final learning rate, as a share of the peak")] = None,
 ) -> None:
-    """Branch a learning-rate decay from a checkpoint on the plateau, as a separate run."""
+    """Branch a learning-rate decay from a checkpoint on the plateau, as a separate run; `status RUN` compares them."""
     from pydantic import ValidationError
 
+    from turbolm.recipe.load import load_recipe
     from turbolm.train.fork import fork as fork_run
     from turbolm.units import Span
 
     changes = {"decay_shape": decay_shape, "min_lr_ratio": min_lr_ratio}
+    other = load_recipe(find_recipe(recipe)) if recipe is not None else None
     try:
-        path = fork_run(checkpoint, Span.parse(decay), name, {k: v for k, v in changes.items() if v is not None})
+        path = fork_run(checkpoint, Span.parse(decay), name, {k: v for k, v in changes.items() if v is not None}, other)
     except ValidationError as error:
         raise UserError("; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())) from None
     except ValueError as error:

@@ -71,16 +71,16 @@ def faulty_losses(faults: Mapping[int, Fault | str]) -> Iterator[Callable[[int],
         current[0] = fault if isinstance(fault, tuple) and dist.get_rank() in fault[2] else None
 
     def loss(*arguments: Any) -> Any:
-        objective, nll = clean_loss(*arguments)
+        objective, nll, *routed = clean_loss(*arguments)
         if current[0] is None:
-            return objective, nll
+            return objective, nll, *routed
         where, factor, _ = current[0]
         if where == "loss":
-            return objective * factor, nll * factor
+            return objective * factor, nll * factor, *routed
         if where == "reported loss":  # whose gradient is as ever
-            return objective, nll * factor
+            return objective, nll * factor, *routed
         objective.register_hook(lambda gradient: gradient * factor)
-        return objective, nll
+        return objective, nll, *routed
 
     with patch.object(step, "micro_batch_loss", loss):
         yield before_batch

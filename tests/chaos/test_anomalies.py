@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.chaos.faults import CRASH, Fault, flip_a_bit, train_on, train_with_faults
 from tests.checkpoint.test_resume import read_tensors
-from tests.train.harness import BINS_PER_BATCH, SEQ_LEN, make_recipe
+from tests.train.harness import BINS_PER_BATCH, MODELS, SEQ_LEN, make_recipe
 from tests.world import run_world
+from turbolm.checkpoint.manifest import BUFFERS
 from turbolm.data.prepare.build import prepare
 from turbolm.recipe.schema import Recipe
 from turbolm.report.metrics import read_lines, read_metrics
@@ -30,9 +32,11 @@ OFFLOADED = {"offload_optimizer": True, "adam_kernel": "torch"}
 
 def recipe_of(folder: Path, name: str, *, anomalies: Mapping[str, Any] | None = None, **execution: Any) -> Recipe:
     precision, optimizer = execution.pop("precision", "fp32"), execution.pop("optimizer", {})
+    model, train = execution.pop("model", "llama"), execution.pop("train", {})
     recipe = make_recipe(
         folder,
-        train={"budget": STEPS * BINS_PER_BATCH * SEQ_LEN, "precision": precision},
+        model={"config": MODELS[model]},
+        train={"budget": STEPS * BINS_PER_BATCH * SEQ_LEN, "precision": precision, **train},
         optimizer=optimizer,
         checkpoint={"every": "2 steps", "keep_last": 9},
         evaluation={"tokens": 2 * SEQ_LEN},
@@ -112,9 +116,9 @@ def test_a_faulty_batch_at_other_layouts(stage: int, execution: dict[str, Any], 
     check_skips(tmp_path, stage, **execution)
 
 
-def _rolls_back(folder: Path, stage: int) -> list[int | str]:
+def _rolls_back(folder: Path, stage: int, settings: Mapping[str, Any] | None = None) -> list[int | str]:
     policy = {"max_in_a_row": 2, "max_rollbacks": 1}
-    recipe = recipe_of(folder, f"back{stage}", anomalies=policy, zero_stage=stage)
+    recipe = recipe_of(folder, f"back{stage}", anomalies=policy, zero_stage=stage, **(settings or {}))
     bad: Fault = ("loss", NAN, [1])
     # Three in a row: not to step 4, which was saved among them, but to step 2, without batches 2 to 5. Three more, and
     # it has gone back as often as it may.
@@ -146,6 +150,20 @@ def test_too_many_in_a_row_go_back_leave_the_batches_out_and_at_last_stop(stage:
     assert (back["anomaly/to_step"], back["anomaly/skipped_batches"]) == (2, [2, 6])
     steps = [line for line in read_metrics(run_path(recipe) / "metrics.jsonl") if "train/loss" in line]
     assert [line["data/batch"] for line in steps] == [0, 1, 6, 7, 8, 9, 10, 11, 12, 13]
+
+
+def test_biases_of_routers_go_back_and_skip_too(tmp_path: Path) -> None:
+    """And no evaluation moves them, of which the reference has none."""
+    settings = {"model": "glm4_moe", "train": {"router_bias_update": 0.01}}
+    prepare(recipe_of(tmp_path, "any"))
+    assert run_world(2, _rolls_back, tmp_path, 2, settings)[0][1] == 0
+    checkpoints = run_path(recipe_of(tmp_path, "back2")) / "checkpoints"
+    for step in (4, STEPS):
+        assert_same(checkpoint(checkpoints, step), checkpoint(tmp_path / "reference", step))
+        ours, theirs = (load_file(checkpoint(one, step) / BUFFERS) for one in (checkpoints, tmp_path / "reference"))
+        biases = [name for name in ours if name.endswith("e_score_correction_bias")]
+        assert len(biases) == 2 and all(torch.equal(ours[name], theirs[name]) for name in biases)
+        assert all(0 < ours[name].abs().max() < 0.01 * (step + 0.5) for name in biases)
 
 
 def _meets_spikes(folder: Path, layouts: list[dict[str, Any]]) -> list[int | str]:

@@ -85,7 +85,7 @@ def train_cell(folder: Path, cell: Cell) -> list[list[float]]:
         step += 1
         norm = float("nan") if result.grad_norm is None else float(result.grad_norm)  # fp16 skips updates at first
         trained.append([float(loss) / batch.num_targets, norm])
-        if result.router_loss_sum is not None:
+        if result.router_loss_sum is not None and router_norms:
             router_loss = result.router_loss_sum.double()
             dist.all_reduce(router_loss)
             trained[-1] += [float(router_loss) / batch.num_targets, router_norms[-1]]

@@ -36,6 +36,16 @@ MIXTURES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 MODELS["qwen3"] = {**MODELS["llama"], "model_type": "qwen3", "head_dim": 16, "num_key_value_heads": 1}
 MODELS |= {name: {**MODELS["llama"], **mixture} for name, mixture in MIXTURES.items()}
+MODELS["glm4_moe"] = {  # balanced by the bias of its routers
+    **MODELS["llama"], "model_type": "glm4_moe", "head_dim": 12, "moe_intermediate_size": 16, "n_routed_experts": 8,
+    "num_experts_per_tok": 2, "first_k_dense_replace": 0, "n_group": 1, "topk_group": 1,
+}  # fmt: skip
+MODELS["crowded"] = {**MODELS["olmoe"], "num_experts": 40}  # more experts than a sequence has tokens
+MODELS["dbrx"] = {  # whose experts are a module inside
+    "model_type": "dbrx", "d_model": 48, "n_heads": 4, "n_layers": 2, "max_seq_len": 64,
+    "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8},
+    "ffn_config": {"ffn_hidden_size": 16, "moe_num_experts": 40, "moe_top_k": 1},
+}  # fmt: skip
 SEQ_LEN = 32
 BINS_PER_BATCH = 5  # divided by none of the layouts below: there are always ranks with less than the others
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -27,12 +27,16 @@ def train_reference(
     *,
     batches: Sequence[int] | None = None,
     initial_seed: int | None = None,
+    then: tuple[Recipe, TokenStore, list[float]] | None = None,
+    watch: Callable[[torch.nn.Module], Callable[[], None]] = lambda model: lambda: None,
 ) -> list[list[float]]:
     """(loss, gradient norm before clipping) of a step for each learning rate in `lrs`.
 
     `batches` are the indices of their global batches where some are left out, `initial_seed` that of the initial
     weights where it is not the recipe's. With a `coefficient` also (router loss, gradient norm of the routers):
-    Transformers' own function is called for each packed sequence, with the router logits of its documents.
+    Transformers' own function is called for each packed sequence, with the router logits of its documents. `then` goes
+    on with the data of another recipe from their first batch on, and gives the learning rates there. `watch` gets the
+    model and returns what is called after each step.
     """
     mapping: dict[str, Any] = dict(recipe.model.config or {})
     mapping |= {"vocab_size": store.vocab_size, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
@@ -46,11 +50,13 @@ def train_reference(
     initial = build_model(recipe.model, config, seed=seed, attention="eager")  # all that is shared
     model.load_state_dict(initial.state_dict())
     model.train()
-    optimizer = reference_optimizer(recipe, model)
-    order = recipe_order(recipe, store, build_curriculum(recipe), save=False)
+    optimizer, after_step = reference_optimizer(recipe, model), watch(model)
+    parts = [(recipe, store, lrs), *([then] if then else [])]
+    orders = [recipe_order(its_recipe, its, build_curriculum(its_recipe), save=False) for its_recipe, its, _ in parts]
+    steps = [(part, step, lr) for part, (_, _, its_lrs) in enumerate(parts) for step, lr in enumerate(its_lrs)]
     trained = []
-    for step, lr in enumerate(lrs):
-        batch = order.batch(step if batches is None else batches[step])
+    for part, step, lr in steps:
+        store, batch = parts[part][1], orders[part].batch(step if batches is None else batches[step])
         loss, router_loss = _losses(model, store, batch, coefficient is not None)
         model.zero_grad()
         (loss + (coefficient or 0.0) * router_loss).backward()
@@ -60,6 +66,7 @@ def train_reference(
         if recipe.train.max_grad_value is not None:
             torch.nn.utils.clip_grad_value_(model.parameters(), recipe.train.max_grad_value)
         optimizer.step(lr, **scheduled(recipe, step))
+        after_step()
         trained.append([loss.item(), norm.item(), *of_routers])
     return trained
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -15,11 +15,19 @@ from turbolm.engine.sharding import whole_shape
 from turbolm.plan.rates import Rates
 
 
+class Balance(Protocol):
+    """What evens the load of experts after each update. Collective."""
+
+    def update(self, load: torch.Tensor) -> None:
+        """Take this rank's load of the global batch, [layers, experts]."""
+
+
 class Engine:
     """A model, its optimizer, and how ZeRO partitions both over the ranks.
 
     `zero_stage` is 0 to 3. `optimizer` is the torch optimizer inside DeepSpeed's, which steps the fp32 tensors this
-    rank owns; its state is keyed by them. Calling the engine runs the model's forward pass.
+    rank owns; its state is keyed by them. Calling the engine runs the model's forward pass. `balance`, if any, is told
+    the load of a mixture's experts after each update.
     """
 
     def __init__(self, deepspeed_engine: Any):
@@ -30,6 +38,7 @@ class Engine:
         self._zero = deepspeed_engine.optimizer
         self.optimizer: torch.optim.Optimizer = self._zero.optimizer if self.zero_stage else self._zero
         self._gate: Gate | None = None
+        self.balance: Balance | None = None
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
         return self.deepspeed_engine(*arguments, **keywords)

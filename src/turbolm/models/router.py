@@ -21,13 +21,10 @@ from transformers.utils.output_capturing import OutputRecorder
 
 from turbolm.engine import sharding
 from turbolm.errors import UserError
+from turbolm.models.balance import BALANCING_BIASES, BiasBalance, find_balance
 from turbolm.models.sequence_parallel import sequence_group
 from turbolm.models.size import expert_parameters
 from turbolm.plan.batch import IGNORED_TARGET
-
-# Added to a router's scores to choose experts, and moved outside the gradient by those who balance this way
-# (DeepSeek-V3, arXiv 2412.19437, section 2.1.2). Nothing here moves them.
-BALANCING_BIASES = ("e_score_correction_bias", "expert_bias", "balancing_biases")
 
 SequenceLosses = Callable[[tuple[torch.Tensor, ...], torch.Tensor], torch.Tensor]
 """Router logits of all layers, each [sequences x seq_len, experts], and the mask of tokens that are not padding, fp32
@@ -41,14 +38,15 @@ class Routers:
     gates: list[tuple[nn.Module, int]]  # modules that Transformers reads router logits from, and where in their output
     experts: list[nn.Module]  # the modules that are called with the chosen experts
     losses: SequenceLosses | None  # None where Transformers has no such loss for the type
-    coefficient: float  # 0: experts are not balanced
+    coefficient: float  # 0: no loss balances the experts
+    balance: BiasBalance | None  # what moves the biases of the routers
     message: str
 
 
-def find_routers(model: PreTrainedModel, setting: float | str) -> Routers | None:
+def find_routers(model: PreTrainedModel, setting: float | str, bias_update: float = 0.0) -> Routers | None:
     """The routers of a mixture of experts and their loss as `train.router_aux_loss` wants it; None without experts.
 
-    Raises UserError for a number where there is no such loss.
+    `bias_update` is `train.router_bias_update`. Raises UserError for a number where there is no such loss or bias.
     """
     model_type = model.config.model_type
     gates = list(_gates(model.base_model))
@@ -58,19 +56,24 @@ def find_routers(model: PreTrainedModel, setting: float | str) -> Routers | None
     if isinstance(setting, (int, float)) and setting and losses is None:
         lacks = f"Transformers has no router loss for {model_type}" if has_experts else f"{model_type} has no experts"
         raise UserError(f"train.router_aux_loss: {setting:g} cannot act: {lacks}; set config or off")
+    balance = find_balance(model, model_type, experts, bias_update) if bias_update else None
     if not has_experts:
         return None
     coefficient = own if setting == "config" else 0.0 if setting == "off" else float(setting)
     bias = next((name for name, _ in model.named_buffers() if name.endswith(BALANCING_BIASES)), "").rpartition(".")[2]
     if coefficient:
         message = f"experts: the loss is that of the tokens + {coefficient:g} x router loss of each packed sequence"
-        message += f"; {bias} stays as it is" if bias else ""
+        message += f"; {bias} stays as it is" if bias and not balance else ""
+    elif balance is not None:
+        message = "experts: the loss is that of the tokens"
     elif losses is not None:
         message = f"experts: not balanced, their router loss is off ({own:g} in the configuration of {model_type})"
     else:
         reason = f"{bias} stays as it is, and " if bias else ""
         message = f"experts: this type is not balanced: {reason}Transformers has no router loss for {model_type}"
-    return Routers(gates, experts, losses, coefficient, message)
+    if balance is not None:
+        message += f"; {bias} moves by {bias_update:g} a step towards an even load (arXiv 2408.15664)"
+    return Routers(gates, experts, losses, coefficient, balance, message)
 
 
 def attach_router_loss(model: PreTrainedModel, routers: Routers) -> None:
@@ -112,6 +115,21 @@ def attach_router_loss(model: PreTrainedModel, routers: Routers) -> None:
         return objective + routers.coefficient * router_loss, nll, own_share, load
 
     model.forward = with_routers
+
+
+def keep_experts_whole(model: PreTrainedModel) -> None:
+    """Have ZeRO-3 gather the weights of modules inside the experts (DBRX) before the experts run.
+
+    Such a module runs once for each expert that got a token: as often as that happens on a rank, and with weights that
+    are read before it runs. Other types hold the weights of all experts in the module itself.
+    """
+    experts = {
+        type(module)
+        for name, module in model.named_modules()
+        if name.rpartition(".")[2] == "experts" and any(True for part in module.children() for _ in part.parameters())
+    }
+    if experts:
+        sharding.gather_whole(model, list(experts))
 
 
 def freeze_balancing_biases(model: PreTrainedModel) -> None:

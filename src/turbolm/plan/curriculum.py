@@ -1,7 +1,8 @@
 """What each step trains on, by the recipe's schedules: sequence length, batch size and source mixture. Torch-free.
 
 A change takes effect at the first step that begins at or after its point in the token budget, so every boundary is on a
-step. Shares of the budget refer to the run's first budget: an extended run continues with the final values.
+step. Shares of the budget refer to the run's first budget: an extended run continues with the final values. A fork with
+its own data (`data.starts_at`) has the curriculum of a new run of what is left of its budget, from that step on.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import TypeVar
@@ -58,13 +59,23 @@ class Curriculum:
         return self.steps_for(self.budgets_tokens[-1])
 
     @property
+    def first_step(self) -> int:
+        """Return the steps that are trained on other data before, by the run that this one was forked from; or 0."""
+        return self.segments[0].first_step
+
+    @property
+    def own_tokens(self) -> int:
+        """Return the tokens of the run without those of `first_step` steps."""
+        return self.tokens_seen(self.num_steps) - self.segments[0].first_token
+
+    @property
     def seq_lens(self) -> tuple[int, ...]:
         """Return all sequence lengths, ascending."""
         return tuple(sorted({seq_len for segment in self.segments for seq_len in segment.seq_lens}))
 
     def segment(self, step: int) -> Segment:
         """Return the segment of the step after `step` finished steps."""
-        return self.segments[bisect_right(self._first_steps, step) - 1]
+        return self.segments[max(bisect_right(self._first_steps, step) - 1, 0)]
 
     def tokens_seen(self, step: int) -> int:
         """Return the tokens (sequences x seq_len) of the first `step` steps."""
@@ -93,6 +104,12 @@ class Curriculum:
                 totals[source] += weight * (end - segment.first_token)
         return totals
 
+    @property
+    def segments_of_order(self) -> tuple[Segment, ...]:
+        """Return the segments as the order of the data counts them: its first batch is number 0."""
+        first = self.segments[0]
+        return tuple(_moved(segment, -first.first_step, -first.first_token) for segment in self.segments)
+
     @cached_property
     def _first_steps(self) -> list[int]:
         return [segment.first_step for segment in self.segments]
@@ -103,7 +120,15 @@ def build_curriculum(recipe: Recipe, budgets_tokens: Sequence[int] | None = None
 
     `budgets_tokens` are the budgets of a run; by default the recipe's only.
     """
-    budgets = tuple(budgets_tokens or [recipe.train.budget])
+    budgets, start = tuple(budgets_tokens or [recipe.train.budget]), recipe.data.starts_at
+    if start is None:
+        return Curriculum(tuple(_build_segments(recipe, budgets)), budgets)
+    own = _build_segments(recipe, [budget - start.tokens for budget in budgets])
+    return Curriculum(tuple(_moved(segment, start.step, start.tokens) for segment in own), budgets)
+
+
+def _build_segments(recipe: Recipe, budgets: Sequence[int]) -> list[Segment]:
+    """Return the segments of a run that begins at step 0."""
     budget, full_batch = budgets[0], recipe.train.global_batch
     schedule, seq_len = recipe.data.length_schedule, recipe.data.seq_len
     batches, weights = batch_changes(recipe, budget), _weight_changes(recipe, budget)
@@ -138,7 +163,11 @@ def build_curriculum(recipe: Recipe, budgets_tokens: Sequence[int] | None = None
         final = segment_at(step, token, math.inf, full_batch, num_cycles)
         if _settings(final) != _settings(segments[-1]):
             segments.append(final)
-    return Curriculum(tuple(segments), budgets)
+    return segments
+
+
+def _moved(segment: Segment, steps: int, tokens: int) -> Segment:
+    return replace(segment, first_step=segment.first_step + steps, first_token=segment.first_token + tokens)
 
 
 def batch_changes(recipe: Recipe, budget_tokens: int) -> list[tuple[float, int]]:

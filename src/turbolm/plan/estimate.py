@@ -95,7 +95,7 @@ def estimate(
     made = bill(
         step_time(work, rates),
         global_batch_tokens=plan.batch.global_batch_tokens,
-        run_tokens=plan.curriculum.tokens_seen(plan.num_steps) + plan.random_restart_tokens,
+        run_tokens=plan.curriculum.own_tokens + plan.random_restart_tokens,
         training_flops_per_token=profile.training_flops_per_token(documents),
         peak_flops=peak_flops(machine.gpu_name, plan.precision) if on_gpus else None,
         num_gpus=plan.world_size if on_gpus else 0,

@@ -13,7 +13,7 @@ from turbolm.plan.estimate import estimate
 from turbolm.plan.fitting import ways_that_fit
 from turbolm.plan.search import Candidate, Goal, search
 from turbolm.plan.summary import Summary
-from turbolm.plan.text import filler_line, footprint_parts, processes_line, restarts_line
+from turbolm.plan.text import filler_line, footprint_parts, fork_line, processes_line, restarts_line
 from turbolm.plan.time import format_step, shares
 from turbolm.units import format_bytes, format_count, format_duration
 
@@ -83,9 +83,7 @@ def _training(summary: Summary) -> Iterator[str]:
         f"{tokens} tokens of {names} in {plan.num_steps:,} steps of {batch.global_batch_tokens:,} tokens "
         f"({batch.bins_per_batch:,} sequences of {batch.seq_len:,}{changes})"
     )
-    restarts = restarts_line(summary)
-    if restarts:
-        yield restarts
+    yield from filter(None, (fork_line(summary), restarts_line(summary)))
 
 
 def _execution(summary: Summary) -> str:

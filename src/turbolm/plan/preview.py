@@ -33,7 +33,7 @@ def source_uses(recipe: Recipe, curriculum: Curriculum, store: StoreSize | None)
     planned = curriculum.source_tokens()
     if planned is None:
         labels = ["all sources" if len(recipe.data.sources) > 1 else source_label(recipe, 0)]
-        planned = [float(curriculum.tokens_seen(curriculum.num_steps))]
+        planned = [float(curriculum.own_tokens)]
         available = [sum(store.source_positions)] if store else [None]
     else:
         labels = [source_label(recipe, number) for number in range(len(planned))]
@@ -70,7 +70,7 @@ def mean_span_of_run(
     total = 0.0
     for segment, end in zip(curriculum.segments, ends, strict=True):
         total += (end - segment.first_token) * _segment_span(segment, store, span_kind, limit)
-    return total / ends[-1]
+    return total / curriculum.own_tokens
 
 
 def constant_span(curriculum: Curriculum, store: StoreSize | None) -> float:

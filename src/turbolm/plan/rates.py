@@ -40,8 +40,8 @@ def step_rates(plan: Plan, step: int, batch_index: int | None = None) -> Rates:
 
 
 def preview_steps(plan: Plan) -> Iterator[dict[str, Any]]:
-    """Yield every step with its rates, under the names of metrics.jsonl."""
-    for step in range(plan.num_steps):
+    """Yield every step of the run itself with its rates, under the names of metrics.jsonl."""
+    for step in range(plan.curriculum.first_step, plan.num_steps):
         rates = step_rates(plan, step)
         yield {
             "step": step + 1,

@@ -45,7 +45,7 @@ def span_notes(recipe: Recipe, curriculum: Curriculum) -> list[str]:
         step = full if name in _LAST else first
         if 0 < tokens < step:
             notes.append(f"{key}: {span} is {tokens / step:.2g} of a step")
-        elif name not in _LAST and span.unit == "steps" and 0 < tokens <= budget:
+        elif name not in _LAST and span.unit == "steps" and 0 < tokens <= budget and not curriculum.first_step:
             num_steps = curriculum.steps_for(round(tokens))
             if num_steps != span.amount:
                 notes.append(

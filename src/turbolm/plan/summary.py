@@ -148,6 +148,7 @@ class Summary:
             "batch": {**asdict(batch), "micro_batch_tokens": batch.micro_batch_tokens},
             "schedule": {
                 "num_steps": plan.num_steps,
+                "first_step": plan.curriculum.first_step,
                 "budget_tokens": recipe.train.budget,
                 "tokens": plan.curriculum.tokens_seen(plan.num_steps),
                 "restart_steps": plan.random_restart_steps,
@@ -318,7 +319,7 @@ def _flops_per_token(
 
 def _cost(plan: Plan, machine: Machine, per_token: float | None, store: StoreSize | None) -> Cost:
     span = mean_span_of_run(plan.curriculum, store)
-    num_tokens = plan.curriculum.tokens_seen(plan.num_steps) + plan.random_restart_tokens
+    num_tokens = plan.curriculum.own_tokens + plan.random_restart_tokens
     total = None if per_token is None else per_token * num_tokens
     peak = peak_flops(machine.gpu_name, plan.precision) if plan.device == "cuda" else None
     seconds = None if total is None or peak is None else total / (plan.world_size * peak * ASSUMED_MFU)
@@ -327,8 +328,10 @@ def _cost(plan: Plan, machine: Machine, per_token: float | None, store: StoreSiz
 
 def _learning_rate(plan: Plan) -> tuple[tuple[int, float], ...]:
     """Return the exact learning rate of at most NUM_CURVE_POINTS steps, including the first and the last."""
-    last = plan.num_steps - 1
-    steps = sorted({round(last * index / (NUM_CURVE_POINTS - 1)) for index in range(NUM_CURVE_POINTS)})
+    first, last = plan.curriculum.first_step, plan.num_steps - 1
+    steps = sorted(
+        {first + round((last - first) * index / (NUM_CURVE_POINTS - 1)) for index in range(NUM_CURVE_POINTS)}
+    )
     return tuple((plan.curriculum.tokens_seen(step + 1), step_rates(plan, step).lr) for step in steps)
 
 

@@ -102,9 +102,7 @@ def _schedule(summary: Summary) -> Iterator[str]:
     schedule = recipe.schedule
     tokens = plan.curriculum.tokens_seen(plan.num_steps)
     yield f"{plan.num_steps} steps, {format_count(tokens)} tokens (budget {recipe.train.budget})"
-    restarts = restarts_line(summary)
-    if restarts:
-        yield restarts
+    yield from filter(None, (fork_line(summary), restarts_line(summary)))
     every = f"evaluate every {plan.evaluate_every_steps} steps" if recipe.data.validation else "no evaluation"
     yield f"{every}, checkpoint every {plan.checkpoint_every_steps} steps"
     shape = f"{schedule.name}, decay {schedule.decay}" if isinstance(schedule, Wsd) else schedule.name
@@ -113,8 +111,8 @@ def _schedule(summary: Summary) -> Iterator[str]:
     labels = [f"{max(rates):.3g}", *[""] * (_PLOT_ROWS - 2), "0"]
     for label, row in zip(labels, plot(rates), strict=True):
         yield f"{label:>9} │{row}"
-    end = format_count(recipe.train.budget)
-    yield f"{'':>9} └0{end:>{len(rates) - 1}} tokens (ends at {rates[-1]:.3g})"
+    begin, end = format_count(start.tokens) if start else "0", format_count(recipe.train.budget)
+    yield f"{'':>9} └{begin}{end:>{len(rates) - len(begin)}} tokens (ends at {rates[-1]:.3g})"
     segments = plan.curriculum.segments
     if len(segments) == 1 and len(segments[0].seq_lens) == 1:
         yield f"batch {batch.global_batch_tokens} tokens and seq_len {batch.seq_len} throughout"
@@ -135,6 +133,14 @@ def _schedule(summary: Summary) -> Iterator[str]:
         saved = 1 - summary.cost.mean_span_tokens / summary.constant_span_tokens
         longest = plan.curriculum.seq_lens[-1]
         yield f"attention takes {saved:.0%} fewer FLOPs than with sequences of {longest} throughout"
+
+
+def fork_line(summary: Summary) -> str | None:
+    """Return what was trained by the run that this one was forked from, on other data."""
+    start = summary.recipe.data.starts_at
+    if start is None:
+        return None
+    return f"the first {start.step} steps, {format_count(start.tokens)} tokens, were the forked run's, on its data"
 
 
 def restarts_line(summary: Summary) -> str | None:

@@ -212,6 +212,17 @@ def _random_restarts(values: Values) -> Iterator[tuple[str, str]]:
         yield "train.random_restarts.over", f"must be less than train.budget ({budget}), got {restarts.over}"
 
 
+def _starts_at(values: Values) -> Iterator[tuple[str, str]]:
+    start, budget = values["data.starts_at"], values["train.budget"]
+    if start is None:
+        return
+    if budget and budget <= start.tokens:
+        yield "train.budget", f"must be more than data.starts_at.tokens ({start.tokens}), got {budget}"
+    for key in ("train.batch_ramp", "train.random_restarts"):
+        if values[key] is not None:
+            yield key, "belongs to the start of a run, and this one begins at data.starts_at; remove it"
+
+
 def _zero_stage(values: Values) -> Iterator[tuple[str, str]]:
     stage, precision = values["execution.zero_stage"], values["train.precision"]
     if stage == 0 and precision in ("bf16", "fp16"):
@@ -457,6 +468,7 @@ _RULES: tuple[Callable[[Values], Iterator[tuple[str, str]]], ...] = (
     _remix,
     _batch_ramp,
     _random_restarts,
+    _starts_at,
     _zero_stage,
     _optimizer,
     _stage_3_only,

@@ -18,6 +18,13 @@ from turbolm.recipe.sources import Source
 from turbolm.recipe.sources.stdlib import StdlibSource
 
 
+class DataStart(Section):
+    """Where the order of the data begins in a run that other data began: `turbolm fork --recipe` writes it."""
+
+    step: Positive = Field(description="steps that the forked run trained before, on its own data")
+    tokens: Positive = Field(description="tokens of these steps")
+
+
 class Data(Section):
     """The sources, and how documents become sequences."""
 
@@ -48,6 +55,12 @@ class Data(Section):
         "refuse",
         description="an invalid document (not JSON, not UTF-8, without the field) ends "
         "`prepare`, or is skipped and counted",
+    )
+
+    starts_at: Annotated[DataStart | None, Before(None)] = Field(
+        None,
+        description="written by `turbolm fork --recipe`: the step whose batch is the first of these sources; their "
+        "schedules of weights and lengths begin there too",
     )
 
     @model_validator(mode="after")

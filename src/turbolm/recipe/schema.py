@@ -197,6 +197,11 @@ class Train(Section):
         description="weight of the loss that spreads tokens over a mixture's experts; config: the model's own "
         "coefficient",
     )
+    router_bias_update: Annotated[Annotated[Number, Field(ge=0)], Before(0.0)] = Field(
+        0.0,
+        description="after each step, the bias that chooses an expert moves by this much towards an even load (arXiv "
+        "2408.15664), such as 1e-3; for types with such a bias; 0: it stays as it is",
+    )
     max_grad_norm: Limit = Field(1.0, description="gradients are scaled down to this global norm; `off` for no limit")
     max_grad_value: Limit = Field(
         None, description="each gradient element is clamped to this size; not together with max_grad_norm"

@@ -88,7 +88,7 @@ def build_session(accelerator: Accelerator, context: Context, hashed: Hashed = n
     )
     if dist.get_rank() == 0:
         log.trackers = build_trackers(context, log.say)
-    routers = find_routers(engine.module, recipe.train.router_aux_loss)
+    routers = find_routers(engine.module, recipe.train.router_aux_loss, recipe.train.router_bias_update)
     if routers is not None:
         log.say(routers.message)
     return Session(

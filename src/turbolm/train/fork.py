@@ -5,79 +5,106 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from turbolm.checkpoint.manifest import MANIFEST, read_manifest
+from turbolm.checkpoint.manifest import MANIFEST, TRAINER_STATE, read_manifest
 from turbolm.checkpoint.verify import verify_checkpoint
+from turbolm.data.prepare.build import reads_same_documents
+from turbolm.data.prepare.tokenizer import copy_tokenizer
 from turbolm.errors import UserError
-from turbolm.files import read_json, write_json
+from turbolm.files import load_json, read_json, write_json
 from turbolm.plan.curriculum import build_curriculum
 from turbolm.recipe.contract import comparable, contract_of, fingerprint, pin_to
+from turbolm.recipe.data import DataStart
 from turbolm.recipe.fields import Section
 from turbolm.recipe.load import dump_recipe, load_recipe
 from turbolm.recipe.schedules import Wsd
 from turbolm.recipe.schema import Recipe
+from turbolm.train.other_data import check_takes, decay_of, state_before_data, with_data_of
+from turbolm.train.run_contract import as_recorded
 from turbolm.train.run_directory import RunDirectory
 from turbolm.units import Span
 
 _LEARNED = ("data", "train", "optimizer", "schedule")  # sections whose shares of the budget must not move
 
 
-def fork(checkpoint: Path, decay: Span, name: str | None = None, changes: Mapping[str, Any] | None = None) -> Path:
+@dataclass(frozen=True)
+class _Plateau:
+    """A verified checkpoint to branch from, and the run that saved it."""
+
+    checkpoint: Path
+    run: RunDirectory
+    record: dict[str, Any]  # contract.json
+    manifest: dict[str, Any]
+    recipe: Recipe
+
+    @property
+    def start(self) -> DataStart:
+        return DataStart(step=int(self.manifest["step"]), tokens=int(self.manifest["tokens_seen"]))
+
+
+def fork(
+    checkpoint: Path,
+    decay: Span,
+    name: str | None = None,
+    changes: Mapping[str, Any] | None = None,
+    other: Recipe | None = None,
+) -> Path:
     """Branch a decay from `checkpoint`, on a plateau of the learning rate; return the new run's folder.
 
     The new run has the plan of a run that warms up like the old one, stays at the peak up to the checkpoint and decays
     over `decay`. A share is one of the new run: a decay of 10% follows the finished 90%. It starts from the
     checkpoint's weights, optimizer state and data position, and records where it came from. `changes` replace keys of
-    its schedule, such as `decay_shape`. Raises UserError.
+    its schedule, such as `decay_shape`. With the recipe `other` it reads that recipe's data instead, from their first
+    batch on, and runs as that recipe says. Raises UserError.
     """
-    checkpoint = Path(os.path.abspath(checkpoint))
-    origin = RunDirectory(checkpoint.parent.parent)
-    record = read_json(origin.contract)
+    plateau = _open_plateau(Path(os.path.abspath(checkpoint)))
+    old, start, same_documents = plateau.recipe, plateau.start, True
+    default_name = f"{old.name}-decay-{start.step}"
+    if other is None:
+        new = _decaying(old, start.tokens, decay, dict(changes or {}))
+        _check_same_past(old, new, start.step)
+    else:
+        other, _ = as_recorded(other, plateau.record["contract"])
+        check_takes(old, other, start)
+        new = _decaying(old, start.tokens, decay, {**decay_of(other), **(changes or {})})
+        new, same_documents = with_data_of(new, other, start), reads_same_documents(old, other)
+        default_name = default_name if other.name == old.name else other.name
+    runs_dir = plateau.run.path.parent
+    execution = new.execution.model_copy(update={"runs_dir": str(runs_dir)})
+    new = new.model_copy(update={"name": name or default_name, "execution": execution})
+    run = RunDirectory(runs_dir / new.name)
+    if not same_documents:
+        tokenizer = new.tokenizer.model_copy(update={"train": None, "path": str(run.tokenizer), "revision": None})
+        new = new.model_copy(update={"tokenizer": tokenizer})
+    new = Recipe.model_validate(new.model_dump(mode="json"))  # an invalid name or shape
+    if run.path.exists():
+        raise UserError(f"{run.path} exists; choose another --name")
+    temporary = RunDirectory(run.path.with_name(f".{run.path.name}.{os.getpid()}"))
+    try:
+        _write(temporary, plateau, new, same_documents=same_documents)
+        temporary.path.rename(run.path)
+    finally:
+        shutil.rmtree(temporary.path, ignore_errors=True)
+    return run.path
+
+
+def _open_plateau(checkpoint: Path) -> _Plateau:
+    run = RunDirectory(checkpoint.parent.parent)
+    record = read_json(run.contract)
     if record is None:
-        raise UserError(f"{checkpoint}: expected a checkpoint inside a run directory; {origin.contract} cannot be read")
+        raise UserError(f"{checkpoint}: expected a checkpoint inside a run directory; {run.contract} cannot be read")
     problems = verify_checkpoint(checkpoint, {record["fingerprint"], *record.get("former_fingerprints", ())})
     if problems:
         raise UserError("\n".join(f"{checkpoint}: {problem}" for problem in problems))
-    manifest = read_manifest(checkpoint)
-    old, _ = pin_to(load_recipe(origin.path / "recipe.yaml"), record["contract"])
-    if len(record["budgets_tokens"]) > 1 or comparable(contract_of(old)) != comparable(record["contract"]):
-        raise UserError(f"{origin.path} was extended, or its recipe.yaml changed; only a run as planned can be forked")
-    branch_tokens = int(manifest["tokens_seen"])
-    _check_plateau(old, branch_tokens)
-    new = _decaying(old, branch_tokens, decay, dict(changes or {}))
-    _check_same_past(old, new, int(manifest["step"]))
-    new = new.model_copy(
-        update={
-            "name": name or f"{old.name}-decay-{manifest['step']}",
-            "execution": new.execution.model_copy(update={"runs_dir": str(origin.path.parent)}),
-        }
-    )
-    new = Recipe.model_validate(new.model_dump(mode="json"))  # an invalid name or shape
-    run = RunDirectory(origin.path.parent / new.name)
-    if run.path.exists():
-        raise UserError(f"{run.path} exists; choose another --name")
-    contract = contract_of(new)
-    came_from = {"run": origin.path.name, "checkpoint": checkpoint.name, "fingerprint": record["fingerprint"]}
-    temporary = run.path.with_name(f".{run.path.name}.{os.getpid()}")
-    try:
-        _write(temporary, checkpoint, new, {**manifest, "contract": fingerprint(contract)})
-        write_json(
-            temporary / "contract.json",
-            {
-                "fingerprint": fingerprint(contract),
-                "contract": contract,
-                "store_fingerprint": record["store_fingerprint"],
-                "budgets_tokens": [new.train.budget],
-                "origin": {**came_from, "step": manifest["step"], "tokens_seen": branch_tokens},
-            },
-            durable=True,
-        )
-        temporary.rename(run.path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return run.path
+    recipe, _ = pin_to(load_recipe(run.path / "recipe.yaml"), record["contract"])
+    if len(record["budgets_tokens"]) > 1 or comparable(contract_of(recipe)) != comparable(record["contract"]):
+        raise UserError(f"{run.path} was extended, or its recipe.yaml changed; only a run as planned can be forked")
+    plateau = _Plateau(checkpoint, run, record, read_manifest(checkpoint), recipe)
+    _check_plateau(recipe, plateau.start.tokens)
+    return plateau
 
 
 def _check_plateau(recipe: Recipe, tokens: int) -> None:
@@ -116,7 +143,9 @@ def _decaying(old: Recipe, branch_tokens: int, decay: Span, changes: dict[str, A
     else:
         decay_tokens = decay.tokens(0, batch)
     num_steps = max(1, round(decay_tokens / batch))
-    sections = {name: _in_tokens(getattr(old, name), old.train.budget) for name in _LEARNED}
+    own = old.data.starts_at  # a fork's data count their own budget
+    budgets = {"data": old.train.budget - (own.tokens if own else 0)}
+    sections = {name: _in_tokens(getattr(old, name), budgets.get(name, old.train.budget)) for name in _LEARNED}
     sections["train"] = sections["train"].model_copy(update={"budget": branch_tokens + num_steps * batch})
     schedule = {name: value for name, value in sections["schedule"] if name in Wsd.model_fields}
     schedule |= {"name": "wsd", "decay": Span(num_steps * batch, "tokens"), **changes}
@@ -136,14 +165,34 @@ def _in_tokens(value: Any, budget_tokens: int) -> Any:
     return value
 
 
-def _write(folder: Path, checkpoint: Path, recipe: Recipe, manifest: dict[str, Any]) -> None:
-    """Write the new run's recipe and first checkpoint; large files are hard links to the old run's if possible."""
-    target = folder / "checkpoints" / checkpoint.name
+def _write(new: RunDirectory, plateau: _Plateau, recipe: Recipe, *, same_documents: bool) -> None:
+    """Write the new run's recipe, contract and first checkpoint, and its tokenizer if it reads other documents.
+
+    Large files are hard links to the old run's if possible.
+    """
+    contract, checkpoint = contract_of(recipe), plateau.checkpoint
+    manifest = {**plateau.manifest, "contract": fingerprint(contract), "files": dict(plateau.manifest["files"])}
+    target = new.checkpoints / checkpoint.name
     target.mkdir(parents=True)
     for name in manifest["files"]:  # only the verified files
         try:
             os.link(checkpoint / name, target / name)
         except OSError:  # another file system, or one without hard links
             shutil.copy2(checkpoint / name, target / name)
+    if recipe.data.starts_at == plateau.start:
+        state = state_before_data(load_json(checkpoint / TRAINER_STATE))
+        manifest["files"][TRAINER_STATE] = write_json(target / TRAINER_STATE, state, durable=True)
     write_json(target / MANIFEST, manifest, durable=True)
-    (folder / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+    if not same_documents:
+        copy_tokenizer(plateau.run.model, new.tokenizer)
+    (new.path / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+    record, start = plateau.record, plateau.start
+    came_from = {"run": plateau.run.path.name, "checkpoint": checkpoint.name, "fingerprint": record["fingerprint"]}
+    value = {
+        "fingerprint": fingerprint(contract),
+        "contract": contract,
+        "store_fingerprint": record["store_fingerprint"] if same_documents else "",  # the first start records it
+        "budgets_tokens": [recipe.train.budget],
+        "origin": {**came_from, "step": start.step, "tokens_seen": start.tokens},
+    }
+    write_json(new.contract, value, durable=True)

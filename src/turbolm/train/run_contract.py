@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from turbolm.errors import UserError
@@ -38,8 +38,12 @@ def as_started(recipe: Recipe) -> tuple[Recipe, list[str]]:
     if not run.contract.exists() or not has_learned(run):
         check_spans(recipe)
         return recipe, []
-    contract = _read_contract(run)["contract"]
-    recipe, pinned = pin_to(with_commits(recipe), contract)
+    return as_recorded(with_commits(recipe), _read_contract(run)["contract"])
+
+
+def as_recorded(recipe: Recipe, contract: Mapping[str, Any]) -> tuple[Recipe, list[str]]:
+    """Return the recipe with the defaults and commits of a contract, and a line for each default that has changed."""
+    recipe, pinned = pin_to(recipe, contract)
     recorded = {}
     for section, key in (("model", "pretrained"), ("tokenizer", "path")):
         if isinstance(old := contract.get(section), dict):
@@ -106,6 +110,7 @@ def settle_contract(run: RunDirectory, recipe: Recipe, store_fingerprint: str) -
         "budgets_tokens": [recipe.train.budget],
     }
     if not run.contract.exists() or not has_learned(run):
+        _check_begins(run, recipe)
         write_json(run.contract, recorded)
         return [recipe.train.budget]
     changes = check_contract(run, recipe, store_fingerprint)
@@ -113,6 +118,9 @@ def settle_contract(run: RunDirectory, recipe: Recipe, store_fingerprint: str) -
     budgets = [int(budget) for budget in old["budgets_tokens"]]
     if "train.budget" in changes:
         budgets.append(recipe.train.budget)
+    if not old["store_fingerprint"]:  # the first start of a fork with its own data
+        write_json(run.contract, {**old, "store_fingerprint": store_fingerprint})
+        old = _read_contract(run)
     if changes:
         recorded["former_fingerprints"] = [*old.get("former_fingerprints", ()), old["fingerprint"]]
         write_json(run.contract, {**old, **recorded, "budgets_tokens": budgets})
@@ -134,13 +142,14 @@ def check_contract(run: RunDirectory, recipe: Recipe, store_fingerprint: str | N
     every changed key that it may not resume with.
     """
     if not run.contract.exists() or not has_learned(run):
+        _check_begins(run, recipe)
         return []
     old = _read_contract(run)
     changes = changed_keys(comparable(old["contract"]), comparable(contract_of(recipe)))
     # The training machine decides the precision of `auto`, and the submitting machine may be another one.
     changes = [change for change in changes if change[0] != "train.precision" or change[2] != "auto"]
     keys = [key for key, *_ in changes]
-    same_store = store_fingerprint in (None, old["store_fingerprint"])
+    same_store = store_fingerprint is None or old["store_fingerprint"] in ("", store_fingerprint)
     if same_store and keys == ["train.budget"] and recipe.train.budget > old["budgets_tokens"][-1]:
         _check_extension(run, recipe)
         return keys
@@ -156,6 +165,15 @@ def check_contract(run: RunDirectory, recipe: Recipe, store_fingerprint: str | N
     )
 
 
+def _check_begins(run: RunDirectory, recipe: Recipe) -> None:
+    """Raise UserError for the recipe of a fork without its run, whose first checkpoint `fork` wrote."""
+    if recipe.data.starts_at is not None:
+        raise UserError(
+            f"data.starts_at: {run.path} has no checkpoint of step {recipe.data.starts_at.step} to start from; make "
+            "the run with `turbolm fork CHECKPOINT --recipe`, which writes this key"
+        )
+
+
 def start_fresh(recipe: Recipe) -> None:
     """Rename the folder of the recipe's run, if there is one, so that the next start begins a new run.
 
@@ -163,6 +181,8 @@ def start_fresh(recipe: Recipe) -> None:
     """
     check_spans(recipe)
     run = run_directory(recipe)
+    if recipe.data.starts_at is not None:
+        raise UserError("--fresh: a fork has no start of its own; fork the checkpoint again under another --name")
     if not run.path.is_dir():
         return
     RunLock(run.path).wait_until_free()

@@ -4,6 +4,7 @@ runs/<name>/
   recipe.yaml     as resolved          contract.json   fingerprint and canonical form
   hub.json        the commits of the recipe's hub names
   model/          Hugging Face configuration and tokenizer of the run
+  tokenizer/      of a fork that reads other documents: the forked run's tokenizer, which its recipe names
   attempts/<n>/   start.json (which process started it), plan.json, ds_config.json, accelerate.yaml, environment.json,
                   log.rank<k>.txt, outcome.json, hung/ (ranks and their stacks, of an attempt that hung),
                   start-up.json (where the time until the first step went), measured.json (what one step sent, and the
@@ -74,6 +75,10 @@ class RunDirectory:
     @property
     def model(self) -> Path:
         return self.path / "model"
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.path / "tokenizer"
 
     @property
     def stop_file(self) -> Path:

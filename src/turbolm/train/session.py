@@ -100,7 +100,9 @@ def _take_state(session: Session, state: dict[str, Any], checkpoint: Path) -> No
     step, anomalies, best = int(state["step"]), state.get("anomalies", {}), state.get("best_eval_loss")
     windows = anomalies.get("skipped_batches", ())
     skipped = SkippedBatches(tuple((int(first), int(end)) for first, end in windows))
-    if state["order_digest"] != session.loader.order.digest(skipped.batch_index(step)):
+    order, position = session.loader.order, skipped.batch_index(step)
+    is_fork = position == order.first_index > 0  # nothing of this order has been trained: `fork` has named another
+    if not is_fork and state["order_digest"] != order.digest(position):
         raise UserError(
             f"the order of the data is not the one {checkpoint} was trained with, so the run cannot resume exactly: "
             "another version of turbolm wrote it. Use that version, or start a run with a new `name`"

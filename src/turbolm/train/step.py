@@ -70,6 +70,8 @@ def train_step(
         grad_norm = engine.backward_and_step(weighted, is_boundary=is_boundary)
         heartbeat.advance()
     anomaly = gate.close() if gate else None
+    if engine.balance is not None and expert_load is not None and anomaly is None and not engine.dropped_update:
+        engine.balance.update(expert_load)
     return StepResult(loss_sum, grad_norm, forward, anomaly, router_loss_sum, expert_load)
 
 

@@ -20,7 +20,7 @@ from turbolm.engine.engine import Engine
 from turbolm.models.compile import apply_compile, keep_layers_whole
 from turbolm.models.fp8 import apply_fp8
 from turbolm.models.recompute import apply_activation_checkpointing
-from turbolm.models.router import attach_router_loss, find_routers
+from turbolm.models.router import attach_router_loss, find_routers, keep_experts_whole
 from turbolm.recipe.schema import Recipe
 from turbolm.train.random_restarts import choose_start
 
@@ -75,9 +75,10 @@ def _clip_by_value(optimizer: torch.optim.Optimizer, recipe: Recipe) -> None:
 
 
 def _balance_experts(engine: Engine, recipe: Recipe) -> None:
-    routers = find_routers(engine.module, recipe.train.router_aux_loss)
+    routers = find_routers(engine.module, recipe.train.router_aux_loss, recipe.train.router_bias_update)
     if routers is not None:
         attach_router_loss(engine.module, routers)
+        engine.balance = routers.balance
 
 
 def _compile(engine: Engine, recipe: Recipe) -> None:
@@ -92,6 +93,7 @@ def _multiply_in_8_bits(engine: Engine, recipe: Recipe) -> None:
 TRICKS = (
     Trick("recompute activations", "model", lambda r: r.execution.activation_checkpointing != "none", _recompute),
     Trick("gather layers whole", "model", _needs_layers_whole, lambda model, _: keep_layers_whole(model)),
+    Trick("gather experts whole", "model", lambda r: r.execution.zero_stage == 3, lambda m, _: keep_experts_whole(m)),
     Trick("clip by value", "optimizer", lambda r: r.train.max_grad_value is not None, _clip_by_value),
     Trick("balance experts", "engine", lambda r: True, _balance_experts),
     Trick("compile", "engine", lambda r: r.execution.compile != "none", _compile),

@@ -32,7 +32,8 @@ class BatchOrder:
     """The global batches of a run. They do not depend on the order of calls. Thread-safe.
 
     `documents` is a fingerprint of the sources' documents; it is part of `key`, under which the table is kept.
-    `folder` has `parts` of a table that were planned earlier; new ones are added with `build(save=True)`.
+    `folder` has `parts` of a table that were planned earlier; new ones are added with `build(save=True)`. Its first
+    batch has the number `first_index`: batches are counted like the steps of the run, and the table from 0.
     """
 
     def __init__(
@@ -42,7 +43,9 @@ class BatchOrder:
         documents: str = "",
         folder: Path | None = None,
         parts: Sequence[Part] = (),
+        first_index: int = 0,
     ):
+        self.first_index = first_index
         self.sources, self.settings = sources, settings
         self.key, self._first_digest = settings.key(documents), settings.digest(documents)
         self.table = PlanTable(self._plan_window, self.key, folder, parts)
@@ -53,12 +56,12 @@ class BatchOrder:
         """Return global batch `index`: sequences of one length; `document` are document numbers of the store."""
         with self._lock:
             number = self._window_of(index)
-            return self._window(number).batch(index - self.table[number].first_step)
+            return self._window(number).batch(index - self.first_index - self.table[number].first_step)
 
     @property
     def num_steps(self) -> int:
-        """Return the number of batches in the table so far; more are added on demand."""
-        return self.table.num_steps
+        """Return the number after the last batch in the table so far; more are added on demand."""
+        return self.first_index + self.table.num_steps
 
     def build(
         self, num_steps: int, on_progress: Callable[[int], None] = lambda num_steps: None, *, save: bool = False
@@ -77,7 +80,8 @@ class BatchOrder:
     def digest(self, num_steps: int) -> str:
         """Return a SHA-256 over everything that determines the windows of the first `num_steps` batches."""
         with self._lock:
-            return self.table[self._window_of(num_steps - 1)].digest if num_steps else self._first_digest
+            is_used = num_steps > self.first_index
+            return self.table[self._window_of(num_steps - 1)].digest if is_used else self._first_digest
 
     def max_slices(self, num_steps: int) -> dict[int, int]:
         """Return the most slices per sequence of each length, over the windows of the first `num_steps` batches."""
@@ -90,9 +94,9 @@ class BatchOrder:
         return most
 
     def _window_of(self, index: int) -> int:
-        assert index >= 0
+        assert index >= self.first_index
         self.build(index + 1)
-        return self.table.window_of(index)
+        return self.table.window_of(index - self.first_index)
 
     def _plan_window(self, last: PlannedWindow | None, number: int) -> PlannedWindow:
         return plan_window(last, number, self.sources, self.settings, self._first_digest)
@@ -166,14 +170,15 @@ def open_order(recipe: Recipe, store: TokenStore, curriculum: Curriculum, *, che
     settings, folder = _settings(recipe, curriculum), table_folder(recipe, store, curriculum)
     parts = read_index(folder, settings.key(store.fingerprint))
     sources = _recipe_sources(recipe, store, settings)
-    return BatchOrder(sources, settings, store.fingerprint, folder, whole_parts(folder, parts) if check else parts)
+    parts = whole_parts(folder, parts) if check else parts
+    return BatchOrder(sources, settings, store.fingerprint, folder, parts, curriculum.first_step)
 
 
 def is_order_kept(recipe: Recipe, store: TokenStore, curriculum: Curriculum) -> bool:
     """Return whether the whole plan table of a recipe's run is in files."""
     folder = table_folder(recipe, store, curriculum)
     parts = whole_parts(folder, read_index(folder, _settings(recipe, curriculum).key(store.fingerprint)))
-    return bool(parts) and parts[-1].end_step >= curriculum.num_steps
+    return bool(parts) and curriculum.first_step + parts[-1].end_step >= curriculum.num_steps
 
 
 def table_folder(recipe: Recipe, store: TokenStore, curriculum: Curriculum) -> Path:
@@ -184,7 +189,7 @@ def table_folder(recipe: Recipe, store: TokenStore, curriculum: Curriculum) -> P
 
 def _settings(recipe: Recipe, curriculum: Curriculum) -> OrderSettings:
     data = recipe.data
-    return OrderSettings(curriculum.segments, recipe.train.seed, data.packing, data.grouping, WINDOW_DOCUMENTS)
+    return OrderSettings(curriculum.segments_of_order, recipe.train.seed, data.packing, data.grouping, WINDOW_DOCUMENTS)
 
 
 def _recipe_sources(recipe: Recipe, store: TokenStore, settings: OrderSettings) -> Sources:

@@ -141,6 +141,16 @@ def find_store(recipe: Recipe) -> Path | None:
     return folder if (folder / MANIFEST).is_file() else None
 
 
+def reads_same_documents(one: Recipe, other: Recipe) -> bool:
+    """Return whether two recipes with one tokenizer have one store: they differ at most in the mixture or the order."""
+
+    def documents(recipe: Recipe) -> list[Any]:
+        data = recipe.data
+        return [[_content(source) for source in data.sources], data.validation, data.deduplicate]
+
+    return documents(one) == documents(other)
+
+
 def finished_shards(recipe: Recipe) -> tuple[int, int]:
     """Return how many shards of the recipe's store have been written, and their bytes of text."""
     sizes = []
