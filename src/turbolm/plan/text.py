@@ -209,6 +209,7 @@ def _footprint(summary: Summary) -> Iterator[str]:
         ("optimizer moments", found.optimizer),
         ("gathered weights, at most", found.gathered),
         ("communication buckets", found.buckets),
+        ("copies for the update", found.copies),
         ("saved activations", found.saved),
         ("work of one layer", found.working),
         ("logits and loss", found.loss),
