@@ -48,6 +48,7 @@ class Footprint:
     context: int  # CUDA context and NCCL
     margin: int  # fragmentation
     offloaded: int  # activations in host memory instead
+    host_bytes: int  # model state in host memory instead
     is_upper_bound: bool  # compiled code keeps fewer activations
 
     @property
@@ -124,6 +125,7 @@ def _footprint(plan: Plan, state: ZeroMemory, found: Activations, moment: _Momen
         context=(CONTEXT_BYTES + NCCL_BYTES * (plan.world_size > 1)) if on_gpu else 0,
         margin=round(FRAGMENTATION * moving) if on_gpu else 0,
         offloaded=round(found.offloaded),
+        host_bytes=state.host_bytes,
         is_upper_bound=plan.recipe.execution.compile != "none",
     )
 

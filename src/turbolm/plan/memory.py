@@ -61,8 +61,10 @@ def estimate_model_state(
     host_bytes = 0
     if offloads:
         host_bytes += master + optimizer + _FP32_BYTES * share  # plus the gradients that the update reads
+        host_bytes += (_FP32_BYTES if stage == 3 else weight_bytes) * share  # and all gradients, or the new weights
         master = optimizer = 0
-        gradients = 0 if stage > 1 else gradients
+        if stage == 3 or (stage == 2 and precision == "fp32"):  # in half precision the reduced ones stay on the GPU
+            gradients = 0
     if execution.offload_parameters:
         host_bytes, weights = host_bytes + weights, 0
     if execution.hierarchical_partition:
@@ -85,23 +87,27 @@ class HostMemory:
     """Bytes of one node's memory while GPUs train, without what the kernel caches of files."""
 
     offloaded: int  # state of the optimizer and weights, before pinned parts are rounded up to powers of two
+    activations: int  # what each layer begins from, with activation_checkpointing: offloaded
     checkpoint_copy: int  # what is written while training goes on
     processes: int
 
     @property
     def total_bytes(self) -> int:
         """Return the bytes of the node."""
-        return self.offloaded + self.checkpoint_copy + self.processes
+        return self.offloaded + self.activations + self.checkpoint_copy + self.processes
 
 
 def estimate_host_memory(
-    recipe: Recipe, state: ModelState, num_parameters: int, world_size: int, here: int
+    recipe: Recipe, host_bytes: int, num_parameters: int, world_size: int, here: int, activations: int = 0
 ) -> HostMemory:
-    """Estimate what the `here` processes of one node take of its memory, on GPUs."""
+    """Estimate what the `here` processes of one node take of its memory, on GPUs.
+
+    `host_bytes` and `activations` are what each process offloads.
+    """
     share = -(-num_parameters // world_size)  # at stage 0, too, each writes a part
     saved = round((_FP32_BYTES + OPTIMIZERS[recipe.optimizer.name].state_bytes) * share)
     copied = here * saved if recipe.checkpoint.asynchronous else 0
-    return HostMemory(here * state.host_bytes, copied, here * _GPU_PROCESS_BYTES)
+    return HostMemory(here * host_bytes, here * activations, copied, here * _GPU_PROCESS_BYTES)
 
 
 def host_memory_note(recipe: Recipe, host: HostMemory) -> str | None:

@@ -226,6 +226,7 @@ def _host_memory(summary: Summary) -> Iterator[str]:
         return
     yield from _sizes(
         ("offloaded", host.offloaded),
+        ("offloaded activations", host.activations),
         ("copy of a checkpoint", host.checkpoint_copy),
         ("processes (assumed)", host.processes),
         ("together", host.total_bytes),
