@@ -29,6 +29,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -277,8 +278,8 @@ def run_rank(folder: Path) -> None:
 # --------------------------------------------------------------------------------------------------------- all of them
 
 
-def run(points: list[Point], processes: int) -> list[dict[str, Any]]:
-    """Return what rank 0 measured at each point, after tracing the models here."""
+def run(points: list[Point], processes: int) -> Iterator[dict[str, Any]]:
+    """Yield what the ranks measured at each point, after tracing the models here."""
     from turbolm.plan.profiles import find_profile
 
     with tempfile.TemporaryDirectory() as made:
@@ -301,14 +302,18 @@ def run(points: list[Point], processes: int) -> list[dict[str, Any]]:
             subprocess.Popen(
                 [sys.executable, __file__, "--rank", made],
                 env={**os.environ, **world, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=subprocess.PIPE,
+                stdout=subprocess.DEVNULL if rank else subprocess.PIPE,
                 stderr=subprocess.DEVNULL if rank else None,
                 text=True,
             )
             for rank in range(processes)
         ]
-        outputs = [rank.communicate(timeout=3600)[0] for rank in ranks]
-    return [json.loads(line) for line in outputs[0].splitlines() if line.startswith('{"activations"')]
+        assert ranks[0].stdout is not None
+        for line in ranks[0].stdout:
+            if line.startswith('{"activations"'):
+                yield json.loads(line)
+        for rank in ranks:
+            rank.wait(timeout=60)
 
 
 def error(predicted: float, counted: float) -> float:
@@ -329,11 +334,9 @@ def main() -> None:
     points = large_points() if arguments.large else grid()
     if arguments.points:
         points = points[:: max(1, len(points) // arguments.points)]
-    answers = run(points, arguments.processes)
-    assert len(answers) == len(points), f"{len(answers)} of {len(points)} points"
+    kinds = ("rss",) if arguments.large else ("activations", "resting", "updating")
     errors = []
-    for point, answer in zip(points, answers, strict=True):
-        kinds = ("rss",) if arguments.large else ("activations", "resting", "updating")
+    for point, answer in zip(points, run(points, arguments.processes), strict=True):
         errors.append(max((error(*answer[kind]) for kind in kinds), key=abs))
         shown = "  ".join(
             f"{kind} {answer[kind][0] / MB:8.2f} / {answer[kind][1] / MB:8.2f} MiB {error(*answer[kind]):+6.2%}"
