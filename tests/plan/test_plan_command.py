@@ -262,7 +262,7 @@ def test_buckets_are_counted_as_deepspeed_holds_them(
 
 def test_model_state_of_fp32() -> None:
     assert state(0, "fp32").device_bytes == 16 * PSI
-    assert state(3, "fp32").device_bytes == pytest.approx(16 * PSI / N)
+    assert state(3, "fp32").device_bytes == pytest.approx(20 * PSI / N), "DeepSpeed clones the weights"
     assert state(2, "fp32").master == pytest.approx(4 * PSI / N)
 
 

@@ -90,7 +90,7 @@ def test_stage_3_keeps_gradients_and_a_bucket() -> None:
     assert state.small_weights == 2 * 92, "all are small"
     assert state.resting == Held(4 * 46, 4 * BUCKET)
     assert state.updating == Held(4 * 46, 4 * BUCKET, 4 * 24), "DeepSpeed flattens each sub-group's once more"
-    assert state_of(3, "fp32").master == 0, "the weights are the master copy"
+    assert state_of(3, "fp32").master == 4 * 46, "a second copy of the weights"
 
 
 def test_offloading_leaves_reduced_gradients_of_half_precision_on_the_gpu() -> None:

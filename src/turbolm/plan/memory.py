@@ -3,8 +3,8 @@
 Mixed precision with Adam takes 2 + 2 bytes per parameter for half-precision weights and gradients and 4 + 4 + 4 for the
 master weights and two moments; ZeRO divides the optimizer state (stage 1), the gradients (2) and the weights (3) by the
 number of processes (arXiv 1910.02054, section 3 and figure 1). The differences here are those of DeepSpeed 0.19 with
-this repository's ds_configs: gradients accumulate in fp32 and take 4 bytes; at stage 3 the fp32 weights are the master
-copy, while stages 1 and 2 keep a second one.
+this repository's ds_configs: gradients accumulate in fp32 and take 4 bytes, and in fp32, too, stages 1 to 3 keep a
+second copy of the weights. `plan/zero_memory.py` counts more closely where a model's tensors are known.
 """
 
 from __future__ import annotations
@@ -54,8 +54,7 @@ def estimate_model_state(
     weight_bytes = _FP32_BYTES if precision == "fp32" else _HALF_BYTES
     share = -(-num_parameters // world_size) if stage else num_parameters
     weights = weight_bytes * (share if stage == 3 else num_parameters)
-    shadows_weights = stage in (1, 2) or (stage == 3 and (precision != "fp32" or offloads))
-    master = _FP32_BYTES * share if shadows_weights else 0
+    master = _FP32_BYTES * share if stage else 0
     optimizer = round(OPTIMIZERS[optimizer_name].state_bytes * share)
     gradients = _gradient_bytes(stage, num_parameters, share, precision)
     host_bytes = 0

@@ -104,7 +104,8 @@ class _Facts:
         self.parts = [flat // self.world_size if self.stage else flat for flat in self.flats]
         self.owned = sum(self.parts)
         self.flat_elements = self.owned if self.stage == 3 else sum(self.flats)
-        self.has_master = self.stage in (1, 2) or (self.stage == 3 and (not self.is_fp32 or self.offloads))
+        # At stage 3 in fp32, too: it compares a tensor's device with a name, and clones where it means to share.
+        self.has_master = self.stage > 0
         # Muon keeps one moment of matrices; state_bytes is for all other optimizers a mean over all elements.
         self.state_bytes = [
             8.0 if optimizer.is_orthogonal and not _is_orthogonal(group) else optimizer.state_bytes
