@@ -3,15 +3,18 @@
     python benchmarks/planner.py [--points N] [--large] [--processes 2]
 
 Every point is a small model trained for three steps by two processes: six model types x recomputation x fp32 and bf16 x
-ZeRO stages. What the planner says (a traced profile, the formulas of the model state) is compared with
+ZeRO stages; every pair is covered. What the planner says (a traced profile, DeepSpeed's layout of the state) is
+compared with what the rank that holds most has
 
-* the storages that are alive after the forward pass, watched in a dispatch mode, without weights and inputs;
-* all tensors of the process before the optimizer steps, found by the garbage collector: weights, gradients, master
-  weights and moments;
+* after a forward pass: the storages that operators made and that are alive, watched in a dispatch mode, without weights
+  and inputs (activations);
+* before a forward pass: all tensors of the process, found by the garbage collector (state at rest);
+* when the optimizer steps: the same, with gradients and their copies (state in the update);
 * with --large, on models that need 300 MB and more: the rise of the anonymous resident memory (RssAnon) from before the
   model is built, against the predicted worst moment of a step.
 
-olmo2 and qwen3_moe were not run while the planner was built. The last line is one JSON object.
+Each rank runs all points one after another; what one leaves behind is taken off the next. HELD_OUT names the types that
+were not run while the planner was built. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -77,6 +81,7 @@ class Point:
             "data": {"seq_len": seq_len},
             "train": {"budget": "1M", "global_batch": 2 * tokens, "precision": self.precision},
             "execution": {
+                "communication_bucket": 8_000_000 if self.is_large else 500_000,  # less than the model, as in real runs
                 "zero_stage": self.stage,
                 "micro_batch": tokens,
                 "activation_checkpointing": self.recomputation,
@@ -86,12 +91,16 @@ class Point:
 
 
 def grid() -> list[Point]:
-    """Return a point for each model, recomputation and precision; stages take turns (bf16 has no stage 0)."""
+    """Return 30 points in which every two values of different columns meet; bf16 has no stage 0."""
+    modes, precisions = ("none", "selective", "full"), ("fp32", "bf16")
     points = []
     for place, model in enumerate(MODELS):
-        for turn, recomputation in enumerate(("none", "selective", "full")):
-            points.append(Point(model, recomputation, "fp32", (place + turn) % 4))
-            points.append(Point(model, recomputation, "bf16", 1 + (place + turn) % 3))
+        for stage in range(4):
+            mode, precision = modes[(place + stage) % 3], precisions[(place + place // 3 + stage) % 2 if stage else 0]
+            points.append(Point(model, mode, precision, stage))
+        stage = 1 + place % 3
+        other = precisions[(place + place // 3 + stage + 1) % 2]
+        points.append(Point(model, modes[(place + stage + 1) % 3], other, stage))
     return points
 
 
@@ -111,20 +120,15 @@ def measure(point: Point, profile: Any) -> dict[str, Any]:
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves
 
-    from turbolm.plan.footprint import estimate_activations, estimate_footprint, used_kernel
+    from turbolm.plan.footprint import used_kernel
     from turbolm.plan.machine import Machine
-    from turbolm.plan.memory import estimate_model_state
     from turbolm.plan.plan import build_plan
     from turbolm.recipe.schema import Recipe
 
     recipe = Recipe.model_validate(point.recipe)
     machine = Machine(0, None, None, 2, cpu_has_bf16=True, memory_bytes=0)
     plan = build_plan(recipe, machine, world_size=int(os.environ["WORLD_SIZE"]))
-    state = estimate_model_state(
-        recipe.execution, plan.ds_config, profile.num_parameters, plan.world_size, plan.precision
-    )
-    tokens, seq_len, size = plan.batch.micro_batch_tokens, plan.batch.seq_len, 4 if plan.precision == "fp32" else 2
-    saved = estimate_activations(plan, profile).saved + profile.loss("full", size).saved.at(tokens, seq_len)
+    tokens = plan.batch.micro_batch_tokens
 
     class Live(TorchDispatchMode):
         """Storages that operators make, while they are alive."""
@@ -148,33 +152,51 @@ def measure(point: Point, profile: Any) -> dict[str, Any]:
                 if key not in known and not torch.UntypedStorage._expired(ref)  # type: ignore[attr-defined]
             )
 
-    tensors_before, peak = _tensor_bytes(), Peak()
-    engine = _engine(plan, used_kernel(plan, profile))
-    counted: dict[str, float] = {}
-    handle = engine.optimizer.register_step_pre_hook(
-        lambda *_: counted.__setitem__("state", _tensor_bytes() - tensors_before)
-    )
     inputs = _inputs(plan, point.config["vocab_size"], used_kernel(plan, profile))
+    before, peak = _tensor_bytes(), Peak()
+    engine = _engine(plan, used_kernel(plan, profile))
+    counted = dict.fromkeys(("activations", "resting", "updating"), 0.0)
+
+    def note(*_: Any) -> None:
+        counted["updating"] = max(counted["updating"], _tensor_bytes() - before)
+
+    handle = None if point.is_large else engine.optimizer.register_step_pre_hook(note)
     for step in range(3):
         if step == 1 and not point.is_large:
+            counted["resting"] = _tensor_bytes() - before
             stays = [*engine.module.buffers(), *(one for one in inputs.values() if isinstance(one, torch.Tensor))]
             with Live() as live:
-                objective, _ = engine(**inputs)
+                objective, *_ = engine(**inputs)
             stays += list(engine.module.parameters())
             counted["activations"] = live.bytes_without({one.untyped_storage()._cdata for one in stays})
         else:
-            objective, _ = engine(**inputs)
+            objective, *_ = engine(**inputs)
         engine.backward_and_step(objective * (plan.world_size / (2 * tokens)), is_boundary=True)
         del objective
-    rise, _ = peak.stop()
-    handle.remove()
+    counted["rss"], _ = peak.stop()
+    if handle is not None:
+        handle.remove()
     engine.deepspeed_engine.destroy()
-    footprint = estimate_footprint(plan, profile)
+    most = torch.tensor(list(counted.values()), dtype=torch.float64)
+    torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+    foreseen = predict(plan, profile)
+    return {name: [foreseen[name], value] for name, value in zip(counted, most.tolist(), strict=True)}
+
+
+def predict(plan: Any, profile: Any) -> dict[str, float]:
+    """Return what the planner says, under the names of what is counted."""
+    from turbolm.plan.deepspeed import ELEMENT_BYTES
+    from turbolm.plan.footprint import estimate_activations, estimate_footprint, router_loss
+    from turbolm.plan.zero_memory import estimate_zero_memory
+
+    state, batch = estimate_zero_memory(profile.tensors, plan), plan.batch
+    loss = profile.loss("full", ELEMENT_BYTES[plan.precision]).saved.at(batch.micro_batch_tokens, batch.seq_len)
+    always = state.weights + state.master + state.optimizer
     return {
-        "activations": [saved, counted.get("activations", 0)],
-        "state": [state.weights + state.gradients + state.master + state.optimizer, counted["state"]],
-        "rss": [footprint.counted_bytes, rise],
-        "moment": footprint.moment,
+        "activations": estimate_activations(plan, profile).saved + loss + router_loss(plan, profile).saved,
+        "resting": always + state.small_weights + state.resting.gradients + state.resting.buckets,
+        "updating": always + state.updating.gradients + state.updating.buckets + state.updating.copies,
+        "rss": estimate_footprint(plan, profile).counted_bytes,
     }
 
 
@@ -199,6 +221,7 @@ def _engine(plan: Any, kernel: str) -> Any:
     from turbolm.models.build import build_config, build_model
     from turbolm.models.loss import attach_loss
     from turbolm.models.recompute import apply_activation_checkpointing
+    from turbolm.models.router import attach_router_loss, find_routers
     from turbolm.optim.build import build_optimizer
 
     for one in (AcceleratorState, GradientState, PartialState):
@@ -214,6 +237,9 @@ def _engine(plan: Any, kernel: str) -> Any:
     apply_activation_checkpointing(model, recipe.execution.activation_checkpointing)
     engine = wrap(accelerator, model, build_optimizer(model, recipe))
     attach_loss(engine.module, "full")
+    routers = find_routers(engine.module, recipe.train.router_aux_loss)
+    if routers is not None:
+        attach_router_loss(engine.module, routers)
     engine.train()
     return engine
 
@@ -252,8 +278,8 @@ def run_rank(folder: Path) -> None:
 # --------------------------------------------------------------------------------------------------------- all of them
 
 
-def run(points: list[Point], processes: int) -> list[dict[str, Any]]:
-    """Return what rank 0 measured at each point, after tracing the models here."""
+def run(points: list[Point], processes: int) -> Iterator[dict[str, Any]]:
+    """Yield what the ranks measured at each point, after tracing the models here."""
     from turbolm.plan.profiles import find_profile
 
     with tempfile.TemporaryDirectory() as made:
@@ -276,14 +302,18 @@ def run(points: list[Point], processes: int) -> list[dict[str, Any]]:
             subprocess.Popen(
                 [sys.executable, __file__, "--rank", made],
                 env={**os.environ, **world, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=subprocess.PIPE,
+                stdout=subprocess.DEVNULL if rank else subprocess.PIPE,
                 stderr=subprocess.DEVNULL if rank else None,
                 text=True,
             )
             for rank in range(processes)
         ]
-        outputs = [rank.communicate(timeout=3600)[0] for rank in ranks]
-    return [json.loads(line) for line in outputs[0].splitlines() if line.startswith('{"activations"')]
+        assert ranks[0].stdout is not None
+        for line in ranks[0].stdout:
+            if line.startswith('{"activations"'):
+                yield json.loads(line)
+        for rank in ranks:
+            rank.wait(timeout=60)
 
 
 def error(predicted: float, counted: float) -> float:
@@ -304,11 +334,9 @@ def main() -> None:
     points = large_points() if arguments.large else grid()
     if arguments.points:
         points = points[:: max(1, len(points) // arguments.points)]
-    answers = run(points, arguments.processes)
-    assert len(answers) == len(points), f"{len(answers)} of {len(points)} points"
+    kinds = ("rss",) if arguments.large else ("activations", "resting", "updating")
     errors = []
-    for point, answer in zip(points, answers, strict=True):
-        kinds = ("rss",) if arguments.large else ("activations", "state")
+    for point, answer in zip(points, run(points, arguments.processes), strict=True):
         errors.append(max((error(*answer[kind]) for kind in kinds), key=abs))
         shown = "  ".join(
             f"{kind} {answer[kind][0] / MB:8.2f} / {answer[kind][1] / MB:8.2f} MiB {error(*answer[kind]):+6.2%}"

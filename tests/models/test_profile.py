@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from tests.models.record_profiles import requests, trace
+from turbolm.models import recompute
 from turbolm.models.loss import attach_loss
 from turbolm.models.profile import _build, _trace, profile_model
 from turbolm.models.shrink import shrink
@@ -89,6 +90,25 @@ def test_a_profile_is_what_a_real_run_saves(model_type: str, values: dict[str, A
         real = saved_bytes(run, known)
         predicted = profile.saved("none", "sdpa", size) + profile.loss("full", size).saved
         assert predicted.at(288, 96) == pytest.approx(real, rel=0.01)
+
+
+def test_what_offloaded_recomputation_sends_to_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The input of each layer, as tests/plan/test_footprint.py expects of the plan: tokens x width, and no masks."""
+    packed: list[int] = []
+
+    def counting(**_: Any) -> Any:
+        return torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor: (packed.append(tensor.untyped_storage().nbytes()), tensor.clone())[1], lambda tensor: tensor
+        )
+
+    monkeypatch.setattr(recompute, "save_on_cpu", counting)
+    config = config_of("llama", **SMALL)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").train()
+    attach_loss(model, "full")
+    recompute.apply_activation_checkpointing(model, "offloaded")
+    tokens, positions = torch.zeros(3, 96, dtype=torch.long), torch.arange(48).repeat(3, 2)
+    model(input_ids=tokens, position_ids=positions, targets=tokens, use_cache=False)
+    assert packed == [3 * 96 * 64 * 4] * 3
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from turbolm.launch.status import find_runs, format_status, read_status
 from turbolm.plan.curriculum import build_curriculum
 from turbolm.plan.preview import source_uses
 from turbolm.recipe.load import load_recipe
+from turbolm.recipe.schedules import Wsd
 from turbolm.train.run_directory import RunDirectory
 from turbolm.units import align_columns, format_count
 
@@ -64,12 +65,13 @@ def _read_fork(path: Path, came_from: dict[str, int], store: str) -> ForkStatus:
     recipe = load_recipe(path / "recipe.yaml")
     uses, data, schedule = source_uses(recipe, build_curriculum(recipe), None), recipe.data, recipe.schedule
     total = sum(use.planned_tokens for use in uses)
+    shape = schedule.decay_shape if isinstance(schedule, Wsd) else schedule.name
     return ForkStatus(
         name=path.name,
         state=read_status(path).state,
         from_step=came_from["step"],
         shares={use.label: use.planned_tokens / total for use in uses},
-        decay=f"{schedule.decay_shape} to {schedule.min_lr_ratio:g}",
+        decay=f"{shape} to {schedule.min_lr_ratio:g}",
         decay_tokens=recipe.train.budget - came_from["tokens_seen"],
         eval_loss=(read_json(RunDirectory(path).results) or {}).get("eval_loss"),
         held_out=[store, data.seq_len, recipe.evaluation.tokens, data.packing == "single"],

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from turbolm.engine.partitions import Fragment
-from turbolm.plan.traffic import matrix_owners
+from turbolm.plan.layout import matrix_owners
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # from the post: steepest at zero, singular values end in about [0.7, 1.2]
 

@@ -77,7 +77,7 @@ def explore(recipe: Recipe, recipe_file: str, overrides: Sequence[str], asked: A
     if rates is None:
         raise UserError(f"cluster.gpu: no rates of {recipe.cluster.gpu} in this precision are known")
     if asked.search:
-        found = search(recipe, machine, profile, gpu_bytes, estimator, goal, group_sizes(plan, config, profile))
+        found = search(recipe, machine, profile, gpu_bytes, estimator, goal, groups=group_sizes(plan, config, profile))
         verb = "submit" if recipe.cluster.slurm is not None or recipe.cluster.num_nodes > 1 else "train"
         yield from search_lines(found, goal, recipe_file, overrides, verb)
     if asked.project:

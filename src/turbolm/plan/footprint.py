@@ -1,20 +1,22 @@
 """Estimate what one process takes of its GPU at the worst moment of a step, activations included. Torch-free.
 
-Model state is `plan/memory.py`'s, activations and loss are the profile's. They are not largest at the same moment: when
-the backward pass begins all activations are there and no gradients of this pass; when it ends it is the other way
-around. Activations are those of eager code, so for compiled models they are an upper bound.
+Model state is `plan/zero_memory.py`'s, activations and loss are the profile's. They are not largest at the same moment:
+when the backward pass begins all activations are there and no gradients of this pass; when it ends it is the other way
+around; and the update has no activations, but copies. Activations are those of eager code, so for compiled models they
+are an upper bound.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
+from turbolm.plan.deepspeed import ELEMENT_BYTES
 from turbolm.plan.exchange import kept_elements
-from turbolm.plan.memory import ModelState, estimate_model_state
 from turbolm.plan.plan import Plan
 from turbolm.plan.profile import Kernel, Loss, ModelProfile, Recomputation, chunk_rows
+from turbolm.plan.zero_memory import Held, ZeroMemory, estimate_zero_memory
 
 CONTEXT_BYTES = 2**30
 """The CUDA context, kernels and cuBLAS workspaces of a process: about 1.3 GB with all kernels loaded (Hugging Face,
@@ -24,7 +26,6 @@ NCCL_BYTES = 2**29
 FRAGMENTATION = 0.05
 """Of what is allocated and freed in each step; the allocator runs with expandable segments. Assumed, not measured."""
 FITS, TIGHT = 0.85, 0.95  # shares of the GPU's memory
-_FP32_BYTES = 4
 _FEW_LOGITS = 2**26  # below, a run in fp32 makes all logits at once (models/loss.py)
 
 Verdict = Literal["FITS", "TIGHT", "DOES NOT FIT"]
@@ -41,19 +42,21 @@ class Footprint:
     optimizer: int
     gathered: int
     buckets: int
+    copies: int  # of gradients for the update, and the optimizer's temporaries
     saved: int  # activations kept for the backward pass
     working: int  # tensors of the layer that is at work, those it recomputes included
-    loss: int  # logits and loss
+    loss: int  # logits and loss, those of routers included
     context: int  # CUDA context and NCCL
     margin: int  # fragmentation
     offloaded: int  # activations in host memory instead
+    host_bytes: int  # model state in host memory instead
     is_upper_bound: bool  # compiled code keeps fewer activations
 
     @property
     def counted_bytes(self) -> int:
         """Return the bytes of tensors alone."""
         state = self.weights + self.gradients + self.master + self.optimizer + self.gathered + self.buckets
-        return state + self.saved + self.working + self.loss
+        return state + self.copies + self.saved + self.working + self.loss
 
     @property
     def total_bytes(self) -> int:
@@ -80,54 +83,79 @@ class Activations:
 
 def estimate_footprint(plan: Plan, profile: ModelProfile) -> Footprint:
     """Estimate the worst moment of a step of `plan`. Raises KeyError for a way to run that was not traced."""
-    recipe, num_parameters = plan.recipe, profile.num_parameters
-    state = estimate_model_state(
-        recipe.execution, plan.ds_config, num_parameters, plan.world_size, plan.precision, recipe.optimizer.name
-    )
+    state = estimate_zero_memory(profile.tensors, plan)
     found = estimate_activations(plan, profile)
+    router = router_loss(plan, profile)
+    saved, gathered = found.saved + router.saved, max(state.gathered, state.small_weights)
+    begins, ends, late = "start of the backward pass", "end of the backward pass", found.first + found.working
     moments = (
-        _moment(plan, state, found, f"start of the backward pass ({name})", gradients, working, loss)
-        for name, gradients, working, loss in (
-            ("loss", _kept_gradients(plan, state, num_parameters), 0.0, found.loss),
-            ("last layer", _kept_gradients(plan, state, num_parameters), found.working, 0.0),
-        )
+        _Moment(f"{begins} (loss)", state.resting, gathered, saved, loss=found.loss + router.working),
+        _Moment(f"{begins} (last layer)", state.started, gathered, saved, found.working),
+        _Moment(ends, state.passed, gathered, working=max(late, found.around)),
+        _Moment("reduction of the gradients", state.reduced, gathered),
+        _Moment("update of the optimizer", state.updating, 0),
     )
-    late = (
-        _moment(plan, state, replace(found, saved=0.0), "end of the backward pass", state.gradients, working, 0.0)
-        for working in (found.first + found.working, found.around)
-    )
-    return max((*moments, *late), key=lambda one: one.total_bytes)
+    return max((_footprint(plan, state, found, moment) for moment in moments), key=lambda one: one.total_bytes)
 
 
-def _moment(
-    plan: Plan, state: ModelState, found: Activations, name: str, gradients: int, working: float, loss: float
-) -> Footprint:
-    moving = gradients + state.gathered + state.buckets + found.saved + working + loss
-    on_gpu = plan.device == "cuda"
+@dataclass(frozen=True)
+class _Moment:
+    name: str
+    held: Held
+    gathered: int
+    saved: float = 0.0
+    working: float = 0.0
+    loss: float = 0.0
+
+
+def _footprint(plan: Plan, state: ZeroMemory, found: Activations, moment: _Moment) -> Footprint:
+    held, on_gpu = moment.held, plan.device == "cuda"
+    moving = held.gradients + held.buckets + held.copies + moment.gathered + moment.saved + moment.working + moment.loss
     return Footprint(
-        moment=name,
+        moment=moment.name,
         weights=state.weights,
-        gradients=gradients,
+        gradients=held.gradients,
         master=state.master,
         optimizer=state.optimizer,
-        gathered=state.gathered,
-        buckets=state.buckets,
-        saved=round(found.saved),
-        working=round(working),
-        loss=round(loss),
+        gathered=moment.gathered,
+        buckets=held.buckets,
+        copies=held.copies,
+        saved=round(moment.saved),
+        working=round(moment.working),
+        loss=round(moment.loss),
         context=(CONTEXT_BYTES + NCCL_BYTES * (plan.world_size > 1)) if on_gpu else 0,
         margin=round(FRAGMENTATION * moving) if on_gpu else 0,
         offloaded=round(found.offloaded),
+        host_bytes=state.host_bytes,
         is_upper_bound=plan.recipe.execution.compile != "none",
     )
 
 
-def _kept_gradients(plan: Plan, state: ModelState, num_parameters: int) -> int:
-    """Return the bytes of gradients that wait for the other micro-batches of a step while a pass begins."""
-    stage = plan.recipe.execution.zero_stage
-    if plan.batch.gradient_accumulation_steps == 1 or state.gradients == 0:
-        return 0
-    return _FP32_BYTES * (num_parameters if stage < 2 else -(-num_parameters // plan.world_size))
+@dataclass(frozen=True)
+class RouterLoss:
+    """Bytes that `models/router.py` takes of a micro-batch."""
+
+    saved: float = 0.0  # from the loss on: the softmax of all layers' router logits, later their gradients
+    working: float = 0.0  # while the loss is made: the logits themselves, and one layer's sums
+
+
+def router_loss(plan: Plan, profile: ModelProfile) -> RouterLoss:
+    """Return what the router loss of a mixture of experts takes at most; nothing without experts.
+
+    Logits and choices are recorded in every layer, with recomputation, too. The loss adds up one layer at a time in
+    fp32. Where the model's own coefficient is 0, nothing is saved; the profile does not know it.
+    """
+    experts = [tensor for tensor in profile.tensors if tensor.kind == "expert" and len(tensor.shape) == 3]
+    if not experts:
+        return RouterLoss()
+    layers, num_experts = len({tensor.name.rpartition(".")[0] for tensor in experts}), experts[0].shape[0]
+    active = 1 - profile.idle_parameters / sum(tensor.num_parameters for tensor in experts)
+    logits, chosen = num_experts * ELEMENT_BYTES[plan.precision], 8 * round(active * num_experts)  # int64
+    tokens, is_saved = plan.batch.process_tokens, plan.recipe.train.router_aux_loss != "off"
+    return RouterLoss(
+        saved=tokens * layers * logits * is_saved,
+        working=tokens * (layers * (logits + chosen) + 2 * 4 * num_experts + chosen),
+    )
 
 
 def estimate_activations(plan: Plan, profile: ModelProfile) -> Activations:
@@ -135,7 +163,7 @@ def estimate_activations(plan: Plan, profile: ModelProfile) -> Activations:
     batch, execution = plan.batch, plan.recipe.execution
     shared_by = batch.sequence_parallel
     tokens, seq_len = batch.process_tokens, batch.seq_len * shared_by  # dense masks are of whole sequences
-    kernel, element_bytes = used_kernel(plan, profile), 4 if plan.precision == "fp32" else 2
+    kernel, element_bytes = used_kernel(plan, profile), ELEMENT_BYTES[plan.precision]
     mix = list(_recomputations(execution.activation_checkpointing, profile.num_layers))
     around = profile.around(mix[0][0], kernel, element_bytes)
     saved = around.saved.at(tokens, seq_len)

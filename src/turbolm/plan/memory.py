@@ -3,8 +3,8 @@
 Mixed precision with Adam takes 2 + 2 bytes per parameter for half-precision weights and gradients and 4 + 4 + 4 for the
 master weights and two moments; ZeRO divides the optimizer state (stage 1), the gradients (2) and the weights (3) by the
 number of processes (arXiv 1910.02054, section 3 and figure 1). The differences here are those of DeepSpeed 0.19 with
-this repository's ds_configs: gradients accumulate in fp32 and take 4 bytes; at stage 3 the fp32 weights are the master
-copy, while stages 1 and 2 keep a second one.
+this repository's ds_configs: gradients accumulate in fp32 and take 4 bytes, and in fp32, too, stages 1 to 3 keep a
+second copy of the weights. `plan/zero_memory.py` counts more closely where a model's tensors are known.
 """
 
 from __future__ import annotations
@@ -54,15 +54,16 @@ def estimate_model_state(
     weight_bytes = _FP32_BYTES if precision == "fp32" else _HALF_BYTES
     share = -(-num_parameters // world_size) if stage else num_parameters
     weights = weight_bytes * (share if stage == 3 else num_parameters)
-    shadows_weights = stage in (1, 2) or (stage == 3 and (precision != "fp32" or offloads))
-    master = _FP32_BYTES * share if shadows_weights else 0
+    master = _FP32_BYTES * share if stage else 0
     optimizer = round(OPTIMIZERS[optimizer_name].state_bytes * share)
     gradients = _gradient_bytes(stage, num_parameters, share, precision)
     host_bytes = 0
     if offloads:
         host_bytes += master + optimizer + _FP32_BYTES * share  # plus the gradients that the update reads
+        host_bytes += (_FP32_BYTES if stage == 3 else weight_bytes) * share  # and all gradients, or the new weights
         master = optimizer = 0
-        gradients = 0 if stage > 1 else gradients
+        if stage == 3 or (stage == 2 and precision == "fp32"):  # in half precision the reduced ones stay on the GPU
+            gradients = 0
     if execution.offload_parameters:
         host_bytes, weights = host_bytes + weights, 0
     if execution.hierarchical_partition:
@@ -85,23 +86,27 @@ class HostMemory:
     """Bytes of one node's memory while GPUs train, without what the kernel caches of files."""
 
     offloaded: int  # state of the optimizer and weights, before pinned parts are rounded up to powers of two
+    activations: int  # what each layer begins from, with activation_checkpointing: offloaded
     checkpoint_copy: int  # what is written while training goes on
     processes: int
 
     @property
     def total_bytes(self) -> int:
         """Return the bytes of the node."""
-        return self.offloaded + self.checkpoint_copy + self.processes
+        return self.offloaded + self.activations + self.checkpoint_copy + self.processes
 
 
 def estimate_host_memory(
-    recipe: Recipe, state: ModelState, num_parameters: int, world_size: int, here: int
+    recipe: Recipe, host_bytes: int, num_parameters: int, world_size: int, here: int, activations: int = 0
 ) -> HostMemory:
-    """Estimate what the `here` processes of one node take of its memory, on GPUs."""
+    """Estimate what the `here` processes of one node take of its memory, on GPUs.
+
+    `host_bytes` and `activations` are what each process offloads.
+    """
     share = -(-num_parameters // world_size)  # at stage 0, too, each writes a part
     saved = round((_FP32_BYTES + OPTIMIZERS[recipe.optimizer.name].state_bytes) * share)
     copied = here * saved if recipe.checkpoint.asynchronous else 0
-    return HostMemory(here * state.host_bytes, copied, here * _GPU_PROCESS_BYTES)
+    return HostMemory(here * host_bytes, here * activations, copied, here * _GPU_PROCESS_BYTES)
 
 
 def host_memory_note(recipe: Recipe, host: HostMemory) -> str | None:

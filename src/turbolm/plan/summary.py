@@ -218,7 +218,7 @@ def collect_summary(
             problems += [fit.refusal(gpu_bytes), *fit.ways]
     if problems or plan is None:
         raise UserError("\n".join(f"{recipe_file}: {line}" for problem in problems for line in problem.splitlines()))
-    host, uses = _host_memory(plan, memory, size), source_uses(recipe, plan.curriculum, store)
+    host, uses = _host_memory(plan, memory, size, fit.footprint), source_uses(recipe, plan.curriculum, store)
     said = (
         missing_package(recipe),
         untested_note(recipe.execution),
@@ -277,10 +277,13 @@ def _state(plan: Plan, execution: Execution, num_parameters: int) -> ModelState:
     return estimate_model_state(execution, plan.ds_config, num_parameters, plan.world_size, plan.precision, name)
 
 
-def _host_memory(plan: Plan, memory: ModelState | None, size: ModelSize | None) -> HostMemory | None:
+def _host_memory(
+    plan: Plan, memory: ModelState | None, size: ModelSize | None, footprint: Footprint | None = None
+) -> HostMemory | None:
     if memory is None or size is None or plan.device == "cpu":  # a CPU's model state and activations are host memory
         return None
-    return estimate_host_memory(plan.recipe, memory, size.total, plan.world_size, plan.processes_per_node)
+    state, activations = (footprint.host_bytes, footprint.offloaded) if footprint else (memory.host_bytes, 0)
+    return estimate_host_memory(plan.recipe, state, size.total, plan.world_size, plan.processes_per_node, activations)
 
 
 def _too_large(plan: Plan, memory: ModelState, gpu_bytes: int, num_parameters: int) -> str:

@@ -111,6 +111,7 @@ def _schedule(summary: Summary) -> Iterator[str]:
     labels = [f"{max(rates):.3g}", *[""] * (_PLOT_ROWS - 2), "0"]
     for label, row in zip(labels, plot(rates), strict=True):
         yield f"{label:>9} │{row}"
+    start = recipe.data.starts_at
     begin, end = format_count(start.tokens) if start else "0", format_count(recipe.train.budget)
     yield f"{'':>9} └{begin}{end:>{len(rates) - len(begin)}} tokens (ends at {rates[-1]:.3g})"
     segments = plan.curriculum.segments
@@ -229,6 +230,7 @@ def footprint_parts(found: Footprint) -> tuple[tuple[str, int], ...]:
         ("optimizer moments", found.optimizer),
         ("gathered weights, at most", found.gathered),
         ("communication buckets", found.buckets),
+        ("copies for the update", found.copies),
         ("saved activations", found.saved),
         ("work of one layer", found.working),
         ("logits and loss", found.loss),
@@ -257,6 +259,7 @@ def _host_memory(summary: Summary) -> Iterator[str]:
         return
     yield from _sizes(
         ("offloaded", host.offloaded),
+        ("offloaded activations", host.activations),
         ("copy of a checkpoint", host.checkpoint_copy),
         ("processes (assumed)", host.processes),
         ("together", host.total_bytes),

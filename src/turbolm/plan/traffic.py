@@ -24,18 +24,24 @@ from itertools import groupby
 from typing import Any, Literal
 
 from turbolm.plan.exchange import exchanges
+from turbolm.plan.layout import (
+    ALIGNMENT,
+    FLATTENED_ELEMENTS,
+    matrix_owners,
+    numels,
+    optimizer_groups,
+    padded,
+    parts_by_rank,
+    sub_groups,
+    until_above,
+)
 from turbolm.plan.plan import Plan
 from turbolm.plan.profile import Heads, Tensor
-from turbolm.recipe.optimizers import Optimizer
 from turbolm.units import format_bytes
 
 Kind = Literal["all_reduce", "reduce_scatter", "all_gather", "all_to_all"]
 _BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "int64": 8, "int8": 1, "uint8": 1}
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-_FLATTENED_ELEMENTS = 500_000_000  # MEMORY_OPT_ALLREDUCE_SIZE: stage 0, and stage 1 in bf16
-_ALIGNMENT = 2  # elements of each rank's part of a flat group at stages 1 and 2: nccl_start_alignment_factor
-_DECAYED = ("matrix", "expert", "head")
-_MULTIPLIERS = {"embedding": "embeddings", "head": "head", "matrix": "matrices", "expert": "matrices"}
 
 
 @dataclass(frozen=True)
@@ -107,7 +113,7 @@ class _Step:
         self.tensors, self.plan, self.recipe = tensors, plan, plan.recipe
         self.world_size, self.per_node = plan.world_size, min(plan.processes_per_node, plan.world_size)
         self.zero: Mapping[str, Any] = plan.ds_config["zero_optimization"]
-        self.groups = _optimizer_groups(tensors, plan.recipe.optimizer)
+        self.groups = optimizer_groups(tensors, plan.recipe.optimizer)
         self.weights_in = _DTYPES[plan.precision]
         self.reduced_in = _DTYPES[plan.ds_config["communication_data_type"]]
         self.micro_batches = plan.batch.gradient_accumulation_steps
@@ -122,6 +128,10 @@ class _Step:
         between = sent * self._leaving_share(size)
         group: Literal["world", "partition"] = "world" if ranks is None else "partition"
         return Collective(kind, num_bytes, dtype, calls, group, size, what, sent - between, between)
+
+    def flats(self, group: Sequence[Tensor]) -> list[list[Tensor]]:
+        """Return the flat tensors of a group at stage 3."""
+        return sub_groups(group, self.world_size, int(self.zero["sub_group_size"]))
 
     def host(self, elements: int, dtype: str, what: str, calls: float = 1) -> Collective:
         """Return an all-reduce of all ranks through gloo, over the hosts' network."""
@@ -148,19 +158,9 @@ class _Step:
         return self._shares[size]
 
 
-def _optimizer_groups(tensors: Sequence[Tensor], optimizer: Optimizer) -> list[list[Tensor]]:
-    """Return the parameter groups of `optim.groups.build_param_groups`."""
-    groups: dict[tuple[bool, bool, float], list[Tensor]] = defaultdict(list)
-    for tensor in tensors:
-        is_orthogonal = optimizer.is_orthogonal and tensor.kind in ("matrix", "expert")
-        lr_scale = getattr(optimizer.lr_multipliers, _MULTIPLIERS.get(tensor.kind, "vectors"))
-        groups[not is_orthogonal, tensor.kind not in _DECAYED, lr_scale].append(tensor)
-    return [groups[key] for key in sorted(groups)]
-
-
 def _whole(step: _Step) -> Iterator[Collective]:
     """Stage 0: gradients are all-reduced where they are, at the update."""
-    for elements in _until_above(_numels(step.tensors), _FLATTENED_ELEMENTS):
+    for elements in until_above(numels(step.tensors), FLATTENED_ELEMENTS):
         yield step.ring("all_reduce", elements, step.reduced_in, "gradients")
     if step.recipe.train.max_grad_norm:
         yield step.ring("all_reduce", 1, "float32", "gradient norm")  # of a mean: every rank has it already
@@ -169,30 +169,30 @@ def _whole(step: _Step) -> Iterator[Collective]:
 def _flattened(step: _Step) -> Iterator[Collective]:
     """Stages 1 and 2: each group of the optimizer is one flat tensor, of which each rank owns a part."""
     execution, precision = step.recipe.execution, step.plan.precision
-    padded = [_padded(sum(_numels(group)), _ALIGNMENT * step.world_size) for group in step.groups]
-    for elements in padded:
+    flats = [padded(sum(numels(group)), ALIGNMENT * step.world_size) for group in step.groups]
+    for elements in flats:
         yield step.ring("all_gather", elements, step.weights_in, "weights")
     if execution.zero_stage == 1 and precision == "bf16" and not execution.offload_optimizer:  # BF16_Optimizer
-        for elements in _until_above(padded, _FLATTENED_ELEMENTS):
+        for elements in until_above(flats, FLATTENED_ELEMENTS):
             yield step.ring("all_reduce", elements, step.reduced_in, "gradients")
         return  # every rank has all gradients, so their norm takes no message
     # Stage 2 reduces every micro-batch, stage 1 the accumulated gradients.
     passes = step.micro_batches if execution.zero_stage == 2 else 1
-    for elements in _bucket_messages(step, padded):
+    for elements in _bucket_messages(step, flats):
         yield step.ring("all_reduce", elements, step.reduced_in, "gradients", passes)
     yield step.ring("all_reduce", 1, "float32", "gradient norm", len(step.groups))
     if precision != "fp32":
         yield step.ring("all_reduce", 1, "uint8", "overflow flag")
 
 
-def _bucket_messages(step: _Step, padded: Sequence[int]) -> Iterator[int]:
+def _bucket_messages(step: _Step, flats: Sequence[int]) -> Iterator[int]:
     """Return the elements of each all-reduce of one pass at stages 1 and 2.
 
     A gradient larger than the bucket goes alone, in the parts that its owners get, as many as exceed the bucket.
     """
     limit = int(step.zero["reduce_bucket_size"])
     starts: dict[str, tuple[int, int]] = {}  # offset in the flat group, and elements of each rank's part of it
-    for group, total in zip(step.groups, padded, strict=True):
+    for group, total in zip(step.groups, flats, strict=True):
         offset = 0
         for tensor in group:
             starts[tensor.name] = offset, total // step.world_size
@@ -201,12 +201,12 @@ def _bucket_messages(step: _Step, padded: Sequence[int]) -> Iterator[int]:
     order = [tensor for group in step.groups for tensor in group] if arrives_late else backward_order(step.tensors)
     for bucket in _buckets(order, limit):
         if len(bucket) > 1 or bucket[0].num_parameters <= limit:
-            yield sum(_numels(bucket))
+            yield sum(numels(bucket))
             continue
         start, part = starts[bucket[0].name]
         end = start + bucket[0].num_parameters
         cuts = [start, *range(part * (start // part + 1), end, part), end]
-        yield from _until_above([b - a for a, b in zip(cuts, cuts[1:], strict=False)], limit)
+        yield from until_above([b - a for a, b in zip(cuts, cuts[1:], strict=False)], limit)
 
 
 def _sharded(step: _Step) -> Iterator[Collective]:
@@ -219,7 +219,7 @@ def _sharded(step: _Step) -> Iterator[Collective]:
     execution, world_size = step.recipe.execution, step.world_size
     threshold = int(step.zero["stage3_param_persistence_threshold"])
     cut = [tensor for tensor in step.tensors if tensor.num_parameters > threshold]
-    gathered = sum(_padded(tensor.num_parameters, world_size) for tensor in cut)
+    gathered = sum(padded(tensor.num_parameters, world_size) for tensor in cut)
     dtype = "int8" if execution.quantized_weights else step.weights_in  # qwZ: with scales, which are left out here
     within = execution.hierarchical_partition
     passes = 2 * step.micro_batches
@@ -231,10 +231,10 @@ def _sharded(step: _Step) -> Iterator[Collective]:
     yield step.ring("all_gather", again, dtype, "weights", step.micro_batches, ranks=within)
     for tensor in step.tensors:
         if tensor.num_parameters <= threshold:
-            yield step.ring("all_gather", _padded(tensor.num_parameters, world_size), step.weights_in, "small weights")
+            yield step.ring("all_gather", padded(tensor.num_parameters, world_size), step.weights_in, "small weights")
     for bucket in _buckets(backward_order(step.tensors), int(step.zero["reduce_bucket_size"])):
         yield from _reduced(step, bucket)
-    num_norms = sum(len(_sub_groups(step, group)) for group in step.groups)
+    num_norms = sum(len(step.flats(group)) for group in step.groups)
     norm_in = "float32" if execution.offload_optimizer else "float64"
     yield step.ring("all_reduce", 1, norm_in, "gradient norm", num_norms)
     if step.plan.precision == "fp16":
@@ -255,30 +255,17 @@ def _reduced(step: _Step, bucket: Sequence[Tensor]) -> Iterator[Collective]:
         yield Collective(
             "all_to_all", sums, "int8", calls, "world", nodes, "gradients", 0.0, sums * (nodes - 1) / nodes
         )
-    elements = sum(_padded(tensor.num_parameters, step.world_size) for tensor in bucket if tensor not in quantized)
+    elements = sum(padded(tensor.num_parameters, step.world_size) for tensor in bucket if tensor not in quantized)
     yield step.ring("reduce_scatter", elements, step.reduced_in, "gradients", step.micro_batches)
 
 
 def _gathered_twice(step: _Step, cut: Sequence[Tensor]) -> int:
     """Return the elements that a forward pass gathers again: a tied head, where the layers exceed what is kept."""
     tied = [] if any(tensor.kind == "head" for tensor in step.tensors) else [t for t in cut if t.kind == "embedding"]
-    layers = sum(_numels(step.tensors)) - sum(tensor.num_parameters for tensor in tied)
+    layers = sum(numels(step.tensors)) - sum(tensor.num_parameters for tensor in tied)
     if not tied or layers < int(step.zero["stage3_max_reuse_distance"]):
         return 0
-    return _padded(tied[0].num_parameters, step.world_size)
-
-
-def _sub_groups(step: _Step, group: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Cut a group of stage 3 where the elements on a rank reach `sub_group_size`; each is one flat tensor there."""
-    found: list[list[Tensor]] = [[]]
-    held = 0
-    for tensor in group:
-        if held >= int(step.zero["sub_group_size"]):
-            found.append([])
-            held = 0
-        found[-1].append(tensor)
-        held += -(-tensor.num_parameters // step.world_size)
-    return found
+    return padded(tied[0].num_parameters, step.world_size)
 
 
 def _of_optimizer(step: _Step) -> Iterator[Collective]:
@@ -287,7 +274,7 @@ def _of_optimizer(step: _Step) -> Iterator[Collective]:
     if stage == 0 or name not in ("muon", "cautious_adamw"):
         return
     for group in step.groups:
-        for flat in _sub_groups(step, group) if stage == 3 else [group]:
+        for flat in step.flats(group) if stage == 3 else [group]:
             if name == "cautious_adamw":  # kept elements and all, of every tensor of the group
                 yield step.ring("all_reduce", 2 * len(group), "float64", "optimizer")
             elif group[0].kind in ("matrix", "expert"):
@@ -296,7 +283,12 @@ def _of_optimizer(step: _Step) -> Iterator[Collective]:
 
 def _muon_exchange(step: _Step, flat: Sequence[Tensor]) -> Iterator[Collective]:
     """Return the two exchanges of `optim.muon`: parts of each matrix to the rank that orthogonalizes it, and back."""
-    holders = {tensor.name: parts for tensor, parts in zip(flat, _parts(step, flat), strict=True)}
+    holders = {
+        tensor.name: parts
+        for tensor, parts in zip(
+            flat, parts_by_rank(flat, step.recipe.execution.zero_stage, step.world_size), strict=True
+        )
+    }
     owners = matrix_owners({tensor.name: tensor.shape for tensor in flat}, holders)
     held, owned = [0] * step.world_size, [0] * step.world_size
     inside = between = 0
@@ -314,39 +306,6 @@ def _muon_exchange(step: _Step, flat: Sequence[Tensor]) -> Iterator[Collective]:
     for largest in (max(held), max(owned)):
         sent = (size * inside / step.world_size, size * between / step.world_size)
         yield Collective("all_to_all", size * largest, dtype, 1, "world", step.world_size, "optimizer", *sent)
-
-
-def _parts(step: _Step, flat: Sequence[Tensor]) -> Iterator[dict[int, int]]:
-    """Return how many elements of each tensor of a flat one are on each rank that has any."""
-    if step.recipe.execution.zero_stage == 3:
-        for tensor in flat:
-            numel = tensor.num_parameters
-            part = -(-numel // step.world_size)
-            yield {rank: min(part, numel - rank * part) for rank in range(-(-numel // part))}
-        return
-    part = _padded(sum(_numels(flat)), _ALIGNMENT * step.world_size) // step.world_size
-    start = 0
-    for tensor in flat:
-        end = start + tensor.num_parameters
-        ranks = range(start // part, (end - 1) // part + 1)
-        yield {rank: min(end, (rank + 1) * part) - max(start, rank * part) for rank in ranks}
-        start = end
-
-
-def matrix_owners(shapes: Mapping[str, Sequence[int]], holders: Mapping[str, Mapping[int, int]]) -> dict[str, int]:
-    """Return the rank that orthogonalizes each matrix under Muon; every rank computes the same.
-
-    `holders` has the elements of each matrix on each rank. A matrix goes to a rank that has at least half as much of it
-    as the one with most, and of these to the one with the least work so far.
-    """
-    owners: dict[str, int] = {}
-    load: dict[int, float] = defaultdict(float)
-    for name, parts in holders.items():
-        most = max(parts.values())
-        owner = min((rank for rank, numel in parts.items() if 2 * numel >= most), key=lambda rank: load[rank])
-        owners[name] = owner
-        load[owner] += math.prod(shapes[name]) * min(shapes[name][-2:])  # the cost of a Newton-Schulz iteration
-    return owners
 
 
 def _own(step: _Step) -> Iterator[Collective]:
@@ -427,26 +386,6 @@ def _buckets(tensors: Iterable[Tensor], limit: int) -> Iterator[list[Tensor]]:
         filled += tensor.num_parameters
     if bucket:
         yield bucket
-
-
-def _until_above(sizes: Iterable[int], limit: int) -> Iterator[int]:
-    """Add up sizes, and cut where the sum exceeds `limit`."""
-    total = 0
-    for size in sizes:
-        total += size
-        if total > limit:
-            yield total
-            total = 0
-    if total:
-        yield total
-
-
-def _numels(tensors: Iterable[Tensor]) -> list[int]:
-    return [tensor.num_parameters for tensor in tensors]
-
-
-def _padded(elements: int, multiple: int) -> int:
-    return -(-elements // multiple) * multiple
 
 
 def traffic_lines(traffic: Traffic) -> Iterator[str]:

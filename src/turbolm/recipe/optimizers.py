@@ -6,6 +6,8 @@ table of src/turbolm/optim/README.md use it from there. `build` imports what it 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
@@ -57,6 +59,7 @@ class Optimizer(Section):
     zero_stages: ClassVar[tuple[int, ...]] = (0, 1, 2, 3)
     package: ClassVar[str | None] = None  # package it needs besides torch, from `pip install 'turbolm[optimizers]'`
     state_bytes: ClassVar[float] = 8  # per parameter, approximately
+    steps_together: ClassVar[bool] = False  # all tensors of a group at once (foreach), not one by one
     has_momentum: ClassVar[bool] = True
     is_orthogonal: ClassVar[bool] = False  # orthogonalizes updates of hidden matrices: they are a separate group
 
@@ -64,6 +67,13 @@ class Optimizer(Section):
     lr: PositiveNumber = Field(3e-4, description=_LR)
     weight_decay: NotNegative = Field(0.1, description=_DECOUPLED_DECAY)
     lr_multipliers: LrMultipliers = Field(LrMultipliers(), description="factors on lr by kind of parameter")
+
+    def temporary_bytes(self, shape: Sequence[int]) -> float:
+        """Return what the update of one tensor allocates and frees again, as tests/optim/test_temporaries.py counts it.
+
+        Under ZeRO a tensor is a flat part of a group. Muon's, which depend on the ranks, are in plan/zero_memory.py.
+        """
+        return 0
 
     def build(self, groups: Groups, recipe: Recipe) -> torch.optim.Optimizer:
         """Return the torch optimizer over these parameter groups, which include their weight decay."""
@@ -141,6 +151,9 @@ class CautiousAdamW(_Adam):
 
     name: Literal["cautious_adamw"] = Field(description=_NAME)
 
+    def temporary_bytes(self, shape: Sequence[int]) -> float:
+        return 12 * math.prod(shape)
+
     def build(self, groups: Groups, recipe: Recipe) -> torch.optim.Optimizer:
         from turbolm.optim.cautious import CautiousAdamW as Implementation
 
@@ -152,6 +165,7 @@ class AdEMAMix(Optimizer):
 
     package = "pytorch_optimizer"
     state_bytes = 12
+    steps_together = True
 
     name: Literal["ademamix"] = Field(description=_NAME)
     betas: ThreeBetas = Field(
@@ -162,6 +176,9 @@ class AdEMAMix(Optimizer):
         Span(1.0, "share"), description="how long alpha and the slow mean's decay take to grow to their values"
     )
     eps: PositiveNumber = Field(1e-8, description=_EPS)
+
+    def temporary_bytes(self, shape: Sequence[int]) -> float:
+        return 8 * math.prod(shape)
 
     def build(self, groups: Groups, recipe: Recipe) -> torch.optim.Optimizer:
         from pytorch_optimizer import AdEMAMix as Implementation
@@ -184,10 +201,14 @@ class Lion(Optimizer):
 
     package = "pytorch_optimizer"
     state_bytes = 4
+    steps_together = True
 
     name: Literal["lion"] = Field(description=_NAME)
     lr: PositiveNumber = Field(1e-4, description=_LR)
     betas: Betas = Field((0.9, 0.99), description="decay of the mean in the update, and of the mean that is kept")
+
+    def temporary_bytes(self, shape: Sequence[int]) -> float:
+        return 4 * math.prod(shape)
 
     def build(self, groups: Groups, recipe: Recipe) -> torch.optim.Optimizer:
         from pytorch_optimizer import Lion as Implementation
@@ -199,12 +220,16 @@ class Sgd(Optimizer):
     """Gradient descent with momentum, a baseline."""
 
     state_bytes = 4
+    steps_together = True
 
     name: Literal["sgd"] = Field(description=_NAME)
     lr: PositiveNumber = Field(0.1, description=_LR)
     momentum: Beta = Field(0.9, description="decay of the running sum of gradients; 0: none")
     nesterov: bool = Field(False, description="look ahead by one step of the momentum")
     weight_decay: NotNegative = Field(0.0, description=_COUPLED_DECAY)
+
+    def temporary_bytes(self, shape: Sequence[int]) -> float:
+        return (4 * (self.weight_decay > 0) + 4 * self.nesterov) * math.prod(shape)
 
     def build(self, groups: Groups, recipe: Recipe) -> torch.optim.Optimizer:
         from torch.optim import SGD
@@ -217,12 +242,16 @@ class RMSprop(Optimizer):
     """The gradient divided by its running root mean square, a baseline (Tieleman and Hinton 2012)."""
 
     state_bytes = 4
+    steps_together = True
 
     name: Literal["rmsprop"] = Field(description=_NAME)
     alpha: Beta = Field(0.95, description="decay of the running mean square")
     eps: PositiveNumber = Field(1e-8, description=_EPS)
     momentum: Beta = Field(0.0, description="decay of the running sum of updates; 0: none")
     weight_decay: NotNegative = Field(0.0, description=_COUPLED_DECAY)
+
+    def temporary_bytes(self, shape: Sequence[int]) -> float:
+        return (4 + 4 * (self.weight_decay > 0)) * math.prod(shape)
 
     def build(self, groups: Groups, recipe: Recipe) -> torch.optim.Optimizer:
         from torch.optim import RMSprop as Implementation
@@ -246,6 +275,13 @@ class Soap(Optimizer):
         10_000, description="matrix sides longer than this (such as the vocabulary) are not preconditioned"
     )
 
+    def temporary_bytes(self, shape: Sequence[int]) -> float:
+        numel, sides = math.prod(shape), [side for side in shape if side <= self.max_precondition_dim]
+        most = 4 * numel + sum(side**2 for side in sides)
+        for place, side in enumerate(sides):  # a new eigenbasis, one side after another
+            most = max(most, (4 + place) * numel + 5 * side**2 + 2 * sum(other**2 for other in sides[:place]))
+        return 4 * most
+
     def build(self, groups: Groups, recipe: Recipe) -> torch.optim.Optimizer:
         from pytorch_optimizer import SOAP
 
@@ -262,6 +298,7 @@ class Soap(Optimizer):
 class Adafactor(Optimizer):
     """The mean square of a matrix kept as that of its rows and its columns (arXiv 1804.04235); no momentum."""
 
+    steps_together = True
     zero_stages = (0,)
     state_bytes = 0
     has_momentum = False
@@ -273,6 +310,9 @@ class Adafactor(Optimizer):
     )
     clip_rms: PositiveNumber = Field(1.0, description="updates with a larger root mean square are scaled down to it")
     weight_decay: NotNegative = Field(0.0, description=_DECOUPLED_DECAY)
+
+    def temporary_bytes(self, shape: Sequence[int]) -> float:
+        return 4 * math.prod(shape)
 
     def build(self, groups: Groups, recipe: Recipe) -> torch.optim.Optimizer:
         from torch.optim import Adafactor as Implementation

@@ -168,7 +168,7 @@ def open_order(recipe: Recipe, store: TokenStore, curriculum: Curriculum, *, che
     Raises UserError if a source has no training documents.
     """
     settings, folder = _settings(recipe, curriculum), table_folder(recipe, store, curriculum)
-    parts = read_index(folder, settings.key(store.fingerprint))
+    parts: Sequence[Part] = read_index(folder, settings.key(store.fingerprint))
     sources = _recipe_sources(recipe, store, settings)
     parts = whole_parts(folder, parts) if check else parts
     return BatchOrder(sources, settings, store.fingerprint, folder, parts, curriculum.first_step)
