@@ -129,3 +129,29 @@ def test_torch_reads_the_variable(name: str) -> None:
 def test_torch_has_the_dump_that_is_read() -> None:
     found = json.loads(torch._C._distributed_c10d._dump_fr_trace_json())  # type: ignore[attr-defined]
     assert "pg_status" in found and collectives.recorded() == summarize(found.get("entries", ()))
+
+
+def test_bytes_are_counted_only_where_nothing_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By hand: 10 and 4 floats gathered to 28, an exchange in bf16; a barrier and a message do not count."""
+
+    def entry(number: int, name: str, sent: Any, received: Any, dtype: str = "Float") -> dict[str, Any]:
+        sides = {"input_sizes": sent, "output_sizes": received, "input_dtypes": [dtype], "output_dtypes": [dtype]}
+        return {"record_id": number, "profiling_name": name, "is_p2p": name.endswith("send"), **sides}
+
+    entries = [
+        entry(6, "nccl:all_reduce", [[1000]], [[1000]]),  # before
+        entry(7, "nccl:all_gather_into_tensor_coalesced", [[10], [2, 2]], [[20], [2, 4]]),
+        entry(8, "nccl:all_to_all", [[5]], [[5]], "BFloat16"),
+        entry(9, "nccl:all_reduce_barrier", [[1]], [[1]]),
+        entry(10, "nccl:send", [[99]], [[99]]),
+        entry(11, "nccl:_reduce_scatter_base", [[8]], [[4]]),
+    ]
+    monkeypatch.setattr(collectives, "_entries", lambda: [entries, []])
+    assert collectives.last_records() == [11, -1]
+    assert collectives.bytes_since([6, -1]) == 28 * 4 + 5 * 2 + 8 * 4
+    assert collectives.bytes_since([11, -1]) == 0
+    assert collectives.bytes_since([4, -1]) is None, "5 was dropped"
+    entries.append(entry(12, "nccl:all_reduce", [[1]], [[1]], "Float8_e4m3fn"))
+    assert collectives.bytes_since([6, -1]) is None, "a type without a size"
+    monkeypatch.setattr(collectives, "_entries", lambda: [[], []])
+    assert collectives.bytes_since([-1, -1]) is None, "recorders that are off"

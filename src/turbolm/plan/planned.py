@@ -34,7 +34,7 @@ def planned_figures(plan: Plan, machine: Machine, lengths: Sequence[int] = ()) -
     try:
         return {**found, **_figures(plan, machine, lengths)}
     except Exception as error:  # a run must not end because its plan is not known
-        return {**found, "notes": [f"nothing is planned: {type(error).__name__}: {error}"]}
+        return {**found, "notes": [f"nothing is planned: {type(error).__name__}: {' '.join(str(error).split())}"]}
 
 
 def _figures(plan: Plan, machine: Machine, lengths: Sequence[int]) -> dict[str, Any]:
