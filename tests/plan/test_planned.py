@@ -40,6 +40,17 @@ def test_figures_are_those_of_the_plan() -> None:
     assert "an upper bound" in bound and source.startswith("planned times: not calibrated: assumed for H100-80GB")
 
 
+def test_the_exchange_of_shared_sequences_counts() -> None:
+    """8B at ZeRO-2, pairs that share: 16 micro-batches of 4096 tokens a process, forward, again and backward."""
+    recipe = load_recipe(RECIPES / "llama3.1-8b/pretrain/config.yaml", ["execution.sequence_parallel=2"])
+    machine = described_machine(recipe)
+    assert machine is not None
+    found = planned_figures(build_plan(recipe, machine), machine)
+    weights = (16 * 4 + 2) * 8_030_261_248
+    token = 32 * 3 * 2 * (4096 + 1024) * 2  # of layers and passes; queries and outputs, keys and values, in bf16
+    assert found["collective_bytes"] == pytest.approx(weights + 16 * 4096 * token, rel=1e-3)
+
+
 def test_a_cpu_has_times_once_it_is_calibrated(tmp_path: Path) -> None:
     recipe = load_recipe(RECIPES / "quickstart/config.yaml", [f"execution.cache_dir={tmp_path}", "cluster.device=cpu"])
     machine = detect_machine()

@@ -46,7 +46,7 @@ def _figures(plan: Plan, machine: Machine, lengths: Sequence[int]) -> dict[str, 
     if profile is None:
         cure = "`turbolm calibrate RECIPE`, and `turbolm plan RECIPE` with cluster.gpu, trace a model before it runs"
         return {"notes": [f"nothing is planned: {why}; {cure}"]}
-    made: dict[str, Any] = {"collective_bytes": _step_bytes(collectives(profile.tensors, plan))}
+    made: dict[str, Any] = {"collective_bytes": _step_bytes(collectives(profile.tensors, plan, profile.heads))}
     notes = []
     try:
         footprint = estimate_footprint(plan, profile)
