@@ -82,7 +82,6 @@ def search(
     gpu_bytes: int,
     estimator: Estimator,
     goal: Goal,
-    *,
     groups: Sequence[int] = (),
     most_changes: int | None = None,
 ) -> list[Candidate]:
