@@ -92,7 +92,7 @@ class Point:
 
 
 def grid() -> list[Point]:
-    """Return 35 points in which every two values of different columns meet; bf16 has no stage 0."""
+    """Return 35 points in which every two values of different columns meet; turbolm refuses bf16 at stage 0."""
     modes, precisions = ("none", "selective", "full"), ("fp32", "bf16")
     points = []
     for place, model in enumerate(MODELS):
