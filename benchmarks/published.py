@@ -30,12 +30,12 @@ LLAMA_70B = {**LLAMA_8B, "hidden_size": 8192, "intermediate_size": 28672, "num_h
 
 
 def mpt(width: int, layers: int, heads: int) -> dict[str, Any]:
-    """Return MPT's size as a GPT-2: the same matrices; learned positions, and biases, which MPT has not."""
-    return {"model_type": "gpt2", "vocab_size": 50368, "n_embd": width, "n_layer": layers, "n_head": heads}
+    """Return MPT's size as a GPT-2 for 2,048 tokens: the same matrices, and biases, which MPT has not."""
+    sizes = {"n_embd": width, "n_layer": layers, "n_head": heads, "n_positions": 2048}
+    return {"model_type": "gpt2", "vocab_size": 50368, "activation_function": "gelu", **sizes}
 
 
-MPT_1B, MPT_3B, MPT_7B = mpt(2048, 24, 16), mpt(2560, 32, 20), mpt(4096, 32, 32)
-MPT_13B, MPT_30B, MPT_70B = mpt(5120, 40, 40), mpt(7168, 48, 56), mpt(8192, 80, 64)
+MPT_1B, MPT_7B, MPT_30B = mpt(2048, 24, 16), mpt(4096, 32, 32), mpt(7168, 48, 56)
 
 
 @dataclass(frozen=True)
@@ -92,22 +92,15 @@ RUNS = (
     Run("torchtitan selective", TITAN_A100, "A100-80GB", 64, LLAMA_8B, 8192, 1, "selective", 2973, compiled=True),
     Run("torchtitan 70B full", TITAN_A100, "A100-80GB", 64, LLAMA_70B, 8192, 1, "full", 331, compiled=True),
     # LLM-foundry: FSDP, amp_bf16, FlashAttention.
-    Run("foundry 70B", FOUNDRY, "H100-80GB", 64, MPT_70B, 2048, 8, "full", 1039, accumulation=4),
-    Run("foundry 30B", FOUNDRY, "H100-80GB", 8, MPT_30B, 2048, 3, "full", 2002, accumulation=21),
-    Run("foundry 30B", FOUNDRY, "H100-80GB", 32, MPT_30B, 2048, 14, "full", 2308, accumulation=3),
-    Run("foundry 30B", FOUNDRY, "H100-80GB", 8, MPT_30B, 8192, 1, "full", 1384, accumulation=21),
-    Run("foundry 13B", FOUNDRY, "H100-80GB", 8, MPT_13B, 4096, 10, "full", 4717, accumulation=3),
-    Run("foundry 13B", FOUNDRY, "H100-80GB", 64, MPT_13B, 2048, 2, "none", 4800),
-    Run("foundry 7B", FOUNDRY, "H100-80GB", 8, MPT_7B, 2048, 6, "none", 10643),
-    Run("foundry 7B", FOUNDRY, "H100-80GB", 8, MPT_7B, 4096, 16, "full", 8611, accumulation=2),
-    Run("foundry 7B", FOUNDRY, "H100-80GB", 8, MPT_7B, 32768, 2, "full", 3318, accumulation=2),
-    Run("foundry 3B", FOUNDRY, "H100-80GB", 8, MPT_3B, 4096, 5, "none", 20964, accumulation=6),
     Run("foundry 1B", FOUNDRY, "H100-80GB", 8, MPT_1B, 2048, 14, "none", 45455),
-    Run("foundry 7B", FOUNDRY, "A100-80GB", 8, MPT_7B, 2048, 6, "none", 4641, accumulation=2),
-    Run("foundry 13B", FOUNDRY, "A100-80GB", 8, MPT_13B, 4096, 10, "full", 2060, accumulation=3),
-    Run("foundry 30B", FOUNDRY, "A100-80GB", 8, MPT_30B, 2048, 3, "full", 916, accumulation=21),
     Run("foundry 1B", FOUNDRY, "A100-80GB", 8, MPT_1B, 2048, 14, "none", 20513, accumulation=4),
+    Run("foundry 7B", FOUNDRY, "H100-80GB", 8, MPT_7B, 2048, 6, "none", 10643),
+    Run("foundry 7B", FOUNDRY, "A100-80GB", 8, MPT_7B, 2048, 6, "none", 4641, accumulation=2),
     Run("foundry 7B", FOUNDRY, "A100-40GB", 128, MPT_7B, 2048, 18, "full", 3623),
+    Run("foundry 30B", FOUNDRY, "H100-80GB", 8, MPT_30B, 2048, 3, "full", 2002, accumulation=21),
+    Run("foundry 30B", FOUNDRY, "H100-80GB", 16, MPT_30B, 2048, 10, "full", 2263, accumulation=3),
+    Run("foundry 30B", FOUNDRY, "H100-80GB", 32, MPT_30B, 2048, 14, "full", 2308, accumulation=3),
+    Run("foundry 30B", FOUNDRY, "A100-80GB", 8, MPT_30B, 2048, 3, "full", 916, accumulation=21),
 )
 
 
@@ -122,8 +115,11 @@ def plan(run: Run, folder: Path) -> dict[str, Any]:
         check=False,
     )
     if done.returncode:
-        return {"refused": done.stderr.strip().splitlines()[-1]}
+        said = [line for line in done.stderr.splitlines() if str(recipe) in line]
+        return {"refused": said[0].partition(": ")[2]}
     answer: dict[str, Any] = json.loads(done.stdout)
+    if answer["footprint"] is None or answer["estimate"] is None:
+        return {"refused": "; ".join(answer["notes"])}
     return answer
 
 

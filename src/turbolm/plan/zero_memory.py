@@ -166,11 +166,12 @@ def _flattened(facts: _Facts) -> tuple[Held, ...]:
         started = Held(max(resting.gradients, passed.gradients), passed.buckets)
         return resting, started, passed, passed, Held(updating[0], _offload_buffer(facts), updating[1])
     # Stage 1 without overlap. The sums are moved to the bucket, and from there to their owner's place.
-    bucket, filled, own = facts.bucket, min(facts.bucket, facts.total), _own_gradients(facts)
-    sums, resting, buffer = _FP32_BYTES * facts.total, _kept_at_1_and_2(facts), _offload_buffer(facts)
-    started = Held(max(resting.gradients, facts.weight_bytes * facts.head), buffer)
-    moved = Held(sums - _FP32_BYTES * filled, _FP32_BYTES * bucket + max(_FP32_BYTES * filled, own) + buffer)
-    return resting, started, Held(sums, buffer), moved, Held(updating[0], buffer, updating[1])
+    filled, own = min(facts.bucket, facts.total), _own_gradients(facts)
+    sums, resting = _FP32_BYTES * facts.total, _kept_at_1_and_2(facts)
+    bucket = _FP32_BYTES * facts.bucket + _offload_buffer(facts)
+    started = Held(max(resting.gradients, facts.weight_bytes * facts.head), bucket)
+    moved = Held(sums - _FP32_BYTES * filled, bucket + max(_FP32_BYTES * filled, own))
+    return resting, started, Held(sums, bucket), moved, Held(updating[0], _offload_buffer(facts), updating[1])
 
 
 def _bf16(facts: _Facts) -> tuple[Held, ...]:
@@ -206,10 +207,14 @@ def _reduced_in_pass(facts: _Facts) -> Held:
 
 
 def _kept_at_1_and_2(facts: _Facts) -> Held:
-    kept = 0
-    if facts.accumulates:
-        kept = _FP32_BYTES * facts.total if facts.stage == 1 else _own_gradients(facts)
-    return Held(kept, _offload_buffer(facts))
+    """Return what stays between micro-batches. Stage 1 keeps its buffers until the last one has been reduced."""
+    buffer = _offload_buffer(facts)
+    if not facts.accumulates:
+        return Held(0, buffer)
+    if facts.stage == 2:
+        return Held(_own_gradients(facts), buffer)
+    buffers = 2 if facts.zero["overlap_comm"] else 1
+    return Held(_FP32_BYTES * facts.total, buffers * _FP32_BYTES * facts.bucket + buffer)
 
 
 def _own_gradients(facts: _Facts) -> int:
