@@ -152,6 +152,7 @@ def test_too_many_in_a_row_go_back_leave_the_batches_out_and_at_last_stop(stage:
     assert [line["data/batch"] for line in steps] == [0, 1, 6, 7, 8, 9, 10, 11, 12, 13]
 
 
+@pytest.mark.slow
 def test_biases_of_routers_go_back_and_skip_too(tmp_path: Path) -> None:
     """And no evaluation moves them, of which the reference has none."""
     settings = {"model": "glm4_moe", "train": {"router_bias_update": 0.01}}

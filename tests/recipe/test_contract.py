@@ -27,7 +27,7 @@ BASE = {
 CANDIDATES: list[Any] = [
     7, 300, 0.5, 0.25, 200, "3%", "fp32", "single", "sqrt", "refuse", "other", 1, "cpu", "eager", "torch",
     [0.5, 0.6], ["x"], True, 256, False, "off", "continue", "layers", "full", "depth_scaled", "cautious_adamw",
-    {"head": 2.0},
+    {"head": 2.0}, {"step": 7, "tokens": 300},
     {"start": 0.5, "end": 0.6},
     {"model_type": "gpt2"}, {"vocab_size": 999}, {}, [{"type": "stdlib"}],
     "exact", "gigatoken", "rowwise", "short", "keep", "wandb",

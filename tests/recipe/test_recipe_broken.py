@@ -403,7 +403,7 @@ def test_everything_wrong_is_told_at_once(tmp_path: Path) -> None:
     assert problems(tmp_path, "extends: b.yaml\n" + text, "logging.x=1") == [
         "a.yaml:9: data.seq_len: duplicate key; it is already set on line 8",
         "a.yaml:10: data.seqlen: unknown key; did you mean 'seq_len'? (known: sources, seq_len, packing, grouping, "
-        "length_schedule, validation, deduplicate, on_bad_document)",
+        "length_schedule, validation, deduplicate, on_bad_document, starts_at)",
         "a.yaml:13: train.global_batch: must be a multiple of data.seq_len (100), got 4096; nearest: 4000 and 4100",
         "b.yaml:1: evaluation.every: expected tokens (2M), steps (200 steps) or a share (2%), got 'q'",
         "command line: logging.x=1: logging.x: unknown key (known: every_steps, sample_tokens, trackers, project, "

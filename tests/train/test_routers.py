@@ -138,6 +138,7 @@ def test_biases_move_as_in_the_paper(tmp_path: Path) -> None:
     ])  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_load_becomes_even_and_the_biases_are_exported(tmp_path: Path) -> None:
     """The busiest expert's share of each layer, over the last steps of a run; 1/8 is even."""
     shares = {}
@@ -160,13 +161,6 @@ def test_the_load_becomes_even_and_the_biases_are_exported(tmp_path: Path) -> No
     names = [name for name in exported if name.endswith("e_score_correction_bias")]
     assert len(names) == 2 and all(torch.equal(exported[name], saved[name]) for name in names)
     assert (shares[0.02] < 0.8 * shares[0.0]).all(), shares
-
-
-def test_a_type_without_such_a_bias_is_refused(tmp_path: Path) -> None:
-    recipe = make_recipe(tmp_path, model={"config": MODELS["mixtral"]}, train={"router_bias_update": 0.001})
-    prepare(recipe)
-    reason = train_in_world(recipe, 1)
-    assert str(reason).startswith("train.router_bias_update: 0.001 cannot act: mixtral does not balance its experts")
 
 
 @pytest.mark.slow
@@ -195,7 +189,7 @@ def test_compiled_and_recomputed_where_weights_are_gathered(tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     ("model", "steps"),
-    [("crowded", 5), ("dbrx", 5), *(pytest.param(name, 50, marks=pytest.mark.slow) for name in ("crowded", "dbrx"))],
+    [("dbrx", 5), *(pytest.param(name, 50, marks=pytest.mark.slow) for name in ("crowded", "dbrx"))],
 )
 def test_stage_3_with_experts_without_tokens(model: str, steps: int, tmp_path: Path) -> None:
     """One token, one expert: of 40 experts at least 8 get none in a micro-batch of 32 tokens, others on each rank."""

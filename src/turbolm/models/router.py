@@ -118,15 +118,16 @@ def attach_router_loss(model: PreTrainedModel, routers: Routers) -> None:
 
 
 def keep_experts_whole(model: PreTrainedModel) -> None:
-    """Have ZeRO-3 gather the weights of modules inside the experts (DBRX) before the experts run.
+    """Have ZeRO-3 gather the weights of modules inside the experts before the experts run.
 
-    Such a module runs once for each expert that got a token: as often as that happens on a rank, and with weights that
-    are read before it runs. Other types hold the weights of all experts in the module itself.
+    Such a module runs once for each expert that got a token, which is not as often on every rank, and DBRX reads its
+    weights before it runs. Of Transformers 5.23's causal models only DBRX has one; others hold the weights of all
+    experts in the experts' own module.
     """
     experts = {
         type(module)
-        for name, module in model.named_modules()
-        if name.rpartition(".")[2] == "experts" and any(True for part in module.children() for _ in part.parameters())
+        for module in model.modules()
+        if type(module).__name__.endswith("Experts") and any(True for m in module.children() for _ in m.parameters())
     }
     if experts:
         sharding.gather_whole(model, list(experts))

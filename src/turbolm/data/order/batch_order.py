@@ -169,8 +169,9 @@ def open_order(recipe: Recipe, store: TokenStore, curriculum: Curriculum, *, che
     """
     settings, folder = _settings(recipe, curriculum), table_folder(recipe, store, curriculum)
     parts: Sequence[Part] = read_index(folder, settings.key(store.fingerprint))
+    if check:
+        parts = whole_parts(folder, parts)
     sources = _recipe_sources(recipe, store, settings)
-    parts = whole_parts(folder, parts) if check else parts
     return BatchOrder(sources, settings, store.fingerprint, folder, parts, curriculum.first_step)
 
 
