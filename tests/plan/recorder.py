@@ -51,6 +51,6 @@ class Recorder(TorchDispatchMode):
             group = next(dist.ProcessGroup.unbox(arg) for arg in args if isinstance(arg, torch.ScriptObject))
             self.seen.append((kind, num_bytes, dtype, group.size()))
         name = func._schema.name.rpartition("::")[2]
-        if func.namespace == "_c10d_functional" and name != "wait_tensor":
+        if func.namespace == "_c10d_functional" and name not in ("wait_tensor", "_wrap_tensor_autograd"):
             self.note_functional(name, args)
         return func(*args, **(kwargs or {}))

@@ -6,8 +6,10 @@ import re
 import subprocess
 import sys
 
+from turbolm.reliability.open_files import files_needed, gloo_sharing
+
 # Eight ranks under limits given as (soft, hard); each makes one gloo group, and agrees by messages from a second thread
-# while the main one uses the group's collective operations.
+# while the main one uses the group's collective operations. Pairs of them share sequences.
 RANKS = """
 import os, resource, sys, threading
 import torch.distributed as dist
@@ -22,12 +24,14 @@ def run(rank):
     resource.setrlimit(resource.RLIMIT_NOFILE, (32, hard))
     raise_open_files()
     try:
-        check_open_files(WORLD, 1)
+        check_open_files(WORLD, 1, 2)
     except UserError as error:
         print(error, flush=True)
         return 2
     before = len(os.listdir("/proc/self/fd"))
     dist.init_process_group("gloo", rank=rank, world_size=WORLD)
+    pairs = [dist.new_group([first, first + 1]) for first in range(0, WORLD, 2)]
+    dist.barrier(pairs[rank // 2])
     told = []
     thread = threading.Thread(target=lambda: told.extend(gather_by_messages(None)([rank, i]) for i in range(20)))
     thread.start()
@@ -36,7 +40,8 @@ def run(rank):
     thread.join()
     assert told == [[[other, i] for other in range(WORLD)] for i in range(20)]
     used = len(os.listdir("/proc/self/fd")) - before
-    assert WORLD + 3 <= used <= WORLD + 3 + 96 + (WORLD if rank == 0 else 0), used
+    need = (WORLD + 3) + (2 + 3)
+    assert need <= used <= need + 96 + (WORLD if rank == 0 else 0), used
     dist.barrier()
     return 0
 
@@ -56,10 +61,15 @@ def start(hard: int, port: int) -> list[str]:
     return done.stdout.splitlines()
 
 
-def test_eight_ranks_start_where_one_group_fits_and_else_are_told_the_need() -> None:
+def test_eight_ranks_start_where_its_groups_fit_and_else_are_told_the_need() -> None:
     refused = start(64, 29711)
     assert refused[-1] == str([2] * 8)
     needs = [re.search(r"a rank of 8 needs (\d+) open files, and the limit is 64 ", line) for line in refused[:-1]]
     assert len(needs) == 8
     need = max(int(found[1]) for found in needs if found)
     assert start(need, 29712) == [str([0] * 8)]
+
+
+def test_groups_that_share_sequences_are_gloo_s_on_a_cpu_alone() -> None:
+    assert [gloo_sharing("cpu", 1), gloo_sharing("cpu", 4), gloo_sharing("cuda", 4)] == [0, 4, 0]
+    assert files_needed(8, 1, 4) - files_needed(8, 1) == 4 + 3

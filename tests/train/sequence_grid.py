@@ -1,6 +1,6 @@
 """Train the whole grid of sequence parallelism against plain PyTorch, and print a line for each cell.
 
-    python -m tests.train.sequence_grid [WORLD_SIZE ...]        # worlds of 1, 2, 4 and 8 ranks: AAA minutes on 2 cores
+    python -m tests.train.sequence_grid [RANKS ...]        # 12 minutes on 2 busy cores
 
 {processes that share sequences 1, 2, 4} x ZeRO {0, 1, 2, 3} x accumulation {1, 3} x data parallel {1, 2} x {llama,
 qwen3, gpt2}: packed documents, masked targets, 10 steps in fp32, loss and gradient norm of each against those of one

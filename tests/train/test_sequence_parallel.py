@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -14,8 +13,17 @@ import numpy as np
 import pytest
 import torch
 
-from tests.checkpoint.test_resume import END, SAVED, read_tensors, reading, reference, saved, writing
-from tests.train.harness import BINS_PER_BATCH, SEQ_LEN, Cell, cell_recipe, make_recipe, run_cells, train_in_world
+from tests.checkpoint.test_resume import END, SAVED, read_tensors
+from tests.train.harness import (
+    BINS_PER_BATCH,
+    MIXTURES,
+    SEQ_LEN,
+    Cell,
+    cell_recipe,
+    make_recipe,
+    run_cells,
+    train_in_world,
+)
 from tests.train.reference import train_reference
 from tests.train.test_equivalence import STEPS, learning_rates
 from turbolm.data.prepare.build import prepare
@@ -61,24 +69,42 @@ def test_the_cells_below_have_every_pair() -> None:
         assert found == set(itertools.product(values[one], values[other]))
 
 
+class References:
+    """Plain PyTorch's (loss, gradient norm) of every step by model, once each, on a store that all cells here share."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.known: dict[tuple[str, str], np.ndarray] = {}
+
+    def of(self, model: str, packing: str = "best_fit") -> np.ndarray:
+        if (model, packing) not in self.known:
+            recipe = cell_recipe(self.folder, Cell("reference", model=model, packing=packing))
+            store = open_store(prepare(recipe))
+            coefficient = 0.5 if model in MIXTURES else None
+            self.known[model, packing] = np.array(train_reference(recipe, store, learning_rates(), coefficient))
+        return self.known[model, packing]
+
+
+@pytest.fixture(scope="module")
+def references(tmp_path_factory: pytest.TempPathFactory) -> References:
+    return References(tmp_path_factory.mktemp("shared"))
+
+
 @pytest.mark.parametrize(
     "world_size", [2, pytest.param(4, marks=pytest.mark.slow), pytest.param(8, marks=pytest.mark.slow)]
 )
-def test_losses_and_norms_equal_plain_pytorch(world_size: int, tmp_path: Path) -> None:
+def test_losses_and_norms_equal_plain_pytorch(world_size: int, references: References) -> None:
     cells = [cell(*row) for row in settings() if row[0] * row[1] == world_size]
-    trained = run_cells(tmp_path, world_size, cells)
-    for model in MODELS:
-        recipe = cell_recipe(tmp_path, Cell(name="reference", model=model))
-        expected = np.array(train_reference(recipe, open_store(prepare(recipe)), learning_rates()))
+    trained = run_cells(references.folder, world_size, cells)
+    for one in cells:
+        expected = references.of(one.model)
         assert (expected[:, 1] > 0.5).any(), "clipping must act in some step"
-        for name, values in trained.items():
-            if name.startswith(model):
-                np.testing.assert_allclose(np.array(values), expected, rtol=1e-5, err_msg=name)
+        np.testing.assert_allclose(trained[one.name], expected, rtol=1e-5, err_msg=one.name)
 
 
 @pytest.mark.slow
-def test_routers_recomputation_losses_and_lengths(tmp_path: Path) -> None:
-    """The router loss of a sequence is made of the shares of all its slices."""
+def test_routers_recomputation_losses_lengths_and_compiled_layers(references: References) -> None:
+    """The router loss of a sequence is made of the shares of all its slices; the exchange is a part of a graph."""
     shared = {"sequence_parallel": 2}
     stages = {"name": "stages", "at": {"0%": 8, "35%": 16, "70%": 32}}
     cells = [
@@ -88,37 +114,42 @@ def test_routers_recomputation_losses_and_lengths(tmp_path: Path) -> None:
         Cell("chunked", zero_stage=2, micro_batch_bins=1, execution={**shared, "loss": "chunked"}),
         Cell("lengths", zero_stage=2, micro_batch_bins=2, data={"length_schedule": stages}, execution=shared),
         Cell("single", zero_stage=1, packing="single", execution=shared),
-    ]
+        *(
+            Cell(f"compiled {kind}", zero_stage=stage, micro_batch_bins=2, steps=3,
+                 execution={**shared, "compile": kind})
+            for kind, stage in (("layers", 3), ("model", 1))
+        ),
+    ]  # fmt: skip
     unshared = Cell("unshared", zero_stage=2, micro_batch_bins=2, data={"length_schedule": stages})
-    trained = run_cells(tmp_path, 2, [*cells, unshared])
-    store = open_store(prepare(cell_recipe(tmp_path, cells[0])))
+    trained = run_cells(references.folder, 2, [*cells, unshared])
     np.testing.assert_allclose(trained["lengths"], trained["unshared"], rtol=1e-5)
     for one in cells:
         if one.name != "lengths":
-            coefficient = 0.5 if one.model != "llama" else None
-            expected = train_reference(cell_recipe(tmp_path, one), store, learning_rates(), coefficient)
+            expected = references.of(one.model, one.packing)[: one.steps]
             np.testing.assert_allclose(trained[one.name], expected, rtol=1e-5, err_msg=one.name)
 
 
 @pytest.mark.slow
-def test_groups_of_any_size_resume_each_other(tmp_path: Path) -> None:
-    """1 -> 2 -> 4 -> 1 processes of a group, of other stages and world sizes: bitwise what was saved."""
-    chain = [("one", 1, 1, 2), ("two", 2, 2, 3), ("four", 4, 4, 1), ("back", 2, 1, 0)]  # name, world, group, stage
-    expected, before = reference(tmp_path), ""
-    for name, world_size, shared_by, stage in chain:
-        changes: dict[str, Any] = {"zero_stage": stage, "execution": {"sequence_parallel": shared_by}}
-        one = reading(tmp_path, name, before, **changes) if before else writing(tmp_path, name, **changes)
-        one.save_loaded_in = str(tmp_path / "again" / name) if before else None
-        trained = run_cells(tmp_path, world_size, [one])[name]
-        np.testing.assert_allclose(trained, expected[-len(trained) :], rtol=1e-5, err_msg=name)
-        if before:
-            was = read_tensors(saved(tmp_path, before, SAVED))
-            loaded = read_tensors(tmp_path / "again" / name / f"step-{SAVED:08d}")
-            assert was.keys() == loaded.keys()
-            assert [key for key in was if not torch.equal(was[key], loaded[key])] == [], name
-            shutil.copytree(saved(tmp_path, before, SAVED), saved(tmp_path, name, SAVED))
-        before = name
-    assert END > SAVED
+def test_groups_of_any_size_resume_each_other(references: References, tmp_path: Path) -> None:
+    """1 -> 2 -> 4 -> 1 processes of a group, of other stages and world sizes: bitwise what was saved, each time."""
+    again, folder = tmp_path / "again", references.folder
+    cells = [Cell("one", zero_stage=2, steps=END, save_at=[SAVED], save_in=str(tmp_path / "saved"))]
+    source = tmp_path / "saved"
+    for name, shared_by, stage in (("two", 2, 3), ("four", 4, 1), ("back", 1, 0)):
+        load, execution = str(source / f"step-{SAVED:08d}"), {"sequence_parallel": shared_by}
+        source = again / name
+        cells.append(
+            Cell(name, zero_stage=stage, steps=END, load=load, save_loaded_in=str(source), execution=execution)
+        )
+    trained = run_cells(folder, 4, cells[:3]) | run_cells(folder, 1, cells[3:])
+    for name, values in trained.items():
+        np.testing.assert_allclose(values, references.of("llama")[:END][-len(values) :], rtol=1e-5, err_msg=name)
+    assert len(trained["back"]) == END - SAVED > 0
+    was = read_tensors(tmp_path / "saved" / f"step-{SAVED:08d}")
+    for name in ("two", "four", "back"):
+        loaded = read_tensors(again / name / f"step-{SAVED:08d}")
+        assert was.keys() == loaded.keys()
+        assert [key for key in was if not torch.equal(was[key], loaded[key])] == [], name
 
 
 @pytest.mark.slow
@@ -146,17 +177,6 @@ def test_a_run_counts_tokens_once_and_evaluates_the_same(tmp_path: Path) -> None
         assert {key: one.get(key) for key in counted} == {key: other.get(key) for key in counted}
         for key in {"train/loss", "train/grad_norm", "eval/loss", "eval/bits_per_byte"} & one.keys():
             assert other[key] == pytest.approx(one[key], rel=1e-5), key
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("execution", [{"zero_stage": 3, "compile": "layers"}, {"zero_stage": 1, "compile": "model"}])
-def test_compiled(execution: dict[str, Any], tmp_path: Path) -> None:
-    """The exchange is a part of the graph."""
-    one = Cell("compiled", micro_batch_bins=2, steps=3, execution={"sequence_parallel": 2, **execution})
-    trained = run_cells(tmp_path, 2, [one])["compiled"]
-    recipe = cell_recipe(tmp_path, one)
-    expected = train_reference(recipe, open_store(prepare(recipe)), learning_rates()[:3])
-    np.testing.assert_allclose(trained, expected, rtol=1e-5)
 
 
 def test_other_kinds_are_refused_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
