@@ -68,7 +68,7 @@ def prepare(recipe: RecipeFile, overrides: Overrides = None) -> None:
     from turbolm.environment import drop_foreign
     from turbolm.launch.attempt import stoppable
     from turbolm.launch.job import is_of_job, seen_by, told_to_job
-    from turbolm.launch.store import prepare_order, prepare_store
+    from turbolm.launch.store import prepare_order, prepare_profile, prepare_store
     from turbolm.recipe.load import load_recipe
     from turbolm.train.run_contract import as_started, settle_commits
     from turbolm.train.run_directory import run_directory
@@ -82,6 +82,8 @@ def prepare(recipe: RecipeFile, overrides: Overrides = None) -> None:
         folder = prepare_store(settled)
         store = open_store(folder)
         prepare_order(settled, store)
+        if settled.cluster.gpus_per_node is not None:
+            prepare_profile(settled, recipe, store)
     manifest = store.manifest
     for split, total in manifest["totals"].items():
         documents, tokens = format_count(total["documents"]), format_count(total["tokens"])

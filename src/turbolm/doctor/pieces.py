@@ -18,11 +18,14 @@ from turbolm.engine.device import DTYPES
 from turbolm.models.attention import ATTENTION_NAMES, model_inputs
 from turbolm.models.config import make_config
 from turbolm.models.loss import attach_loss
+from turbolm.plan.parameters import heads_of
+from turbolm.plan.weight_bytes import gradient_bytes, update_bytes
 from turbolm.plan.work import Unit, add, attention_amounts, product_amounts
 
-_ELEMENTS = {"cpu": 2**22, "cuda": 2**28}  # that the optimizer case updates
+_ELEMENTS = {"cpu": 2**22, "cuda": 2**28}  # weights of the cases about them
+_SMALL_TENSORS, _SMALL_SIZE = 64, 2**12
+_ZEROED = 4  # bytes of a weight: its sum over micro-batches, which is cleared once a step
 _PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "_grouped_mm"}
-ADAMW_BYTES = 7 * 4  # of a weight: it, its gradient and two moments read, all but the gradient written, in fp32
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,8 @@ def model_cases(values: Mapping[str, Any], device: torch.device, precision: str)
     config = small_config(subject)
     model = _build(subject, config, device, dtype)
     tokens = subject.sequences * subject.seq_len
-    heads, head_dim = heads_of(config)
+    text = config.get_text_config()
+    heads, head_dim = heads_of(lambda name: getattr(text, name, None)) or (0, 0)
     shapes = [(one.in_features, one.out_features) for one in model.modules() if isinstance(one, nn.Linear)]
     for inner, outer in sorted(set(shapes)):
         yield product_case(tokens, inner, outer, device, dtype)
@@ -86,13 +90,6 @@ def small_config(subject: Subject) -> PreTrainedConfig:
             setattr(text, key, list(value[: subject.num_layers]))
     text.num_hidden_layers = subject.num_layers
     return config
-
-
-def heads_of(config: PreTrainedConfig) -> tuple[int, int]:
-    """Return the number of query heads and their size."""
-    text = config.get_text_config()
-    heads = int(text.num_attention_heads)
-    return heads, int(getattr(text, "head_dim", None) or text.hidden_size // heads)
 
 
 def _build(subject: Subject, config: PreTrainedConfig, device: torch.device, dtype: torch.dtype) -> Any:
@@ -168,9 +165,58 @@ def attention_case(
     return Case(f"attention {sequences} x {heads} x {seq_len} x {head_dim}", amounts, run)
 
 
-def optimizer_case(device: torch.device) -> Case:
-    """Return an update of torch's fused AdamW."""
-    weight = torch.zeros(_ELEMENTS[device.type], device=device, requires_grad=True)
-    weight.grad = torch.ones_like(weight)
+def weight_cases(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
+    """Yield what DeepSpeed does with gradients, in few large and in many small tensors, and with the weights."""
+    number = _ELEMENTS[device.type]
+    for tensors, size in ((4, number // 4), (_SMALL_TENSORS, _SMALL_SIZE)):
+        yield gradient_case(tensors, size, device, dtype)
+    yield update_case(number, device, dtype)
+
+
+def gradient_case(tensors: int, size: int, device: torch.device, dtype: torch.dtype) -> Case:
+    """Return what a gradient goes through at ZeRO stage 2 with one process, without DeepSpeed's bookkeeping.
+
+    The operators are those that `turbolm.plan.weight_bytes` names: into a bucket, divided, joined, to fp32 and back,
+    added to the sum over micro-batches.
+    """
+    number, is_wide = tensors * size, dtype == torch.float32
+    gradients = torch.zeros(number, device=device, dtype=dtype).split(size)
+    sums, bucket = torch.zeros(number, device=device), torch.zeros(number, device=device, dtype=dtype)
+
+    def run() -> None:
+        parts = bucket.split(size)
+        for part, gradient in zip(parts, gradients, strict=True):
+            part.copy_(gradient.view(-1))
+        bucket.div_(1.0)
+        joined = torch.cat(parts)
+        wide = joined.float()
+        if not is_wide:
+            joined.copy_(wide)
+        for part, new, total in zip(parts, wide.split(size), sums.split(size), strict=True):
+            total.add_(new)
+            part.copy_(new)
+
+    taken = 8 + 8 + 8 + 12 + 8 if is_wide else gradient_bytes(2, dtype.itemsize, 1, 1) - _ZEROED
+    amounts: Mapping[Unit, float] = {"gradient_bytes": float(number * taken), "gradients": float(tensors)}
+    return Case(f"{tensors} gradients of {size}", amounts, run)
+
+
+def update_case(number: int, device: torch.device, dtype: torch.dtype) -> Case:
+    """Return an update of torch's fused AdamW, with all that ZeRO does before and after it with one process."""
+    weight = torch.zeros(number, device=device, requires_grad=True)
+    copy, gradient = torch.zeros(number, device=device, dtype=dtype), torch.full((number,), 1e-3, device=device)
     optimizer = torch.optim.AdamW([weight], fused=True)
-    return Case("AdamW", {"optimizer_bytes": float(ADAMW_BYTES * weight.numel())}, optimizer.step)
+
+    def run() -> None:
+        if dtype == torch.float32:
+            kept = torch.cat([gradient[: number // 2], gradient[number // 2 :]])
+        else:
+            kept = gradient
+            torch.isfinite(kept.amax()).logical_and(torch.isfinite(kept.amin()))
+        torch.linalg.vector_norm(kept.double())
+        kept.mul_(1.0)
+        weight.grad = kept
+        optimizer.step()
+        copy.copy_(weight.detach())
+
+    return Case("AdamW", {"optimizer_bytes": float(number * update_bytes(2, dtype.itemsize, 1))}, run)

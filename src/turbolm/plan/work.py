@@ -18,6 +18,8 @@ Unit = Literal[
     "memory_bytes",  # read and written by all other operators of the layers and around them
     "layers",  # passes of a layer, forward and backward together: operators to start, whatever their size
     "logits",  # tokens x vocabulary: the loss, without its matrix products
+    "gradient_bytes",  # read and written to sum gradients up and prepare their reduction
+    "gradients",  # tensors of them, in every micro-batch: operators to start, whatever their size
     "optimizer_bytes",  # read and written by the update of the weights
     "offloaded_bytes",  # the same, by the host
 ]
