@@ -166,11 +166,10 @@ def attention_case(
 
 
 def weight_cases(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
-    """Yield what DeepSpeed does with gradients, in few large and in many small tensors, and with the weights."""
-    number = _ELEMENTS[device.type]
-    for tensors, size in ((4, number // 4), (_SMALL_TENSORS, _SMALL_SIZE)):
+    """Yield what DeepSpeed does with gradients and weights, in few large and in many small tensors."""
+    for tensors, size in ((4, _ELEMENTS[device.type] // 4), (_SMALL_TENSORS, _SMALL_SIZE)):
         yield gradient_case(tensors, size, device, dtype)
-    yield update_case(number, device, dtype)
+        yield update_case(tensors, size, device, dtype)
 
 
 def gradient_case(tensors: int, size: int, device: torch.device, dtype: torch.dtype) -> Case:
@@ -201,22 +200,24 @@ def gradient_case(tensors: int, size: int, device: torch.device, dtype: torch.dt
     return Case(f"{tensors} gradients of {size}", amounts, run)
 
 
-def update_case(number: int, device: torch.device, dtype: torch.dtype) -> Case:
+def update_case(tensors: int, size: int, device: torch.device, dtype: torch.dtype) -> Case:
     """Return an update of torch's fused AdamW, with all that ZeRO does before and after it with one process."""
+    number = tensors * size
     weight = torch.zeros(number, device=device, requires_grad=True)
     copy, gradient = torch.zeros(number, device=device, dtype=dtype), torch.full((number,), 1e-3, device=device)
     optimizer = torch.optim.AdamW([weight], fused=True)
 
     def run() -> None:
-        if dtype == torch.float32:
-            kept = torch.cat([gradient[: number // 2], gradient[number // 2 :]])
-        else:
-            kept = gradient
-            torch.isfinite(kept.amax()).logical_and(torch.isfinite(kept.amin()))
-        torch.linalg.vector_norm(kept.double())
-        kept.mul_(1.0)
-        weight.grad = kept
+        parts = gradient.split(size)
+        if dtype != torch.float32:
+            for part in parts:
+                torch.isfinite(part.amax()).logical_and(torch.isfinite(part.amin())).logical_not()
+        norms = [torch.linalg.vector_norm(part.double()) for part in parts]
+        torch.stack(norms).pow(2).sum()
+        weight.grad = torch.cat(parts) if dtype == torch.float32 else gradient
+        weight.grad.mul_(1.0)
         optimizer.step()
         copy.copy_(weight.detach())
 
-    return Case("AdamW", {"optimizer_bytes": float(number * update_bytes(2, dtype.itemsize, 1))}, run)
+    moved = float(number * update_bytes(2, dtype.itemsize, 1))
+    return Case(f"AdamW, {tensors} x {size}", {"optimizer_bytes": moved, "gradients": float(tensors)}, run)

@@ -174,7 +174,7 @@ def _update(plan: Plan, profile: ModelProfile) -> Amounts:
     updated: Unit = "offloaded_bytes" if execution.offload_optimizer else "optimizer_bytes"
     return {
         "gradient_bytes": weights * gradient_bytes(stage, size, times, plan.world_size),
-        "gradients": float(len(profile.tensors) * times),
+        "gradients": float(len(profile.tensors) * (times + 1)),
         updated: weights * update_bytes(stage, size, plan.world_size),
     }
 

@@ -19,7 +19,7 @@ Unit = Literal[
     "layers",  # passes of a layer, forward and backward together: operators to start, whatever their size
     "logits",  # tokens x vocabulary: the loss, without its matrix products
     "gradient_bytes",  # read and written to sum gradients up and prepare their reduction
-    "gradients",  # tensors of them, in every micro-batch: operators to start, whatever their size
+    "gradients",  # tensors of them, in every micro-batch and the update: operators to start, whatever their size
     "optimizer_bytes",  # read and written by the update of the weights
     "offloaded_bytes",  # the same, by the host
 ]
