@@ -19,8 +19,9 @@ from turbolm.models.attention import ATTENTION_NAMES, model_inputs
 from turbolm.models.config import make_config
 from turbolm.models.loss import attach_loss
 from turbolm.plan.parameters import heads_of
+from turbolm.plan.profile import Loss
 from turbolm.plan.weight_bytes import gradient_bytes, update_bytes
-from turbolm.plan.work import Unit, add, attention_amounts, product_amounts
+from turbolm.plan.work import Unit, add, attention_amounts, head_amounts, product_amounts
 
 _ELEMENTS = {"cpu": 2**22, "cuda": 2**28}  # weights of the cases about them
 _SMALL_TENSORS, _SMALL_SIZE = 64, 2**12
@@ -46,7 +47,7 @@ class Subject:
     sequences: int
     seq_len: int
     attention: str  # a name in ATTENTION_NAMES: sdpa, varlen
-    loss: str
+    loss: Loss
 
 
 def model_cases(values: Mapping[str, Any], device: torch.device, precision: str) -> Iterator[Case]:
@@ -57,16 +58,21 @@ def model_cases(values: Mapping[str, Any], device: torch.device, precision: str)
     tokens = subject.sequences * subject.seq_len
     text = config.get_text_config()
     heads, head_dim = heads_of(lambda name: getattr(text, name, None)) or (0, 0)
-    shapes = [(one.in_features, one.out_features) for one in model.modules() if isinstance(one, nn.Linear)]
-    for inner, outer in sorted(set(shapes)):
+    head = model.get_output_embeddings()
+    layers = [one for one in model.modules() if isinstance(one, nn.Linear)]
+    shapes = [(one.in_features, one.out_features) for one in layers if one is not head]
+    for inner, outer in sorted({*shapes, (head.in_features, head.out_features)}):
         yield product_case(tokens, inner, outer, device, dtype)
     if subject.attention == "sdpa":
         yield attention_case(subject.sequences, subject.seq_len, heads, head_dim, device, dtype)
     span = subject.seq_len if subject.attention == "sdpa" else (subject.seq_len // 2 + 1) / 2
     rows = float(heads * tokens * subject.num_layers)
     inputs, targets = _inputs(subject, config, device)
+    is_tied = head.weight is model.get_input_embeddings().weight
     amounts = add(
         *(product_amounts(tokens, inner, outer, dtype.itemsize) for inner, outer in shapes),
+        head_amounts(tokens, tuple(head.weight.shape), dtype.itemsize, subject.loss, device.type, is_tied),
+        {"matrix_flops": 6.0 * tokens * head.weight.numel()},
         attention_amounts(rows, rows * span, 4 * head_dim * rows * span),
         {"memory_bytes": count_memory_bytes(model, inputs), "layers": float(subject.num_layers)},
         {"logits": float(tokens * config.vocab_size)},

@@ -10,7 +10,7 @@ from typing import Any
 from turbolm.plan.deepspeed import ELEMENT_BYTES
 from turbolm.plan.exchange import COPIES, exchanges
 from turbolm.plan.flops import span_of_documents, training_flops_per_token
-from turbolm.plan.footprint import used_kernel
+from turbolm.plan.footprint import used_kernel, used_loss
 from turbolm.plan.machine import Machine
 from turbolm.plan.machine_rates import OFFLOADED_SEC, Rates, assumed_rates, kind_of, read_rates
 from turbolm.plan.parameters import head_dim_of
@@ -131,6 +131,8 @@ def step_work(plan: Plan, profile: ModelProfile, *, head_dim: int, documents: Se
             documents=tuple(documents),
             recomputation=recomputation,
             recomputed_share=1 / asked if isinstance(asked, int) else 1.0,
+            loss=used_loss(plan, profile),
+            device=plan.device,
             shared_by=batch.sequence_parallel,
         )
         found = micro_batch_amounts(profile, shape)
