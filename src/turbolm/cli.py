@@ -11,7 +11,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 from typer import Option
@@ -19,9 +19,6 @@ from typer import Option
 from turbolm import __version__
 from turbolm.errors import EXIT_FAILED, EXIT_OK, EXIT_REQUEUE, UserError, exit_code_of
 from turbolm.shipped import find_recipe, recipes_by_name, shipped
-
-if TYPE_CHECKING:
-    pass
 
 app = typer.Typer(name="turbolm", no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -79,11 +76,9 @@ def prepare(recipe: RecipeFile, overrides: Overrides = None) -> None:
     run = run_directory(started)
     with told_to_job(recipe), stoppable(run, seen_by(recipe, run)):
         settled = settle_commits(started)
-        folder = prepare_store(settled)
-        store = open_store(folder)
+        store = open_store(prepare_store(settled))
         prepare_order(settled, store)
-        if settled.cluster.gpus_per_node is not None:
-            prepare_profile(settled, recipe, store)
+        prepare_profile(settled, recipe, store)
     manifest = store.manifest
     for split, total in manifest["totals"].items():
         documents, tokens = format_count(total["documents"]), format_count(total["tokens"])
@@ -93,7 +88,7 @@ def prepare(recipe: RecipeFile, overrides: Overrides = None) -> None:
             print(f"skipped: {format_count(count)} {what} documents")
     for note in store.notes:
         print(f"turbolm: {note}", file=sys.stderr)
-    print(f"token store: {folder}")
+    print(f"token store: {store.folder}")
 
 
 @app.command()

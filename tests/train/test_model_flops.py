@@ -26,7 +26,8 @@ WEIGHTS = 4 * (4 * 128 * 128 + 3 * 128 * 384) + 4096 * 128  # of the quickstart:
 
 
 def context(tmp_path: Path, vocab_size: int = 4096) -> Any:
-    recipe = load_recipe(find_recipe("quickstart"), [f"execution.cache_dir={tmp_path}"])
+    overrides = [f"execution.cache_dir={tmp_path}", "cluster.gpus_per_node=8", "cluster.gpu=H100-80GB"]
+    recipe = load_recipe(find_recipe("quickstart"), overrides)
     return SimpleNamespace(recipe=recipe, store=SimpleNamespace(vocab_size=vocab_size))
 
 
@@ -89,6 +90,12 @@ def test_a_model_that_cannot_be_traced_fails_no_start(
     monkeypatch.setattr("turbolm.plan.profiles.read_model_config", _refuse)
     prepare_profile(asked.recipe, "recipe", asked.store)
     assert "model.pretrained: no folder" in capsys.readouterr().err
+
+
+def test_a_run_on_a_cpu_is_not_traced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = load_recipe(find_recipe("quickstart"), [f"execution.cache_dir={tmp_path}", "cluster.device=cpu"])
+    monkeypatch.setattr("turbolm.plan.profiles._run_tracer", pytest.fail)
+    prepare_profile(recipe, "recipe", context(tmp_path, 4095).store)
 
 
 def _refuse(*_: object) -> None:

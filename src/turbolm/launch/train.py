@@ -39,8 +39,7 @@ def train_here(recipe: Recipe, recipe_file: str, overrides: Sequence[str]) -> in
             check_contract(run, plan.recipe, store.fingerprint)
             if attempt is not None:
                 prepare_order(recipe, store)
-                if plan.device == "cuda":
-                    prepare_profile(recipe, recipe_file, store)
+                prepare_profile(recipe, recipe_file, store)
         if attempt is None:
             print(f"{run.path} is complete. Results: {run.results}, report: {run.path / 'report.html'}")
             print("Raise train.budget to train on, or give a new run a `name` of its own.")
