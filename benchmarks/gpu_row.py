@@ -29,9 +29,11 @@ from turbolm.data.store.token_store import open_store
 from turbolm.engine.start import build_accelerator
 from turbolm.models.attention import model_inputs
 from turbolm.models.build import build_config, build_model
-from turbolm.plan.flops import training_flops_per_token
+from turbolm.models.size import measure_model
+from turbolm.plan.flops import span_of_documents, training_flops_per_token
 from turbolm.plan.machine import detect_machine
 from turbolm.plan.plan import build_plan
+from turbolm.plan.profile import mean_span
 from turbolm.recipe.gpus import peak_flops
 from turbolm.recipe.schema import Recipe
 from turbolm.train.build import build_engine
@@ -209,15 +211,15 @@ def rate(row: Settings, build: Callable[[], Contender], loader: Any, plan: Any, 
         seconds.append(contender.run(arrays(part)) / len(part))
     best = min(seconds)
     num_targets = statistics.mean(batch.num_targets for batch in batches[2:])
-    span = sum(batch.attention_pairs for batch in batches[2:]) / sum(batch.num_targets for batch in batches[2:])
-    flops = training_flops_per_token(contender.model.config.to_dict(), span)
+    lengths = [length for batch in batches[2:] for length in batch.sequences.length.tolist()]
+    flops = training_flops_per_token(measure_model(contender.model), span_of_documents(lengths))
     peak = peak_flops(detect_machine().gpu_name, "bf16")
     return {
         "tokens_per_sec": plan.batch.global_batch_tokens / best,
-        "mfu": flops * num_targets / best / peak if flops and peak else None,
+        "mfu": flops * num_targets / best / peak if peak else None,
         "peak_bytes": peak_bytes(),
         "micro_batch_rows": num_sequences,
-        "mean_span": span,
+        "mean_span": mean_span(lengths),
         "num_parameters": sum(parameter.numel() for parameter in contender.model.parameters()),
         **(profile(contender, arrays(batches[-2:])) if row["who"] == "turbolm" else {}),
     }

@@ -30,10 +30,10 @@ from turbolm.models.build import build_config, build_model
 from turbolm.models.compile import apply_compile, compilations
 from turbolm.models.loss import attach_loss
 from turbolm.optim.build import build_optimizer
-from turbolm.plan.flops import training_flops_per_token
+from turbolm.plan.flops import span_of_documents, training_flops_per_token
 from turbolm.plan.machine import detect_machine
+from turbolm.plan.parameters import estimate_size
 from turbolm.plan.plan import build_plan
-from turbolm.plan.profile import mean_span
 from turbolm.recipe.schema import Recipe
 from turbolm.train.step import train_step
 
@@ -127,9 +127,10 @@ def main() -> None:
     arguments = parser.parse_args()
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     torch.set_num_threads(1)
-    config = dict(make_recipe(arguments).model.config or {})
-    flops = {n: training_flops_per_token(config, mean_span([SHORT, n - SHORT])) or 0.0 for n in arguments.lengths}
-    dense = {n: training_flops_per_token(config, n) or 0.0 for n in arguments.lengths}
+    size = estimate_size(make_recipe(arguments).model.config or {})
+    assert size is not None
+    flops = {n: training_flops_per_token(size, span_of_documents([SHORT, n - SHORT])) for n in arguments.lengths}
+    dense = {n: training_flops_per_token(size, lambda *_, span=n: span) for n in arguments.lengths}
     predicted, predicted_dense = saved(flops), saved(dense)
     print(f"FLOPs saved: {predicted:.1%} (causal), {predicted_dense:.1%} (full sequences)", flush=True)
     figures: dict[str, Any] = {"flops_saved": predicted, "whole_row_flops_saved": predicted_dense}

@@ -27,8 +27,9 @@ from turbolm.data.prepare.build import prepare
 from turbolm.launch.calibrate import calibrate
 from turbolm.launch.local import rank_environment
 from turbolm.plan.count import read_model_config
-from turbolm.plan.estimate import estimate, head_dim_of, rates_for
+from turbolm.plan.estimate import estimate, rates_for
 from turbolm.plan.machine import detect_machine
+from turbolm.plan.parameters import head_dim_of
 from turbolm.plan.plan import Plan, build_plan
 from turbolm.plan.profile import ModelProfile
 from turbolm.plan.profiles import profile_request

@@ -11,7 +11,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 from typer import Option
@@ -19,9 +19,6 @@ from typer import Option
 from turbolm import __version__
 from turbolm.errors import EXIT_FAILED, EXIT_OK, EXIT_REQUEUE, UserError, exit_code_of
 from turbolm.shipped import find_recipe, recipes_by_name, shipped
-
-if TYPE_CHECKING:
-    pass
 
 app = typer.Typer(name="turbolm", no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -68,7 +65,7 @@ def prepare(recipe: RecipeFile, overrides: Overrides = None) -> None:
     from turbolm.environment import drop_foreign
     from turbolm.launch.attempt import stoppable
     from turbolm.launch.job import is_of_job, seen_by, told_to_job
-    from turbolm.launch.store import prepare_order, prepare_store
+    from turbolm.launch.store import prepare_order, prepare_profile, prepare_store
     from turbolm.recipe.load import load_recipe
     from turbolm.train.run_contract import as_started, settle_commits
     from turbolm.train.run_directory import run_directory
@@ -79,9 +76,9 @@ def prepare(recipe: RecipeFile, overrides: Overrides = None) -> None:
     run = run_directory(started)
     with told_to_job(recipe), stoppable(run, seen_by(recipe, run)):
         settled = settle_commits(started)
-        folder = prepare_store(settled)
-        store = open_store(folder)
+        store = open_store(prepare_store(settled))
         prepare_order(settled, store)
+        prepare_profile(settled, recipe, store)
     manifest = store.manifest
     for split, total in manifest["totals"].items():
         documents, tokens = format_count(total["documents"]), format_count(total["tokens"])
@@ -91,7 +88,7 @@ def prepare(recipe: RecipeFile, overrides: Overrides = None) -> None:
             print(f"skipped: {format_count(count)} {what} documents")
     for note in store.notes:
         print(f"turbolm: {note}", file=sys.stderr)
-    print(f"token store: {folder}")
+    print(f"token store: {store.folder}")
 
 
 @app.command()

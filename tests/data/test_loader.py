@@ -159,7 +159,6 @@ def test_numbers_of_a_batch(store: TokenStore, order: BatchOrder) -> None:
     assert batch.num_targets == sum(length for _, _, length in slices)
     assert batch.num_documents == len({document for document, _, _ in slices})
     assert batch.padding_fraction == pytest.approx(1 - batch.num_targets / (SEQUENCES_PER_BATCH * SEQ_LEN))
-    assert batch.attention_pairs == sum(length * (length + 1) // 2 for _, _, length in slices)
 
 
 def test_cu_seqlens_have_few_sizes(store: TokenStore, order: BatchOrder) -> None:

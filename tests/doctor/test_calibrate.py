@@ -11,7 +11,16 @@ import pytest
 import torch
 
 from turbolm.doctor.calibrate import CLOCKS, Order, Sample, fit_rates, measure, take_turns
-from turbolm.doctor.pieces import Case, Subject, count_memory_bytes, model_cases, small_config
+from turbolm.doctor.pieces import (
+    Case,
+    Subject,
+    _MemoryBytes,
+    count_memory_bytes,
+    gradient_case,
+    model_cases,
+    small_config,
+    update_case,
+)
 from turbolm.models.profile import profile_model
 from turbolm.plan.work import Shape, micro_batch_amounts
 
@@ -25,6 +34,7 @@ LLAMA = {
     "max_position_embeddings": 64,
 }
 SUBJECT = {"config": LLAMA, "num_layers": 2, "sequences": 2, "seq_len": 16, "attention": "sdpa", "loss": "full"}
+CPU = torch.device("cpu")
 ORDER = {
     "device": "cpu",
     "precision": "fp32",
@@ -85,10 +95,26 @@ class _Doubling(torch.nn.Module):
         return ((rows @ self.weight).view(-1) * 2,)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weight_cases_move_the_bytes_that_they_count(dtype: torch.dtype) -> None:
+    for case in (gradient_case(3, 1024, CPU, dtype), update_case(4, 1024, CPU, dtype)):
+        case.run()  # an optimizer makes its state
+        with _MemoryBytes() as counted:
+            case.run()
+        (expected,) = (value for unit, value in case.amounts.items() if unit.endswith("_bytes"))
+        moved = counted.num_bytes
+        if "AdamW" in case.name:  # it returns nothing: three of its four tensors are written too
+            moved += 3 * 4 * 4096
+        copies = {torch.float32: 2, torch.bfloat16: 3}[dtype] if "AdamW" not in case.name else 1
+        moved -= copies * dtype.itemsize * (3072 if copies > 1 else 4096)  # what `copy_` writes is not read before
+        assert moved == pytest.approx(expected, rel=0.01), case.name
+
+
 def test_a_rank_measures_products_attention_models_and_the_update() -> None:
     found = measure(Order(**{**ORDER, "subjects": (SUBJECT,)}), 0)  # type: ignore[arg-type]
     names = [one["name"] for one in found["samples"]]
-    assert {"32 x 32 x 48", "32 x 48 x 32", "32 x 32 x 64", "attention 2 x 2 x 16 x 16", "AdamW"} <= set(names)
+    assert {"32 x 32 x 48", "32 x 48 x 32", "32 x 32 x 64", "attention 2 x 2 x 16 x 16"} <= set(names)
+    assert {"4 gradients of 1048576", "64 gradients of 4096", "AdamW, 64 x 4096"} <= set(names)
     model = next(one for one in found["samples"] if one["name"].startswith("llama of 2 layers"))
     weights = 2 * (4 * 32 * 32 + 3 * 32 * 48) + 32 * 64
     assert model["amounts"]["matrix_flops"] == 6 * 32 * weights
@@ -119,5 +145,5 @@ def test_two_ranks_measure_together_and_plan_reads_what_they_kept(tmp_path: Path
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     kept = json.loads(next((tmp_path / ".cache/turbolm/rates").glob("*.json")).read_text())
-    assert kept["version"] == 1 and kept["sec_per"]["matrix_flops"] >= 0
+    assert kept["version"] == 2 and kept["sec_per"]["matrix_flops"] >= 0
     assert kept["node"]["bytes_per_sec"] > 0 and kept["measured"]["messages"]

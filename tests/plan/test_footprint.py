@@ -11,9 +11,10 @@ import pytest
 
 from tests.models.record_profiles import requests
 from turbolm.errors import UserError
-from turbolm.plan.flops import training_flops_per_token
+from turbolm.plan.flops import span_of_documents, training_flops_per_token
 from turbolm.plan.footprint import estimate_activations
 from turbolm.plan.machine import described_machine
+from turbolm.plan.parameters import estimate_size
 from turbolm.plan.plan import build_plan
 from turbolm.plan.profile import Cost, Heads, ModelProfile, Peak, chunk_rows, mean_span
 from turbolm.plan.profiles import find_profile
@@ -42,8 +43,10 @@ def test_every_recipe_has_a_profile_that_survives_json(request_: dict, tmp_path:
     assert profile is not None, why
     assert ModelProfile.from_json(profile.to_json()) == profile
     lengths = [100, 4000]
-    by_formula = training_flops_per_token(request_["config"], mean_span(lengths))
-    assert profile.training_flops_per_token(lengths) == pytest.approx(by_formula, rel=1e-9)
+    size = estimate_size(request_["config"])
+    assert size is not None
+    of_profile, by_formula = (training_flops_per_token(one, span_of_documents(lengths)) for one in (profile, size))
+    assert of_profile == pytest.approx(by_formula, rel=1e-9)
 
 
 def test_published_parameters_and_bytes_of_8b() -> None:

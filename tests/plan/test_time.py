@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from turbolm.plan.estimate import cut, estimate, head_dim_of, step_work
+from turbolm.plan.estimate import cut, estimate, step_work
 from turbolm.plan.machine import described_machine
 from turbolm.plan.machine_rates import (
     Link,
@@ -21,6 +21,7 @@ from turbolm.plan.machine_rates import (
     rates_file,
     read_rates,
 )
+from turbolm.plan.parameters import head_dim_of
 from turbolm.plan.plan import Plan, build_plan
 from turbolm.plan.profile import Activations, Cost, Heads, LayerKind, ModelProfile, Peak, Tensor
 from turbolm.plan.time import OVERLAP, Exchange, StepWork, bill, exchange_sec, step_time, time_lines
@@ -141,7 +142,10 @@ def test_the_bill_is_arithmetic() -> None:
     assert (made.gpu_hours, made.price_usd, made.energy_kwh) == (4.0, 10.0, 2.8)
     text = "\n".join(time_lines(made, UNIT_RATES))
     assert "8.0s a step, 1k tokens/s, MFU 25% (calibrated on test, 2026-01-01)" in text
-    assert "1h00m of training" in text and "4 GPU-hours, 10 USD, at most 2.8 kWh" in text
+    assert (
+        "1h00m of training" in text
+        and "4 GPU-hours, 10 USD, at most 2.8 kWh of the GPUs (700 W each by data sheet)" in text
+    )
 
 
 def h100_plan(*overrides: str) -> Plan:
@@ -162,6 +166,19 @@ def test_an_estimate_without_calibration_says_so(tmp_path: Path) -> None:
     work = step_work(plan, small_profile(), head_dim=4, documents=(8192,))
     assert work.micro_batches == 8
     assert work.recomputed["matrix_flops"] == 8192 * 2 * 64
+
+
+def test_what_deepspeed_does_for_each_weight_counts_by_stage() -> None:
+    """Stage 2 in bf16 on 64 GPUs, 8 micro-batches; stage 3 with the update in host memory."""
+    weights, tensors = 16 * 4 * 2 + 2 * 32 + 4, 5
+    found = step_work(h100_plan(), small_profile(), head_dim=4, documents=(8192,)).update
+    assert found["gradient_bytes"] == pytest.approx(weights * (8 * (24 + 18 / 64) + 4 / 64))
+    assert found["optimizer_bytes"] == pytest.approx(weights * 70 / 64)
+    assert found["gradients"] == tensors * 9
+    offloaded = h100_plan("execution.zero_stage=3", "execution.offload_optimizer=true")
+    found = step_work(offloaded, small_profile(), head_dim=4, documents=(8192,)).update
+    assert found["gradient_bytes"] == pytest.approx(weights * (8 * (22 + 16 / 64) + 7 * 4 / 64))
+    assert found["offloaded_bytes"] == pytest.approx(weights * 70 / 64) and "optimizer_bytes" not in found
 
 
 def test_kept_rates_are_read_for_the_same_machine_only(tmp_path: Path) -> None:
@@ -204,6 +221,9 @@ def test_documents_are_cut_as_sequences_are() -> None:
     assert cut((3, 20_000), h100_plan()) == [3, 8192, 8192, 3616]
     assert head_dim_of({"n_embd": 768, "n_head": 12}) == 64
     assert head_dim_of({"hidden_size": 64, "num_attention_heads": 4, "head_dim": 128}) == 128
+    assert head_dim_of({"model_type": "qwen3", "hidden_size": 64, "num_attention_heads": 4}) == 128, "its default"
+    assert head_dim_of({"model_type": "gpt2", "n_embd": 64, "n_head": 4, "head_dim": 8}) == 16, "it has no such setting"
+    assert head_dim_of({}) == 128
 
 
 def test_gradients_hide_behind_the_backward_pass_and_gathered_weights_do_not() -> None:

@@ -22,7 +22,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
-from turbolm.doctor.pieces import Case, model_cases, optimizer_case
+from turbolm.doctor.pieces import Case, model_cases, weight_cases
+from turbolm.engine.device import DTYPES
 from turbolm.models.flash import start_kernels
 from turbolm.plan.work import Unit
 from turbolm.reliability.orphans import end_with_parent
@@ -106,7 +107,7 @@ def measure(order: Order, rank: int) -> dict[str, Any]:
     for attention in {values["attention"] for values in order.subjects}:
         print(start_kernels(attention, device), file=sys.stderr)
     cases = [one for values in order.subjects for one in model_cases(values, device, order.precision)]
-    unique = {case.name: case for case in [*cases, optimizer_case(device)]}
+    unique = {case.name: case for case in [*cases, *weight_cases(device, DTYPES[order.precision])]}
     if order.num_ranks > 1:
         _join(order, rank, device)
     samples = take_turns(list(unique.values()), order.budget_sec, device, CLOCKS[order.clock])

@@ -18,11 +18,15 @@ from turbolm.engine.device import DTYPES
 from turbolm.models.attention import ATTENTION_NAMES, model_inputs
 from turbolm.models.config import make_config
 from turbolm.models.loss import attach_loss
-from turbolm.plan.work import Unit, add, attention_amounts, product_amounts
+from turbolm.plan.parameters import heads_of
+from turbolm.plan.profile import Loss
+from turbolm.plan.weight_bytes import gradient_bytes, update_bytes
+from turbolm.plan.work import Unit, add, attention_amounts, head_amounts, product_amounts
 
-_ELEMENTS = {"cpu": 2**22, "cuda": 2**28}  # that the optimizer case updates
+_ELEMENTS = {"cpu": 2**22, "cuda": 2**28}  # weights of the cases about them
+_SMALL_TENSORS, _SMALL_SIZE = 64, 2**12
+_ZEROED = 4  # bytes of a weight: its sum over micro-batches, which is cleared once a step
 _PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "_grouped_mm"}
-ADAMW_BYTES = 7 * 4  # of a weight: it, its gradient and two moments read, all but the gradient written, in fp32
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class Subject:
     sequences: int
     seq_len: int
     attention: str  # a name in ATTENTION_NAMES: sdpa, varlen
-    loss: str
+    loss: Loss
 
 
 def model_cases(values: Mapping[str, Any], device: torch.device, precision: str) -> Iterator[Case]:
@@ -52,17 +56,23 @@ def model_cases(values: Mapping[str, Any], device: torch.device, precision: str)
     config = small_config(subject)
     model = _build(subject, config, device, dtype)
     tokens = subject.sequences * subject.seq_len
-    heads, head_dim = heads_of(config)
-    shapes = [(one.in_features, one.out_features) for one in model.modules() if isinstance(one, nn.Linear)]
-    for inner, outer in sorted(set(shapes)):
+    text = config.get_text_config()
+    heads, head_dim = heads_of(lambda name: getattr(text, name, None)) or (0, 0)
+    head = model.get_output_embeddings()
+    layers = [one for one in model.modules() if isinstance(one, nn.Linear)]
+    shapes = [(one.in_features, one.out_features) for one in layers if one is not head]
+    for inner, outer in sorted({*shapes, (head.in_features, head.out_features)}):
         yield product_case(tokens, inner, outer, device, dtype)
     if subject.attention == "sdpa":
         yield attention_case(subject.sequences, subject.seq_len, heads, head_dim, device, dtype)
     span = subject.seq_len if subject.attention == "sdpa" else (subject.seq_len // 2 + 1) / 2
     rows = float(heads * tokens * subject.num_layers)
     inputs, targets = _inputs(subject, config, device)
+    is_tied = head.weight is model.get_input_embeddings().weight
     amounts = add(
         *(product_amounts(tokens, inner, outer, dtype.itemsize) for inner, outer in shapes),
+        head_amounts(tokens, tuple(head.weight.shape), dtype.itemsize, subject.loss, device.type, is_tied),
+        {"matrix_flops": 6.0 * tokens * head.weight.numel()},
         attention_amounts(rows, rows * span, 4 * head_dim * rows * span),
         {"memory_bytes": count_memory_bytes(model, inputs), "layers": float(subject.num_layers)},
         {"logits": float(tokens * config.vocab_size)},
@@ -86,13 +96,6 @@ def small_config(subject: Subject) -> PreTrainedConfig:
             setattr(text, key, list(value[: subject.num_layers]))
     text.num_hidden_layers = subject.num_layers
     return config
-
-
-def heads_of(config: PreTrainedConfig) -> tuple[int, int]:
-    """Return the number of query heads and their size."""
-    text = config.get_text_config()
-    heads = int(text.num_attention_heads)
-    return heads, int(getattr(text, "head_dim", None) or text.hidden_size // heads)
 
 
 def _build(subject: Subject, config: PreTrainedConfig, device: torch.device, dtype: torch.dtype) -> Any:
@@ -168,9 +171,59 @@ def attention_case(
     return Case(f"attention {sequences} x {heads} x {seq_len} x {head_dim}", amounts, run)
 
 
-def optimizer_case(device: torch.device) -> Case:
-    """Return an update of torch's fused AdamW."""
-    weight = torch.zeros(_ELEMENTS[device.type], device=device, requires_grad=True)
-    weight.grad = torch.ones_like(weight)
+def weight_cases(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
+    """Yield what DeepSpeed does with gradients and weights, in few large and in many small tensors."""
+    for tensors, size in ((4, _ELEMENTS[device.type] // 4), (_SMALL_TENSORS, _SMALL_SIZE)):
+        yield gradient_case(tensors, size, device, dtype)
+        yield update_case(tensors, size, device, dtype)
+
+
+def gradient_case(tensors: int, size: int, device: torch.device, dtype: torch.dtype) -> Case:
+    """Return what a gradient goes through at ZeRO stage 2 with one process, without DeepSpeed's bookkeeping.
+
+    The operators are those that `turbolm.plan.weight_bytes` names: into a bucket, divided, joined, to fp32 and back,
+    added to the sum over micro-batches.
+    """
+    number, is_wide = tensors * size, dtype == torch.float32
+    gradients = torch.zeros(number, device=device, dtype=dtype).split(size)
+    sums, bucket = torch.zeros(number, device=device), torch.zeros(number, device=device, dtype=dtype)
+
+    def run() -> None:
+        parts = bucket.split(size)
+        for part, gradient in zip(parts, gradients, strict=True):
+            part.copy_(gradient.view(-1))
+        bucket.div_(1.0)
+        joined = torch.cat(parts)
+        wide = joined.float()
+        if not is_wide:
+            joined.copy_(wide)
+        for part, new, total in zip(parts, wide.split(size), sums.split(size), strict=True):
+            total.add_(new)
+            part.copy_(new)
+
+    taken = 8 + 8 + 8 + 12 + 8 if is_wide else gradient_bytes(2, dtype.itemsize, 1, 1) - _ZEROED
+    amounts: Mapping[Unit, float] = {"gradient_bytes": float(number * taken), "gradients": float(tensors)}
+    return Case(f"{tensors} gradients of {size}", amounts, run)
+
+
+def update_case(tensors: int, size: int, device: torch.device, dtype: torch.dtype) -> Case:
+    """Return an update of torch's fused AdamW, with all that ZeRO does before and after it with one process."""
+    number = tensors * size
+    weight = torch.zeros(number, device=device, requires_grad=True)
+    copy, gradient = torch.zeros(number, device=device, dtype=dtype), torch.full((number,), 1e-3, device=device)
     optimizer = torch.optim.AdamW([weight], fused=True)
-    return Case("AdamW", {"optimizer_bytes": float(ADAMW_BYTES * weight.numel())}, optimizer.step)
+
+    def run() -> None:
+        parts = gradient.split(size)
+        if dtype != torch.float32:
+            for part in parts:
+                torch.isfinite(part.amax()).logical_and(torch.isfinite(part.amin())).logical_not()
+        norms = [torch.linalg.vector_norm(part.double()) for part in parts]
+        torch.stack(norms).pow(2).sum()
+        weight.grad = torch.cat(parts) if dtype == torch.float32 else gradient
+        weight.grad.mul_(1.0)
+        optimizer.step()
+        copy.copy_(weight.detach())
+
+    moved = float(number * update_bytes(2, dtype.itemsize, 1))
+    return Case(f"AdamW, {tensors} x {size}", {"optimizer_bytes": moved, "gradients": float(tensors)}, run)

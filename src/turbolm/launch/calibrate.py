@@ -85,6 +85,7 @@ def calibration_lines(rates: Rates) -> Iterator[str]:
     rows: tuple[tuple[Unit, str, str], ...] = (
         ("matrix_flops", "matrix products, large", "GFLOP/s"),
         ("memory_bytes", "memory-bound operators", "GB/s"),
+        ("gradient_bytes", "handling of gradients", "GB/s"),
         ("optimizer_bytes", "update of the weights", "GB/s"),
     )
     for unit, name, word in rows:

@@ -16,7 +16,9 @@ from turbolm.data.prepare.reader import tell_left_out
 from turbolm.data.store.token_store import TokenStore, open_store, read_manifest
 from turbolm.errors import EXIT_REQUEUE, EXIT_SIGNAL, EXIT_STOPPED, UserError
 from turbolm.plan.curriculum import Curriculum, build_curriculum
+from turbolm.plan.machine import detect_machine
 from turbolm.plan.preview import StoreSize
+from turbolm.plan.profiles import profile_of_run
 from turbolm.recipe.schema import Recipe
 from turbolm.reliability.stop import SignalRequests
 from turbolm.train.run_contract import budgets_of
@@ -74,6 +76,21 @@ def prepare_order(recipe: Recipe, store: TokenStore) -> None:
                 order.build(curriculum.num_steps, report, save=True)
         except OSError as error:
             print(stays_in_memory(error), file=sys.stderr)
+
+
+def prepare_profile(recipe: Recipe, recipe_file: str, store: TokenStore) -> None:
+    """Trace the model of a run on GPUs into the cache, unless a profile is there: MFU while training is counted by it.
+
+    The ranks trace nothing; without a profile they count by formula. It takes some 20 s, once for each model, which a
+    run on a CPU, whose MFU is against a measured product, does not spend.
+    """
+    cluster = recipe.cluster
+    if cluster.gpus_per_node is None and (cluster.device == "cpu" or not detect_machine().num_gpus):
+        return
+    if profile_of_run(recipe, recipe_file, store.vocab_size)[0] is not None:
+        return
+    profile, why = profile_of_run(recipe, recipe_file, store.vocab_size, may_trace=True)
+    print("the model is traced, for MFU" if profile else f"the model is not traced: {why}", file=sys.stderr)
 
 
 def run_curriculum(recipe: Recipe) -> Curriculum:

@@ -11,7 +11,7 @@ from turbolm.environment import drop_foreign
 from turbolm.errors import EXIT_OK, UserError
 from turbolm.launch.attempt import attempt_of, stoppable
 from turbolm.launch.local import launch
-from turbolm.launch.store import prepare_order, prepare_store
+from turbolm.launch.store import prepare_order, prepare_profile, prepare_store
 from turbolm.plan.machine import check_machine, detect_machine
 from turbolm.plan.plan import build_plan
 from turbolm.recipe.schema import Recipe
@@ -39,6 +39,7 @@ def train_here(recipe: Recipe, recipe_file: str, overrides: Sequence[str]) -> in
             check_contract(run, plan.recipe, store.fingerprint)
             if attempt is not None:
                 prepare_order(recipe, store)
+                prepare_profile(recipe, recipe_file, store)
         if attempt is None:
             print(f"{run.path} is complete. Results: {run.results}, report: {run.path / 'report.html'}")
             print("Raise train.budget to train on, or give a new run a `name` of its own.")

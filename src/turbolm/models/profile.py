@@ -13,7 +13,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,6 +40,7 @@ from turbolm.plan.profile import (
     LossBytes,
     ModelProfile,
     Peak,
+    SpanKind,
     Tensor,
     TensorKind,
 )
@@ -55,8 +56,7 @@ _GRID = [(tokens, seq_len, rows) for tokens in (2**k for k in range(8, 19)) for 
 _DTYPES = {2: torch.bfloat16, 4: torch.float32}
 _RECOMPUTATIONS = ("none", "selective", "full")
 _MEASURED = ("saved", "head_width", "matrix_flops", "forward_bytes", "backward_bytes")
-Span = Literal["full", "window", "chunk", "none"]
-_SPANS: dict[str, Span] = {
+_SPANS: dict[str, SpanKind] = {
     "sliding_attention": "window",
     "chunked_attention": "chunk",
     "full_attention": "full",
@@ -153,7 +153,7 @@ def _layer_type(config: PreTrainedConfig, layer: nn.Module, number: int) -> str:
     return str(types[number]) if types and number < len(types) else type(layer).__name__
 
 
-def _span(config: PreTrainedConfig, layer: nn.Module, number: int) -> tuple[Span, int | None]:
+def _span(config: PreTrainedConfig, layer: nn.Module, number: int) -> tuple[SpanKind, int | None]:
     """Return what limits the keys of a layer's queries, as its modules and its type say."""
     text = config.get_text_config()
     kind = _SPANS.get(_layer_type(config, layer, number))

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from turbolm.errors import UserError
+from turbolm.plan.parameters import heads_of
 from turbolm.recipe.schema import Model
 
 # Named like noise, but none on a router: phimoe's threshold for masking an expert's logits (it counts in evaluation
@@ -90,8 +91,9 @@ def fix_rope_factors(config: PreTrainedConfig, model: Model, seq_len: int) -> No
 
 def _fix_dynamic(config: PreTrainedConfig, rope: dict[str, Any], seq_len: int) -> None:
     """The formula of Transformers' `dynamic`, once for `seq_len`: a plain base."""
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    dim = int(head_dim * rope.get("partial_rotary_factor", 1.0))
+    heads = heads_of(lambda name: getattr(config, name, None))
+    assert heads is not None, "rotary embeddings are those of heads"
+    dim = int(heads[1] * rope.get("partial_rotary_factor", 1.0))
     positions, factor = config.max_position_embeddings, rope["factor"]
     stretch = factor * max(seq_len, positions) / positions - (factor - 1)
     rope["rope_theta"] *= stretch ** (dim / (dim - 2))

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from turbolm.engine.sharding import whole_shape
-from turbolm.plan.parameters import ModelSize
+from turbolm.plan.parameters import ModelSize, heads_of
 
 _EXPERTS_PER_TOKEN = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts", "moe_top_k")
 
@@ -67,10 +67,8 @@ def _attention_width(config: Any) -> int:
 
 
 def _layer_width(config: Any) -> int:
-    heads, hidden = (getattr(config, name, None) for name in ("num_attention_heads", "hidden_size"))
-    if not isinstance(heads, int) or not isinstance(hidden, int) or not heads:
-        return 0
-    return int(heads * (getattr(config, "head_dim", None) or hidden // heads))
+    found = heads_of(lambda name: getattr(config, name, None))
+    return math.prod(found) if found else 0
 
 
 def _numel(parameter: nn.Parameter) -> int:

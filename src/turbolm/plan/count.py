@@ -99,18 +99,22 @@ def check_model(recipe: Recipe, recipe_file: str | Path, examine: Examiner | Non
         raise UserError("\n".join(f"{recipe_file}: {line}" for line in str(error).splitlines())) from None
 
 
-def read_model_config(recipe: Recipe, recipe_file: str | Path) -> tuple[dict[str, Any] | None, list[str]]:
+def read_model_config(
+    recipe: Recipe, recipe_file: str | Path, vocab_size: int | None = None
+) -> tuple[dict[str, Any] | None, list[str]]:
     """Return the Hugging Face configuration that will be trained, and the assumptions made.
 
+    `vocab_size` is that of the prepared data, where they are there; else a tokenizer to train has as many as it may.
     None when the recipe starts from a folder that is not on this machine. Raises UserError.
     """
     check_revisions(recipe)
     model, train = recipe.model, recipe.tokenizer.train
     config = model.full_config
     if config is not None:
-        vocab_size = config.get("vocab_size", train.vocab_size if train is not None else None)
-        if isinstance(vocab_size, int):
-            return {**config, "vocab_size": padded_vocab_size(model, vocab_size)}, []
+        asked = vocab_size or (train.vocab_size if train is not None else None)
+        rows = config.get("vocab_size", asked)
+        if isinstance(rows, int):
+            return {**config, "vocab_size": padded_vocab_size(model, rows)}, []
         return config, ["model.config names no vocab_size: the model type's default is assumed"]
     folder = use_path(str(model.pretrained), "model.pretrained")
     cached = cached_config(model)

@@ -9,19 +9,19 @@ from typing import Any
 
 from turbolm.plan.deepspeed import ELEMENT_BYTES
 from turbolm.plan.exchange import COPIES, exchanges
-from turbolm.plan.footprint import used_kernel
+from turbolm.plan.flops import span_of_documents, training_flops_per_token
+from turbolm.plan.footprint import used_kernel, used_loss
 from turbolm.plan.machine import Machine
 from turbolm.plan.machine_rates import OFFLOADED_SEC, Rates, assumed_rates, kind_of, read_rates
+from turbolm.plan.parameters import head_dim_of
 from turbolm.plan.plan import Plan
 from turbolm.plan.profile import ModelProfile, Recomputation
 from turbolm.plan.time import Bill, Exchange, StepWork, Window, bill, step_time, time_lines
 from turbolm.plan.traffic import Collective, collectives
+from turbolm.plan.weight_bytes import gradient_bytes, update_bytes
 from turbolm.plan.work import Amounts, Shape, Unit, add, micro_batch_amounts, scale
 from turbolm.recipe.gpus import find_gpu, peak_flops
 
-# Bytes read and written for a weight. Of each process's share at an update: gradient norm 4, clipping 8, AdamW 28, the
-# weight in half precision 6. Of every weight and micro-batch: its gradient, added to what has accumulated in fp32.
-_UPDATE_BYTES, _GRADIENT_BYTES = 46, 10
 COMPILED = 0.4  # of the bytes and of the starts of eager operators, once torch.compile has fused them: assumed
 _RECOMPUTATION: dict[str, Recomputation] = {
     "none": "none",
@@ -96,24 +96,13 @@ def estimate(
         step_time(work, rates),
         global_batch_tokens=plan.batch.global_batch_tokens,
         run_tokens=plan.curriculum.own_tokens + plan.random_restart_tokens,
-        training_flops_per_token=profile.training_flops_per_token(documents),
+        training_flops_per_token=training_flops_per_token(profile, span_of_documents(documents)),
         peak_flops=peak_flops(machine.gpu_name, plan.precision) if on_gpus else None,
         num_gpus=plan.world_size if on_gpus else 0,
         price_per_gpu_hour=cluster.price_per_gpu_hour,
         watts=gpu.watts if gpu else None,
     )
     return Estimate(made, rates)
-
-
-def head_dim_of(config: Mapping[str, Any]) -> int:
-    """Return the size of a head that a Hugging Face configuration names, or a usual one."""
-    if isinstance(config.get("head_dim"), int):
-        return int(config["head_dim"])
-    hidden, heads = (
-        next((config[name] for name in names if isinstance(config.get(name), int)), None)
-        for names in (("hidden_size", "n_embd", "d_model"), ("num_attention_heads", "n_head", "num_heads"))
-    )
-    return hidden // heads if hidden and heads else 128
 
 
 def rates_for(plan: Plan, machine: Machine) -> Rates | None:
@@ -142,6 +131,8 @@ def step_work(plan: Plan, profile: ModelProfile, *, head_dim: int, documents: Se
             documents=tuple(documents),
             recomputation=recomputation,
             recomputed_share=1 / asked if isinstance(asked, int) else 1.0,
+            loss=used_loss(plan, profile),
+            device=plan.device,
             shared_by=batch.sequence_parallel,
         )
         found = micro_batch_amounts(profile, shape)
@@ -155,15 +146,12 @@ def step_work(plan: Plan, profile: ModelProfile, *, head_dim: int, documents: Se
         mode = "full" if isinstance(asked, int) else _RECOMPUTATION[asked]
         again = add(amounts(mode), scale(plain, -1))
     plain, again = (add(one, two) for one, two in zip((plain, again), _copies(plan, profile), strict=True))
-    share = profile.num_parameters / (plan.world_size if execution.zero_stage else 1)
-    updated: Unit = "offloaded_bytes" if execution.offload_optimizer else "optimizer_bytes"
-    accumulated = _GRADIENT_BYTES * profile.num_parameters * batch.gradient_accumulation_steps
     return StepWork(
         device=plan.device,
         micro_batches=batch.gradient_accumulation_steps,
         micro_batch=plain,
         recomputed=again,
-        update=add({updated: _UPDATE_BYTES * share}, {"optimizer_bytes": accumulated}),
+        update=_update(plan, profile),
         exchanges=tuple(_exchange(plan, one) for one in collectives(profile.tensors, plan, profile.heads)),
     )
 
@@ -179,6 +167,18 @@ def _copies(plan: Plan, profile: ModelProfile) -> tuple[Amounts, Amounts]:
         for again in ("none", asked)
     )
     return {"memory_bytes": plain}, {"memory_bytes": all_of_it - plain}
+
+
+def _update(plan: Plan, profile: ModelProfile) -> Amounts:
+    """Return what DeepSpeed does with gradients and weights in a step, beside the passes of the model."""
+    execution, times = plan.recipe.execution, plan.batch.gradient_accumulation_steps
+    stage, size, weights = execution.zero_stage, ELEMENT_BYTES[plan.precision], profile.num_parameters
+    updated: Unit = "offloaded_bytes" if execution.offload_optimizer else "optimizer_bytes"
+    return {
+        "gradient_bytes": weights * gradient_bytes(stage, size, times, plan.world_size),
+        "gradients": float(len(profile.tensors) * (times + 1)),
+        updated: weights * update_bytes(stage, size, plan.world_size),
+    }
 
 
 def _exchange(plan: Plan, one: Collective) -> Exchange:

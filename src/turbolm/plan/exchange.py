@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from turbolm.plan.batch import BatchPlan
-from turbolm.plan.parameters import attention_shape
+from turbolm.plan.parameters import attention_shape, heads_of
 from turbolm.plan.plan import Plan
 from turbolm.plan.profile import Heads, Kernel, ModelProfile, Recomputation
-from turbolm.recipe.sequence_parallel import HEADS, KERNELS, KEY, SHOWN
+from turbolm.recipe.sequence_parallel import KERNELS, KEY, SHOWN
 
 COPIES = 2
 """Of each tensor that is exchanged: parts side by side before, tokens or heads in order after."""
@@ -25,12 +25,10 @@ def read_heads(config: Mapping[str, Any], profile: ModelProfile) -> Heads | None
     if shape is not None:
         found = Heads(*shape)
     else:
-        queries = next((config[name] for name in HEADS if isinstance(config.get(name), int)), 0)
-        hidden, keys = config.get("hidden_size"), config.get("num_key_value_heads")
-        size = config.get("head_dim") or (hidden // queries if isinstance(hidden, int) and queries else 0)
-        if not isinstance(size, int) or not isinstance(keys, int) or not (queries and keys and size):
+        heads, keys = heads_of(config.get), config.get("num_key_value_heads")
+        if heads is None or not isinstance(keys, int) or not keys:
             return None
-        found = Heads(profile.num_layers, queries, keys, size)
+        found = Heads(profile.num_layers, heads[0], keys, heads[1])
     # A layer's FLOPs for a pair of tokens: 2 for each element of a query and its key, 2 for each of a value.
     pair = 4 * found.queries * found.size
     is_so = found.layers == profile.num_layers and all(kind.attention_flops_per_pair == pair for kind in profile.layers)

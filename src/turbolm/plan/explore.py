@@ -10,10 +10,11 @@ from typing import Any
 
 from turbolm.errors import UserError
 from turbolm.plan.count import read_model_config
-from turbolm.plan.estimate import Estimate, estimate, head_dim_of, rates_for
+from turbolm.plan.estimate import Estimate, estimate, rates_for
 from turbolm.plan.exchange import group_sizes
 from turbolm.plan.footprint import estimate_footprint
 from turbolm.plan.machine import described_machine
+from turbolm.plan.parameters import head_dim_of
 from turbolm.plan.plan import Plan, build_plan
 from turbolm.plan.profiles import find_profile
 from turbolm.plan.projection import project, projection_lines, projections

@@ -16,7 +16,7 @@ from turbolm.plan.work import Unit
 from turbolm.recipe.gpus import GPUS, Gpu, find_gpu, peak_flops
 from turbolm.recipe.paths import use_path
 
-VERSION = 1  # of the file
+VERSION = 2  # of the file
 MATRIX_EFFICIENCY = 0.7  # of the data sheet's FLOP/s in large products; 0.6 to 0.8 are usual
 # FlashAttention 2 reaches 35% on an H100 (arXiv 2407.08608, section 1) and 50 to 73% on an A100 (arXiv 2307.08691).
 ATTENTION_EFFICIENCY = {"ampere": 0.55, "later": 0.35}
@@ -133,6 +133,7 @@ def assumed_rates(gpu_name: str | None, precision: str, gpus_per_node: int) -> R
         "attention_flops": 1 / (peak * ATTENTION_EFFICIENCY[age]),
         "memory_bytes": memory,
         "logits": LOGIT_BYTES * memory,
+        "gradient_bytes": memory,
         "optimizer_bytes": memory,
         "offloaded_bytes": OFFLOADED_SEC,
         "layers": LAUNCH_SEC,

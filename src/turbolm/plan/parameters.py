@@ -42,9 +42,12 @@ class _Family:
         """Merge the configuration over the defaults, under the common names."""
         names = ("vocab_size", "hidden_size", self.inner_key, "num_hidden_layers", "num_attention_heads")
         own = {self.aliases.get(name, name): value for name, value in config.items()}
+        if not self.own_head_dim:
+            own.pop("head_dim", None)
         return {**dict(zip(names, self.sizes, strict=True)), **self.defaults, **own}
 
 
+_USUAL_HEAD_DIM = 128
 _ATTENTION_BIAS: dict[str, Any] = {"qkv_bias": "attention_bias", "out_bias": "attention_bias"}
 _LAYER_NORM: dict[str, Any] = {"mlp_bias": True, "gated": False, "norm_bias": True, "own_head_dim": False}
 _GPT2_NAMES = {"n_embd": "hidden_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads"}
@@ -94,7 +97,7 @@ def estimate_size(config: Mapping[str, Any]) -> ModelSize | None:
         return width if (values.get(which) if isinstance(which, str) else which) else 0
 
     vocabulary, hidden = map(size, ("vocab_size", "hidden_size"))
-    layers, heads, kv_heads, head_dim = _attention_shape(family, size)
+    layers, heads, kv_heads, head_dim = _attention_shape(family, values)
     inner = size(family.inner_key, 4 * hidden)
     queries, keys_values = heads * head_dim, 2 * kv_heads * head_dim
     num_wide = 2 if family.gated else 1
@@ -126,14 +129,38 @@ def attention_shape(config: Mapping[str, Any]) -> tuple[int, int, int, int] | No
     Raises ValueError as `estimate_size` does.
     """
     family = _FAMILIES.get(str(config.get("model_type")))
-    return None if family is None else _attention_shape(family, _reader(family.values(config)))
+    return None if family is None else _attention_shape(family, family.values(config))
 
 
-def _attention_shape(family: _Family, size: Callable[..., int]) -> tuple[int, int, int, int]:
-    hidden, layers, heads = map(size, ("hidden_size", "num_hidden_layers", "num_attention_heads"))
-    if not family.own_head_dim:
-        return layers, heads, heads, hidden // heads
-    return layers, heads, size("num_key_value_heads", heads), size("head_dim", hidden // heads)
+def head_dim_of(config: Mapping[str, Any]) -> int:
+    """Return the size of a head that a recipe's configuration names or its type has by default, or a usual one."""
+    family = _FAMILIES.get(str(config.get("model_type")))
+    found = heads_of((family.values(config) if family else config).get)
+    return found[1] if found else _USUAL_HEAD_DIM
+
+
+def heads_of(read: Callable[[str], Any]) -> tuple[int, int] | None:
+    """Return the heads of queries and the size of one; None where the settings, which `read` gets by name, name none.
+
+    Transformers' rule: `head_dim` where it is set, else the width over the heads.
+    """
+    hidden, heads = (
+        next((value for name in names if isinstance(value := read(name), int) and value > 0), None)
+        for names in (("hidden_size", "n_embd", "d_model"), ("num_attention_heads", "n_head", "n_heads"))
+    )
+    own = read("head_dim")
+    if heads is None or (hidden is None and not own):
+        return None
+    return heads, own if isinstance(own, int) and own > 0 else (hidden or 0) // heads
+
+
+def _attention_shape(family: _Family, values: Mapping[str, Any]) -> tuple[int, int, int, int]:
+    size = _reader(values)
+    layers, _, heads = map(size, ("num_hidden_layers", "hidden_size", "num_attention_heads"))
+    size("head_dim", 1)  # raises where it is no size
+    found = heads_of(values.get)
+    assert found is not None
+    return layers, heads, size("num_key_value_heads", heads) if family.own_head_dim else heads, found[1]
 
 
 def _reader(values: Mapping[str, Any]) -> Callable[..., int]:

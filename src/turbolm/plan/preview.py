@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from turbolm.plan.curriculum import Curriculum, Segment
-from turbolm.plan.profile import mean_span
+from turbolm.plan.profile import SpanKind, mean_span
 from turbolm.recipe.schema import Recipe
 
 
@@ -60,7 +60,7 @@ def run_out_notes(uses: Sequence[SourceUse]) -> list[str]:
 
 
 def mean_span_of_run(
-    curriculum: Curriculum, store: StoreSize | None, span_kind: str = "full", limit: int | None = None
+    curriculum: Curriculum, store: StoreSize | None, span_kind: SpanKind = "full", limit: int | None = None
 ) -> float:
     """Return the mean keys per query over the run, from the store's documents or else one document per sequence.
 
@@ -80,7 +80,7 @@ def constant_span(curriculum: Curriculum, store: StoreSize | None) -> float:
 
 
 def _segment_span(
-    segment: Segment, store: StoreSize | None, span_kind: str = "full", limit: int | None = None
+    segment: Segment, store: StoreSize | None, span_kind: SpanKind = "full", limit: int | None = None
 ) -> float:
     if store is None:  # buckets are assumed to hold the same number of tokens
         spans = [mean_span([seq_len], span_kind, limit) for seq_len in segment.seq_lens]

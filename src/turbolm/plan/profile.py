@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -18,6 +19,8 @@ Kernel = Literal["eager", "sdpa", "flash"]
 """How attention is computed. flash: FlashAttention and torch's varlen attention, which save the same tensors. sdpa: the
 CPU's flash kernel of torch with a dense mask. eager: the model's own code, with a matrix of all scores."""
 Loss = Literal["full", "chunked", "liger"]
+SpanKind = Literal["full", "window", "chunk", "none"]
+"""What limits the keys of a query; none: no attention."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,7 @@ class LayerKind:
     name: str  # such as `full_attention`
     count: int
     num_parameters: int  # of one layer
-    span_kind: Literal["full", "window", "chunk", "none"]  # what limits the keys of a query; none: no attention
+    span_kind: SpanKind
     span_limit: int | None  # tokens of the window (with the query itself) or chunk
     matrix_flops_per_token: float  # forward pass of one layer, 2 per weight; active experts only
     attention_flops_per_pair: float  # forward pass of one layer, for one query and one of its keys: 2 x (qk + v width)
@@ -170,19 +173,6 @@ class ModelProfile:
         """Return the FLOPs of matrix products in a forward pass, with the output head; active experts only."""
         return self.outer_flops_per_token + sum(kind.count * kind.matrix_flops_per_token for kind in self.layers)
 
-    def attention_flops_per_token(self, document_lengths: Iterable[int]) -> float:
-        """Return the FLOPs of attention in a forward pass, for documents of these lengths: causal, within limits."""
-        lengths = list(document_lengths)
-        return sum(
-            kind.count * kind.attention_flops_per_pair * mean_span(lengths, kind.span_kind, kind.span_limit)
-            for kind in self.layers
-            if kind.span_kind != "none"
-        )
-
-    def training_flops_per_token(self, document_lengths: Iterable[int]) -> float:
-        """Return the FLOPs of both passes, three times those of the forward pass; recomputation does not count."""
-        return 3 * (self.matrix_flops_per_token + self.attention_flops_per_token(document_lengths))
-
     def around(self, recomputation: Recomputation, kernel: Kernel, element_bytes: int) -> Activations:
         """Return the entry of what stands around the layers. Raises KeyError if it was not traced."""
         return _find(self.outer, recomputation, kernel, element_bytes)
@@ -225,22 +215,23 @@ class ModelProfile:
         return cls.from_dict(json.loads(text))
 
 
-def mean_span(document_lengths: Iterable[int], span_kind: str = "full", limit: int | None = None) -> float:
+def mean_span(document_lengths: Iterable[int], span_kind: SpanKind = "full", limit: int | None = None) -> float:
     """Return the mean number of keys per query, for documents whose tokens attend only to their own past.
 
     The tokens of a document of length l attend to 1, 2, ..., l keys; with a window of w tokens to at most w, and with
     chunks of w tokens to those of their own chunk.
     """
     num_pairs = num_tokens = 0
-    for length in document_lengths:
-        num_tokens += length
+    for length, number in Counter(document_lengths).items():  # a batch has far fewer lengths than documents
+        num_tokens += number * length
         if limit is None or length <= limit:
-            num_pairs += length * (length + 1) // 2
+            pairs = length * (length + 1) // 2
         elif span_kind == "window":
-            num_pairs += limit * (limit + 1) // 2 + (length - limit) * limit
+            pairs = limit * (limit + 1) // 2 + (length - limit) * limit
         else:
             chunks, rest = divmod(length, limit)
-            num_pairs += chunks * (limit * (limit + 1) // 2) + rest * (rest + 1) // 2
+            pairs = chunks * (limit * (limit + 1) // 2) + rest * (rest + 1) // 2
+        num_pairs += number * pairs
     return num_pairs / num_tokens if num_tokens else 0.0
 
 

@@ -14,12 +14,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from turbolm.errors import UserError
 from turbolm.files import write_atomic
-from turbolm.plan.count import answer_file
+from turbolm.plan.count import answer_file, read_model_config
 from turbolm.plan.exchange import read_heads
 from turbolm.plan.profile import ModelProfile
 from turbolm.recipe.contract import canonical_json
 from turbolm.recipe.model_config import is_dropout
+from turbolm.recipe.schema import Recipe
 
 # Of the recipes' models, by `profile_key`; `python -m tests.models.record_profiles` writes it.
 SHIPPED = Path(__file__).with_name("profiles.json")
@@ -64,6 +66,19 @@ def _find_profile(
     with suppress(OSError):  # traced again next time
         write_atomic(path, answer)
     return _parse(answer)
+
+
+def profile_of_run(
+    recipe: Recipe, recipe_file: str, vocab_size: int, *, may_trace: bool = False
+) -> tuple[ModelProfile | None, str]:
+    """Return the profile of the model that a run trains on data of `vocab_size`, or None and why. Never raises."""
+    try:
+        config, _ = read_model_config(recipe, recipe_file, vocab_size)
+        if config is None:
+            return None, "its configuration is not on this machine"
+        return find_profile(config, recipe.model.dropout, recipe.execution.cache_dir, may_trace=may_trace)
+    except (UserError, OSError) as error:
+        return None, str(error)
 
 
 def profile_request(config: Mapping[str, Any], dropout: float) -> dict[str, Any]:

@@ -234,7 +234,7 @@ def collect_summary(
         machine=machine,
         is_described=described is not None,
         size=size,
-        cost=_cost(plan, machine, _flops_per_token(plan, facts, store, fit.profile), store),
+        cost=_cost(plan, machine, _flops_per_token(plan, fit.profile or facts.size, store), store),
         memory=memory,
         profile=fit.profile,
         footprint=fit.footprint,
@@ -301,23 +301,11 @@ def _too_large(plan: Plan, memory: ModelState, gpu_bytes: int, num_parameters: i
     return f"execution.zero_stage: {wanted}; use more GPUs{offload} or a smaller model"
 
 
-def _flops_per_token(
-    plan: Plan, facts: ModelFacts, store: StoreSize | None, profile: ModelProfile | None
-) -> float | None:
-    """Return the training FLOPs of a token: of the profile, which knows windows and experts, or else by formula."""
-    if profile is not None:
-        pairs = sum(
-            kind.count
-            * kind.attention_flops_per_pair
-            * mean_span_of_run(plan.curriculum, store, kind.span_kind, kind.span_limit)
-            for kind in profile.layers
-        )
-        return 3 * (profile.matrix_flops_per_token + pairs)
-    try:
-        span = mean_span_of_run(plan.curriculum, store)
-        return training_flops_per_token(facts.config, span, facts.size) if facts.config is not None else None
-    except ValueError:  # sizes without a formula, such as one per layer
+def _flops_per_token(plan: Plan, model: ModelProfile | ModelSize | None, store: StoreSize | None) -> float | None:
+    """Return the training FLOPs of a token, None without a model."""
+    if model is None:
         return None
+    return training_flops_per_token(model, lambda kind, limit: mean_span_of_run(plan.curriculum, store, kind, limit))
 
 
 def _cost(plan: Plan, machine: Machine, per_token: float | None, store: StoreSize | None) -> Cost:

@@ -140,7 +140,8 @@ class Bill:
     run_sec: float  # training alone, without start, evaluations and checkpoints
     gpu_hours: float | None
     price_usd: float | None
-    energy_kwh: float | None  # of the GPUs at their design power, an upper bound: no host, no cooling
+    watts: int | None  # of each GPU: the data sheet's design power
+    energy_kwh: float | None  # of the GPUs at that power, an upper bound of theirs: no host, no cooling
 
 
 def bill(
@@ -166,6 +167,7 @@ def bill(
         run_sec=run_sec,
         gpu_hours=hours,
         price_usd=hours * price_per_gpu_hour if hours is not None and price_per_gpu_hour is not None else None,
+        watts=watts,
         energy_kwh=hours * watts / 1000 if hours is not None and watts is not None else None,
     )
 
@@ -181,7 +183,7 @@ def time_lines(one: Bill, rates: Rates) -> Iterator[str]:
     if one.price_usd is not None:
         cost.append(f"{one.price_usd:,.0f} USD")
     if one.energy_kwh is not None:
-        cost.append(f"at most {format_count(one.energy_kwh)} kWh of the GPUs")
+        cost.append(f"at most {format_count(one.energy_kwh)} kWh of the GPUs ({one.watts} W each by data sheet)")
     yield ", ".join(cost)
     parts = ", ".join(f"{name} {share:.0%}" for name, share in shares(step) if share >= 0.005)
     hidden = f"; {format_step(step.hidden_communication)} of communication hidden" if step.hidden_communication else ""

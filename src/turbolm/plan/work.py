@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from turbolm.plan.profile import Kernel, LayerKind, ModelProfile, Recomputation, Tensor, mean_span
+from turbolm.plan.profile import Kernel, LayerKind, Loss, ModelProfile, Recomputation, Tensor, chunk_rows, mean_span
 
 Unit = Literal[
     "matrix_flops",  # of matrix products
@@ -18,6 +19,8 @@ Unit = Literal[
     "memory_bytes",  # read and written by all other operators of the layers and around them
     "layers",  # passes of a layer, forward and backward together: operators to start, whatever their size
     "logits",  # tokens x vocabulary: the loss, without its matrix products
+    "gradient_bytes",  # read and written to sum gradients up and prepare their reduction
+    "gradients",  # tensors of them, in every micro-batch and the update: operators to start, whatever their size
     "optimizer_bytes",  # read and written by the update of the weights
     "offloaded_bytes",  # the same, by the host
 ]
@@ -38,6 +41,8 @@ class Shape:
     documents: tuple[int, ...]  # lengths of documents, as a sample: what a kernel without dense masks computes
     recomputation: Recomputation = "none"
     recomputed_share: float = 1.0  # of the layers, where there is recomputation
+    loss: Loss = "full"
+    device: str = "cuda"  # which chooses the chunks of a loss
     shared_by: int = 1  # processes that have a slice of each sequence
 
     @property
@@ -53,6 +58,24 @@ def product_amounts(rows: float, inner: int, outer: int, element_bytes: int, pas
         "matrix_bytes": passes * element_bytes * (rows * (inner + outer) + inner * outer),
         "products": passes,
     }
+
+
+def head_amounts(
+    tokens: int, head: tuple[int, int], element_bytes: int, loss: Loss, device: str, tied: bool
+) -> Amounts:
+    """Return what the products of the head [vocabulary, width] take, and its gradient beside them, without FLOPs.
+
+    A loss in chunks multiplies chunk by chunk and adds each one's gradient of the head to a sum in fp32
+    (`models.loss.chunked_linear_loss`); a tied head's is added to that of the embedding.
+    """
+    rows = chunk_rows(loss, tokens, *head, device)
+    chunks = math.ceil(tokens / rows) if rows else 1
+    one = product_amounts(tokens / chunks, head[1], head[0], element_bytes)
+    moved = 3.0 * element_bytes if tied else 0.0
+    if rows:
+        moved += 4 + 8 + 4 + element_bytes + chunks * (8 + element_bytes)  # cleared, scaled, rounded; added to
+    amounts: Amounts = {"memory_bytes": moved * head[0] * head[1]}
+    return add(scale({unit: one[unit] for unit in ("matrix_bytes", "products")}, chunks), amounts)
 
 
 def attention_amounts(rows: float, pairs: float, flops: float, passes: float = _PASSES) -> Amounts:
@@ -120,6 +143,8 @@ def _matrix_bytes(profile: ModelProfile, tensor: Tensor, shape: Shape) -> Amount
     rows = float(shape.tokens)
     if tensor.kind == "expert":
         rows *= number * (1 - profile.idle_parameters / profile.parameters_by_kind()["expert"])
+    if is_head or tensor.kind == "head":
+        return head_amounts(shape.tokens, (outer, inner), shape.element_bytes, shape.loss, shape.device, is_head)
     one = product_amounts(rows / number, inner, outer, shape.element_bytes)
     return {"matrix_bytes": number * one["matrix_bytes"], "products": number * one["products"]}
 

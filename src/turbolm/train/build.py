@@ -14,7 +14,7 @@ from turbolm.checkpoint.agreement import gather_over
 from turbolm.checkpoint.retention import Retention
 from turbolm.checkpoint.saver import CheckpointSaver
 from turbolm.checkpoint.verify import Hashed, not_hashed
-from turbolm.data.batch.loader import BatchLoader, GlobalBatch
+from turbolm.data.batch.loader import BatchLoader
 from turbolm.data.order.batch_order import recipe_order
 from turbolm.data.store.token_store import TokenStore
 from turbolm.engine.device import DTYPES
@@ -37,10 +37,8 @@ from turbolm.models.parallel_attention import check_shared_sequences, share_atte
 from turbolm.models.positions import check_positions
 from turbolm.models.router import find_routers, freeze_balancing_biases
 from turbolm.models.sequence_parallel import start_sequence_group
-from turbolm.models.size import measure_model
 from turbolm.optim.build import build_optimizer, eight_bit_share
 from turbolm.optim.groups import group_table
-from turbolm.plan.flops import training_flops_per_token
 from turbolm.plan.machine import Machine
 from turbolm.plan.plan import Plan
 from turbolm.recipe.contract import contract_of, fingerprint
@@ -51,6 +49,7 @@ from turbolm.train.compiling import report_compilation
 from turbolm.train.context import Context
 from turbolm.train.gate import UpdateGate
 from turbolm.train.metrics import MetricsLog, measure_peak_flops
+from turbolm.train.model_flops import count_batch_flops
 from turbolm.train.pace import Pace
 from turbolm.train.pinned import pinned_memory
 from turbolm.train.recover import SavedWeights, saved_weights
@@ -70,13 +69,6 @@ def build_session(accelerator: Accelerator, context: Context, hashed: Hashed = n
     saved = saved_weights(context, hashed)
     engine, attention = build_engine(accelerator, plan, context.store, context.run, saved)
     loader = _build_loader(plan, context.store, engine.device)
-    config, size = engine.module.config.to_dict(), measure_model(engine.module)
-
-    def training_flops(batch: GlobalBatch) -> float:
-        """Return the FLOPs of a global batch, with the attention that its documents need."""
-        per_target = training_flops_per_token(config, batch.attention_pairs / batch.num_targets, size)
-        return (per_target or 0.0) * batch.num_targets  # None only without a size
-
     log = MetricsLog(
         path=context.run.metrics,
         attempt=context.attempt,
@@ -99,7 +91,7 @@ def build_session(accelerator: Accelerator, context: Context, hashed: Hashed = n
         saver=_build_saver(context, engine, log),
         log=log,
         gate=UpdateGate(engine, AnomalyWatch(recipe.anomalies)),
-        training_flops=training_flops,
+        training_flops=count_batch_flops(context, engine.module),
         has_saved_weights=saved is not None,
     )
 

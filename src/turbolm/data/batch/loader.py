@@ -58,11 +58,6 @@ class GlobalBatch:
         return float(cost.max(axis=1).sum() / cost.mean(axis=1).sum())
 
     @property
-    def attention_pairs(self) -> int:
-        """Return the number of (query, key) pairs within documents: the sum of l (l + 1) / 2."""
-        return int((self.sequences.length * (self.sequences.length + 1) // 2).sum())
-
-    @property
     def samples_digest(self) -> str:
         """Return the batch's ledger entry: the first 64 bits, in hexadecimal, of the SHA-256 of its slices' columns."""
         slices = np.stack([self.sequences.document, self.sequences.start, self.sequences.length]).astype("<i8")
