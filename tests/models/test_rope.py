@@ -24,7 +24,7 @@ FACTORS = [1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0]
 
 # What the recipe says, what a config.json says for it, and its positions.
 KINDS: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
-    "theta": ({"rope_theta": 5e5}, {"rope_type": "default", "rope_theta": 5e5}, 48),
+    "theta": ({"rope_type": "default", "rope_theta": 5e5}, {"rope_type": "default", "rope_theta": 5e5}, 48),
     "linear": (
         {"rope_type": "linear", "factor": 3},
         {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0},
@@ -126,6 +126,7 @@ def test_layers_of_full_attention_are_extended_where_others_see_a_window(tmp_pat
         ({"rope_type": "linear", "factor": 4, "beta_fast": 8}, "expected no beta_fast with rope_type linear"),
         ({"rope_type": "linear", "factor": 0.5}, "greater than or equal to 1"),
         ({"rope_type": "default"}, "expected rope_theta with rope_type default"),
+        ({"rope_theta": 1e6}, "rope_type"),  # else another base would drop a checkpoint's stretching unsaid
     ],
 )  # fmt: skip
 def test_what_packing_cannot_have_is_refused(rope: dict[str, Any], message: str) -> None:
@@ -135,14 +136,14 @@ def test_what_packing_cannot_have_is_refused(rope: dict[str, Any], message: str)
 
 def test_a_model_that_cannot_take_them_is_refused(llama: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"model\.rope_parameters: gpt2 has no rotary positions"):
-        extended(save_checkpoint("gpt2", tmp_path), {"rope_theta": 1e6}, seq_len=8)
+        extended(save_checkpoint("gpt2", tmp_path), {"rope_type": "default", "rope_theta": 1e6}, seq_len=8)
     short = {"rope_type": "longrope", "factor": 3, "long_factor": [1.0], "original_max_position_embeddings": 16}
     with pytest.raises(UserError, match=r"model\.rope_parameters: .*must have length 8"):
         extended(llama, short)
     with pytest.raises(UserError, match=r"fewer than 48; model\.rope_parameters extends rotary ones"):
         build_config(Model(pretrained=str(llama)), seq_len=48, vocab_size=128, bos_token_id=0, eos_token_id=0)
     with pytest.raises(ValueError, match="of a new model under `config`"):
-        Model(config={"model_type": "llama"}, rope_parameters={"rope_theta": 1e6})
+        Model(config={"model_type": "llama"}, rope_parameters={"rope_type": "default", "rope_theta": 1e6})
 
 
 def test_the_contract_holds_them_and_older_contracts_stay(llama: Path, tmp_path: Path) -> None:
@@ -152,7 +153,7 @@ def test_the_contract_holds_them_and_older_contracts_stay(llama: Path, tmp_path:
         "data: {seq_len: 16}\ntrain: {budget: 1M, global_batch: 1024}\n"
     )
     before = contract_of(load_recipe(file))
-    after = contract_of(load_recipe(file, ["model.rope_parameters.rope_theta=2e6"]))
+    after = contract_of(load_recipe(file, ["model.rope_parameters={rope_type: default, rope_theta: 2e6}"]))
     assert after["model"]["rope_parameters"]["rope_theta"] == 2e6
     assert fingerprint(before) != fingerprint(after)
     del before["model"]["rope_parameters"]

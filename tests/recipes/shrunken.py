@@ -20,7 +20,7 @@ from turbolm.recipe.schema import Recipe
 from turbolm.shipped import recipes_by_name
 from turbolm.units import Span
 
-NUM_STEPS, SEQ_LEN, SEQUENCES, VOCAB = 20, 64, 4, 512
+NUM_STEPS, SEQ_LEN, SEQUENCES, VOCAB = 20, 64, 4, 320
 DROPPED = {
     "cluster": "several machines, and GPUs",
     "train.precision": "not every CPU has bf16",

@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 import yaml
 
+from turbolm.errors import UserError
 from turbolm.plan.count import read_model_config, size_model
 from turbolm.plan.machine import described_machine
 from turbolm.plan.parameters import estimate_size
+from turbolm.plan.plan import build_plan
 from turbolm.plan.recipe_table import read_header, render_readme
 from turbolm.plan.summary import collect_summary
 from turbolm.recipe.json_schema import recipe_json_schema
@@ -169,13 +171,15 @@ def test_the_architecture_is_what_transformers_builds(name: str) -> None:
     assert counts is None or counts.total == PUBLISHED_PARAMETERS[name]
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("llama") or name == "gpt2-124m/pretrain"])
+@pytest.mark.parametrize(
+    "name", [name for name in PUBLISHED_PARAMETERS if "/continue" not in name and "/long" not in name]
+)
 def test_training_accepts_the_configuration(name: str) -> None:
     pytest.importorskip("torch")
     from turbolm.models.build import build_config
 
     recipe = load_recipe(FOLDER / name / "config.yaml")
-    config = build_config(recipe.model, seq_len=recipe.data.seq_len, vocab_size=50257, bos_token_id=1, eos_token_id=2)
+    config = build_config(recipe.model, seq_len=recipe.data.seq_len, vocab_size=49152, bos_token_id=1, eos_token_id=2)
     if name.startswith("llama"):
         rope = config.rope_parameters
         assert (rope["rope_type"], rope["rope_theta"], config.rms_norm_eps) == ("llama3", 500000.0, 1e-5)
@@ -189,6 +193,34 @@ def test_the_largest_needs_stage_3_and_the_second_copy_of_its_weights_is_counted
     assert summary.plan.ds_config["zero_optimization"]["zero_hpz_partition_size"] == 8
     assert summary.memory is not None
     assert summary.memory.weights == pytest.approx(2 * 70_553_706_496 * (1 / 512 + 1 / 8), rel=1e-6)
+
+
+def test_smollm3_has_every_source_of_its_stages_from_their_first_step_on() -> None:
+    """As its three configs list them: 41, 46 and 56 sources, from steps 1, 3450001 and 4198001 on."""
+    recipe = load_recipe(FOLDER / "smollm3-3b/pretrain/config.yaml")
+    machine = described_machine(recipe)
+    assert machine is not None
+    segments = build_plan(recipe, machine).curriculum.segments
+    assert [segment.first_step for segment in segments] == [0, 3_450_000, 4_198_000]
+    counts = [sum(weight > 0 for weight in segment.weights or ()) for segment in segments]
+    assert counts == [41, 46, 56]
+    shares = [dict(zip(recipe.data.sources, segment.weights or (), strict=True)) for segment in segments]
+    for part, published in zip(shares, (0.333 / 1.0, 0.3 / 1.00005, 0.2 / 1.00565), strict=True):
+        (edu,) = (share for source, share in part.items() if source.label == "fineweb-edu")
+        assert edu == pytest.approx(published, rel=1e-9)
+    for name, count in (("long-32k", 56), ("long-64k", 57)):
+        assert len(load_recipe(FOLDER / f"smollm3-3b/{name}/config.yaml").data.sources) == count
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_sequences_longer_than_a_checkpoints_positions_need_other_rotary_positions() -> None:
+    path = FOLDER / "qwen3-1.7b/continue/config.yaml"
+    longer = ["data.seq_len=65536", "execution.micro_batch=65536"]
+    with pytest.raises(UserError, match="positions for 32768 tokens, fewer than 65536; model.rope_parameters extends"):
+        collect_summary(load_recipe(path, longer), str(path), (), lambda *_: {})
+    yarn = "model.rope_parameters={rope_type: yarn, factor: 4, original_max_position_embeddings: 32768}"
+    notes = collect_summary(load_recipe(path, [*longer, yarn]), str(path), (), lambda *_: {}).notes
+    assert "model.rope_parameters: yarn, positions for 131072 tokens (the checkpoint has 32768)" in notes
 
 
 def test_the_table_is_up_to_date() -> None:

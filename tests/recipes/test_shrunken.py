@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.recipes.shrunken import NUM_STEPS, SEQ_LEN, SEQUENCES, shrink_recipe, write_corpus
+from tests.recipes.shrunken import NUM_STEPS, SEQ_LEN, SEQUENCES, VOCAB, shrink_recipe, write_corpus
 from tests.world import run_world
 from turbolm.data.prepare.build import prepare
 from turbolm.plan.machine import Machine
@@ -77,7 +77,7 @@ def test_the_small_copy_trains(name: str, copies: dict[str, Recipe]) -> None:
     assert all(math.isfinite(line["train/loss"]) for line in lines)
     assert min(line["train/loss"] for line in lines[-5:]) < lines[0]["train/loss"]
     exported = json.loads((run_directory(recipe).path / "export" / "config.json").read_text())
-    assert exported["vocab_size"] == 512
+    assert exported["vocab_size"] == VOCAB
     if recipe.model.rope_parameters is not None:
         theta = recipe.model.rope_parameters.rope_theta
         assert (exported["rope_parameters"]["rope_theta"], exported["max_position_embeddings"]) == (theta, SEQ_LEN)
@@ -117,4 +117,4 @@ def test_a_copy_keeps_all_but_what_it_names(tmp_path: Path) -> None:
     }  # fmt: skip
     assert copy.execution.zero_stage == full.execution.zero_stage
     config = copy.model.config
-    assert config is not None and (config["n_layer"], config["vocab_size"], config["n_embd"]) == (2, 512, 64)
+    assert config is not None and (config["n_layer"], config["vocab_size"], config["n_embd"]) == (2, VOCAB, 64)

@@ -69,9 +69,9 @@ def extend_rope(config: PreTrainedConfig, model: Model, seq_len: int) -> None:
     if new is None:
         return
     kinds = config.nested_rope_parameter_keys(own) if own else []
-    if not own or (kinds and not isinstance(own.get("full_attention"), dict)):
+    before = getattr(config, "max_position_embeddings", None)
+    if not own or before is None or (kinds and not isinstance(own.get("full_attention"), dict)):
         raise UserError(f"model.rope_parameters: {config.model_type} has no rotary positions that it could set")
-    before = config.max_position_embeddings
     config.max_position_embeddings = new.positions(before, seq_len)
     if new.original_max_position_embeddings and hasattr(config, "original_max_position_embeddings"):  # Phi-3 reads it
         config.original_max_position_embeddings = new.original_max_position_embeddings

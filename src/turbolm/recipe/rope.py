@@ -36,7 +36,7 @@ class RopeParameters(Section):
     """Rotary positions that replace a checkpoint's, in Transformers' words; its rope_theta stays unless given."""
 
     rope_type: Annotated[RopeType, BeforeValidator(_is_fixed)] = Field(
-        "default", description="default: only another rope_theta; linear, yarn, llama3 or longrope: stretched"
+        description="default: unstretched, with another rope_theta; linear, yarn, llama3 or longrope: stretched"
     )
     rope_theta: PositiveNumber | None = Field(None, description="base of the frequencies; none: the checkpoint's")
     factor: Annotated[Number, Field(ge=1)] | None = Field(None, description="how many times longer the context gets")

@@ -72,8 +72,8 @@ def cut_shards(
                     ahead = number > last_written  # before are gaps, and this process reads only what they lack
                     if documents is None or (known and ahead > documents.ahead):
                         documents = Documents(recipe, source, start, blocks, ahead=ahead)
-                    texts = {split: Texts() for split in SPLITS}
-                    part = Shard(number, expected, texts, min_tokens=settings.min_tokens or 0)
+                    part = Shard(number, expected, {split: Texts() for split in SPLITS})
+                    part.min_tokens = settings.min_tokens or 0
                     _fill(part, documents, seen, recipe.data.validation, _limit(number, shard_text_bytes))
                     found = _find(folder, number, part.record, None) if not known and part.num_documents else None
                     if found:
