@@ -20,7 +20,7 @@ from turbolm.recipe.schema import Recipe
 from turbolm.shipped import recipes_by_name
 from turbolm.units import Span
 
-NUM_STEPS, SEQ_LEN, SEQUENCES, VOCAB = 20, 64, 4, 320
+NUM_STEPS, SEQ_LEN, SEQUENCES, VOCAB = 20, 64, 2, 320
 DROPPED = {
     "cluster": "several machines, and GPUs",
     "train.precision": "not every CPU has bf16",
@@ -33,7 +33,7 @@ DROPPED = {
 _WORDS = "the model reads one long text after another and learns a little of each while its loss falls".split()
 
 
-def write_corpus(folder: Path, num_sources: int = 70) -> None:
+def write_corpus(folder: Path, num_sources: int = 80) -> None:
     """Write a tokenizer, and a file of made-up documents for each source that a recipe may have."""
     rng = random.Random(0)
     texts = [[_text(rng, number) for _ in range(24)] for number in range(num_sources)]
@@ -84,7 +84,7 @@ def shrink_recipe(name: str, folder: Path) -> Recipe:
     for key in (key.partition(".")[2] for key in DROPPED if key.startswith("execution.")):
         del values["execution"][key]
     values["execution"] |= {
-        "micro_batch": 2 * SEQ_LEN,
+        "micro_batch": SEQ_LEN,
         "cache_dir": str(folder / "cache"),
         "runs_dir": str(folder / "runs"),
     }
