@@ -20,8 +20,8 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A home with two recipes of one model, one of another, and a piece."""
-    for name in ("big/pretrain", "big/continue", "small/pretrain", "_base"):
+    """A home with two recipes of one model, one of another, two of a third that nothing pretrains, and a piece."""
+    for name in ("big/pretrain", "big/continue", "small/pretrain", "taken/continue", "taken/long", "_base"):
         (tmp_path / "home/recipes" / name).mkdir(parents=True)
         (tmp_path / "home/recipes" / name / "config.yaml").touch()
     monkeypatch.setenv("TURBOLM_HOME", str(tmp_path / "home"))
@@ -43,6 +43,7 @@ def test_a_checkout_reads_its_own_files_even_beside_stale_copies(
 def test_a_name_stands_for_a_shipped_recipe(home: Path) -> None:
     assert find_recipe("big/continue") == "home/recipes/big/continue/config.yaml"
     assert find_recipe("small") == "home/recipes/small/pretrain/config.yaml"
+    assert find_recipe("big") == "home/recipes/big/pretrain/config.yaml", "of several the one from scratch"
 
 
 def test_a_path_wins(home: Path) -> None:
@@ -59,10 +60,10 @@ def test_a_folder_of_that_name_is_no_recipe(home: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("big", "big names several recipes: big/continue, big/pretrain"),
+        ("taken", "taken names several recipes: taken/continue, taken/long"),
         ("smal", "'smal' is neither a file nor a shipped recipe; did you mean 'small'"),
         ("big/pretain", "did you mean 'big/pretrain'"),
-        ("xyz", r"neither a file nor a shipped recipe \(known: big/continue, big/pretrain, small/pretrain\)"),
+        ("xyz", r"neither a file nor a shipped recipe \(known: big/continue, big/pretrain, small/pretrain, .*\)"),
         ("_base", "neither a file nor a shipped recipe"),
     ],
 )

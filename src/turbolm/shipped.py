@@ -43,12 +43,13 @@ def recipes_by_name() -> dict[str, Path]:
 def find_recipe(name: str) -> str:
     """The path of a recipe file given as a path, or of a shipped recipe given by name; a path wins.
 
-    `llama3.1-8b` is enough of a name where there is one recipe for that model. Raises UserError.
+    `llama3.1-8b` is enough of a name where there is one recipe for that model, or one to pretrain it. Raises UserError.
     """
     if name.endswith((".yaml", ".yml")) or (os.path.exists(name) and not os.path.isdir(name)):
         return name
     known = recipes_by_name()
-    found = [known[name]] if name in known else [path for key, path in known.items() if key.startswith(f"{name}/")]
+    exact = known.get(name) or known.get(f"{name}/pretrain")
+    found = [exact] if exact else [path for key, path in known.items() if key.startswith(f"{name}/")]
     if len(found) == 1:
         here = Path.cwd()
         return str(found[0].relative_to(here) if found[0].is_relative_to(here) else found[0])

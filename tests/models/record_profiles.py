@@ -1,8 +1,12 @@
-"""Trace the recipes' models and write `plan/profiles.json`: python -m tests.models.record_profiles."""
+"""Trace the recipes' models and write `plan/profiles.json`: python -m tests.models.record_profiles.
+
+`--missing` keeps the profiles that are there and traces those of new models alone.
+"""
 
 from __future__ import annotations
 
 import json
+import sys
 from typing import Any
 
 from turbolm.plan.count import read_model_config
@@ -32,7 +36,22 @@ def trace(request: dict[str, Any]) -> dict[str, Any]:
     return profile
 
 
+def check(request: dict[str, Any]) -> None:
+    """Raise where Transformers refuses the configuration: `turbolm plan` does not ask it about a shipped model."""
+    from turbolm.models.count import examine
+
+    answer = examine(request["config"], None)
+    assert not answer.problems, answer.problems
+
+
 if __name__ == "__main__":
-    lines = [f"{json.dumps(key)}: {json.dumps(trace(request))}" for key, request in sorted(requests().items())]
+    kept = json.loads(SHIPPED.read_text(encoding="utf-8")) if sys.argv[1:] == ["--missing"] else {}
+    lines = []
+    for key, request in sorted(requests().items()):
+        if key not in kept:
+            print(f"tracing {request['config']['model_type']}", flush=True)
+            check(request)
+        profile = json.dumps(kept.get(key) or trace(request), separators=(",", ":"))
+        lines.append(f"{json.dumps(key)}: {profile}")
     SHIPPED.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
     print(f"{len(lines)} profiles, {SHIPPED.stat().st_size} bytes")

@@ -44,7 +44,9 @@ def test_every_recipe_has_a_profile_that_survives_json(request_: dict, tmp_path:
     assert ModelProfile.from_json(profile.to_json()) == profile
     lengths = [100, 4000]
     size = estimate_size(request_["config"])
-    assert size is not None
+    if size is None:  # a type without a formula: experts, or layers that see a window
+        assert request_["config"]["model_type"] in ("gemma3_text", "olmo2", "olmoe", "qwen3_moe", "smollm3")
+        return
     of_profile, by_formula = (training_flops_per_token(one, span_of_documents(lengths)) for one in (profile, size))
     assert of_profile == pytest.approx(by_formula, rel=1e-9)
 

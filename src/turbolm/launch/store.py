@@ -12,7 +12,7 @@ from pathlib import Path
 from turbolm.data.order.batch_order import is_order_kept, open_order, stays_in_memory, table_folder
 from turbolm.data.prepare.build import find_store, finished_shards, locked, prepare
 from turbolm.data.prepare.progress import Meter, ProgressLine
-from turbolm.data.prepare.reader import tell_left_out
+from turbolm.data.prepare.reader import SHORT_KEY, tell_left_out
 from turbolm.data.store.token_store import TokenStore, open_store, read_manifest
 from turbolm.errors import EXIT_REQUEUE, EXIT_SIGNAL, EXIT_STOPPED, UserError
 from turbolm.plan.curriculum import Curriculum, build_curriculum
@@ -50,7 +50,8 @@ def store_size(recipe: Recipe) -> StoreSize | None:
     if store is None:
         return None
     sample = store.lengths("train", 0, min(store.num_documents("train"), 20_000))
-    return StoreSize(tuple(store.source_positions()), tuple(sample.tolist()))
+    short = tuple(store.manifest.get(SHORT_KEY, ()))
+    return StoreSize(tuple(store.source_positions()), tuple(sample.tolist()), short)
 
 
 def prepare_order(recipe: Recipe, store: TokenStore) -> None:

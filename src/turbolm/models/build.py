@@ -24,9 +24,10 @@ from turbolm.models.initialise import initialise_weights
 from turbolm.models.pretrained import fill_model, open_folder, refuse_adapter, set_tying, settle_tying
 from turbolm.models.resize import fit_vocabulary
 from turbolm.models.router import BALANCING_BIASES
-from turbolm.models.settings import apply_router_noise, fix_rope_factors, stop_sampling_routers
+from turbolm.models.settings import apply_router_noise, extend_rope, fix_rope_factors, stop_sampling_routers
 from turbolm.plan.count import padded_vocab_size
 from turbolm.recipe.model_config import is_dropout
+from turbolm.recipe.rope import too_few_positions
 from turbolm.recipe.schema import Model
 
 # Layers that carry a state from token to token, or mix positions by convolution, reach over document boundaries.
@@ -53,6 +54,7 @@ def build_config(
                     setattr(config, key, value)
     else:
         config = _config_from_folder(pretrained_folder(model))
+        extend_rope(config, model, seq_len)
     kept = {config.attribute_map.get(key, key) for key in named or ()}
     for key in vars(config):
         if is_dropout(key) and key not in kept:
@@ -66,7 +68,7 @@ def build_config(
         )
     max_positions = getattr(config, "max_position_embeddings", None)
     if max_positions is not None and 0 < max_positions < seq_len:  # xlnet's -1: no limit
-        raise UserError(f"data.seq_len: the model has positions for {max_positions} tokens, fewer than {seq_len}")
+        raise too_few_positions(max_positions, seq_len, pretrained=model.pretrained is not None)
     _refuse_other_attention(config)
     apply_router_noise(config, model)
     fix_rope_factors(config, model, seq_len)

@@ -1,4 +1,4 @@
-"""Apply keys of a recipe's `model` section to a configuration: noise on routers, factors of rotary positions.
+"""Apply keys of a recipe's `model` section to a configuration: noise on routers, rotary positions.
 
 Both are written into the configuration, so the exported model computes what was trained and evaluated.
 """
@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from turbolm.errors import UserError
+from turbolm.models.config import rope_warnings
 from turbolm.plan.parameters import heads_of
 from turbolm.recipe.schema import Model
 
@@ -57,6 +58,33 @@ def stop_sampling_routers(built: PreTrainedModel, model: Model) -> None:
 
 def _stay(module: nn.Module) -> Any:
     return lambda mode=True: module
+
+
+def extend_rope(config: PreTrainedConfig, model: Model, seq_len: int) -> None:
+    """Put `model.rope_parameters` into a checkpoint's configuration, and make room for `seq_len` positions.
+
+    Where kinds of layers have positions of their own (Gemma 3), those of full attention change: windows see no farther
+    than before. Raises UserError for a model without rotary positions, and for what Transformers warns of.
+    """
+    new, own = model.rope_parameters, copy.deepcopy(getattr(config, "rope_parameters", None))
+    if new is None:
+        return
+    kinds = config.nested_rope_parameter_keys(own) if own else []
+    before = getattr(config, "max_position_embeddings", None)
+    if not own or before is None or (kinds and not isinstance(own.get("full_attention"), dict)):
+        raise UserError(f"model.rope_parameters: {config.model_type} has no rotary positions that it could set")
+    config.max_position_embeddings = new.positions(before, seq_len)
+    if new.original_max_position_embeddings and hasattr(config, "original_max_position_embeddings"):  # Phi-3 reads it
+        config.original_max_position_embeddings = new.original_max_position_embeddings
+    config.rope_parameters = own | {"full_attention": new.over(own["full_attention"])} if kinds else new.over(own)
+    with rope_warnings() as texts:
+        try:
+            config.validate_rope()
+        except Exception as error:  # KeyError and ValueError, and TypeError for what it cannot compare
+            texts.append(str(error))
+    if texts:
+        raise UserError(f"model.rope_parameters: {' '.join(texts[0].split())}")
+    print(f"rotary positions: {new.rope_type}, for {config.max_position_embeddings} tokens instead of {before}")
 
 
 def fix_rope_factors(config: PreTrainedConfig, model: Model, seq_len: int) -> None:
@@ -115,7 +143,10 @@ def _follows_length(rope: dict[str, Any]) -> bool:
     kind = rope.get("rope_type")
     if not isinstance(kind, str):
         return False
-    return kind == "longrope" or ("dynamic" in kind and not rope.get("alpha"))  # with an alpha (Hunyuan) it is fixed
+    if kind == "longrope":
+        name = "mscale" if "short_mscale" in rope else "factor"
+        return rope.get(f"short_{name}") != rope.get(f"long_{name}")
+    return "dynamic" in kind and not rope.get("alpha")  # with an alpha (Hunyuan) it is fixed
 
 
 def _configs(

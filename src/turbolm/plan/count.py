@@ -22,6 +22,7 @@ from turbolm.plan.plain_config import is_plain
 from turbolm.recipe.contract import canonical_json
 from turbolm.recipe.model_config import is_dropout, text_part
 from turbolm.recipe.paths import use_path
+from turbolm.recipe.rope import too_few_positions
 from turbolm.recipe.schema import Model, Recipe
 
 MODEL_CONFIG_FILE = "model_config.json"  # beside a recipe: the config.json of a checkpoint on another machine
@@ -75,9 +76,12 @@ def examine_model(recipe: Recipe, recipe_file: str | Path, examine: Examiner | N
     if config is None:
         return facts
     if model.pretrained is not None:
-        return replace(facts, size=size_model(config, recipe.execution.cache_dir))
+        size = _shipped_size(config, model.dropout) or size_model(config, recipe.execution.cache_dir)
+        return replace(facts, size=size, notes=_position_notes(recipe, config))
     if model.config_file is None and is_plain(config):
         return replace(facts, size=_formula(config))
+    if model.config_file is None and (shipped := _shipped_size(config, model.dropout)):
+        return replace(facts, size=shipped)
     _check_model_type(model.config_file, config)
     rows = {"vocab_size": config["vocab_size"]} if "vocab_size" in config else {}
     answer = _ask(model.config_file, {**(model.config or {}), **rows}, recipe.execution.cache_dir, examine)
@@ -129,6 +133,21 @@ def read_model_config(
     return None, [f"{folder} is not on this machine: the size of the model is unknown{hint}"]
 
 
+def _position_notes(recipe: Recipe, config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return what becomes of a checkpoint's positions. Raises UserError if they are fewer than the recipe needs."""
+    rope, seq_len = recipe.model.rope_parameters, recipe.data.seq_len
+    own = config.get("max_position_embeddings", config.get("n_positions"))
+    if type(own) is not int or own <= 0:
+        return ()
+    if rope is not None:
+        there = f"positions for {rope.positions(own, seq_len)} tokens (the checkpoint has {own})"
+        base = f" with rope_theta {rope.rope_theta:g}" if rope.rope_theta else ""
+        return (f"model.rope_parameters: {rope.rope_type}{base}, {there}",)
+    if own < seq_len:
+        raise too_few_positions(own, seq_len, pretrained=True)
+    return ()
+
+
 def padded_vocab_size(model: Model, vocab_size: int) -> int:
     """Return the rows of the embedding and the head: the vocabulary, rounded up to `model.pad_vocab_to_multiple`."""
     multiple = model.pad_vocab_to_multiple
@@ -149,6 +168,25 @@ def size_model(config: Mapping[str, Any], cache_dir: str | Path) -> ModelSize:
             raise UserError("\n".join(answer.problems).replace("model.config_file:", "model.pretrained: config.json:"))
         size = answer.size
     return size
+
+
+def _shipped_size(config: Mapping[str, Any], dropout: float) -> ModelSize | None:
+    """Return the size of a shipped recipe's model, which Transformers built when its profile was recorded."""
+    from turbolm.plan.profiles import shipped_profile  # which imports this module
+
+    found = shipped_profile(config, dropout)
+    if found is None:
+        return None
+    by_kind = found.parameters_by_kind()
+    return ModelSize(
+        total=found.num_parameters,
+        embedding=by_kind["embedding"],
+        head=by_kind["head"],
+        source="counted",
+        idle=found.idle_parameters,
+        attention_width=int(sum(kind.count * kind.attention_flops_per_pair for kind in found.layers)) // 4,
+        matmul=found.num_parameters - found.idle_parameters - (0 if found.is_tied else by_kind["embedding"]),
+    )
 
 
 def _formula(config: Mapping[str, Any]) -> ModelSize | None:

@@ -12,10 +12,14 @@ from turbolm.recipe.schema import Recipe
 
 @dataclass(frozen=True)
 class StoreSize:
-    """The size of a prepared store: training positions by source, and the positions of a sample of its documents."""
+    """The size of a prepared store: training positions by source, and the positions of a sample of its documents.
+
+    `short_documents`: by source, those that `min_tokens` left out; empty if no source has it.
+    """
 
     source_positions: tuple[int, ...]
     sample_lengths: tuple[int, ...]
+    short_documents: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,17 @@ def run_out_notes(uses: Sequence[SourceUse]) -> list[str]:
         f"{use.label}: its {use.available_tokens:,} tokens run out and are repeated, {use.epochs:.2f} epochs in all"
         for use in uses
         if use.epochs is not None and use.epochs > 1 and use.available_tokens is not None
+    ]
+
+
+def min_tokens_notes(recipe: Recipe, store: StoreSize | None) -> list[str]:
+    """Return a line for each source that leaves out short documents, with their number once it is prepared."""
+    short = store.short_documents if store else ()
+    return [
+        f"{source_label(recipe, number)}: {f'{short[number]:,} ' if short else ''}documents of fewer than "
+        f"{source.min_tokens:,} tokens are left out"
+        for number, source in enumerate(recipe.data.sources)
+        if source.min_tokens
     ]
 
 

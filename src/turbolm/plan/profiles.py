@@ -47,10 +47,9 @@ def find_profile(
 def _find_profile(
     config: Mapping[str, Any], dropout: float, cache_dir: str | Path, may_trace: bool
 ) -> tuple[ModelProfile | None, str]:
+    if shipped := shipped_profile(config, dropout):
+        return shipped, ""
     request = profile_request(config, dropout)
-    shipped = _shipped().get(profile_key(request))
-    if shipped is not None:
-        return ModelProfile.from_dict(shipped), ""
     if importlib.util.find_spec("torch") is None or importlib.util.find_spec("transformers") is None:
         return None, "torch and transformers, which trace a model, are not installed here"
     path = answer_file(cache_dir, canonical_json(request), ("torch", "transformers"), _TRACERS, ".profile.json")
@@ -79,6 +78,12 @@ def profile_of_run(
         return find_profile(config, recipe.model.dropout, recipe.execution.cache_dir, may_trace=may_trace)
     except (UserError, OSError) as error:
         return None, str(error)
+
+
+def shipped_profile(config: Mapping[str, Any], dropout: float) -> ModelProfile | None:
+    """Return the profile of a shipped recipe's model, or None."""
+    found = _shipped().get(profile_key(profile_request(config, dropout)))
+    return None if found is None else ModelProfile.from_dict(found)
 
 
 def profile_request(config: Mapping[str, Any], dropout: float) -> dict[str, Any]:

@@ -12,10 +12,21 @@ from turbolm.plan.summary import collect_summary
 from turbolm.recipe.load import load_recipe
 from turbolm.recipe.schema import Recipe
 from turbolm.shipped import recipes_by_name, shipped
-from turbolm.units import format_count
+from turbolm.units import format_bytes, format_count
 
 _TRICK_COLUMNS = ("trick", "family", "changes", "works", "claimed", "source")
-_COLUMNS = ("recipe", "model", "parameters", "cluster", "tokens", "steps", "estimated days", "measured")
+_COLUMNS = (
+    "recipe",
+    "model",
+    "parameters",
+    "cluster",
+    "tokens",
+    "steps",
+    "memory of a GPU",
+    "days",
+    "price (USD)",
+    "measured",
+)
 
 
 def trick_files() -> list[Path]:
@@ -58,7 +69,7 @@ def _row(name: str, path: Path) -> tuple[str, ...]:
     recipe = load_recipe(path)
     facts = examine_model(recipe, path)
     runtime = read_header(path).get("runtime", "")
-    is_measured = "measured" in runtime and "until measured" not in runtime
+    is_measured = "measured" in runtime and not re.search("(until|not) measured", runtime)
     return (
         f"[{name}]({name}/config.yaml)",
         str(facts.config["model_type"]) if facts.config else "",
@@ -66,7 +77,7 @@ def _row(name: str, path: Path) -> tuple[str, ...]:
         _cluster(recipe),
         format_count(recipe.train.budget),
         f"{-(-recipe.train.budget // recipe.train.global_batch):,}",
-        _days(recipe, path),
+        *_planned(recipe, path),
         re.sub(r" *\(.*\)", "", runtime) if is_measured else "not measured",
     )
 
@@ -76,8 +87,15 @@ def _cluster(recipe: Recipe) -> str:
     return f"{cluster.num_nodes} x {cluster.gpus_per_node} {cluster.gpu}" if cluster.gpu else "any"
 
 
-def _days(recipe: Recipe, path: Path) -> str:
+def _planned(recipe: Recipe, path: Path) -> tuple[str, str, str]:
+    """Return memory, days and price as the planner has them; empty where it does not know."""
     if described_machine(recipe) is None:
-        return ""
-    seconds = collect_summary(recipe, str(path), (), lambda *_: {}).cost.estimated_sec
-    return f"{seconds / 86400:.2g}" if seconds is not None else ""
+        return "", "", ""
+    summary = collect_summary(recipe, str(path), (), lambda *_: {})
+    found, gpu_bytes = summary.footprint, summary.gpu_memory_bytes
+    memory = f"{format_bytes(found.total_bytes)} of {format_bytes(gpu_bytes)}" if found and gpu_bytes else ""
+    if summary.estimate is None:
+        return memory, "", ""
+    bill = summary.estimate.bill
+    price = f"{float(f'{bill.price_usd:.2g}'):,.0f}" if bill.price_usd is not None else ""
+    return memory, f"{bill.run_sec / 86400:.2g}", price

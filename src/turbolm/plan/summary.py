@@ -21,7 +21,15 @@ from turbolm.plan.footprint import Footprint
 from turbolm.plan.machine import Machine, cpu_request_note, described_machine, detect_machine, missing_package
 from turbolm.plan.memory import HostMemory, ModelState, estimate_host_memory, estimate_model_state, host_memory_note
 from turbolm.plan.plan import Plan, build_plan
-from turbolm.plan.preview import SourceUse, StoreSize, constant_span, mean_span_of_run, run_out_notes, source_uses
+from turbolm.plan.preview import (
+    SourceUse,
+    StoreSize,
+    constant_span,
+    mean_span_of_run,
+    min_tokens_notes,
+    run_out_notes,
+    source_uses,
+)
 from turbolm.plan.profile import ModelProfile
 from turbolm.plan.rates import step_rates
 from turbolm.plan.spans import check_spans, span_notes
@@ -246,7 +254,7 @@ def collect_summary(
         sources=uses,
         constant_span_tokens=constant_span(plan.curriculum, store),
         accelerate_config=accelerate_config(plan, recipe.cluster.num_nodes),
-        notes=(*notes, *span_notes(recipe, plan.curriculum), *run_out_notes(uses)),
+        notes=(*notes, *span_notes(recipe, plan.curriculum), *min_tokens_notes(recipe, store), *run_out_notes(uses)),
     )
 
 

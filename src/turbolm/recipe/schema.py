@@ -30,6 +30,7 @@ from turbolm.recipe.fields import (
 )
 from turbolm.recipe.model_config import lay_over, read_config_file
 from turbolm.recipe.optimizers import AdamW, AnyOptimizer
+from turbolm.recipe.rope import RopeParameters
 from turbolm.recipe.schedules import AnySchedule, Cosine
 from turbolm.units import Span
 
@@ -74,6 +75,9 @@ class Model(Section):
         description="for rotary positions whose factors depend on the longest sequence of a batch (longrope, dynamic): "
         "short or long fixes them, which packing needs",
     )
+    rope_parameters: Annotated[RopeParameters | None, Before(None)] = Field(
+        None, description="with `pretrained`: rotary positions for a longer context, which replace the checkpoint's"
+    )
     init: Literal["default", "depth_scaled"] = Field(
         "default",
         description="initial weights: as the model type draws them, or with those that write to the residual stream "
@@ -99,6 +103,8 @@ class Model(Section):
             raise ValueError(
                 "expected neither `init` nor `pad_vocab_to_multiple` with `pretrained`: its weights are given"
             )
+        if self.rope_parameters is not None and self.pretrained is None:
+            raise ValueError("expected `rope_parameters` of a new model under `config`")
         return self
 
     @property

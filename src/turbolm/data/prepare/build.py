@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 from turbolm.data.prepare.cut import Dropped, cut_shards
 from turbolm.data.prepare.engines import EngineMismatch, EngineName, choose_engine
 from turbolm.data.prepare.progress import Meter, OnProgress, Progress
-from turbolm.data.prepare.reader import SourceSizes, check_left_out, empty_files, no_documents
+from turbolm.data.prepare.reader import SHORT_KEY, SourceSizes, check_left_out, empty_files, no_documents
 from turbolm.data.prepare.same_content import (
     can_be_compared,
     cannot_record,
@@ -301,6 +301,7 @@ def _build(
         split: {name: sum(shard[split][name] for shard in shards) for name in ("documents", "tokens", "text_bytes")}
         for split in SPLITS
     }
+    short = _short_documents(recipe, shards)
     _check_counts(recipe, totals["train"]["documents"], totals["validation"]["documents"], dropped)
     check_held_out(totals["validation"]["documents"], recipe.data.validation)
     fingerprint = tokenizer_fingerprint(tokenizer)
@@ -327,10 +328,25 @@ def _build(
         "duplicate_documents": dropped.duplicates,
         "text_loss": {name: sum(shard.get(name, 0) for shard in shards) for name in ("sampled_bytes", "lost_bytes")},
         **dropped.bad.record(),
+        **({SHORT_KEY: short} if any(source.min_tokens for source in recipe.data.sources) else {}),
         "totals": totals,
         "shards": [{name: shard[name] for name in _SHARD} for shard in shards],
     }
     write_json(folder / MANIFEST, manifest | {"manifest_sha256": manifest_sha256(manifest)}, durable=True)
+
+
+def _short_documents(recipe: Recipe, shards: list[dict[str, Any]]) -> list[int]:
+    """Return how many documents of each source had fewer than its `min_tokens`. Raises UserError if all of one had."""
+    counts = []
+    for number, source in enumerate(recipe.data.sources):
+        own = [shard for shard in shards if shard["source"] == number]
+        counts.append(sum(shard.get("short", 0) for shard in own))
+        if counts[-1] and not any(shard[split]["documents"] for shard in own for split in SPLITS):
+            raise UserError(
+                f"data.sources[{number}].min_tokens: none of its {counts[-1]} documents has {source.min_tokens} "
+                "tokens; lower it"
+            )
+    return counts
 
 
 def _spelled_out(documents: Counter[str], special_tokens: SpecialTokens) -> str:

@@ -73,6 +73,7 @@ def cut_shards(
                     if documents is None or (known and ahead > documents.ahead):
                         documents = Documents(recipe, source, start, blocks, ahead=ahead)
                     part = Shard(number, expected, {split: Texts() for split in SPLITS})
+                    part.min_tokens = settings.min_tokens or 0
                     _fill(part, documents, seen, recipe.data.validation, _limit(number, shard_text_bytes))
                     found = _find(folder, number, part.record, None) if not known and part.num_documents else None
                     if found:

@@ -20,6 +20,7 @@ OnBad = Literal["refuse", "skip"]  # data.on_bad_document
 _ALL_BAD = 1000  # documents at the start of a source: if all are bad, the recipe is wrong, not the documents
 _NUM_NAMED = 10
 _NUM_KEY, _NAMED_KEY = "bad_documents", "first_bad_documents"  # in records of shards, and in manifests
+SHORT_KEY = "short_documents"  # in manifests: for each source, how many had fewer than its `min_tokens`
 
 
 @dataclass
@@ -147,9 +148,15 @@ def check_left_out(record: Mapping[str, Any], on_bad: OnBad) -> None:
 
 
 def tell_left_out(record: Mapping[str, Any]) -> list[str]:
-    """Yield lines: how many bad documents a store skipped, and the problems of the first ones."""
-    count, first = record.get(_NUM_KEY, 0), record.get(_NAMED_KEY, [])
-    return [f"skipped: {count} bad documents, such as", *(f"  {problem}" for problem in first)] if count else []
+    """Return lines: how many short and bad documents a store skipped, and the problems of the first bad ones."""
+    lines = []
+    for number, count in enumerate(record.get(SHORT_KEY, ())):
+        if count:
+            least = record["sources"][number]["min_tokens"]
+            lines.append(f"skipped: {count} documents of data.sources[{number}] with fewer than {least} tokens")
+    if count := record.get(_NUM_KEY, 0):
+        lines += [f"skipped: {count} bad documents, such as", *(f"  {problem}" for problem in record[_NAMED_KEY])]
+    return lines
 
 
 def _refusal(problem: str) -> UserError:

@@ -55,6 +55,7 @@ class Shard:
     digests: bytearray = field(default_factory=bytearray)  # of each document, if duplicates are skipped
     files: list[TextFile] = field(default_factory=list)  # that hold the texts
     share: float = 0.0  # of all sources' bytes
+    min_tokens: int = 0  # shorter documents are left out
 
     @property
     def num_documents(self) -> int:
@@ -157,15 +158,19 @@ def _write_shard(layout: Layout, shard: Shard) -> dict[str, Any]:
     if layout.engine != "tokenizers":
         for texts in both:
             check_sample(engine, plain, texts)
-    ends = [np.zeros(1, np.int64)]
+    ends, kept = [np.zeros(1, np.int64)], [np.zeros(0, bool)]
     names = ("tokens", "index", "digests") if shard.digests else ("tokens", "index")
     parts = {part: temporary(folder / f"{name}.{part}") for part in names}
     with parts["tokens"].open("wb") as file:
         for ids, lengths in tokenize(engine, chain(*both)):
+            kept.append(lengths >= shard.min_tokens)
+            if not kept[-1].all():
+                ids, lengths = ids[np.repeat(kept[-1], lengths)], lengths[kept[-1]]
             file.write(_with_ends(ids, lengths, layout).tobytes())
             ends.append(np.cumsum(lengths + 2) + ends[-1][-1])
         sync(file)
-    text_bytes = np.concatenate([texts.lengths for texts in both])
+    is_kept = np.concatenate(kept)
+    text_bytes = np.concatenate([texts.lengths for texts in both])[is_kept]
     index = np.stack([np.concatenate(ends)[1:], text_bytes], axis=1).astype("<i8")
     write_bytes(parts["index"], index.tobytes(), durable=True)
     if shard.digests:
@@ -176,12 +181,14 @@ def _write_shard(layout: Layout, shard: Shard) -> dict[str, Any]:
     for part, path in parts.items():
         record[part] = {"file": f"{name}.{part}", **file_record(path)}
         path.rename(folder / f"{name}.{part}")
+    if shard.min_tokens:
+        record["short"] = int(np.count_nonzero(~is_kept))
     first = 0
-    for split, texts in zip(SPLITS, both, strict=True):
-        rows = index[first : first + len(texts)]
+    for split, stays in zip(SPLITS, np.split(is_kept, [len(both[0])]), strict=True):
+        rows = index[first : first + np.count_nonzero(stays)]
         num_tokens = int(rows[-1, 0] - (index[first - 1, 0] if first else 0)) if len(rows) else 0
         record[split] = {"documents": len(rows), "tokens": num_tokens, "text_bytes": int(rows[:, 1].sum())}
-        first += len(texts)
+        first += len(rows)
     write_json(folder / f"{name}.json", record, durable=True)
     return record
 

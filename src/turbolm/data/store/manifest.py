@@ -56,6 +56,7 @@ class _Manifest(_Part):
     text_loss: _TextLoss = _TextLoss(sampled_bytes=0, lost_bytes=0)  # not measured by earlier versions
     bad_documents: _Count = 0  # missing in manifests from before bad documents could be skipped
     first_bad_documents: list[str] = []
+    short_documents: list[_Count] = []  # by source; only where a source has `min_tokens`
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> _Manifest:

@@ -229,7 +229,9 @@ class TokenStore:
             path = self.folder / self.manifest["shards"][shard][part]["file"]
             with path.open("rb") as file:
                 # A plain array over the map: np.memmap takes twice as long to open and ten times as long to slice.
-                mapped = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype)
+                is_empty = not self.manifest["shards"][shard][part]["bytes"]  # all its documents were too short
+                content = b"" if is_empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                mapped = np.frombuffer(content, dtype)
             if len(self._maps) >= _MAX_OPEN_FILES:
                 self._maps = {}
             self._maps[shard, part] = mapped

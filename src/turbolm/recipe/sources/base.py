@@ -8,12 +8,12 @@ import stat
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
 from turbolm.errors import UserError
-from turbolm.recipe.fields import Name, Paths, Section, StagedWeight
+from turbolm.recipe.fields import Before, Name, Paths, Positive, Section, StagedWeight
 from turbolm.recipe.paths import PATH_RULE, use_path
 
 
@@ -43,6 +43,9 @@ class BaseSource(Section):
         None,
         description="share of the tokens, relative to other sources; a mapping such as {0%: 3, 80%: 1} changes it "
         "over the budget; without weights every document is read once per epoch",
+    )
+    min_tokens: Annotated[Positive | None, Before(None)] = Field(
+        None, description="leave out documents of fewer tokens, such as 16k for long ones only"
     )
 
     reads_all_files_at_once: ClassVar[bool] = False  # `read` is called once, without a file
