@@ -59,6 +59,15 @@ def test_curve(this: Schedule, points: dict[int, float]) -> None:
     assert {tokens: ratio(tokens, this) for tokens in points} == pytest.approx(points)
 
 
+def test_a_kind_of_parameter_decays_over_a_time_of_its_own() -> None:
+    this = schedule("wsd", decay="20%", decays={"matrices": "80%", "head": "40 steps"}, min_lr_ratio=0)
+    assert this.own_decays == ("head", "matrices")
+    assert [ratio(tokens, this.of_kind("matrices")) for tokens in (50, 200, 600, 1000)] == [0.5, 1, 0.5, 0]
+    assert [ratio(tokens, this.of_kind("head")) for tokens in (600, 800)] == [1, 0.5]
+    assert this.of_kind("vectors") == this and ratio(900, this) == 0.5
+    assert this.plateau(1000, 10) == (100, 200)
+
+
 def test_the_curve_ends_at_its_floor_even_past_the_budget() -> None:
     assert ratio(2000, schedule("cosine")) == pytest.approx(0.1)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from turbolm.optim.muon import POLAR_EXPRESS
 from turbolm.recipe.optimizers import Optimizer
 
 State = dict[str, Any]
@@ -24,7 +25,13 @@ def adamw(state: State, w: torch.Tensor, g: torch.Tensor, lr: float, o: Any, dec
     """arXiv 1711.05101, algorithm 2."""
     m, v, t = mean(state, "m", g, o.betas[0]), mean(state, "v", g * g, o.betas[1]), state["t"]
     m_hat, v_hat = m / (1 - o.betas[0] ** t), v / (1 - o.betas[1] ** t)
-    w -= lr * (m_hat / (v_hat.sqrt() + o.eps) + decay * w)
+    u = m_hat / (v_hat.sqrt() + o.eps)
+    w -= lr * (u + decay * kept_decay(o, u, w))
+
+
+def kept_decay(o: Any, u: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """What weight decay shrinks: with `cautious_weight_decay` (arXiv 2510.12402, algorithm 1) I(u w >= 0) w, else w."""
+    return torch.where(u.sign() * w.sign() >= 0, w, 0) if getattr(o, "cautious_weight_decay", False) else w
 
 
 def cautious_adamw(state: State, w: torch.Tensor, g: torch.Tensor, lr: float, o: Any, decay: float) -> None:
@@ -32,8 +39,8 @@ def cautious_adamw(state: State, w: torch.Tensor, g: torch.Tensor, lr: float, o:
     m, v, t = mean(state, "m", g, o.betas[0]), mean(state, "v", g * g, o.betas[1]), state["t"]
     u = (m / (1 - o.betas[0] ** t)) / ((v / (1 - o.betas[1] ** t)).sqrt() + o.eps)
     mask = (u * g > 0).to(w.dtype)
-    w *= 1 - lr * decay
-    w -= lr * u * mask * (mask.numel() / (mask.sum() + 1))
+    u = u * mask * (mask.numel() / (mask.sum() + 1))
+    w -= lr * (u + decay * kept_decay(o, u, w))
 
 
 def sgd(state: State, w: torch.Tensor, g: torch.Tensor, lr: float, o: Any, decay: float) -> None:
@@ -70,22 +77,59 @@ def ademamix(state: State, w: torch.Tensor, g: torch.Tensor, lr: float, o: Any, 
     w -= lr * (u + decay * w)
 
 
-def orthogonal(matrix: torch.Tensor, num_steps: int) -> torch.Tensor:
-    """What Newton-Schulz iterations do, on singular values: each goes through the polynomial of the post."""
+def orthogonal(matrix: torch.Tensor, num_steps: int, polar_express: bool = False) -> torch.Tensor:
+    """What the iterations do, on singular values: each goes through the polynomial of the post, or of its iteration."""
     u, s, vh = torch.linalg.svd(matrix.double(), full_matrices=False)
-    s = s / torch.linalg.vector_norm(s)
-    for _ in range(num_steps):
-        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    s = s / torch.linalg.vector_norm(s) / (1.02 if polar_express else 1)
+    for number in range(num_steps):
+        a, b, c = POLAR_EXPRESS[number] if polar_express else (3.4445, -4.7750, 2.0315)
+        s = a * s + b * s**3 + c * s**5
     return (u @ torch.diag(s) @ vh).to(matrix.dtype)
 
 
 def muon(state: State, w: torch.Tensor, g: torch.Tensor, lr: float, o: Any, decay: float) -> None:
     """kellerjordan.github.io/posts/muon, with the scale of arXiv 2502.16982 (equation 4) unless `original`."""
     m = mean(state, "m", g, o.momentum)
-    u = orthogonal(o.momentum * m + (1 - o.momentum) * g if o.nesterov else m, o.ns_steps)
+    u = o.momentum * m + (1 - o.momentum) * g if o.nesterov else m
+    if o.soap is not None:
+        u = soap_before_muon(state, u, g, o.soap)
+    u = orthogonal(u, o.ns_steps, o.orthogonalization == "polar_express")
     rows, columns = w.shape
     scale = math.sqrt(max(1, rows / columns)) if o.adjust_lr == "original" else 0.2 * math.sqrt(max(rows, columns))
-    w -= lr * (scale * u + decay * w)
+    u = scale * u
+    if o.row_beta2 is not None:  # arXiv 2510.05491, algorithm 1
+        v = mean(state, "v", (u / scale).square().mean(1), o.row_beta2)
+        n = u / (v.sqrt() + 1e-8)[:, None]
+        u = n * ((u.norm() if o.adjust_lr == "original" else 0.2 * math.sqrt(rows * columns)) / n.norm())
+    w -= lr * (u + decay * kept_decay(o, u, w))
+
+
+def soap_before_muon(state: State, u: torch.Tensor, g: torch.Tensor, o: Any) -> torch.Tensor:
+    """SOAP-Muon as result 14 of modded-nanogpt's optimization benchmark: the basis follows after it was used."""
+    t, sides = state["t"] - 1, [side for side in (0, 1) if u.shape[side] <= o.max_dim]
+    q, p = state.setdefault("q", {}), state.setdefault("p", {})
+
+    def turn(x: torch.Tensor, back: bool) -> torch.Tensor:
+        for side in sides:
+            one = q[side] if back else q[side].T
+            x = one @ x if side == 0 else x @ one.T
+        return x
+
+    result = u
+    if t > 0:
+        x = turn(u, back=False)
+        result = turn(x / (mean(state, "s", x * x, o.beta2).sqrt() + 1e-8), back=True)
+        result = result * u.norm() / result.norm()
+    for side in sides:
+        outer = g @ g.T if side == 0 else g.T @ g
+        p[side] = o.beta2 * p.get(side, torch.zeros_like(outer)) + (1 - o.beta2) * outer
+        if t == 0:
+            q[side] = torch.linalg.eigh(p[side])[1].flip(1)
+        elif t % o.every == 0:
+            order = torch.diag(q[side].T @ p[side] @ q[side]).argsort(descending=True)
+            state["s"] = state["s"].index_select(side, order)
+            q[side] = torch.linalg.qr(p[side] @ q[side][:, order])[0]
+    return result
 
 
 def adafactor(state: State, w: torch.Tensor, g: torch.Tensor, lr: float, o: Any, decay: float) -> None:
@@ -154,9 +198,11 @@ class Formula:
         decayed: set[str],
         matrices: set[str] = frozenset(),  # type: ignore[assignment]
         slow_warmup_steps: float = 1,
+        lr_scales: dict[str, float] | None = None,
     ):
         self.settings, self.parameters = settings, dict(parameters)
         self.decayed, self.matrices = decayed, matrices
+        self.lr_scales = lr_scales or {}  # by name, on the learning rate of a step
         self.states: dict[str, State] = {
             name: {"t": 0, "slow_warmup_steps": slow_warmup_steps} for name in self.parameters
         }
@@ -178,4 +224,4 @@ class Formula:
                 formula = adamw
             base = self.settings.weight_decay if weight_decay is None else weight_decay
             decay = base if name in self.decayed else 0.0
-            formula(state, parameter, parameter.grad, lr, settings, decay)
+            formula(state, parameter, parameter.grad, lr * self.lr_scales.get(name, 1.0), settings, decay)

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from turbolm.optim.groups import build_param_groups, group_table
-from turbolm.recipe.optimizers import LrMultipliers
+from turbolm.recipe.optimizers import LrMultipliers, Muon
 
 
 @pytest.mark.parametrize(
@@ -66,8 +66,8 @@ MAMBA = {"model_type": "mamba", "hidden_size": 8, "num_hidden_layers": 1, "state
 def test_muon_gets_every_matrix_but_embeddings_and_head(settings: dict[str, object], others: set[str]) -> None:
     values = dict(settings)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(str(values.pop("model_type")), **values))
-    groups = build_param_groups(model, 0.1, LrMultipliers(embeddings=0.5, head=2.0), orthogonal=True)
-    orthogonal = [group for group in groups if group["orthogonal"]]
+    groups = build_param_groups(model, 0.1, LrMultipliers(embeddings=0.5, head=2.0), assembled=("matrices",))
+    orthogonal = [group for group in groups if group["assembled"]]
     assert len(orthogonal) == 1
     shapes = {name: parameter.dim() for name, parameter in model.named_parameters()}
     assert set(orthogonal[0]["tensor_names"]) == {name for name, dims in shapes.items() if dims >= 2} - others
@@ -85,10 +85,23 @@ def test_the_table_shows_who_updates_what() -> None:
     model = AutoModelForCausalLM.from_config(
         AutoConfig.for_model(**{**LLAMA, "tie_word_embeddings": False})  # type: ignore[arg-type]
     )
-    table = group_table("muon", build_param_groups(model, 0.1, LrMultipliers(head=0.5), orthogonal=True))
+    table = group_table("muon", build_param_groups(model, 0.1, LrMultipliers(head=0.5), assembled=("matrices",)))
     assert [line.split() for line in table.splitlines()] == [
         "group updated by lr x decay tensors names".split(),
         "matrices muon 1 0.1 14 model.layers.0.self_attn.q_proj.weight ... model.layers.1.mlp.down_proj.weight".split(),
         "head adamw 0.5 0.1 1 lm_head.weight".split(),
         "embeddings, vectors adamw 1 0 6 model.embed_tokens.weight ... model.norm.weight".split(),
     ]
+
+
+def test_peak_rates_of_muon_are_those_of_the_recipe_whatever_its_lr() -> None:
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(**{**LLAMA, "tie_word_embeddings": False})  # type: ignore[arg-type]
+    )
+    peaks = {"matrices": 1e-2, "vectors": 4e-3}
+    muon = Muon.model_validate({"name": "muon", "lr": 2e-3, "peak_lrs": peaks, "lr_multipliers": {"vectors": 2}})
+    groups = build_param_groups(model, 0.1, muon.lr_scales, assembled=("matrices",))
+    rates = {name: 2e-3 * group["lr_scale"] for group in groups for name in group["tensor_names"]}
+    assert rates["model.layers.0.mlp.up_proj.weight"] == pytest.approx(1e-2)
+    assert rates["model.norm.weight"] == pytest.approx(2 * 4e-3)
+    assert rates["model.embed_tokens.weight"] == rates["lm_head.weight"] == 2e-3

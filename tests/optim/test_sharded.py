@@ -18,24 +18,36 @@ from turbolm.recipe.optimizers import OPTIMIZERS
 STEPS = 4
 RATES = {"sgd": 0.3, "adafactor": 0.1, "lion": 1e-3, "rmsprop": 1e-3}
 WHOLE = [name for name, kind in OPTIMIZERS.items() if kind.zero_stages == (0,)]
+VARIANTS: dict[str, dict[str, object]] = {
+    "peak_lrs": {"name": "muon", "peak_lrs": {"matrices": 9e-3, "head": 1e-3, "vectors": 6e-3}},
+    "normuon": {"name": "muon", "row_beta2": 0.9, "orthogonalization": "polar_express", "cautious_weight_decay": True},
+    "soap_muon": {"name": "muon", "soap": {"every": 2, "max_dim": 47}},  # as with SOAP
+    "cautious_decay": {"name": "adamw", "weight_decay": 3.0, "cautious_weight_decay": True},
+    "ema": {"name": "muon", "ema_nesterov": {"lookahead": 2, "decay": 0.5, "start": "1 steps", "end": "3 steps"}},
+}
+SPLIT = {"name": "wsd", "warmup": "0", "decay": "40%", "decays": {"matrices": "90%", "vectors": "100%"}}
 SHARDED = [name for name in OPTIMIZERS if name not in (*WHOLE, "adamw", "adamw_8bit")]
 
 
 def optimizer_cell(name: str, stage: int, **settings: object) -> Cell:
     """A cell of one optimizer; its rate does not matter as long as it learns."""
     label = "-".join([name, f"zero{stage}", *(str(value) for value in settings.values())])
-    chosen: dict[str, object] = {"name": name, "lr": RATES.get(name, 3e-3)}
+    chosen: dict[str, object] = {"name": name, "lr": RATES.get(name, 3e-3), **VARIANTS.get(name, {})}
     if name == "soap":
         chosen["max_precondition_dim"] = 47  # longer sides have eigenvalues near zero, whose vectors are arbitrary
     return Cell(name=label, zero_stage=stage, micro_batch_bins=2, optimizer=chosen, steps=STEPS, **settings)  # type: ignore[arg-type]
 
 
 def rates_of(cell: Cell) -> list[float]:
+    if cell.schedule.get("name") == "wsd":
+        return [cell.optimizer["lr"]] * STEPS
     return [rate * cell.optimizer["lr"] / 3e-3 for rate in learning_rates()[:STEPS]]
 
 
 def fp32_rtol(cell: Cell) -> float:
     """The sign of a mean near zero is rounding, and so are the eigenvectors of small eigenvalues."""
+    if "soap" in cell.optimizer:
+        return 5e-3
     return {"lion": 1e-3, "cautious_adamw": 1e-3, "soap": 5e-3}.get(cell.optimizer["name"], 1e-4)
 
 
@@ -44,7 +56,7 @@ def check(folder: Path, world_size: int, cells: list[Cell]) -> None:
     store = open_store(prepare(cell_recipe(folder, cells[0])))
     expected: dict[tuple[str, str], np.ndarray] = {}
     for cell in cells:
-        key = (cell.optimizer["name"], cell.model)
+        key = (repr((cell.optimizer, cell.schedule)), cell.model)
         if key not in expected:
             expected[key] = np.array(train_reference(cell_recipe(folder, cell), store, rates_of(cell)))
             assert expected[key][0, 0] - expected[key][-1, 0] > 0.05, f"{key} must learn"
@@ -58,6 +70,9 @@ def test_two_processes(tmp_path: Path) -> None:
     cells += [optimizer_cell("muon", stage) for stage in (1, 2)]
     cells += [optimizer_cell("cautious_adamw", 1), optimizer_cell("muon", 2, offload_optimizer=True)]
     cells += [optimizer_cell("muon", 1, precision="bf16")]
+    cells += [optimizer_cell(name, 3) for name in ("peak_lrs", "normuon", "cautious_decay")]
+    cells += [optimizer_cell("soap_muon", 2), optimizer_cell("ema", 1), optimizer_cell("soap", 1)]
+    cells += [replace(optimizer_cell("muon", 3), name="split", schedule=SPLIT)]
     check(tmp_path, 2, cells)
 
 
@@ -67,9 +82,11 @@ RAMPS = {"weight_decay": {"start": 30, "end": 3}, "momentum": {"start": 0.6, "en
 @pytest.mark.parametrize(
     ("chosen", "other_world_size"),
     [
-        ([("muon", 2), ("ademamix", 3), ("soap", 0)], 1),
+        ([("normuon", 2), ("ademamix", 3), ("soap", 3)], 1),
         pytest.param([("muon", 3), ("cautious_adamw", 1), ("lion", 2), ("adafactor", 0)], 3, marks=pytest.mark.slow),
         pytest.param([("muon", 1), ("sgd", 3), ("rmsprop", 2), ("cautious_adamw", 3)], 1, marks=pytest.mark.slow),
+        pytest.param([("soap", 0), ("soap_muon", 3), ("ema", 1)], 3, marks=pytest.mark.slow),
+        pytest.param([("soap", 2), ("soap_muon", 1), ("ema", 3), ("cautious_decay", 2)], 1, marks=pytest.mark.slow),
         pytest.param([("ademamix", 1), ("lion", 3), ("sgd", 2), ("rmsprop", 1)], 3, marks=pytest.mark.slow),
     ],
 )
@@ -85,8 +102,11 @@ def test_resuming_each_optimizer_amid_schedules(
             whole.optimizer["betas"] = [0.9, 0.99, 0.999]
         folder = str(tmp_path / "saved" / whole.name)
         saving = replace(whole, save_at=[2], save_in=folder)
+        if name == "ema":  # which changes weights before the step, so not before they were copied
+            folder += "-late"
+            saving.save_late_in = folder
         cells += [saving, replace(whole, name=whole.name + "-resumed", load=f"{folder}/step-00000002")]
-    moved = [replace(cells[1], name="moved", zero_stage=3 if cells[1].zero_stage == 2 else 0)]
+    moved = [replace(cells[1], name="moved", zero_stage=3 if cells[1].zero_stage in (0, 2) else 0)]
     trained = run_cells(tmp_path, 2, cells + moved)
     for cell in cells[::2]:
         assert trained[cell.name + "-resumed"] == trained[cell.name][2:], cell.name
@@ -108,6 +128,15 @@ def test_the_rest_of_the_table(tmp_path: Path) -> None:
     cells = [optimizer_cell(name, stage) for name in SHARDED for stage in (0, 1, 2)]
     cells += [optimizer_cell(name, stage, offload_optimizer=True) for name in SHARDED for stage in (1, 2, 3)]
     cells += [optimizer_cell(name, stage, precision="bf16") for name in SHARDED for stage in (1, 2, 3)]
+    check(tmp_path, 2, cells)
+
+
+@pytest.mark.slow
+def test_options_at_every_stage(tmp_path: Path) -> None:
+    cells = [optimizer_cell(name, stage) for name in VARIANTS for stage in (0, 1, 2, 3)]
+    cells += [optimizer_cell(name, stage, offload_optimizer=True) for name in VARIANTS for stage in (2, 3)]
+    cells += [optimizer_cell("normuon", 1, precision="bf16"), optimizer_cell("ema", 1, precision="bf16")]
+    cells += [replace(optimizer_cell("muon", s), name=f"split-{s}", schedule=SPLIT) for s in (0, 1, 2)]
     check(tmp_path, 2, cells)
 
 

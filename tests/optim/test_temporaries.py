@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_leaves
 
 from turbolm.engine.partitions import Fragment
 from turbolm.optim.build import build_optimizer
-from turbolm.optim.muon import _Exchange, orthogonalise
+from turbolm.optim.exchange import Exchange
+from turbolm.optim.muon import orthogonalise
 from turbolm.plan.machine import Machine
 from turbolm.plan.plan import build_plan
 from turbolm.plan.profile import Tensor
@@ -132,10 +133,10 @@ def test_the_temporaries_of_muons_exchange(dtype: torch.dtype) -> None:
         for (name, shape), numel in zip(shapes.items(), numels, strict=True):
             fragments.append(Fragment(name, shape, 0, numel, flat, offset))
             offset += numel
-        exchange = _Exchange([fragments], flat.device)
+        exchange = Exchange([fragments], flat.device)
         with Peak([flat]) as peak:
             update = flat.clone()
-            exchange.transform(update, lambda matrix: orthogonalise(matrix, 5), dtype)
+            exchange.transform([update], lambda _, matrix: orthogonalise(matrix, 5), dtype)
     finally:
         dist.destroy_process_group()
     tensors = [Tensor(name, shape, "matrix") for name, shape in shapes.items()]

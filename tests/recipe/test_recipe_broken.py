@@ -28,7 +28,7 @@ SECTIONS = (
 )
 *_MOST, _LAST = map(repr, GPUS)
 _GPU_NAMES = f"{', '.join(_MOST)} or {_LAST}"
-OPTIMIZER = "name, lr, weight_decay, lr_multipliers, betas, eps"
+OPTIMIZER = "name, lr, weight_decay, lr_multipliers, ema_nesterov, betas, eps, cautious_weight_decay"
 
 
 def problems(folder: Path, text: str, *overrides: str) -> list[str]:
@@ -111,11 +111,6 @@ ADDED = {
     "execution: {zero_stage: 0, offload_optimizer: true}": (
         "a.yaml:11: execution.zero_stage: must be 1, 2 or 3 with execution.offload_optimizer, got 0"
     ),
-    "optimizer: {name: soap}\nexecution: {zero_stage: 1}": (
-        "a.yaml:12: execution.zero_stage: must be 0 with optimizer.name soap, got 1: it works on whole matrices, and "
-        "ZeRO 1 to 3 leave each process a flat part of the parameters; set zero_stage: 0 with train.precision: fp32, "
-        "or optimizer.name: muon, which works at every stage"
-    ),
     "optimizer: {name: adafactor}\nexecution: {zero_stage: 3}": (
         "a.yaml:12: execution.zero_stage: must be 0 with optimizer.name adafactor, got 3: it works on whole matrices, "
         "and ZeRO 1 to 3 leave each process a flat part of the parameters; set zero_stage: 0 with train.precision: "
@@ -125,12 +120,24 @@ ADDED = {
         "a.yaml:12: execution.adam_kernel: deepspeed is a kernel of optimizer.name adamw, got lion; set adam_kernel: "
         "auto"
     ),
+    "optimizer: {cautious_weight_decay: true}\nexecution: {adam_kernel: deepspeed}": (
+        "a.yaml:12: execution.adam_kernel: deepspeed decays every element, which optimizer.cautious_weight_decay does "
+        "not; set adam_kernel: auto"
+    ),
+    "optimizer: {name: muon, orthogonalization: polar_express, ns_steps: 6}": (
+        "a.yaml:11: optimizer: expected ns_steps of at most 5 with orthogonalization polar_express, which has 5 "
+        "polynomials"
+    ),
+    "optimizer: {name: lion, cautious_weight_decay: true}": (
+        "a.yaml:11: optimizer.cautious_weight_decay: not a setting of lion, but of adamw, cautious_adamw, muon (known: "
+        "name, lr, weight_decay, lr_multipliers, ema_nesterov, betas)"
+    ),
     "optimizer: {momentum: 0.9}": (
         f"a.yaml:11: optimizer.momentum: not a setting of adamw, but of sgd, rmsprop, muon (known: {OPTIMIZER})"
     ),
     "optimizer: {name: sgd, betas: [0.9, 0.95]}": (
         "a.yaml:11: optimizer.betas: not a setting of sgd, but of adamw, adamw_8bit, cautious_adamw, ademamix, lion, "
-        "muon, soap (known: name, lr, weight_decay, lr_multipliers, momentum, nesterov)"
+        "muon, soap (known: name, lr, weight_decay, lr_multipliers, ema_nesterov, momentum, nesterov)"
     ),
     "optimizer: {name: muon, momentum: 1}": "a.yaml:11: optimizer.momentum: must be less than 1, got 1",
     "optimizer: {name: moun}": (

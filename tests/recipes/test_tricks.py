@@ -28,6 +28,10 @@ REFUSED = {"fp16": "fp16 needs a GPU", "zeropp": "need CUDA", "fp8": "needs a GP
 # What it changes of the quickstart's contract: the first of the keys is enough. Nothing where it is missing.
 LEARNED = {
     **dict.fromkeys("muon lion ademamix soap adafactor cautious_adamw adamw_8bit speedrun".split(), "optimizer.name"),
+    **dict.fromkeys("normuon polar_express soap_muon".split(), "optimizer.name"),
+    "cautious_weight_decay": "optimizer.cautious_weight_decay",
+    "ema_nesterov": "optimizer.ema_nesterov",
+    "split_cooldown": "schedule.decays.matrices",
     "wsd": "schedule.decay",
     "wsd_sqrt": "schedule.decay_shape",
     **dict.fromkeys("cosine linear_to_zero inverse_sqrt restarts".split(), "schedule.name"),

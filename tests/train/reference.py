@@ -54,8 +54,9 @@ def train_reference(
     parts = [(recipe, store, lrs), *([then] if then else [])]
     orders = [recipe_order(its_recipe, its, build_curriculum(its_recipe), save=False) for its_recipe, its, _ in parts]
     steps = [(part, step, lr) for part, (_, _, its_lrs) in enumerate(parts) for step, lr in enumerate(its_lrs)]
-    trained = []
+    trained, ahead, scales = [], EmaNesterov(recipe, model), dict(optimizer.lr_scales)
     for part, step, lr in steps:
+        ahead.move(step, lr)
         store, batch = parts[part][1], orders[part].batch(step if batches is None else batches[step])
         loss, router_loss = _losses(model, store, batch, coefficient is not None)
         model.zero_grad()
@@ -65,7 +66,10 @@ def train_reference(
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.train.max_grad_norm or float("inf"))
         if recipe.train.max_grad_value is not None:
             torch.nn.utils.clip_grad_value_(model.parameters(), recipe.train.max_grad_value)
+        kinds = {name: kind_of(name, parameter) for name, parameter in model.named_parameters()}
+        optimizer.lr_scales = {n: scales.get(n, 1.0) * own_decay(recipe, kind, step) for n, kind in kinds.items()}
         optimizer.step(lr, **scheduled(recipe, step))
+        ahead.follow()
         after_step()
         trained.append([loss.item(), norm.item(), *of_routers])
     return trained
@@ -91,6 +95,40 @@ def _losses(model: Any, store: TokenStore, batch: Sequences, has_routers: bool) 
     return loss / num_targets, router_loss / num_targets
 
 
+class EmaNesterov:
+    """arXiv 2605.25395, algorithm 1: theta' = A(theta + beta m), m' = decay m + (1 - decay) (theta' - theta)."""
+
+    def __init__(self, recipe: Recipe, model: torch.nn.Module):
+        self.settings, self.peak = recipe.optimizer.ema_nesterov, recipe.optimizer.lr
+        self.weights = list(model.parameters())
+        self.means = [torch.zeros_like(weight) for weight in self.weights]
+
+    @torch.no_grad()
+    def move(self, step: int, lr: float) -> None:
+        self.before = [weight.clone() for weight in self.weights]
+        settings = self.settings
+        if settings is not None and settings.start.amount <= step + 0.5 < settings.end.amount:  # in steps
+            for weight, mean in zip(self.weights, self.means, strict=True):
+                weight += settings.lookahead * lr / self.peak * mean
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        decay = 0 if self.settings is None else self.settings.decay
+        for weight, before, mean in zip(self.weights, self.before, self.means, strict=True):
+            mean.copy_(decay * mean + (1 - decay) * (weight - before))
+
+
+def own_decay(recipe: Recipe, kind: str, step: int) -> float:
+    """The learning rate of a kind with a linear decay of its own, as a share of the others', which are at the peak."""
+    span = getattr(getattr(recipe.schedule, "decays", None), kind, None)
+    if span is None:
+        return 1.0
+    num_steps = recipe.train.budget / recipe.train.global_batch
+    left = (num_steps - step - 0.5) / (span.amount * num_steps)  # a share of the budget
+    floor = recipe.schedule.min_lr_ratio
+    return min(1.0, floor + (1 - floor) * left)
+
+
 def scheduled(recipe: Recipe, step: int) -> dict[str, float]:
     """Weight decay and momentum of a step where they go linearly over the whole budget, by hand."""
     progress = (step + 0.5) * recipe.train.global_batch / recipe.train.budget
@@ -107,6 +145,23 @@ def reference_optimizer(recipe: Recipe, model: torch.nn.Module) -> Formula:
     decayed = {n for n, p in model.named_parameters() if p.dim() >= 2 and not any(part in n for part in undecayed)}
     matrices = {name for name in decayed if "lm_head" not in name and "conv1d" not in name}
     steps = recipe.train.budget / recipe.train.global_batch
+    peaks = getattr(recipe.optimizer, "peak_lrs", None)
+    kinds = {name: kind_of(name, parameter) for name, parameter in model.named_parameters()}
+    own = {name: peaks and getattr(peaks, kind) for name, kind in kinds.items()}
     return Formula(
-        recipe.optimizer, model.named_parameters(), decayed=decayed, matrices=matrices, slow_warmup_steps=steps
+        recipe.optimizer,
+        model.named_parameters(),
+        decayed=decayed,
+        matrices=matrices,
+        slow_warmup_steps=steps,
+        lr_scales={name: peak / recipe.optimizer.lr for name, peak in own.items() if peak},
     )
+
+
+def kind_of(name: str, parameter: torch.Tensor) -> str:
+    """The kind of a parameter of the tested models, by its name."""
+    if any(part in name for part in ("emb", "wte", "wpe")):
+        return "embeddings"
+    if parameter.dim() < 2 or "A_log" in name:
+        return "vectors"
+    return "head" if "lm_head" in name else "matrices"

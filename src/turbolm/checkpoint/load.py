@@ -16,6 +16,7 @@ from turbolm.checkpoint.host_rng import set_host_rng_state
 from turbolm.checkpoint.index import CheckpointIndex, Part, Wanted
 from turbolm.checkpoint.manifest import BUFFERS, TRAINER_STATE
 from turbolm.checkpoint.optimizer_state import (
+    PARAMETER,
     check_same_states,
     layouts,
     parameter_state,
@@ -161,8 +162,10 @@ def _own_part(checkpoint: Path, wanted: Wanted, agree: Agree) -> Part:
 
 def _wanted(engine: Engine) -> Wanted:
     """What this rank's optimizer holds."""
-    fragments = engine.fragments()
-    return Wanted({one.name: (one.start, one.numel) for one in fragments}, layouts(engine))
+    wanted = {one.name: (one.start, one.numel) for one in engine.fragments()}
+    shapes = engine.parameter_shapes()
+    owned = {name: (0, math.prod(shapes[name])) for name in getattr(engine.optimizer, "owned", {})}
+    return Wanted(wanted | owned, layouts(engine))
 
 
 def _check_fits(reader: CheckpointReader, engine: Engine) -> None:
@@ -191,8 +194,9 @@ def _load_own_part(reader: CheckpointReader, engine: Engine) -> None:
     """This rank's fragments and what goes with them."""
     optimizer, bound_to, seen = engine.optimizer, layouts(engine), set()
     for fragment in engine.fragments():
-        is_first = id(fragment.flat) not in seen
-        _load_fragment(reader, fragment, optimizer, bound_to[fragment.name] if is_first else None)
+        layout = bound_to[fragment.name]
+        is_read = layout == PARAMETER or id(fragment.flat) not in seen
+        _load_fragment(reader, fragment, optimizer, layout if is_read else None)
         seen.add(id(fragment.flat))
     counted = reader.part.counted
     set_group_numbers(optimizer, reader.groups, {"step": counted["step"]} if "step" in counted else {})
@@ -232,6 +236,7 @@ def _load_fragment(
     ours = parameter_state(optimizer, fragment)
     saved, scalars = reader.states_of.get(name, set()), reader.scalars.get(name, {})
     if not saved and not scalars and name not in reader.part.with_whole:
+        getattr(optimizer, "owned", {}).get(name, {}).clear()
         optimizer.state.pop(fragment.flat, None)  # it had none: never updated, or an optimizer without state
         return
     in_groups = {key: value for numbers in reader.groups for key, value in numbers.items()}
@@ -245,10 +250,18 @@ def _load_fragment(
             "with; resume with these"
         )
     ours_whole = ours.whole if layout is not None else {}
+    if name in getattr(optimizer, "elsewhere", ()):  # the matrix's owner has the rest of its state
+        saved = saved.intersection(ours.sharded)
     check_same_states(name, saved | bound, {*ours.sharded, *ours_whole})
+    owned = getattr(optimizer, "owned", {}).get(name) is not None
     for state, tensor in {**ours.sharded, **ours_whole}.items():
         # A tensor in another memory order is saved whole, and the same state may have another order here.
-        values = read(state) if state in saved else reader.read_bound(state, name, str(layout))
+        if state not in saved:
+            values = reader.read_bound(state, name, str(layout))
+        elif owned and state not in ours.sharded:  # saved at stage 0, where it is cut like the parameter
+            values = reader.read(state, name, 0, math.prod(fragment.shape))
+        else:
+            values = read(state)
         tensor.copy_(_of_its_kind(reader, f"{state} of {name}", values, tensor).reshape(tensor.shape))
     set_scalars(optimizer, fragment, {key: value for key, value in scalars.items() if key in ours.scalars})
 

@@ -2,7 +2,8 @@
 
 A state tensor of the parameter's shape (a moment) is cut like the parameter and fits every layout. Any other tensor (a
 factor, a preconditioner, the scales of 8-bit moments) is saved whole, for the layout it was made in: at stage 0 that
-is the parameter itself, else this rank's flat partition, and then only the same stage and world size can read it.
+is the parameter itself, else this rank's flat partition, and then only the same stage and world size can read it. What
+an optimizer keeps on the owner of a whole matrix (`optim.exchange`) belongs to the parameter at every stage.
 """
 
 from __future__ import annotations
@@ -22,8 +23,11 @@ from turbolm.errors import UserError
 
 # What recipe and schedule set in a parameter group at every start; all other numbers there are the optimizer's own.
 _HYPERPARAMETERS = {"lr", "initial_lr", "lr_scale", "weight_decay", "eps", "momentum"}
-_HYPERPARAMETERS |= {"base_weight_decay", "orthogonal", "ns_steps"}
+_HYPERPARAMETERS |= {"base_weight_decay", "orthogonal", "assembled", "cautious_decay", "ns_steps", "row_beta2"}
+_HYPERPARAMETERS |= {"soap_beta2", "soap_every", "soap_max_dim"}
 _HYPERPARAMETERS |= {"fused", "foreach", "capturable", "differentiable", "maximize", "amsgrad", "nesterov"}
+
+PARAMETER = "parameter"  # the layout of what belongs to a parameter, however it is cut
 
 
 @dataclass
@@ -50,6 +54,8 @@ def parameter_state(optimizer: torch.optim.Optimizer, fragment: Fragment) -> Par
             state.sharded[path] = fragment.view(value)
         else:
             state.whole[path] = value.detach()
+    owned = getattr(optimizer, "owned", {}).get(fragment.name, {})
+    state.whole |= {path: value.detach() for path, value in _leaves(owned) if torch.is_tensor(value)}
     return state
 
 
@@ -71,13 +77,15 @@ def layouts(engine: Engine) -> dict[str, str]:
     """The layout that each own fragment's whole states are bound to: only an equal text can read them."""
     fragments = engine.fragments()
     if engine.zero_stage == 0:
-        return {fragment.name: "parameter" for fragment in fragments}
+        return {fragment.name: PARAMETER for fragment in fragments}
+    owned = getattr(engine.optimizer, "owned", {})
     of_flat: dict[int, list[Any]] = {}
     for fragment in fragments:
         of_flat.setdefault(id(fragment.flat), []).append([fragment.name, fragment.start, fragment.numel])
     rank = f"rank {dist.get_rank()} of {dist.get_world_size()}"
     digests = {key: hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16] for key, value in of_flat.items()}
-    return {fragment.name: f"{rank}, {digests[id(fragment.flat)]}" for fragment in fragments}
+    of_rank = {fragment.name: f"{rank}, {digests[id(fragment.flat)]}" for fragment in fragments}
+    return of_rank | dict.fromkeys(owned, PARAMETER)
 
 
 def group_numbers(optimizer: torch.optim.Optimizer) -> list[dict[str, float]]:

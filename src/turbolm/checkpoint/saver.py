@@ -55,7 +55,7 @@ class CheckpointSaver:
         self._copied.set()
         self._thread: threading.Thread | None = None
         self._is_prepared = False
-        self.engine.optimizer.register_step_pre_hook(lambda *_: self.wait_for_copy())
+        self.engine.before_changes(lambda: self.wait_for_copy())
 
     def prepare(self) -> None:
         """After a step, when the optimizer has its state: prepare the memory for copies in the background, once.

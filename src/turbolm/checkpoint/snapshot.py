@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from turbolm.checkpoint.host_rng import host_rng_state
 from turbolm.checkpoint.index import pack_fragments
-from turbolm.checkpoint.optimizer_state import group_numbers, layouts, parameter_state
+from turbolm.checkpoint.optimizer_state import PARAMETER, group_numbers, layouts, parameter_state
 from turbolm.engine.engine import Engine
 
 _ALIGNMENT_BYTES = 64
@@ -64,7 +64,8 @@ def take_snapshot(engine: Engine, step: int, trainer_state: Mapping[str, Any]) -
         tensors |= {f"{name}/{fragment.name}": tensor for name, tensor in state.sharded.items()}
         fragments[fragment.name] = (fragment.start, fragment.numel)
         scalars[fragment.name], states[fragment.name] = state.scalars, sorted(state.sharded)
-        if state.whole and id(fragment.flat) not in seen:  # once for all fragments of a partition
+        is_of_parameter = bound_to[fragment.name] == PARAMETER
+        if state.whole and (is_of_parameter or id(fragment.flat) not in seen):  # else once for all of a partition
             tensors |= {f"whole/{name}/{fragment.name}": tensor for name, tensor in state.whole.items()}
             whole[fragment.name] = {"layout": bound_to[fragment.name], "states": sorted(state.whole)}
         seen.add(id(fragment.flat))

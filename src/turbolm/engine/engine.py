@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -10,6 +12,7 @@ from transformers import PreTrainedModel
 
 from turbolm.engine import partitions, state
 from turbolm.engine.hooks import Gate, install_gate
+from turbolm.engine.lookahead import Lookahead
 from turbolm.engine.partitions import Fragment
 from turbolm.engine.sharding import whole_shape
 from turbolm.plan.rates import Rates
@@ -39,6 +42,8 @@ class Engine:
         self.optimizer: torch.optim.Optimizer = self._zero.optimizer if self.zero_stage else self._zero
         self._gate: Gate | None = None
         self.balance: Balance | None = None
+        self._lookahead: Lookahead | None = None
+        self._before_changes: list[Callable[[], None]] = []
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
         return self.deepspeed_engine(*arguments, **keywords)
@@ -62,6 +67,15 @@ class Engine:
         if self.zero_stage > 0:
             install_gate(self._zero, gate, scales_loss=self.deepspeed_engine.fp16_enabled())
 
+    def before_changes(self, action: Callable[[], None]) -> None:
+        """Call `action` from now on before weights or the optimizer's state change."""
+        self._before_changes.append(action)
+        self.optimizer.register_step_pre_hook(lambda *_: action())
+
+    def look_ahead(self, decay: float) -> None:
+        """Take gradients ahead of the weights from now on (EMA-Nesterov), where the rates say so."""
+        self._lookahead = Lookahead(decay)
+
     def backward_and_step(self, loss: torch.Tensor, *, is_boundary: bool) -> torch.Tensor | float | None:
         """Run the backward pass of one micro-batch, and at the boundary clip and update. Returns the unclipped norm.
 
@@ -74,15 +88,21 @@ class Engine:
         if not is_boundary:
             return None
         norm: Any = None
+        is_refused = False
         if self.zero_stage == 0:
             gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
             norm = nn.utils.get_total_norm(gradients)
-            if self._gate and self._gate.is_open and self._gate.refuses(norm):
+            is_refused = bool(self._gate and self._gate.is_open and self._gate.refuses(norm))
+            if is_refused:
                 engine.zero_grad()
                 engine.set_gradient_accumulation_boundary(is_boundary=False)  # only counts the micro-batch
         engine.step()
         if self.zero_stage in (1, 2) and self._zero.overflow:
             self._forget_offloaded_gradients()
+        if self._lookahead and not self._lookahead.finish(
+            self.optimizer, self._stepped(), is_updated=not (is_refused or self.dropped_update)
+        ):
+            self.publish_weights()
         return engine.get_global_grad_norm() if norm is None else norm
 
     @property
@@ -99,23 +119,34 @@ class Engine:
                 for group in sums:
                     sums[group] = None
 
-    def set_learning_rate(self, lr: float) -> None:
-        """Write the learning rate of this step into every parameter group, times the group's own `lr_scale`."""
+    def set_learning_rate(self, lr: float, of_kinds: Mapping[str, float] = MappingProxyType({})) -> None:
+        """Write the learning rate of this step into every parameter group, times the group's own `lr_scale`.
+
+        `of_kinds` has that of groups whose `lr_kind` it names.
+        """
         for group in self.optimizer.param_groups:
-            scaled = lr * group.get("lr_scale", 1.0)
+            scaled = of_kinds.get(group.get("lr_kind", ""), lr) * group.get("lr_scale", 1.0)
             if torch.is_tensor(group["lr"]):  # torchao's optimizer, which compiles its update
                 group["lr"].fill_(scaled)
             else:
                 group["lr"] = scaled
 
     def set_rates(self, rates: Rates) -> None:
-        """Write this step's settings into every parameter group."""
-        self.set_learning_rate(rates.lr)
+        """Write this step's settings into every parameter group, and look ahead. Collective with EMA-Nesterov."""
+        self.set_learning_rate(rates.lr, rates.lr_of_kinds)
         if rates.weight_decay_factor is not None:
             for group in self.optimizer.param_groups:
                 group["weight_decay"] = rates.weight_decay_factor * group["base_weight_decay"]
         if rates.momentum is not None:
             self._set_momentum(rates.momentum)
+        if self._lookahead and rates.lookahead is not None:
+            for action in self._before_changes:
+                action()
+            if self._lookahead.begin(self.optimizer, self._stepped(), rates.lookahead):
+                self.publish_weights()
+
+    def _stepped(self) -> list[torch.Tensor]:
+        return sum(partitions.flats_of_groups(self.zero_stage, self._zero), [])
 
     def _set_momentum(self, momentum: float) -> None:
         """Set the momentum; a group without one uses the first of its `betas`."""
@@ -167,6 +198,8 @@ class Engine:
         collective.
         """
         state.materialise_state(self.optimizer, partitions.flats_of_groups(self.zero_stage, self._zero))
+        if self._lookahead:
+            self._lookahead.materialise(self.optimizer, self._stepped())
 
     def loss_scaler_state(self) -> dict[str, float]:
         """Return the state of the loss scaler (fp16); empty if none is in use."""

@@ -14,8 +14,10 @@ from turbolm.recipe.schema import Recipe
 def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     """Return the recipe's optimizer over the model's parameter groups (`turbolm.optim.groups`)."""
     settings = recipe.optimizer
-    multipliers, orthogonal = settings.lr_multipliers, settings.is_orthogonal
-    groups = build_param_groups(model, settings.weight_decay, multipliers, orthogonal=orthogonal)
+    kinds = {"assembled": settings.assembled, "own_decays": recipe.schedule.own_decays}
+    groups = build_param_groups(model, settings.weight_decay, settings.lr_scales, **kinds)
+    for group in groups if getattr(settings, "cautious_weight_decay", False) else ():
+        group["cautious_decay"] = True
     optimizer = settings.build(groups, recipe)
     if settings.package == "pytorch_optimizer":
         count_steps_in_state(optimizer)

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from turbolm.engine.partitions import Fragment
+from turbolm.optim.decay import decay_
 
 
 class CautiousAdamW(torch.optim.Optimizer):
@@ -48,8 +49,9 @@ class CautiousAdamW(torch.optim.Optimizer):
         root = (square / (1 - beta2 ** state["step"])).sqrt_().add_(group["eps"])
         kept = (mean * gradient > 0).to(parameter.dtype)
         self._make_up(kept, parameter, group)
-        parameter.mul_(1 - group["lr"] * group["weight_decay"])
-        parameter.addcdiv_(mean * kept, root, value=-group["lr"] / (1 - beta1 ** state["step"]))
+        update = mean * kept
+        decay_(parameter, update, group)
+        parameter.addcdiv_(update, root, value=-group["lr"] / (1 - beta1 ** state["step"]))
 
     def _make_up(self, kept: torch.Tensor, parameter: torch.Tensor, group: dict[str, Any]) -> None:
         """Multiply the mask of each tensor by elements / (elements kept + 1)."""

@@ -1,8 +1,8 @@
-"""Group parameters by weight decay, learning-rate multiplier and whether Muon treats them as matrices."""
+"""Group parameters by weight decay, learning rate and whether the optimizer assembles whole matrices of them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from torch import nn
@@ -20,20 +20,24 @@ def build_param_groups(
     weight_decay: float,
     lr_multipliers: LrMultipliers = LrMultipliers(),  # noqa: B008 (frozen)
     *,
-    orthogonal: bool = False,
+    assembled: Collection[str] = (),
+    own_decays: Collection[str] = (),
 ) -> list[dict[str, Any]]:
     """Group the parameters with equal settings: weight decay on matrices and the head, none on norms, biases and
     embeddings (a tied head is an embedding); the learning rate is scaled by the multiplier of the parameter's kind.
 
-    With `orthogonal`, the hidden matrices, which Muon orthogonalizes, are a separate group.
+    Parameters of the kinds in `assembled` with two or more dimensions, of which the optimizer needs whole matrices, are
+    groups of their own, and so are those of the kinds in `own_decays`, whose learning rate decays over a time of its
+    own.
 
     Each group is a dict with `params` in the model's order, `weight_decay`, `base_weight_decay` (which schedules
-    scale), `lr_scale`, `name`, `tensor_names` and, for Muon's own group, `orthogonal`.
+    scale), `lr_scale`, `lr_kind` (the kind in `own_decays`, or nothing), `name`, `tensor_names` and `assembled`.
     """
-    groups: dict[tuple[bool, bool, float], dict[str, Any]] = {}
+    groups: dict[tuple[bool, bool, float, str], dict[str, Any]] = {}
     for name, parameter, kind in parameter_kinds(model):
-        decays, is_orthogonal = kind in _DECAYED, orthogonal and kind == "matrices"
-        lr_scale = getattr(lr_multipliers, "matrices" if kind == "convolutions" else kind)
+        decays, is_assembled = kind in _DECAYED, kind in assembled and _num_dims(parameter) > 1
+        of_lr = "matrices" if kind == "convolutions" else kind
+        lr_scale, lr_kind = getattr(lr_multipliers, of_lr), of_lr if of_lr in own_decays else ""
         decay = weight_decay if decays else 0.0
         new = {
             "params": [],
@@ -42,9 +46,10 @@ def build_param_groups(
             "weight_decay": decay,
             "base_weight_decay": decay,
             "lr_scale": lr_scale,
-            "orthogonal": is_orthogonal,
+            "lr_kind": lr_kind,
+            "assembled": is_assembled,
         }
-        group = groups.setdefault((not is_orthogonal, not decays, lr_scale), new)
+        group = groups.setdefault((not is_assembled, not decays, lr_scale, lr_kind), new)
         group["params"].append(parameter)
         group["tensor_names"].append(name)
         group["kinds"].add(kind)
@@ -79,7 +84,7 @@ def group_table(optimizer_name: str, groups: list[dict[str, Any]]) -> str:
     """Return one line per group: what updates it, learning rate, decay, number of tensors, first and last tensor."""
     lines = [f"{'group':<36} {'updated by':<14} {'lr x':>6} {'decay':>6} {'tensors':>7}  names"]
     for group in groups:
-        by = "adamw" if optimizer_name == "muon" and not group["orthogonal"] else optimizer_name
+        by = "adamw" if optimizer_name == "muon" and not group["assembled"] else optimizer_name
         names = group["tensor_names"]
         shown = names[0] if len(names) == 1 else f"{names[0]} ... {names[-1]}"
         lines.append(

@@ -9,61 +9,55 @@ gradient, as without ZeRO.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
-from turbolm.engine.partitions import Fragment
-from turbolm.plan.layout import matrix_owners
+from turbolm.optim.decay import AdamW, decay_
+from turbolm.optim.eigenbasis import precondition
+from turbolm.optim.exchange import Assembling
 
-_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # from the post: steepest at zero, singular values end in about [0.7, 1.2]
+Coefficients = tuple[tuple[float, float, float], ...]
+
+# From the post: steepest at zero, singular values end in about [0.7, 1.2]. One polynomial for every iteration.
+_NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),)
+# arXiv 2505.16932: the best polynomial for each of 5 iterations, with a safety factor of 1.02, as modded-nanogpt and
+# nanochat use them.
+POLAR_EXPRESS = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+_SAFETY = 1.02
+_ROW_EPS = 1e-8
 
 
-class Muon(torch.optim.AdamW):
-    """Muon for the groups marked `orthogonal`, AdamW for the others."""
-
-    param_groups: list[dict[str, Any]]
+class Muon(AdamW, Assembling):
+    """Muon for the groups marked `assembled`, AdamW for the others."""
 
     def __init__(self, groups: list[dict[str, Any]], *, ns_dtype: torch.dtype, **adamw: Any):
-        """Orthogonal groups have `momentum`, `nesterov`, `ns_steps` and `adjust_lr` in addition to AdamW's settings."""
+        """Assembled groups have `momentum`, `nesterov`, `ns_steps`, `adjust_lr` and the options of the recipe in
+        addition to AdamW's settings."""
         super().__init__(groups, **adamw)
         self.ns_dtype = ns_dtype
-        self.exchanges: dict[int, _Exchange] = {}  # by the flat partition; none where parameters are whole
+        self.start_whole()
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         """Run one step. Collective if parameters are partitioned: all ranks step them in the same order."""
         groups = self.param_groups
-        self.param_groups = [group for group in groups if not group["orthogonal"]]
+        self.param_groups = [group for group in groups if not group["assembled"]]
         loss = super().step(closure)
         self.param_groups = groups
         for group in groups:
-            if group["orthogonal"]:
+            if group["assembled"]:
                 for parameter in group["params"]:
                     if parameter.grad is not None:
                         self._step_matrices(parameter, group)
         return loss
-
-    def distribute(self, flats: Sequence[torch.Tensor], fragments: Sequence[Fragment], device: torch.device) -> None:
-        """Record which parts of the matrices are in this rank's partitions. Collective; call it once.
-
-        Call it after ZeRO made the partitions. `flats` holds them in the order in which all ranks step them,
-        `fragments` this rank's part of each parameter. `device` is where matrices are orthogonalized: the GPU, even if
-        the partitions are on the host.
-        """
-        no_tensor = torch.empty(0)  # other ranks need only the position of a fragment
-        here = [[replace(one, flat=no_tensor) for one in fragments if one.flat is flat] for flat in flats]
-        everywhere: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everywhere, here)
-        names = {name for group in self.param_groups if group["orthogonal"] for name in group["tensor_names"]}
-        for index, flat in enumerate(flats):
-            by_rank = [theirs[index] for theirs in everywhere]
-            if any(fragment.name in names for theirs in by_rank for fragment in theirs):
-                self.exchanges[id(flat)] = _Exchange(by_rank, device)
 
     def _step_matrices(self, parameter: torch.Tensor, group: dict[str, Any]) -> None:
         state, gradient = self.state[parameter], parameter.grad
@@ -72,33 +66,63 @@ class Muon(torch.optim.AdamW):
             state["momentum_buffer"] = torch.zeros_like(parameter)
         momentum = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
         update = gradient.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum.clone()
+        matrices, dtype, step = [update], self.ns_dtype, 0
+        if group.get("soap_every"):
+            matrices, dtype, step = [update, gradient], torch.float32, state.get("step", 0)
+            state["step"] = step + 1
 
-        def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
-            scale = update_scale(matrix.shape, group["adjust_lr"])
-            return orthogonalise(matrix, group["ns_steps"]) * scale
+        def transform(own: dict[str, Any], matrix: torch.Tensor, *whole_gradient: torch.Tensor) -> torch.Tensor:
+            for whole in whole_gradient:
+                matrix = precondition(own, matrix, whole, step, group)
+            return self._orthogonal(own, matrix.to(self.ns_dtype), group)
 
         exchange = self.exchanges.get(id(parameter))
         if exchange is None:
-            update = orthogonal(update.to(self.ns_dtype))
+            update = transform(state, *(matrix.to(dtype) for matrix in matrices))
         else:
-            exchange.transform(update, orthogonal, self.ns_dtype)
-        parameter.mul_(1 - group["lr"] * group["weight_decay"])
-        parameter.add_(update.to(parameter.dtype), alpha=-group["lr"])
+            exchange.transform(matrices, lambda name, *whole: transform(self.owned[name], *whole), dtype)
+        update = update.to(parameter.dtype)
+        decay_(parameter, update, group)
+        parameter.add_(update, alpha=-group["lr"])
+
+    def _orthogonal(self, own: dict[str, Any], matrix: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
+        is_polar = group.get("orthogonalization") == "polar_express"
+        update = orthogonalise(matrix, group["ns_steps"], POLAR_EXPRESS if is_polar else _NEWTON_SCHULZ)
+        update = update * update_scale(matrix.shape, group["adjust_lr"])
+        beta2 = group.get("row_beta2")
+        return update if beta2 is None else normalise_rows(own, update, beta2, group["adjust_lr"])
 
 
-def orthogonalise(matrix: torch.Tensor, ns_steps: int) -> torch.Tensor:
-    """Approximate the orthogonal factor U V^T of U S V^T by Newton-Schulz iterations in the dtype of `matrix`.
+def orthogonalise(matrix: torch.Tensor, ns_steps: int, coefficients: Coefficients = _NEWTON_SCHULZ) -> torch.Tensor:
+    """Approximate the orthogonal factor U V^T of U S V^T by polynomial iterations in the dtype of `matrix`.
 
-    A tensor with more than two dimensions is a batch of matrices, as for experts.
+    `coefficients` are those of each iteration, the last for all that follow. A tensor with more than two dimensions is
+    a batch of matrices, as for experts.
     """
-    a, b, c = _COEFFICIENTS
     is_tall = matrix.size(-2) > matrix.size(-1)
     x = matrix.mT if is_tall else matrix
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
-    for _ in range(ns_steps):
+    safety = 1.0 if coefficients is _NEWTON_SCHULZ else _SAFETY
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) * safety).clamp(min=1e-7)
+    for number in range(ns_steps):
+        a, b, c = coefficients[min(number, len(coefficients) - 1)]
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
     return x.mT if is_tall else x
+
+
+def normalise_rows(own: dict[str, Any], update: torch.Tensor, beta2: float, adjust_lr: str) -> torch.Tensor:
+    """Divide each row by the root of its running mean square, which `own` keeps (NorMuon, arXiv 2510.05491).
+
+    The result has a root mean square of 0.2, as in algorithm 1 there, or with `original` the norm that `update` has.
+    """
+    square = update.float().square().mean(-1)
+    mean = own.setdefault("row_square", torch.zeros_like(square)).lerp_(square, 1 - beta2)
+    result = update.float() / mean.sqrt().add_(_ROW_EPS).unsqueeze(-1)
+    rows, columns = update.shape[-2:]
+    wanted = 0.2 * math.sqrt(rows * columns)
+    if adjust_lr == "original":
+        wanted = update.float().norm(dim=(-2, -1), keepdim=True)
+    return (result * (wanted / result.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-30))).to(update.dtype)
 
 
 def update_scale(shape: Sequence[int], adjust_lr: str) -> float:
@@ -107,60 +131,3 @@ def update_scale(shape: Sequence[int], adjust_lr: str) -> float:
     if adjust_lr == "original":
         return math.sqrt(max(1.0, rows / columns))
     return 0.2 * math.sqrt(max(rows, columns))  # arXiv 2502.16982, section 2.2: the size of AdamW's updates
-
-
-class _Exchange:
-    """Assembles the matrices of one set of partitions, each on one rank, and sends the parts back.
-
-    Where the load allows, a matrix goes to the rank that already holds most of it. At stages 1 and 2, which cut one
-    flat tensor of all parameters, only the few matrices that straddle two partitions are sent.
-    """
-
-    def __init__(self, by_rank: Sequence[Sequence[Fragment]], device: torch.device):
-        self.device = device
-        owners, rank = _owners(by_rank), dist.get_rank()
-        ranks = range(len(by_rank))
-        self.sent = [[fragment for fragment in by_rank[rank] if owners[fragment.name] == other] for other in ranks]
-        self.received = [[fragment for fragment in by_rank[other] if owners[fragment.name] == rank] for other in ranks]
-        self.shapes = {fragment.name: fragment.shape for fragments in self.received for fragment in fragments}
-
-    def transform(
-        self, flat: torch.Tensor, function: Callable[[torch.Tensor], torch.Tensor], dtype: torch.dtype
-    ) -> None:
-        """Replace every matrix in the partition `flat` by function(matrix); matrices are sent as `dtype`."""
-        sent = [flat.narrow(0, fragment.offset, fragment.numel) for fragments in self.sent for fragment in fragments]
-        parts = _all_to_all(_concatenate(sent, self.device, dtype), self.sent, self.received)
-        matrices = {name: parts.new_empty(shape) for name, shape in self.shapes.items()}
-        fragments = [fragment for fragments in self.received for fragment in fragments]
-        for fragment, part in zip(fragments, parts.split([fragment.numel for fragment in fragments]), strict=True):
-            matrices[fragment.name].view(-1).narrow(0, fragment.start, fragment.numel).copy_(part)
-        results = {name: function(matrix).reshape(-1) for name, matrix in matrices.items()}
-        back = [results[fragment.name].narrow(0, fragment.start, fragment.numel) for fragment in fragments]
-        parts = _all_to_all(_concatenate(back, self.device, dtype), self.received, self.sent)
-        for target, part in zip(sent, parts.split([target.numel() for target in sent]), strict=True):
-            target.copy_(part)
-
-
-def _owners(by_rank: Sequence[Sequence[Fragment]]) -> dict[str, int]:
-    """Assign each matrix to a rank; every rank computes the same assignment."""
-    held: dict[str, dict[int, int]] = defaultdict(dict)  # matrix: {rank: elements}
-    shapes = {}
-    for rank, fragments in enumerate(by_rank):
-        for fragment in fragments:
-            held[fragment.name][rank] = fragment.numel
-            shapes[fragment.name] = fragment.shape
-    return matrix_owners(shapes, held)
-
-
-def _concatenate(parts: Sequence[torch.Tensor], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    return (
-        torch.cat([part.to(device, dtype) for part in parts]) if parts else torch.empty(0, device=device, dtype=dtype)
-    )
-
-
-def _all_to_all(sent: torch.Tensor, to: Sequence[Sequence[Fragment]], of: Sequence[Sequence[Fragment]]) -> torch.Tensor:
-    """Send consecutive parts of `sent` to each rank, sized by its parts in `to`; receive parts sized by `of`."""
-    sizes_to, sizes_of = ([sum(fragment.numel for fragment in fragments) for fragments in side] for side in (to, of))
-    received = sent.new_empty(sum(sizes_of))
-    dist.all_to_all_single(received, sent, sizes_of, sizes_to)
-    return received

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from turbolm.plan.profile import Tensor
 from turbolm.recipe.optimizers import Optimizer
+from turbolm.recipe.schema import Recipe
 
 ALIGNMENT = 2  # elements of each rank's part of a flat group at stages 1 and 2: nccl_start_alignment_factor
 FLATTENED_ELEMENTS = 500_000_000  # MEMORY_OPT_ALLREDUCE_SIZE: stage 0, and stage 1 in bf16
@@ -15,14 +16,21 @@ _DECAYED = ("matrix", "expert", "head")
 _MULTIPLIERS = {"embedding": "embeddings", "head": "head", "matrix": "matrices", "expert": "matrices"}
 
 
-def optimizer_groups(tensors: Sequence[Tensor], optimizer: Optimizer) -> list[list[Tensor]]:
+def optimizer_groups(tensors: Sequence[Tensor], recipe: Recipe) -> list[list[Tensor]]:
     """Return the parameter groups of `optim.groups.build_param_groups`."""
-    groups: dict[tuple[bool, bool, float], list[Tensor]] = defaultdict(list)
+    groups: dict[tuple[bool, bool, float, str], list[Tensor]] = defaultdict(list)
     for tensor in tensors:
-        is_orthogonal = optimizer.is_orthogonal and tensor.kind in ("matrix", "expert")
-        lr_scale = getattr(optimizer.lr_multipliers, _MULTIPLIERS.get(tensor.kind, "vectors"))
-        groups[not is_orthogonal, tensor.kind not in _DECAYED, lr_scale].append(tensor)
+        kind = _MULTIPLIERS.get(tensor.kind, "vectors")
+        lr_kind = kind if kind in recipe.schedule.own_decays else ""
+        lr_scale = getattr(recipe.optimizer.lr_scales, kind)
+        key = not is_assembled(tensor, recipe.optimizer), tensor.kind not in _DECAYED, lr_scale, lr_kind
+        groups[key].append(tensor)
     return [groups[key] for key in sorted(groups)]
+
+
+def is_assembled(tensor: Tensor, optimizer: Optimizer) -> bool:
+    """Return whether the optimizer needs the whole matrix (`optim.exchange`)."""
+    return _MULTIPLIERS.get(tensor.kind, "vectors") in optimizer.assembled and len(tensor.shape) > 1
 
 
 def sub_groups(group: Sequence[Tensor], world_size: int, limit: int) -> list[list[Tensor]]:

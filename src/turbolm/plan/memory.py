@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from turbolm.recipe.optimizers import OPTIMIZERS
 from turbolm.recipe.schema import Execution, Recipe
 from turbolm.recipe.slurm_values import memory_bytes
 from turbolm.units import format_bytes
@@ -47,15 +46,18 @@ def estimate_model_state(
     num_parameters: int,
     world_size: int,
     precision: str,
-    optimizer_name: str = "adamw",
+    kept_bytes: float = 8,
 ) -> ModelState:
-    """Estimate the model state of one of `world_size` processes, assuming that parameters divide evenly."""
+    """Estimate the model state of one of `world_size` processes, assuming that parameters divide evenly.
+
+    `kept_bytes` is the optimizer's state per parameter (`Optimizer.kept_bytes`).
+    """
     stage, offloads = execution.zero_stage, execution.offload_optimizer
     weight_bytes = _FP32_BYTES if precision == "fp32" else _HALF_BYTES
     share = -(-num_parameters // world_size) if stage else num_parameters
     weights = weight_bytes * (share if stage == 3 else num_parameters)
     master = _FP32_BYTES * share if stage else 0
-    optimizer = round(OPTIMIZERS[optimizer_name].state_bytes * share)
+    optimizer = round(kept_bytes * share)
     gradients = _gradient_bytes(stage, num_parameters, share, precision)
     host_bytes = 0
     if offloads:
@@ -104,7 +106,7 @@ def estimate_host_memory(
     `host_bytes` and `activations` are what each process offloads.
     """
     share = -(-num_parameters // world_size)  # at stage 0, too, each writes a part
-    saved = round((_FP32_BYTES + OPTIMIZERS[recipe.optimizer.name].state_bytes) * share)
+    saved = round((_FP32_BYTES + recipe.optimizer.kept_bytes) * share)
     copied = here * saved if recipe.checkpoint.asynchronous else 0
     return HostMemory(here * host_bytes, here * activations, copied, here * _GPU_PROCESS_BYTES)
 

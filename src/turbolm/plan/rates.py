@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from turbolm.plan.plan import Plan
@@ -18,6 +18,8 @@ class Rates:
     lr: float
     weight_decay_factor: float | None  # factor on each parameter group's weight decay
     momentum: float | None
+    lr_of_kinds: Mapping[str, float] = field(default_factory=dict)  # kinds whose decay is not the others'
+    lookahead: float | None = None  # of EMA-Nesterov, in means of the weights' movement
 
 
 def step_rates(plan: Plan, step: int, batch_index: int | None = None) -> Rates:
@@ -30,13 +32,23 @@ def step_rates(plan: Plan, step: int, batch_index: int | None = None) -> Rates:
     schedule, full_batch = recipe.schedule, recipe.train.global_batch
     batch = curriculum.segment(step if batch_index is None else batch_index).global_batch_tokens
     tokens = curriculum.tokens_seen(step) + batch / 2
-    ratio = lr_ratio(schedule, tokens, curriculum.whole_budgets_tokens, full_batch)
+    factor = lr_factor(recipe.train.batch_ramp, batch, full_batch)
+    ratio, *ratios = (
+        lr_ratio(schedule.of_kind(kind), tokens, curriculum.whole_budgets_tokens, full_batch)
+        for kind in ("", *schedule.own_decays)
+    )
     weight_decay, momentum = (
         None if ramp is None else ramp.value(tokens, curriculum.budgets_tokens[0], full_batch)
         for ramp in (schedule.weight_decay, schedule.momentum)
     )
-    lr = recipe.optimizer.lr * ratio * lr_factor(recipe.train.batch_ramp, batch, full_batch)
-    return Rates(lr, weight_decay, momentum)
+    lr_of_kinds = {
+        kind: recipe.optimizer.lr * own * factor for kind, own in zip(schedule.own_decays, ratios, strict=True)
+    }
+    ahead, lookahead = recipe.optimizer.ema_nesterov, None
+    if ahead is not None:
+        start, end = (span.tokens(curriculum.budgets_tokens[0], full_batch) for span in (ahead.start, ahead.end))
+        lookahead = ahead.lookahead * ratio * factor if start <= tokens < end else 0.0
+    return Rates(recipe.optimizer.lr * ratio * factor, weight_decay, momentum, lr_of_kinds, lookahead)
 
 
 def preview_steps(plan: Plan) -> Iterator[dict[str, Any]]:

@@ -281,8 +281,8 @@ def _collect(problems: list[str], action: Callable[[], T]) -> T | None:
 
 
 def _state(plan: Plan, execution: Execution, num_parameters: int) -> ModelState:
-    name = plan.recipe.optimizer.name
-    return estimate_model_state(execution, plan.ds_config, num_parameters, plan.world_size, plan.precision, name)
+    kept = plan.recipe.optimizer.kept_bytes
+    return estimate_model_state(execution, plan.ds_config, num_parameters, plan.world_size, plan.precision, kept)
 
 
 def _host_memory(

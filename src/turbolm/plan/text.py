@@ -106,6 +106,8 @@ def _schedule(summary: Summary) -> Iterator[str]:
     every = f"evaluate every {plan.evaluate_every_steps} steps" if recipe.data.validation else "no evaluation"
     yield f"{every}, checkpoint every {plan.checkpoint_every_steps} steps"
     shape = f"{schedule.name}, decay {schedule.decay}" if isinstance(schedule, Wsd) else schedule.name
+    if isinstance(schedule, Wsd) and schedule.own_decays:
+        shape += f" ({', '.join(f'{kind} {getattr(schedule.decays, kind)}' for kind in schedule.own_decays)})"
     yield f"learning rate: {shape}, warmup {schedule.warmup}"
     rates = [rate for _, rate in summary.learning_rate]
     labels = [f"{max(rates):.3g}", *[""] * (_PLOT_ROWS - 2), "0"]

@@ -27,6 +27,7 @@ from turbolm.plan.exchange import exchanges
 from turbolm.plan.layout import (
     ALIGNMENT,
     FLATTENED_ELEMENTS,
+    is_assembled,
     matrix_owners,
     numels,
     optimizer_groups,
@@ -113,7 +114,7 @@ class _Step:
         self.tensors, self.plan, self.recipe = tensors, plan, plan.recipe
         self.world_size, self.per_node = plan.world_size, min(plan.processes_per_node, plan.world_size)
         self.zero: Mapping[str, Any] = plan.ds_config["zero_optimization"]
-        self.groups = optimizer_groups(tensors, plan.recipe.optimizer)
+        self.groups = optimizer_groups(tensors, plan.recipe)
         self.weights_in = _DTYPES[plan.precision]
         self.reduced_in = _DTYPES[plan.ds_config["communication_data_type"]]
         self.micro_batches = plan.batch.gradient_accumulation_steps
@@ -271,18 +272,21 @@ def _gathered_twice(step: _Step, cut: Sequence[Tensor]) -> int:
 def _of_optimizer(step: _Step) -> Iterator[Collective]:
     """Messages of our optimizers that need to know whole matrices, at stages 1 to 3."""
     stage, name = step.recipe.execution.zero_stage, step.recipe.optimizer.name
-    if stage == 0 or name not in ("muon", "cautious_adamw"):
+    if stage == 0 or name not in ("muon", "soap", "cautious_adamw"):
         return
     for group in step.groups:
         for flat in step.flats(group) if stage == 3 else [group]:
             if name == "cautious_adamw":  # kept elements and all, of every tensor of the group
                 yield step.ring("all_reduce", 2 * len(group), "float64", "optimizer")
-            elif group[0].kind in ("matrix", "expert"):
-                yield from _muon_exchange(step, flat)
+            elif is_assembled(group[0], step.recipe.optimizer):
+                yield from _matrix_exchange(step, flat)
 
 
-def _muon_exchange(step: _Step, flat: Sequence[Tensor]) -> Iterator[Collective]:
-    """Return the two exchanges of `optim.muon`: parts of each matrix to the rank that orthogonalizes it, and back."""
+def _matrix_exchange(step: _Step, flat: Sequence[Tensor]) -> Iterator[Collective]:
+    """Return the exchanges of `optim.exchange`: parts of each matrix to its owner, and back.
+
+    Muon after SOAP sends the gradients too, and both it and SOAP send fp32.
+    """
     holders = {
         tensor.name: parts
         for tensor, parts in zip(
@@ -301,9 +305,11 @@ def _muon_exchange(step: _Step, flat: Sequence[Tensor]) -> Iterator[Collective]:
                 between += elements
             elif rank != owner:
                 inside += elements
-    dtype = "float32" if step.plan.precision == "fp32" else "bfloat16"
+    with_soap = getattr(step.recipe.optimizer, "soap", None) is not None
+    in_fp32 = step.plan.precision == "fp32" or step.recipe.optimizer.name == "soap" or with_soap
+    dtype = "float32" if in_fp32 else "bfloat16"
     size = _BYTES[dtype]
-    for largest in (max(held), max(owned)):
+    for largest in (max(held),) * (1 + with_soap) + (max(owned),):
         sent = (size * inside / step.world_size, size * between / step.world_size)
         yield Collective("all_to_all", size * largest, dtype, 1, "world", step.world_size, "optimizer", *sent)
 

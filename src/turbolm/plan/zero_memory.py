@@ -93,7 +93,7 @@ class _Facts:
         self.zero: Mapping[str, Any] = plan.ds_config["zero_optimization"]
         self.accumulates = plan.batch.gradient_accumulation_steps > 1
         optimizer = plan.recipe.optimizer
-        self.groups = optimizer_groups(tensors, optimizer)
+        self.groups = optimizer_groups(tensors, plan.recipe)
         if self.stage == 3:
             limit = int(self.zero["sub_group_size"])
             self.groups = [flat for group in self.groups for flat in sub_groups(group, self.world_size, limit)]
@@ -108,7 +108,7 @@ class _Facts:
         self.has_master = self.stage > 0
         # Muon keeps one moment of matrices; state_bytes is for all other optimizers a mean over all elements.
         self.state_bytes = [
-            8.0 if optimizer.is_orthogonal and not _is_orthogonal(group) else optimizer.state_bytes
+            optimizer.kept_bytes + (4.0 if optimizer.name == "muon" and not _is_orthogonal(group) else 0.0)
             for group in self.groups
         ]
 
@@ -261,9 +261,12 @@ def _sharded(facts: _Facts) -> tuple[Held, ...]:
 def _temporaries(facts: _Facts) -> int:
     """Return the bytes that the optimizer allocates and frees again in an update."""
     optimizer = facts.plan.recipe.optimizer
-    if optimizer.is_orthogonal:
+    if optimizer.name == "muon":
         groups = zip(facts.groups, facts.parts, strict=True)
         return max((_muon_bytes(facts, group, part) for group, part in groups if _is_orthogonal(group)), default=0)
+    if facts.stage and optimizer.assembled:  # whole on their owners; and a part's copy, sent and received
+        largest = max(optimizer.temporary_bytes(t.shape) for group in facts.groups for t in group)
+        return round(largest + 3 * _FP32_BYTES * max(facts.parts))
     if facts.stage:
         return round(max(optimizer.temporary_bytes((part,)) for part in facts.parts))
     add_up = sum if optimizer.steps_together else max
@@ -292,7 +295,7 @@ def _muon_bytes(facts: _Facts, group: Sequence[Tensor], part: int) -> int:
         for rank, elements in parts.items():
             held[rank] += elements
     here, mine = max(held.values()), max(owned.values())
-    return _FP32_BYTES * part + size * max(3 * mine + iteration, 4 * mine + here, mine + 2 * here)
+    return _FP32_BYTES * part + size * max(2 * mine + iteration, 3 * mine + here, mine + 2 * here)
 
 
 def _iteration_elements(tensor: Tensor) -> int:

@@ -255,6 +255,11 @@ def _optimizer(values: Values) -> Iterator[tuple[str, str]]:
             "execution.adam_kernel",
             f"deepspeed is a kernel of optimizer.name adamw, got {name}; set adam_kernel: auto",
         )
+    elif values["execution.adam_kernel"] == "deepspeed" and values["optimizer.cautious_weight_decay"]:
+        yield (
+            "execution.adam_kernel",
+            "deepspeed decays every element, which optimizer.cautious_weight_decay does not; set adam_kernel: auto",
+        )
 
 
 def _stage_3_only(values: Values) -> Iterator[tuple[str, str]]:

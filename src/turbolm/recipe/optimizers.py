@@ -10,9 +10,10 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from turbolm.recipe.fields import (
+    Before,
     Beta,
     Number,
     PositiveNumber,
@@ -35,13 +36,18 @@ NotNegative = Annotated[Number, Field(ge=0)]
 Betas = Annotated[tuple[Beta, Beta], BeforeValidator(list_is_tuple)]
 ThreeBetas = Annotated[tuple[Beta, Beta, Beta], BeforeValidator(list_is_tuple)]
 Steps = Annotated[int, Field(ge=1)]
+CautiousDecay = Annotated[bool, Before(False)]
 
 _NAME = "which optimizer"
 _LR = "peak learning rate"
 _BETAS = "decay of the running mean of the gradient and of its square"
 _EPS = "added to the root of the mean square"
+_CAUTIOUS_DECAY = "weight decay only where it points the same way as the update (arXiv 2510.12402), element by element"
 _COUPLED_DECAY = "added to the gradient; not on norms, biases and embeddings"
 _DECOUPLED_DECAY = "decoupled, scaled by the learning rate; not on norms, biases and embeddings"
+
+
+_OF_MATRICES = ("momentum", "nesterov", "ns_steps", "adjust_lr", "orthogonalization", "row_beta2")
 
 
 class LrMultipliers(Section):
@@ -53,6 +59,32 @@ class LrMultipliers(Section):
     vectors: PositiveNumber = Field(1.0, description="norms, biases, and the dynamics of state-space models")
 
 
+class PeakLrs(Section):
+    """Peak learning rates by kind of parameter."""
+
+    embeddings: PositiveNumber | None = Field(None, description="of AdamW, instead of lr")
+    head: PositiveNumber | None = Field(None, description="of AdamW, instead of lr")
+    matrices: PositiveNumber | None = Field(None, description="of Muon (and of AdamW for convolutions), instead of lr")
+    vectors: PositiveNumber | None = Field(None, description="of AdamW, instead of lr")
+
+
+class EmaNesterov(Section):
+    """Gradients are taken ahead of the weights, along the mean of their movement (arXiv 2605.25395)."""
+
+    lookahead: NotNegative = Field(
+        0.6, description="how far ahead, in means, at the peak learning rate; it follows the schedule"
+    )
+    decay: Beta = Field(0.99, description="decay of the running mean of the weights' movement in a step")
+    start: TrainingSpan = Field(Span(0.16, "share"), description="from here on; the mean is kept from the first step")
+    end: TrainingSpan = Field(Span(0.76, "share"), description="until here")
+
+    @model_validator(mode="after")
+    def _in_order(self) -> EmaNesterov:
+        if self.start.unit == self.end.unit and self.start.amount >= self.end.amount:
+            raise ValueError(f"expected start before end, got {self.start} and {self.end}")
+        return self
+
+
 class Optimizer(Section):
     """Base of every optimizer. ZeRO 0 is fp32 only, and offloading needs stage 1 to 3 (`turbolm.recipe.checks`)."""
 
@@ -61,12 +93,25 @@ class Optimizer(Section):
     state_bytes: ClassVar[float] = 8  # per parameter, approximately
     steps_together: ClassVar[bool] = False  # all tensors of a group at once (foreach), not one by one
     has_momentum: ClassVar[bool] = True
-    is_orthogonal: ClassVar[bool] = False  # orthogonalizes updates of hidden matrices: they are a separate group
+    assembled: ClassVar[tuple[str, ...]] = ()  # kinds of parameters of which it needs whole matrices (`optim.exchange`)
 
     name: str
     lr: PositiveNumber = Field(3e-4, description=_LR)
     weight_decay: NotNegative = Field(0.1, description=_DECOUPLED_DECAY)
     lr_multipliers: LrMultipliers = Field(LrMultipliers(), description="factors on lr by kind of parameter")
+    ema_nesterov: Annotated[EmaNesterov | None, Before(None)] = Field(
+        None, description="take gradients ahead of the weights (arXiv 2605.25395); none: at the weights"
+    )
+
+    @property
+    def kept_bytes(self) -> float:
+        """Return the bytes of state per parameter with the options that are set, approximately."""
+        return self.state_bytes + (0 if self.ema_nesterov is None else 4)
+
+    @property
+    def lr_scales(self) -> LrMultipliers:
+        """Return the factors on lr by kind of parameter, all settings together."""
+        return self.lr_multipliers
 
     def temporary_bytes(self, shape: Sequence[int]) -> float:
         """Return what the update of one tensor allocates and frees again, as tests/optim/test_temporaries.py counts it.
@@ -93,6 +138,7 @@ class AdamW(_Adam):
     """AdamW (arXiv 1711.05101). Weight decay acts on matrices only: not on norms, biases and embeddings."""
 
     name: Literal["adamw"] = Field("adamw", description=_NAME)
+    cautious_weight_decay: CautiousDecay = Field(False, description=_CAUTIOUS_DECAY)
 
     def build(self, groups: Groups, recipe: Recipe) -> torch.optim.Optimizer:
         """`adam_kernel` auto uses DeepSpeed's vectorized CPUAdam when the optimizer state is offloaded to the host, and
@@ -102,6 +148,10 @@ class AdamW(_Adam):
         """
         import torch
 
+        if self.cautious_weight_decay:  # the kernels decay every element
+            from turbolm.optim.decay import AdamW as Cautious
+
+            return Cautious(groups, fused=True, **self._adam)
         offload, kernel = recipe.execution.offload_optimizer, recipe.execution.adam_kernel
         if kernel == "torch" or (kernel == "auto" and not offload):
             return torch.optim.AdamW(groups, fused=True, **self._adam)
@@ -114,11 +164,19 @@ class AdamW(_Adam):
         return FusedAdam(groups, adam_w_mode=True, **self._adam)
 
 
+class SoapBeforeMuon(Section):
+    """SOAP's preconditioner before Muon (nikhilvyas.github.io/SOAP_Muon.pdf)."""
+
+    beta2: Beta = Field(0.9, description="decay of the covariances and of the mean square in their eigenbasis")
+    every: Steps = Field(10, description="steps between computations of the eigenbasis")
+    max_dim: Steps = Field(10_000, description="matrix sides longer than this are not preconditioned")
+
+
 class Muon(Optimizer):
     """Momentum made orthogonal for matrices (arXiv 2502.16982), AdamW for embeddings, head, norms and biases."""
 
     state_bytes = 4
-    is_orthogonal = True
+    assembled = ("matrices",)
 
     name: Literal["muon"] = Field(description=_NAME)
     momentum: Beta = Field(0.95, description="for matrices: decay of the running mean of the gradient")
@@ -133,6 +191,41 @@ class Muon(Optimizer):
     )
     betas: Betas = Field((0.9, 0.95), description="of AdamW for the rest")
     eps: PositiveNumber = Field(1e-8, description="of AdamW for the rest")
+    peak_lrs: Annotated[PeakLrs, Before(PeakLrs())] = Field(
+        PeakLrs(), description="peak learning rates of kinds of parameters, which lr_multipliers scale as they do lr"
+    )
+
+    cautious_weight_decay: CautiousDecay = Field(False, description=_CAUTIOUS_DECAY)
+    orthogonalization: Annotated[Literal["newton_schulz", "polar_express"], Before("newton_schulz")] = Field(
+        "newton_schulz",
+        description="polynomials of the iterations: one for all; or the best for each of up to 5 (arXiv 2505.16932)",
+    )
+    row_beta2: Annotated[Beta | None, Before(None)] = Field(
+        None,
+        description="NorMuon (arXiv 2510.05491), such as 0.95: divide the rows of an update by the root of their mean "
+        "square, which decays by this; none: do not",
+    )
+    soap: Annotated[SoapBeforeMuon | None, Before(None)] = Field(
+        None, description="scale the momentum in the eigenbasis of SOAP before it is made orthogonal; none: do not"
+    )
+
+    @model_validator(mode="after")
+    def _polynomials(self) -> Muon:
+        if self.orthogonalization == "polar_express" and self.ns_steps > 5:
+            raise ValueError(
+                "expected ns_steps of at most 5 with orthogonalization polar_express, which has 5 polynomials"
+            )
+        return self
+
+    @property
+    def kept_bytes(self) -> float:
+        return super().kept_bytes + (0 if self.soap is None else 20)  # as SOAP, without its mean
+
+    @property
+    def lr_scales(self) -> LrMultipliers:
+        own = {kind: peak / self.lr for kind, peak in self.peak_lrs if peak is not None}
+        factors = {kind: factor * own.get(kind, 1.0) for kind, factor in self.lr_multipliers}
+        return self.lr_multipliers.model_copy(update=factors)
 
     def build(self, groups: Groups, recipe: Recipe) -> torch.optim.Optimizer:
         import torch
@@ -140,8 +233,9 @@ class Muon(Optimizer):
         from turbolm.optim.muon import Muon as Implementation
 
         for group in groups:
-            if group["orthogonal"]:
-                group |= {name: getattr(self, name) for name in ("momentum", "nesterov", "ns_steps", "adjust_lr")}
+            if group["assembled"]:
+                group |= {name: getattr(self, name) for name in _OF_MATRICES}
+                group |= {} if self.soap is None else {f"soap_{name}": value for name, value in self.soap}
         ns_dtype = torch.float32 if recipe.train.precision == "fp32" else torch.bfloat16
         return Implementation(groups, ns_dtype=ns_dtype, lr=self.lr, betas=self.betas, eps=self.eps, fused=True)
 
@@ -150,6 +244,7 @@ class CautiousAdamW(_Adam):
     """AdamW that masks the elements of its update whose sign is not the gradient's (arXiv 2411.16085)."""
 
     name: Literal["cautious_adamw"] = Field(description=_NAME)
+    cautious_weight_decay: CautiousDecay = Field(False, description=_CAUTIOUS_DECAY)
 
     def temporary_bytes(self, shape: Sequence[int]) -> float:
         return 12 * math.prod(shape)
@@ -264,7 +359,7 @@ class Soap(Optimizer):
     """AdamW in the eigenbasis of Shampoo's preconditioner (arXiv 2409.11321)."""
 
     package = "pytorch_optimizer"
-    zero_stages = (0,)
+    assembled = ("matrices", "convolutions", "head", "embeddings", "vectors")
     state_bytes = 24
 
     name: Literal["soap"] = Field(description=_NAME)
@@ -283,9 +378,9 @@ class Soap(Optimizer):
         return 4 * most
 
     def build(self, groups: Groups, recipe: Recipe) -> torch.optim.Optimizer:
-        from pytorch_optimizer import SOAP
+        from turbolm.optim.soap import Soap as Implementation
 
-        return SOAP(
+        return Implementation(
             groups,
             lr=self.lr,
             betas=self.betas,

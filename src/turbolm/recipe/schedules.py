@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from turbolm.recipe.fields import Beta, Number, Section, TrainingSpan, by_tag, positive_span, tagged_union
+from turbolm.recipe.fields import Before, Beta, Number, Section, TrainingSpan, by_tag, positive_span, tagged_union
 from turbolm.units import Span
 
 FORMERLY_IN_ALL: dict[str, Any] = {"decay": "20%", "decay_shape": "linear", "cycle": "25%", "cycle_growth": 1}
@@ -78,6 +78,15 @@ class Schedule(Section):
         """Return the token range in which the learning rate stays at its peak, or None."""
         return None
 
+    @property
+    def own_decays(self) -> tuple[str, ...]:
+        """Return the kinds of parameters whose learning rate decays over a time of its own."""
+        return ()
+
+    def of_kind(self, kind: str) -> Schedule:
+        """Return the schedule of a kind of parameters."""
+        return self
+
     def _fall(self, shape: str, tokens: float, start: float, end: float) -> float:
         """Return the ratio between the peak at `start` and the floor at `end`."""
         progress = min((tokens - start) / max(end - start, 1), 1.0)
@@ -133,19 +142,40 @@ class InverseSqrt(Schedule):
         return max(self.min_lr_ratio, math.sqrt(max(warmup, batch) / max(tokens, batch)))
 
 
+class Decays(Section):
+    """The decay at the end of the budget, by kind of parameter."""
+
+    embeddings: TrainingSpan | None = Field(None, description="instead of schedule.decay")
+    head: TrainingSpan | None = Field(None, description="instead of schedule.decay")
+    matrices: TrainingSpan | None = Field(None, description="instead of schedule.decay; convolutions too")
+    vectors: TrainingSpan | None = Field(None, description="instead of schedule.decay")
+
+
 class Wsd(Schedule):
     """Warmup, stable, decay (arXiv 2404.06395)."""
 
     name: Literal["wsd"] = Field(description=_NAME)
     decay: TrainingSpan = Field(Span(0.2, "share"), description="the decay, at the end of the budget")
     decay_shape: Literal["linear", "cosine", "sqrt"] = Field("linear", description="shape of the decay")
+    decays: Annotated[Decays, Before(Decays())] = Field(
+        Decays(), description="decays of other lengths for kinds of parameters, such as {matrices: 80%}"
+    )
+
+    @property
+    def own_decays(self) -> tuple[str, ...]:
+        return tuple(kind for kind, decay in self.decays if decay is not None)
+
+    def of_kind(self, kind: str) -> Schedule:
+        own = getattr(self.decays, kind, None)
+        return self if own is None else self.model_copy(update={"decay": own})
 
     def ratio(self, tokens: float, warmup: float, length: float, batch: int) -> float:
         start = max(warmup, length - self.decay.tokens(length, batch))
         return 1.0 if tokens <= start else self._fall(self.decay_shape, tokens, start, length)
 
     def plateau(self, budget: int, batch: int) -> tuple[float, float] | None:
-        return self.warmup.tokens(budget, batch), budget - self.decay.tokens(budget, batch)
+        decays = [self.decay, *(decay for _, decay in self.decays if decay is not None)]
+        return self.warmup.tokens(budget, batch), budget - max(decay.tokens(budget, batch) for decay in decays)
 
 
 class WarmRestarts(Schedule):

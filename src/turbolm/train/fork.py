@@ -20,7 +20,7 @@ from turbolm.recipe.contract import comparable, contract_of, fingerprint, pin_to
 from turbolm.recipe.data import DataStart
 from turbolm.recipe.fields import Section
 from turbolm.recipe.load import dump_recipe, load_recipe
-from turbolm.recipe.schedules import Wsd
+from turbolm.recipe.schedules import Decays, Wsd
 from turbolm.recipe.schema import Recipe
 from turbolm.train.other_data import check_takes, decay_of, state_before_data, with_data_of
 from turbolm.train.run_contract import as_recorded
@@ -148,7 +148,7 @@ def _decaying(old: Recipe, branch_tokens: int, decay: Span, changes: dict[str, A
     sections = {name: _in_tokens(getattr(old, name), budgets.get(name, old.train.budget)) for name in _LEARNED}
     sections["train"] = sections["train"].model_copy(update={"budget": branch_tokens + num_steps * batch})
     schedule = {name: value for name, value in sections["schedule"] if name in Wsd.model_fields}
-    schedule |= {"name": "wsd", "decay": Span(num_steps * batch, "tokens"), **changes}
+    schedule |= {"name": "wsd", "decay": Span(num_steps * batch, "tokens"), "decays": Decays(), **changes}
     sections["schedule"] = Wsd.model_construct(**schedule)  # `fork` checks what the changes ask for
     return old.model_copy(update=sections)
 

@@ -90,11 +90,17 @@ def _multiply_in_8_bits(engine: Engine, recipe: Recipe) -> None:
     print(f"products in 8 bits: {len(apply_fp8(engine.module, recipe.train.fp8))} linear layers")
 
 
+def _look_ahead(engine: Engine, recipe: Recipe) -> None:
+    assert recipe.optimizer.ema_nesterov is not None
+    engine.look_ahead(recipe.optimizer.ema_nesterov.decay)
+
+
 TRICKS = (
     Trick("recompute activations", "model", lambda r: r.execution.activation_checkpointing != "none", _recompute),
     Trick("gather layers whole", "model", _needs_layers_whole, lambda model, _: keep_layers_whole(model)),
     Trick("gather experts whole", "model", lambda r: r.execution.zero_stage == 3, lambda m, _: keep_experts_whole(m)),
     Trick("clip by value", "optimizer", lambda r: r.train.max_grad_value is not None, _clip_by_value),
+    Trick("EMA-Nesterov", "engine", lambda r: r.optimizer.ema_nesterov is not None, _look_ahead),
     Trick("balance experts", "engine", lambda r: True, _balance_experts),
     Trick("compile", "engine", lambda r: r.execution.compile != "none", _compile),
     Trick("fp8", "engine", lambda r: r.train.fp8 != "off", _multiply_in_8_bits),
