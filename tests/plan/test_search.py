@@ -190,7 +190,7 @@ def test_sequences_are_shared_where_there_are_fewer_than_gpus() -> None:
     def estimator(plan: Plan) -> Estimate | None:
         return estimate(plan, SHARED, machine)
 
-    found = search(recipe, machine, SHARED, GPU_BYTES, estimator, ANY, groups)  # type: ignore[arg-type]
+    found = search(recipe, machine, SHARED, GPU_BYTES, estimator, ANY, groups=groups)  # type: ignore[arg-type]
     assert {one.values["execution.sequence_parallel"] for one in found} == {2, 4, 8}
     assert found[0].verdict == "FITS"
     text = "\n".join(search_lines(found, ANY, RECIPE, LONG, "submit"))
