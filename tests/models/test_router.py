@@ -14,8 +14,10 @@ import transformers
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from tests.models.small import small_config
 from turbolm.errors import UserError
 from turbolm.models.attention import model_inputs
+from turbolm.models.balance import find_balance
 from turbolm.models.build import check_all_trained
 from turbolm.models.compile import apply_compile, compilations
 from turbolm.models.loss import attach_loss
@@ -256,6 +258,46 @@ def test_a_balancing_bias_that_is_a_parameter_becomes_a_buffer(is_loaded: bool, 
     result = run(attached(model), batch)
     torch.testing.assert_close(result, run(attached(before), batch))
     assert result[3][0, 0] > 2 * result[3][0, 2], "it still chooses"
+
+
+BY_BIAS = """afmoe axk1 axk2 bailing_hybrid beam deepseek_v3 deepseek_v32 deepseek_v4 dots1 ernie4_5_moe exaone_moe
+glm4_moe glm4_moe_lite glm_moe_dsa hy_v3 hy_v4 kimi_linear kolibri1 laguna lfm2_moe mimo_v2_flash minimax_m2 nemotron_h
+solar_open""".split()
+QUICK = ("glm4_moe", "ernie4_5_moe")
+
+
+@pytest.mark.parametrize(
+    "model_type", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in BY_BIAS]
+)
+def test_the_bias_that_moves_is_that_of_the_experts_that_are_counted(model_type: str) -> None:
+    """Whichever expert has a low bias, it is the one that gets no token."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(small_config(model_type), attn_implementation="eager").train()
+    freeze_balancing_biases(model)
+    routers = find_routers(model, "off", 0.01)
+    assert routers is not None and routers.balance is not None and "moves by 0.01 a step" in routers.message
+    attach_loss(model, "full")
+    attach_router_loss(model, routers)
+    batch = micro_batch([[SEQ_LEN]])
+    for row, bias in routers.balance.biases:
+        assert bias.dtype == torch.float32
+        for expert in range(bias.numel()):
+            bias.view(-1)[expert] -= 1e6
+            load = run(model, batch, "eager")[3][row]
+            bias.view(-1)[expert] += 1e6
+            assert load[expert] == 0 < load.nansum(), (row, expert)
+
+
+def test_a_bias_that_cannot_move_is_refused() -> None:
+    for model_type in ("mixtral", "llama"):
+        with pytest.raises(UserError, match=rf"router_bias_update: 0.01 cannot act: {model_type} does not balance"):
+            find_routers(make(model_type), "off", 0.01)
+    for model_type in ("longcat_flash", "zaya"):  # some choices are of no expert
+        model = AutoModelForCausalLM.from_config(small_config(model_type))
+        with pytest.raises(UserError, match=f"cannot act: {model_type} does not count the tokens"):
+            find_routers(model, "off", 0.01)
+    with pytest.raises(UserError, match=r"does not count the tokens of the 4 experts that model\.layers"):
+        find_balance(make("glm4_moe"), "glm4_moe", [], 0.01)
 
 
 def test_weights_a_token_does_not_use() -> None:
