@@ -23,7 +23,7 @@ VARIANTS: dict[str, dict[str, object]] = {
     "normuon": {"name": "muon", "row_beta2": 0.9, "orthogonalization": "polar_express", "cautious_weight_decay": True},
     "soap_muon": {"name": "muon", "soap": {"every": 2, "max_dim": 47}},  # as with SOAP
     "cautious_decay": {"name": "adamw", "weight_decay": 3.0, "cautious_weight_decay": True},
-    "ema": {"name": "muon", "ema_nesterov": {"lookahead": 2, "decay": 0.5, "start": "1 steps", "end": "3 steps"}},
+    "ema": {"name": "muon", "ema_nesterov": {"lookahead": 2, "mean_decay": 0.5, "start": "1 steps", "end": "3 steps"}},
 }
 SPLIT = {"name": "wsd", "warmup": "0", "decay": "40%", "decays": {"matrices": "90%", "vectors": "100%"}}
 SHARDED = [name for name in OPTIMIZERS if name not in (*WHOLE, "adamw", "adamw_8bit")]

@@ -113,7 +113,7 @@ class EmaNesterov:
 
     @torch.no_grad()
     def follow(self) -> None:
-        decay = 0 if self.settings is None else self.settings.decay
+        decay = 0 if self.settings is None else self.settings.mean_decay
         for weight, before, mean in zip(self.weights, self.before, self.means, strict=True):
             mean.copy_(decay * mean + (1 - decay) * (weight - before))
 

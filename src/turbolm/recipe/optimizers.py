@@ -74,7 +74,7 @@ class EmaNesterov(Section):
     lookahead: NotNegative = Field(
         0.6, description="how far ahead, in means, at the peak learning rate; it follows the schedule"
     )
-    decay: Beta = Field(0.99, description="decay of the running mean of the weights' movement in a step")
+    mean_decay: Beta = Field(0.99, description="decay of the running mean of the weights' movement in a step")
     start: TrainingSpan = Field(Span(0.16, "share"), description="from here on; the mean is kept from the first step")
     end: TrainingSpan = Field(Span(0.76, "share"), description="until here")
 

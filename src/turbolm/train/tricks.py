@@ -92,7 +92,7 @@ def _multiply_in_8_bits(engine: Engine, recipe: Recipe) -> None:
 
 def _look_ahead(engine: Engine, recipe: Recipe) -> None:
     assert recipe.optimizer.ema_nesterov is not None
-    engine.look_ahead(recipe.optimizer.ema_nesterov.decay)
+    engine.look_ahead(recipe.optimizer.ema_nesterov.mean_decay)
 
 
 TRICKS = (
