@@ -25,10 +25,10 @@ def planned_figures(
 ) -> dict[str, Any]:
     """Return the expected figures of a step of the longest sequences and the largest batch.
 
-    `lengths` are those of a sample of the documents, `vocab_size` is that of the store. Figures: `step_sec`, `tokens_per_sec`, `mfu` (of a GPU's data
-    sheet), `peak_bytes` of a process's tensors, and `collective_bytes`, the messages of one rank in a step. None where
-    one is unknown; `notes` say why, and where the others come from. Never traces a model: that takes longer than a
-    start may.
+    `lengths` are those of a sample of the documents, `vocab_size` is that of the store. Figures: `step_sec`,
+    `tokens_per_sec`, `mfu` (of a GPU's data sheet), `peak_bytes` of a process's tensors, and `collective_bytes`, the
+    messages of one rank in a step. None where one is unknown; `notes` say why, and where the others come from. Never
+    traces a model: that takes longer than a start may.
     """
     batch = plan.batch
     found: dict[str, Any] = dict.fromkeys(_FIGURES)
