@@ -56,8 +56,8 @@ def keep_profile(recipe: Recipe) -> None:
     saved, none = Cost(per_token=5), Cost()
     ways = (Activations("none", "sdpa", 4, saved, Peak(()), none, none),)
     loss = (LossBytes("full", 4, none, Peak((none,)), Peak((none,)), none),)
-    layers = (LayerKind("full_attention", 2, 0, "full", None, 0.0, 0.0, ways),)
-    profile = ModelProfile("llama", tuple(llama_tensors()), 0, False, 0.0, layers, ways, loss, {})
+    layers = (LayerKind("full_attention", 2, 20_832, "full", None, 2 * 20_736, 2 * (48 + 48), ways),)
+    profile = ModelProfile("llama", tuple(llama_tensors()), 0, False, 2 * 300 * 48, layers, ways, loss, {})
     config, _ = read_model_config(recipe, "recipe")
     assert config is not None
     request = canonical_json(profiles.profile_request(config, recipe.model.dropout))

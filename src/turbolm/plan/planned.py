@@ -20,26 +20,28 @@ _OUTSIDE_STEPS = ("agreement on targets and stops", "metrics")  # messages of th
 _FIGURES = ("step_sec", "tokens_per_sec", "mfu", "peak_bytes", "collective_bytes")
 
 
-def planned_figures(plan: Plan, machine: Machine, lengths: Sequence[int] = ()) -> dict[str, Any]:
+def planned_figures(
+    plan: Plan, machine: Machine, lengths: Sequence[int] = (), vocab_size: int | None = None
+) -> dict[str, Any]:
     """Return the expected figures of a step of the longest sequences and the largest batch.
 
-    `lengths` are those of a sample of the documents. Figures: `step_sec`, `tokens_per_sec`, `mfu` (of a GPU's data
-    sheet), `peak_bytes` of a process's tensors, and `collective_bytes`, the messages of one rank in a step. None where
-    one is unknown; `notes` say why, and where the others come from. Never traces a model: that takes longer than a
-    start may.
+    `lengths` are those of a sample of the documents, `vocab_size` is that of the store. Figures: `step_sec`,
+    `tokens_per_sec`, `mfu` (of a GPU's data sheet), `peak_bytes` of a process's tensors, and `collective_bytes`, the
+    messages of one rank in a step. None where one is unknown; `notes` say why, and where the others come from. Never
+    traces a model: that takes longer than a start may.
     """
     batch = plan.batch
     found: dict[str, Any] = dict.fromkeys(_FIGURES)
     found |= {"device": plan.device, "seq_len": batch.seq_len, "batch_tokens": batch.global_batch_tokens}
     try:
-        return {**found, **_figures(plan, machine, lengths)}
+        return {**found, **_figures(plan, machine, lengths, vocab_size)}
     except Exception as error:  # a run must not end because its plan is not known
         return {**found, "notes": [f"nothing is planned: {type(error).__name__}: {' '.join(str(error).split())}"]}
 
 
-def _figures(plan: Plan, machine: Machine, lengths: Sequence[int]) -> dict[str, Any]:
+def _figures(plan: Plan, machine: Machine, lengths: Sequence[int], vocab_size: int | None) -> dict[str, Any]:
     recipe = plan.recipe
-    config, _ = read_model_config(recipe, "recipe")
+    config, _ = read_model_config(recipe, "recipe", vocab_size)
     if config is None:
         return {"notes": ["nothing is planned: the model's configuration is not on this machine"]}
     profile, why = find_profile(config, recipe.model.dropout, recipe.execution.cache_dir, may_trace=False)

@@ -221,7 +221,7 @@ def _open_run(context: Context, lock: RunLock) -> Context:
             budgets = settle_contract(run, plan.recipe, context.store.fingerprint)
             attempt = context.attempt or open_attempt(run, context.stop.seen, this_process())
             lengths = context.store.lengths("train", 0, min(context.store.num_documents("train"), _SAMPLED_DOCUMENTS))
-            planned = planned_figures(plan, context.machine, lengths.tolist())
+            planned = planned_figures(plan, context.machine, lengths.tolist(), context.store.vocab_size)
             write_attempt(run, attempt, plan.with_budgets(budgets), context.machine, planned)
             seen = stop_seen(run.attempt(attempt))
             answer = [(attempt, budgets, known_fingerprints(run, plan.recipe, budgets), seen)]
