@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from turbolm.plan.estimate import cut, estimate, step_work
+from turbolm.plan.estimate import COMPILED, cut, estimate, step_work
 from turbolm.plan.machine import described_machine
 from turbolm.plan.machine_rates import (
     Link,
@@ -260,7 +260,7 @@ def test_processes_that_share_sequences_have_a_part_of_the_work_and_wait_for_the
         assert halves.micro_batch[unit] == whole.micro_batch[unit] / 2  # type: ignore[index]
     tensor, messages = 4096 * 2 * 4 * 2, 4 * 2  # bytes; of both layers in one pass
     copied = 2 * 2 * tensor * messages
-    head = (4 + 8 + 4 + 2 + 8 + 2) * 64  # bytes of its gradient, whatever the tokens
+    head = COMPILED * (4 + 8 + 4 + 2 + 8 + 2) * 64  # bytes of its gradient, whatever the tokens
     halved = (whole.micro_batch["memory_bytes"] - head) / 2 + head
     assert halves.micro_batch["memory_bytes"] == pytest.approx(halved + 2 * copied)
     plain_again = work_of_group(1, "full").recomputed["memory_bytes"] / 2
