@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from turbolm.plan.estimate import cut, estimate, step_work
+from turbolm.plan.estimate import COMPILED, cut, estimate, step_work
 from turbolm.plan.machine import described_machine
 from turbolm.plan.machine_rates import (
     Link,
@@ -25,7 +25,7 @@ from turbolm.plan.parameters import head_dim_of
 from turbolm.plan.plan import Plan, build_plan
 from turbolm.plan.profile import Activations, Cost, Heads, LayerKind, ModelProfile, Peak, Tensor
 from turbolm.plan.time import OVERLAP, Exchange, StepWork, bill, exchange_sec, step_time, time_lines
-from turbolm.plan.work import Shape, micro_batch_amounts
+from turbolm.plan.work import Shape, head_amounts, micro_batch_amounts
 from turbolm.recipe.load import load_recipe
 
 RECIPE = Path(__file__).parents[2] / "recipes/llama3.1-8b/pretrain/config.yaml"
@@ -75,6 +75,16 @@ def test_amounts_of_a_micro_batch_are_those_counted_by_hand() -> None:
     assert found["logits"] == 1600
     assert found["products"] == 3 * 3
     assert found["matrix_bytes"] == 3 * 2 * (2 * (100 * 12 + 32) + 100 * 20 + 64)
+
+
+def test_the_gradient_of_the_head_counts_for_each_chunk_of_the_loss() -> None:
+    """1,024 tokens in 4 chunks, on a CPU: in fp32 cleared 4, added to 4 times 10, scaled 8, rounded 6; tied 6."""
+    found = head_amounts(1024, (4096, 576), 2, "chunked", "cpu", True)
+    assert found["memory_bytes"] == 4096 * 576 * (4 + 4 * 10 + 8 + 6 + 6)
+    assert found["products"] == 4 * 3
+    assert found["matrix_bytes"] == 4 * 3 * 2 * (256 * (4096 + 576) + 4096 * 576)
+    whole = head_amounts(1024, (4096, 576), 2, "full", "cpu", False)
+    assert (whole["memory_bytes"], whole["products"]) == (0, 3)
 
 
 def test_full_recomputation_repeats_a_forward_pass_of_the_layers_and_not_of_the_head() -> None:
@@ -250,7 +260,9 @@ def test_processes_that_share_sequences_have_a_part_of_the_work_and_wait_for_the
         assert halves.micro_batch[unit] == whole.micro_batch[unit] / 2  # type: ignore[index]
     tensor, messages = 4096 * 2 * 4 * 2, 4 * 2  # bytes; of both layers in one pass
     copied = 2 * 2 * tensor * messages
-    assert halves.micro_batch["memory_bytes"] == pytest.approx(whole.micro_batch["memory_bytes"] / 2 + 2 * copied)
+    head = COMPILED * (4 + 8 + 4 + 2 + 8 + 2) * 64  # bytes of its gradient, whatever the tokens
+    halved = (whole.micro_batch["memory_bytes"] - head) / 2 + head
+    assert halves.micro_batch["memory_bytes"] == pytest.approx(halved + 2 * copied)
     plain_again = work_of_group(1, "full").recomputed["memory_bytes"] / 2
     assert again.recomputed["memory_bytes"] == pytest.approx(plain_again + copied)
     (sent,) = (one for one in halves.exchanges if one.what == "sequences")

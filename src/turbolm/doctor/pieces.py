@@ -71,7 +71,7 @@ def model_cases(values: Mapping[str, Any], device: torch.device, precision: str)
     is_tied = head.weight is model.get_input_embeddings().weight
     amounts = add(
         *(product_amounts(tokens, inner, outer, dtype.itemsize) for inner, outer in shapes),
-        head_amounts(tokens, tuple(head.weight.shape), dtype.itemsize, subject.loss, device.type, is_tied),
+        head_amounts(tokens, (head.out_features, head.in_features), dtype.itemsize, subject.loss, device.type, is_tied),
         {"matrix_flops": 6.0 * tokens * head.weight.numel()},
         attention_amounts(rows, rows * span, 4 * head_dim * rows * span),
         {"memory_bytes": count_memory_bytes(model, inputs), "layers": float(subject.num_layers)},

@@ -74,8 +74,11 @@ def head_amounts(
     moved = 3.0 * element_bytes if tied else 0.0
     if rows:
         moved += 4 + 8 + 4 + element_bytes + chunks * (8 + element_bytes)  # cleared, scaled, rounded; added to
-    amounts: Amounts = {"memory_bytes": moved * head[0] * head[1]}
-    return add(scale({unit: one[unit] for unit in ("matrix_bytes", "products")}, chunks), amounts)
+    return {
+        "matrix_bytes": chunks * one["matrix_bytes"],
+        "products": chunks * one["products"],
+        "memory_bytes": moved * head[0] * head[1],
+    }
 
 
 def attention_amounts(rows: float, pairs: float, flops: float, passes: float = _PASSES) -> Amounts:
