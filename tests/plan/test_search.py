@@ -148,7 +148,11 @@ def test_what_is_asked_wrongly_is_refused() -> None:
         ((), Asked(search=True, as_json=True), "--search prints text; leave out --json"),
         ((), Asked(project=True, steps=True), "leave out --search and --project"),
         ((), Asked(search=True, html=Path("a.html")), "--html draws projections; add --project"),
-        ((), Asked(search=True, budget_usd=1000), "--budget-usd needs cluster.price_per_gpu_hour"),
+        (
+            ("cluster.price_per_gpu_hour=null",),
+            Asked(search=True, budget_usd=1000),
+            "--budget-usd needs cluster.price_per_gpu_hour",
+        ),
         (("cluster.gpu=null", "cluster.gpus_per_node=null"), Asked(search=True), "need cluster.gpu"),
     ):
         recipe = load_recipe(RECIPE, overrides)

@@ -38,6 +38,11 @@ TOGETHER: dict[str, dict[str, Any]] = {
     "model.config_file": {"config_file": {"model_type": "gpt2", "hidden_size": 8}},  # `config` replaces its type
     "model.pretrained": {"config": None, "pretrained": "x"},
     "model.revision": {"config": None, "pretrained": "x", "revision": "v1"},
+    "model.rope_parameters": {
+        "config": None,
+        "pretrained": "x",
+        "rope_parameters": {"rope_type": "linear", "factor": 2},
+    },
     "tokenizer.path": {"train": None, "path": "x"},
     "tokenizer.revision": {"train": None, "path": "x", "revision": "v1"},
     "train.max_grad_value": {"max_grad_norm": None, "max_grad_value": 1.0},

@@ -361,7 +361,7 @@ REPLACED = [
     (
         "seq_len: 128",
         "seq_len: 128\n  sources:\n  - type: stdlib\n    text: 1",
-        "a.yaml:10: data.sources.0.text: unknown key (known: label, weight, type)",
+        "a.yaml:10: data.sources.0.text: unknown key (known: label, weight, min_tokens, type)",
     ),
 ]  # fmt: skip
 

@@ -101,7 +101,9 @@ def _refused_field(values: Mapping[str, Any], text: str) -> tuple[Path, Mapping[
     field = re.search(r"field '([^']+)'", text)
     if field is None or field[1] not in values:
         return None
-    number = re.search(r"expected int, got (?:str|float)", text) and re.fullmatch(r"(\d+)(\.0)?", str(values[field[1]]))
+    number = re.search(r"expected int, got (?:str|float)", text) and re.fullmatch(
+        r"(\d{1,18})(\.0)?", str(values[field[1]])
+    )
     return (field[1],), {**values, field[1]: int(number[1])} if number else without(values, (field[1],))
 
 

@@ -209,11 +209,13 @@ def _unknown_key(path: Path, section: type[Section] | None) -> str:
     known = f" (known: {', '.join(here)})" if here else ""
     if key in _DERIVED:
         return f"unknown key; {_DERIVED[key]}"
-    elsewhere = _paths_of_keys()
+    elsewhere, full = _paths_of_keys(), ".".join(str(part) for part in path)
     near_here = difflib.get_close_matches(key, here, n=1, cutoff=0.6)
     near_elsewhere = difflib.get_close_matches(key, elsewhere, n=1, cutoff=0.75)
     if key in _all_keys():  # `optimizer.lr: 1` as one key
         meant = key
+    elif full in _all_keys():  # of another alternative
+        meant = full
     elif key in elsewhere or key in _ELSEWHERE:
         meant = elsewhere.get(key) or _ELSEWHERE[key]
     elif near_here:
@@ -222,7 +224,7 @@ def _unknown_key(path: Path, section: type[Section] | None) -> str:
         meant = elsewhere[near_elsewhere[0]]
     else:
         return f"unknown key{known}"
-    if len(path) > 1 and meant == ".".join(str(part) for part in path):  # a valid key, but of another alternative
+    if len(path) > 1 and meant == full:
         owners = [str(_tag_value(one)) for one in _choices(Recipe.model_fields[str(path[0])].annotation)
                   if key in one.model_fields]  # fmt: skip
         mine = f" of {_tag_value(section)}" if section else ""
