@@ -14,7 +14,7 @@ from turbolm.checkpoint.retention import Retention, remove_old
 from turbolm.checkpoint.save import _open_folder
 from turbolm.errors import UserError
 from turbolm.recipe.load import dump_recipe, load_recipe
-from turbolm.train.fork import _write
+from turbolm.train.fork import _Plateau, _write
 from turbolm.train.run_directory import RunDirectory, refuse_links_out
 
 
@@ -69,7 +69,11 @@ def test_a_fork_takes_only_what_the_manifest_names(tmp_path: Path, precious: Pat
     (checkpoint / "folder").mkdir()
     (checkpoint / "evil.pkl").touch()
     content = {**manifest.read_manifest(checkpoint), "files": {"trainer.json": {"bytes": 2, "sha256": ""}}}
-    _write(tmp_path / "fork", checkpoint, make_recipe(tmp_path), content)
+    record = {"fingerprint": "", "store_fingerprint": ""}
+    content |= {"step": 3, "tokens_seen": 300}
+    recipe = make_recipe(tmp_path)
+    plateau = _Plateau(checkpoint, RunDirectory(tmp_path), record, content, recipe)
+    _write(RunDirectory(tmp_path / "fork"), plateau, recipe, same_documents=True)
     made = sorted(path.name for path in (tmp_path / "fork/checkpoints/step-00000003").iterdir())
     assert made == ["manifest.json", "trainer.json"]
 

@@ -120,7 +120,7 @@ def test_tricks_may_be_files_and_settings(recipe_file: str, tmp_path: Path) -> N
         ("vocab:tokenizer.train.vocab_size=512", (), ["vocab: sets tokenizer.train.vocab_size"]),
         ("longer:data.seq_len=256", (), ["longer: sets data.seq_len"]),
         ("often:evaluation.every=1%", (), ["often: sets evaluation.every"]),
-        ("soap", (), ["soap: would also change train.precision from bf16 to fp32", "such as train.precision=fp32"]),
+        ("zero0", (), ["zero0: would also change train.precision from bf16 to fp32", "such as train.precision=fp32"]),
         ("best_fit", (), ["best_fit: changes nothing"]),
         ("muon", ("data.validation=0",), ["data.validation: 0 leaves no held-out loss to compare the arms by"]),
         ("fp16,zeropp", (), ["fp16: train.precision=fp16 needs a GPU", "zeropp: execution.quantized_weights"]),

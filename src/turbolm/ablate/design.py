@@ -135,8 +135,9 @@ def _contradictions(tricks: Sequence[Trick]) -> list[str]:
 def _excess(arm: Arm, baseline: Arm) -> list[str]:
     """Differences from the baseline that the arm's tricks do not name, or a note that there is no difference."""
     said = [key for trick in arm.tricks for key in trick.keys]
-    # Another optimizer or length schedule has other settings too.
-    said += [key.removesuffix(".name") for key in said if key in ("optimizer.name", "data.length_schedule.name")]
+    # Another optimizer or schedule has other settings too.
+    named = ("optimizer.name", "schedule.name", "data.length_schedule.name")
+    said += [key.removesuffix(".name") for key in said if key in named]
     name = arm.name.removeprefix("+")
     problems = [
         f"{name}: would also change {key} from {_shown(before)} to {_shown(after)}, so it would not be measured alone; "

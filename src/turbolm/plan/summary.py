@@ -221,7 +221,7 @@ def collect_summary(
         memory = _state(plan, recipe.execution, size.total)
         fit = examine_fit(plan, machine, facts.config, gpu_bytes, may_trace=may_trace)
         if gpu_bytes is not None and memory.device_bytes > gpu_bytes:
-            problems += [_too_large(plan, memory, gpu_bytes, size.total), *fit.ways]
+            problems += [_too_large(plan, machine, memory, gpu_bytes, size.total), *fit.ways]
         elif fit.is_refused(gpu_bytes):
             problems += [fit.refusal(gpu_bytes), *fit.ways]
     if problems or plan is None:
@@ -294,15 +294,18 @@ def _host_memory(
     return estimate_host_memory(plan.recipe, state, size.total, plan.world_size, plan.processes_per_node, activations)
 
 
-def _too_large(plan: Plan, memory: ModelState, gpu_bytes: int, num_parameters: int) -> str:
+def _too_large(plan: Plan, machine: Machine, memory: ModelState, gpu_bytes: int, num_parameters: int) -> str:
     """Return the message if the model state alone does not fit, with the first stage that would."""
-    execution = plan.recipe.execution
+    recipe, execution = plan.recipe, plan.recipe.execution
     wanted = (
         f"its model state takes {format_bytes(memory.device_bytes)} of each GPU, which has {format_bytes(gpu_bytes)}"
     )
     for stage in range(execution.zero_stage + 1, 4):
         other = execution.model_copy(update={"zero_stage": stage})
-        if is_accepted(plan.recipe, execution=other) and _state(plan, other, num_parameters).device_bytes < gpu_bytes:
+        if not is_accepted(recipe, execution=other):
+            continue
+        planned = build_plan(recipe.model_copy(update={"execution": other}), machine)  # its buckets are others too
+        if _state(planned, other, num_parameters).device_bytes < gpu_bytes:
             return f"execution.zero_stage: {wanted}; zero_stage: {stage} fits"
     offloaded = execution.model_copy(update={"offload_optimizer": True})
     offload = ", execution.offload_optimizer=true" if is_accepted(plan.recipe, execution=offloaded) else ""
