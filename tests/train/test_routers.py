@@ -188,10 +188,10 @@ def test_compiled_and_recomputed_where_weights_are_gathered(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("model", "steps"),
-    [("dbrx", 5), *(pytest.param(name, 50, marks=pytest.mark.slow) for name in ("crowded", "dbrx"))],
+    ("model", "steps", "lr"),  # at a high rate rounding sends a token to another expert within 50 steps
+    [("dbrx", 5, 3e-3), *(pytest.param(name, 50, 1e-4, marks=pytest.mark.slow) for name in ("crowded", "dbrx"))],
 )
-def test_stage_3_with_experts_without_tokens(model: str, steps: int, tmp_path: Path) -> None:
+def test_stage_3_with_experts_without_tokens(model: str, steps: int, lr: float, tmp_path: Path) -> None:
     """One token, one expert: of 40 experts at least 8 get none in a micro-batch of 32 tokens, others on each rank."""
     assert SEQ_LEN < 40
     schedule, train = (
@@ -199,8 +199,9 @@ def test_stage_3_with_experts_without_tokens(model: str, steps: int, tmp_path: P
         {"router_aux_loss": "off", "budget": 50 * BINS_PER_BATCH * SEQ_LEN},
     )
     cell = Cell(name=model, model=model, zero_stage=3, micro_batch_bins=1, steps=steps, schedule=schedule, train=train)
+    cell.optimizer = {"lr": lr}
     trained = run_cells(tmp_path, 2, [cell])[model]
     recipe = cell_recipe(tmp_path, cell)
-    expected = train_reference(recipe, open_store(prepare(recipe)), [3e-3] * steps)
+    expected = train_reference(recipe, open_store(prepare(recipe)), [lr] * steps)
     assert expected[0][0] - expected[-1][0] > 0.1
     np.testing.assert_allclose(trained, np.array(expected)[:, :2], rtol=1e-5)
