@@ -158,4 +158,4 @@ def test_the_shipped_profiles_are_what_a_fresh_trace_finds(key: str, tmp_path: A
     request = requests()[key]
     profile, _ = find_profile(request["config"], request["dropout"], tmp_path, may_trace=False)
     fresh = trace(request)
-    assert profile is not None and json.loads(profile.to_json()) == fresh
+    assert profile is not None and json.loads(profile.to_json()) | {"heads": None} == fresh  # heads are not traced
