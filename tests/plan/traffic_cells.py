@@ -193,4 +193,5 @@ def parameters_of(engine: Any) -> list[Tensor]:
 
     kinds = {name: kind for name, _, kind in parameter_kinds(engine.module)}
     names: dict[str, Any] = {"embeddings": "embedding", "head": "head", "matrices": "matrix", "vectors": "vector"}
-    return [Tensor(name, shape, names[kinds[name]]) for name, shape in engine.parameter_shapes().items()]
+    shapes = engine.parameter_shapes().items()
+    return [Tensor(name, shape, "expert" if ".experts." in name else names[kinds[name]]) for name, shape in shapes]
