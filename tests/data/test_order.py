@@ -157,6 +157,16 @@ def test_sources_get_their_shares(lengths: list[int], weights: list[int]) -> Non
     assert read == {n for n, weight in enumerate(weights) if weight}
 
 
+def test_a_share_of_less_than_a_token_of_a_batch_is_drawn_over_time() -> None:
+    """The pace is that of the source whose epoch lasts longest: here one whose share of 32 tokens is 0.0064."""
+    shares = (0.9998, 0.0002)
+    segments = [Segment(0, 0, (16,), 32, shares), Segment(4, 128, (16,), 32, (0.5, 0.5))]
+    order = order_of_lengths(np.full(20, 8), segments, sources=[(0, 10), (10, 20)])
+    order.build(6)
+    drawn = [8 * end for _, end in order.table[0].ranges]
+    assert drawn[1] == 8 and abs(drawn[0] - 8 * 0.9998 / 0.0002) <= 8
+
+
 def test_weights_that_change_take_effect_on_the_step() -> None:
     lengths = np.full(400, 16)
     segments = [Segment(0, 0, (16,), 160, (1.0, 0.0)), Segment(7, 1120, (16,), 160, (0.0, 1.0))]

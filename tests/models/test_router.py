@@ -260,8 +260,9 @@ def test_a_balancing_bias_that_is_a_parameter_becomes_a_buffer(is_loaded: bool, 
     assert result[3][0, 0] > 2 * result[3][0, 2], "it still chooses"
 
 
-BY_BIAS = """afmoe axk1 axk2 bailing_hybrid beam deepseek_v3 deepseek_v32 deepseek_v4 dots1 ernie4_5_moe exaone_moe
-glm4_moe glm4_moe_lite glm_moe_dsa hy_v3 hy_v4 kimi_linear kolibri1 laguna lfm2_moe mimo_v2_flash minimax_m2 nemotron_h
+# bailing_hybrid, kimi_linear and kolibri1 passed too; without kernels for linear attention they take minutes.
+BY_BIAS = """afmoe axk1 axk2 beam deepseek_v3 deepseek_v32 deepseek_v4 dots1 ernie4_5_moe exaone_moe
+glm4_moe glm4_moe_lite glm_moe_dsa hy_v3 hy_v4 laguna lfm2_moe mimo_v2_flash minimax_m2 nemotron_h
 solar_open""".split()
 QUICK = ("glm4_moe", "ernie4_5_moe")
 

@@ -111,6 +111,8 @@ def _model(full: Recipe, path: Path, folder: Path) -> dict[str, Any]:
         if name in described:
             mapping[name] = described[name]
     if full.model.pretrained is None:
+        if described["model_type"] == "smollm3":  # whose default is beyond a small vocabulary
+            mapping["pad_token_id"] = None
         return section | {"config": mapping, "config_file": None}
     if full.model.rope_parameters is not None:
         mapping["max_position_embeddings"] = SEQ_LEN // 2

@@ -143,7 +143,8 @@ def _advance(
     lead, _ = _lead(sources, segment)
     stream = sources.streams[lead]
     limit = None if cross_epoch else (ends[lead] // stream.num_documents + 1) * stream.num_documents
-    ends[lead], paced = stream.advance(ends[lead], positions * shares[lead] // _ONE, limit)
+    due = max(1, positions * shares[lead] // _ONE)  # of a tiny share and a small batch too, or nothing is ever drawn
+    ends[lead], paced = stream.advance(ends[lead], due, limit)
     owed[lead] = 0
     for number, other in enumerate(sources.streams):
         if number != lead:
