@@ -143,7 +143,9 @@ def _advance(
     lead, _ = _lead(sources, segment)
     stream = sources.streams[lead]
     limit = None if cross_epoch else (ends[lead] // stream.num_documents + 1) * stream.num_documents
-    due = max(1, positions * shares[lead] // _ONE)  # of a tiny share and a small batch too, or nothing is ever drawn
+    due = positions * shares[lead] // _ONE
+    if cross_epoch:  # one at least: of a tiny share and a small batch nothing would ever be drawn
+        due = max(1, due)
     ends[lead], paced = stream.advance(ends[lead], due, limit)
     owed[lead] = 0
     for number, other in enumerate(sources.streams):
