@@ -273,6 +273,10 @@ def test_the_order_never_changes() -> None:
     buckets = order_of_lengths(np.arange(1, 9), [Segment(0, 0, (4, 8), 8, None, True)], seed=7)
     assert [slices(buckets.batch(index)) for index in range(3)] == PINNED_BUCKETS
     assert order.digest(3) == PINNED_DIGEST
+    parts = ((0, 0, (0.9, 0.1)), (1, 32, (0.5, 0.5)), (3, 96, (0.2, 0.8)))  # what is carried over fills the short ones
+    stages = [Segment(step, token, (16,), 32, weights) for step, token, weights in parts]
+    mixed = order_of_lengths(np.arange(1, 61) % 37 + 1, stages, sources=[(0, 30), (30, 60)], window_documents=20)
+    assert mixed.digest(12).startswith("487ee1faa01cb2e7")
 
 
 PINNED: list[list[Slice]] = [
