@@ -202,6 +202,13 @@ def test_a_problem_of_the_model_is_told(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert [(one["config"]["hidden_size"], one["file"]) for one in asked] == [("four", None)]
 
 
+@pytest.mark.parametrize("setting", ["router_bias_update=0.001", "router_aux_loss=0.01"])
+def test_settings_of_routers_are_refused_where_there_are_none(setting: str) -> None:
+    key = setting.partition("=")[0]
+    with pytest.raises(UserError, match=rf"train\.{key}: 0\.0+1 cannot act: llama has no experts; set "):
+        summary_of(LLAMA_8B, f"train.{setting}")
+
+
 def test_a_model_state_that_cannot_fit_is_refused_with_what_would() -> None:
     _, errors = plan(
         "recipes/llama3.1-70b/pretrain/config.yaml",

@@ -17,7 +17,7 @@ from typing import Any
 from turbolm.errors import UserError, did_you_mean
 from turbolm.files import load_json, write_atomic
 from turbolm.hub import cached_config, check_revisions, config_command
-from turbolm.plan.parameters import ModelSize, estimate_size
+from turbolm.plan.parameters import ModelSize, estimate_size, has_no_experts
 from turbolm.plan.plain_config import is_plain
 from turbolm.recipe.contract import canonical_json
 from turbolm.recipe.model_config import is_dropout, text_part
@@ -75,6 +75,7 @@ def examine_model(recipe: Recipe, recipe_file: str | Path, examine: Examiner | N
     facts = ModelFacts(config, None, tuple(assumed))
     if config is None:
         return facts
+    _check_routers(recipe, config)
     if model.pretrained is not None:
         size = _shipped_size(config, model.dropout) or size_model(config, recipe.execution.cache_dir)
         return replace(facts, size=size, notes=_position_notes(recipe, config))
@@ -88,6 +89,16 @@ def examine_model(recipe: Recipe, recipe_file: str | Path, examine: Examiner | N
     if answer.problems:
         raise UserError("\n".join(answer.problems))
     return replace(facts, size=answer.size, notes=(*_differences(recipe), *answer.notes))
+
+
+def _check_routers(recipe: Recipe, config: Mapping[str, Any]) -> None:
+    """Raise UserError for settings of routers where the type certainly has no experts; of others the ranks ask."""
+    if not has_no_experts(config):
+        return
+    for key, off in (("router_aux_loss", "config or off"), ("router_bias_update", "0")):
+        value = getattr(recipe.train, key)
+        if isinstance(value, int | float) and value:
+            raise UserError(f"train.{key}: {value:g} cannot act: {config['model_type']} has no experts; set {off}")
 
 
 def check_model(recipe: Recipe, recipe_file: str | Path, examine: Examiner | None = None) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from turbolm.plan.estimate import estimate
 from turbolm.plan.fitting import ways_that_fit
 from turbolm.plan.search import Candidate, Goal, search
 from turbolm.plan.summary import Summary
-from turbolm.plan.text import filler_line, footprint_parts, fork_line, processes_line, restarts_line
+from turbolm.plan.text import filler_line, footprint_parts, fork_line, processes_line, restarts_line, verdict_line
 from turbolm.plan.time import format_step, shares
 from turbolm.units import format_bytes, format_count, format_duration
 
@@ -97,11 +97,7 @@ def _execution(summary: Summary) -> str:
 def _memory(summary: Summary) -> Iterator[str]:
     state, found, gpu_bytes = summary.memory, summary.footprint, summary.gpu_memory_bytes
     if found is not None and gpu_bytes is not None:
-        bound = "; an upper bound: compiled code keeps fewer activations" if found.is_upper_bound else ""
-        yield (
-            f"{found.verdict(gpu_bytes)}: {format_bytes(found.total_bytes)} of {format_bytes(gpu_bytes)} on each GPU, "
-            f"{found.total_bytes / gpu_bytes:.0%}, at the {found.moment}{bound}"
-        )
+        yield verdict_line(found, gpu_bytes)
         largest = sorted(footprint_parts(found), key=lambda part: -part[1])[:_NUM_PARTS]
         host = summary.host_memory
         on_host = f"; host memory {format_bytes(host.total_bytes)} a node" if host else ""

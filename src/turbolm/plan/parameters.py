@@ -82,6 +82,11 @@ _FAMILIES = {
 }
 
 
+def has_no_experts(config: Mapping[str, Any]) -> bool:
+    """Return whether the model type is one of the dense ones that are known here; others may have experts."""
+    return config.get("model_type") in _FAMILIES
+
+
 def estimate_size(config: Mapping[str, Any]) -> ModelSize | None:
     """Return the size of a causal language model, or None for a model type without a formula here.
 

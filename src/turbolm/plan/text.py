@@ -241,15 +241,20 @@ def footprint_parts(found: Footprint) -> tuple[tuple[str, int], ...]:
     )
 
 
+def verdict_line(found: Footprint, gpu_bytes: int) -> str:
+    """Return whether a GPU's worst moment fits."""
+    bound = "; an upper bound: compiled code keeps fewer activations" if found.is_upper_bound else ""
+    return (
+        f"{found.verdict(gpu_bytes)}: {format_bytes(found.total_bytes)} of {format_bytes(gpu_bytes)} on each GPU, "
+        f"{found.total_bytes / gpu_bytes:.0%}, at the {found.moment}{bound}"
+    )
+
+
 def _footprint(summary: Summary) -> Iterator[str]:
     found, gpu_bytes = summary.footprint, summary.gpu_memory_bytes
     if found is None or gpu_bytes is None:
         return
-    bound = " (compiled code keeps fewer: an upper bound)" if found.is_upper_bound else ""
-    yield (
-        f"{found.verdict(gpu_bytes)}: {format_bytes(found.total_bytes)} of {format_bytes(gpu_bytes)}, "
-        f"{found.total_bytes / gpu_bytes:.0%}, at the {found.moment}{bound}"
-    )
+    yield verdict_line(found, gpu_bytes)
     yield from _sizes(*footprint_parts(found))
     yield from _sizes(("in the host memory", found.offloaded))
     yield from summary.advice
