@@ -42,6 +42,8 @@ ORDER = {
     "threads": 1,
     "port": 0,
     "subjects": [SUBJECT],
+    "steps": (),
+    "ds_config": {},
     "budget_sec": 0.05,
     "clock": "cpu",
 }
@@ -59,6 +61,12 @@ def test_the_fit_finds_the_rates_that_made_the_times() -> None:
         assert found[unit] == pytest.approx(value, rel=0.01)  # type: ignore[literal-required, index]
     assert found["layers"] == pytest.approx(0, abs=1e-6)
     assert min(found.values()) >= 0
+
+
+def test_a_weight_of_three_counts_nine_times_in_the_squares() -> None:
+    samples = [Sample("piece", {"products": 1.0}, 1.0, 0.0), Sample("step", {"products": 1.0}, 2.0, 0.0, weight=3.0)]
+    # Least squares of w (x / sec - 1): x = sum(w^2 / sec) / sum(w^2 / sec^2).
+    assert fit_rates(samples)["products"] == pytest.approx((1 + 9 / 2) / (1 + 9 / 4), rel=1e-6)
 
 
 def test_cases_take_turns_and_the_median_counts() -> None:
@@ -139,11 +147,16 @@ def test_the_profile_that_plan_reads_counts_what_calibrate_counts() -> None:
 def test_two_ranks_measure_together_and_plan_reads_what_they_kept(tmp_path: Path) -> None:
     code = (
         "import turbolm.launch.calibrate as c;"
-        f"c._default_subjects = lambda *_: [{SUBJECT!r}];"
+        f"c._default_subjects = c._step_subjects = lambda *_: [{SUBJECT!r}];"
         "print(c.calibrate(None, (), 0.05))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     kept = json.loads(next((tmp_path / ".cache/turbolm/rates").glob("*.json")).read_text())
     assert kept["version"] == 2 and kept["sec_per"]["matrix_flops"] >= 0
+    weights = 2 * (4 * 32 * 32 + 3 * 32 * 48 + 2 * 32) + 2 * 64 * 32 + 32
+    (step,) = (one for one in kept["measured"]["samples"] if one["name"].startswith("step of 2 layers, width 32"))
+    per_weight = 70 if ", bf16" in kept["kind"] else 72  # as tests/engine/test_weight_bytes.py counts them
+    assert step["amounts"]["optimizer_bytes"] == per_weight * weights and step["amounts"]["gradients"] == 2 * 21
+    assert step["sec"] > 0 and step["weight"] > 1
     assert kept["node"]["bytes_per_sec"] > 0 and kept["measured"]["messages"]

@@ -23,6 +23,7 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
 from turbolm.doctor.pieces import Case, model_cases, weight_cases
+from turbolm.doctor.steps import step_cases
 from turbolm.engine.device import DTYPES
 from turbolm.models.flash import start_kernels
 from turbolm.plan.work import Unit
@@ -34,6 +35,7 @@ _SWEEPS = 5000
 _MESSAGES = {"cpu": (2**14, 2**22), "cuda": (2**16, 2**28)}  # bytes of the two all-reduces
 _MESSAGE_TURNS = 10
 _GROUP_SEC = 60
+_READY_SEC = 180  # for models to be built
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ class Order:
     threads: int  # of each rank
     port: int
     subjects: tuple[dict[str, Any], ...]  # of `pieces.Subject`
+    steps: tuple[dict[str, Any], ...]  # the same, for whole steps
+    ds_config: dict[str, Any]  # of those steps
     budget_sec: float
     clock: str  # a name in CLOCKS; cpu: processor time, for a machine that others use
 
@@ -58,6 +62,7 @@ class Sample:
     amounts: Mapping[Unit, float]
     sec: float
     spread: float
+    weight: float = 1.0  # in the fit
 
 
 def take_turns(cases: Sequence[Case], budget_sec: float, device: torch.device, clock: Clock) -> list[Sample]:
@@ -81,17 +86,17 @@ def take_turns(cases: Sequence[Case], budget_sec: float, device: torch.device, c
     for case, taken in zip(cases, times, strict=True):
         middle = statistics.median(taken)
         spread = statistics.median(abs(one - middle) for one in taken) / middle
-        found.append(Sample(case.name, case.amounts, middle, spread))
+        found.append(Sample(case.name, case.amounts, middle, spread, case.weight))
     return found
 
 
 def fit_rates(samples: Sequence[Sample]) -> dict[Unit, float]:
     """Return non-negative seconds per unit with the least squared relative errors, by coordinate descent."""
     units: list[Unit] = sorted({unit for one in samples for unit, amount in one.amounts.items() if amount})
-    rows = np.array([[one.amounts.get(unit, 0.0) / one.sec for unit in units] for one in samples])
+    rows = np.array([[one.weight * one.amounts.get(unit, 0.0) / one.sec for unit in units] for one in samples])
     sizes = np.linalg.norm(rows, axis=0)
     rows /= sizes
-    found, left = np.zeros(len(units)), np.ones(len(samples))
+    found, left = np.zeros(len(units)), np.array([one.weight for one in samples])
     for _ in range(_SWEEPS):
         for number in range(len(units)):
             new = max(0.0, found[number] + rows[:, number] @ left)
@@ -100,17 +105,22 @@ def fit_rates(samples: Sequence[Sample]) -> dict[Unit, float]:
     return {unit: float(value) for unit, value in zip(units, found / sizes, strict=True)}
 
 
-def measure(order: Order, rank: int) -> dict[str, Any]:
-    """Measure as one rank: samples, and the seconds of all-reduces by bytes. Collective."""
+def measure(order: Order, rank: int, together: Callable[[], object] = lambda: None) -> dict[str, Any]:
+    """Measure as one rank: samples, and the seconds of all-reduces by bytes. `together` waits for the others."""
     torch.set_num_threads(order.threads)
     device = torch.device("cuda", rank) if order.device == "cuda" else torch.device("cpu")
     for attention in {values["attention"] for values in order.subjects}:
         print(start_kernels(attention, device), file=sys.stderr)
     cases = [one for values in order.subjects for one in model_cases(values, device, order.precision)]
     unique = {case.name: case for case in [*cases, *weight_cases(device, DTYPES[order.precision])]}
+    steps = step_cases(order.steps, order.ds_config, device, order.precision) if order.steps else ()
+    unique |= {case.name: case for case in steps}
+    together()
+    samples = take_turns(list(unique.values()), order.budget_sec, device, CLOCKS[order.clock])
+    if dist.is_initialized():
+        dist.destroy_process_group()
     if order.num_ranks > 1:
         _join(order, rank, device)
-    samples = take_turns(list(unique.values()), order.budget_sec, device, CLOCKS[order.clock])
     messages = _all_reduces(order, device) if order.num_ranks > 1 else {}
     return {"samples": [asdict(one) for one in samples], "messages": messages}
 
@@ -122,7 +132,6 @@ def _join(order: Order, rank: int, device: torch.device) -> None:
     backend = "nccl" if device.type == "cuda" else "gloo"
     limit = timedelta(seconds=_GROUP_SEC + 3 * order.budget_sec)
     dist.init_process_group(backend, init_method=address, rank=rank, world_size=order.num_ranks, timeout=limit)
-    dist.all_reduce(torch.zeros(1, device=device))  # all are ready, and begin together
 
 
 def _all_reduces(order: Order, device: torch.device) -> dict[str, float]:
@@ -141,9 +150,9 @@ def _all_reduces(order: Order, device: torch.device) -> dict[str, float]:
     return found
 
 
-def _rank(rank: int, order: Order, parent: int, results: Any) -> None:
+def _rank(rank: int, order: Order, parent: int, results: Any, ready: Any) -> None:
     end_with_parent(parent)
-    results.put((rank, measure(order, rank)))
+    results.put((rank, measure(order, rank, ready.wait)))
     results.close()
     results.join_thread()
     os._exit(0)  # process groups whose peers are gone would wait
@@ -152,10 +161,11 @@ def _rank(rank: int, order: Order, parent: int, results: Any) -> None:
 def main() -> int:
     """Carry out the order in the first argument; the result is one line of JSON on standard output."""
     values = json.loads(sys.argv[1])
-    order = Order(**{**values, "subjects": tuple(values["subjects"])})
+    order = Order(**{**values, "subjects": tuple(values["subjects"]), "steps": tuple(values["steps"])})
     context = multiprocessing.get_context("fork" if order.device == "cpu" else "spawn")
-    results = context.Queue()
-    ranks = [context.Process(target=_rank, args=(k, order, os.getpid(), results)) for k in range(order.num_ranks)]
+    results, ready = context.Queue(), context.Barrier(order.num_ranks, timeout=_READY_SEC)
+    arguments = (order, os.getpid(), results, ready)
+    ranks = [context.Process(target=_rank, args=(k, *arguments)) for k in range(order.num_ranks)]
     for rank in ranks:
         rank.start()
     found: dict[int, Any] = {}

@@ -36,6 +36,7 @@ class Case:
     name: str
     amounts: Mapping[Unit, float]
     run: Callable[[], object]
+    weight: float = 1.0  # in the fit
 
 
 @dataclass(frozen=True)
@@ -53,38 +54,52 @@ class Subject:
 def model_cases(values: Mapping[str, Any], device: torch.device, precision: str) -> Iterator[Case]:
     """Yield the cases of a subject: its products, its attention, and a forward and backward pass of all of it."""
     subject, dtype = Subject(**values), DTYPES[precision]
-    config = small_config(subject)
-    model = _build(subject, config, device, dtype)
-    tokens = subject.sequences * subject.seq_len
-    text = config.get_text_config()
-    heads, head_dim = heads_of(lambda name: getattr(text, name, None)) or (0, 0)
-    head = model.get_output_embeddings()
-    layers = [one for one in model.modules() if isinstance(one, nn.Linear)]
-    shapes = [(one.in_features, one.out_features) for one in layers if one is not head]
-    for inner, outer in sorted({*shapes, (head.in_features, head.out_features)}):
+    model, inputs, targets = build_subject(subject, device, dtype)
+    tokens, text = subject.sequences * subject.seq_len, model.config.get_text_config()
+    for inner, outer in sorted({*_shapes(model), _head_shape(model)}):
         yield product_case(tokens, inner, outer, device, dtype)
     if subject.attention == "sdpa":
+        heads, head_dim = heads_of(lambda name: getattr(text, name, None)) or (0, 0)
         yield attention_case(subject.sequences, subject.seq_len, heads, head_dim, device, dtype)
-    span = subject.seq_len if subject.attention == "sdpa" else (subject.seq_len // 2 + 1) / 2
-    rows = float(heads * tokens * subject.num_layers)
-    inputs, targets = _inputs(subject, config, device)
-    is_tied = head.weight is model.get_input_embeddings().weight
-    amounts = add(
-        *(product_amounts(tokens, inner, outer, dtype.itemsize) for inner, outer in shapes),
-        head_amounts(tokens, (head.out_features, head.in_features), dtype.itemsize, subject.loss, device.type, is_tied),
-        {"matrix_flops": 6.0 * tokens * head.weight.numel()},
-        attention_amounts(rows, rows * span, 4 * head_dim * rows * span),
-        {"memory_bytes": count_memory_bytes(model, inputs), "layers": float(subject.num_layers)},
-        {"logits": float(tokens * config.vocab_size)},
-    )
+    amounts = model_amounts(subject, model, inputs, dtype)
     attach_loss(model, subject.loss)
 
     def run() -> None:
         model.zero_grad()
         model(**inputs, targets=targets)[0].backward()
 
-    name = f"{config.model_type} of {subject.num_layers} layers, width {config.hidden_size}"
+    name = f"{model.config.model_type} of {subject.num_layers} layers, width {model.config.hidden_size}"
     yield Case(f"{name}, {subject.sequences} x {subject.seq_len} tokens", amounts, run)
+
+
+def model_amounts(subject: Subject, model: Any, inputs: Mapping[str, Any], dtype: torch.dtype) -> dict[Unit, float]:
+    """Return what a forward and backward pass of all of the model amounts to."""
+    tokens, text = subject.sequences * subject.seq_len, model.config.get_text_config()
+    heads, head_dim = heads_of(lambda name: getattr(text, name, None)) or (0, 0)
+    span = subject.seq_len if subject.attention == "sdpa" else (subject.seq_len // 2 + 1) / 2
+    rows = float(heads * tokens * subject.num_layers)
+    head = model.get_output_embeddings().weight
+    is_tied = head is model.get_input_embeddings().weight
+    return add(
+        *(product_amounts(tokens, inner, outer, dtype.itemsize) for inner, outer in _shapes(model)),
+        head_amounts(tokens, tuple(head.shape), dtype.itemsize, subject.loss, head.device.type, is_tied),
+        {"matrix_flops": 6.0 * tokens * head.numel()},
+        attention_amounts(rows, rows * span, 4 * head_dim * rows * span),
+        {"memory_bytes": count_memory_bytes(model, inputs), "layers": float(subject.num_layers)},
+        {"logits": float(tokens * text.vocab_size)},
+    )
+
+
+def _shapes(model: Any) -> list[tuple[int, int]]:
+    """Return the inner and outer size of each linear layer but the head."""
+    head = model.get_output_embeddings()
+    layers = [one for one in model.modules() if isinstance(one, nn.Linear) and one is not head]
+    return [(one.in_features, one.out_features) for one in layers]
+
+
+def _head_shape(model: Any) -> tuple[int, int]:
+    outer, inner = model.get_output_embeddings().weight.shape
+    return inner, outer
 
 
 def small_config(subject: Subject) -> PreTrainedConfig:
@@ -98,15 +113,17 @@ def small_config(subject: Subject) -> PreTrainedConfig:
     return config
 
 
-def _build(subject: Subject, config: PreTrainedConfig, device: torch.device, dtype: torch.dtype) -> Any:
-    name = ATTENTION_NAMES[subject.attention]
+def build_subject(
+    subject: Subject, device: torch.device, dtype: torch.dtype
+) -> tuple[Any, dict[str, Any], torch.Tensor]:
+    """Return the model with few layers, and inputs and targets [sequences, seq_len]: of two documents each."""
+    config, name = small_config(subject), ATTENTION_NAMES[subject.attention]
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=name, trust_remote_code=False)
-        return model.train()
+    return model.train(), *_inputs(subject, config, device)
 
 
 def _inputs(subject: Subject, config: PreTrainedConfig, device: torch.device) -> tuple[dict[str, Any], torch.Tensor]:
-    """Return sequences of two documents each."""
     shape = (subject.sequences, subject.seq_len)
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, shape)
     positions = np.tile(np.arange(subject.seq_len), (subject.sequences, 1))

@@ -13,7 +13,7 @@ from turbolm.errors import UserError
 from turbolm.launch.local import rank_environment
 from turbolm.launch.network import free_port
 from turbolm.plan.count import read_model_config
-from turbolm.plan.machine import detect_machine
+from turbolm.plan.machine import Machine, detect_machine
 from turbolm.plan.machine_rates import Rates, keep_rates, kind_of, measured_link, network_link
 from turbolm.plan.plan import Plan, build_plan
 from turbolm.plan.profiles import find_profile
@@ -21,6 +21,7 @@ from turbolm.plan.work import Unit
 from turbolm.recipe.execution import Execution
 from turbolm.recipe.gpus import find_gpu
 from turbolm.recipe.load import load_recipe
+from turbolm.shipped import find_recipe
 
 START_SEC = 180  # to import torch and build the models, on a slow file system
 _LAYERS = 2
@@ -28,6 +29,11 @@ _LAYERS = 2
 _WIDTHS = {  # hidden size, intermediate size, heads, vocabulary
     "cpu": ((128, 384, 2, 1024), (256, 768, 4, 4096), (512, 1536, 8, 2048)),
     "cuda": ((2048, 8192, 32, 32768), (4096, 14336, 32, 32768)),
+}
+# Whole steps: which of the widths, layers, sequences, tokens of each. The last is hardly more than starting operators.
+_STEPS = {
+    "cpu": ((1, 2, 2, 512), (2, 2, 8, 256), (1, 4, 4, 256), (0, 6, 1, 256)),
+    "cuda": ((0, 2, 4, 2048), (1, 2, 1, 8192), (0, 6, 1, 512)),
 }
 _BATCHES = {"cpu": ((2, 512), (8, 256), (1, 1024)), "cuda": ((4, 2048), (2, 8192))}
 _MAX_TOKENS = {"cpu": 2048, "cuda": 32768}  # of a recipe's own micro-batch, so that a piece takes seconds at most
@@ -61,6 +67,8 @@ def calibrate(
         "threads": threads,
         "port": free_port("127.0.0.1"),
         "subjects": subjects,
+        "steps": list(_step_subjects(device, precision)),
+        "ds_config": _step_config(machine, device, precision),
         "budget_sec": budget_sec,
         "clock": clock,
     }
@@ -119,19 +127,42 @@ def _measure(order: Mapping[str, Any], budget_sec: float) -> dict[str, Any]:
 
 
 def _default_subjects(device: str, precision: str) -> Iterator[dict[str, Any]]:
-    for hidden, inner, heads, vocabulary in _WIDTHS[device]:
-        config = {
-            "model_type": "llama",
-            "hidden_size": hidden,
-            "intermediate_size": inner,
-            "num_hidden_layers": _LAYERS,
-            "num_attention_heads": heads,
-            "vocab_size": vocabulary,
-            "max_position_embeddings": 8192,
-            "tie_word_embeddings": True,
-        }
+    for width in range(len(_WIDTHS[device])):
         for sequences, seq_len in _BATCHES[device]:
-            yield _subject(config, device, precision, sequences, seq_len)
+            yield _subject(_llama(device, width, _LAYERS), device, precision, sequences, seq_len)
+
+
+def _step_subjects(device: str, precision: str) -> Iterator[dict[str, Any]]:
+    for width, layers, sequences, seq_len in _STEPS[device]:
+        yield _subject(_llama(device, width, layers), device, precision, sequences, seq_len) | {"num_layers": layers}
+
+
+def _llama(device: str, width: int, layers: int) -> dict[str, Any]:
+    hidden, inner, heads, vocabulary = _WIDTHS[device][width]
+    return {
+        "model_type": "llama",
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "vocab_size": vocabulary,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+    }
+
+
+def _step_config(machine: Machine, device: str, precision: str) -> dict[str, Any]:
+    """Return the DeepSpeed configuration of a step by one process, without accumulation."""
+    overrides = [
+        "cluster.processes_per_node=1",
+        "execution.zero_stage=2",
+        "train.global_batch=256",
+        "execution.micro_batch=256",
+        f"cluster.device={device}",
+        f"train.precision={precision}",
+    ]
+    recipe = load_recipe(find_recipe("quickstart"), overrides)
+    return build_plan(recipe, machine).ds_config
 
 
 def _own_subjects(plan: Plan, recipe_file: str) -> Iterator[dict[str, Any]]:
