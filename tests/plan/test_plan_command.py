@@ -215,7 +215,12 @@ def test_a_model_state_that_cannot_fit_is_refused_with_what_would() -> None:
         *("execution.zero_stage=2", "execution.hierarchical_partition=null"),
         code=2,
     )
-    assert "its model state takes 134 GiB of each GPU, which has 80 GiB; zero_stage: 3 fits" in errors
+    assert "takes 156 GiB of each GPU, which has 80 GiB" in errors and "DOES NOT FIT" in errors
+    assert "fits with execution.zero_stage=3 (31.4 GiB of 80 GiB)" in errors
+    # Another depth has no profile: the number of parameters alone says enough.
+    changes = ("execution.zero_stage=2", "execution.hierarchical_partition=null", "model.config.num_hidden_layers=77")
+    with pytest.raises(UserError, match="its model state takes 1.. GiB of each GPU, which has 80 GiB; zero_stage: 3"):
+        summary_of("recipes/llama3.1-70b/pretrain/config.yaml", *changes)
 
 
 @pytest.mark.parametrize(

@@ -36,18 +36,21 @@ class Fit:
     def is_refused(self, gpu_bytes: int | None) -> bool:
         """Return whether the tensors alone are more than the GPU's memory.
 
-        Assumptions (CUDA context, fragmentation) and upper bounds (compiled code) refuse nothing.
+        Assumptions (CUDA context, fragmentation) and upper bounds (activations of compiled code) refuse nothing.
         """
         found = self.footprint
-        return bool(found and gpu_bytes and not found.is_upper_bound and found.counted_bytes > gpu_bytes)
+        if found is None or gpu_bytes is None:
+            return False
+        return (found.state_bytes if found.is_upper_bound else found.counted_bytes) > gpu_bytes
 
     def refusal(self, gpu_bytes: int | None) -> str:
         """Return the message for a run that cannot fit."""
         assert self.footprint is not None and gpu_bytes is not None
         found = self.footprint
         return (
-            f"execution.micro_batch: the {found.moment} takes {format_bytes(found.counted_bytes)} of each "
-            f"GPU, which has {format_bytes(gpu_bytes)}: DOES NOT FIT"
+            f"execution: the {found.moment} takes {format_bytes(found.counted_bytes)} of each GPU, which has "
+            f"{format_bytes(gpu_bytes)} ({format_bytes(found.state_bytes)} of it weights, gradients and optimizer): "
+            "DOES NOT FIT"
         )
 
 

@@ -53,10 +53,15 @@ class Footprint:
     is_upper_bound: bool  # compiled code keeps fewer activations
 
     @property
+    def state_bytes(self) -> int:
+        """Return the bytes of tensors that are as many whatever the micro-batch is."""
+        state = self.weights + self.gradients + self.master + self.optimizer + self.gathered
+        return state + self.buckets + self.copies
+
+    @property
     def counted_bytes(self) -> int:
         """Return the bytes of tensors alone."""
-        state = self.weights + self.gradients + self.master + self.optimizer + self.gathered + self.buckets
-        return state + self.copies + self.saved + self.working + self.loss
+        return self.state_bytes + self.saved + self.working + self.loss
 
     @property
     def total_bytes(self) -> int:

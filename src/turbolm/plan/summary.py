@@ -220,10 +220,10 @@ def collect_summary(
     if plan is not None and size is not None and facts.config is not None:
         memory = _state(plan, recipe.execution, size.total)
         fit = examine_fit(plan, machine, facts.config, gpu_bytes, may_trace=may_trace)
-        if gpu_bytes is not None and memory.device_bytes > gpu_bytes:
-            problems += [_too_large(plan, machine, memory, gpu_bytes, size.total), *fit.ways]
-        elif fit.is_refused(gpu_bytes):
+        if fit.is_refused(gpu_bytes):
             problems += [fit.refusal(gpu_bytes), *fit.ways]
+        elif fit.footprint is None and gpu_bytes is not None and memory.device_bytes > gpu_bytes:
+            problems.append(_too_large(plan, machine, memory, gpu_bytes, size.total))
     if problems or plan is None:
         raise UserError("\n".join(f"{recipe_file}: {line}" for problem in problems for line in problem.splitlines()))
     host, uses = _host_memory(plan, memory, size, fit.footprint), source_uses(recipe, plan.curriculum, store)
