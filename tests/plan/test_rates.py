@@ -53,3 +53,23 @@ def test_plan_prints_every_step() -> None:
     assert [line["step"] for line in lines] == list(range(1, 11))
     assert lines[0]["weight_decay_factor"] == pytest.approx(0.95)  # the middle of the first step of ten
     assert [line["momentum"] for line in lines[4:6]] == pytest.approx([0.89, 0.9])
+
+
+def test_kinds_with_a_learning_rate_of_their_own_are_shown_beside_the_others() -> None:
+    """Matrices: 2e-2 instead of 4e-3, falling over the last 80 of 100 steps; vectors: a quarter; the rest over 20."""
+    overrides = [
+        "execution.micro_batch=256",
+        "optimizer={name: muon, lr: 4e-3, peak_lrs: {matrices: 2e-2}, lr_multipliers: {vectors: 0.25}}",
+        "schedule={name: wsd, warmup: '0', decay: 20%, min_lr_ratio: 0, decays: {matrices: 80%}}",
+        "train={budget: 25600, global_batch: 256}",
+        "cluster.device=cpu",
+        "cluster.processes_per_node=1",
+    ]
+    plan = build_plan(load_recipe("recipes/quickstart/config.yaml", overrides), CPU)
+    steps = list(preview_steps(plan))
+    names = [name for name in steps[0] if name.startswith("train/lr")]
+    assert names == ["train/lr", "train/lr/matrices", "train/lr/vectors"]
+    found = {number: [steps[number][name] for name in names] for number in (0, 59, 90)}
+    assert found[0] == pytest.approx([4e-3, 2e-2, 1e-3])
+    assert found[59] == pytest.approx([4e-3, 2e-2 * 40.5 / 80, 1e-3])
+    assert found[90] == pytest.approx([4e-3 * 9.5 / 20, 2e-2 * 9.5 / 80, 1e-3 * 9.5 / 20])

@@ -58,10 +58,17 @@ def preview_steps(plan: Plan) -> Iterator[dict[str, Any]]:
         yield {
             "step": step + 1,
             "tokens_seen": plan.curriculum.tokens_seen(step + 1),
-            "train/lr": rates.lr,
+            **shown_lrs(plan, rates),
             "weight_decay_factor": rates.weight_decay_factor,
             "momentum": rates.momentum,
         }
+
+
+def shown_lrs(plan: Plan, rates: Rates) -> dict[str, float]:
+    """Return the learning rate under its name in metrics.jsonl, and beside it those of kinds that have another one."""
+    scales = plan.recipe.optimizer.lr_scales
+    of_kinds = {f"train/lr/{kind}": rates.lr_of_kinds.get(kind, rates.lr) * scale for kind, scale in scales}
+    return {"train/lr": rates.lr} | {name: lr for name, lr in of_kinds.items() if lr != rates.lr}
 
 
 def lr_factor(ramp: BatchRamp | None, batch_tokens: int, full_batch_tokens: int) -> float:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from turbolm.data.batch.loader import GlobalBatch
 from turbolm.plan.batch import IGNORED_TARGET
-from turbolm.plan.rates import step_rates
+from turbolm.plan.rates import shown_lrs, step_rates
 from turbolm.reliability import heartbeat
 from turbolm.train.evaluation import EvaluationResult, evaluate
 from turbolm.train.garbage import collect_when_due, manual_collection
@@ -73,7 +73,7 @@ def take_step(session: Session, batch: GlobalBatch) -> StepResult:
     heartbeat.advance(heartbeat.STEP, session.step)
     first_step_done(attempt_folder, dist.get_rank())
     session.saver.prepare()
-    session.log.add_step(session.step, rates.lr, batch, result, session.training_flops(batch))
+    session.log.add_step(session.step, shown_lrs(plan, rates), batch, result, session.training_flops(batch))
     return result
 
 

@@ -8,6 +8,7 @@ import math
 import resource
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -48,8 +49,10 @@ class MetricsLog:
     _unwritten: list[str] = field(default_factory=list)
     _is_told: bool = False
 
-    def add_step(self, step: int, lr: float, batch: GlobalBatch, result: StepResult, flops: float) -> None:
-        """Record a finished step. `flops` is the training work of its global batch."""
+    def add_step(
+        self, step: int, lrs: Mapping[str, float], batch: GlobalBatch, result: StepResult, flops: float
+    ) -> None:
+        """Record a finished step. `lrs`: by name; `flops` is the training work of its global batch."""
         now = time.perf_counter()
         seconds, self._last_time = now - self._last_time, now
         cpu_now = time.process_time()
@@ -60,7 +63,7 @@ class MetricsLog:
             "attempt": self.attempt,
             "tokens_seen": self.curriculum.tokens_seen(step),
             "train/targets": batch.num_targets,
-            "train/lr": lr,
+            **lrs,
             "perf/tokens_per_sec": tokens / seconds,
             "perf/cpu_sec": cpu_seconds,  # of this process and all its threads
             "perf/mfu": flops / seconds / self.peak_flops if self.peak_flops else None,
