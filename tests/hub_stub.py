@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import os
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +23,7 @@ class Repository:
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
     is_gated: bool = False
+    is_private: bool = False
 
     def commit(self, files: dict[str, bytes], branch: str = "main") -> str:
         """Move a branch to a new commit of these files; returns its hash."""
@@ -42,6 +45,9 @@ class Hub:
     url: str
     repositories: dict[str, Repository] = field(default_factory=dict)
     requests: list[tuple[str, str, str | None]] = field(default_factory=list)  # method, path, authorization
+    writers: set[str] = field(default_factory=set)  # tokens that may write
+    large: dict[str, bytes] = field(default_factory=dict)  # large files by SHA-256, whether in a commit or not yet
+    cut_after: int | None = None  # bytes of the next large file, after which the connection is closed
 
     def create(self, name: str, **settings: Any) -> Repository:
         """An empty repository."""
@@ -77,6 +83,30 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_HEAD(self) -> None:
         self._answer(with_body=False)
+
+    def do_POST(self) -> None:
+        self._receive()
+
+    def do_PUT(self) -> None:
+        self._receive()
+
+    def _receive(self) -> None:
+        hub: Hub = self.server.hub  # type: ignore[attr-defined]
+        path, length = self.path.partition("?")[0], int(self.headers.get("Content-Length", 0))
+        hub.requests.append((self.command, path, self.headers.get("Authorization")))
+        if self.command == "PUT" and hub.cut_after is not None:
+            self.rfile.read(hub.cut_after)
+            hub.cut_after = None
+            self.connection.shutdown(socket.SHUT_RDWR)
+            self.close_connection = True
+            return
+        token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
+        code, headers, body = _store(hub, path, self.rfile.read(length), token)
+        self.send_response(code)
+        for name, value in {**headers, "Content-Length": str(len(body))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
 
     def log_message(self, *arguments: Any) -> None:
         pass
@@ -114,7 +144,14 @@ def _look_up(hub: Hub, path: str) -> _Answer:
         return 200, {"Content-Type": "application/json"}, json.dumps(rows).encode()
     if is_api:
         siblings = [{"rfilename": file} for file in files]
-        info = {"id": name, "modelId": name, "sha": commit, "private": False, "siblings": siblings, "tags": []}
+        info = {
+            "id": name,
+            "modelId": name,
+            "sha": commit,
+            "private": repository.is_private,
+            "siblings": siblings,
+            "tags": [],
+        }
         return 200, {"Content-Type": "application/json"}, json.dumps(info).encode()
     if repository.is_gated:
         return 403, {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access is restricted"}, b""
@@ -122,6 +159,56 @@ def _look_up(hub: Hub, path: str) -> _Answer:
     if data is None:
         return 404, {"X-Error-Code": "EntryNotFound"}, b""
     return 200, {"X-Repo-Commit": commit, "ETag": f'"{_etag(data)}"'}, data
+
+
+def _store(hub: Hub, path: str, body: bytes, token: str) -> _Answer:
+    """Take what a push sends: a repository, how files are sent, large files, and the commit of all."""
+    if path.startswith("/large/"):
+        hub.large[hashlib.sha256(body).hexdigest()] = body
+        return 200, {}, b""
+    if path == "/api/validate-yaml":
+        return _json({"errors": [], "warnings": []})
+    if token not in hub.writers:
+        return _json({"error": "this token may not write"}, 403)
+    if path == "/api/repos/create":
+        asked = json.loads(body)
+        name = f"{asked['organization'] or 'me'}/{asked['name']}"
+        exists = name in hub.repositories
+        repository = hub.create(name)
+        if not exists:
+            repository.is_private = asked.get("visibility") == "private"
+            repository.commit({})
+        return _json({"url": f"{hub.url}/{name}"}, 409 if exists else 200)
+    if path.endswith(".git/info/lfs/objects/batch"):
+        return _json({"transfer": "basic", "objects": [_upload_of(hub, one) for one in json.loads(body)["objects"]]})
+    name, _, rest = path.removeprefix("/api/models/").partition("/preupload/")
+    if rest:
+        files = [one["path"] for one in json.loads(body)["files"]]
+        modes = {file: "lfs" if file.endswith(".safetensors") else "regular" for file in files}
+        return _json({"files": [{"path": one, "uploadMode": modes[one], "shouldIgnore": False} for one in files]})
+    name = name.partition("/commit/")[0]
+    repository = hub.repositories[name]
+    files = dict(repository.commits[repository.branches["main"]])
+    for line in map(json.loads, body.splitlines()):
+        value = line["value"]
+        if line["key"] == "file":
+            files[value["path"]] = base64.b64decode(value["content"])
+        elif line["key"] == "lfsFile":
+            files[value["path"]] = hub.large[value["oid"]]
+        elif line["key"] == "deletedFile":
+            del files[value["path"]]
+    commit = repository.commit(files)
+    return _json({"commitUrl": f"{hub.url}/{name}/commit/{commit}", "commitOid": commit})
+
+
+def _upload_of(hub: Hub, one: dict[str, Any]) -> dict[str, Any]:
+    name = one["oid"]
+    upload = {"actions": {"upload": {"href": f"{hub.url}/large/{name}"}}}
+    return {"oid": name, "size": one["size"], **({} if name in hub.large else upload)}
+
+
+def _json(value: Any, code: int = 200) -> _Answer:
+    return code, {"Content-Type": "application/json"}, json.dumps(value).encode()
 
 
 def _etag(data: bytes) -> str:

@@ -346,6 +346,20 @@ def export(
 
 
 @app.command()
+def push(
+    export_or_run: Annotated[Path, typer.Argument(metavar="EXPORT", help="the folder of an export, or a run's folder")],
+    repository: Annotated[str, typer.Argument(metavar="REPO", help="owner/name on the Hugging Face hub")],
+    private: Annotated[bool, Option("--private", help="make the repository private; refuse a public one")] = False,
+) -> None:
+    """Upload an export to the Hugging Face hub, in one commit."""
+    from turbolm.checkpoint.push import push_export
+
+    nested = export_or_run / "export"
+    folder = nested if (export_or_run / "recipe.yaml").is_file() and nested.is_dir() else export_or_run
+    print(f"pushed to {push_export(folder, repository, private=private)}")
+
+
+@app.command()
 def fork(
     checkpoint: CheckpointFolder,
     decay: Annotated[str, Option(help="length of the decay: 10% (of the new run), 2M (tokens) or 200 steps")],

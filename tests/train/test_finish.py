@@ -15,6 +15,7 @@ from unittest.mock import patch
 import pytest
 from tokenizers import normalizers
 
+from tests.hub_stub import serve_hub
 from tests.train.harness import SEQ_LEN, make_recipe
 from tests.world import run_world
 from turbolm.data.prepare.build import prepare
@@ -22,6 +23,8 @@ from turbolm.data.prepare.tokenizer import load_tokenizer, save_tokenizer
 from turbolm.recipe.schema import Recipe
 from turbolm.train.finish import add_products
 from turbolm.train.run_directory import RunDirectory, lacks_export, run_directory
+
+TOKEN = "hf_" + "w" * 34
 
 
 def fail(*arguments: Any, **__: Any) -> Any:
@@ -73,12 +76,15 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         (ornaments, ["model_card", "generate_sample", "write_report", "validation_entropy"]),
         (lossy, ["export_checkpoint"]),
         (lossy, []),
-        (recipe("unseen", data={"validation": 0}), []),
+        (recipe("unseen", data={"validation": 0}, export={"push_to": "me/it"}), []),
     ]
     for one, _ in starts:
         prepare(one)
-    codes = run_world(1, _starts, starts)[0]
-    return {"codes": codes, **{one.name: run_directory(one).path for one, _ in starts}}
+    with serve_hub() as hub, patch.dict(os.environ, {**hub.environment(folder / "home"), "HF_TOKEN": TOKEN}):
+        hub.writers.add(TOKEN)
+        codes = run_world(1, _starts, starts)[0]
+        paths = {one.name: run_directory(one).path for one, _ in starts}
+        return {"codes": codes, "hub": hub, **paths}
 
 
 def read(run: Path) -> tuple[dict[str, Any], list[str]]:
@@ -136,6 +142,22 @@ def test_a_run_without_held_out_documents(runs: dict[str, Any]) -> None:
     assert "held-out loss" not in (run / "report.html").read_text()
 
 
+def test_a_run_pushes_its_export_where_the_recipe_says(runs: dict[str, Any]) -> None:
+    run, hub = runs["unseen"], runs["hub"]
+    results, log = read(run)
+    repository = hub.repositories["me/it"]
+    pushed = repository.commits[repository.branches["main"]]
+    assert results["pushed_to"] == f"{hub.url}/me/it" and f"  pushed to        {hub.url}/me/it" in log
+    assert repository.is_private, "unless the recipe says otherwise"
+    assert pushed == {path.name: path.read_bytes() for path in (run / "export").iterdir()}
+    losses = [json.loads(line)["train/loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = [line for line in pushed["README.md"].decode().splitlines() if line.startswith("| ") and " | " in line]
+    assert [row.split("|")[2].strip() for row in rows if row.split("|")[1].strip() in ("160", "320")] == [
+        f"{loss:.4f}" for loss in losses
+    ], "the loss curve in the model card"
+    assert all(TOKEN not in path.read_text(errors="replace") for path in run.rglob("*") if path.is_file())
+
+
 def test_bits_per_byte_are_left_out_where_text_is_lost(runs: dict[str, Any]) -> None:
     run = runs["lossy"]
     results, _ = read(run)
@@ -155,7 +177,8 @@ def test_what_all_nodes_would_wait_for_is_left_to_one(tmp_path: Path) -> None:
 
     def finish(size: int, num_nodes: int) -> tuple[dict[str, Any], list[str], bool]:
         logging, train = SimpleNamespace(sample_tokens=8), SimpleNamespace(seed=0)
-        recipe = SimpleNamespace(logging=logging, train=train, cluster=SimpleNamespace(num_nodes=num_nodes))
+        cluster, export_to = SimpleNamespace(num_nodes=num_nodes), SimpleNamespace(push_to=None, private=True)
+        recipe = SimpleNamespace(logging=logging, train=train, cluster=cluster, export=export_to)
         plan = SimpleNamespace(precision="bf16")
         context: Any = SimpleNamespace(run=RunDirectory(tmp_path), recipe=recipe, store=None, plan=plan)
         lines: list[str] = []

@@ -74,19 +74,25 @@ def _files(folder: Path) -> list[str]:
     return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_symlink() or not p.is_dir())
 
 
-def _others(folder: Path) -> list[str]:
+def written_files(folder: Path) -> dict[str, bool]:
+    """Return the names of the files that export wrote to `folder`, and whether each is still as it was written.
+
+    Empty without a record.
+    """
     files = (read_json(folder / RECORD) or {}).get("files")
     recorded = files if isinstance(files, dict) else {}
+    return {name: _is_as_written(folder / name, entry) for name, entry in recorded.items()}
 
-    def is_ours(name: str) -> bool:
-        path, entry = folder / name, recorded.get(name)
-        if name == RECORD and recorded:
-            return True
-        if not isinstance(entry, dict) or path.is_symlink() or not path.is_file():
-            return False
-        return path.stat().st_size == entry.get("bytes") and sha256_file(path) == entry.get("sha256")
 
-    return [name for name in _files(folder) if not is_ours(name)]
+def _is_as_written(path: Path, entry: Any) -> bool:
+    if not isinstance(entry, dict) or path.is_symlink() or not path.is_file():
+        return False
+    return path.stat().st_size == entry.get("bytes") and sha256_file(path) == entry.get("sha256")
+
+
+def _others(folder: Path) -> list[str]:
+    written = written_files(folder)
+    return [name for name in _files(folder) if not (written.get(name) or (name == RECORD and written))]
 
 
 def _is_early_export(folder: Path) -> bool:

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from turbolm.checkpoint.push import check_token
 from turbolm.environment import sbatch_environment, tell_dropped
 from turbolm.errors import UserError
 from turbolm.files import write_json
@@ -117,6 +118,8 @@ def write_submission(recipe_file: str | Path, overrides: Sequence[str] = (), *, 
             f"{recipe_file} says nothing about Slurm; add a `slurm` mapping below `cluster`, if only `{{}}`"
         )
     _check_batch(recipe)
+    if recipe.export.push_to is not None:
+        check_token("export.push_to")
     notes = (*check_model(recipe, recipe_file), cpu_request_note(recipe), memory_request_note(recipe, recipe_file))
     for note in filter(None, notes):
         print(f"turbolm: {note}", file=sys.stderr)

@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Sequence
 from contextlib import nullcontext
 
+from turbolm.checkpoint.push import check_token
 from turbolm.data.store.token_store import open_store
 from turbolm.environment import drop_foreign
 from turbolm.errors import EXIT_OK, UserError
@@ -28,6 +29,8 @@ def train_here(recipe: Recipe, recipe_file: str, overrides: Sequence[str]) -> in
     seen = look(run.stop_file)
     machine = detect_machine()
     check_machine(recipe, machine)
+    if recipe.export.push_to is not None:
+        check_token("export.push_to")
     recipe, _ = as_started(recipe)
     check_contract(run, build_plan(recipe, machine).recipe, None)  # what data say is compared once they are prepared
     is_complete = is_finished(run, recipe.train.budget) and not lacks_export(run)

@@ -10,6 +10,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from turbolm.recipe.fields import (
     PathText,
     Positive,
+    RepositoryName,
     Seconds,
     Section,
     Text,
@@ -342,6 +343,17 @@ class Profile(Section):
         "second step on",
     )
     steps: Annotated[int, Field(ge=1, le=100)] = Field(3, description="steps to profile, which take longer")
+
+
+class Export(Section):
+    """What happens to the export of a finished run."""
+
+    push_to: RepositoryName | None = Field(
+        None,
+        description="name or owner/name on the Hugging Face hub: upload the export there; the token is HF_TOKEN or "
+        "that of `hf auth login`",
+    )
+    private: bool = Field(True, description="make that repository private, and refuse a public one")
 
 
 class Logging(Section):

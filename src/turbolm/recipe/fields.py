@@ -133,6 +133,8 @@ Seconds = Annotated[int, BeforeValidator(units.parse_duration), WithJsonSchema(U
 Text = Annotated[str, Field(min_length=1, pattern=r"^[^\x00-\x1f\x7f]+$")]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 PathText = Annotated[Text, AfterValidator(means_a_path)]
+REPOSITORY_NAME = r"^([A-Za-z0-9][A-Za-z0-9_.-]*/)?[A-Za-z0-9][A-Za-z0-9_.-]*$"  # of the Hugging Face hub
+RepositoryName = Annotated[str, Field(max_length=96, pattern=REPOSITORY_NAME)]
 _PATHS = {"anyOf": [{"type": "string", "minLength": 1}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]}
 Paths = Annotated[tuple[PathText, ...], BeforeValidator(text_is_tuple), Field(min_length=1), WithJsonSchema(_PATHS)]
 _LIMIT = {"anyOf": [{"type": "number", "exclusiveMinimum": 0}, {"const": "off"}, {"type": "null"}]}

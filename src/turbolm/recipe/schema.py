@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema, model_validator
 
 from turbolm.recipe.data import Data
-from turbolm.recipe.execution import Checkpoint, Cluster, Evaluation, Execution, Logging
+from turbolm.recipe.execution import Checkpoint, Cluster, Evaluation, Execution, Export, Logging
 from turbolm.recipe.fields import (
     Before,
     Bytes,
@@ -259,3 +259,4 @@ class Recipe(Section):
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpoint = Checkpoint()
     logging: Logging = Logging()
+    export: Export = Export()

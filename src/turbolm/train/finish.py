@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from turbolm.checkpoint.export import export_checkpoint, generate_sample, short_card
 from turbolm.checkpoint.manifest import TRAINER_STATE, list_checkpoints
+from turbolm.checkpoint.push import push_export
 from turbolm.data.batch.loader import evaluation_set
 from turbolm.data.store.token_store import TokenStore, unigram_entropy
 from turbolm.errors import EXIT_OK, RunError, UserError
@@ -22,6 +23,7 @@ from turbolm.plan.plan import Plan
 from turbolm.redaction import redact
 from turbolm.reliability.outcome import FINISHED, Outcome, write_outcome
 from turbolm.report.html import write_report
+from turbolm.report.metrics import read_metrics, values
 from turbolm.report.planned import compare, planned_line
 from turbolm.train.context import Context
 from turbolm.train.evaluation import EvaluationResult
@@ -36,6 +38,7 @@ _MAX_SAMPLED_PARAMETERS = 3 * 10**9  # the first node's CPU draws the sample, wh
 # compare (10 more): at 1 GB/s 5 minutes, for which all nodes wait. The ranks do not share this work: only Transformers
 # knows how a model's weights are named and fused in its files, so `turbolm export` on one node does it afterwards.
 _MAX_EXPORTED_PARAMETERS = 15 * 10**9
+_CURVE_POINTS = 10
 _MAX_EXPONENT = 700.0  # math.exp raises beyond 709
 
 _CARD = """---
@@ -51,7 +54,7 @@ A causal language model of {parameters} parameters, pretrained with turbolm on {
 | --- | --- |
 {rows}
 
-## Data
+{curve}## Data
 {data}
 
 {held_out}
@@ -154,8 +157,26 @@ def add_products(context: Context, results: dict[str, Any], say: Say) -> dict[st
         sample = _attempt("the sample", lambda: generate_sample(export, num_tokens, seed=seed), say)
         if sample:
             add("sample", sample)
+    pushed = None if export is None else _push(context, export, say)
+    if pushed is not None:
+        add("pushed_to", pushed)
     report = _attempt("report.html", lambda: write_report(run.path), say)
     return results if report is None else {**results, "report": str(report)}
+
+
+def _push(context: Context, export: Path, say: Say) -> str | None:
+    """Upload the export where the recipe asks for it; returns its address on the hub."""
+    settings = context.recipe.export
+    repository, private = settings.push_to, settings.private
+    if repository is None:
+        return None
+    advice = f"; `turbolm push {export} {repository}{' --private' * private}` tries again"
+    return _attempt(
+        "the push to the hub",
+        lambda: push_export(export, repository, private=private, key="export.push_to"),
+        say,
+        advice,
+    )
 
 
 def _is_left_for_later(context: Context, num_parameters: int) -> bool:
@@ -207,10 +228,28 @@ def model_card(run: RunDirectory, results: dict[str, Any], store: TokenStore) ->
         parameters=format_count(results["parameters"]),
         tokens=format_count(results["tokens_seen"]),
         rows="\n".join(f"| {key} | {value} |" for key, value in rows.items()),
+        curve=_curve(run),
         data="\n".join(f"- `{json.dumps(source)}`" for source in store.manifest["sources"]),
         held_out=held_out,
         recipe=(run.path / "recipe.yaml").read_text(encoding="utf-8"),
     )
+
+
+def _curve(run: RunDirectory) -> str:
+    """Return the loss over the run as a section of the model card: held out where it was evaluated, else in training.
+
+    Some points, evenly in tokens, with the first and the last.
+    """
+    metrics = read_metrics(run.metrics)
+    name, points = "held-out loss", values(metrics, "eval/loss")
+    if len(points) < 2:
+        name, points = "training loss", values(metrics, "train/loss")
+    if not points:
+        return ""
+    last = len(points) - 1
+    kept = sorted({round(last * index / (_CURVE_POINTS - 1)) for index in range(_CURVE_POINTS)})
+    rows = "\n".join(f"| {format_count(points[index][0])} | {points[index][1]:.4f} |" for index in kept)
+    return f"## Loss\n| tokens | {name} (nats/token) |\n| --- | --- |\n{rows}\n\n"
 
 
 def summary(results: dict[str, Any]) -> str:
@@ -228,6 +267,8 @@ def summary(results: dict[str, Any]) -> str:
         )
     if results.get("planned"):
         rows["planned"] = planned_line(results["planned"])
+    if results.get("pushed_to"):
+        rows["pushed to"] = results["pushed_to"]
     if results.get("report"):
         rows["report"] = results["report"]
     lines = [
