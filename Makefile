@@ -1,6 +1,6 @@
 # One command for each thing one does with this repository. `make` alone lists them and changes nothing.
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-fast test-slow chaos matrix gpu-check models lint lock clean
+.PHONY: help setup train test test-fast test-slow chaos matrix gpu-check models docs docs-test lint lock clean
 PYTHON_VENV := .venv/bin/python
 # Set-up leaves it to the first import to compile a module: without a cache every process would do that again.
 unexport PYTHONDONTWRITEBYTECODE
@@ -34,6 +34,13 @@ gpu-check: ## 3 minutes on a machine with a GPU: does it train as it should? (PY
 
 models: setup ## try every model type and write src/turbolm/models/README.md
 	@.venv/bin/turbolm models --write
+
+docs: setup ## build a site of all pages in build/site (installs mkdocs-material into .venv)
+	@$(PYTHON_VENV) -c 'import material' 2>/dev/null || $(PYTHON_VENV) -m pip install --quiet -e '.[docs]'
+	@$(PYTHON_VENV) -m tests.docs.site
+
+docs-test: setup ## check every code block of the pages, and run those that can run here
+	@$(PYTHON_VENV) -m pytest -m "" tests/docs tests/test_pages.py $(ARGS)
 
 lint: setup ## ruff, mypy and the import contracts
 	@$(PYTHON_VENV) -m ruff check .

@@ -21,7 +21,7 @@ settings.load_profile("no deadline")
 # One unit each: their tests share what takes long to make, such as a training run or a Slurm. The largest goes first.
 TOGETHER = (
     "tests/test_end_to_end.py", "tests/slurm/", "tests/train/", "tests/checkpoint/", "tests/chaos/", "tests/gpu/",
-    "tests/recipes/test_shrunken.py",
+    "tests/recipes/test_shrunken.py", "tests/docs/test_running.py",
 )  # fmt: skip
 
 

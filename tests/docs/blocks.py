@@ -1,7 +1,7 @@
 """The code blocks of the pages: where they are, what they are, and which of them tests run.
 
 Above a fence, `<!-- not run: REASON -->` keeps a block from being run; under the title of a page,
-`<!-- no block of this page is run: REASON -->` keeps all of its shell and Python blocks from it. All blocks are checked.
+`<!-- no block of this page is run: REASON -->` keeps all of its blocks from it. All of them are checked all the same.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ def read_blocks(page: Path) -> list[Block]:
         assert not note or note.startswith("not run: "), f"{page}:{line}: what does the comment `{note}` mean?"
         why_not = note.removeprefix("not run: ") or (whole and whole[1]) or None
         content = re.sub(rf"^{match['indent']}", "", match["text"], flags=re.M)
-        blocks.append(Block(str(page.relative_to(ROOT)), line, _OTHER_NAMES.get(match["language"], match["language"]), content, why_not))
+        language = _OTHER_NAMES.get(match["language"], match["language"])
+        blocks.append(Block(str(page.relative_to(ROOT)), line, language, content, why_not))
     assert len(blocks) == len(re.findall(r"^ *```", text, re.M)) / 2, f"{page}: a fence is not closed"
     return blocks
 

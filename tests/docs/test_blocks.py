@@ -30,8 +30,8 @@ OTHER_PROGRAMS = {
 }  # fmt: skip
 WRAPPERS = {"salloc", "srun"}
 TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
-# Two kinds of machine for which settings without a recipe of their own make sense: this one, and eight large GPUs.
-BASES = ("quickstart", "llama3.2-1b/pretrain")
+# What a part of a recipe may be laid over: a small model here, a large one on GPUs, and one with weights.
+BASES = ("quickstart", "llama3.2-1b/pretrain", "llama3.1-8b/long-64k")
 
 
 @pytest.fixture(autouse=True)
@@ -62,9 +62,14 @@ def problem_of(words: list[str]) -> str | None:
     return None if program in OTHER_PROGRAMS else f"{program} is a program that no test knows"
 
 
+def without_brackets(word: str) -> str:
+    """`[--option` and `VALUE]` of an optional part; a list in a recipe keeps its own."""
+    return word if "=" in word else word.removeprefix("[").removesuffix("]")
+
+
 def problem_of_turbolm(arguments: list[str]) -> str | None:
     """Parse a command line with the real command; its recipe must exist, and its overrides must be a recipe's."""
-    given = [PLACEHOLDERS.get(word.strip("[]"), word.strip("[]")) for word in arguments if word != "..."]
+    given = [PLACEHOLDERS.get(word, word) for word in map(without_brackets, arguments) if word != "..."]
     try:
         context = TURBOLM.make_context("turbolm", list(given))
         name, command, rest = TURBOLM.resolve_command(context, given)
@@ -110,7 +115,7 @@ def problem_of_script(script: str, arguments: list[str]) -> str | None:
     text = path.read_text(encoding="utf-8")
     if 'exec "$python"' in text or "gpu.sh" in script:  # passes its options on
         text += (ROOT / "benchmarks/gpu.py").read_text(encoding="utf-8")
-    options = [word.strip("[]") for word in arguments if word.strip("[]").startswith("--")]
+    options = [word for word in map(without_brackets, arguments) if word.startswith("--")]
     return next((f"{script} has no {option}" for option in options if f'"{option}"' not in text), None)
 
 
@@ -144,7 +149,7 @@ def problems_of(block: Block, folder: Path) -> list[str]:
 
 
 def problems_of_recipe(text: str, folder: Path) -> list[str]:
-    """Load a recipe, or a part of one over a recipe for one of two machines."""
+    """Load a recipe, or a part of one over one of `BASES`."""
     home = folder / "recipes"
     if not home.exists():
         (home / "mine").mkdir(parents=True)
@@ -173,7 +178,9 @@ def problem_of_inline(text: str) -> str | None:
     if command is None:
         return f"no command {name}"
     known = {option for parameter in command.params for option in parameter.opts} | {"--help"}
-    return next((f"no option {word}" for word in words if word.startswith("--") and word.strip(".,") not in known), None)
+    return next(
+        (f"no option {word}" for word in words if word.startswith("--") and word.strip(".,") not in known), None
+    )
 
 
 def test_shell_blocks_are_shell() -> None:
