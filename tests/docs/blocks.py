@@ -89,7 +89,11 @@ def commands(line: str) -> list[list[str]]:
     return [words for words in found if words]
 
 
+def running_text(page: Path) -> str:
+    """The text of a page without its blocks."""
+    return _BLOCK.sub("", page.read_text(encoding="utf-8"))
+
+
 def inline_commands(page: Path) -> list[str]:
     """The commands in the running text of a page, such as `turbolm plan RECIPE --search`."""
-    text = _BLOCK.sub("", page.read_text(encoding="utf-8"))
-    return [match.replace("\\|", "|") for match in _INLINE.findall(text)]
+    return [match.replace("\\|", "|") for match in _INLINE.findall(running_text(page))]
