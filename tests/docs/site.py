@@ -24,7 +24,7 @@ _FENCE = re.compile(r"(^ *```.*?^ *```$)", re.M | re.S)
 _LEFT_OUT = {".github"}
 SETTINGS: dict[str, Any] = {
     "site_name": "turbolm",
-    "use_directory_urls": False,  # so that the site can be read from a disk
+    "use_directory_urls": False,  # so that the site can be read from a disk; only its search needs a server
     "theme": {
         "name": "material",
         "font": False,  # nothing from other sites
@@ -34,7 +34,8 @@ SETTINGS: dict[str, Any] = {
             {"media": "(prefers-color-scheme: dark)", "scheme": "slate"},
         ],
     },
-    "plugins": ["search", "offline"],
+    "plugins": ["search"],  # `offline` would search on a disk too, with a script from another site
+    "extra_css": ["wide.css"],
     "markdown_extensions": [
         "tables",
         "sane_lists",
@@ -109,10 +110,12 @@ def build(folder: Path = BUILD) -> int:
     for name in ("pages", "site"):
         shutil.rmtree(folder / name, ignore_errors=True)
     copy_pages(folder / "pages")
+    (folder / "pages/wide.css").write_text(".md-grid { max-width: 80rem; }\n", encoding="utf-8")  # for the tables
     settings = {**SETTINGS, "docs_dir": "pages", "site_dir": "site", "nav": navigation()}
     (folder / "mkdocs.yml").write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--config-file", folder / "mkdocs.yml"]
-    return subprocess.run(command, check=False).returncode
+    quiet = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}  # about mkdocs 2, which mkdocs-material does not allow
+    return subprocess.run(command, env=quiet, check=False).returncode
 
 
 if __name__ == "__main__":
