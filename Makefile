@@ -36,7 +36,8 @@ models: setup ## try every model type and write src/turbolm/models/README.md
 	@.venv/bin/turbolm models --write
 
 docs: setup ## build a site of all pages in build/site (installs mkdocs-material into .venv)
-	@$(PYTHON_VENV) -c 'import material' 2>/dev/null || $(PYTHON_VENV) -m pip install --quiet -e '.[docs]'
+	@$(PYTHON_VENV) -c 'import material' 2>/dev/null || $(PYTHON_VENV) -m pip install --quiet \
+		"$$(sed -n 's/^docs = \["\(.*\)"\].*/\1/p' pyproject.toml)"
 	@$(PYTHON_VENV) -m tests.docs.site
 
 docs-test: setup ## check every code block of the pages, and run those that can run here

@@ -32,6 +32,7 @@ _SMALLER = {
     "num_hidden_layers: 4": "num_hidden_layers: 2",
     "vocab_size: 4096": "vocab_size: 512",
     "- type: stdlib": "- {type: text, path: src/turbolm/data/**/*.py}",
+    "validation: 2%": "validation: 20%",
     "tokens: 100k": "tokens: 8k",
 }
 _ONE_PROCESS = "cluster: {processes_per_node: 1}\nlogging: {sample_tokens: 8}\n"
