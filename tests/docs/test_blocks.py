@@ -28,7 +28,7 @@ OTHER_PROGRAMS = {
     ".", "source", "export", "printf", "pip", "python3.11", "pre-commit", "ls", "cat", "mkdir", "cp", "torchfrtrace",
     "/tmp/rivals/bin/pip", "/tmp/rivals/bin/python",
 }  # fmt: skip
-WRAPPERS = {"salloc", "srun"}
+WRAPPERS = {"salloc", "srun", "taskset"}
 TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
 # What a part of a recipe may be laid over: a small model here, a large one on GPUs, and one with weights.
 BASES = ("quickstart", "llama3.2-1b/pretrain", "llama3.1-8b/long-64k")
@@ -43,8 +43,8 @@ def problem_of(words: list[str]) -> str | None:
     """What is wrong with a command, if anything; what it does is not done."""
     program, *arguments = words
     if program in WRAPPERS:
-        rest = words[words.index("turbolm") :] if "turbolm" in words else []
-        return problem_of(rest) if rest else f"{program} starts no turbolm"
+        started = [place for place, word in enumerate(words) if word in ("turbolm", "python")]
+        return problem_of(words[started[0] :]) if started else f"{program} starts nothing that a test knows"
     if program in ("turbolm", ".venv/bin/turbolm"):
         return problem_of_turbolm(arguments)
     if program == "make":
