@@ -18,6 +18,7 @@ from typer import Option
 
 from turbolm import __version__
 from turbolm.errors import EXIT_FAILED, EXIT_OK, EXIT_REQUEUE, UserError, exit_code_of
+from turbolm.report.commands import compare, report
 from turbolm.shipped import find_recipe, recipes_by_name, shipped
 
 app = typer.Typer(name="turbolm", no_args_is_help=True, pretty_exceptions_enable=False)
@@ -448,12 +449,8 @@ def ablate(
     raise typer.Exit(code)
 
 
-@app.command()
-def report(run: RunFolder) -> None:
-    """Write the run's report.html."""
-    from turbolm.report.html import write_report
-
-    print(write_report(run))
+app.command()(report)
+app.command()(compare)
 
 
 @contextlib.contextmanager

@@ -335,11 +335,11 @@ def test_the_page_stands_alone_and_escapes(recipe_file: str) -> None:
     ablation = prepare(recipe_file, "wsd,zero1", num_seeds=2, command="turbolm <script>")
     run_ablation(ablation, FakeRunner({"with-wsd": 3.5}), lambda _: None)
     page = (ablation.folder / "report.html").read_text()
-    for text in ("Held-out loss by tokens", "Time to the target loss", "+zero1", "gain: ", "with-wsd-seed1"):
+    for text in ("Held-out loss", "Time to the target loss", "+zero1", "gain: ", "with-wsd-seed1"):
         assert text in page
     assert_loads_nothing(page)
     assert "turbolm &lt;script&gt;" in page
-    losses = chart_data(page)["Held-out loss by tokens"]["curves"]
+    losses = chart_data(page)["Held-out loss"]["curves"]
     assert [curve["name"] for curve in losses] == ["baseline", "+wsd", "+zero1", "all", "target"]
     assert losses[1]["x"][-1] == 51200 and losses[1]["y"][-1] == pytest.approx(3.5005)  # the mean of two seeds
     assert page.count('title="+wsd: ') == 2 * 4  # a dot for each seed in each dot chart

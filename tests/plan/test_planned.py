@@ -33,6 +33,8 @@ def test_figures_are_those_of_the_plan() -> None:
     assert found["step_sec"] == shown["estimate"]["step"]["total"]
     assert (found["tokens_per_sec"], found["mfu"]) == (shown["estimate"]["tokens_per_sec"], shown["estimate"]["mfu"])
     assert found["peak_bytes"] == shown["footprint"]["counted_bytes"] < shown["footprint"]["total_bytes"]
+    assert sum(found["peak_parts"].values()) == found["peak_bytes"]
+    assert sum(found["step_parts"].values()) == pytest.approx(found["step_sec"])
     # ZeRO-2: 8 micro-batches reduce 8.03B gradients in fp32, and the weights are gathered once in bf16.
     assert found["collective_bytes"] == pytest.approx((8 * 4 + 2) * 8_030_261_248, rel=1e-3)
     assert (found["device"], found["seq_len"], found["batch_tokens"]) == ("cuda", 8192, 4194304)

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.report.made import make_run, step_line, write, write_lines
 from tests.report.page import assert_loads_nothing, chart_data
-from turbolm.report.charts import curve, line_chart, smooth, thin
+from turbolm.report.charts import curve, kept_indices, line_chart
 from turbolm.report.html import write_report
 from turbolm.report.metrics import read_metrics
 
@@ -55,9 +56,8 @@ def test_the_page_shows_the_whole_run_and_loads_nothing(run_dir):
         "node2",
     ):
         assert text in page
-    assert "node1" not in page
-    assert "<td>1</td><td>1</td><td>60</td>" in page
-    assert "<td>2</td><td>51</td><td>100</td>" in page
+    for row in (["1", "node1", "–", "–", "1 to 60", "–"], ["2", "node2", "–", "–", "51 to 100", "–"]):
+        assert "".join(f"<td>{cell}</td>" for cell in [*row, "no end recorded", "–"]) in page
     assert_loads_nothing(page)
 
 
@@ -67,12 +67,16 @@ def test_the_charts_hold_the_logged_values(run_dir):
     charts = chart_data(write_report(run_dir).read_text())
     assert list(charts) == ["Loss", "Learning rate", "Gradient norm", "Tokens per second"]
     curves = {curve["name"]: curve for curve in charts["Loss"]["curves"]}
-    assert list(curves) == ["train, each step", "train, smoothed", "held out", "unigram entropy"]
-    assert curves["train, each step"]["x"] == [step * 1000 for step in range(1, 101)]
-    assert curves["train, each step"]["y"] == [pytest.approx(9 / step, rel=1e-4) for step in range(1, 101)]
+    assert {name: one["style"] for name, one in curves.items()} == {
+        "train": "noisy", "held out": "points", "unigram entropy": "dashed",
+    }  # fmt: skip
+    assert curves["train"]["x"] == [step * 1000 for step in range(1, 101)]
+    assert curves["train"]["y"] == [pytest.approx(9 / step, rel=1e-4) for step in range(1, 101)]
+    assert curves["train"]["others"] == {"steps": list(range(1, 101))}, "no batch sizes, no times"
     assert (curves["held out"]["x"], curves["held out"]["y"]) == ([100_000], [0.5])
     assert (curves["unigram entropy"]["x"], curves["unigram entropy"]["y"]) == ([1000, 100_000], [5.5, 5.5])
-    assert charts["Loss"]["resumes"] == [51_000]
+    resumes = charts["Loss"]["resumes"]
+    assert (resumes["x"], resumes["others"], resumes["texts"]) == ([51_000], {"steps": [51]}, ["attempt 2"])
     assert charts["Learning rate"]["curves"][0]["y"] == [1e-3] * 100
 
 
@@ -80,6 +84,7 @@ def test_a_run_of_an_earlier_version_has_a_report(tmp_path):
     run = shutil.copytree(Path(__file__).parents[1] / "fixtures/runs/zero1", tmp_path / "old")
     losses = [line["train/loss"] for line in read_metrics(run / "metrics.jsonl") if "train/loss" in line]
     (curve,) = chart_data(write_report(run).read_text())["Loss"]["curves"]
+    assert list(curve["others"]) == ["steps", "time"]
     assert curve["y"] == pytest.approx(losses, rel=1e-4) and len(losses) == 6
 
 
@@ -143,20 +148,59 @@ def test_a_run_that_barely_started_has_a_report(tmp_path, metrics):
 
 
 def test_thinning_keeps_ends_and_spikes():
-    points = [(float(step), 1.0) for step in range(100_000)]
-    points[54_321] = (54_321.0, 99.0)
-    kept = thin(points)
-    assert len(kept) < 1_500
-    assert kept[0] == points[0]
-    assert kept[-1] == points[-1]
-    assert (54_321.0, 99.0) in kept
-    assert kept == sorted(kept)
+    values = [1.0] * 100_000
+    values[54_321], values[77_777] = 99.0, -5.0
+    kept = kept_indices(values)
+    assert len(kept) < 1_500 and kept == sorted(set(kept))
+    assert {0, 54_321, 77_777, 99_999} <= set(kept)
+    assert kept_indices(values[:1200]) == list(range(1200))
 
 
-def test_smoothing_ignores_single_spikes_and_follows_the_trend():
-    points = [(float(step), 100.0 - step) for step in range(100)]
-    points[50] = (50.0, 1e6)
-    smoothed = dict(smooth(points, share=0.2))
-    assert smoothed[0.0] == 100.0
-    assert smoothed[30.0] == pytest.approx(70)
-    assert smoothed[50.0] == pytest.approx(50, abs=1)
+def test_a_long_run_is_smoothed_by_its_means_and_not_by_its_extremes():
+    """9 of 10 steps have a loss of 1, the tenth one of 11: their mean is 2, the middle of the extremes 6."""
+    points = [(float(step), 11.0 if step % 10 == 0 else 1.0) for step in range(100_000)]
+    found = curve("train", "blue", points, "noisy", {"steps": [at for at, _ in points]})
+    assert set(found["y"]) == {1.0, 11.0} and len(found["y"]) < 1_500
+    mean = found["mean"]
+    assert mean["size"] == 84 and mean["y"][:-1] == pytest.approx([2.0] * (len(mean["y"]) - 1), abs=0.1)
+    assert mean["x"][:2] == mean["others"]["steps"][:2] == [83, 167] and mean["x"][-1] == 99_999
+    assert "mean" not in curve("train", "blue", points[:1000], "noisy") | curve("lr", "blue", points)
+
+
+def test_all_that_a_run_recorded_is_on_its_page(tmp_path):
+    run = make_run(tmp_path / "run", **{"experts/max_share": [0.5, 0.3], "experts/min_share": [0.1, 0.2]})
+    write(run / "attempts/1/profile/rank0.summary.json", {"step_sec": 2.0, "shares": {"attention": 0.75, "host": 0.25}})
+    write(run / "attempts/1/start-up.json", {"begun": 1.0, "seconds": {"imports": 3.0, "first step": 1.0}})
+    page = write_report(run).read_text()
+    charts = chart_data(page)
+    sets = {one["name"]: one["y"][-1] for one in charts["Held-out loss by set"]["curves"]}
+    assert (
+        sets == {"web": pytest.approx(3.8, abs=0.2), "code": pytest.approx(3.6, abs=0.2)} and sets["web"] > sets["code"]
+    )
+    load = {one["name"]: one["y"][0] for one in charts["Expert load, share of a layer's tokens"]["curves"]}
+    assert load == {"busiest of any layer": 0.5, "busiest, mean of layers": 0.4, "idlest of any layer": 0.1}
+    (spike,) = [one for one in charts["Loss"]["curves"] if one["style"] == "marks"]
+    assert (spike["x"], spike["y"], spike["texts"]) == ([50_000], [40.0], ["50 skip"])
+    assert spike["others"] == {"steps": [50], "time": [100.0]} and charts["Loss"]["clip_above"] < 20
+    dashed = {
+        title: [one["name"] for one in chart["curves"] if one["style"] == "dashed"] for title, chart in charts.items()
+    }
+    assert dashed["Gradient norm"] == ["clipped above"] and dashed["Seconds per step"] == [
+        "planned, of the longest sequences"
+    ]
+    assert {one["name"]: one["y"][0] for one in charts["Peak memory of a process, GiB"]["curves"]} == {
+        "peak memory of a process": 3, "planned tensors": 2,
+    }  # fmt: skip
+    cells = ["1", "node1", "2025-10-09 08:53", "12m34s", "1 to 100", "3m20s", "finished", "0.5.0 0123456789ab"]
+    assert "".join(f"<td>{cell}</td>" for cell in cells) in page
+    for text in ("matrix", "1.2s, 75.0%", "attention", "1.5s, 75.0%", "imports", "3.0s, 75.0%", "planned by hand"):
+        assert text in page
+    assert_loads_nothing(page)
+
+
+def test_an_evaluation_of_several_lines_is_one(tmp_path):
+    write_lines(tmp_path, [step_line(1)])
+    for name in ("web", "code"):
+        write_lines(tmp_path, [{"step": 1, "attempt": 1, "tokens_seen": 1000, f"eval/loss/{name}": 2.0}])
+    (line,) = [line for line in read_metrics(tmp_path / "metrics.jsonl") if "train/loss" not in line]
+    assert {key for key in line if key.startswith("eval/")} == {"eval/loss/web", "eval/loss/code"}

@@ -27,6 +27,7 @@ _COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
     "MFU": ("mfu", "{:.1%}".format),
     "peak memory": ("peak_bytes", format_bytes),
 }
+_OTHER_AXES = {"steps": "steps", "time": "sec"}  # of evaluations, by the page's name
 _RUN_COLUMNS = (
     "seed", "lr", "final_loss", "target_tokens", "target_steps", "target_sec", "tokens", "steps", "training_sec",
     "compile_sec", "whole_sec", "cpu_sec", "tokens_per_sec", "mfu", "peak_bytes", "path",
@@ -62,10 +63,7 @@ def render_html(results: Results) -> str:
         arm_columns=head,
         arms=rows,
         remarks=_remarks(results),
-        curves=[
-            _loss_chart("Held-out loss by tokens", arms, "tokens", "tokens seen", results["target_loss"]),
-            _loss_chart("Held-out loss by training time", arms, "sec", sec, results["target_loss"]),
-        ],
+        curves=[_loss_chart(arms, results["target_loss"])],
         dot_charts=[
             _run_chart("Time to the target loss", arms, "target_sec", sec),
             _run_chart("Tokens to the target loss", arms, "target_tokens", "tokens"),
@@ -135,14 +133,20 @@ def _sweep_rows(results: Results) -> list[list[str]]:
     return rows
 
 
-def _loss_chart(title: str, arms: Sequence[Arm], x: str, x_label: str, target: float | None) -> dict[str, Any]:
-    curves = [
-        curve(arm["arm"], COLORS[index % len(COLORS)], _mean_curve(arm, x), "points") for index, arm in enumerate(arms)
-    ]
-    ends = [at for one in curves for at in one["x"]]
-    if target is not None and ends:
-        curves.append(curve("target", "muted", [(min(ends), target), (max(ends), target)], "dashed"))
-    return line_chart(title, curves, x_label=x_label, height=360, clip_spikes=True)
+def _loss_chart(arms: Sequence[Arm], target: float | None) -> dict[str, Any]:
+    """Held-out loss by tokens, and by steps and the time of training if the page is asked for them."""
+    curves = []
+    for index, arm in enumerate(arms):
+        others = {axis: [at for at, _ in _mean_curve(arm, key)] for axis, key in _OTHER_AXES.items()}
+        color = COLORS[index % len(COLORS)]
+        curves.append(curve(arm["arm"], color, _mean_curve(arm, "tokens"), "points", others))
+    if target is not None and any(one["x"] for one in curves):
+        tokens = [at for one in curves for at in one["x"]]
+        others = {axis: [at for one in curves for at in one["others"][axis]] for axis in _OTHER_AXES}
+        ends = [(min(tokens), target), (max(tokens), target)]
+        at = {axis: (min(places), max(places)) for axis, places in others.items()}
+        curves.append(curve("target", "muted", ends, "dashed", at))
+    return line_chart("Held-out loss", curves, height=360, clip_spikes=True)
 
 
 def _run_chart(title: str, arms: Sequence[Arm], key: str, unit: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from turbolm.plan.count import read_model_config
@@ -17,6 +18,9 @@ from turbolm.plan.profiles import find_profile
 from turbolm.plan.traffic import collectives
 
 _OUTSIDE_STEPS = ("agreement on targets and stops", "metrics")  # messages of the loop around a step
+_COUNTED = (  # of a footprint: they add up to `peak_bytes`
+    "weights", "gradients", "master", "optimizer", "gathered", "buckets", "copies", "saved", "working", "loss",
+)  # fmt: skip
 _FIGURES = ("step_sec", "tokens_per_sec", "mfu", "peak_bytes", "collective_bytes")
 
 
@@ -53,6 +57,7 @@ def _figures(plan: Plan, machine: Machine, lengths: Sequence[int], vocab_size: i
     try:
         footprint = estimate_footprint(plan, profile)
         made["peak_bytes"] = footprint.counted_bytes
+        made["peak_parts"] = {part: getattr(footprint, part) for part in _COUNTED}
         if footprint.is_upper_bound:
             notes.append("the planned memory is an upper bound: compiled code keeps fewer activations")
     except KeyError as error:
@@ -63,6 +68,7 @@ def _figures(plan: Plan, machine: Machine, lengths: Sequence[int], vocab_size: i
     else:
         bill = estimate.bill
         made |= {"step_sec": bill.step.total, "tokens_per_sec": bill.tokens_per_sec, "mfu": bill.mfu}
+        made["step_parts"] = {part: sec for part, sec in asdict(bill.step).items() if part != "hidden_communication"}
         notes.append(f"planned times: {estimate.rates.source}")
     return {**made, "notes": notes}
 

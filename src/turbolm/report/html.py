@@ -7,107 +7,81 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from turbolm.files import read_json, write_atomic
-from turbolm.report.charts import curve, line_chart, noisy_curves
-from turbolm.report.metrics import Line, is_number, read_lines, read_metrics, values
+from turbolm.files import write_atomic
+from turbolm.report.attempts import HEAD
+from turbolm.report.metrics import Line, values
 from turbolm.report.page import format_rows, format_value, render_page
-from turbolm.report.planned import compare
-from turbolm.units import format_count
+from turbolm.report.run_charts import run_charts
+from turbolm.report.runs import RunData, read_run, step_parts
+from turbolm.units import format_bytes, format_count, format_duration
+
+_TILES = (
+    ("training loss", "train/loss", "{:.4g}".format),
+    ("held-out loss", "eval/loss", "{:.4g}".format),
+    ("bits per byte", "eval/bits_per_byte", "{:.4g}".format),
+    ("held-out loss of averaged weights", "eval/average_loss", "{:.4g}".format),
+    ("tokens seen", "tokens_seen", format_count),
+    ("steps", "step", "{:,.0f}".format),
+    ("tokens/s, median", "perf/tokens_per_sec", format_count),
+    ("MFU, median", "perf/mfu", "{:.1%}".format),
+)
 
 
-def write_report(run_dir: Path) -> Path:
-    """Write `run_dir`/report.html from what the run directory holds so far."""
-    lines, metrics = read_lines(run_dir / "metrics.jsonl"), read_metrics(run_dir / "metrics.jsonl")
-    attempts = _attempts(run_dir, lines)
-    results = read_json(run_dir / "results.json") or {}
-    results.pop("planned", None)  # as it was when the run finished
-    rows, notes = compare(run_dir, lines)
-    recipe = run_dir / "recipe.yaml"
-    text = render_page(
-        "run.html",
-        title=run_dir.resolve().name,
-        tiles=[*_tiles(metrics), ("attempts", str(len(attempts)))],
-        loss=_loss_chart(metrics, results.get("unigram_entropy")),
-        charts=_small_charts(metrics),
-        planned=[[row.label, *row.texts] for row in rows],
-        planned_notes=notes,
-        results=format_rows(results),
-        anomalies=[_anomaly(line) for line in lines if "anomaly" in line],
-        attempts=attempts,
-        recipe=recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else "",
-        environment=_environment(run_dir),
-    )
-    path = run_dir / "report.html"
-    write_atomic(path, text)
+def write_report(run_dir: Path, out: Path | None = None) -> Path:
+    """Write `run_dir`/report.html, or `out`, from what the run directory holds so far."""
+    path = out or run_dir / "report.html"
+    write_atomic(path, render_report(read_run(run_dir)))
     return path
 
 
-def _loss_chart(metrics: Sequence[Line], unigram_entropy: object) -> dict[str, Any]:
-    train = values(metrics, "train/loss")
-    curves = noisy_curves("train", "blue", train)
-    curves.append(curve("held out", "orange", values(metrics, "eval/loss"), "points"))
-    if is_number(unigram_entropy) and train:
-        # The loss of a model that knows how often each token occurs, and nothing else.
-        ends = [(train[0][0], float(unigram_entropy)), (train[-1][0], float(unigram_entropy))]
-        curves.append(curve("unigram entropy", "muted", ends, "dashed"))
-    return line_chart("Loss", curves, resumes=_resumes(metrics), height=340)
+def render_report(run: RunData, live: dict[str, Any] | None = None) -> str:
+    """The page of a run. `live` is where a page that a server keeps up to date goes on from."""
+    loss, *charts = run_charts(run.metrics, run.anomalies, run.levels)
+    environment = run.environment
+    attempts = [attempt.row() for attempt in run.attempts]
+    tiles = last_tiles(run.metrics) if live else [*last_tiles(run.metrics), *_median_tiles(run.metrics)]
+    return render_page(
+        "run.html",
+        title=run.name,
+        live=live,
+        tiles=[*tiles, ("attempts", str(len(attempts)))],
+        loss=loss,
+        charts=charts,
+        planned=[[row.label, *row.texts] for row in run.planned],
+        planned_notes=run.planned_notes,
+        parts=[(title, _bars(title, parts)) for title, parts in step_parts(run)],
+        results=format_rows(run.results),
+        anomalies=[_anomaly(line) for line in run.anomalies],
+        attempt_columns=HEAD,
+        attempts=attempts,
+        recipe=run.recipe_text,
+        environment=format_rows(environment),
+    )
 
 
-def _small_charts(metrics: Sequence[Line]) -> list[dict[str, Any]]:
-    resumes = _resumes(metrics)
-    lr = curve("learning rate", "violet", values(metrics, "train/lr"))
-    charts = [line_chart("Learning rate", [lr], resumes=resumes, from_zero=True)]
-    noisy = [
-        ("Gradient norm", "train/grad_norm", "orange"),
-        ("Tokens per second", "perf/tokens_per_sec", "green"),
-        ("Model FLOPs utilization (MFU)", "perf/mfu", "green"),
-        ("Padding, share of all positions", "data/padding_fraction", "blue"),
-    ]
-    for title, key, color in noisy:
-        points = values(metrics, key)
-        if points or key == "train/grad_norm":
-            curves = noisy_curves(key.partition("/")[2].replace("_", " "), color, points)
-            charts.append(line_chart(title, curves, resumes=resumes, from_zero=True, clip_spikes=True))
-    return charts
+def last_tiles(metrics: Sequence[Line]) -> list[tuple[str, str]]:
+    """Name and text of the figures whose last value counts."""
+    shown = ((name, show, values(metrics, key)) for name, key, show in _TILES if not name.endswith("median"))
+    return [(name, show(found[-1][1])) for name, show, found in shown if found]
 
 
-def _resumes(metrics: Sequence[Line]) -> list[float]:
-    """Return where an attempt resumed an earlier one, in tokens."""
-    trained = [line for line in metrics if "train/loss" in line]
-    pairs = zip(trained, trained[1:], strict=False)
-    return [float(after["tokens_seen"]) for before, after in pairs if before["attempt"] != after["attempt"]]
+def _median_tiles(metrics: Sequence[Line]) -> list[tuple[str, str]]:
+    shown = ((name, show, values(metrics, key)) for name, key, show in _TILES if name.endswith("median"))
+    return [(name, show(statistics.median(value for _, value in found))) for name, show, found in shown if found]
 
 
-def _tiles(metrics: Sequence[Line]) -> list[tuple[str, str]]:
-    tiles = []
-    for name, key, show in (
-        ("training loss", "train/loss", "{:.4g}".format),
-        ("held-out loss", "eval/loss", "{:.4g}".format),
-        ("bits per byte", "eval/bits_per_byte", "{:.4g}".format),
-        ("tokens seen", "tokens_seen", format_count),
-        ("steps", "step", "{:,.0f}".format),
-        ("tokens/s, median", "perf/tokens_per_sec", format_count),
-        ("MFU, median", "perf/mfu", "{:.1%}".format),
-    ):
-        found = [value for _, value in values(metrics, key)]
-        if found:
-            tiles.append((name, show(statistics.median(found) if name.endswith("median") else found[-1])))
-    return tiles
-
-
-def _attempts(run_dir: Path, lines: Sequence[Line]) -> list[tuple[str, str, str]]:
-    """Number, first and last logged step of every attempt."""
-    folder = run_dir / "attempts"
-    steps: dict[int, list[int]] = {int(path.name): [] for path in folder.glob("*") if path.name.isdigit()}
-    for line in lines:
-        if "train/loss" in line:
-            steps.setdefault(line["attempt"], []).append(line["step"])
+def _bars(title: str, parts: Any) -> list[tuple[str, str, float]]:
+    """Name, text and share in percent of each part, largest first."""
+    show = format_bytes if "memory" in title else _seconds
+    total = sum(parts.values())
+    ordered = sorted(parts.items(), key=lambda part: -part[1])
     return [
-        (str(attempt), f"{min(logged):,}", f"{max(logged):,}")
-        if logged
-        else (str(attempt), "none logged", "none logged")
-        for attempt, logged in sorted(steps.items())
+        (name.replace("_", " "), f"{show(value)}, {value / total:.1%}", 100 * value / total) for name, value in ordered
     ]
+
+
+def _seconds(value: float) -> str:
+    return f"{value * 1e3:.3g} ms" if value < 1 else format_duration(value)
 
 
 def _anomaly(line: Line) -> list[str]:
@@ -119,11 +93,3 @@ def _anomaly(line: Line) -> list[str]:
         case _:
             left_out = "–"
     return [f"{line['step']:,}", str(line["attempt"]), *(format_value(key, line.get(key)) for key in keys), left_out]
-
-
-def _environment(run_dir: Path) -> list[tuple[str, str]]:
-    folders = [path for path in (run_dir / "attempts").glob("*") if path.name.isdigit()]
-    for folder in sorted(folders, key=lambda path: -int(path.name)):
-        if environment := read_json(folder / "environment.json"):
-            return format_rows(environment)
-    return []

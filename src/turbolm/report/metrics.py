@@ -4,21 +4,31 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
 Line = dict[str, Any]
 
+SEC = "time/sec"  # seconds of training until then, that `add_times` adds to lines
+STEP_SEC = "time/step_sec"
+AXES = {"tokens": "tokens_seen", "steps": "step", "time": SEC}
+_CHUNK_BYTES = 8 * 2**20  # read at once of a file that grows; a longer line is damaged
+
 
 def read_metrics(path: Path) -> list[Line]:
+    """The lines of the run's history (`history`) in the file."""
+    return history(read_lines(path))
+
+
+def history(lines: Sequence[Line]) -> list[Line]:
     """The lines of the run's history, by step; a step's training line comes before its evaluation.
 
     An attempt that resumes from a checkpoint repeats the steps since then, so the last attempt wins: from its first
     step on, the lines of earlier attempts are dropped. So are those of steps that a rollback took back. Anomalies are
     events, not part of this history.
     """
-    lines = read_lines(path)
     first_steps: dict[int, int] = {}
     for line in lines:
         if "train/loss" in line:
@@ -29,9 +39,12 @@ def read_metrics(path: Path) -> list[Line]:
         redone = any(attempt > line["attempt"] and step <= line["step"] for attempt, step in first_steps.items())
         if "anomaly" in line:
             back_to = line.get("anomaly/to_step")
-            kept = {key: one for key, one in kept.items() if not isinstance(back_to, int) or key[0] <= back_to}
+            if isinstance(back_to, int):
+                kept = {key: one for key, one in kept.items() if key[0] <= back_to}
         elif not redone:
-            kept[line["step"], "train/loss" not in line] = line
+            key = line["step"], "train/loss" not in line
+            before = kept.get(key, {}) if key[1] else {}  # an evaluation may take several lines
+            kept[key] = before | line if before.get("attempt") == line["attempt"] else line
     return [kept[key] for key in sorted(kept)]
 
 
@@ -42,17 +55,35 @@ def read_lines(path: Path) -> list[Line]:
     line; what it wrote is read.
     """
     try:
-        text = path.read_text(encoding="utf-8", errors="replace")
+        with path.open("rb") as file:
+            return list(_lines(file, 1))
     except FileNotFoundError:
         return []
-    lines: list[Line] = []
-    attempt = 1
-    for raw in text.splitlines():
-        line = _parse(raw) or _parse(raw[max(0, raw.rfind('{"step"')) :])
+
+
+def read_new(path: Path, offset: int, attempt: int, limit: int = _CHUNK_BYTES) -> tuple[list[Line], int]:
+    """The complete lines from the byte `offset` on, of `limit` bytes at most, and the offset behind them.
+
+    `attempt` is that of the last line before. Raises OSError, but for a file that is not there yet.
+    """
+    try:
+        with path.open("rb") as file:
+            file.seek(offset)
+            content = file.read(limit)
+    except FileNotFoundError:
+        return [], offset
+    end = content.rfind(b"\n") + 1 or (len(content) if len(content) == limit else 0)
+    return list(_lines(content[:end].split(b"\n"), attempt)), offset + end
+
+
+def _lines(raws: Iterable[bytes], attempt: int) -> Iterator[Line]:
+    for raw in raws:
+        text = raw.decode(errors="replace")
+        line = _parse(text) or _parse(text[max(0, text.rfind('{"step"')) :])
         if isinstance(line, dict) and _is_whole(line):
             attempt = line.get("attempt", attempt)
-            lines.append({**line, "attempt": attempt})
-    return lines
+            # A long run has millions of keys, and json makes each one anew.
+            yield {sys.intern(key): value for key, value in line.items()} | {"attempt": attempt}
 
 
 def _is_whole(line: Line) -> bool:
@@ -62,11 +93,34 @@ def _is_whole(line: Line) -> bool:
     return all(type(count) is int and 0 <= count < 2**63 for count in counts)
 
 
-def _parse(raw: str) -> Any:
+def _parse(text: str) -> Any:
     try:
-        return json.loads(raw)
+        return json.loads(text)
     except (ValueError, RecursionError):
         return None
+
+
+def add_times(metrics: Sequence[Line], start_sec: float = 0.0) -> float:
+    """Add to each line the seconds its step took, and those of training until then; returns the latter of the last.
+
+    Only steps count, each once: neither start-up, evaluations and checkpoints, nor steps that an attempt repeated.
+    """
+    sec = start_sec
+    for line in metrics:
+        own = step_seconds(line)
+        if own is not None:
+            line[STEP_SEC] = own
+            sec += own
+        line[SEC] = sec
+    return sec
+
+
+def step_seconds(line: Line) -> float | None:
+    """The seconds of a step from its line, None where it does not tell."""
+    tokens, rate = line.get("data/batch_tokens"), line.get("perf/tokens_per_sec")
+    if "train/loss" in line and is_number(tokens) and is_number(rate) and tokens > 0 and rate > 0:
+        return tokens / rate
+    return None
 
 
 def values(metrics: Sequence[Line], key: str, x: str = "tokens_seen") -> list[tuple[float, float]]:

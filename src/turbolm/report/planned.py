@@ -18,8 +18,8 @@ from turbolm.report.page import format_value
 from turbolm.units import format_duration
 
 _FIRST_STEPS = 2  # of an attempt, which load kernels and compile, and are left out where there are more
-_SHORT = {"step_sec": "step", "tokens_per_sec": "tokens/s", "mfu": "MFU", "peak_bytes": "peak memory"}
-_SHORT |= {"resident_bytes": "rise of resident memory", "collective_bytes": "collectives"}
+LABELS = {"step_sec": "step", "tokens_per_sec": "tokens/s", "mfu": "MFU", "peak_bytes": "peak memory"}
+LABELS |= {"resident_bytes": "rise of resident memory", "collective_bytes": "collectives"}
 _LEAST_RESIDENT = 300e6  # bytes planned; below, libraries and the allocator outweigh the tensors of a model
 _MEMORY = {
     "peak_bytes": "peak of a GPU's tensors (torch.cuda.max_memory_allocated)",
@@ -95,7 +95,7 @@ def _compare(planned: Mapping[str, Any], once: Mapping[str, Any], lines: Sequenc
 def planned_line(found: Mapping[str, Any]) -> str:
     """Return the line at the end of a run: what can be compared. `found` is `planned` of results.json."""
     parts = []
-    for figure, name in _SHORT.items():
+    for figure, name in LABELS.items():
         values = found.get(figure)
         planned, measured = (
             (values.get("planned"), values.get("measured")) if isinstance(values, dict) else (None, None)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from turbolm.data.batch.loader import GlobalBatch
+from turbolm.files import write_json
 from turbolm.reliability import heartbeat
 from turbolm.train.session import Session
 from turbolm.train.trace import WAIT, read_trace, summarize
@@ -101,7 +103,9 @@ class _Profile:
         self._profiler.export_chrome_trace(str(trace))
         self._next = None
         last = self._session.step
-        self._say(f"{summarize(read_trace(trace))}{self._beside(last)}; {trace}")
+        summary = summarize(read_trace(trace))
+        write_json(self._file("summary.json"), asdict(summary))
+        self._say(f"{summary}{self._beside(last)}; {trace}")
         if self._session.engine.device.type == "cuda":
             _record_memory()
             self._cleanup.callback(_stop_recording_memory)

@@ -5,8 +5,9 @@ runs/<name>/
   hub.json        the commits of the recipe's hub names
   model/          Hugging Face configuration and tokenizer of the run
   tokenizer/      of a fork that reads other documents: the forked run's tokenizer, which its recipe names
-  attempts/<n>/   start.json (which process started it), plan.json, ds_config.json, accelerate.yaml, environment.json,
-                  log.rank<k>.txt, outcome.json, hung/ (ranks and their stacks, of an attempt that hung),
+  attempts/<n>/   start.json (which process started it, and when), plan.json, ds_config.json, accelerate.yaml,
+                  environment.json, log.rank<k>.txt, outcome.json, hung/ (ranks and their stacks, of an attempt that
+                  hung),
                   start-up.json (where the time until the first step went), measured.json (what one step sent, and the
                   memory before it, for the comparison with plan.json), nccl_trace.rank<k> (torch's flight recorder,
                   where NCCL timed out),
@@ -23,6 +24,8 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import subprocess
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -119,7 +122,7 @@ def open_attempt(run: RunDirectory, seen: Seen | None = None, starter: Holder | 
         except FileExistsError:  # another start was quicker
             number += 1
     record = {"stop_seen": asdict(seen or look(run.stop_file)), "starter": starter and asdict(starter)}
-    write_json(run.attempt(number) / START, record)
+    write_json(run.attempt(number) / START, {**record, "unix_time": time.time()})
     return number
 
 
@@ -168,8 +171,23 @@ def write_attempt(
     write_json(folder / "ds_config.json", plan.ds_config)
     versions = {name: importlib.metadata.version(name) for name in _VERSIONED}
     system = {"python": platform.python_version(), "platform": platform.platform(), "host": platform.node()}
-    write_json(folder / "environment.json", {**system, **versions, **asdict(machine)})
+    write_json(folder / "environment.json", {**system, **versions, "git_commit": git_commit(), **asdict(machine)})
     (run.path / "recipe.yaml").write_text(dump_recipe(plan.recipe), encoding="utf-8")
+
+
+def git_commit(folder: Path = Path(__file__).parent) -> str | None:
+    """The commit of the checkout that this code runs from, with `-dirty` where it is changed; None outside of one.
+
+    A package installed below somebody's checkout is not of it: git must know this file.
+    """
+    git = ("git", "--no-optional-locks", "-C", str(folder))
+    asked = {"capture_output": True, "text": True, "timeout": 10, "check": True}
+    try:
+        subprocess.run([*git, "ls-files", "--error-unmatch", "run_directory.py"], **asked)
+        found = subprocess.run([*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"], **asked)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip() or None
 
 
 def is_finished(run: RunDirectory, budget_tokens: int) -> bool:
