@@ -121,7 +121,10 @@ class Page:
     def wait_until(self, expression: str, seconds: float = 30) -> None:
         """Ask until it is true."""
         until = time.monotonic() + seconds
-        while not self.ask(expression):
+        while True:
+            with contextlib.suppress(RuntimeError):  # the page is being loaded
+                if self.ask(expression):
+                    return
             assert time.monotonic() < until, f"never true: {expression}"
             time.sleep(0.1)
 

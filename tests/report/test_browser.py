@@ -85,6 +85,9 @@ def test_the_controls_of_a_run_change_what_is_drawn(browser: Browser, tmp_path: 
     assert page.ask(f"{LOSS}.scales.x.max") == pytest.approx(200 / 60)
     assert "axis=time&smoothing=0.8&scale=" in page.ask("location.hash")
     assert page.errors() == []
+    page.ask("new Promise(done => { setTimeout(done, 50); setTimeout(() => { throw new Error('thrown') }); })")
+    page.ask("void fetch('https://example.org').catch(() => 0)")
+    assert "thrown" in page.errors()[0] and "Content Security Policy" in page.errors()[1], "errors are heard"
 
 
 def test_a_page_that_others_named_runs_none_of_it(browser: Browser, tmp_path: Path) -> None:
@@ -113,10 +116,11 @@ def test_three_runs_and_an_ablation(browser: Browser, tmp_path: Path) -> None:
     assert page.ask(SHOWN) == ["tokens seen", *labels]
     page.choose("axis", "steps")
     assert max(drawn(page, "two, smoothed")) == 80
-    page.ask("document.querySelectorAll('.u-legend tr')[3].querySelector('th').click()")  # "two, smoothed" is the 5th
+    page.ask("document.querySelectorAll('.u-legend tr')[4].querySelector('th').click()")  # "two, smoothed"
+    hides_two = [True] * 3 + [False] * 2 + [True] * 2
+    assert page.ask(f"{LOSS}.series.map(one => one.show)") == hides_two, "each step goes with it"
     page.choose("smoothing", "0.5")
-    shown = page.ask(f"{LOSS}.series.map(one => one.show)")
-    assert shown.count(False) in (0, 2)
+    assert page.ask(f"{LOSS}.series.map(one => one.show)") == hides_two, "drawn anew, it stays hidden"
     assert page.errors() == []
 
     steps = (10, 20, 30)
@@ -145,6 +149,7 @@ def _ablation_page(folder: Path, evaluations: list[dict[str, float]]) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_live_page_follows_its_run(browser: Browser, tmp_path: Path) -> None:
     run = tmp_path / "run"
     write(run / "attempts/1/start.json", {"unix_time": time.time()})

@@ -158,7 +158,7 @@ def test_a_run_that_has_not_begun_is_followed(tmp_path: Path) -> None:
     (tmp_path / "attempts").mkdir()
     with ReportServer(tmp_path, 0) as server:
         page = server.page()
-        assert cursor_of(page) == {"offset": 0, "attempt": 1, "sec": 0.0, "seen": "no attempt yet"}
+        assert cursor_of(page) == {"offset": 0, "attempt": 1, "sec": 0.0, "seen": f"{tmp_path}, no attempt yet"}
 
 
 def test_no_run_and_no_port_are_one_line(run: Path, tmp_path: Path) -> None:

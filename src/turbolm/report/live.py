@@ -115,7 +115,7 @@ class ReportServer(ThreadingHTTPServer):
             "charts": [chart for chart in charts if chart["curves"]],
             "tiles": last_tiles(metrics),
             "cursor": asdict(Cursor(end, cursor.attempt, sec, cursor.seen)),
-            "state": cursor.seen,
+            "state": _state(self.run_dir),
             "more": end - cursor.offset > _ANSWER_BYTES // 2,
         }
 
@@ -162,7 +162,11 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _seen(run_dir: Path) -> str:
-    """What of the run's state a page shows in words; when it changes, the page is out of date."""
+    """The run and what of its state a page shows in words; when it changes, the page is out of date."""
+    return f"{run_dir.resolve()}, {_state(run_dir)}"
+
+
+def _state(run_dir: Path) -> str:
     numbers = attempt_numbers(run_dir)
     if not numbers:
         return "no attempt yet"

@@ -145,7 +145,7 @@
     const {chart, plot, element} = card, width = Math.max(120, element.clientWidth - 24);
     const axis = chart.curves.some(one => state.axis in one.others) ? state.axis : "tokens";
     const log = chart.logarithmic || state.scale, series = drawn(chart, axis, log);
-    const view = `${axis} ${log.includes("x")}`, isZoomed = plot && card.view === view && plot.data[0].length
+    const view = `${axis} ${log.includes("x")} ${timeUnit()[2]}`, isZoomed = plot && card.view === view && plot.data[0].length
       && (plot.scales.x.min > plot.data[0][0] || plot.scales.x.max < plot.data[0].at(-1)), {min, max} = plot?.scales.x ?? {};
     plot?.destroy();
     card.view = view;
