@@ -56,7 +56,7 @@ def test_the_controls_of_a_run_change_what_is_drawn(browser: Browser, tmp_path: 
     assert list(drawn(page, "train, each step").items()) == [
         (1000 * step, pytest.approx(made_loss(step), rel=1e-4)) for step in range(1, 101)
     ]
-    assert list(drawn(page, "train, smoothed").values()) == pytest.approx(averaged(losses, 0.9), rel=1e-4)
+    assert list(drawn(page, "train, smoothed").values()) == pytest.approx(averaged(losses, 0.6), rel=1e-4)
     assert drawn(page, "not applied") == {50_000: 40}
 
     page.choose("smoothing", "0.5")
@@ -167,7 +167,7 @@ def test_a_live_page_follows_its_run(browser: Browser, tmp_path: Path) -> None:
             page.wait_until(f"{LOSS}.data[0].length === 30")
             assert list(drawn(page, "train, each step")) == pytest.approx([2 * step for step in range(1, 31)])
             losses = [made_loss(step) for step in range(1, 31)]
-            assert list(drawn(page, "train, smoothed").values()) == pytest.approx(averaged(losses, 0.9), rel=1e-4)
+            assert list(drawn(page, "train, smoothed").values()) == pytest.approx(averaged(losses, 0.6), rel=1e-4)
             assert page.ask("[...document.querySelectorAll('.tiles dd')].some(one => one.textContent === '30')")
             assert page.ask("window.first") is True, "it was not loaded anew"
             # The next attempt goes on behind the torn line, from step 21 on.

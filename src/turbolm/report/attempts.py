@@ -33,8 +33,8 @@ class Attempt:
     @property
     def code(self) -> str:
         """Return the version of turbolm and the git commit it ran from."""
-        commit = self.environment.get("git_commit")
-        return " ".join(filter(None, [str(self.environment.get("turbolm") or ""), str(commit or "")[:12]])) or "–"
+        commit, dash, dirty = str(self.environment.get("git_commit") or "").partition("-")
+        return f"{self.environment.get('turbolm') or ''} {commit[:12]}{dash}{dirty}".strip() or "–"
 
     @property
     def duration_sec(self) -> float | None:

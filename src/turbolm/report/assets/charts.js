@@ -6,7 +6,7 @@
   const font = '12px system-ui, -apple-system, "Segoe UI", sans-serif';
   const TIMES = [[172800, 86400, "days"], [7200, 3600, "hours"], [120, 60, "minutes"], [0, 1, "seconds"]];
   const MANY = 20000;  // points that came while the page was open: it is loaded anew, and thinned
-  const state = {axis: "tokens", smoothing: 0.9, scale: ""}, charts = [];
+  const state = {axis: "tokens", smoothing: 0.6, scale: ""}, charts = [];
   const place = (one, axis) => axis === "tokens" ? one.x : one.others[axis];
   const every = ask => charts.some(({chart}) => chart.curves.some(ask));
 
@@ -65,11 +65,12 @@
     const logRange = (plot, low, high) => low === null ? [1, 10] : [low / 1.05, high * 1.05];
     const inside = (plot, at) => at >= plot.bbox.left && at <= plot.bbox.left + plot.bbox.width;
     const per = axis === "time" ? timeUnit()[1] : 1;
+    const write = ctx => Object.assign(ctx, {font: `${11 * uPlot.pxRatio}px system-ui, sans-serif`, textAlign: "left", textBaseline: "middle"});
     const markResumes = plot => {
       const {ctx, bbox} = plot, places = place(chart.resumes, axis) ?? [];
       ctx.save();
       ctx.strokeStyle = ctx.fillStyle = color("muted");
-      ctx.font = `${11 * uPlot.pxRatio}px system-ui, sans-serif`;
+      write(ctx);
       ctx.setLineDash([2 * uPlot.pxRatio, 4 * uPlot.pxRatio]);
       for (const [index, at] of places.entries()) {
         const across = plot.valToPos(at / per, "x", true);
@@ -86,7 +87,7 @@
     const markSpikes = plot => {
       const {ctx, bbox} = plot, size = 5 * uPlot.pxRatio;
       ctx.save();
-      ctx.font = `${11 * uPlot.pxRatio}px system-ui, sans-serif`;
+      write(ctx);
       series.forEach((one, at) => {
         if (!plot.series[at + 1].show) return;
         ctx.fillStyle = color(one.color);
@@ -101,7 +102,7 @@
             ctx.lineTo(across + size, up + 1.6 * size);
             ctx.fill();
           }
-          if (one.texts && one.x.length <= 20) ctx.fillText(one.texts[index], across + 1.5 * size, up + 2 * size);
+          if (one.texts && one.x.length <= 20) ctx.fillText(one.texts[index], across + 1.5 * size, isAbove ? up + size : up - 2 * size);
         });
       });
       ctx.restore();
