@@ -13,7 +13,7 @@ Style = Literal["line", "noisy", "dashed", "points", "marks"]
 Axes = Mapping[str, Sequence[float]]
 
 COLORS = ("blue", "orange", "green", "violet", "red", "teal", "pink", "brown")  # of page.css, for both themes
-MAX_POINTS = 1200  # of a curve: more than most screens have columns
+MAX_POINTS = 800  # of a curve: about as many as a chart has columns
 _CLIP_SHARE = 0.97  # of the values: twice the one that so many do not exceed is the top of a chart that clips spikes
 
 

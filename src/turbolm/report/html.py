@@ -9,7 +9,7 @@ from typing import Any
 
 from turbolm.files import write_atomic
 from turbolm.report.attempts import HEAD
-from turbolm.report.metrics import Line, values
+from turbolm.report.metrics import Line, is_number, values
 from turbolm.report.page import format_rows, format_value, render_page
 from turbolm.report.run_charts import run_charts
 from turbolm.report.runs import RunData, read_run, step_parts
@@ -61,8 +61,12 @@ def render_report(run: RunData, live: dict[str, Any] | None = None) -> str:
 
 def last_tiles(metrics: Sequence[Line]) -> list[tuple[str, str]]:
     """Name and text of the figures whose last value counts."""
-    shown = ((name, show, values(metrics, key)) for name, key, show in _TILES if not name.endswith("median"))
-    return [(name, show(found[-1][1])) for name, show, found in shown if found]
+    shown = ((name, show, _last(metrics, key)) for name, key, show in _TILES if not name.endswith("median"))
+    return [(name, show(last)) for name, show, last in shown if last is not None]
+
+
+def _last(metrics: Sequence[Line], key: str) -> float | None:
+    return next((line[key] for line in reversed(metrics) if is_number(line.get(key))), None)
 
 
 def _median_tiles(metrics: Sequence[Line]) -> list[tuple[str, str]]:
