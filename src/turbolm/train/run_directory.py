@@ -180,14 +180,16 @@ def git_commit(folder: Path = Path(__file__).parent) -> str | None:
 
     A package installed below somebody's checkout is not of it: git must know this file.
     """
-    git = ("git", "--no-optional-locks", "-C", str(folder))
-    asked = {"capture_output": True, "text": True, "timeout": 10, "check": True}
+
+    def git(*arguments: str) -> str:
+        command = ["git", "--no-optional-locks", "-C", str(folder), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+
     try:
-        subprocess.run([*git, "ls-files", "--error-unmatch", "run_directory.py"], **asked)
-        found = subprocess.run([*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"], **asked)
+        git("ls-files", "--error-unmatch", "run_directory.py")
+        return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*") or None
     except (OSError, subprocess.SubprocessError):
         return None
-    return found.stdout.strip() or None
 
 
 def is_finished(run: RunDirectory, budget_tokens: int) -> bool:
