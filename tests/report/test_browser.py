@@ -157,7 +157,7 @@ def test_a_live_page_follows_its_run(browser: Browser, tmp_path: Path) -> None:
     with ReportServer(run, 0) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         try:
-            page = browser.open(f"http://127.0.0.1:{server.server_port}/")
+            page = browser.open(server.address)
             page.ask("window.first = true")
             page.choose("axis", "time")
             assert page.ask(f"{LOSS}.data[0].length") == 10

@@ -11,6 +11,7 @@ import contextlib
 import errno
 import json
 import math
+import secrets
 import threading
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -67,22 +68,27 @@ def follow(run_dir: Path, port: int) -> None:
             raise
         raise UserError(f"--port {port}: {error.strerror}; --port 0 takes any free one") from None
     with server:
-        address = f"http://127.0.0.1:{server.server_port}/"
-        print(f"{run_dir}: {address} (read-only, for this machine alone; Ctrl-C ends it)", flush=True)
+        print(f"{run_dir}: {server.address} (read-only, from this machine alone; Ctrl-C ends it)", flush=True)
         with contextlib.suppress(KeyboardInterrupt):
             server.serve_forever()
 
 
 class ReportServer(ThreadingHTTPServer):
-    """Answers for one run, on 127.0.0.1 alone. `port` 0 takes a free one."""
+    """Answers for one run, on 127.0.0.1 alone, those who know its address. `port` 0 takes a free one."""
 
     daemon_threads = True
 
     def __init__(self, run_dir: Path, port: int):
         super().__init__(("127.0.0.1", port), _Handler)
         self.run_dir = run_dir
+        self.secret = secrets.token_urlsafe(12)  # a machine may have other users, who cannot read the run's files
         self._levels: dict[str, Level] = {}
         self._lock = threading.Lock()  # a long run's page takes seconds and memory: one at a time
+
+    @property
+    def address(self) -> str:
+        """Return the address of the page."""
+        return f"http://127.0.0.1:{self.server_port}/{self.secret}/"
 
     def page(self) -> str:
         """Return the page of the run as it is now."""
@@ -131,15 +137,15 @@ class _Handler(BaseHTTPRequestHandler):
             host = urlsplit(f"//{self.headers.get('Host', '')}").hostname
             if host not in _LOCAL_NAMES:  # another site's name for this machine
                 self._answer(403, "text/plain", "this page is for http://127.0.0.1 alone")
-            elif address.path == "/":
+            elif secrets.compare_digest(address.path.encode(), f"/{self.server.secret}/".encode()):
                 self._answer(200, "text/html", self.server.page())
-            elif address.path == "/lines":
+            elif secrets.compare_digest(address.path.encode(), f"/{self.server.secret}/lines".encode()):
                 news = self.server.news(Cursor.parse(dict(parse_qsl(address.query))))
                 self._answer(200, "application/json", json.dumps(news))
             elif address.path == "/favicon.ico":  # browsers ask for it
                 self._answer(204, "image/x-icon", "")
             else:
-                self._answer(404, "text/plain", "there is / and nothing else")
+                self._answer(404, "text/plain", "there is nothing here; `turbolm report --follow` says the address")
         except (ValueError, KeyError):
             self._answer(400, "text/plain", "not a request of this page")
         except ConnectionError:
