@@ -168,7 +168,8 @@ def test_a_long_run_is_smoothed_by_its_means_and_not_by_its_extremes():
 
 
 def test_all_that_a_run_recorded_is_on_its_page(tmp_path):
-    run = make_run(tmp_path / "run", **{"experts/max_share": [0.5, 0.3], "experts/min_share": [0.1, 0.2]})
+    shares = {"experts/max_share": [0.5, 0.3], "experts/min_share": [0.1, 0.2]}
+    run = make_run(tmp_path / "run", **shares, **{"train/lr/matrices": 0.25})
     write(run / "attempts/1/profile/rank0.summary.json", {"step_sec": 2.0, "shares": {"attention": 0.75, "host": 0.25}})
     write(run / "attempts/1/start-up.json", {"begun": 1.0, "seconds": {"imports": 3.0, "first step": 1.0}})
     page = write_report(run).read_text()
@@ -177,6 +178,9 @@ def test_all_that_a_run_recorded_is_on_its_page(tmp_path):
     assert (
         sets == {"web": pytest.approx(3.8, abs=0.2), "code": pytest.approx(3.6, abs=0.2)} and sets["web"] > sets["code"]
     )
+    assert [(one["name"], one["y"][0]) for one in charts["Learning rate"]["curves"]] == [
+        ("learning rate", 1e-3), ("of matrices", 0.25),
+    ]  # fmt: skip
     load = {one["name"]: one["y"][0] for one in charts["Expert load, share of a layer's tokens"]["curves"]}
     assert load == {"busiest of any layer": 0.5, "busiest, mean of layers": 0.4, "idlest of any layer": 0.1}
     (spike,) = [one for one in charts["Loss"]["curves"] if one["style"] == "marks"]

@@ -17,7 +17,7 @@ from turbolm.report.run_charts import SMALL, axis_curve, evaluation_charts
 from turbolm.units import align_columns, format_bytes, format_count, format_duration
 
 Cells = list[str]
-_WIDEST = 40  # characters of a value in a terminal
+_WIDEST = 46  # characters of a value in a terminal
 _NONE = "–"
 
 
@@ -161,8 +161,8 @@ def _text(value: Any) -> str:
 def _clipped(texts: Cells) -> Cells:
     """Short texts that still differ: where long ones begin alike, what follows is shown."""
     texts = [" ".join(text.split()) for text in texts]
-    known = [text for text in texts if text != _NONE]
-    alike = len(os.path.commonprefix(known)) if max(map(len, texts)) > _WIDEST else 0
+    known = {text for text in texts if text != _NONE}
+    alike = len(os.path.commonprefix(list(known))) if len(known) > 1 and max(map(len, known)) > _WIDEST else 0
     start = alike - 8 if alike > _WIDEST // 2 else 0
     cut = [("…" + text[start:] if start and text != _NONE else text) for text in texts]
     return [text if len(text) <= _WIDEST else text[: _WIDEST - 1] + "…" for text in cut]

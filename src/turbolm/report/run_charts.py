@@ -15,6 +15,7 @@ Value = Callable[[Line], object]
 Level = tuple[str, float]  # the name and height of a dashed line
 
 GIB = 2**30
+_LR_OF_KIND = "train/lr/"  # before a kind of parameter that has a learning rate of its own
 _SET = "eval/loss/"  # before the name of a validation set
 _TASK_FIGURES = {"bits_per_byte": "Bits per byte of the right answers", "accuracy": "Accuracy"}  # eval/TASK/FIGURE
 SMALL: tuple[tuple[str, str, str, float], ...] = (  # title, key, color, divisor
@@ -27,8 +28,11 @@ SMALL: tuple[tuple[str, str, str, float], ...] = (  # title, key, color, divisor
     ("Padding, share of all positions", "data/padding_fraction", "blue", 1),
     ("Wait for the slowest rank, share of a step", "perf/slowest_cost", "red", 1),
 )
-_BESIDE = {  # more curves of a chart, where they are known
-    "Seconds per step": (("processor time of rank 0", "perf/cpu_sec", "brown"), ("compile", "perf/compile_sec", "red")),
+_BESIDE: dict[str, tuple[tuple[str, str, str, Style], ...]] = {  # more curves of a chart, where they are known
+    "Seconds per step": (
+        ("processor time of rank 0", "perf/cpu_sec", "brown", "line"),
+        ("compile", "perf/compile_sec", "red", "points"),
+    ),
 }
 
 
@@ -39,16 +43,20 @@ def run_charts(metrics: Sequence[Line], anomalies: Sequence[Line], levels: Mappi
     of their chart.
     """
     resumes = _resumes(metrics)
-    learning_rate = axis_curve("learning rate", "violet", metrics, "train/lr")
+    some = metrics[:: max(1, len(metrics) // 1000)]
+    kinds = dict.fromkeys(key for line in some for key in line if key.startswith(_LR_OF_KIND))
+    lrs = [axis_curve("learning rate", "violet", metrics, "train/lr")]
+    colors = dict(zip(kinds, COLORS, strict=False))
+    lrs += [axis_curve(f"of {key.removeprefix(_LR_OF_KIND)}", color, metrics, key) for key, color in colors.items()]
     charts = [
         loss_chart(metrics, anomalies, levels.get("Loss"), resumes),
         *evaluation_charts({"": metrics}),
-        line_chart("Learning rate", [learning_rate], resumes=resumes, from_zero=True),
+        line_chart("Learning rate", lrs, resumes=resumes, from_zero=True),
     ]
     for title, key, color, divisor in SMALL:
         name = title.partition(",")[0].lower() if divisor != 1 or key == STEP_SEC else _last_word(key)
         curves = [axis_curve(name, color, metrics, key, "noisy", divisor)]
-        curves += [axis_curve(name, color, metrics, key, "points") for name, key, color in _BESIDE.get(title, ())]
+        curves += [axis_curve(name, color, metrics, key, style) for name, key, color, style in _BESIDE.get(title, ())]
         if curves[0]["x"] or title == "Gradient norm":
             curves += _level(levels.get(title), metrics)
             charts.append(line_chart(title, curves, resumes=resumes, from_zero=True, clip_spikes=True))
