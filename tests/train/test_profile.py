@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import inspect
 import json
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -205,6 +206,7 @@ def test_a_profiled_run_learns_bit_for_bit_the_same(tmp_path: Path) -> None:
         found = summarize(read_trace(attempt / "profile" / f"rank{rank}.trace.json.gz"))
         assert found.num_steps == 2 and sum(found.shares.values()) == pytest.approx(1)
         assert all(found.shares[kind] > 0 for kind in ("matrix products", "attention", "optimizer", "communication"))
+        assert read_json(attempt / "profile" / f"rank{rank}.summary.json") == asdict(found)
         assert "profile: 2 steps of " in (attempt / f"log.rank{rank}.txt").read_text()
     with gzip.open(attempt / "profile" / "rank0.trace.json.gz") as file:
         assert WAIT.encode() in file.read()
