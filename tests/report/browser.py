@@ -173,7 +173,7 @@ class Page:
 
 def start_browser(folder: Path) -> Browser:
     """Start Chromium, or skip with the reason."""
-    names = ("chromium", "chromium-browser", "google-chrome")
+    names = ("chromium", "chromium-browser", "chromium-headless-shell", "google-chrome")
     program = next(filter(None, map(shutil.which, names)), None)
     if program is None:
         pytest.skip("no Chromium here: the Debian package chromium has it")
