@@ -66,6 +66,11 @@
     const inside = (plot, at) => at >= plot.bbox.left && at <= plot.bbox.left + plot.bbox.width;
     const per = axis === "time" ? timeUnit()[1] : 1;
     const write = ctx => Object.assign(ctx, {font: `${11 * uPlot.pxRatio}px system-ui, sans-serif`, textAlign: "left", textBaseline: "middle"});
+    // Text beside a place of the x axis: to its right, or to its left where the chart ends.
+    const say = ({ctx, bbox}, text, across, gap, up) => {
+      const wide = ctx.measureText(text).width + gap;
+      ctx.fillText(text, across + wide > bbox.left + bbox.width ? across - wide : across + gap, up);
+    };
     const markResumes = plot => {
       const {ctx, bbox} = plot, places = place(chart.resumes, axis) ?? [];
       ctx.save();
@@ -79,7 +84,7 @@
         ctx.moveTo(across, bbox.top);
         ctx.lineTo(across, bbox.top + bbox.height);
         ctx.stroke();
-        if (places.length <= 6) ctx.fillText(chart.resumes.texts[index], across + 4, bbox.top + bbox.height - 6);
+        if (places.length <= 6) say(plot, chart.resumes.texts[index], across, 4, bbox.top + bbox.height - 6);
       }
       ctx.restore();
     };
@@ -102,7 +107,7 @@
             ctx.lineTo(across + size, up + 1.6 * size);
             ctx.fill();
           }
-          if (one.texts && one.x.length <= 20) ctx.fillText(one.texts[index], across + 1.5 * size, isAbove ? up + size : up - 2 * size);
+          if (one.texts && one.x.length <= 20) say(plot, one.texts[index], across, 1.5 * size, isAbove ? up + size : up - 2 * size);
         });
       });
       ctx.restore();
