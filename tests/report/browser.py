@@ -173,8 +173,8 @@ class Page:
 
 def start_browser(folder: Path) -> Browser:
     """Start Chromium, or skip with the reason."""
-    names = ("chromium", "chromium-browser", "chromium-headless-shell", "google-chrome")
+    names = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
     program = next(filter(None, map(shutil.which, names)), None)
     if program is None:
-        pytest.skip("no Chromium here: the Debian package chromium has it")
+        pytest.skip("no Chromium here: the Debian package chromium-headless-shell has it")
     return Browser(program, folder)
