@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from turbolm.ablate.verdict import UNRESOLVED
 from turbolm.plan.recipe_table import read_header, trick_files
 
 HERE = Path(__file__).parent
@@ -80,6 +81,7 @@ WHY_NOT = {
     "liger_loss": "needs a GPU",
     "padded_vocab": "the vocabulary is such a multiple",
     "speedrun": "see the speedrun",
+    "tied_embeddings": "the baseline",
     "zero1": "the baseline",
     "zeropp": "needs nodes of 8 GPUs",
 }
@@ -125,14 +127,14 @@ def figures_of(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def judge(found: dict[str, Any], spread: float | None) -> str:
-    """One word. Tricks that change what is learned are judged by the final loss; with one seed, only a difference that
-    exceeds what seeds do to the baseline counts. Tricks that leave the loss alone are judged by time.
+    """The verdict. Tricks that change what is learned are judged by the final loss; with one seed, only a difference
+    that exceeds what seeds do to the baseline counts. Tricks that leave the loss alone are judged by time.
     """
     if found["study"] == "tricks-execution":
-        return {"loss": "slower", "gain": "faster", "inconclusive": "inconclusive"}.get(found["verdict"], "null")
+        return {"loss": "slower", "gain": "faster", "inconclusive": "inconclusive"}.get(found["verdict"], UNRESOLVED)
     difference = found["final_loss"] - found["baseline_loss"]
     if found["seeds"] == 1 and spread is not None and abs(difference) < CLEAR * spread:
-        return "null"
+        return UNRESOLVED
     return {"loss": "worse"}.get(found["loss_verdict"], found["loss_verdict"])
 
 

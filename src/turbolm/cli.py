@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import os
 import select
 import shlex
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -17,7 +15,7 @@ import typer
 from typer import Option
 
 from turbolm import __version__
-from turbolm.errors import EXIT_FAILED, EXIT_OK, EXIT_REQUEUE, UserError, exit_code_of
+from turbolm.errors import EXIT_FAILED, EXIT_OK, UserError, exit_code_of
 from turbolm.report.commands import compare, report
 from turbolm.shipped import find_recipe, recipes_by_name, shipped
 
@@ -407,6 +405,10 @@ def ablate(
     sweep_lr: Annotated[
         str | None, Option(help="lo,hi,n: first find the learning rate of each arm that may need its own")
     ] = None,
+    halving: Annotated[
+        bool, Option("--halving", help="with --sweep-lr: drop the worse half of the rates early, twice and more")
+    ] = False,
+    jobs: Annotated[int, Option(min=1, max=1000, help="runs side by side, each on its share of cores or GPUs")] = 1,
     alone: Annotated[bool, Option("--alone", help="test each trick separately, without combinations")] = False,
     noise: Annotated[str, Option(help="differences below this are treated as noise")] = "5%",
     clock: Annotated[Literal["wall", "cpu"], Option(help="cpu: measure processor time, for a shared machine")] = "wall",
@@ -415,56 +417,27 @@ def ablate(
     as_json: Annotated[bool, Option("--json", help="results as one JSON object; progress on stderr")] = False,
 ) -> None:
     """Measure the effect of each trick by training with and without it. Resumes unfinished runs."""
-    from turbolm.ablate.design import describe_arms
-    from turbolm.ablate.render import render_table
-    from turbolm.ablate.results import collect_results
-    from turbolm.ablate.run import check_folder, run_ablation
-    from turbolm.ablate.settings import Ablation, Options, Sweep
-    from turbolm.launch.train import train_here
-    from turbolm.plan.machine import detect_machine
+    from turbolm.ablate.command import ablate as measure_tricks
+    from turbolm.ablate.settings import Options, Sweep
 
     options = Options(
         num_seeds=seeds,
         target_loss=target_loss,
         sweep=Sweep.parse(sweep_lr) if sweep_lr else None,
+        halving=halving,
         alone=alone,
         noise=noise,
+        num_jobs=jobs,
         clock=clock,
         name=name,
         command=shlex.join(["turbolm", *sys.argv[1:]]),
     )
-    ablation = Ablation.prepare(recipe, overrides or (), tricks or (), detect_machine(), options)
-    check_folder(ablation)
-    with _standard_output_as_error() if as_json or dry_run else contextlib.nullcontext():
-        say = functools.partial(print, flush=True)
-        say(describe_arms(ablation.arms))
-        code = EXIT_OK if dry_run else run_ablation(ablation, lambda one, file: train_here(one, str(file), ()), say)
-    results = collect_results(ablation)
-    if as_json:
-        print(json.dumps(results, indent=1))
-    elif not dry_run:
-        print(f"\n{render_table(results)}\n{ablation.folder}: report.html, ablation.json, ablation.csv")
-    if code == EXIT_REQUEUE:
-        print("stopped; the same command resumes", file=sys.stderr)
+    code = measure_tricks(recipe, overrides or (), tricks or (), options, dry_run=dry_run, as_json=as_json)
     raise typer.Exit(code)
 
 
 app.command()(report)
 app.command()(compare)
-
-
-@contextlib.contextmanager
-def _standard_output_as_error() -> Iterator[None]:
-    """Redirect the output of this process and its children to standard error."""
-    sys.stdout.flush()
-    kept = os.dup(1)
-    os.dup2(2, 1)
-    try:
-        yield
-    finally:
-        sys.stdout.flush()
-        os.dup2(kept, 1)
-        os.close(kept)
 
 
 def _print_or_write(text: str, path: Path | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,14 @@ from turbolm.ablate.measure import Evaluation, RunMeasures, measure_run
 from turbolm.ablate.render import render_table
 from turbolm.ablate.results import collect_results
 from turbolm.ablate.run import run_ablation
+from turbolm.ablate.runner import Done, Task, one_by_one
 from turbolm.ablate.settings import Ablation, Options, Sweep
 from turbolm.ablate.tricks import parse_tricks
 from turbolm.errors import UserError
 from turbolm.files import write_json
 from turbolm.plan.machine import Machine
-from turbolm.recipe.schema import Recipe
+from turbolm.plan.plan import build_plan
+from turbolm.report.metrics import read_lines
 from turbolm.train.run_directory import run_directory
 
 CPUS = Machine(0, None, None, num_cpus=2, cpu_has_bf16=True, memory_bytes=2**34)
@@ -30,18 +33,27 @@ NUM_EVALUATIONS = 10
 
 
 class FakeRunner:
-    """Trains nothing: leaves a straight loss curve from 6 to `losses[...]`, at `speeds[...]` tokens a second."""
+    """Trains nothing: leaves a straight loss curve from 6 to `losses[...]`, at `speeds[...]` tokens a second.
+
+    A run that stopped goes on from where it was; `trained` counts the steps of all of them.
+    """
 
     def __init__(self, losses: dict[str, float] | None = None, speeds: dict[str, float] | None = None) -> None:
         self.losses, self.speeds = losses or {}, speeds or {}
         self.codes: dict[str, int] = {}
         self.names: list[str] = []
+        self.trained = 0
 
-    def __call__(self, recipe: Recipe, file: Path) -> int:
+    def __call__(self, tasks: Iterator[Task]) -> Iterator[Done]:
+        return one_by_one(self.train)(tasks)
+
+    def train(self, task: Task) -> int:
+        recipe, file = task.recipe, task.file
         self.names.append(recipe.name)
         path = run_directory(recipe).path
         path.mkdir(parents=True, exist_ok=True)
         assert yaml.safe_load(file.read_text())["name"] == recipe.name
+        assert yaml.safe_load(file.read_text())["execution"]["stop_after"] is None
         if code := self.codes.pop(recipe.name, 0):
             return code
         arm = recipe.name.partition("-seed")[0]
@@ -50,14 +62,20 @@ class FakeRunner:
         batch, lines = recipe.train.global_batch, []
         steps = recipe.train.budget // batch
         every = steps // NUM_EVALUATIONS
-        for step in range(1, steps + 1):
+        after = recipe.execution.stop_after
+        stop = steps if after is None else build_plan(recipe, CPUS).stop_step or 0
+        begun = len([line for line in read_lines(path / "metrics.jsonl") if "train/loss" in line])
+        self.trained += stop - begun
+        for step in range(begun + 1, stop + 1):
             common = {"step": step, "attempt": 1, "tokens_seen": step * batch}
             perf = {"perf/cpu_sec": 0.5, "perf/tokens_per_sec": speed, "data/batch_tokens": batch, "perf/mfu": 0.25}
             lines.append({**common, **perf, "train/loss": 5.0, "memory/peak_bytes": 2**30 + step})
             if step % every == 0:
                 lines.append({**common, "eval/loss": 6 + (end - 6) * step / steps})
-        (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        write_json(path / "results.json", {"budget_tokens": recipe.train.budget, "eval_loss": end})
+        with (path / "metrics.jsonl").open("a") as metrics:
+            metrics.writelines(json.dumps(line) + "\n" for line in lines)
+        if stop == steps:
+            write_json(path / "results.json", {"budget_tokens": recipe.train.budget, "eval_loss": end})
         return 0
 
 
@@ -149,7 +167,7 @@ def test_what_all_arms_share_may_be_given_to_all(recipe_file: str) -> None:
 
 def measures(*points: tuple[float, float, float]) -> RunMeasures:
     evaluations = tuple(Evaluation(tokens, tokens / 10, sec, loss) for tokens, sec, loss in points)
-    return RunMeasures(0, 1e-3, "", points[-1][2], 0, 0, 0, 0, 0, None, None, None, None, evaluations)
+    return RunMeasures(0, 1e-3, "", points[-1][2], 0, 0, 0, 0, 0, None, None, None, None, 0.0, evaluations)
 
 
 def test_the_target_is_reached_between_two_evaluations() -> None:
@@ -206,7 +224,7 @@ def test_runs_go_seed_by_seed_and_their_results_are_compared(recipe_file: str) -
     # From 6 to 3 it reaches 4.022 after 0.659 of the way, from 6 to 4 after 0.989.
     assert muon["versus_baseline"]["target_tokens"]["ratio"] == pytest.approx(0.666, abs=0.002)
     assert zero1["versus_baseline"]["target_sec"]["ratio"] == pytest.approx(2, abs=0.01)
-    assert zero1["versus_baseline"]["target_tokens"]["verdict"] == "null"
+    assert zero1["versus_baseline"]["target_tokens"]["verdict"] == "cannot be resolved"
     assert zero1["versus_baseline"]["tokens_per_sec"]["verdict"] == "loss"
     assert muon["mean"]["peak_bytes"] == 2**30 + 50
     rows = list(csv.DictReader((ablation.folder / "ablation.csv").open()))
@@ -242,7 +260,10 @@ def test_the_same_runs_are_read_by_another_clock(recipe_file: str) -> None:
     assert run_ablation(prepare(recipe_file, "zero1"), runner, lambda _: None) == 0
     results = collect_results(prepare(recipe_file, "zero1", clock="cpu"))
     assert [arm["mean"]["training_sec"] for arm in results["arms"]] == [25, 25]
-    assert results["arms"][1]["verdict_text"] == "one seed: not significant (1.00x as fast)"
+    assert results["arms"][1]["verdict_text"] == (
+        "cannot be resolved: 1.00x as fast; the smallest effect that these runs resolve is 5.0% of the time (one seed)"
+    )
+    assert results["arms"][1]["smallest_effect"] == 0.05
     assert "processor time" in render_table(results)
 
 
@@ -281,7 +302,7 @@ def test_one_seed_says_so(recipe_file: str) -> None:
     ablation = prepare(recipe_file, "wsd,zero1")
     run_ablation(ablation, FakeRunner(speeds={"with-wsd": 1020.0, "with-zero1": 2000.0}), lambda _: None)
     texts = [arm["verdict_text"] for arm in collect_results(ablation)["arms"]]
-    assert texts[1].startswith("one seed: not significant (1.02x as fast")
+    assert texts[1].startswith("cannot be resolved: 1.02x as fast")
     assert texts[2].startswith("gain: 2.00x as fast (one seed")
 
 
@@ -328,6 +349,86 @@ def test_a_trick_with_its_own_rate_is_swept_around_it(recipe_file: str) -> None:
     assert high == ["with-high-lr0.01-seed0", "with-high-lr0.04-seed0"]
 
 
+def test_halving_trains_no_token_twice_and_gives_every_arm_the_same_trials(recipe_file: str) -> None:
+    """Four rates until step 15 of 50 (the first evaluation past a quarter), two until 25, one to the end."""
+    losses = {f"{arm}-lr{lr}": end for arm in ("baseline", "with-muon") for lr, end in CURVES.items()}
+    losses["with-muon-lr0.008"] = 2.0
+    options: dict[str, Any] = {"sweep": Sweep(1e-3, 8e-3, 4), "halving": True}
+    ablation, runner, lines = prepare(recipe_file, "muon,zero1", alone=True, **options), FakeRunner(losses), []
+    assert run_ablation(ablation, runner, lines.append) == 0
+    swept = [name for name in runner.names if "zero1" not in name]
+    for arm, kept in (("baseline", ["0.004", "0.002"]), ("with-muon", ["0.008", "0.004"])):
+        names = [f"{arm}-lr{lr}-seed0" for lr in ("0.001", "0.002", "0.004", "0.008", *kept, kept[0])]
+        assert [name for name in swept if name.startswith(arm)] == names
+    assert runner.trained == 2 * (4 * 15 + 2 * 10 + 25) + 50  # zero1 takes the baseline's rate
+    assert any("halving trained 215k of the 410k tokens of the whole sweep (52%)" in line for line in lines)
+    assert "[1/15] baseline-lr0.001-seed0 until 15.4k tokens" in lines
+    assert any(line.startswith("[15/15] with-zero1-lr0.004-seed0") for line in lines)
+    results = json.loads((ablation.folder / "ablation.json").read_text())
+    assert [arm["lr"] for arm in results["arms"]] == [0.004, 0.008, 0.004] and results["sweep"]["halving"]
+    assert [note for note in results["notes"] if "edge" in note][0].startswith("+muon: the best learning rate, 0.008")
+    baseline = results["arms"][0]
+    at_15 = [[lr, pytest.approx(6 + (end - 6) * 0.3)] for lr, end in CURVES.items()]
+    assert baseline["rungs"][0] == {"tokens": 15 * 1024, "losses": at_15}
+    assert baseline["rungs"][1]["losses"] == [[0.004, pytest.approx(4.5)], [0.002, pytest.approx(5.0)]]
+    assert dict(baseline["sweep"]) == {0.001: at_15[0][1], 0.002: pytest.approx(5.0), 0.004: 3.0, 0.008: at_15[3][1]}
+    page = (ablation.folder / "report.html").read_text()
+    assert "5.4000 after 15.4k tokens" in page and "5.0000 after 25.6k tokens" in page
+    assert baseline["runs"][0]["tokens"] == 50 * 1024  # of all its starts
+
+
+CURVES = {0.001: 4.5, 0.002: 4.0, 0.004: 3.0, 0.008: 4.0 + 1e-3}  # final losses by rate
+
+
+def test_halving_that_is_interrupted_goes_on_where_it_was(recipe_file: str) -> None:
+    class Interrupted(FakeRunner):
+        def train(self, task: Task) -> int:
+            return 75 if len(self.names) == 5 else super().train(task)
+
+    losses = {f"baseline-lr{lr}": end for lr, end in CURVES.items()}
+    options: dict[str, Any] = {"sweep": Sweep(1e-3, 8e-3, 4), "halving": True}
+    first, again = Interrupted(losses), FakeRunner(losses)
+    assert run_ablation(prepare(recipe_file, "zero1", **options), first, lambda _: None) == 75
+    ablation = prepare(recipe_file, "zero1", **options)
+    assert run_ablation(ablation, again, lambda _: None) == 0
+    assert again.names == ["baseline-lr0.002-seed0", "baseline-lr0.004-seed0", "with-zero1-lr0.004-seed0"]
+    assert first.trained + again.trained == (4 * 15 + 2 * 10 + 25) + 50
+    assert ablation.lr(ablation.arms[1]) == 0.004
+
+
+def test_a_rate_that_diverges_at_the_end_of_halving_gives_way_to_the_next(recipe_file: str) -> None:
+    class Diverging(FakeRunner):
+        def train(self, task: Task) -> int:
+            ends = task.recipe.name == "baseline-lr0.004-seed0" and task.recipe.execution.stop_after is None
+            return 1 if ends else super().train(task)
+
+    runner = Diverging({f"baseline-lr{lr}": end for lr, end in CURVES.items()})
+    ablation = prepare(recipe_file, "zero1", sweep=Sweep(1e-3, 8e-3, 4), halving=True)
+    assert run_ablation(ablation, runner, lambda _: None) == 0
+    assert ablation.lr(ablation.arms[0]) == 0.002
+    assert ["baseline-lr0.004-seed0 failed" in note for note in collect_results(ablation)["notes"]].count(True) == 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "count", "message"),
+    [
+        (("evaluation.every=60%",), 4, "halved after 25%, 50% of the budget, and evaluation.every=60% does not"),
+        (("schedule.warmup=30%",), 4, "first after 15.4k tokens, within the warmup"),
+        ((), 32, "halved after 3.125%, 6.25%, 12.5%, 25%, 50% of the budget, and evaluation.every=10% does not"),
+    ],
+)
+def test_halving_needs_an_evaluation_for_each_round(
+    recipe_file: str, overrides: tuple[str, ...], count: int, message: str
+) -> None:
+    sweep = Sweep(1e-3, 8e-3, count)
+    ablation = prepare(recipe_file, "zero1", overrides=overrides, sweep=sweep, halving=True)
+    with pytest.raises(UserError, match="--halving: baseline: ") as refused:
+        run_ablation(ablation, FakeRunner(), lambda _: None)
+    assert message in str(refused.value)
+    with pytest.raises(UserError, match="--halving: needs the learning rates"):
+        prepare(recipe_file, "zero1", halving=True)
+
+
 # ------------------------------------------------------------------------------------------------------------ rendering
 
 
@@ -342,6 +443,7 @@ def test_the_page_stands_alone_and_escapes(recipe_file: str) -> None:
     losses = chart_data(page)["Held-out loss"]["curves"]
     assert [curve["name"] for curve in losses] == ["baseline", "+wsd", "+zero1", "all", "target"]
     assert losses[1]["x"][-1] == 51200 and losses[1]["y"][-1] == pytest.approx(3.5005)  # the mean of two seeds
+    assert losses[1]["others"]["steps"] == [5 * number for number in range(1, 11)]
     assert page.count('title="+wsd: ') == 2 * 4  # a dot for each seed in each dot chart
 
 
@@ -353,7 +455,7 @@ def test_a_target_met_at_the_first_evaluation_is_inconclusive(recipe_file: str) 
     baseline, wsd, zero1, _ = results["arms"]
     assert baseline["runs"][0]["target_tokens"] == pytest.approx(51200 / 8)
     assert wsd["runs"][0]["target_at_first_evaluation"] and wsd["runs"][0]["target_tokens"] is None
-    assert (wsd["verdict"], zero1["verdict"]) == ("inconclusive", "not significant")
+    assert (wsd["verdict"], zero1["verdict"]) == ("inconclusive", "cannot be resolved")
     assert "target_sec" not in wsd["versus_baseline"]
     row = next(line for line in render_table(results).splitlines() if line.startswith("+wsd"))
     assert row.count("inconclusive") == 3 and "evaluate more often" in row  # tokens, time, verdict

@@ -170,6 +170,18 @@ def test_depth_scaled_weights_keep_the_residual_stream_small(config: dict[str, A
             assert parameter.std().item() == pytest.approx(expected, rel=0.05), name
 
 
+def test_zero_outputs_are_zero_and_nothing_else_changes() -> None:
+    for config, zero in (
+        (LLAMA, ("o_proj", "down_proj")),
+        ({"model_type": "gpt2", "n_embd": 64, "n_head": 2}, ("c_proj",)),
+    ):
+        sections = [Model(config=config, init=init) for init in ("zero_outputs", "default")]
+        ours, plain = (build_model(one, complete(one), seed=0, attention="eager") for one in sections)
+        for (name, parameter), other in zip(ours.named_parameters(), plain.parameters(), strict=True):
+            expected = torch.zeros_like(other) if name.split(".")[-2] in zero and parameter.dim() > 1 else other
+            assert torch.equal(parameter, expected), name
+
+
 def test_the_vocabulary_is_padded() -> None:
     assert complete(Model(config=LLAMA, pad_vocab_to_multiple=64)).vocab_size == 128
     assert complete(Model(config={**LLAMA, "vocab_size": 129}, pad_vocab_to_multiple=64)).vocab_size == 192

@@ -16,7 +16,7 @@ from turbolm.models.build import (
     build_model,
     carries_state_across_documents,
 )
-from turbolm.models.isolation import Probe, check_isolation
+from turbolm.models.isolation import Probe, check_isolation, outputs_that_count
 from turbolm.models.recompute import apply_activation_checkpointing
 from turbolm.recipe.schema import Model
 
@@ -89,6 +89,26 @@ def test_the_check_refuses_models_that_leak(name: str) -> None:
         check_isolation(model, precision="fp32", **settings)
     with pytest.raises(UserError):
         check_isolation(model.to(torch.bfloat16), precision="bf16", **settings)
+
+
+@pytest.mark.parametrize("config", [LEAKING["bloom"], LEAKING["opt"], CONFIGS["gpt2"]], ids=lambda c: c["model_type"])
+def test_outputs_that_start_at_zero_hide_no_leak(config: dict[str, Any]) -> None:
+    """Before the first step such a layer adds nothing, so the check looks through random outputs instead."""
+    section = Model(config=config, init="zero_outputs")
+    completed = build_config(section, seq_len=SEQ_LEN, vocab_size=VOCAB, bos_token_id=0, eos_token_id=0)
+    model = build_model(section, completed, seed=0, attention="eager").train()
+    settings = {"vocab_size": VOCAB, "seq_len": SEQ_LEN, "attention": "eager", "precision": "fp32"}
+    before = Probe(model, vocab_size=VOCAB, seq_len=SEQ_LEN, attention="eager").logits
+    with pytest.raises(UserError, match="no token of this model moves the logits after it"):
+        check_isolation(model, **settings)
+    with outputs_that_count(model, "zero_outputs"):
+        if config in LEAKING.values():
+            with pytest.raises(UserError, match="lets packed documents see"):
+                check_isolation(model, **settings)
+        else:
+            assert check_isolation(model, **settings) <= 1e-6
+            assert Probe(model, vocab_size=VOCAB, seq_len=SEQ_LEN, attention="eager").move_by_tokens()[1] > 1e-2
+    assert torch.equal(Probe(model, vocab_size=VOCAB, seq_len=SEQ_LEN, attention="eager").logits, before)
 
 
 LONGROPE = {

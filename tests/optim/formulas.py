@@ -101,6 +101,11 @@ def muon(state: State, w: torch.Tensor, g: torch.Tensor, lr: float, o: Any, deca
         v = mean(state, "v", (u / scale).square().mean(1), o.row_beta2)
         n = u / (v.sqrt() + 1e-8)[:, None]
         u = n * ((u.norm() if o.adjust_lr == "original" else 0.2 * math.sqrt(rows * columns)) / n.norm())
+    if o.hyperball:  # arXiv 2606.16899: W <- R Norm(W - lr R Norm(u)), R the norm at the start
+        radius = state.setdefault("radius", w.norm())
+        v = w - lr * radius * u / u.norm()
+        w.copy_(radius * v / v.norm())
+        return
     w -= lr * (u + decay * kept_decay(o, u, w))
 
 

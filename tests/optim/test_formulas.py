@@ -31,6 +31,8 @@ SETTINGS: list[dict[str, Any]] = [
     {"name": "muon", "row_beta2": 0.9, "weight_decay": 0.3},
     {"name": "muon", "row_beta2": 0.9, "adjust_lr": "original", "ns_steps": 4, "orthogonalization": "polar_express"},
     {"name": "muon", "soap": {"every": 3, "max_dim": 9}, "row_beta2": 0.9},
+    {"name": "muon", "hyperball": True, "weight_decay": 0.3},
+    {"name": "muon", "hyperball": True, "soap": {"every": 3, "max_dim": 9}},
     {"name": "soap", "weight_decay": 0.3, "precondition_every": 3, "max_precondition_dim": 9},
     {"name": "soap", "max_precondition_dim": 9},
     {"name": "adafactor", "weight_decay": 0.3},

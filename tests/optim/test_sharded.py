@@ -22,6 +22,7 @@ VARIANTS: dict[str, dict[str, object]] = {
     "peak_lrs": {"name": "muon", "peak_lrs": {"matrices": 9e-3, "head": 1e-3, "vectors": 6e-3}},
     "normuon": {"name": "muon", "row_beta2": 0.9, "orthogonalization": "polar_express", "cautious_weight_decay": True},
     "soap_muon": {"name": "muon", "soap": {"every": 2, "max_dim": 47}},  # as with SOAP
+    "hyperball": {"name": "muon", "hyperball": True, "lr": 2e-2},
     "cautious_decay": {"name": "adamw", "weight_decay": 3.0, "cautious_weight_decay": True},
     "ema": {"name": "muon", "ema_nesterov": {"lookahead": 2, "mean_decay": 0.5, "start": "1 steps", "end": "3 steps"}},
 }
@@ -70,7 +71,7 @@ def test_two_processes(tmp_path: Path) -> None:
     cells += [optimizer_cell("muon", stage) for stage in (1, 2)]
     cells += [optimizer_cell("cautious_adamw", 1), optimizer_cell("muon", 2, offload_optimizer=True)]
     cells += [optimizer_cell("muon", 1, precision="bf16")]
-    cells += [optimizer_cell(name, 3) for name in ("peak_lrs", "normuon", "cautious_decay")]
+    cells += [optimizer_cell(name, 3) for name in ("peak_lrs", "normuon", "hyperball", "cautious_decay")]
     cells += [optimizer_cell("soap_muon", 2), optimizer_cell("ema", 1), optimizer_cell("soap", 1)]
     cells += [replace(optimizer_cell("muon", 3), name="split", schedule=SPLIT)]
     check(tmp_path, 2, cells)

@@ -28,7 +28,7 @@ REFUSED = {"fp16": "fp16 needs a GPU", "zeropp": "need CUDA", "fp8": "needs a GP
 # What it changes of the quickstart's contract: the first of the keys is enough. Nothing where it is missing.
 LEARNED = {
     **dict.fromkeys("muon lion ademamix soap adafactor cautious_adamw adamw_8bit speedrun".split(), "optimizer.name"),
-    **dict.fromkeys("normuon polar_express soap_muon".split(), "optimizer.name"),
+    **dict.fromkeys("normuon polar_express soap_muon hyperball".split(), "optimizer.name"),
     "cautious_weight_decay": "optimizer.cautious_weight_decay",
     "ema_nesterov": "optimizer.ema_nesterov",
     "split_cooldown": "schedule.decays.matrices",
@@ -42,7 +42,10 @@ LEARNED = {
     **dict.fromkeys("growth remix stages buckets".split(), "data.length_schedule"),
     "batch_ramp": "train.batch_ramp",
     "z_loss": "train.z_loss",
-    "depth_scaled_init": "model.init",
+    **dict.fromkeys(["depth_scaled_init", "zero_outputs"], "model.init"),
+    "grouped_heads": "model.config.num_key_value_heads",
+    "untied_embeddings": "model.config.tie_word_embeddings",
+    "momentum_ramp_muon": "optimizer.name",
     "random_restarts": "train.random_restarts",
     "padded_vocab": "model.pad_vocab_to_multiple",
     **dict.fromkeys("no_clip clip_by_value".split(), "train.max_grad_norm"),

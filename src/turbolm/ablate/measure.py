@@ -31,9 +31,10 @@ class RunMeasures:
 
     `training_sec` is the time of its steps by the chosen clock, `compile_sec` the wall-clock time they compiled.
     `whole_sec` is the wall-clock time of the whole command with startup, evaluation, checkpoints and export, and
-    `cpu_sec` the processor time of all its processes. `tokens_per_sec` excludes steps that compiled something. `mfu` is
-    weighted by time. `peak_bytes` is the peak memory of one process. The tokens and time of the candidates that random
-    restarts dropped count as if they came first; steps are those of the run.
+    `cpu_sec` the processor time of all its processes. `neighbors` is the number of runs beside it, averaged over
+    `whole_sec`. `tokens_per_sec` excludes steps that compiled something. `mfu` is weighted by time. `peak_bytes` is the
+    peak memory of one process. The tokens and time of the candidates that random restarts dropped count as if they came
+    first; steps are those of the run.
     """
 
     seed: int
@@ -49,6 +50,7 @@ class RunMeasures:
     peak_bytes: int | None
     whole_sec: float | None
     cpu_sec: float | None
+    neighbors: float
     evaluations: tuple[Evaluation, ...]
 
     def to_target(self, target_loss: float) -> Evaluation | None:
@@ -107,8 +109,20 @@ def measure_run(path: Path, *, seed: int, lr: float, clock: Clock = "wall") -> R
         peak_bytes=max(peaks, default=None),
         whole_sec=sum(one["whole_sec"] for one in timing) if timing else None,
         cpu_sec=sum(one["cpu_sec"] for one in timing) if timing else None,
+        neighbors=_neighbors(timing),
         evaluations=tuple(evaluations),
     )
+
+
+def loss_at(path: Path, tokens: float, missing: float = math.inf) -> float:
+    """The held-out loss of a run at its first evaluation after `tokens`, inf where it is not finite; `missing` where
+    the run has not come that far.
+    """
+    for line in read_metrics(path / "metrics.jsonl"):
+        if "eval/loss" in line and line["tokens_seen"] >= tokens:
+            loss = line["eval/loss"]
+            return float(loss) if is_number(loss) else math.inf
+    return missing
 
 
 def read_timing(path: Path) -> list[dict[str, float]]:
@@ -118,6 +132,11 @@ def read_timing(path: Path) -> list[dict[str, float]]:
     except (OSError, ValueError):
         return []
     return found if isinstance(found, list) else []
+
+
+def _neighbors(timing: list[dict[str, float]]) -> float:
+    whole_sec = sum(one["whole_sec"] for one in timing)
+    return sum(one.get("neighbors", 0.0) * one["whole_sec"] for one in timing) / whole_sec if whole_sec else 0.0
 
 
 def _is_timed(line: Line) -> bool:

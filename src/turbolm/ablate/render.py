@@ -30,7 +30,7 @@ _COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
 _OTHER_AXES = {"steps": "steps", "time": "sec"}  # of evaluations, by the page's name
 _RUN_COLUMNS = (
     "seed", "lr", "final_loss", "target_tokens", "target_steps", "target_sec", "tokens", "steps", "training_sec",
-    "compile_sec", "whole_sec", "cpu_sec", "tokens_per_sec", "mfu", "peak_bytes", "path",
+    "compile_sec", "whole_sec", "cpu_sec", "tokens_per_sec", "mfu", "peak_bytes", "neighbors", "path",
 )  # fmt: skip
 
 
@@ -129,6 +129,9 @@ def _sweep_rows(results: Results) -> list[list[str]]:
     for arm in results["arms"]:
         for lr, loss in arm["sweep"] or ():
             ended = "diverged or failed" if loss is None else f"{loss:.4f}"
+            stops = [rung["tokens"] for rung in arm["rungs"] if lr in [tried for tried, _ in rung["losses"]]]
+            if stops and lr != arm["lr"]:
+                ended += f" after {format_count(stops[-1])} tokens"
             rows.append([arm["arm"], f"{lr:g}", ended, "chosen" if lr == arm["lr"] else ""])
     return rows
 

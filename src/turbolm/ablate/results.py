@@ -61,7 +61,8 @@ def collect_results(ablation: Ablation) -> dict[str, Any]:
         "clock": options.clock,
         "test": TEST,
         "noise": {"relative": ablation.noise, "loss": LOSS_NOISE},
-        "sweep": asdict(options.sweep) if options.sweep else None,
+        "sweep": {**asdict(options.sweep), "halving": options.halving} if options.sweep else None,
+        "jobs": options.num_jobs,
         "machine": asdict(ablation.machine),
         "versions": _versions(runs),
         "arms": [_arm_results(ablation, arm, runs[arm.name], runs[baseline.name]) for arm in ablation.arms],
@@ -110,11 +111,13 @@ def _arm_results(ablation: Ablation, arm: Arm, runs: Sequence[Run], baseline: Se
         "tricks": [trick.name for trick in arm.tricks],
         "lr": ablation.lr(arm),
         "sweep": ablation.swept.get(arm.name),
+        "rungs": [asdict(rung) for rung in ablation.rungs.get(arm.name, ())],
         "runs": runs,
         "mean": {key: fmean(values) for key in _MEASURES if (values := _values(runs, key))},
         "spread": {key: stdev(values) for key in _MEASURES if len(values := _values(runs, key)) > 1},
         "versus_baseline": {},
         "verdict": None,
+        "smallest_effect": None,
         "verdict_text": "the baseline" if is_baseline else "no run is finished",
     }
     by_seed = {run["seed"]: run for run in baseline}
@@ -128,7 +131,7 @@ def _arm_results(ablation: Ablation, arm: Arm, runs: Sequence[Run], baseline: Se
             noise = LOSS_NOISE if key == "final_loss" else ablation.noise
             comparison = compare(values, references, noise, less_is_better=key not in _MORE_IS_BETTER)
             found["versus_baseline"][key] = asdict(comparison)
-    found["verdict"], found["verdict_text"] = words(
+    found["verdict"], found["verdict_text"], found["smallest_effect"] = words(
         [run["target_sec"] for run in ours],
         [run["target_sec"] for run in theirs],
         [run["final_loss"] for run in ours],
@@ -158,6 +161,12 @@ def _notes(ablation: Ablation, runs: dict[str, list[Run]]) -> list[str]:
     if counts and min(counts) < _MIN_EVALUATIONS:
         notes.append(
             f"{min(counts)} evaluations a run place the target loss coarsely; evaluation.every=5% places it better"
+        )
+    neighbors = [run["neighbors"] for found in runs.values() for run in found]
+    if any(neighbors):
+        notes.append(
+            f"each run had {min(neighbors):.1f} to {max(neighbors):.1f} others beside it, averaged over its time; the "
+            "fewer, the faster it is, so times differ by this as well (--jobs 1 measures each alone)"
         )
     notes += [
         f"{name} failed with exit code {code}; see {ablation.folder / name}" for name, code in ablation.failures.items()

@@ -14,7 +14,7 @@ from turbolm.errors import UserError
 from turbolm.plan.machine import Machine
 from turbolm.recipe.paths import use_path
 from turbolm.recipe.schema import Recipe
-from turbolm.units import parse_share
+from turbolm.units import Span, parse_share
 
 
 @dataclass(frozen=True)
@@ -51,16 +51,30 @@ class Options:
     num_seeds: int = 1
     target_loss: float | None = None
     sweep: Sweep | None = None
+    halving: bool = False
     alone: bool = False
     noise: str = "5%"
+    num_jobs: int = 1
     clock: Clock = "wall"
     name: str | None = None
     command: str = ""
 
 
+@dataclass(frozen=True)
+class Rung:
+    """A round of successive halving: the loss of each learning rate that took part, after `tokens`."""
+
+    tokens: int
+    losses: tuple[tuple[float, float], ...]
+
+
 @dataclass
 class Ablation:
-    """The arms to measure, and what has been found so far."""
+    """The arms to measure, and what has been found so far.
+
+    `machine` is the share of this machine that each run gets. `swept` has, by arm, (learning rate, final loss); where
+    halving left a rate behind, its loss there. `best` are the rates chosen; `warnings` go with the results.
+    """
 
     name: str
     folder: Path
@@ -68,7 +82,9 @@ class Ablation:
     options: Options
     noise: float  # relative
     machine: Machine
-    swept: dict[str, list[tuple[float, float]]] = field(default_factory=dict)  # by arm: (learning rate, final loss)
+    swept: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+    rungs: dict[str, list[Rung]] = field(default_factory=dict)
+    best: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     failures: dict[str, int] = field(default_factory=dict)  # exit codes by run name
 
@@ -80,6 +96,8 @@ class Ablation:
         arms = design(recipe_file, overrides, parse_tricks(tricks), machine, alone=options.alone)
         recipe = arms[0].recipe
         name = check_name("--name", options.name or recipe.name, 100)
+        if options.halving and options.sweep is None:
+            raise UserError("--halving: needs the learning rates to halve; give them with --sweep-lr lo,hi,n")
         if options.target_loss is not None and not 0 < options.target_loss < math.inf:
             raise UserError(f"--target-loss: expected a loss such as 4.2, got {options.target_loss}")
         try:
@@ -96,19 +114,30 @@ class Ablation:
 
     def lr(self, arm: Arm) -> float:
         """The learning rate the arm is measured with."""
-        tried = self.swept.get(arm.name) or self.swept.get(self.arms[0].name)
-        return min(tried, key=lambda pair: pair[1])[0] if tried else arm.recipe.optimizer.lr
+        return self.best.get(arm.name) or self.best.get(self.arms[0].name) or arm.recipe.optimizer.lr
 
-    def recipe(self, arm: Arm, seed: int, lr: float) -> Recipe:
-        """The recipe of one run. It keeps only its last checkpoint and generates no sample."""
+    def sweep_tokens(self, arm: Arm, num_finished: int) -> int:
+        """The tokens that halving trained for an arm, `num_finished` of whose runs used up the budget."""
+        before = total = 0
+        for rung in self.rungs[arm.name]:
+            total += len(rung.losses) * (rung.tokens - before)
+            before = rung.tokens
+        return total + num_finished * (arm.recipe.train.budget - before)
+
+    def recipe(self, arm: Arm, seed: int, lr: float, stop_tokens: int | None = None) -> Recipe:
+        """The recipe of one run, or of a start that stops early. It keeps only its last checkpoint and generates no
+        sample.
+        """
         swept = f"-lr{lr:.3g}" if self.options.sweep else ""
         recipe = arm.recipe
+        stop_after = None if stop_tokens is None else Span(stop_tokens, "tokens")
+        execution = {"runs_dir": str(self.folder), "stop_after": stop_after}
         return recipe.model_copy(
             update={
                 "name": f"{arm.run_name}{swept}-seed{seed}",
                 "train": recipe.train.model_copy(update={"seed": seed}),
                 "optimizer": recipe.optimizer.model_copy(update={"lr": lr}),
-                "execution": recipe.execution.model_copy(update={"runs_dir": str(self.folder)}),
+                "execution": recipe.execution.model_copy(update=execution),
                 "checkpoint": recipe.checkpoint.model_copy(update={"keep_last": 1}),
                 "logging": recipe.logging.model_copy(update={"sample_tokens": 0}),
             }

@@ -24,7 +24,7 @@ from turbolm.errors import UserError
 # What recipe and schedule set in a parameter group at every start; all other numbers there are the optimizer's own.
 _HYPERPARAMETERS = {"lr", "initial_lr", "lr_scale", "weight_decay", "eps", "momentum"}
 _HYPERPARAMETERS |= {"base_weight_decay", "orthogonal", "assembled", "cautious_decay", "ns_steps", "row_beta2"}
-_HYPERPARAMETERS |= {"soap_beta2", "soap_every", "soap_max_dim"}
+_HYPERPARAMETERS |= {"soap_beta2", "soap_every", "soap_max_dim", "hyperball"}
 _HYPERPARAMETERS |= {"fused", "foreach", "capturable", "differentiable", "maximize", "amsgrad", "nesterov"}
 
 PARAMETER = "parameter"  # the layout of what belongs to a parameter, however it is cut

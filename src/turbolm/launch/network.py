@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 import random
 import socket
 import struct
@@ -14,6 +15,7 @@ from turbolm.errors import UserError
 
 _PORTS = (10_000, 30_000)  # below the range from which Linux takes ports for outgoing connections
 _PROBES = 64
+PORTS_PART = "TURBOLM_PORTS_PART"  # k/n: take ports of the k-th of n parts, so that jobs that start together differ
 _CONNECT_TIMEOUT_SEC = 3
 _IPV6_ADDRESSES = Path("/proc/net/if_inet6")
 _SIOCGIFADDR = 0x8915  # ioctl(2): the IPv4 address of an interface
@@ -57,7 +59,8 @@ def resolve(host: str) -> str:
 
 def free_port(address: str = "") -> int:
     """A port that nothing on this machine has bound; random, so that neighboring jobs and later starts differ."""
-    for port in random.sample(range(*_PORTS), _PROBES):
+    part, _, parts = os.environ.get(PORTS_PART, "0/1").partition("/")
+    for port in random.sample(range(_PORTS[0] + int(part), _PORTS[1], int(parts)), _PROBES):
         with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe, suppress(OSError):
             probe.bind(("", port))  # on every interface, as the rendezvous will
             return port

@@ -136,7 +136,7 @@ def build_model(
     except Exception as error:  # of many kinds, as many as there are model types
         raise UserError(f"model: cannot build {config.model_type} with {attention} attention: {error}") from error
     if model.pretrained is None and saved is None:
-        initialise_weights(built, seed, depth_scaled=model.init == "depth_scaled")
+        initialise_weights(built, seed, model.init)
     settle_tying(built)
     stop_sampling_routers(built, model)
     return built

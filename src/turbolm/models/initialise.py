@@ -25,7 +25,7 @@ _RESIDUAL_OUTPUTS = {"o_proj", "out_proj", "c_proj", "down_proj", "dense", "dens
 
 
 @torch.no_grad()
-def initialise_weights(model: PreTrainedModel, seed: int, *, depth_scaled: bool = False) -> None:
+def initialise_weights(model: PreTrainedModel, seed: int, init: str = "default") -> None:
     """Draw the weights with the model's own `_init_weights`, one layer at a time, each from its own seed.
 
     The random numbers of a layer do not depend on which layers were drawn before it, nor on where its parameters live:
@@ -34,12 +34,16 @@ def initialise_weights(model: PreTrainedModel, seed: int, *, depth_scaled: bool 
 
     A parameter that no rule draws keeps what its constructor gives it (`_ConstructedValues`), as in Transformers.
 
-    `depth_scaled` draws the matrices whose output is added to the residual stream with a standard deviation smaller by
-    sqrt(2 x layers), as GPT-2 does (Radford et al. 2019, section 2.3), so that the stream does not grow with depth.
+    `init` is `model.init`. `depth_scaled` draws the matrices whose output is added to the residual stream with a
+    standard deviation smaller by sqrt(2 x layers), as GPT-2 does (Radford et al. 2019, section 2.3), so that the stream
+    does not grow with depth. `zero_outputs` makes them zero (modded-nanogpt; GPT-2's biases are zero anyway): they get
+    gradients in the first step, and what is before them from the second on.
     """
     drawn: set[int] = set()
-    scaled = _residual_outputs(model) if depth_scaled else set()
-    std = model.config.initializer_range / math.sqrt(2 * model.config.num_hidden_layers) if depth_scaled else 0.0
+    scaled = {id(module.weight) for module in residual_outputs(model, init)} if init != "default" else set()
+    std = 0.0
+    if init == "depth_scaled":
+        std = model.config.initializer_range / math.sqrt(2 * model.config.num_hidden_layers)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     constructed = functools.cache(lambda: _ConstructedValues(model, seed))
 
@@ -79,15 +83,15 @@ def _seed(seed: int, name: str) -> None:
     torch.manual_seed(int.from_bytes(digest[:7], "big"))
 
 
-def _residual_outputs(model: PreTrainedModel) -> set[int]:
-    """Return the ids of the matrices whose product is added to the residual stream."""
-    found = set()
+def residual_outputs(model: PreTrainedModel, init: str) -> list[Any]:
+    """Return the modules whose output is added to the residual stream. Raises UserError where none is known."""
+    found = []
     for name, module in model.named_modules():
         parts = name.split(".")
         if parts[-1] in _RESIDUAL_OUTPUTS and any(part.isdigit() for part in parts) and hasattr(module, "weight"):
-            found.add(id(module.weight))
+            found.append(module)
     if not found:
-        raise UserError(f"model.init: depth_scaled knows no residual outputs in {model.config.model_type}; use default")
+        raise UserError(f"model.init: {init} knows no residual outputs in {model.config.model_type}; use default")
     return found
 
 

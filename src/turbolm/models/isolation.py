@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from turbolm.engine.engine import Engine
 from turbolm.errors import UserError
 from turbolm.models.attention import model_inputs
+from turbolm.models.initialise import residual_outputs
 from turbolm.models.sequence_parallel import sequence_group
 from turbolm.models.settings import ropes_by_length
 
@@ -219,6 +220,28 @@ def check_isolation(
     if not moved_by_lengths <= limit:
         raise UserError(_length_message(moved_by_lengths, kind, packed, config))
     return moved
+
+
+@contextmanager
+def outputs_that_count(model: PreTrainedModel, init: str) -> Iterator[None]:
+    """Within it, layers whose outputs begin at zero (`model.init: zero_outputs`) add a random product of their inputs.
+
+    Attention would otherwise not reach the logits before the first step, and a leak would not show.
+    """
+    handles = []
+
+    def add(_: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        value, sizes = inputs[0], (inputs[0].shape[-1], output.shape[-1])
+        weight = torch.randn(sizes, generator=torch.Generator().manual_seed(0)) / sizes[0] ** 0.5
+        return output + value @ weight.to(value)
+
+    if init == "zero_outputs":
+        handles = [module.register_forward_hook(add) for module in residual_outputs(model, init)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _check_alone(probe: Probe, kind: str, precision: str) -> None:

@@ -17,7 +17,7 @@ from turbolm.models.build import (
     check_all_trained,
     model_class,
 )
-from turbolm.models.isolation import check_isolation
+from turbolm.models.isolation import check_isolation, outputs_that_count
 from turbolm.models.loss import choose_loss
 from turbolm.models.positions import check_positions
 from turbolm.models.router import freeze_balancing_biases
@@ -51,16 +51,17 @@ def start_small(section: Model, *, packed: bool, num_sequences: int, seq_len: in
     check_all_trained(model)
     check_positions(model, seq_len)
     model.train()
-    moved = check_isolation(
-        model,
-        vocab_size=VOCAB,
-        seq_len=seq_len,
-        attention=attention,
-        precision="fp32",
-        packed=packed,
-        num_sequences=num_sequences,
-        config=model.config,
-    )
+    with outputs_that_count(model, section.init):
+        moved = check_isolation(
+            model,
+            vocab_size=VOCAB,
+            seq_len=seq_len,
+            attention=attention,
+            precision="fp32",
+            packed=packed,
+            num_sequences=num_sequences,
+            config=model.config,
+        )
     tokens = np.arange(8)[None]
     probe = model_inputs({"input_ids": tokens, "position_ids": tokens}, attention, CPU)
     return Started(model, attention, choose_loss("auto", model, model, probe, "fp32"), moved)

@@ -67,14 +67,18 @@ class Muon(AdamW, Assembling):
         momentum = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
         update = gradient.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum.clone()
         matrices, dtype, step = [update], self.ns_dtype, 0
-        if group.get("soap_every"):
-            matrices, dtype, step = [update, gradient], torch.float32, state.get("step", 0)
-            state["step"] = step + 1
+        with_soap, on_sphere = bool(group.get("soap_every")), group.get("hyperball", False)
+        if with_soap:
+            step = state.get("step", 0)
+            matrices, dtype, state["step"] = [update, gradient], torch.float32, step + 1
+        if on_sphere:
+            matrices, dtype = [*matrices, parameter], torch.float32
 
-        def transform(own: dict[str, Any], matrix: torch.Tensor, *whole_gradient: torch.Tensor) -> torch.Tensor:
-            for whole in whole_gradient:
-                matrix = precondition(own, matrix, whole, step, group)
-            return self._orthogonal(own, matrix.to(self.ns_dtype), group)
+        def transform(own: dict[str, Any], matrix: torch.Tensor, *more: torch.Tensor) -> torch.Tensor:
+            if with_soap:
+                matrix = precondition(own, matrix, more[0], step, group)
+            result = self._orthogonal(own, matrix.to(self.ns_dtype), group)
+            return move_on_sphere(more[-1], result, group["lr"]) if on_sphere else result
 
         exchange = self.exchanges.get(id(parameter))
         if exchange is None:
@@ -82,6 +86,9 @@ class Muon(AdamW, Assembling):
         else:
             exchange.transform(matrices, lambda name, *whole: transform(self.owned[name], *whole), dtype)
         update = update.to(parameter.dtype)
+        if on_sphere:
+            parameter.sub_(update)
+            return
         decay_(parameter, update, group)
         parameter.add_(update, alpha=-group["lr"])
 
@@ -123,6 +130,17 @@ def normalise_rows(own: dict[str, Any], update: torch.Tensor, beta2: float, adju
     if adjust_lr == "original":
         wanted = update.float().norm(dim=(-2, -1), keepdim=True)
     return (result * (wanted / result.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-30))).to(update.dtype)
+
+
+def move_on_sphere(weight: torch.Tensor, update: torch.Tensor, lr: float) -> torch.Tensor:
+    """Return what to subtract from `weight` to go `lr` times its norm against `update` and back to its norm.
+
+    Hyperball (arXiv 2606.16899): the Frobenius norm of a weight stays what it was at the start, so no state holds it.
+    """
+    norm = weight.norm(dim=(-2, -1), keepdim=True)
+    step = update.to(weight.dtype)
+    moved = weight - step * (lr * norm / step.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-30))
+    return weight - moved * (norm / moved.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-30))
 
 
 def update_scale(shape: Sequence[int], adjust_lr: str) -> float:

@@ -17,7 +17,7 @@ CpuSet = frozenset[int]
 def bind_to_gpu(local_rank: int, num_ranks: int, root: Path = Path("/")) -> CpuSet:
     """Bind this process, and the threads that it starts from now on, to its CPUs; returns them."""
     allowed = frozenset(os.sched_getaffinity(0))
-    own = rank_cpus(max(num_ranks, local_rank + 1), allowed, gpu_cpus(root), _cores(root))[local_rank]
+    own = rank_cpus(max(num_ranks, local_rank + 1), allowed, gpu_cpus(root), cores_of(root))[local_rank]
     try:
         os.sched_setaffinity(0, own)
     except OSError:  # some sandboxes forbid it: slower, but right
@@ -72,7 +72,7 @@ def _overlap(near: Sequence[CpuSet]) -> bool:
     return sum(map(len, different)) > len(frozenset().union(*different))
 
 
-def _cores(root: Path) -> dict[int, int]:
+def cores_of(root: Path) -> dict[int, int]:
     """The first thread of each CPU's core."""
     cores: dict[int, int] = {}
     for path in (root / "sys/devices/system/cpu").glob("cpu[0-9]*/topology/thread_siblings_list"):

@@ -60,6 +60,14 @@ class Plan:
         restarts = self.recipe.train.random_restarts
         return (restarts.seeds - 1) * self.curriculum.tokens_seen(self.random_restart_steps) if restarts else 0
 
+    @property
+    def stop_step(self) -> int | None:
+        """Return the step after which `execution.stop_after` stops this start, or None."""
+        after, train = self.recipe.execution.stop_after, self.recipe.train
+        if after is None:
+            return None
+        return max(1, self.curriculum.steps_for(math.ceil(after.tokens(train.budget, train.global_batch))))
+
     def with_budgets(self, budgets_tokens: Sequence[int]) -> Plan:
         """Return the plan of a run with these budgets: the first one and each extension."""
         return replace(self, curriculum=build_curriculum(self.recipe, budgets_tokens))

@@ -305,11 +305,12 @@ def _matrix_exchange(step: _Step, flat: Sequence[Tensor]) -> Iterator[Collective
                 between += elements
             elif rank != owner:
                 inside += elements
-    with_soap = getattr(step.recipe.optimizer, "soap", None) is not None
-    in_fp32 = step.plan.precision == "fp32" or step.recipe.optimizer.name == "soap" or with_soap
+    optimizer = step.recipe.optimizer
+    num_more = (getattr(optimizer, "soap", None) is not None) + getattr(optimizer, "hyperball", False)
+    in_fp32 = step.plan.precision == "fp32" or optimizer.name == "soap" or num_more > 0
     dtype = "float32" if in_fp32 else "bfloat16"
     size = _BYTES[dtype]
-    for largest in (max(held),) * (1 + with_soap) + (max(owned),):
+    for largest in (max(held),) * (1 + num_more) + (max(owned),):
         sent = (size * inside / step.world_size, size * between / step.world_size)
         yield Collective("all_to_all", size * largest, dtype, 1, "world", step.world_size, "optimizer", *sent)
 

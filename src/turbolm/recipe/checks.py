@@ -250,6 +250,8 @@ def _optimizer(values: Values) -> Iterator[tuple[str, str]]:
         )
     if values["schedule.momentum"] is not None and not traits.has_momentum:
         yield "schedule.momentum", f"has nothing to act on: optimizer.name {name} keeps no momentum; remove it"
+    if name == "muon" and values["optimizer.hyperball"] and values["model.init"] == "zero_outputs":
+        yield "optimizer.hyperball", "keeps norms, so what model.init: zero_outputs starts at zero would stay there"
     if values["execution.adam_kernel"] == "deepspeed" and name != "adamw":
         yield (
             "execution.adam_kernel",

@@ -295,6 +295,11 @@ class Execution(Section):
     tokenizer_engine: Literal["auto", "tokenizers", "gigatoken"] = Field(
         "auto", description="auto: gigatoken where it is installed and gives the same ids as tokenizers"
     )
+    stop_after: Annotated[TrainingSpan, AfterValidator(positive_span)] | None = Field(
+        None,
+        description="tokens, steps or a share of the budget after which a start saves and stops, with exit code 0; the "
+        "schedules stay those of the whole budget, and a start without this key, or a larger one, goes on from there",
+    )
     cache_dir: PathText = Field(".cache/turbolm", description=f"folder of prepared data, which runs share; {PATH_RULE}")
     runs_dir: PathText = Field("runs", description=f"folder of run directories; {PATH_RULE}")
 

@@ -47,7 +47,7 @@ _COUPLED_DECAY = "added to the gradient; not on norms, biases and embeddings"
 _DECOUPLED_DECAY = "decoupled, scaled by the learning rate; not on norms, biases and embeddings"
 
 
-_OF_MATRICES = ("momentum", "nesterov", "ns_steps", "adjust_lr", "orthogonalization", "row_beta2")
+_OF_MATRICES = ("momentum", "nesterov", "ns_steps", "adjust_lr", "orthogonalization", "row_beta2", "hyperball")
 
 
 class LrMultipliers(Section):
@@ -207,6 +207,12 @@ class Muon(Optimizer):
     )
     soap: Annotated[SoapBeforeMuon | None, Before(None)] = Field(
         None, description="scale the momentum in the eigenbasis of SOAP before it is made orthogonal; none: do not"
+    )
+
+    hyperball: Annotated[bool, Before(False)] = Field(
+        False,
+        description="for matrices: keep the norm of each one and move it by lr times that norm, without weight decay "
+        "(arXiv 2606.16899)",
     )
 
     @model_validator(mode="after")

@@ -78,10 +78,10 @@ class Model(Section):
     rope_parameters: Annotated[RopeParameters | None, Before(None)] = Field(
         None, description="with `pretrained`: rotary positions for a longer context, which replace the checkpoint's"
     )
-    init: Literal["default", "depth_scaled"] = Field(
+    init: Literal["default", "depth_scaled", "zero_outputs"] = Field(
         "default",
         description="initial weights: as the model type draws them, or with those that write to the residual stream "
-        "smaller by sqrt(2 x layers), as in GPT-2",
+        "smaller by sqrt(2 x layers), as in GPT-2, or zero, so that every layer begins as the identity",
     )
     pad_vocab_to_multiple: Annotated[int, Field(ge=1)] = Field(
         1,

@@ -31,7 +31,7 @@ from turbolm.models.build import (
 )
 from turbolm.models.flash import start_kernels
 from turbolm.models.initialise import seed_for_rank
-from turbolm.models.isolation import check_isolation
+from turbolm.models.isolation import check_isolation, outputs_that_count
 from turbolm.models.loss import attach_loss, choose_loss
 from turbolm.models.parallel_attention import check_shared_sequences, share_attention
 from turbolm.models.positions import check_positions
@@ -188,16 +188,17 @@ def _check_isolation(engine: Engine, plan: Plan, store: TokenStore, attention: s
     data = plan.recipe.data
     has_one_sequence = plan.batch.micro_batch_bins == 1 and plan.curriculum.seq_lens == (data.seq_len,)
     engine.train()  # as it trains; the check draws the same random numbers in every pass
-    moved = check_isolation(
-        engine,
-        vocab_size=store.vocab_size,
-        seq_len=data.seq_len,
-        attention=attention,
-        precision=plan.precision,
-        packed=data.packing != "single",
-        num_sequences=1 if has_one_sequence else 2,
-        config=engine.module.config,
-    )
+    with outputs_that_count(engine.module, plan.recipe.model.init):
+        moved = check_isolation(
+            engine,
+            vocab_size=store.vocab_size,
+            seq_len=data.seq_len,
+            attention=attention,
+            precision=plan.precision,
+            packed=data.packing != "single",
+            num_sequences=1 if has_one_sequence else 2,
+            config=engine.module.config,
+        )
     print(f"documents are isolated, and read from left to right: a change moved its neighbour's logits by {moved:.1e}")
 
 

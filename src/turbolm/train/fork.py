@@ -73,7 +73,7 @@ def fork(
         new, same_documents = with_data_of(new, other, start), reads_same_documents(old, other)
         default_name = default_name if other.name == old.name else other.name
     runs_dir = plateau.run.path.parent
-    execution = new.execution.model_copy(update={"runs_dir": str(runs_dir)})
+    execution = new.execution.model_copy(update={"runs_dir": str(runs_dir), "stop_after": None})
     new = new.model_copy(update={"name": name or default_name, "execution": execution})
     run = RunDirectory(runs_dir / new.name)
     if not same_documents:

@@ -29,7 +29,7 @@ def train(session: Session) -> bool:
     """Train to the end of the budget and evaluate; return False if the run was asked to stop (everything is saved)."""
     plan, recipe, num_steps = session.plan, session.plan.recipe, session.plan.num_steps
     for batch in profiled(session, batches_to_train(session)):
-        reason = agree_to_stop(session, batch)
+        reason = agree_to_stop(session, batch) or due_to_stop(session)
         if reason:
             session.log.say(f"asked to stop by {reason}: saving after step {session.step}")
             save(session, last=True)
@@ -106,6 +106,12 @@ def agree_to_stop(session: Session, batch: GlobalBatch) -> str | None:
     if int(message[0]) != batch.num_targets:
         raise RuntimeError(f"the ranks hold {int(message[0])} targets of batch {batch.index}, not {batch.num_targets}")
     return (context.stop.reason or "another rank") if message[1] else None
+
+
+def due_to_stop(session: Session) -> str | None:
+    """Return `execution.stop_after` where the run has come that far; the same on all ranks."""
+    last = session.plan.stop_step
+    return f"execution.stop_after {session.plan.recipe.execution.stop_after}" if last and session.step >= last else None
 
 
 def run_evaluation(session: Session) -> EvaluationResult | None:

@@ -41,7 +41,7 @@ from turbolm.train.arrival import meet_ranks
 from turbolm.train.build import build_session
 from turbolm.train.context import Context
 from turbolm.train.finish import add_products, conclude, finish_run, summary
-from turbolm.train.loop import train
+from turbolm.train.loop import due_to_stop, train
 from turbolm.train.measured import StepMeasure
 from turbolm.train.recover import resume
 from turbolm.train.run_contract import as_started, known_fingerprints, settle_contract, with_commits
@@ -143,12 +143,15 @@ def _train(session: Session) -> int:
     session.log.flush()
     session.log.close()
     dist.barrier(group=context.group)
+    halted = not is_done and due_to_stop(session) is not None and context.stop.reason is None
+    code = EXIT_OK if is_done or halted else EXIT_REQUEUE
     if dist.get_rank() > 0:
-        return EXIT_OK if is_done else EXIT_REQUEUE
+        return code
     if not is_done:
-        write_outcome(context.run.attempt(context.attempt), Outcome(STOPPED, EXIT_REQUEUE))
-        session.log.say(f"stopped after step {session.step}; the same command resumes there")
-        return EXIT_REQUEUE
+        write_outcome(context.run.attempt(context.attempt), Outcome(STOPPED, code))
+        how = "a start without execution.stop_after goes on" if halted else "the same command resumes"
+        session.log.say(f"stopped after step {session.step}; {how} there")
+        return code
     session.log.say("exporting the model")
     with heartbeat.phase(heartbeat.EXPORTING):
         results = finish_run(context, session.evaluation, num_parameters, session.log.say)
