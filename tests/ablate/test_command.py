@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -67,3 +68,37 @@ def test_two_tricks_are_measured(folder: Path) -> None:
     assert json.loads(again.stdout)["arms"] == results["arms"]
     by_processor = json.loads(ablate(folder, *tricks, "--clock", "cpu").stdout)["arms"][0]["runs"][0]
     assert 0 < by_processor["training_sec"] < arms["baseline"]["runs"][0]["cpu_sec"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two runs side by side need two cores")
+def test_halving_side_by_side_is_interrupted_and_goes_on(folder: Path) -> None:
+    """Two rates until step 6, the better one to step 10; Ctrl-C amid the first round costs no step."""
+    options = ("--tricks", "zero2", "--sweep-lr", "1e-6,3e-3,2", "--halving", "--jobs", "2")
+    command = [sys.executable, "-m", "turbolm.cli", "ablate", "recipe.yaml", "cluster.processes_per_node=1", *options]
+    with subprocess.Popen(
+        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT
+    ) as process:
+        assert process.stdout is not None
+        seen = []
+        for line in process.stdout:
+            seen.append(line)
+            if line.startswith("baseline-lr0.003-seed3  ") and "processes on cpu" in line:
+                process.send_signal(signal.SIGINT)
+        text = "".join(seen)
+        assert process.wait(300) == 75, text
+    assert "stopped; the same command resumes" in text and "Traceback" not in text
+    done = subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, timeout=600, check=False, env=ENVIRONMENT
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "kept: 0.003" in done.stdout and "the same command" not in done.stderr
+    results = json.loads((folder / "runs/ablations/cell/ablation.json").read_text())
+    baseline, zero2 = results["arms"]
+    assert [lr for lr, _ in baseline["rungs"][0]["losses"]] == [1e-6, 0.003] and results["jobs"] == 2
+    assert baseline["lr"] == zero2["lr"] == 0.003
+    assert zero2["mean"]["final_loss"] == pytest.approx(baseline["mean"]["final_loss"], abs=1e-4)
+    for name, last in (("baseline-lr1e-06", 6), ("baseline-lr0.003", 10), ("with-zero2-lr0.003", 10)):
+        lines = (folder / f"runs/ablations/cell/{name}-seed3/metrics.jsonl").read_text().splitlines()
+        steps = [json.loads(line)["step"] for line in lines if "train/loss" in line]
+        assert steps == list(range(1, last + 1)), name  # each once, over all starts

@@ -52,6 +52,10 @@ def test_a_run_that_stops_early_goes_on_as_if_it_had_not(tmp_path: Path) -> None
     assert curve(early) == upto and upto[-1][-1] is not None  # evaluated there as well
     outcome = read_outcome(run.attempt(1))
     assert outcome is not None and (outcome.status, outcome.exit_code) == ("stopped", 0)
+    lines = run.metrics.read_text().splitlines(keepends=True)  # as if it had been interrupted in that evaluation
+    run.metrics.write_text("".join(line for line in lines if '"eval/loss"' not in line or '"step": 4,' not in line))
+    assert curve(early) != upto
+    assert train_in_world(early, 1) == 0 and curve(early) == upto
     tokens = of(tmp_path, "early", stop_after=6 * BINS_PER_BATCH * SEQ_LEN)
     assert train_in_world(tokens, 1) == 0 and len([line for line in curve(early) if line[1] is not None]) == 6
     assert train_in_world(of(tmp_path, "early"), 1) == 0

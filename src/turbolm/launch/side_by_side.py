@@ -80,6 +80,11 @@ class SideBySide:
             with suppress(ProcessLookupError):
                 os.kill(pid, SIGTERM)
 
+    def _ask_late(self, job: _Job) -> None:
+        """Ask a run that was starting when the others were asked."""
+        if self._stopping:
+            os.kill(job.process.pid, SIGTERM)
+
     def _fill(self, tasks: Iterator[Task], outputs: selectors.BaseSelector) -> None:
         for share in range(len(self.shares)):
             if self._stopping or share in {job.share for job in self._running.values()}:
@@ -93,8 +98,7 @@ class SideBySide:
             self._count_neighbors()
             job = self._start(task, share)
             self._running[job.process.pid] = job
-            if self._stopping:  # asked while it started
-                self._ask()
+            self._ask_late(job)
             assert job.process.stdout is not None
             os.set_blocking(job.process.stdout.fileno(), False)
             outputs.register(job.process.stdout, selectors.EVENT_READ, job)

@@ -29,7 +29,9 @@ def train(session: Session) -> bool:
     """Train to the end of the budget and evaluate; return False if the run was asked to stop (everything is saved)."""
     plan, recipe, num_steps = session.plan, session.plan.recipe, session.plan.num_steps
     for batch in profiled(session, batches_to_train(session)):
-        reason = agree_to_stop(session, batch) or due_to_stop(session)
+        reason = agree_to_stop(session, batch)
+        if reason is None and (reason := due_to_stop(session)):
+            evaluate_if_missed(session)
         if reason:
             session.log.say(f"asked to stop by {reason}: saving after step {session.step}")
             save(session, last=True)
@@ -114,6 +116,12 @@ def due_to_stop(session: Session) -> str | None:
     return f"execution.stop_after {session.plan.recipe.execution.stop_after}" if last and session.step >= last else None
 
 
+def evaluate_if_missed(session: Session) -> None:
+    """Evaluate where this start stops: an earlier start may have been interrupted in the evaluation of this step."""
+    if session.step % session.plan.evaluate_every_steps == 0 and session.evaluated_step != session.step:
+        run_evaluation(session)
+
+
 def run_evaluation(session: Session) -> EvaluationResult | None:
     """Evaluate and log, and save the best checkpoint so far if the recipe asks for it.
 
@@ -127,6 +135,7 @@ def run_evaluation(session: Session) -> EvaluationResult | None:
     if result is None:
         session.log.say(f"asked to stop while evaluating after step {session.step}")
         return None
+    session.evaluated_step = session.step
     session.log.add_evaluation(session.step, result.loss, result.bits_per_byte)
     session.log.reset_clock()
     if session.plan.recipe.checkpoint.keep_best and result.loss < session.best_eval_loss:

@@ -43,6 +43,7 @@ class Session:
     saved_step: int = -1
     best_eval_loss: float = math.inf
     evaluation: EvaluationResult | None = None  # of the trained model; None if nothing is held out
+    evaluated_step: int = -1  # the last one that this start evaluated
     has_saved_weights: bool = False  # the engine was built with those of a checkpoint, which `resume` must find again
     has_run_largest: bool = False  # see train.largest
     measure: StepMeasure | None = None  # on rank 0 of a run
