@@ -17,7 +17,7 @@ from unittest.mock import MagicMock
 
 import pytest
 
-from tests.docs.blocks import Block, all_blocks
+from tests.docs.blocks import Block, all_blocks, running_text
 from tests.test_pages import ROOT
 from turbolm.report.metrics import read_lines
 
@@ -109,8 +109,7 @@ def test_the_notebook_trains_and_plots(home: Path, monkeypatch: pytest.MonkeyPat
 
 def test_the_formats_that_are_documented_are_those_that_are_written(home: Path) -> None:
     """Every key of the metrics and results of a run stands in the page of formats, and every file of an attempt."""
-    page = (ROOT / "src/turbolm/checkpoint/README.md").read_text(encoding="utf-8")
-    told = set(re.findall(r"`([^`]+)`", page))
+    told = set(re.findall(r"`([^`\n]+)`", running_text(ROOT / "src/turbolm/checkpoint/README.md")))
     lines = read_lines(home / "runs/quickstart/metrics.jsonl")
     assert {key for line in lines for key in line} <= told
     assert set(json.loads((home / "runs/quickstart/results.json").read_text())) <= told
