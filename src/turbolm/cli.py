@@ -16,6 +16,7 @@ from typer import Option
 
 from turbolm import __version__
 from turbolm.errors import EXIT_FAILED, EXIT_OK, UserError, exit_code_of
+from turbolm.evaluate.command import evaluate
 from turbolm.report.commands import compare, report
 from turbolm.shipped import find_recipe, recipes_by_name, shipped
 
@@ -291,21 +292,17 @@ def verify(
     from turbolm.checkpoint.manifest import read_manifest
     from turbolm.checkpoint.verify import verify_checkpoint
 
-    if path.is_file():
+    is_recipe = path.is_file()
+    if is_recipe:
         from turbolm.data.prepare.build import store_folder
         from turbolm.recipe.load import load_recipe
         from turbolm.train.run_contract import as_started, with_commits
 
         path = store_folder(with_commits(as_started(load_recipe(str(path), overrides or ()))[0]))
-        is_store = True
-    else:
-        # A store may have lost its manifest, or its shards.
-        is_store = (path / "tokenizer").is_dir() or any(path.glob("shard-*"))
-    if is_store:
+    if is_recipe or (path / "tokenizer").is_dir() or any(path.glob("shard-*")):  # it may have lost its manifest
         print(f"{path}: intact; {_verify_store(path)} shards")
         return
-    problems = verify_checkpoint(path)
-    if problems:
+    if problems := verify_checkpoint(path):
         raise UserError("\n".join(f"{path}: {problem}" for problem in problems))
     manifest = read_manifest(path)
     print(f"{path}: intact; step {manifest['step']}, {len(manifest['files'])} files")
@@ -438,6 +435,9 @@ def ablate(
 
 app.command()(report)
 app.command()(compare)
+
+
+app.command()(evaluate)
 
 
 def _print_or_write(text: str, path: Path | None) -> None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from turbolm.data.batch.collate import collate, fill_cu_seqlens
+from turbolm.data.batch.collate import collate, documents_at, fill_cu_seqlens
 from turbolm.data.order.packing import Packing, Sequences, pack
 from turbolm.data.store.token_store import Split, TokenStore
 from turbolm.plan.batch import IGNORED_TARGET
@@ -83,6 +83,10 @@ def test_micro_batches_hold_what_the_bins_say(
         for name, expected in zip(("input_ids", "position_ids", "targets"), columns, strict=True):
             assert micro_batch[name].dtype == np.int64
             assert micro_batch[name].tolist() == list(expected)
+        for index, found in zip(its_indices, documents_at(sequences, np.array(its_indices)).tolist(), strict=True):
+            slices = slice(sequences.offsets[index], sequences.offsets[index + 1]) if index >= 0 else slice(0)
+            expected_documents = np.repeat(sequences.document[slices], sequences.length[slices]).tolist()
+            assert found == expected_documents + [-1] * (seq_len - len(expected_documents))
         begins = np.flatnonzero(micro_batch["position_ids"].ravel() == 0).tolist()
         assert micro_batch["cu_seqlens"].dtype == np.int32
         boundaries = micro_batch["cu_seqlens"].tolist()

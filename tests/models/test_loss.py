@@ -13,7 +13,14 @@ from tests.models.test_isolation import CONFIGS, SHAPE, VOCAB, make_model, packe
 from turbolm.errors import UserError
 from turbolm.models.attention import model_inputs
 from turbolm.models.compile import apply_compile, compilations
-from turbolm.models.loss import attach_loss, choose_loss, chunked_linear_loss, summed_loss
+from turbolm.models.loss import (
+    attach_loss,
+    choose_loss,
+    chunked_linear_loss,
+    chunked_token_losses,
+    summed_loss,
+    token_losses,
+)
 from turbolm.plan.batch import IGNORED_TARGET
 
 CPU = torch.device("cpu")
@@ -78,6 +85,27 @@ def test_full_loss(z_loss: float) -> None:
     objective, nll = summed_loss(logits, values["targets"], z_loss)
     torch.testing.assert_close((objective.double(), nll.double()), expected, rtol=1e-6, atol=0)
     assert objective.requires_grad and not nll.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_losses_of_single_targets_leave_the_sum_as_it_is(softcap: float | None, dtype: torch.dtype) -> None:
+    """To the bit: a run's held-out loss does not depend on whether its parts are reported too."""
+    values = problem(dtype)
+    leaves = values["hidden"], values["weight"], values["bias"], values["targets"]
+    settings = {"softcap": softcap, "chunk_tokens": 7}
+    _, nll = chunked_linear_loss(*leaves, **settings)
+    _, total, each = chunked_token_losses(*leaves, **settings)
+    logits = torch.nn.functional.linear(*leaves[:3])
+    _, full_total, full_each = token_losses(logits[None], values["targets"])
+    assert torch.equal(total, nll) and torch.equal(full_total, summed_loss(logits, values["targets"])[1])
+    exact = [value.double() for value in leaves[:3]]
+    rows = zip(exact[0].split(1), values["targets"].split(1), strict=True)
+    by_row = [by_hand(row, *exact[1:], target, 0, softcap)[1] for row, target in rows]
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 3e-2, "atol": 3e-2}
+    torch.testing.assert_close(each.double(), torch.stack(by_row), **tolerance)
+    if softcap is None:
+        torch.testing.assert_close(full_each.double(), torch.stack(by_row), **tolerance)
 
 
 def test_in_bf16_sums_are_made_in_fp32() -> None:

@@ -135,7 +135,7 @@ def test_a_run_without_held_out_documents(runs: dict[str, Any]) -> None:
     results, log = read(run)
     assert results["sample"] and not [line for line in log if "failed" in line]
     assert not {"eval_loss", "eval_targets", "bits_per_byte", "unigram_entropy"} & set(results)
-    assert sum("there is no evaluation" in line for line in log) == 1
+    assert sum("there is no held-out loss" in line for line in log) == 1
     assert "  eval loss        none: data.validation is 0" in log
     assert "eval/" not in (run / "metrics.jsonl").read_text()
     assert "No documents were held out" in (run / "export/README.md").read_text()

@@ -10,7 +10,7 @@ from typing import Any
 
 from turbolm.checkpoint.manifest import remove_folder
 from turbolm.errors import UserError
-from turbolm.files import read_json, sha256_file, write_json
+from turbolm.files import read_json, sha256_file, write_atomic, write_json
 
 RECORD = "turbolm_export.json"  # size and SHA-256 of each file that export wrote
 _NAMES_CODE = {"auto_map", "custom_pipelines", "custom_generate", "trust_remote_code", "code_revision"}
@@ -47,6 +47,21 @@ def replace_export(out: Path, new: Path) -> None:
         print(f"turbolm: {out} has no record of what an export wrote there; it is moved to {aside}", file=sys.stderr)
     remove_folder(out)
     new.rename(out)
+
+
+def update_card(folder: Path, heading: str, section: str) -> bool:
+    """Write `section`, which begins with `heading`, to the end of an export's model card, in place of an earlier one.
+
+    Returns whether it was written: a card that export did not write, or that was changed since, stays as it is.
+    """
+    card, record = folder / "README.md", read_json(folder / RECORD) or {}
+    entry = (record.get("files") or {}).get(card.name)
+    if card.is_symlink() or not card.is_file() or not entry or sha256_file(card) != entry.get("sha256"):
+        return False
+    text = card.read_text(encoding="utf-8").partition(f"\n{heading}\n")[0]
+    record["files"][card.name] = write_atomic(card, f"{text.rstrip()}\n\n{section}")
+    write_json(folder / RECORD, record)
+    return True
 
 
 def drop_code(folder: Path) -> None:

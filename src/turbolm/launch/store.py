@@ -19,6 +19,7 @@ from turbolm.plan.curriculum import Curriculum, build_curriculum
 from turbolm.plan.machine import detect_machine
 from turbolm.plan.preview import StoreSize
 from turbolm.plan.profiles import profile_of_run
+from turbolm.recipe.questions import check_files
 from turbolm.recipe.schema import Recipe
 from turbolm.reliability.stop import SignalRequests
 from turbolm.train.run_contract import budgets_of
@@ -33,6 +34,7 @@ def prepare_store(recipe: Recipe) -> Path:
         count, text_bytes = finished_shards(recipe)
         return f"{count} finished shards ({format_bytes(text_bytes)} of text) are kept"
 
+    check_files(recipe.evaluation, must_exist=True)
     with _stops_cleanly(kept, "the shards at work are lost, finished ones are kept") as show:
         folder = prepare(recipe, on_progress=show)
     for line in tell_left_out(read_manifest(folder)):

@@ -21,6 +21,9 @@ from turbolm.plan.profile import CHUNK_LOGITS, chunk_rows
 
 Loss = tuple[torch.Tensor, torch.Tensor]
 """What is minimised, and the negative log likelihood alone, without its gradient: both summed over targets, in fp32."""
+TokenLosses = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Without gradients: twice the summed negative log likelihood, in the place of `Loss`, and that of each target, fp32
+[rows]; 0 for those that are ignored."""
 
 _FEW_LOGITS = 2**26  # 256 MB in fp32; a tenth of a step's time faster at once, on a CPU core (in bf16 it is not)
 
@@ -38,6 +41,38 @@ def summed_loss(logits: torch.Tensor, targets: torch.Tensor, z_loss: float = 0.0
         return nll, nll.detach()
     squares = logits.logsumexp(-1).square().masked_fill(targets == IGNORED_TARGET, 0.0)
     return nll + z_loss * squares.sum(), nll.detach()
+
+
+def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> TokenLosses:
+    """`summed_loss` bit by bit, in which the loss of each target is kept. Without gradients."""
+    logits, targets = logits.reshape(-1, logits.shape[-1]).float(), targets.reshape(-1)
+    log_probabilities = F.log_softmax(logits, -1)  # the steps of F.cross_entropy
+    nll = F.nll_loss(log_probabilities, targets, ignore_index=IGNORED_TARGET, reduction="sum")
+    return nll, nll, F.nll_loss(log_probabilities, targets, ignore_index=IGNORED_TARGET, reduction="none")
+
+
+@torch.no_grad()
+def chunked_token_losses(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    *,
+    softcap: float | None = None,
+    chunk_tokens: int | None = None,
+) -> TokenLosses:
+    """`chunked_linear_loss` bit by bit, in which the loss of each target is kept. Without gradients."""
+    rows, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    chunk_tokens = chunk_tokens or _chunk_tokens(len(rows), weight)
+    nll, each = torch.zeros((), dtype=torch.float32, device=rows.device), []
+    for part, its_targets in zip(rows.split(chunk_tokens), targets.split(chunk_tokens), strict=True):
+        logits = F.linear(part, weight, bias).float()
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        losses = logits.logsumexp(-1) - logits.gather(1, its_targets.clamp(min=0)[:, None])[:, 0]
+        each.append(losses.masked_fill(its_targets == IGNORED_TARGET, 0.0))
+        nll = nll + each[-1].sum()
+    return nll, nll, torch.cat(each)
 
 
 def chunked_linear_loss(
@@ -136,32 +171,42 @@ class _ChunkedLinearLoss(torch.autograd.Function):
 def attach_loss(model: PreTrainedModel, kind: str, *, z_loss: float = 0.0) -> None:
     """Have the model's forward pass take `targets` and return their `Loss` instead of logits; without, it is as before.
 
+    With `per_token` as well, which has no gradients, it returns their `TokenLosses`.
     `kind` is full, chunked or liger; for the latter two the output head is called with the targets, so that the hooks
     of ZeRO-3 gather its weights for as long as it needs them and take their gradient.
     """
     plain, head = model.forward, model.get_output_embeddings()
     if kind == "full":
 
-        def full(*arguments: Any, targets: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        def full(*arguments: Any, targets: torch.Tensor | None = None, per_token: bool = False, **kwargs: Any) -> Any:
             output = plain(*arguments, **kwargs)
-            return output if targets is None else summed_loss(output.logits, targets, z_loss)
+            if targets is None:
+                return output
+            if per_token:
+                return token_losses(output.logits, targets)
+            return summed_loss(output.logits, targets, z_loss)
 
         model.forward = full
         return
     linear = head.forward
     fused = _liger_loss(z_loss, _softcap(model)) if kind == "liger" else None
 
-    def head_or_loss(hidden: torch.Tensor, targets: torch.Tensor | None = None) -> Any:
+    def head_or_loss(hidden: torch.Tensor, targets: torch.Tensor | None = None, per_token: bool = False) -> Any:
         if targets is None:
             return linear(hidden)
+        if per_token:
+            return chunked_token_losses(hidden, head.weight, head.bias, targets, softcap=_softcap(model))
         if fused is not None and torch.is_grad_enabled():
             return fused(hidden, head.weight, head.bias, targets)
         return chunked_linear_loss(hidden, head.weight, head.bias, targets, z_loss=z_loss, softcap=_softcap(model))
 
-    def without_logits(*arguments: Any, targets: torch.Tensor | None = None, **kwargs: Any) -> Any:
+    def without_logits(
+        *arguments: Any, targets: torch.Tensor | None = None, per_token: bool = False, **kwargs: Any
+    ) -> Any:
         if targets is None:
             return plain(*arguments, **kwargs)
-        return head(model.base_model(*arguments, **kwargs).last_hidden_state, targets)
+        hidden = model.base_model(*arguments, **kwargs).last_hidden_state
+        return head(hidden, targets, per_token=True) if per_token else head(hidden, targets)
 
     head.forward, model.forward = head_or_loss, without_logits
 

@@ -36,6 +36,7 @@ from turbolm.plan.spans import check_spans, span_notes
 from turbolm.plan.suggestions import Suggestion, is_accepted, nearest_batch, suggest
 from turbolm.plan.traffic import Traffic, step_traffic
 from turbolm.recipe.gpus import GPUS, peak_flops
+from turbolm.recipe.questions import check_files
 from turbolm.recipe.schema import Execution, Recipe
 from turbolm.units import format_bytes, format_duration
 
@@ -161,7 +162,7 @@ class Summary:
                 "tokens": plan.curriculum.tokens_seen(plan.num_steps),
                 "restart_steps": plan.random_restart_steps,
                 "restart_tokens": plan.random_restart_tokens,
-                "evaluate_every_steps": plan.evaluate_every_steps if recipe.data.validation else None,
+                "evaluate_every_steps": plan.evaluate_every_steps if recipe.is_evaluated else None,
                 "checkpoint_every_steps": plan.checkpoint_every_steps,
                 "learning_rate": [list(point) for point in self.learning_rate],
                 "global_batch_tokens": [[s.first_token, s.global_batch_tokens] for s in plan.curriculum.segments],
@@ -214,6 +215,7 @@ def collect_summary(
     machine = (described := described_machine(recipe)) or detect_machine()
     plan = _collect(problems, lambda: build_plan(recipe, machine))
     _collect(problems, lambda: check_spans(recipe))
+    _collect(problems, lambda: check_files(recipe.evaluation, must_exist=False))
     facts = _collect(problems, lambda: examine_model(recipe, recipe_file)) or ModelFacts(None, None)
     memory, fit, size = None, Fit(), facts.size
     gpu_bytes = GPUS[recipe.cluster.gpu].memory_bytes if described and recipe.cluster.gpu else None

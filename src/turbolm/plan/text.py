@@ -103,7 +103,7 @@ def _schedule(summary: Summary) -> Iterator[str]:
     tokens = plan.curriculum.tokens_seen(plan.num_steps)
     yield f"{plan.num_steps} steps, {format_count(tokens)} tokens (budget {recipe.train.budget})"
     yield from filter(None, (fork_line(summary), restarts_line(summary)))
-    every = f"evaluate every {plan.evaluate_every_steps} steps" if recipe.data.validation else "no evaluation"
+    every = f"evaluate every {plan.evaluate_every_steps} steps" if recipe.is_evaluated else "no evaluation"
     yield f"{every}, checkpoint every {plan.checkpoint_every_steps} steps"
     shape = f"{schedule.name}, decay {schedule.decay}" if isinstance(schedule, Wsd) else schedule.name
     if isinstance(schedule, Wsd) and schedule.own_decays:

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from turbolm.recipe.evaluation import source_names
 from turbolm.recipe.execution import RECIPES_ARE_COPIED
 from turbolm.recipe.fields import Section
 from turbolm.recipe.gpus import GPUS
@@ -417,6 +418,13 @@ def _no_evaluation(values: Values) -> Iterator[tuple[str, str]]:
         )
 
 
+def _set_names(values: Values) -> Iterator[tuple[str, str]]:
+    names = source_names(values["data.sources"] or ())
+    for number, one in enumerate(values["evaluation.sets"] or ()):
+        if one.label in names:
+            yield f"evaluation.sets.{number}.label", f"{one.label!r} is the name of a source; expected another"
+
+
 def _positions(values: Values) -> Iterator[tuple[str, str]]:
     """Check that no position is beyond the model's table or rotary range."""
     config, seq_len = _full_config(values), values["data.seq_len"]
@@ -487,6 +495,7 @@ _RULES: tuple[Callable[[Values], Iterator[tuple[str, str]]], ...] = (
     _world_size,
     _sequence_parallel,
     _no_evaluation,
+    _set_names,
     _positions,
     _vocabulary,
 )

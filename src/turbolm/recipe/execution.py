@@ -304,15 +304,6 @@ class Execution(Section):
     runs_dir: PathText = Field("runs", description=f"folder of run directories; {PATH_RULE}")
 
 
-class Evaluation(Section):
-    """Loss and bits per byte on the held-out documents."""
-
-    every: Annotated[TrainingSpan, AfterValidator(positive_span)] = Field(
-        Span(0.1, "share"), description="tokens, steps or a share of the budget between evaluations"
-    )
-    tokens: Positive = Field(1_000_000, description="at most this many held-out tokens")
-
-
 class Checkpoint(Section):
     """When the state is saved. A stopping run and a finished one always save."""
 

@@ -12,7 +12,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema, model_validator
 
 from turbolm.recipe.data import Data
-from turbolm.recipe.execution import Checkpoint, Cluster, Evaluation, Execution, Export, Logging
+from turbolm.recipe.evaluation import Evaluation
+from turbolm.recipe.execution import Checkpoint, Cluster, Execution, Export, Logging
 from turbolm.recipe.fields import (
     Before,
     Bytes,
@@ -260,3 +261,8 @@ class Recipe(Section):
     checkpoint: Checkpoint = Checkpoint()
     logging: Logging = Logging()
     export: Export = Export()
+
+    @property
+    def is_evaluated(self) -> bool:
+        """Return whether there is anything to evaluate the run on."""
+        return bool(self.data.validation or self.evaluation.sets or self.evaluation.tasks)

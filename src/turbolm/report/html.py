@@ -9,6 +9,7 @@ from typing import Any
 
 from turbolm.files import write_atomic
 from turbolm.report.attempts import HEAD
+from turbolm.report.evaluations import COLUMNS, evaluation_rows, read_evaluations
 from turbolm.report.metrics import Line, is_number, values
 from turbolm.report.page import format_rows, format_value, render_page
 from turbolm.report.run_charts import run_charts
@@ -50,7 +51,9 @@ def render_report(run: RunData, live: dict[str, Any] | None = None) -> str:
         planned=[[row.label, *row.texts] for row in run.planned],
         planned_notes=run.planned_notes,
         parts=[(title, _bars(title, parts)) for title, parts in step_parts(run)],
-        results=format_rows(run.results),
+        results=format_rows({key: value for key, value in run.results.items() if key != "evaluations"}),
+        evaluations=evaluation_rows(read_evaluations(run.path)),
+        evaluation_columns=COLUMNS,
         anomalies=[_anomaly(line) for line in run.anomalies],
         attempt_columns=HEAD,
         attempts=attempts,

@@ -47,6 +47,7 @@ from turbolm.reliability import heartbeat
 from turbolm.reliability.anomalies import AnomalyWatch
 from turbolm.train.compiling import report_compilation
 from turbolm.train.context import Context
+from turbolm.train.evaluation import left_out_note, read_scored_together
 from turbolm.train.gate import UpdateGate
 from turbolm.train.metrics import MetricsLog, measure_peak_flops
 from turbolm.train.model_flops import count_batch_flops
@@ -66,6 +67,7 @@ def build_session(accelerator: Accelerator, context: Context, hashed: Hashed = n
     The engine of a run with checkpoints has their weights; `resume` restores the rest.
     """
     plan, recipe, group = context.plan, context.recipe, context.group
+    scored = read_scored_together(context)
     saved = saved_weights(context, hashed)
     engine, attention = build_engine(accelerator, plan, context.store, context.run, saved)
     loader = _build_loader(plan, context.store, engine.device)
@@ -83,6 +85,8 @@ def build_session(accelerator: Accelerator, context: Context, hashed: Hashed = n
     routers = find_routers(engine.module, recipe.train.router_aux_loss, recipe.train.router_bias_update)
     if routers is not None:
         log.say(routers.message)
+    for note in filter(None, (left_out_note(recipe, context.store), *(scored.notes if scored else ()))):
+        log.say(note)
     return Session(
         context=context,
         engine=engine,
@@ -92,6 +96,7 @@ def build_session(accelerator: Accelerator, context: Context, hashed: Hashed = n
         log=log,
         gate=UpdateGate(engine, AnomalyWatch(recipe.anomalies)),
         training_flops=count_batch_flops(context, engine.module),
+        scored=scored,
         has_saved_weights=saved is not None,
     )
 

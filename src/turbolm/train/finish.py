@@ -9,19 +9,24 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
+
+import numpy as np
 
 from turbolm.checkpoint.export import export_checkpoint, generate_sample, short_card
 from turbolm.checkpoint.manifest import TRAINER_STATE, list_checkpoints
 from turbolm.checkpoint.push import push_export
-from turbolm.data.batch.loader import evaluation_set
+from turbolm.data.batch.loader import recipe_evaluation_set
+from turbolm.data.batch.scored import TaskScore
 from turbolm.data.store.token_store import TokenStore, unigram_entropy
 from turbolm.errors import EXIT_OK, RunError, UserError
 from turbolm.files import read_json, write_json
 from turbolm.plan.plan import Plan
 from turbolm.redaction import redact
 from turbolm.reliability.outcome import FINISHED, Outcome, write_outcome
+from turbolm.report.evaluations import card_section, read_evaluations
 from turbolm.report.html import write_report
 from turbolm.report.metrics import read_metrics, values
 from turbolm.report.planned import compare, planned_line
@@ -68,7 +73,8 @@ A causal language model of {parameters} parameters, pretrained with turbolm on {
 def finish_run(context: Context, evaluation: EvaluationResult | None, num_parameters: int, say: Say) -> dict[str, Any]:
     """Write results.json and the outcome, then call `add_products`; return the results.
 
-    `evaluation` is None if nothing is held out. Raises RunError if results.json or the outcome cannot be written.
+    `evaluation` is None if there is nothing to evaluate on. Raises RunError if results.json or the outcome cannot be
+    written.
     """
     plan, run = context.plan, context.run
     checkpoint, recipe = list_checkpoints(run.checkpoints)[-1][1], plan.recipe
@@ -86,6 +92,8 @@ def finish_run(context: Context, evaluation: EvaluationResult | None, num_parame
     restarts = (read_json(checkpoint / TRAINER_STATE) or {}).get("restarts")
     if restarts:
         results["restarts"] = restarts
+    if evaluations := read_evaluations(run.path):
+        results["evaluations"] = evaluations
     planned = _attempt("the comparison with the plan", lambda: compare(run.path), say)
     if planned is not None and planned[0]:
         results["planned"] = {row.figure: {"planned": row.planned, "measured": row.measured} for row in planned[0]}
@@ -196,21 +204,26 @@ def _attempt(what: str, make: Callable[[], T], say: Say, advice: str = "") -> T 
 
 def _measured(context: Context, evaluation: EvaluationResult, say: Say) -> dict[str, Any]:
     """Return the results of the last evaluation, without unknown ones."""
-    entropy = _attempt("the unigram entropy", lambda: validation_entropy(context.plan, context.store), say)
-    found = {
-        "eval_loss": evaluation.loss,
-        "bits_per_byte": evaluation.bits_per_byte,
-        "unigram_entropy": entropy,
-        "eval_targets": evaluation.num_targets,
-    }
+    found: dict[str, Any] = {}
+    if evaluation.loss is not None:
+        found = {
+            "eval_loss": evaluation.loss,
+            "bits_per_byte": evaluation.bits_per_byte,
+            "unigram_entropy": _attempt(
+                "the unigram entropy", lambda: validation_entropy(context.plan, context.store), say
+            ),
+            "eval_targets": evaluation.num_targets,
+        }
+    for key, parts in (("eval_losses", evaluation.losses), ("eval_tasks", evaluation.tasks)):
+        found |= {key: {name: asdict(part) for name, part in parts.items()}} if parts else {}
     return {key: value for key, value in found.items() if value is not None}
 
 
 def validation_entropy(plan: Plan, store: TokenStore) -> float:
     """Return the entropy of the evaluated tokens' distribution, in nats: no model without context can do better."""
-    data = plan.recipe.data
-    held_out = evaluation_set(store, data.seq_len, plan.recipe.evaluation.tokens, data.packing)
-    return unigram_entropy(store.token_counts("validation", held_out.num_targets))
+    ranges = recipe_evaluation_set(plan.recipe, store).documents
+    counts = [store.token_counts("validation", None, *documents) for documents in ranges]
+    return unigram_entropy(np.sum(counts, axis=0))
 
 
 def model_card(run: RunDirectory, results: dict[str, Any], store: TokenStore) -> str:
@@ -223,7 +236,9 @@ def model_card(run: RunDirectory, results: dict[str, Any], store: TokenStore) ->
             "Documents were held out for evaluation by content hash, and no text is in both splits; evaluated on "
             f"{results['eval_targets']:,} of their tokens."
         )
-    return _CARD.format(
+    checkpoint = Path(results["checkpoint"]).name
+    evaluated = card_section([one for one in results.get("evaluations", ()) if one["model"] == checkpoint])
+    card = _CARD.format(
         name=results["name"],
         parameters=format_count(results["parameters"]),
         tokens=format_count(results["tokens_seen"]),
@@ -233,6 +248,7 @@ def model_card(run: RunDirectory, results: dict[str, Any], store: TokenStore) ->
         held_out=held_out,
         recipe=(run.path / "recipe.yaml").read_text(encoding="utf-8"),
     )
+    return f"{card}\n{evaluated}" if evaluated else card
 
 
 def _curve(run: RunDirectory) -> str:
@@ -288,16 +304,20 @@ def _why_no_export(results: dict[str, Any]) -> str:
 
 
 def _measured_rows(results: dict[str, Any]) -> dict[str, str]:
-    """Return the last evaluation's lines in summary and model card; empty if nothing is held out."""
-    if "eval_loss" not in results:
-        return {}
-    loss = results["eval_loss"]
-    perplexity = math.exp(min(loss, _MAX_EXPONENT))
-    rows = {"eval loss": f"{loss:.4f} nats/token (perplexity {perplexity:.1f})"}
+    """Return the last evaluation's lines in summary and model card; empty if there was none."""
+    rows = {}
+    if "eval_loss" in results:
+        loss = results["eval_loss"]
+        perplexity = math.exp(min(loss, _MAX_EXPONENT))
+        rows["eval loss"] = f"{loss:.4f} nats/token (perplexity {perplexity:.1f})"
     if "unigram_entropy" in results:
         entropy = results["unigram_entropy"]
         where = "below" if loss <= entropy else "above"
         rows["unigram entropy"] = f"{entropy:.4f} nats/token: the model is {abs(entropy - loss):.2f} {where} it"
     if "bits_per_byte" in results:
         rows["bits per byte"] = f"{results['bits_per_byte']:.4f}"
+    for name, part in results.get("eval_losses", {}).items():
+        rows[f"loss of {name}"] = f"{part['loss']:.4f} nats/token over {part['targets']:,} tokens"
+    for name, score in results.get("eval_tasks", {}).items():
+        rows[f"task {name}"] = str(TaskScore(**score))
     return rows

@@ -52,7 +52,7 @@ def train(session: Session) -> bool:
         save(session)
     session.evaluation = run_evaluation(session)
     save(session, last=True)
-    return session.evaluation is not None or not recipe.data.validation
+    return session.evaluation is not None or not recipe.is_evaluated
 
 
 def take_step(session: Session, batch: GlobalBatch) -> StepResult:
@@ -125,20 +125,22 @@ def evaluate_if_missed(session: Session) -> None:
 def run_evaluation(session: Session) -> EvaluationResult | None:
     """Evaluate and log, and save the best checkpoint so far if the recipe asks for it.
 
-    Returns None if nothing is held out, or if the run was asked to stop meanwhile, which the next step notices too.
+    Returns None if there is nothing to evaluate on, or if the run was asked to stop meanwhile, which the next step
+    notices too.
     """
-    if not session.plan.recipe.data.validation:
+    if not session.plan.recipe.is_evaluated:
         return None
     session.log.flush()
     with heartbeat.phase(heartbeat.EVALUATION):
-        result = evaluate(session.engine, session.context, session.attention)
+        result = evaluate(session.engine, session.context, session.attention, session.scored)
     if result is None:
         session.log.say(f"asked to stop while evaluating after step {session.step}")
         return None
     session.evaluated_step = session.step
-    session.log.add_evaluation(session.step, result.loss, result.bits_per_byte)
+    session.log.add_evaluation(session.step, result)
     session.log.reset_clock()
-    if session.plan.recipe.checkpoint.keep_best and result.loss < session.best_eval_loss:
-        session.best_eval_loss = result.loss
-        save(session, eval_loss=result.loss)
+    loss = result.loss
+    if session.plan.recipe.checkpoint.keep_best and loss is not None and loss < session.best_eval_loss:
+        session.best_eval_loss = loss
+        save(session, eval_loss=loss)
     return result

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from turbolm.data.batch.loader import GlobalBatch
 from turbolm.models.compile import compilations
 from turbolm.plan.curriculum import Curriculum
+from turbolm.train.evaluation import EvaluationResult
 from turbolm.train.pace import Pace
 from turbolm.train.step import StepResult
 from turbolm.train.trackers import Trackers
@@ -113,14 +114,17 @@ class MetricsLog:
             if show:
                 self._show(lines)
 
-    def add_evaluation(self, step: int, loss: float, bits_per_byte: float | None) -> None:
+    def add_evaluation(self, step: int, result: EvaluationResult) -> None:
         """Write and show an evaluation."""
-        values, shown = {"eval/loss": loss}, f"step {step}  eval loss {loss:.4f}"
-        if bits_per_byte is not None:
-            values["eval/bits_per_byte"] = bits_per_byte
-            shown += f"  bits per byte {bits_per_byte:.4f}"
-        self.add_event(step, values)
-        self.say(shown)
+        self.add_event(step, result.metrics)
+        shown = [f"step {step}"]
+        if result.loss is not None:
+            shown.append(f"eval loss {result.loss:.4f}")
+        if result.bits_per_byte is not None:
+            shown.append(f"bits per byte {result.bits_per_byte:.4f}")
+        self.say("  ".join(shown + [f"{name} {one.loss:.4f}" for name, one in result.losses.items()]))
+        for name, score in result.tasks.items():
+            self.say(f"step {step}  {name}: {score}")
 
     def add_event(self, step: int, values: dict[str, Any]) -> None:
         """Write a line about something that happened at `step`."""

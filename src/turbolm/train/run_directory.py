@@ -14,6 +14,7 @@ runs/<name>/
                   profile/ (of each rank: trace, and memory on a GPU; logging.profile),
                   stop (asks this attempt alone to save and stop)
   metrics.jsonl   one line a step      checkpoints/    results.json, report.html, export/
+  evaluation.json what `turbolm evaluate` found before there were results
   restarts/       the candidates of train.random_restarts and the steps of those not chosen
   trackers/       data of TensorBoard, W&B and others, and how a later attempt continues it
   stop            asks every start of the run that began before it was written to save and stop; it stays
@@ -74,6 +75,11 @@ class RunDirectory:
     @property
     def results(self) -> Path:
         return self.path / "results.json"
+
+    @property
+    def evaluation(self) -> Path:
+        """Evaluations of checkpoints before there are results."""
+        return self.path / "evaluation.json"
 
     @property
     def model(self) -> Path:

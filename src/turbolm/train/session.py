@@ -13,6 +13,7 @@ from turbolm.checkpoint.load import load_checkpoint
 from turbolm.checkpoint.ranks import in_step
 from turbolm.checkpoint.saver import CheckpointSaver
 from turbolm.data.batch.loader import BatchLoader, GlobalBatch
+from turbolm.data.batch.scored import ScoredDocuments
 from turbolm.engine.engine import Engine
 from turbolm.errors import UserError
 from turbolm.plan.plan import Plan
@@ -39,10 +40,11 @@ class Session:
     gate: UpdateGate
     training_flops: Callable[[GlobalBatch], float]
     skipped: SkippedBatches = SkippedBatches()
+    scored: ScoredDocuments | None = None  # of evaluation.sets and evaluation.tasks
     step: int = 0
     saved_step: int = -1
     best_eval_loss: float = math.inf
-    evaluation: EvaluationResult | None = None  # of the trained model; None if nothing is held out
+    evaluation: EvaluationResult | None = None  # of the trained model; None if there is nothing to evaluate on
     evaluated_step: int = -1  # the last one that this start evaluated
     has_saved_weights: bool = False  # the engine was built with those of a checkpoint, which `resume` must find again
     has_run_largest: bool = False  # see train.largest

@@ -75,13 +75,17 @@ def train_step(
     return StepResult(loss_sum, grad_norm, forward, anomaly, router_loss_sum, expert_load)
 
 
-def micro_batch_loss(engine: Engine, micro_batch: dict[str, np.ndarray], attention: str) -> tuple[Any, ...]:
+def micro_batch_loss(
+    engine: Engine, micro_batch: dict[str, np.ndarray], attention: str, *, per_token: bool = False
+) -> tuple[Any, ...]:
     """Return the objective of one micro-batch and its negative log likelihood; both summed, in nats.
 
-    With gradients, a mixture of experts adds its router loss and load, as in `StepResult`.
+    With gradients, a mixture of experts adds its router loss and load, as in `StepResult`. With `per_token`, which has
+    no gradients, the loss of each target comes third, fp32 [positions].
     """
     targets = torch.from_numpy(micro_batch["targets"]).to(engine.device, non_blocking=True)
-    loss: tuple[Any, ...] = engine(**model_inputs(micro_batch, attention, engine.device), targets=targets)
+    inputs = model_inputs(micro_batch, attention, engine.device)
+    loss: tuple[Any, ...] = engine(**inputs, targets=targets, **({"per_token": True} if per_token else {}))
     return loss
 
 

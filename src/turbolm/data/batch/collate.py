@@ -110,6 +110,17 @@ def collate(
     return micro_batches
 
 
+def documents_at(sequences: Sequences, indices: IntArray) -> IntArray:
+    """Return the document of each position of the sequences `indices` [m]: int64 [m, seq_len], -1 for padding."""
+    filled = np.flatnonzero(indices >= 0)
+    chosen = sequences.select(indices[filled])
+    found = np.full((len(indices), sequences.seq_len), -1)
+    # Slices fill a sequence from its start, and `chosen` has them in this order.
+    is_used = np.arange(sequences.seq_len) < chosen.used[:, None]
+    found[filled[np.nonzero(is_used)[0]], np.nonzero(is_used)[1]] = np.repeat(chosen.document, chosen.length)
+    return found
+
+
 def fill_cu_seqlens(ends: IntArray, max_slices: int) -> np.ndarray:
     """Return where the slices of a micro-batch begin when its sequences are put end to end, int32.
 

@@ -6,7 +6,7 @@ import hashlib
 from collections import deque
 from collections.abc import Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Protocol
 
@@ -18,6 +18,7 @@ from turbolm.data.order.packing import IntArray, Sequences
 from turbolm.data.order.window import Packing, pack
 from turbolm.data.store.token_store import Split, TokenStore, check_held_out
 from turbolm.plan.batch import choose_micro_batch_size, slice_of_sequence
+from turbolm.recipe.schema import Recipe
 
 
 @dataclass(frozen=True)
@@ -145,27 +146,57 @@ class BatchLoader:
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """Packed held-out documents: `num_targets` positions whose text has `text_bytes` UTF-8 bytes."""
+    """Packed held-out documents: `num_targets` positions whose text has `text_bytes` UTF-8 bytes.
+
+    `documents` are the ranges [first, end) that they are from.
+    """
 
     sequences: Sequences
     num_targets: int
     text_bytes: int
+    documents: tuple[tuple[int, int], ...] = ()
 
 
-def evaluation_set(store: TokenStore, seq_len: int, max_tokens: int, packing: Packing = "best_fit") -> EvaluationSet:
+def recipe_evaluation_set(recipe: Recipe, store: TokenStore) -> EvaluationSet:
+    """Return the documents that a recipe is evaluated on."""
+    data, evaluation = recipe.data, recipe.evaluation
+    settings = {"from_each_source": evaluation.from_each_source}
+    return evaluation_set(store, data.seq_len, evaluation.tokens, data.packing, **settings)
+
+
+def evaluation_set(
+    store: TokenStore,
+    seq_len: int,
+    max_tokens: int,
+    packing: Packing = "best_fit",
+    *,
+    from_each_source: bool = False,
+) -> EvaluationSet:
     """Return the first complete validation documents of at most `max_tokens` positions; at least one document.
 
-    They are packed by best fit unless documents must be alone in a sequence: a run that trains with `concat` is
-    evaluated like any other.
+    With `from_each_source` they are the first of every source, which share `max_tokens` evenly. They are packed by best
+    fit unless documents must be alone in a sequence: a run that trains with `concat` is evaluated like any other.
     """
     num_documents = store.num_documents("validation")
     check_held_out(num_documents, store.manifest["validation"])
-    read = min(1024, num_documents)  # the split may be much larger than the evaluation set
-    while (lengths := store.lengths("validation", 0, read)).sum() <= max_tokens and read < num_documents:
-        read = min(2 * read, num_documents)
-    count = max(1, int(np.searchsorted(np.cumsum(lengths), max_tokens, side="right")))
-    sequences = pack(lengths[:count], seq_len, "single" if packing == "single" else "best_fit")
-    return EvaluationSet(sequences, sequences.num_positions, int(store.text_bytes("validation", 0, count).sum()))
+    parts = [(0, num_documents)]
+    if from_each_source:
+        parts = [(first, end) for first, end in store.source_documents("validation") if first < end]
+    ranges = [(first, _first_documents(store, first, end, max_tokens // len(parts))) for first, end in parts]
+    lengths = np.concatenate([store.lengths("validation", *documents) for documents in ranges])
+    packed = pack(lengths, seq_len, "single" if packing == "single" else "best_fit")
+    numbers = np.concatenate([np.arange(*documents) for documents in ranges])
+    sequences = replace(packed, document=numbers[packed.document])
+    text_bytes = sum(int(store.text_bytes("validation", *documents).sum()) for documents in ranges)
+    return EvaluationSet(sequences, sequences.num_positions, text_bytes, tuple(ranges))
+
+
+def _first_documents(store: TokenStore, first: int, end: int, max_tokens: int) -> int:
+    """Return the end of the first complete documents of at most `max_tokens` positions; at least one document."""
+    read = min(1024, end - first)  # there may be many more
+    while (lengths := store.lengths("validation", first, first + read)).sum() <= max_tokens and first + read < end:
+        read = min(2 * read, end - first)
+    return first + max(1, int(np.searchsorted(np.cumsum(lengths), max_tokens, side="right")))
 
 
 def evaluation_batches(

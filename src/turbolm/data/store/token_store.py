@@ -68,7 +68,7 @@ class TokenStore:
         """Yield what a user should know about the store before training on it."""
         notes = []
         if not self.manifest["validation"]:
-            notes.append("data.validation is 0: no document is held out, so there is no evaluation")
+            notes.append("data.validation is 0: no document is held out, so there is no held-out loss")
         if self.text_loss:
             notes.append(
                 f"the tokenizer does not reproduce its text: {100 * self.text_loss:.3g}% of the bytes of a sample are "
@@ -154,14 +154,16 @@ class TokenStore:
         assert start >= 0 and length > 0 and start + length < end - begin
         return self.tokens(shard)[begin + start : begin + start + length + 1]
 
-    def token_counts(self, split: Split, max_tokens: int | None = None) -> IntArray:
-        """Count how often each token is a target, int64 [vocab_size], over the first documents of the split.
+    def token_counts(
+        self, split: Split, max_tokens: int | None = None, first: int = 0, end: int | None = None
+    ) -> IntArray:
+        """Count how often each token is a target, int64 [vocab_size], over the documents `first` to `end` (exclusive).
 
         With `max_tokens`, count complete documents until at least this many targets have been seen.
         """
         counts = np.zeros(self.vocab_size, np.int64)
         left = max_tokens
-        for shard, rows in self._rows(split, 0, None):
+        for shard, rows in self._rows(split, first, end):
             boundaries = _boundaries(self._index(shard), rows)
             if left is not None:
                 seen = np.cumsum(np.diff(boundaries) - 1)

@@ -44,7 +44,7 @@ class JsonlSource(FileSource):
                 skip -= 1
                 continue
             try:
-                yield self._text(_parse_line(line))
+                yield self._text(parse_line(line))
             except Unusable as reason:
                 yield Bad(f"{path}:{number}", str(reason))
 
@@ -68,7 +68,7 @@ class JsonlSource(FileSource):
         return text_of(value[self.field], self.field)
 
 
-def _parse_line(line: bytes) -> object:
+def parse_line(line: bytes) -> object:
     """Return the value of a line. Raises Unusable."""
     try:
         return json.loads(line.decode())
@@ -76,7 +76,7 @@ def _parse_line(line: bytes) -> object:
         raise Unusable(f"byte {error.start} of the line {not_utf8(error)}") from None
     except (ValueError, RecursionError) as error:
         if line.startswith(codecs.BOM_UTF8):  # from concatenated files, each with its mark
-            return _parse_line(line[len(codecs.BOM_UTF8) :])
+            return parse_line(line[len(codecs.BOM_UTF8) :])
         raise Unusable(f"not valid JSON: {error}{_hint(line.strip())}") from None
 
 

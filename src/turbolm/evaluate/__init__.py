@@ -1,0 +1,1 @@
+"""Evaluate trained models with lm-evaluation-harness."""

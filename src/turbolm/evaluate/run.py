@@ -1,0 +1,136 @@
+"""Evaluate a run's export, a checkpoint or an exported model, and write what was found beside it. Torch-free."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from turbolm.checkpoint.export_folder import update_card
+from turbolm.checkpoint.manifest import MANIFEST
+from turbolm.errors import UserError
+from turbolm.files import read_json, write_json
+from turbolm.plan.machine import detect_machine
+from turbolm.redaction import redact
+from turbolm.report.evaluations import HEADING, card_section, evaluation_rows
+from turbolm.report.html import write_report
+from turbolm.train.run_directory import RunDirectory
+
+MISSING = "turbolm evaluate needs lm-evaluation-harness; install it with: pip install 'turbolm[evaluate]'"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to evaluate, and how; `command` is what the user typed."""
+
+    tasks: tuple[str, ...]
+    include: Path | None
+    limit: int | None
+    num_fewshot: int | None
+    batch_size: int
+    command: str
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to evaluate: an export, or a checkpoint that has yet to be exported; `run` where it is known."""
+
+    name: str
+    export: Path | None
+    checkpoint: Path | None
+    run: RunDirectory | None
+
+    @property
+    def results(self) -> Path:
+        """Return the file for its evaluations: results.json of a finished run, else one of its own."""
+        if self.run is not None:
+            return self.run.results if self.run.results.is_file() else self.run.evaluation
+        assert self.export is not None
+        return self.export.with_name(f"{self.export.name}.evaluation.json")
+
+
+def evaluate_model(path: Path, options: Options) -> str:
+    """Evaluate the model at `path` and write the results; returns what to print. Raises UserError."""
+    subject = find_subject(path)
+    if not options.tasks:
+        raise UserError("--tasks: expected the name of a task, such as --tasks arc_easy,hellaswag")
+    if options.include is not None and not options.include.is_dir():
+        raise UserError(f"--include: {options.include} is not a folder")
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UserError(MISSING)
+    if not detect_machine().num_gpus:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, which Transformers imports, need not look for GPUs
+    os.environ["HF_EVALUATE_OFFLINE"] = "1"  # a metric that the `evaluate` library fetches is code from the Hub
+    with _exported(subject) as folder:
+        from turbolm.evaluate.harness import run_tasks
+
+        measured = run_tasks(folder, options)
+    at = datetime.now(UTC).isoformat(timespec="seconds")
+    record: dict[str, Any] = {"model": subject.name, "at": at, "command": redact(options.command), **measured}
+    lines = ["  ".join(filter(None, row[1:])) for row in evaluation_rows([record])]
+    return "\n".join([*lines, *_keep(subject, record)])
+
+
+def find_subject(path: Path) -> Subject:
+    """Return what is at `path`: a run, a checkpoint of one, or an export. Raises UserError."""
+    resolved = path.resolve()
+    if (resolved / MANIFEST).is_file() and resolved.parent.name == "checkpoints":
+        return Subject(resolved.name, None, resolved, RunDirectory(resolved.parent.parent))
+    run = RunDirectory(resolved)
+    if run.contract.is_file():
+        export = run.path / "export"
+        if not (export / "config.json").is_file():
+            raise UserError(f"{path} has no export yet; name one of the checkpoints in {run.checkpoints}")
+        return Subject(_checkpoint_of(run), export, None, run)
+    if (resolved / "config.json").is_file():
+        run = RunDirectory(resolved.parent)
+        is_of_run = resolved.name == "export" and run.contract.is_file()
+        name = _checkpoint_of(run) if is_of_run else resolved.name
+        return Subject(name, resolved, None, run if is_of_run else None)
+    raise UserError(f"{path}: expected a run, a checkpoint of a run, or an exported model")
+
+
+def _checkpoint_of(run: RunDirectory) -> str:
+    """Return the name of the checkpoint that the run's export was made from, as far as results.json says."""
+    return Path(str((read_json(run.results) or {}).get("checkpoint", "export"))).name
+
+
+@contextlib.contextmanager
+def _exported(subject: Subject) -> Iterator[Path]:
+    if subject.export is not None:
+        yield subject.export
+        return
+    from turbolm.checkpoint.export import export_checkpoint, short_card
+
+    assert subject.checkpoint is not None and subject.run is not None
+    contract = read_json(subject.run.contract)
+    if contract is None:
+        raise UserError(f"{subject.checkpoint}: {subject.run.contract} cannot be read")
+    precision = contract["contract"]["train"]["precision"]
+    with tempfile.TemporaryDirectory(prefix="turbolm-export-") as folder:
+        out, card = Path(folder) / "export", short_card(subject.run.path, subject.checkpoint)
+        yield export_checkpoint(subject.checkpoint, subject.run.model, out, precision=precision, card=card)
+
+
+def _keep(subject: Subject, record: dict[str, Any]) -> Iterator[str]:
+    """Write the record to the results, the model card and the report; yield a line for each."""
+    results = read_json(subject.results) or {}
+    asked = record["model"], record["command"]  # the same once more replaces what was found before
+    others = [one for one in results.get("evaluations", ()) if (one["model"], one["command"]) != asked]
+    results["evaluations"] = [*others, record]
+    write_json(subject.results, results)
+    yield f"results: {subject.results}"
+    if subject.export is not None:
+        of_this = [one for one in results["evaluations"] if one["model"] == subject.name]
+        if update_card(subject.export, HEADING, card_section(of_this)):
+            yield f"model card: {subject.export / 'README.md'}"
+        else:
+            yield f"model card: {subject.export / 'README.md'} is not what export wrote; it is left as it is"
+    if subject.run is not None:
+        yield f"report: {write_report(subject.run.path)}"

@@ -1,0 +1,193 @@
+"""`turbolm evaluate`: the harness's numbers are the run's own, they are written where they belong, and what cannot be
+evaluated is told in one line."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+
+from tests.train.harness import BINS_PER_BATCH, SEQ_LEN, make_recipe, train_in_world
+from turbolm.data.prepare.build import prepare
+from turbolm.errors import UserError
+from turbolm.evaluate.run import MISSING, Options, evaluate_model, find_subject
+from turbolm.report.evaluations import card_section, evaluation_rows
+from turbolm.report.html import write_report
+from turbolm.train.run_directory import run_directory
+
+harness = pytest.mark.skipif(
+    importlib.util.find_spec("lm_eval") is None, reason="lm-evaluation-harness is not installed: turbolm[evaluate]"
+)
+QUESTIONS = [
+    {"context": "alpha beta gamma", "choices": ["delta", "epsilon zeta = x + y", "eta"], "answer": 1},
+    {"context": "1 alpha beta:", "choices": ["gamma delta", "eta"], "answer": 1},
+    {"context": "eta theta iota", "choices": ["kappa", "theta"], "answer": 0},
+]
+TASK = """\
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+doc_to_text: "{{{{context}}}}"
+{more}
+metadata: {{version: 2}}
+"""
+CHOOSE = """\
+output_type: multiple_choice
+doc_to_choice: choices
+doc_to_target: answer
+metric_list: [{metric: acc_norm}]"""
+SCORE = """\
+output_type: loglikelihood
+doc_to_target: " {{choices[answer]}}"
+metric_list: [{metric: perplexity, aggregation: perplexity, higher_is_better: false}]"""
+
+
+def options(*tasks: str, include: Path | None = None, limit: int | None = None) -> Options:
+    return Options(tasks, include, limit, None, 2, f"turbolm evaluate RUN --tasks {','.join(tasks)}")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run that answers the questions itself, and a folder of tasks that ask them."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    data, first, absent = (folder / f"{name}.jsonl" for name in ("questions", "first", "absent"))
+    data.write_text("".join(json.dumps(one) + "\n" for one in QUESTIONS))
+    first.write_text(json.dumps(QUESTIONS[0]) + "\n")
+    recipe = make_recipe(
+        folder,
+        train={"budget": 2 * BINS_PER_BATCH * SEQ_LEN},
+        evaluation={"tasks": [{"name": "own", "path": str(data)}, {"name": "first", "path": str(first)}]},
+        logging={"sample_tokens": 0},
+    )
+    prepare(recipe)
+    assert train_in_world(recipe, 1) == 0
+    tasks = folder / "tasks"
+    tasks.mkdir()
+    for name, file, more in (("choose", data, CHOOSE), ("score", first, SCORE), ("absent", absent, SCORE)):
+        (tasks / f"{name}.yaml").write_text(TASK.format(name=name, data=file, more=more))
+    return folder
+
+
+def run_of(folder: Path) -> Path:
+    return run_directory(make_recipe(folder)).path
+
+
+@pytest.mark.slow
+@harness
+def test_the_harness_finds_what_the_run_found_itself(folder: Path) -> None:
+    run = run_of(folder)
+    before = json.loads((run / "results.json").read_text())
+    told = evaluate_model(run, options("choose", "score", include=folder / "tasks"))
+    results = json.loads((run / "results.json").read_text())
+    (record,) = results.pop("evaluations")
+    assert results == before, "nothing else has changed"
+    own, tasks = results["eval_tasks"], record["tasks"]
+    # These choices have as many bytes as characters, by which acc_norm divides.
+    assert tasks["choose"]["metrics"]["acc_norm"]["value"] == pytest.approx(own["own"]["accuracy"])
+    assert tasks["choose"]["metrics"]["acc_norm"]["stderr"] >= 0
+    assert (tasks["choose"]["examples"], tasks["choose"]["of"], tasks["choose"]["version"]) == (3, 3, 2)
+    bits = math.log2(tasks["score"]["metrics"]["perplexity"]["value"])  # of all of the right answer
+    assert bits / len("epsilon zeta = x + y") == pytest.approx(own["first"]["bits_per_byte"], rel=1e-5)
+    assert record["model"] == "step-00000002" and record["command"] == "turbolm evaluate RUN --tasks choose,score"
+    for place in (run / "export/README.md", run / "report.html"):
+        text = place.read_text()
+        assert "acc_norm" in text and "3 of 3" in text, place
+    assert "choose  acc_norm  " in told and "results.json" in told
+    check_the_same_again(run, folder)
+
+
+def check_the_same_again(run: Path, folder: Path) -> None:
+    """Once more, from a checkpoint: the same numbers, in place of the first."""
+    first = json.loads((run / "results.json").read_text())["evaluations"][0]
+    checkpoint = max((run / "checkpoints").glob("step-*"))
+    evaluate_model(checkpoint, options("choose", "score", include=folder / "tasks"))
+    (second,) = json.loads((run / "results.json").read_text())["evaluations"]
+    assert second["tasks"] == first["tasks"]
+    alone = folder / "alone"
+    shutil.copytree(run / "export", alone)
+    (alone / "README.md").write_text("mine")
+    told = evaluate_model(alone, options("choose", include=folder / "tasks", limit=2))
+    assert "is not what export wrote; it is left as it is" in told and (alone / "README.md").read_text() == "mine"
+    (record,) = json.loads((folder / "alone.evaluation.json").read_text())["evaluations"]
+    assert (record["model"], record["tasks"]["choose"]["examples"], record["tasks"]["choose"]["of"]) == ("alone", 2, 3)
+
+
+@pytest.mark.slow
+@harness
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ("chose", r"^--tasks: lm-evaluation-harness knows no task 'chose'; did you mean 'choose'\?$"),
+        ("absent", r"^--tasks absent: \w+: .*absent\.jsonl.*"),
+        ("hellaswag", r"^--tasks hellaswag: \w+: .*; its data are on the Hub: fetch them once"),
+    ],
+)
+def test_tasks_that_cannot_be_loaded_are_told_in_a_line(
+    task: str, message: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets.config
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=message) as refused:
+        evaluate_model(run_of(folder), options(task, include=folder / "tasks"))
+    assert "\n" not in str(refused.value)
+
+
+@pytest.fixture
+def bare_run(tmp_path: Path) -> Path:
+    """The files by which a run, its checkpoint and its export are known."""
+    run = tmp_path / "run"
+    for folder in ("checkpoints/step-00000002", "export"):
+        (run / folder).mkdir(parents=True)
+    for file in ("contract.json", "checkpoints/step-00000002/manifest.json", "export/config.json"):
+        (run / file).write_text("{}")
+    (run / "results.json").write_text(json.dumps({"checkpoint": "elsewhere/checkpoints/step-00000002"}))
+    return run
+
+
+def test_without_the_harness_one_line_says_how_to_install_it(bare_run: Path) -> None:
+    with patch("importlib.util.find_spec", lambda name: None), pytest.raises(UserError) as refused:
+        evaluate_model(bare_run, options("choose"))
+    assert str(refused.value) == MISSING and "pip install 'turbolm[evaluate]'" in MISSING
+
+
+def test_what_is_evaluated(bare_run: Path) -> None:
+    checkpoint, export, results = bare_run / "checkpoints/step-00000002", bare_run / "export", bare_run / "results.json"
+    for path in (bare_run, export, checkpoint):
+        subject = find_subject(path)
+        assert (subject.name, subject.results) == ("step-00000002", results)
+        assert (subject.checkpoint, subject.export) == ((checkpoint, None) if path == checkpoint else (None, export))
+    with pytest.raises(UserError, match="--include: .* is not a folder"):
+        evaluate_model(bare_run, options("choose", include=bare_run / "none"))
+    results.unlink()
+    assert find_subject(checkpoint).results == bare_run / "evaluation.json"
+    other = shutil.copytree(export, bare_run.parent / "exported")
+    assert find_subject(other).results == bare_run.parent / "exported.evaluation.json"
+    shutil.rmtree(export)
+    with pytest.raises(UserError, match=r"has no export yet; name one of the checkpoints in .*/checkpoints"):
+        find_subject(bare_run)
+    with pytest.raises(UserError, match="expected a run, a checkpoint of a run, or an exported model"):
+        find_subject(bare_run / "checkpoints")
+
+
+def test_how_evaluations_are_shown(tmp_path: Path) -> None:
+    metrics = {"acc": {"value": 0.25, "stderr": 0.125}, "f1": {"value": None, "stderr": None}}
+    task: dict[str, Any] = {"version": 1, "num_fewshot": 0, "examples": 1200, "of": 1300, "metrics": metrics}
+    record = {"model": "step-1", "command": "turbolm evaluate x", "lm_eval": "0.4", "tasks": {"t": task}}
+    group = {**record, "tasks": {"g": {**task, "examples": None, "of": None, "num_fewshot": None}}}
+    assert evaluation_rows([record, group])[::2] == [
+        ["step-1", "t", "acc", "0.2500", "± 0.1250", "1,200 of 1,300", "0-shot", "version 1"],
+        ["step-1", "g", "acc", "0.2500", "± 0.1250", "", "", "version 1"],
+    ]
+    assert "| t | acc | 0.2500 | ± 0.1250 | 1,200 of 1,300 | 0-shot | version 1 |" in card_section([record])
+    (tmp_path / "evaluation.json").write_text(json.dumps({"evaluations": [record]}))
+    assert "± 0.1250" in write_report(tmp_path).read_text()
