@@ -19,10 +19,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.train.harness import BINS_PER_BATCH, MODELS, SEQ_LEN, make_recipe
 from tests.world import run_world
+from turbolm.data.batch.loader import recipe_evaluation_set
 from turbolm.data.prepare.build import find_store, prepare
 from turbolm.data.store.token_store import TokenStore, open_store
 from turbolm.models.build import build_model
 from turbolm.recipe.schema import Recipe
+from turbolm.train.evaluation import left_out_note
 from turbolm.train.run_directory import RunDirectory, run_directory
 
 QUESTIONS = [  # three, which two ranks cannot share evenly
@@ -57,7 +59,8 @@ def mixed_recipe(folder: Path, name: str, **sections: dict[str, Any]) -> Recipe:
         ],
     }
     sections["data"] = {"sources": sources, "validation": "20%", **sections.get("data", {})}
-    recipe = make_recipe(folder, evaluation=evaluation, **sections)
+    sections["evaluation"] = {**evaluation, **sections.get("evaluation", {})}
+    recipe = make_recipe(folder, **sections)
     return recipe.model_copy(update={"name": name})
 
 
@@ -66,7 +69,6 @@ def _evaluate(recipes: list[Recipe]) -> list[dict[str, Any]]:
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
     from tests.train.cells import build_plan_of_large_matrices
-    from turbolm.data.batch.loader import recipe_evaluation_set
     from turbolm.engine.start import build_accelerator, control_group
     from turbolm.plan.machine import detect_machine
     from turbolm.reliability.stop import StopRequest, look
@@ -250,3 +252,24 @@ def test_a_run_reports_its_sets_and_tasks(tmp_path: Path) -> None:
     assert results["eval_tasks"]["greek"]["questions"] < 3
     said = (run_directory(only).path / "attempts/1/log.rank0.txt").read_text()
     assert "greek: 1 of 3 questions, by evaluation.tokens (20)" in said
+
+
+def test_held_out_tokens_of_each_source(tmp_path: Path) -> None:
+    """The first of all sources, which may leave the last ones out, or the first of each, to the same number."""
+    first_of_all = mixed_recipe(tmp_path, "first-of-all", evaluation={"tokens": 60})
+    of_each = mixed_recipe(tmp_path, "of-each", evaluation={"tokens": 60, "from_each_source": True})
+    store = open_store(prepare(of_each))
+    (_, middle), (_, end) = store.source_documents("validation")
+    lengths = store.lengths("validation").tolist()
+    assert recipe_evaluation_set(first_of_all, store).documents[0][1] < middle
+    assert left_out_note(of_each, store) is None
+    note = left_out_note(first_of_all, store)
+    assert note is not None and note.startswith("no held-out loss of second: their documents come after the first 60 ")
+
+    held_out = recipe_evaluation_set(of_each, store)
+    for (first, stop), (begin, last) in zip(held_out.documents, [(0, middle), (middle, end)], strict=True):
+        assert first == begin and sum(lengths[first:stop]) <= 30 < sum(lengths[first : stop + 1]) and stop < last
+    documents = [number for one in held_out.documents for number in range(*one)]
+    assert np.unique(held_out.sequences.document).tolist() == documents
+    assert held_out.num_targets == sum(lengths[number] for number in documents)
+    assert held_out.text_bytes == store.text_bytes("validation")[documents].sum()

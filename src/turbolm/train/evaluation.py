@@ -97,8 +97,8 @@ def left_out_note(recipe: Recipe, store: TokenStore) -> str | None:
     if not left_out:
         return None
     return (
-        f"no held-out loss of {', '.join(left_out)}: their documents come after the first evaluation.tokens "
-        f"({recipe.evaluation.tokens}); set evaluation.from_each_source: true"
+        f"no held-out loss of {', '.join(left_out)}: their documents come after the first {recipe.evaluation.tokens} "
+        "tokens (evaluation.tokens); set evaluation.from_each_source: true"
     )
 
 
