@@ -27,10 +27,12 @@ from turbolm.recipe.schema import Recipe
 from turbolm.train.evaluation import left_out_note
 from turbolm.train.run_directory import RunDirectory, run_directory
 
-QUESTIONS = [  # three, which two ranks cannot share evenly
+# Three, which two ranks cannot share evenly. Letters that the corpus lacks are a token each, and so the worst choice of a
+# new model: the second answer is right, the third is wrong.
+QUESTIONS = [
     {"context": "alpha beta gamma", "choices": ["delta", "epsilon zeta = x + y", "käppa ü"], "answer": 0},
-    {"question": "1 alpha beta: ", "choices": ["gamma delta", "eta"], "answer": "eta"},
-    {"context": "eta theta iota kappa " * 3 + "alpha", "choices": ["beta", "theta", "\niota kappa"], "answer": 2},
+    {"question": "1 alpha beta: ", "choices": ["qzxjq", "eta"], "answer": "eta"},
+    {"context": "eta theta iota kappa " * 8 + "alpha", "choices": ["beta", "theta", "\nqzxjq"], "answer": 2},
 ]
 ALONE = [{"context": "", "choices": ["alpha beta"], "answer": 0}]  # nothing to choose from
 
