@@ -435,8 +435,6 @@ def ablate(
 
 app.command()(report)
 app.command()(compare)
-
-
 app.command()(evaluate)
 
 
