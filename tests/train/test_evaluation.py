@@ -27,8 +27,8 @@ from turbolm.recipe.schema import Recipe
 from turbolm.train.evaluation import left_out_note
 from turbolm.train.run_directory import RunDirectory, run_directory
 
-# Three, which two ranks cannot share evenly. A letter that is rare in the corpus is a token by itself, so what is made of
-# such letters is the worst choice of a new model: the second answer is right, the third is wrong.
+# Three, which two ranks cannot share evenly. Letters that are rare in the corpus are a token each, so the choice made of
+# them is the worst one of a new model: the second answer is right, the third is wrong.
 QUESTIONS = [
     {"context": "alpha beta gamma", "choices": ["delta", "epsilon zeta = x + y", "käppa ü"], "answer": 0},
     {"question": "1 alpha beta: ", "choices": ["qzxjq", "eta"], "answer": "eta"},
