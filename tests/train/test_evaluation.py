@@ -27,7 +27,7 @@ from turbolm.recipe.schema import Recipe
 from turbolm.train.evaluation import left_out_note
 from turbolm.train.run_directory import RunDirectory, run_directory
 
-# Three, which two ranks cannot share evenly. Letters that are rare in the corpus are a token each, so the choice made of
+# Three, which two ranks cannot share evenly. Letters that are rare in the corpus are a token each, so a choice made of
 # them is the worst one of a new model: the second answer is right, the third is wrong.
 QUESTIONS = [
     {"context": "alpha beta gamma", "choices": ["delta", "epsilon zeta = x + y", "käppa ü"], "answer": 0},
