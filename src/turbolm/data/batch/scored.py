@@ -198,7 +198,8 @@ class _Collected:
         """Add the first questions of a task; at least one."""
         task, most = self._recipe.evaluation.tasks[number], self._recipe.evaluation.tokens
         key = f"evaluation.tasks.{number}"
-        questions, first_label, total, num_cut, taken = read_questions(task, f"{key}.path"), self._next_label, 0, 0, []
+        questions, first_label = read_questions(task, f"{key}.path"), self._next_label
+        total, num_cut, taken = 0, 0, list[Question]()
         for question in questions:
             documents, is_cut = self._documents(question)
             size = sum(len(tokens) - 1 for tokens, _ in documents)
