@@ -82,6 +82,7 @@ WHY_NOT = {
     "padded_vocab": "the vocabulary is such a multiple",
     "speedrun": "see the speedrun",
     "tied_embeddings": "the baseline",
+    "weight_average": "one run measures both: see averaged weights",
     "zero1": "the baseline",
     "zeropp": "needs nodes of 8 GPUs",
 }

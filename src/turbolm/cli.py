@@ -289,56 +289,42 @@ def verify(
     overrides: Overrides = None,
 ) -> None:
     """Check every file of a checkpoint or of a token store against its manifest."""
-    from turbolm.checkpoint.manifest import read_manifest
-    from turbolm.checkpoint.verify import verify_checkpoint
+    from turbolm.launch.verify import verify_path
 
-    is_recipe = path.is_file()
-    if is_recipe:
-        from turbolm.data.prepare.build import store_folder
-        from turbolm.recipe.load import load_recipe
-        from turbolm.train.run_contract import as_started, with_commits
-
-        path = store_folder(with_commits(as_started(load_recipe(str(path), overrides or ()))[0]))
-    if is_recipe or (path / "tokenizer").is_dir() or any(path.glob("shard-*")):  # it may have lost its manifest
-        print(f"{path}: intact; {_verify_store(path)} shards")
-        return
-    if problems := verify_checkpoint(path):
-        raise UserError("\n".join(f"{path}: {problem}" for problem in problems))
-    manifest = read_manifest(path)
-    print(f"{path}: intact; step {manifest['step']}, {len(manifest['files'])} files")
-
-
-def _verify_store(folder: Path) -> int:
-    """Return the number of shards. Raises UserError with every corrupt file."""
-    from turbolm.data.store.token_store import find_damage, read_manifest
-
-    manifest = read_manifest(folder)
-    if problems := [f"{folder}: {name}: {problem}" for name, problem in find_damage(folder, manifest, full=True)]:
-        advice = "Run `turbolm prepare RECIPE` again; it rebuilds what is damaged."
-        raise UserError("\n".join([*problems, advice]))
-    return len(manifest["shards"])
+    print(verify_path(path, overrides or ()))
 
 
 @app.command()
 def export(
     checkpoint: CheckpointFolder,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="the folder to write; an earlier export is replaced")],
+    averaged: Annotated[
+        bool, Option("--average", help="the mean of the weights that evaluation.weight_average keeps")
+    ] = False,
 ) -> None:
     """Write a checkpoint in the Hugging Face layout."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, which Transformers imports, need not look for GPUs
-    from turbolm.checkpoint.export import export_checkpoint, short_card
-    from turbolm.files import read_json
-    from turbolm.recipe.paths import make_folder
-    from turbolm.train.run_directory import RunDirectory
+    from turbolm.checkpoint.export import export_from_run
 
-    run = RunDirectory(checkpoint.resolve().parent.parent)
-    contract = read_json(run.contract)
-    if contract is None:
-        raise UserError(f"{checkpoint}: expected a checkpoint inside a run directory; {run.contract} cannot be read")
-    make_folder(out.absolute().parent, "OUT")
-    card = short_card(run.path, checkpoint)
-    precision = contract["contract"]["train"]["precision"]
-    print(f"exported to {export_checkpoint(checkpoint, run.model, out, precision=precision, card=card)}")
+    print(f"exported to {export_from_run(checkpoint, out, averaged=averaged)}")
+
+
+@app.command()
+def average(
+    paths: Annotated[
+        list[Path],
+        typer.Argument(metavar="CHECKPOINT... OUT", help="checkpoints of one run, and the folder to write, a new one"),
+    ],
+    last: Annotated[int | None, Option(min=2, help="give one RUN instead: its newest N checkpoints")] = None,
+    weights: Annotated[
+        str | None, Option(help="of the checkpoints in their order, such as 1,2,4; default: equal")
+    ] = None,
+) -> None:
+    """Write the mean of several checkpoints' weights in the Hugging Face layout."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from turbolm.checkpoint.average import average_command
+
+    print(f"exported to {average_command(paths, last, weights)}")
 
 
 @app.command()

@@ -146,6 +146,7 @@ def make_folder(folder: Path, zero_stage: int) -> Path:
         train={"budget": STEPS * BINS_PER_BATCH * SEQ_LEN},
         logging={"every_steps": 1, "sample_tokens": 0},
         checkpoint={"every": f"{SAVE_EVERY} steps"},
+        evaluation={"weight_average": {"last": "70%", "half_life": "10%"}},
         cluster={"processes_per_node": 2},
         execution={"zero_stage": zero_stage},
     )
@@ -192,7 +193,7 @@ def test_killed_runs_equal_the_uninterrupted_one(zero_stage: int, kills: int, in
     last = f"checkpoints/step-{STEPS:08d}"
     ours, theirs = read_tensors(run.path / last), read_tensors(whole.path / last)
     assert ours.keys() == theirs.keys()
-    assert {name.split("/")[0] for name in ours} == {"weight", "exp_avg", "exp_avg_sq"}
+    assert {name.split("/")[0] for name in ours} == {"weight", "exp_avg", "exp_avg_sq", "weight_average"}
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
     assert not run.saving() and not (run.path / "lock.json").exists()
     check_ledger(run)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Protocol
 
 import torch
 from transformers import (
@@ -16,48 +18,97 @@ from transformers import (
 )
 
 from turbolm.checkpoint.export_folder import check_replaceable, drop_code, replace_export
+from turbolm.checkpoint.index import WEIGHT_AVERAGE
 from turbolm.checkpoint.load import CheckpointReader
 from turbolm.checkpoint.manifest import remove_folder
 from turbolm.checkpoint.verify import verify_checkpoint
 from turbolm.engine.device import DTYPES
 from turbolm.errors import UserError
 from turbolm.models.positions import num_positions
+from turbolm.recipe.paths import make_folder
+from turbolm.train.run_directory import run_of
 
 
-def export_checkpoint(checkpoint: Path, model_folder: Path, out: Path, *, precision: str, card: str) -> Path:
-    """Write the checkpoint's weights, in the precision they were trained in, to `out`.
+class Weights(Protocol):
+    """What an export is made of. `checkpoint` is named in messages; tensors are read when they are needed."""
 
-    `model_folder` holds the run's configuration and tokenizer, `card` is the text of the model card. The export is
-    loaded again as Transformers does and compared with the checkpoint, tensor by tensor. An earlier export is replaced
-    once the new one is complete. Raises UserError for a corrupt checkpoint, if the new folder would hold another model,
-    or if `out` holds a file that no export wrote.
+    checkpoint: Path
+    shapes: dict[str, tuple[int, ...]]  # of all parameters, tied ones once
+
+    def read_whole(self, name: str) -> torch.Tensor:
+        """Return a parameter in its own shape."""
+
+    def buffers(self) -> dict[str, torch.Tensor]:
+        """Return the model's persistent buffers."""
+
+
+def export_from_run(checkpoint: Path, out: Path, *, averaged: bool = False) -> Path:
+    """Export a checkpoint inside a run directory, with a short model card; see `export_checkpoint`."""
+    run, record = run_of(checkpoint)
+    make_folder(out.absolute().parent, "OUT")
+    card, precision = short_card(run.path, checkpoint, averaged=averaged), record["contract"]["train"]["precision"]
+    return export_checkpoint(checkpoint, run.model, out, precision=precision, card=card, averaged=averaged)
+
+
+def export_checkpoint(
+    checkpoint: Path, model_folder: Path, out: Path, *, precision: str, card: str, averaged: bool = False
+) -> Path:
+    """Write the checkpoint's weights, or with `averaged` the mean of the weights that it has, to `out`.
+
+    See `export_weights`. Raises its errors, and UserError for a checkpoint that is corrupt or has no such mean.
     """
     check_replaceable(out)
     problems = verify_checkpoint(checkpoint)
     if problems:
         raise UserError(f"{checkpoint} cannot be exported: {problems[0]}")
+    with CheckpointReader(checkpoint, weights=WEIGHT_AVERAGE if averaged else "weight") as reader:
+        if averaged and not reader.part.has_average:
+            raise UserError(
+                f"{checkpoint} has no average of the weights: evaluation.weight_average was not set, or its steps had "
+                "not begun"
+            )
+        return export_weights(reader, model_folder, out, precision=precision, card=card)
+
+
+def export_weights(
+    weights: Weights,
+    model_folder: Path,
+    out: Path,
+    *,
+    precision: str,
+    card: str,
+    notes: Mapping[str, str] = MappingProxyType({}),
+) -> Path:
+    """Write a model, in the precision it was trained in, to `out`.
+
+    `model_folder` holds the run's configuration and tokenizer, `card` is the text of the model card, `notes` are files
+    beside it. The export is loaded again as Transformers does and compared with `weights`, tensor by tensor. An earlier
+    export is replaced once the new one is complete. Raises UserError if the new folder would hold another model, or if
+    `out` holds a file that no export wrote.
+    """
     temporary = out.with_name(f".tmp-{out.name}")
     remove_folder(temporary)
     dtype = DTYPES[precision]
     try:
-        with CheckpointReader(checkpoint) as reader:
-            _build(reader, model_folder, dtype).save_pretrained(temporary)
-            tokenizer(model_folder).save_pretrained(temporary)
-            drop_code(temporary)
-            _compare(reader, temporary, dtype)
-        (temporary / "README.md").write_text(card, encoding="utf-8")
+        _build(weights, model_folder, dtype).save_pretrained(temporary)
+        tokenizer(model_folder).save_pretrained(temporary)
+        drop_code(temporary)
+        _compare(weights, temporary, dtype)
+        for name, text in {"README.md": card, **notes}.items():
+            (temporary / name).write_text(text, encoding="utf-8")
         replace_export(out, temporary)
     finally:
         remove_folder(temporary)  # of an export that failed; a full disk needs the room
     return out
 
 
-def short_card(run: Path, checkpoint: Path) -> str:
+def short_card(run: Path, checkpoint: Path, *, averaged: bool = False) -> str:
     """A model card that says only where the model comes from."""
-    return f"# {run.name}\n\nExported from {checkpoint.name} with turbolm.\n"
+    what = "The weights' running mean (evaluation.weight_average), exported" if averaged else "Exported"
+    return f"# {run.name}\n\n{what} from {checkpoint.name} with turbolm.\n"
 
 
-def _build(reader: CheckpointReader, model_folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+def _build(reader: Weights, model_folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     """The model with the checkpoint's weights. The checkpoint knows whether embedding and head are tied."""
     try:
         config = AutoConfig.from_pretrained(model_folder, local_files_only=True, trust_remote_code=False)
@@ -91,7 +142,7 @@ def _on_meta(config: PreTrainedConfig) -> PreTrainedModel:
     return model
 
 
-def _compare(reader: CheckpointReader, folder: Path, dtype: torch.dtype) -> None:
+def _compare(reader: Weights, folder: Path, dtype: torch.dtype) -> None:
     """Raise UserError unless the folder loads as the checkpoint's weights in `dtype`, all of them and no other."""
     try:
         model, info = AutoModelForCausalLM.from_pretrained(

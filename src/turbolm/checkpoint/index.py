@@ -19,6 +19,8 @@ from turbolm.checkpoint.manifest import BUFFERS, TRAINER_STATE, index_file, rank
 from turbolm.errors import UserError
 from turbolm.files import load_json
 
+WEIGHT_AVERAGE = "weight_average"  # a parameter's mean over the steps that `evaluation.weight_average` names
+
 Piece = tuple[int, int, int]  # elements [start, end) of a flattened parameter, and the rank that saved them
 
 
@@ -95,6 +97,7 @@ class Part:
     zero_stage: int | None
     shapes: dict[str, tuple[int, ...]]  # of all parameters
     has_states: bool  # whether any rank saved a state tensor of the optimizer
+    has_average: bool
     counted: dict[str, float]  # a parameter's scalars, those of any
     groups: list[dict[str, float]]
     has_buffers: bool
@@ -122,6 +125,7 @@ class CheckpointIndex:
         for rank in range(self.manifest["world_size"]):
             self._add(rank, read_index(self.checkpoint, rank))
         self._starts = {name: self._check_coverage(name, shape) for name, shape in self.manifest["parameters"].items()}
+        self.has_average = any(WEIGHT_AVERAGE in states for states in self._states_of.values())
         self._with_whole = {name for name, _ in self._whole}
         self._shapes = {name: tuple(shape) for name, shape in self.manifest["parameters"].items()}
         self._counted = {key: value for scalars in self._scalars.values() for key, value in scalars.items()}
@@ -179,7 +183,8 @@ class CheckpointIndex:
             world_size=self.manifest["world_size"],
             zero_stage=self.manifest.get("zero_stage"),
             shapes=self._shapes,
-            has_states=any(self._states_of.values()) or bool(self._whole),
+            has_states=any(states - {WEIGHT_AVERAGE} for states in self._states_of.values()) or bool(self._whole),
+            has_average=self.has_average,
             counted=self._counted,
             groups=self._groups,
             has_buffers=BUFFERS in self.manifest["files"],

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from turbolm.checkpoint.agreement import gather_over
 from turbolm.checkpoint.host_rng import set_host_rng_state
-from turbolm.checkpoint.index import CheckpointIndex, Part, Wanted
+from turbolm.checkpoint.index import WEIGHT_AVERAGE, CheckpointIndex, Part, Wanted
 from turbolm.checkpoint.manifest import BUFFERS, TRAINER_STATE
 from turbolm.checkpoint.optimizer_state import (
     PARAMETER,
@@ -33,10 +33,11 @@ class CheckpointReader:
     """The tensors of a checkpoint, whoever wrote which part of them. Use as a context manager.
 
     `part` is what this process is to read; by default all, for which it reads the index files of all ranks itself.
+    `read_whole` reads `weights`: those trained, or their mean.
     """
 
-    def __init__(self, checkpoint: Path, part: Part | None = None):
-        self.checkpoint = checkpoint
+    def __init__(self, checkpoint: Path, part: Part | None = None, weights: str = "weight"):
+        self.checkpoint, self._weights = checkpoint, weights
         self.part = part or CheckpointIndex(checkpoint).everything()
         self.shapes, self.scalars, self.groups = self.part.shapes, self.part.scalars, self.part.groups
         self.states_of, self.whole = self.part.states_of, self.part.whole
@@ -65,7 +66,7 @@ class CheckpointReader:
     def read_whole(self, name: str) -> torch.Tensor:
         """A parameter's fp32 weight in its own shape."""
         shape = self.shapes[name]
-        return self.read("weight", name, 0, math.prod(shape)).view(shape)
+        return self.read(self._weights, name, 0, math.prod(shape)).view(shape)
 
     def read_bound(self, state: str, name: str, layout: str) -> torch.Tensor:
         """A state tensor that was saved whole for one layout."""
@@ -114,6 +115,7 @@ def load_checkpoint(checkpoint: Path, engine: Engine, agree: Agree | None = None
         reader = _open_fitting(checkpoint, engine, stack, agree)
         if reader.part.has_states:
             engine.materialise_state()
+        _make_average(reader, engine)
         in_step(agree, lambda: _load_own_part(reader, engine), UserError)
         engine.publish_weights()
         in_step(agree, lambda: _load_rest(reader, engine), UserError)
@@ -196,6 +198,9 @@ def _load_own_part(reader: CheckpointReader, engine: Engine) -> None:
     for fragment in engine.fragments():
         layout = bound_to[fragment.name]
         is_read = layout == PARAMETER or id(fragment.flat) not in seen
+        mean = engine.averaged.of(fragment) if engine.averaged else None
+        if mean is not None:
+            _load_values(reader, WEIGHT_AVERAGE, fragment, mean)
         _load_fragment(reader, fragment, optimizer, layout if is_read else None)
         seen.add(id(fragment.flat))
     counted = reader.part.counted
@@ -209,11 +214,21 @@ def _load_buffers(reader: CheckpointReader, engine: Engine) -> None:
         buffers[name].copy_(value)
 
 
-@torch.no_grad()
 def _load_weight(reader: CheckpointReader, fragment: Fragment) -> None:
-    weight = fragment.view(fragment.flat)
-    values = reader.read("weight", fragment.name, fragment.start, fragment.numel)
-    weight.copy_(_of_its_kind(reader, f"weight of {fragment.name}", values, weight))
+    _load_values(reader, "weight", fragment, fragment.view(fragment.flat))
+
+
+@torch.no_grad()
+def _load_values(reader: CheckpointReader, state: str, fragment: Fragment, ours: torch.Tensor) -> None:
+    values = reader.read(state, fragment.name, fragment.start, fragment.numel)
+    ours.copy_(_of_its_kind(reader, f"{state} of {fragment.name}", values, ours))
+
+
+def _make_average(reader: CheckpointReader, engine: Engine) -> None:
+    """Create what the checkpoint's mean of the weights is loaded into, if it has one and this engine keeps one."""
+    engine.drop_average()
+    if engine.averaged is not None and reader.part.has_average:
+        engine.materialise_average()
 
 
 def _load_rest(reader: CheckpointReader, engine: Engine) -> None:
@@ -234,7 +249,7 @@ def _load_fragment(
     name = fragment.name
     _load_weight(reader, fragment)
     ours = parameter_state(optimizer, fragment)
-    saved, scalars = reader.states_of.get(name, set()), reader.scalars.get(name, {})
+    saved, scalars = reader.states_of.get(name, set()) - {WEIGHT_AVERAGE}, reader.scalars.get(name, {})
     if not saved and not scalars and name not in reader.part.with_whole:
         getattr(optimizer, "owned", {}).get(name, {}).clear()
         optimizer.state.pop(fragment.flat, None)  # it had none: never updated, or an optimizer without state

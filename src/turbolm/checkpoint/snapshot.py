@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from turbolm.checkpoint.host_rng import host_rng_state
-from turbolm.checkpoint.index import pack_fragments
+from turbolm.checkpoint.index import WEIGHT_AVERAGE, pack_fragments
 from turbolm.checkpoint.optimizer_state import PARAMETER, group_numbers, layouts, parameter_state
 from turbolm.engine.engine import Engine
 
@@ -60,6 +60,9 @@ def take_snapshot(engine: Engine, step: int, trainer_state: Mapping[str, Any]) -
         if engine.zero_stage == 0 and number % dist.get_world_size() != rank:
             continue  # every rank has it, and they take turns
         state = parameter_state(optimizer, fragment)
+        mean = engine.averaged.of(fragment) if engine.averaged else None
+        if mean is not None:
+            state.sharded[WEIGHT_AVERAGE] = mean
         tensors[f"weight/{fragment.name}"] = fragment.view(fragment.flat)
         tensors |= {f"{name}/{fragment.name}": tensor for name, tensor in state.sharded.items()}
         fragments[fragment.name] = (fragment.start, fragment.numel)

@@ -261,9 +261,11 @@ def _check_trainer_state(state: Mapping[str, Any]) -> None:
         if not isinstance(state.get(key), kind):
             raise UserError(f"{TRAINER_STATE}: lacks {key}, or has it of another type")
     best, anomalies, restarts = state.get("best_eval_loss"), state.get("anomalies", {}), state.get("restarts")
+    average = state.get("weight_average")
     try:
         windows = [(int(first), int(end)) for first, end in anomalies.get("skipped_batches", ())]
         counts = [int(anomalies.get(key, 0)) for key in ("in_a_row", "num_rollbacks", "segment")]
+        counts += [int(average.get(key, -1)) for key in ("first_step", "every_steps", "count") if average is not None]
         recent = [float(value) for key in ("losses", "norms") for value in anomalies.get(key, ())]
         is_sound = (best is None or math.isfinite(best)) and (restarts is None or isinstance(restarts, dict))
         is_sound = is_sound and all(0 <= first < end for first, end in windows) and min(counts) >= 0

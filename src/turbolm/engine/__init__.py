@@ -7,6 +7,6 @@ DeepSpeed does not document. tests/engine/test_contract.py names each of them an
 
   start.py       process groups and Accelerate      partitions.py  what each rank owns of every parameter
   engine.py      `Engine`                           state.py       the optimizer's state before its first step
-  hooks.py       a gate between gradients and update
+  hooks.py       a gate between gradients and update  lookahead.py, averaged_weights.py   vectors beside the weights
   sharding.py    models whose parameters ZeRO-3 partitions while they are built
 """

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from turbolm.engine import partitions, state
+from turbolm.engine.averaged_weights import AveragedWeights
 from turbolm.engine.hooks import Gate, install_gate
 from turbolm.engine.lookahead import Lookahead
 from turbolm.engine.partitions import Fragment
@@ -30,7 +31,7 @@ class Engine:
 
     `zero_stage` is 0 to 3. `optimizer` is the torch optimizer inside DeepSpeed's, which steps the fp32 tensors this
     rank owns; its state is keyed by them. Calling the engine runs the model's forward pass. `balance`, if any, is told
-    the load of a mixture's experts after each update.
+    the load of a mixture's experts after each update. `averaged` is None unless a mean of the weights is kept.
     """
 
     def __init__(self, deepspeed_engine: Any):
@@ -43,6 +44,7 @@ class Engine:
         self._gate: Gate | None = None
         self.balance: Balance | None = None
         self._lookahead: Lookahead | None = None
+        self.averaged: AveragedWeights | None = None
         self._before_changes: list[Callable[[], None]] = []
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
@@ -75,6 +77,19 @@ class Engine:
     def look_ahead(self, decay: float) -> None:
         """Take gradients ahead of the weights from now on (EMA-Nesterov), where the rates say so."""
         self._lookahead = Lookahead(decay)
+
+    def add_to_average(self, share: float) -> None:
+        """Move the mean of the weights towards them by `share` of their distance (`AveragedWeights.add`)."""
+        assert self.averaged is not None
+        self._tell_before_changes()
+        self.averaged.add(self._stepped(), share)
+
+    def swap_average(self) -> None:
+        """Let the model compute with the mean of the weights, or with the weights again. Collective."""
+        assert self.averaged is not None
+        self._tell_before_changes()
+        self.averaged.swap(self._stepped())
+        self.publish_weights()
 
     def backward_and_step(self, loss: torch.Tensor, *, is_boundary: bool) -> torch.Tensor | float | None:
         """Run the backward pass of one micro-batch, and at the boundary clip and update. Returns the unclipped norm.
@@ -140,10 +155,13 @@ class Engine:
         if rates.momentum is not None:
             self._set_momentum(rates.momentum)
         if self._lookahead and rates.lookahead is not None:
-            for action in self._before_changes:
-                action()
+            self._tell_before_changes()
             if self._lookahead.begin(self.optimizer, self._stepped(), rates.lookahead):
                 self.publish_weights()
+
+    def _tell_before_changes(self) -> None:
+        for action in self._before_changes:
+            action()
 
     def _stepped(self) -> list[torch.Tensor]:
         return sum(partitions.flats_of_groups(self.zero_stage, self._zero), [])
@@ -200,6 +218,16 @@ class Engine:
         state.materialise_state(self.optimizer, partitions.flats_of_groups(self.zero_stage, self._zero))
         if self._lookahead:
             self._lookahead.materialise(self.optimizer, self._stepped())
+
+    def drop_average(self) -> None:
+        """Forget the mean of the weights, if there is one."""
+        if self.averaged:
+            self.averaged.clear()
+
+    def materialise_average(self) -> None:
+        """Create the mean of the weights, which the caller overwrites."""
+        assert self.averaged is not None
+        self.averaged.materialise(self._stepped())
 
     def loss_scaler_state(self) -> dict[str, float]:
         """Return the state of the loss scaler (fp16); empty if none is in use."""

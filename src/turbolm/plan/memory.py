@@ -50,7 +50,7 @@ def estimate_model_state(
 ) -> ModelState:
     """Estimate the model state of one of `world_size` processes, assuming that parameters divide evenly.
 
-    `kept_bytes` is the optimizer's state per parameter (`Optimizer.kept_bytes`).
+    `kept_bytes` is what is kept of each parameter beside weights and gradients (`Recipe.kept_bytes`).
     """
     stage, offloads = execution.zero_stage, execution.offload_optimizer
     weight_bytes = _FP32_BYTES if precision == "fp32" else _HALF_BYTES
@@ -106,7 +106,7 @@ def estimate_host_memory(
     `host_bytes` and `activations` are what each process offloads.
     """
     share = -(-num_parameters // world_size)  # at stage 0, too, each writes a part
-    saved = round((_FP32_BYTES + recipe.optimizer.kept_bytes) * share)
+    saved = round((_FP32_BYTES + recipe.kept_bytes) * share)
     copied = here * saved if recipe.checkpoint.asynchronous else 0
     return HostMemory(here * host_bytes, here * activations, copied, here * _GPU_PROCESS_BYTES)
 

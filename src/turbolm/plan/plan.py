@@ -68,6 +68,15 @@ class Plan:
             return None
         return max(1, self.curriculum.steps_for(math.ceil(after.tokens(train.budget, train.global_batch))))
 
+    @property
+    def first_averaged_step(self) -> int:
+        """Return the first step after which the weights count in evaluation.weight_average, or 0 without it."""
+        average, train, curriculum = self.recipe.evaluation.weight_average, self.recipe.train, self.curriculum
+        if average is None:
+            return 0
+        before = curriculum.tokens_seen(self.num_steps) - average.last.tokens(train.budget, train.global_batch)
+        return max(curriculum.first_step + 1, curriculum.steps_for(math.floor(max(before, 0)) + 1))
+
     def with_budgets(self, budgets_tokens: Sequence[int]) -> Plan:
         """Return the plan of a run with these budgets: the first one and each extension."""
         return replace(self, curriculum=build_curriculum(self.recipe, budgets_tokens))

@@ -104,7 +104,8 @@ def _schedule(summary: Summary) -> Iterator[str]:
     yield f"{plan.num_steps} steps, {format_count(tokens)} tokens (budget {recipe.train.budget})"
     yield from filter(None, (fork_line(summary), restarts_line(summary)))
     every = f"evaluate every {plan.evaluate_every_steps} steps" if recipe.is_evaluated else "no evaluation"
-    yield f"{every}, checkpoint every {plan.checkpoint_every_steps} steps"
+    average = f", average the weights from step {plan.first_averaged_step} on" if plan.first_averaged_step else ""
+    yield f"{every}, checkpoint every {plan.checkpoint_every_steps} steps{average}"
     shape = f"{schedule.name}, decay {schedule.decay}" if isinstance(schedule, Wsd) else schedule.name
     if isinstance(schedule, Wsd) and schedule.own_decays:
         shape += f" ({', '.join(f'{kind} {getattr(schedule.decays, kind)}' for kind in schedule.own_decays)})"

@@ -108,7 +108,7 @@ class _Facts:
         self.has_master = self.stage > 0
         # Muon keeps one moment of matrices; state_bytes is for all other optimizers a mean over all elements.
         self.state_bytes = [
-            optimizer.kept_bytes + (4.0 if optimizer.name == "muon" and not _is_orthogonal(group) else 0.0)
+            plan.recipe.kept_bytes + (4.0 if optimizer.name == "muon" and not _is_orthogonal(group) else 0.0)
             for group in self.groups
         ]
 

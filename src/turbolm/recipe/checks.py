@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from turbolm.recipe.evaluation import source_names
+from turbolm.recipe.evaluation import same_names
 from turbolm.recipe.execution import RECIPES_ARE_COPIED
 from turbolm.recipe.fields import Section
 from turbolm.recipe.gpus import GPUS
@@ -409,20 +409,18 @@ def _sequence_parallel(values: Values) -> Iterator[tuple[str, str]]:
     yield from sequence_problems(shared_by, lengths, heads, values["execution.attention"])
 
 
-def _no_evaluation(values: Values) -> Iterator[tuple[str, str]]:
+def _evaluation(values: Values) -> Iterator[tuple[str, str]]:
     if values["data.validation"] == 0 and values["checkpoint.keep_best"]:
         yield (
             "checkpoint.keep_best",
             "goes by the held-out loss, but data.validation is 0: no evaluation; set keep_best: false, or raise "
             "data.validation",
         )
-
-
-def _set_names(values: Values) -> Iterator[tuple[str, str]]:
-    names = source_names(values["data.sources"] or ())
-    for number, one in enumerate(values["evaluation.sets"] or ()):
-        if one.label in names:
-            yield f"evaluation.sets.{number}.label", f"{one.label!r} is the name of a source; expected another"
+    yield from same_names(values["evaluation.sets"] or (), values["data.sources"] or ())
+    average, sizes = values["evaluation.weight_average"], (values["train.budget"], values["train.global_batch"])
+    if average is not None:
+        others = values["evaluation.sets"] or values["evaluation.tasks"]
+        yield from average.find_problems(values["data.validation"] != 0 or bool(others), *sizes)
 
 
 def _positions(values: Values) -> Iterator[tuple[str, str]]:
@@ -494,8 +492,7 @@ _RULES: tuple[Callable[[Values], Iterator[tuple[str, str]]], ...] = (
     _fp8,
     _world_size,
     _sequence_parallel,
-    _no_evaluation,
-    _set_names,
+    _evaluation,
     _positions,
     _vocabulary,
 )

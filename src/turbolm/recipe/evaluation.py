@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Annotated
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
@@ -24,6 +24,34 @@ class ClozeTask(Section):
     )
 
 
+class WeightAverage(Section):
+    """A mean of the weights of the end of a run, which training does not see."""
+
+    last: Annotated[TrainingSpan, AfterValidator(positive_span)] = Field(
+        Span(0.1, "share"), description="tokens, steps or a share of the budget: the end of the run that is averaged"
+    )
+    half_life: Annotated[TrainingSpan, AfterValidator(positive_span)] | None = Field(
+        None,
+        description="tokens, steps or a share of the budget after which weights count half (an exponential mean); "
+        "none: all count the same",
+    )
+    every_steps: Annotated[int, Field(ge=1)] = Field(1, description="steps between the weights that are averaged")
+    export: bool = Field(False, description="export the mean, not the last weights")
+
+    def find_problems(
+        self, is_evaluated: bool, budget: int | None, global_batch: int | None
+    ) -> Iterator[tuple[str, str]]:
+        """Yield the key and what is wrong with it beside these values of the recipe, None where one is invalid."""
+        if not is_evaluated and not self.export:
+            yield (
+                "evaluation.weight_average",
+                "has no use: data.validation is 0, so nothing evaluates the mean, and it is not exported; set export: "
+                "true, raise data.validation, or remove it",
+            )
+        if budget and global_batch and self.last.tokens(budget, global_batch) > budget:
+            yield "evaluation.weight_average.last", f"must be at most train.budget ({budget}), got {self.last}"
+
+
 class Evaluation(Section):
     """Loss and bits per byte on held-out documents, and answers to questions."""
 
@@ -39,6 +67,9 @@ class Evaluation(Section):
     )
     sets: Annotated[tuple[Source, ...], BeforeValidator(list_is_tuple)] = Field(
         (), description="more validation sets, each with a `label`: documents as in data.sources, none trained on"
+    )
+    weight_average: WeightAverage | None = Field(
+        None, description="average the weights of the end of the run, and evaluate the mean beside them; none: do not"
     )
 
     @model_validator(mode="after")
@@ -61,3 +92,11 @@ def source_names(sources: Sequence[Source]) -> list[str]:
     names = [source.label or f"{source.type}-{number}" for number, source in enumerate(sources)]
     is_unique = len(set(names)) == len(names)
     return names if is_unique else [f"{number}-{name}" for number, name in enumerate(names)]
+
+
+def same_names(sets: Sequence[Source], sources: Sequence[Source]) -> Iterator[tuple[str, str]]:
+    """Yield the key and what is wrong with it for each set that has the name of a source."""
+    names = source_names(sources)
+    for number, one in enumerate(sets):
+        if one.label in names:
+            yield f"evaluation.sets.{number}.label", f"{one.label!r} is the name of a source; expected another"

@@ -266,3 +266,8 @@ class Recipe(Section):
     def is_evaluated(self) -> bool:
         """Return whether there is anything to evaluate the run on."""
         return bool(self.data.validation or self.evaluation.sets or self.evaluation.tasks)
+
+    @property
+    def kept_bytes(self) -> float:
+        """Return the bytes per parameter kept beside the weights: the optimizer's state, and a mean of the weights."""
+        return self.optimizer.kept_bytes + (0 if self.evaluation.weight_average is None else 4)

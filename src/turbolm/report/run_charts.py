@@ -67,6 +67,8 @@ def loss_chart(metrics: Sequence[Line], anomalies: Sequence[Line], level: Level 
     """Training loss of each step, held-out loss, and the steps that were not applied."""
     curves = [axis_curve("train", "blue", metrics, "train/loss", "noisy")]
     curves.append(axis_curve("held out", "orange", metrics, "eval/loss", "points"))
+    if any("eval/average_loss" in line for line in metrics):
+        curves.append(axis_curve("held out, averaged weights", "green", metrics, "eval/average_loss", "points"))
     curves.append(axis_curve("held out, averaged weights", "green", metrics, "eval/average_loss", "points"))
     curves += _level(level, metrics)
     curves.append(_anomaly_marks(metrics, anomalies))

@@ -59,6 +59,7 @@ from turbolm.train.session import Session
 from turbolm.train.start_times import mark
 from turbolm.train.trackers import build_trackers
 from turbolm.train.tricks import apply_tricks
+from turbolm.train.weight_average import RunningAverage
 
 
 def build_session(accelerator: Accelerator, context: Context, hashed: Hashed = not_hashed) -> Session:
@@ -98,6 +99,7 @@ def build_session(accelerator: Accelerator, context: Context, hashed: Hashed = n
         training_flops=count_batch_flops(context, engine.module),
         scored=scored,
         has_saved_weights=saved is not None,
+        average=RunningAverage(engine, plan) if engine.averaged else None,
     )
 
 

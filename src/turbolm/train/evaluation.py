@@ -42,7 +42,7 @@ class EvaluationResult:
 
     Bits per byte is omitted if the tokenizer does not reproduce its text: some bytes have no token. Both are omitted if
     nothing is held out. `losses` are those of the parts of the held-out documents, by source where there are several,
-    and of `evaluation.sets`; `tasks` are the scores of `evaluation.tasks`.
+    and of `evaluation.sets`; `tasks` are the scores of `evaluation.tasks`. `average`: of the mean of the weights.
     """
 
     loss: float | None
@@ -50,6 +50,7 @@ class EvaluationResult:
     num_targets: int
     losses: Mapping[str, SetLoss] = field(default_factory=dict)
     tasks: Mapping[str, TaskScore] = field(default_factory=dict)
+    average: EvaluationResult | None = None
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -58,6 +59,8 @@ class EvaluationResult:
         found |= {f"eval/loss/{name}": one.loss for name, one in self.losses.items()}
         for name, score in self.tasks.items():
             found |= {f"eval/{name}/bits_per_byte": score.bits_per_byte, f"eval/{name}/accuracy": score.accuracy}
+        if self.average is not None:
+            found |= {"eval/average_loss": self.average.loss, "eval/average_bits_per_byte": self.average.bits_per_byte}
         return {key: value for key, value in found.items() if value is not None}
 
 

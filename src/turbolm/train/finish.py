@@ -89,9 +89,12 @@ def finish_run(context: Context, evaluation: EvaluationResult | None, num_parame
         "checkpoint": str(checkpoint),
         "export": None,
     }
-    restarts = (read_json(checkpoint / TRAINER_STATE) or {}).get("restarts")
-    if restarts:
-        results["restarts"] = restarts
+    state = read_json(checkpoint / TRAINER_STATE) or {}
+    if state.get("restarts"):
+        results["restarts"] = state["restarts"]
+    if state.get("weight_average"):
+        of_average = evaluation.average if evaluation else None
+        results["weight_average"] = {**state["weight_average"], **(_losses(of_average) if of_average else {})}
     if evaluations := read_evaluations(run.path):
         results["evaluations"] = evaluations
     planned = _attempt("the comparison with the plan", lambda: compare(run.path), say)
@@ -100,14 +103,14 @@ def finish_run(context: Context, evaluation: EvaluationResult | None, num_parame
         results["planned"]["notes"] = list(planned[1])
     try:
         write_json(run.results, results)
-        conclude(context, FINISHED, f"trained and saved; the export did not end: {_cure(checkpoint)}")
+        conclude(context, FINISHED, f"trained and saved; the export did not end: {_cure(context, checkpoint)}")
     except OSError as error:
         raise RunError(
             f"the results of {run.path} cannot be written: {error}; {checkpoint} is saved, and the same command tries "
             "again"
         ) from error
     results = add_products(context, results, say)
-    failed = f"trained and saved; the export failed: {_cure(checkpoint)}" if _lacks(results) else ""
+    failed = f"trained and saved; the export failed: {_cure(context, checkpoint)}" if _lacks(results) else ""
     _attempt("outcome.json", lambda: conclude(context, FINISHED, failed), say)
     return results
 
@@ -121,8 +124,17 @@ def _lacks(results: dict[str, Any]) -> bool:
     return results.get("export", "") is None
 
 
-def _cure(checkpoint: Path) -> str:
-    return f"`turbolm export {checkpoint} OUT` makes one"
+def _cure(context: Context, checkpoint: Path) -> str:
+    return f"`{_export_command(context, checkpoint)}` makes one"
+
+
+def _export_command(context: Context, checkpoint: Path, out: object = "OUT") -> str:
+    return f"turbolm export {checkpoint} {out}" + (" --average" if _exports_average(context) else "")
+
+
+def _exports_average(context: Context) -> bool:
+    average = context.recipe.evaluation.weight_average
+    return average is not None and average.export
 
 
 def add_products(context: Context, results: dict[str, Any], say: Say) -> dict[str, Any]:
@@ -138,19 +150,22 @@ def add_products(context: Context, results: dict[str, Any], say: Say) -> dict[st
         results[key] = value
         _attempt("results.json", lambda: write_json(run.results, results), say)
 
+    if "weight_average" in results:
+        results["weight_average"]["exported"] = _exports_average(context)
     made = _attempt("the model card", lambda: model_card(run, results, context.store), say)
-    card = made or short_card(run.path, checkpoint)
-    advice = f"; {checkpoint} is safe: the same command tries again, and {_cure(checkpoint)}"
+    card = made or short_card(run.path, checkpoint, averaged=_exports_average(context))
+    advice = f"; {checkpoint} is safe: the same command tries again, and {_cure(context, checkpoint)}"
     if out.exists():
         advice += f"; {out} is that of an earlier budget"
 
     def make_export() -> Path:
-        return export_checkpoint(checkpoint, run.model, out, precision=context.plan.precision, card=card)
+        averaged, precision = _exports_average(context), context.plan.precision
+        return export_checkpoint(checkpoint, run.model, out, precision=precision, card=card, averaged=averaged)
 
     is_left = _is_left_for_later(context, results["parameters"])
     if is_left:
         results.pop("export", None)
-        add("export_command", f"turbolm export {checkpoint} {out}")
+        add("export_command", _export_command(context, checkpoint, out))
         say(
             f"no export: {context.recipe.cluster.num_nodes} nodes would wait for one process that writes more than "
             f"{format_count(_MAX_EXPORTED_PARAMETERS)} parameters; on one node, run `{results['export_command']}`"
@@ -204,19 +219,18 @@ def _attempt(what: str, make: Callable[[], T], say: Say, advice: str = "") -> T 
 
 def _measured(context: Context, evaluation: EvaluationResult, say: Say) -> dict[str, Any]:
     """Return the results of the last evaluation, without unknown ones."""
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = _losses(evaluation)
     if evaluation.loss is not None:
-        found = {
-            "eval_loss": evaluation.loss,
-            "bits_per_byte": evaluation.bits_per_byte,
-            "unigram_entropy": _attempt(
-                "the unigram entropy", lambda: validation_entropy(context.plan, context.store), say
-            ),
-            "eval_targets": evaluation.num_targets,
-        }
+        entropy = _attempt("the unigram entropy", lambda: validation_entropy(context.plan, context.store), say)
+        found |= {"unigram_entropy": entropy, "eval_targets": evaluation.num_targets}
     for key, parts in (("eval_losses", evaluation.losses), ("eval_tasks", evaluation.tasks)):
         found |= {key: {name: asdict(part) for name, part in parts.items()}} if parts else {}
     return {key: value for key, value in found.items() if value is not None}
+
+
+def _losses(evaluation: EvaluationResult) -> dict[str, float]:
+    known = {"eval_loss": evaluation.loss, "bits_per_byte": evaluation.bits_per_byte}
+    return {key: value for key, value in known.items() if value is not None}
 
 
 def validation_entropy(plan: Plan, store: TokenStore) -> float:
@@ -229,7 +243,7 @@ def validation_entropy(plan: Plan, store: TokenStore) -> float:
 def model_card(run: RunDirectory, results: dict[str, Any], store: TokenStore) -> str:
     """Return the README.md of the export."""
     about = {"precision": results["precision"], "token store": f"`{store.fingerprint}`"}
-    rows = {**_measured_rows(results), **about}
+    rows = {**_measured_rows(results), **_average_row(results), **about}
     held_out = "No documents were held out for evaluation."
     if "eval_targets" in results:
         held_out = (
@@ -272,6 +286,7 @@ def summary(results: dict[str, Any]) -> str:
     """Return the summary that a finished run prints."""
     rows = {
         **(_measured_rows(results) or {"eval loss": "none: data.validation is 0"}),
+        **_average_row(results),
         "checkpoint": results["checkpoint"],
         "export": results.get("export") or _why_no_export(results),
     }
@@ -321,3 +336,14 @@ def _measured_rows(results: dict[str, Any]) -> dict[str, str]:
     for name, score in results.get("eval_tasks", {}).items():
         rows[f"task {name}"] = str(TaskScore(**score))
     return rows
+
+
+def _average_row(results: dict[str, Any]) -> dict[str, str]:
+    """Return the line about the mean of the weights, if there is one."""
+    average = results.get("weight_average")
+    if average is None:
+        return {}
+    loss = f"{average['eval_loss']:.4f} nats/token; " if "eval_loss" in average else ""
+    steps = f"the mean of {average['count']} from step {average['first_step']} on"
+    exported = "; the export has these" if average.get("exported") else ""
+    return {"averaged weights": f"{loss}{steps}{exported}"}

@@ -14,7 +14,7 @@ from turbolm.checkpoint.verify import verify_checkpoint
 from turbolm.data.prepare.build import reads_same_documents
 from turbolm.data.prepare.tokenizer import copy_tokenizer
 from turbolm.errors import UserError
-from turbolm.files import load_json, read_json, write_json
+from turbolm.files import load_json, write_json
 from turbolm.plan.curriculum import build_curriculum
 from turbolm.recipe.contract import comparable, contract_of, fingerprint, pin_to
 from turbolm.recipe.data import DataStart
@@ -24,7 +24,7 @@ from turbolm.recipe.schedules import Decays, Wsd
 from turbolm.recipe.schema import Recipe
 from turbolm.train.other_data import check_takes, decay_of, state_before_data, with_data_of
 from turbolm.train.run_contract import as_recorded
-from turbolm.train.run_directory import RunDirectory
+from turbolm.train.run_directory import RunDirectory, run_of
 from turbolm.units import Span
 
 _LEARNED = ("data", "train", "optimizer", "schedule")  # sections whose shares of the budget must not move
@@ -92,10 +92,7 @@ def fork(
 
 
 def _open_plateau(checkpoint: Path) -> _Plateau:
-    run = RunDirectory(checkpoint.parent.parent)
-    record = read_json(run.contract)
-    if record is None:
-        raise UserError(f"{checkpoint}: expected a checkpoint inside a run directory; {run.contract} cannot be read")
+    run, record = run_of(checkpoint)
     problems = verify_checkpoint(checkpoint, {record["fingerprint"], *record.get("former_fingerprints", ())})
     if problems:
         raise UserError("\n".join(f"{checkpoint}: {problem}" for problem in problems))

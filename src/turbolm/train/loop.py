@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import closing, nullcontext
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -39,6 +40,8 @@ def train(session: Session) -> bool:
         result = take_step(session, batch)
         if settle_anomaly(session, batch, result.anomaly) == "rollback":
             continue
+        if session.average is not None:
+            session.average.add(session.step)
         check_replicas_when_due(session)
         collect_when_due(session.step)
         is_last = session.step == num_steps
@@ -132,7 +135,7 @@ def run_evaluation(session: Session) -> EvaluationResult | None:
         return None
     session.log.flush()
     with heartbeat.phase(heartbeat.EVALUATION):
-        result = evaluate(session.engine, session.context, session.attention, session.scored)
+        result = _evaluate(session)
     if result is None:
         session.log.say(f"asked to stop while evaluating after step {session.step}")
         return None
@@ -144,3 +147,18 @@ def run_evaluation(session: Session) -> EvaluationResult | None:
         session.best_eval_loss = loss
         save(session, eval_loss=loss)
     return result
+
+
+def _evaluate(session: Session) -> EvaluationResult | None:
+    """Evaluate the weights and their mean, if there is one; None if asked to stop meanwhile. Collective."""
+
+    def evaluate_once() -> EvaluationResult | None:
+        return evaluate(session.engine, session.context, session.attention, session.scored)
+
+    result = evaluate_once()
+    if result is None or session.average is None or not session.average.count:
+        return result
+    session.engine.swap_average()  # an error before it is swapped back ends the run, which saves nothing then
+    average = evaluate_once()
+    session.engine.swap_average()
+    return None if average is None else replace(result, average=average)

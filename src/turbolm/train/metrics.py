@@ -122,6 +122,8 @@ class MetricsLog:
             shown.append(f"eval loss {result.loss:.4f}")
         if result.bits_per_byte is not None:
             shown.append(f"bits per byte {result.bits_per_byte:.4f}")
+        if result.average is not None and result.average.loss is not None:
+            shown.append(f"of averaged weights {result.average.loss:.4f}")
         self.say("  ".join(shown + [f"{name} {one.loss:.4f}" for name, one in result.losses.items()]))
         for name, score in result.tasks.items():
             self.say(f"step {step}  {name}: {score}")

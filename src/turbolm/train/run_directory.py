@@ -102,6 +102,15 @@ class RunDirectory:
         return self.path / "attempts" / str(number)
 
 
+def run_of(checkpoint: Path) -> tuple[RunDirectory, dict[str, Any]]:
+    """Return the run that a checkpoint lies in, and what its contract.json records. Raises UserError."""
+    run = RunDirectory(Path(os.path.abspath(checkpoint)).parent.parent)
+    record = read_json(run.contract)
+    if record is None or not isinstance(record.get("fingerprint"), str) or not isinstance(record.get("contract"), dict):
+        raise UserError(f"{checkpoint}: expected a checkpoint inside a run directory; {run.contract} cannot be read")
+    return run, record
+
+
 def run_directory(recipe: Recipe) -> RunDirectory:
     """Where the recipe's run lives."""
     return RunDirectory(use_path(recipe.execution.runs_dir, "execution.runs_dir") / recipe.name)

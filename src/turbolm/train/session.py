@@ -25,6 +25,7 @@ from turbolm.train.evaluation import EvaluationResult
 from turbolm.train.gate import UpdateGate
 from turbolm.train.measured import StepMeasure
 from turbolm.train.metrics import MetricsLog
+from turbolm.train.weight_average import RunningAverage
 
 
 @dataclass
@@ -49,6 +50,7 @@ class Session:
     has_saved_weights: bool = False  # the engine was built with those of a checkpoint, which `resume` must find again
     has_run_largest: bool = False  # see train.largest
     measure: StepMeasure | None = None  # on rank 0 of a run
+    average: RunningAverage | None = None  # of the weights, if the recipe asks for it
     random_restarts: dict[str, Any] | None = None  # which candidate the run continues, and the results of all
 
     @property
@@ -58,7 +60,7 @@ class Session:
 
 def trainer_state(session: Session) -> dict[str, Any]:
     """Return a checkpoint's state beside the tensors, which `restore` reads."""
-    best = session.best_eval_loss
+    best, average = session.best_eval_loss, session.average.state() if session.average else {}
     return {
         "step": session.step,
         "tokens_seen": session.plan.curriculum.tokens_seen(session.step),
@@ -66,6 +68,7 @@ def trainer_state(session: Session) -> dict[str, Any]:
         "best_eval_loss": best if math.isfinite(best) else None,
         "anomalies": {**session.gate.watch.state(), "skipped_batches": session.skipped.windows},
         **({"restarts": session.random_restarts} if session.random_restarts else {}),
+        **({"weight_average": average} if average else {}),
     }
 
 
@@ -114,6 +117,8 @@ def _take_state(session: Session, state: dict[str, Any], checkpoint: Path) -> No
     set_skipped(session, skipped)
     session.step = session.saved_step = step
     session.random_restarts = state.get("restarts")
+    if session.average is not None and (message := session.average.restore(state.get("weight_average"), step)):
+        session.log.say(message)
     session.best_eval_loss = math.inf if best is None else float(best)
 
 

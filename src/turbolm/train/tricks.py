@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel
 
+from turbolm.engine.averaged_weights import AveragedWeights
 from turbolm.engine.engine import Engine
 from turbolm.models.compile import apply_compile, keep_layers_whole
 from turbolm.models.fp8 import apply_fp8
@@ -95,12 +96,17 @@ def _look_ahead(engine: Engine, recipe: Recipe) -> None:
     engine.look_ahead(recipe.optimizer.ema_nesterov.mean_decay)
 
 
+def _average_weights(engine: Engine, recipe: Recipe) -> None:
+    engine.averaged = AveragedWeights()
+
+
 TRICKS = (
     Trick("recompute activations", "model", lambda r: r.execution.activation_checkpointing != "none", _recompute),
     Trick("gather layers whole", "model", _needs_layers_whole, lambda model, _: keep_layers_whole(model)),
     Trick("gather experts whole", "model", lambda r: r.execution.zero_stage == 3, lambda m, _: keep_experts_whole(m)),
     Trick("clip by value", "optimizer", lambda r: r.train.max_grad_value is not None, _clip_by_value),
     Trick("EMA-Nesterov", "engine", lambda r: r.optimizer.ema_nesterov is not None, _look_ahead),
+    Trick("weight average", "engine", lambda r: r.evaluation.weight_average is not None, _average_weights),
     Trick("balance experts", "engine", lambda r: True, _balance_experts),
     Trick("compile", "engine", lambda r: r.execution.compile != "none", _compile),
     Trick("fp8", "engine", lambda r: r.train.fp8 != "off", _multiply_in_8_bits),
