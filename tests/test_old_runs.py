@@ -20,7 +20,8 @@ from turbolm.recipe.contract import changed_keys, comparable, contract_of, finge
 from turbolm.recipe.fields import Before, FormerDefault
 from turbolm.recipe.load import load_recipe
 from turbolm.recipe.schema import Recipe, Train
-from turbolm.train.run_contract import as_started, check_contract, settle_contract, start_fresh
+from turbolm.train.fresh import start_fresh
+from turbolm.train.run_contract import as_started, check_contract, settle_contract
 from turbolm.train.run_directory import RunDirectory, run_directory
 
 CONTRACTS = json.loads((FOLDER / "contracts.json").read_text())

@@ -193,7 +193,7 @@ def train(
     from turbolm.launch.train import train_here
     from turbolm.plan.count import check_model
     from turbolm.recipe.load import load_recipe
-    from turbolm.train.run_contract import start_fresh
+    from turbolm.train.fresh import start_fresh
 
     loaded = load_recipe(recipe, overrides or ())
     for note in check_model(loaded, recipe):
@@ -220,7 +220,7 @@ def submit(
     from turbolm.launch.slurm import submit as submit_script
     from turbolm.launch.slurm import write_submission
 
-    submission = write_submission(recipe, overrides or (), fresh=fresh and not dry_run)
+    submission = write_submission(recipe, overrides or (), fresh=fresh and not dry_run, fetch=not dry_run)
     if dry_run:
         print(submission.text, end="")
         if submission.prepare is not None:

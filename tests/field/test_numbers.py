@@ -21,7 +21,8 @@ from turbolm.plan.text import render_summary
 from turbolm.recipe.document import Problem
 from turbolm.recipe.load import RecipeError, dump_recipe, load_recipe
 from turbolm.recipe.schema import Recipe
-from turbolm.train.run_contract import as_started, settle_contract, start_fresh
+from turbolm.train.fresh import start_fresh
+from turbolm.train.run_contract import as_started, settle_contract
 from turbolm.train.run_directory import run_directory
 from turbolm.units import Span
 

@@ -35,7 +35,7 @@ class CheckpointSaver:
 
     `report` takes a line for the terminal and the log. A failed save is reported, does not change earlier checkpoints,
     and is returned by `failure` until a later one succeeds. `before_commit` may raise on rank 0 to prevent a
-    checkpoint.
+    checkpoint; `on_commit` gets the step of each one that is in place there.
     """
 
     folder: Path
@@ -46,6 +46,7 @@ class CheckpointSaver:
     group: dist.ProcessGroup | None  # a gloo group, which the main thread may use meanwhile
     report: Callable[[str], None]
     before_commit: Callable[[], None] = lambda: None
+    on_commit: Callable[[int], None] = lambda step: None
     failure: str | None = None
     waited_sec: float = 0.0  # what the last save cost the training, including the wait of the next update
 
@@ -151,6 +152,8 @@ class CheckpointSaver:
             return
         self.failure = None
         assert snapshot is not None
+        if snapshot.rank == 0:
+            self.on_commit(step)
         seconds = time.perf_counter() - start
         with contextlib.suppress(OSError):  # the log may be on the full disk that the next save will meet
             print(

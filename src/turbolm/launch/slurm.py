@@ -32,7 +32,9 @@ from turbolm.recipe.schema import Recipe
 from turbolm.recipe.slurm_values import slurm_clock
 from turbolm.reliability.stop import look, write_seen
 from turbolm.shipped import read_shipped
-from turbolm.train.run_contract import as_started, check_contract, start_fresh
+from turbolm.train.fresh import start_fresh
+from turbolm.train.from_mirror import fetch_run
+from turbolm.train.run_contract import as_started, check_contract
 from turbolm.train.run_directory import RunDirectory, run_directory
 
 SCRIPT = "submit.slurm"
@@ -107,10 +109,13 @@ class Submitted:
     prepare_id: str | None = None
 
 
-def write_submission(recipe_file: str | Path, overrides: Sequence[str] = (), *, fresh: bool = False) -> Submission:
+def write_submission(
+    recipe_file: str | Path, overrides: Sequence[str] = (), *, fresh: bool = False, fetch: bool = False
+) -> Submission:
     """Write the job's script and each run's resolved recipe into new folders of the run directories.
 
-    With `fresh` runs of these names are moved aside. Raises UserError where a run was started with another contract.
+    With `fresh` runs of these names are moved aside; with `fetch` those whose folders are empty are fetched from their
+    mirror. Raises UserError where a run was started with another contract.
     """
     recipe = load_recipe(recipe_file, overrides)
     if recipe.cluster.slurm is None:
@@ -127,6 +132,9 @@ def write_submission(recipe_file: str | Path, overrides: Sequence[str] = (), *, 
     if fresh:
         for one in recipes:
             start_fresh(one)
+    if fetch:
+        for one in recipes:
+            fetch_run(one)
     recipes = [as_started(one)[0] for one in recipes]
     for one in recipes:
         check_contract(run_directory(one), one, None)

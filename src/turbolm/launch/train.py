@@ -17,6 +17,7 @@ from turbolm.plan.machine import check_machine, detect_machine
 from turbolm.plan.plan import build_plan
 from turbolm.recipe.schema import Recipe
 from turbolm.reliability.stop import look
+from turbolm.train.from_mirror import fetch_run
 from turbolm.train.run_contract import as_started, check_contract, settle_commits
 from turbolm.train.run_directory import is_finished, lacks_export, run_directory
 
@@ -31,6 +32,8 @@ def train_here(recipe: Recipe, recipe_file: str, overrides: Sequence[str]) -> in
     check_machine(recipe, machine)
     if recipe.export.push_to is not None:
         check_token("export.push_to")
+    with stoppable(run, seen):
+        fetch_run(recipe)
     recipe, _ = as_started(recipe)
     check_contract(run, build_plan(recipe, machine).recipe, None)  # what data say is compared once they are prepared
     is_complete = is_finished(run, recipe.train.budget) and not lacks_export(run)

@@ -25,6 +25,7 @@ from turbolm.recipe.gpus import GPUS
 from turbolm.recipe.paths import PATH_RULE
 from turbolm.recipe.slurm_values import Constraint, Dependency, Hosts, SlurmMemory, SlurmTime, SlurmValue
 from turbolm.redaction import is_secret_name
+from turbolm.storage import check_url
 from turbolm.units import Span
 
 
@@ -64,7 +65,17 @@ def _environment_name(value: str) -> str:
     return value
 
 
+def _writable_url(value: str) -> str:
+    check_url(value)
+    if value.startswith(("http://", "https://", "memory://", "data:")):
+        raise ValueError(f"expected a URL that can be written to and stays, such as s3://bucket/folder, got {value!r}")
+    if any(sign in value for sign in "?#*[]{}$~"):
+        raise ValueError(f"expected a URL of plain names, written out, got {value!r}")
+    return value
+
+
 Argument = Annotated[Text, AfterValidator(_argument)]
+WritableUrl = Annotated[Text, AfterValidator(_writable_url)]
 ContainerPath = Annotated[Argument, AfterValidator(_written_out)]
 Mount = Annotated[ContainerPath, AfterValidator(_mount)]
 EnvironmentName = Annotated[Text, AfterValidator(_environment_name)]
@@ -324,6 +335,21 @@ class Checkpoint(Section):
     )
     keep_best: bool = Field(
         False, description="save after an evaluation with the lowest loss so far, and keep that checkpoint"
+    )
+    mirror: WritableUrl | None = Field(
+        None,
+        description="a URL such as s3://bucket/folder or file:///folder: checkpoints are copied to URL/NAME beside the "
+        "training, and a start with an empty run folder resumes from there; credentials come from the environment "
+        "(packages: `turbolm[storage]`)",
+    )
+    mirror_keep_last: Annotated[int, Field(ge=1)] = Field(
+        2, description="older copies are deleted, but for those below and, with `keep_best`, the best one"
+    )
+    mirror_keep_every: Annotated[TrainingSpan, AfterValidator(positive_span)] | None = Field(
+        None, description="tokens, steps or a share of the budget: the first copy of each such span is kept"
+    )
+    mirror_wait: Annotated[Seconds, Field(ge=0, le=86400)] = Field(
+        600, description="how long the end of a run, or half a Slurm job's `stop_grace`, waits for the last copy"
     )
 
 

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel
 
 from turbolm.checkpoint.agreement import gather_over
+from turbolm.checkpoint.mirroring import Mirroring
 from turbolm.checkpoint.retention import Retention
 from turbolm.checkpoint.saver import CheckpointSaver
 from turbolm.checkpoint.verify import Hashed, not_hashed
@@ -88,12 +89,17 @@ def build_session(accelerator: Accelerator, context: Context, hashed: Hashed = n
         log.say(routers.message)
     for note in filter(None, (left_out_note(recipe, context.store), *(scored.notes if scored else ()))):
         log.say(note)
+    saver, mirroring = _build_saver(context, engine, log), None
+    if context.upload is not None:
+        mirroring = Mirroring(context.upload, log.say)
+        saver.on_commit = mirroring.request
     return Session(
         context=context,
         engine=engine,
         attention=attention,
         loader=loader,
-        saver=_build_saver(context, engine, log),
+        saver=saver,
+        mirroring=mirroring,
         log=log,
         gate=UpdateGate(engine, AnomalyWatch(recipe.anomalies)),
         training_flops=count_batch_flops(context, engine.module),

@@ -7,6 +7,7 @@ from typing import TextIO
 
 import torch.distributed as dist
 
+from turbolm.checkpoint.mirror_upload import UploadJob
 from turbolm.data.store.token_store import TokenStore
 from turbolm.plan.machine import Machine
 from turbolm.plan.plan import Plan
@@ -27,6 +28,7 @@ class Context:
     stop: StopRequest
     terminal: TextIO
     attempt: int = 0
+    upload: UploadJob | None = None  # on rank 0 of a run with `checkpoint.mirror`
     contracts: frozenset[str] = frozenset()  # the fingerprints that this run's checkpoints may have
 
     @property

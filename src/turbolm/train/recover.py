@@ -139,6 +139,8 @@ def resume(session: Session, hashed: Hashed) -> None:
     if checkpoint is None:
         return
     session.log.say(f"resumed from {checkpoint}")
+    if session.mirroring is not None:
+        session.mirroring.request(session.step)  # a copy that was interrupted goes on
     session.log.reset_clock()
 
 
@@ -214,6 +216,8 @@ def roll_back(session: Session, batch: GlobalBatch) -> Path:
             discard(later)
     dist.barrier(group=session.context.group)
     watch = session.gate.watch
+    if session.mirroring is not None:
+        session.mirroring.request(session.step)  # which removes the copies of those given up
     watch.in_a_row, watch.num_rollbacks = 0, rollbacks + 1
     first = session.skipped.batch_index(session.step)
     set_skipped(session, session.skipped.without(first, batch.index + 1))

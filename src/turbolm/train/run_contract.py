@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +12,6 @@ from turbolm.hub import fetch, find_origins
 from turbolm.plan.spans import check_spans
 from turbolm.recipe.contract import changed_keys, comparable, contract_of, fingerprint, pin_to
 from turbolm.recipe.schema import Recipe
-from turbolm.reliability.run_lock import RunLock
 from turbolm.train.run_directory import RunDirectory, is_finished, run_directory
 
 
@@ -172,27 +170,6 @@ def _check_begins(run: RunDirectory, recipe: Recipe) -> None:
             f"data.starts_at: {run.path} has no checkpoint of step {recipe.data.starts_at.step} to start from; make "
             "the run with `turbolm fork CHECKPOINT --recipe`, which writes this key"
         )
-
-
-def start_fresh(recipe: Recipe) -> None:
-    """Rename the folder of the recipe's run, if there is one, so that the next start begins a new run.
-
-    Raises UserError while a process trains the run, and for a recipe that no new run starts with.
-    """
-    check_spans(recipe)
-    run = run_directory(recipe)
-    if recipe.data.starts_at is not None:
-        raise UserError("--fresh: a fork has no start of its own; fork the checkpoint again under another --name")
-    if not run.path.is_dir():
-        return
-    RunLock(run.path).wait_until_free()
-    stamp, number = time.strftime("%Y%m%d-%H%M%S"), 1
-    aside = run.path.with_name(f"{run.path.name}.{stamp}")
-    while aside.exists():
-        number += 1
-        aside = run.path.with_name(f"{run.path.name}.{stamp}-{number}")
-    run.path.rename(aside)
-    print(f"{run.path} is moved aside: {aside}")
 
 
 def known_fingerprints(run: RunDirectory, recipe: Recipe, budgets: Sequence[int]) -> list[str]:

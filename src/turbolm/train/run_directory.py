@@ -15,6 +15,7 @@ runs/<name>/
                   stop (asks this attempt alone to save and stop)
   metrics.jsonl   one line a step      checkpoints/    results.json, report.html, export/
   evaluation.json what `turbolm evaluate` found before there were results
+  mirror.json     the id under which `checkpoint.mirror` holds the run
   restarts/       the candidates of train.random_restarts and the steps of those not chosen
   trackers/       data of TensorBoard, W&B and others, and how a later attempt continues it
   stop            asks every start of the run that began before it was written to save and stop; it stays

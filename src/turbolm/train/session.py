@@ -10,6 +10,7 @@ from typing import Any
 
 from turbolm.checkpoint.agreement import gather_over
 from turbolm.checkpoint.load import load_checkpoint
+from turbolm.checkpoint.mirroring import Mirroring
 from turbolm.checkpoint.ranks import in_step
 from turbolm.checkpoint.saver import CheckpointSaver
 from turbolm.data.batch.loader import BatchLoader, GlobalBatch
@@ -51,6 +52,7 @@ class Session:
     has_run_largest: bool = False  # see train.largest
     measure: StepMeasure | None = None  # on rank 0 of a run
     average: RunningAverage | None = None  # of the weights, if the recipe asks for it
+    mirroring: Mirroring | None = None  # on rank 0 of a run with `checkpoint.mirror`
     random_restarts: dict[str, Any] | None = None  # which candidate the run continues, and the results of all
 
     @property

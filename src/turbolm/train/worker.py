@@ -41,6 +41,7 @@ from turbolm.train.arrival import meet_ranks
 from turbolm.train.build import build_session
 from turbolm.train.context import Context
 from turbolm.train.finish import add_products, conclude, finish_run, summary
+from turbolm.train.from_mirror import start_mirroring, wait_at_stop_sec
 from turbolm.train.loop import due_to_stop, train
 from turbolm.train.measured import StepMeasure
 from turbolm.train.recover import resume
@@ -138,6 +139,7 @@ def _train(session: Session) -> int:
         is_done = train(session)
     except BaseException:
         session.saver.wait(_LAST_WRITE_SEC)  # what is being written is a good state
+        _finish_mirroring(session, _LAST_WRITE_SEC)
         session.log.close()
         raise
     session.log.flush()
@@ -149,14 +151,22 @@ def _train(session: Session) -> int:
         return code
     if not is_done:
         write_outcome(context.run.attempt(context.attempt), Outcome(STOPPED, code))
+        _finish_mirroring(session, wait_at_stop_sec(context.recipe))
         how = "a start without execution.stop_after goes on" if halted else "the same command resumes"
         session.log.say(f"stopped after step {session.step}; {how} there")
         return code
     session.log.say("exporting the model")
     with heartbeat.phase(heartbeat.EXPORTING):
         results = finish_run(context, session.evaluation, num_parameters, session.log.say)
+    _finish_mirroring(session, context.recipe.checkpoint.mirror_wait)
     session.log.say(summary(results))
     return EXIT_OK
+
+
+def _finish_mirroring(session: Session, timeout_sec: float) -> None:
+    """Wait for the copy of the last checkpoint, on rank 0 of a run that is mirrored."""
+    if session.mirroring is not None:
+        session.mirroring.finish(timeout_sec)
 
 
 def _complete(context: Context) -> int:
@@ -216,6 +226,7 @@ def _open_run(context: Context, lock: RunLock) -> Context:
     """
     run, plan = context.run, context.plan
     answer: list[Any] = [None]
+    upload = None
     if dist.get_rank() == 0:
         try:
             run.path.mkdir(parents=True, exist_ok=True)
@@ -227,6 +238,7 @@ def _open_run(context: Context, lock: RunLock) -> Context:
             planned = planned_figures(plan, context.machine, lengths.tolist(), context.store.vocab_size)
             write_attempt(run, attempt, plan.with_budgets(budgets), context.machine, planned)
             seen = stop_seen(run.attempt(attempt))
+            upload = start_mirroring(plan, attempt)
             answer = [(attempt, budgets, known_fingerprints(run, plan.recipe, budgets), seen)]
         except (UserError, OSError) as error:
             answer = [str(error)]
@@ -238,5 +250,5 @@ def _open_run(context: Context, lock: RunLock) -> Context:
     heartbeat.set_attempt(attempt)
     use_flight_recorder(os.environ, run.attempt(attempt))  # its file, where no launcher has opened the attempt
     terminal = redirect_output(run.attempt(attempt) / f"log.rank{dist.get_rank()}.txt")
-    known = {"attempt": attempt, "contracts": frozenset(contracts), "terminal": terminal}
+    known = {"attempt": attempt, "contracts": frozenset(contracts), "terminal": terminal, "upload": upload}
     return replace(context, plan=plan.with_budgets(budgets), **known)

@@ -1,0 +1,223 @@
+"""Files behind URLs (s3://, gs://, az://, hf://, https://, file://), through fsspec: retried, and whole or refused.
+
+Credentials come from where each service's own client looks for them (environment, profile, the machine's role), never
+from a recipe. Torch-free, and fsspec is imported when a URL is opened.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from turbolm.errors import UserError
+from turbolm.files import sha256_file
+from turbolm.redaction import holds_secret, redact
+
+T = TypeVar("T")
+_URL = re.compile(r"([a-z][a-z0-9+]*)://(.+)")
+# Waits between tries, in seconds: a cut connection is back at once, a throttled or restarted service within a minute.
+RETRY_SEC = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
+_CHUNK_BYTES = 32 * 2**20  # of a download: what a cut connection costs, and the memory of each thread
+_MAX_REASON = 200  # characters of a library's message
+# A second try would end as the first did
+_FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, TypeError, AttributeError)
+_FINAL_NAMES = ("NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError", "OfflineModeIsEnabled")
+
+
+class StorageError(UserError):
+    """What a URL names cannot be read or written, after all tries; one line."""
+
+
+def is_url(text: str) -> bool:
+    """Whether a path of a recipe is a URL."""
+    return _URL.fullmatch(text) is not None
+
+
+def check_url(url: str) -> str:
+    """Return the URL. Raises ValueError for one that cannot be opened from a recipe, or that spells out a secret."""
+    match = _URL.fullmatch(url)
+    if match is None:
+        raise ValueError(f"expected a URL such as s3://bucket/folder or file:///folder, got {url!r}")
+    if "@" in urlsplit(url).netloc and match[1] != "abfs" or holds_secret(url):
+        raise ValueError(
+            "the URL holds credentials, but a recipe is copied to the run directory and the model card; leave them to "
+            "the environment or the service's own configuration"
+        )
+    if match[1] in ("file", "local") and not match[2].startswith("/"):
+        raise ValueError(f"expected an absolute path, such as {match[1]}:///folder, got {url!r}")
+    return url
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A file or folder behind a URL: `path` is its name in the file system `fs`; `url` is for messages."""
+
+    fs: Any
+    path: str
+    url: str
+
+    def at(self, *names: str) -> Remote:
+        """What has this name below it."""
+        below = "/".join(names)
+        return replace(self, path=f"{self.path}/{below}", url=f"{self.url}/{below}")
+
+    def info(self) -> dict[str, Any] | None:
+        """Size and what else the service tells; None where there is nothing. Raises StorageError."""
+
+        def ask() -> dict[str, Any] | None:
+            self.fs.invalidate_cache()
+            try:
+                return dict(self.fs.info(self.path))
+            except FileNotFoundError:
+                return None
+
+        return retried(ask, self.url)
+
+    def names(self) -> list[str]:
+        """The names in a folder; none if there is no such folder. Raises StorageError."""
+
+        def look() -> list[str]:
+            self.fs.invalidate_cache()
+            try:
+                found = self.fs.ls(self.path, detail=False)
+            except FileNotFoundError:
+                return []
+            return sorted({str(name).rstrip("/").rsplit("/", 1)[-1] for name in found})
+
+        return retried(look, self.url)
+
+    def read(self) -> bytes | None:
+        """The content of a small file; None if there is none. Raises StorageError."""
+
+        def get() -> bytes | None:
+            try:
+                return bytes(self.fs.cat_file(self.path))
+            except FileNotFoundError:
+                return None
+
+        return retried(get, self.url)
+
+    def read_json(self) -> dict[str, Any] | None:
+        """A JSON object; None if there is none, or if it is cut short. Raises StorageError."""
+        content = self.read()
+        try:
+            value = json.loads(content) if content is not None else None
+        except (ValueError, RecursionError):
+            return None
+        return value if isinstance(value, dict) else None
+
+    def write(self, content: bytes) -> None:
+        """Write a small file. Raises StorageError."""
+        retried(lambda: self.fs.pipe_file(self.path, content), self.url)
+
+    def write_json(self, value: object) -> None:
+        """Write a JSON value, and read it back. Raises StorageError."""
+        content = (json.dumps(value, indent=1) + "\n").encode()
+        self.write(content)
+        if self.read() != content:
+            raise StorageError(f"{self.url}: what was written is not what is read back")
+
+    def upload(self, local: Path, num_bytes: int) -> None:
+        """Copy a file there, and check its size. Raises StorageError, and OSError where the local file is at fault."""
+
+        def put() -> None:
+            if local.stat().st_size != num_bytes:  # a hash has been compared, so this is another file by now
+                raise FileNotFoundError(f"{local} changed while it was copied")
+            self.fs.put_file(str(local), self.path)
+            found = int(self.fs.info(self.path)["size"])
+            if found != num_bytes:
+                raise OSError(f"{found} bytes arrived instead of {num_bytes}")
+
+        retried(put, self.url)
+
+    def download(self, local: Path, num_bytes: int) -> None:
+        """Copy it to a local file, whose bytes from an interrupted download are kept. Raises StorageError, OSError."""
+        local.parent.mkdir(parents=True, exist_ok=True)
+        with local.open("ab") as file:
+            if file.tell() > num_bytes:
+                file.truncate(0)
+            while (start := file.seek(0, os.SEEK_END)) < num_bytes:
+                end = min(start + _CHUNK_BYTES, num_bytes)
+                file.write(retried(lambda start=start, end=end: self._chunk(start, end), self.url))  # type: ignore[misc]
+
+    def download_checked(self, local: Path, described: dict[str, Any]) -> str | None:
+        """`download`, and compare size and SHA-256 with what a manifest says; returns what is wrong, or None.
+
+        A file that differs is fetched once more before it is given up: the part of an earlier download may be at
+        fault. Raises StorageError and OSError.
+        """
+        for _ in range(2):
+            try:
+                self.download(local, described["bytes"])
+            except FileNotFoundError:
+                return "missing"
+            if sha256_file(local) == described["sha256"]:
+                return None
+            local.unlink()
+        return "content differs (SHA-256)"
+
+    def remove(self) -> None:
+        """Remove it and all below; nothing there is fine. Raises StorageError."""
+
+        def drop() -> None:
+            self.fs.invalidate_cache()
+            try:
+                self.fs.rm(self.path, recursive=True)
+            except FileNotFoundError:
+                pass
+
+        retried(drop, self.url)
+
+    def _chunk(self, start: int, end: int) -> bytes:
+        content = bytes(self.fs.cat_file(self.path, start=start, end=end))
+        if len(content) != end - start:
+            raise OSError(f"{len(content)} bytes came instead of {end - start}")
+        return content
+
+
+def open_url(url: str, key: str) -> Remote:
+    """The place that a URL names; asks nothing of the service yet. Raises UserError for the recipe's `key`."""
+    import fsspec
+
+    url = url.rstrip("/")
+    scheme = url.partition("://")[0]
+    options: dict[str, Any] = {"auto_mkdir": True} if scheme in ("file", "local") else {"use_listings_cache": False}
+    if scheme in ("s3", "s3a"):  # `retried` tries again; within a try, the parts of a large file do
+        options["config_kwargs"] = {"retries": {"mode": "standard", "max_attempts": 3}}
+    try:
+        fs, path = fsspec.core.url_to_fs(url, **options)
+    except ImportError as error:
+        raise UserError(
+            f"{key}: {url} needs a package that is not installed ({one_line(error)}); "
+            "install it with: pip install 'turbolm[storage]'"
+        ) from None
+    except ValueError as error:
+        raise UserError(f"{key}: {url}: {one_line(error)}") from None
+    return Remote(fs, str(path).rstrip("/"), url)
+
+
+def retried(action: Callable[[], T], url: str) -> T:
+    """What `action` returns, tried again with growing waits. Raises StorageError, and FileNotFoundError at once."""
+    for wait_sec in (*RETRY_SEC, None):
+        try:
+            return action()
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # whatever fsspec's many libraries raise for a connection
+            if wait_sec is None or isinstance(error, _FINAL) or type(error).__name__ in _FINAL_NAMES:
+                raise StorageError(f"{url}: {type(error).__name__}: {one_line(error)}") from None
+        time.sleep(wait_sec * random.uniform(0.5, 1.0))
+    raise AssertionError
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error, short and without secrets."""
+    return redact(" ".join(str(error).split()))[:_MAX_REASON]

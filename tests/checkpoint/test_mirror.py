@@ -1,0 +1,327 @@
+"""checkpoint.mirror: what is copied is what was saved, and nothing half is ever taken for whole."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.checkpoint.mirror_places import Proxy, content_below, flip_byte, needs_s3, s3_server
+from tests.memory_folder import tmp_path
+from tests.train.harness import make_recipe
+from turbolm import storage
+from turbolm.checkpoint import manifest as manifests
+from turbolm.checkpoint.manifest import checkpoint_name, list_checkpoints
+from turbolm.checkpoint.mirror import Mirror, claim, mirror_root, read_current
+from turbolm.checkpoint.mirror_upload import UploadJob, command, copy_checkpoint
+from turbolm.checkpoint.mirroring import Mirroring
+from turbolm.errors import UserError
+from turbolm.plan.machine import detect_machine
+from turbolm.plan.plan import build_plan
+from turbolm.recipe.contract import contract_of, fingerprint
+from turbolm.recipe.schema import Recipe
+from turbolm.train.fresh import start_fresh
+from turbolm.train.from_mirror import fetch_run, start_mirroring
+from turbolm.train.run_directory import RunDirectory, list_attempts, run_directory
+
+__all__ = ["tmp_path"]
+
+
+@dataclass
+class Case:
+    """A run folder, and the recipe that names its mirror."""
+
+    recipe: Recipe
+    proxy: Proxy | None = None
+
+    @property
+    def run(self) -> RunDirectory:
+        return run_directory(self.recipe)
+
+    @property
+    def mirror(self) -> Mirror:
+        root = mirror_root(str(self.recipe.checkpoint.mirror), self.recipe.name)
+        return Mirror(root, (read_current(root) or {})["id"])
+
+    def with_(self, **sections: dict[str, Any]) -> Case:
+        """The same with other values of some sections, under the same names."""
+        update = {
+            name: getattr(self.recipe, name).model_copy(update=values) for name, values in sections.items()
+        }  # fmt: skip
+        return replace(self, recipe=self.recipe.model_copy(update=update))
+
+    def on_empty_disk(self) -> Case:
+        """The same run as another machine sees it."""
+        return self.with_(execution={"runs_dir": f"{self.recipe.execution.runs_dir}-elsewhere"})
+
+    def begin(self) -> None:
+        """What the worker leaves before its first step."""
+        self.run.path.mkdir(parents=True, exist_ok=True)
+        contract = contract_of(self.recipe)
+        record = {
+            "fingerprint": fingerprint(contract),
+            "contract": contract,
+            "store_fingerprint": "s",
+            "budgets_tokens": [1],
+        }
+        self.run.contract.write_text(json.dumps(record))
+
+    def save(self, step: int, num_files: int = 3, num_bytes: int = 10_000) -> Path:
+        """A checkpoint of random files, and the metrics until then."""
+        folder, rng = manifests.temporary_folder(self.run.checkpoints, step), random.Random(step)
+        folder.mkdir(parents=True)
+        files = {}
+        for number in range(num_files):
+            content = rng.randbytes(num_bytes)
+            (folder / f"file-{number}").write_bytes(content)
+            files[f"file-{number}"] = {"bytes": num_bytes, "sha256": hashlib.sha256(content).hexdigest()}
+        about = {"step": step, "tokens_seen": 100 * step, "contract": "c", "world_size": 1, "parameters": {}}
+        final = self.run.checkpoints / checkpoint_name(step)
+        manifests.commit(folder, final, {**about, "files": files})
+        with self.run.metrics.open("a") as file:
+            file.write(json.dumps({"step": step, "train/loss": 1 / step}) + "\n")
+        return final
+
+    def job(self, step: int) -> UploadJob:
+        job = start_mirroring(build_plan(self.recipe, detect_machine(), 1), attempt=7)
+        assert job is not None
+        return replace(job, step=step)
+
+
+@pytest.fixture(params=["file", pytest.param("s3", marks=needs_s3)])
+def case(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Case]:
+    monkeypatch.setattr(storage, "RETRY_SEC", (0.01, 0.02, 0.04))
+    if request.param == "file":
+        yield begun(tmp_path, f"file://{tmp_path}/far")
+        return
+    with s3_server(monkeypatch) as proxy:
+        yield replace(begun(tmp_path, "s3://bucket/runs"), proxy=proxy)
+
+
+@pytest.fixture
+def folder_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Case:
+    monkeypatch.setattr(storage, "RETRY_SEC", (0.01, 0.02))
+    return begun(tmp_path, f"file://{tmp_path}/far")
+
+
+def begun(folder: Path, url: str) -> Case:
+    case = Case(make_recipe(folder, checkpoint={"mirror": url}))
+    case.begin()
+    return case
+
+
+def test_an_empty_folder_gets_the_newest_checkpoint_and_the_run_around_it(case: Case) -> None:
+    for step in (1, 2, 3):
+        case.save(step)
+        job = case.job(step)
+        copy_checkpoint(job)
+    assert case.mirror.steps() == [2, 3], "mirror_keep_last is 2"
+    assert not list(case.run.checkpoints.glob(".mirror*")), "nothing is held any more"
+    there = case.on_empty_disk()
+    fetch_run(there.recipe)
+    assert [step for step, _ in list_checkpoints(there.run.checkpoints)] == [3]
+    name = checkpoint_name(3)
+    assert content_below(there.run.checkpoints / name) == content_below(case.run.checkpoints / name)
+    for path in (case.run.contract, case.run.metrics):
+        assert (there.run.path / path.name).read_bytes() == path.read_bytes()
+    assert list_attempts(there.run) == [7], "the next attempt is the eighth"
+    there.save(4)
+    copy_checkpoint(there.job(4))
+    with pytest.raises(UserError, match="was taken over by a start on"):
+        copy_checkpoint(job)
+
+
+def test_what_has_no_record_or_another_content_is_never_taken(case: Case, capsys: pytest.CaptureFixture[str]) -> None:
+    for step in (1, 2, 3):
+        case.save(step)
+        copy_checkpoint(replace(case.job(step), keep_last=9))
+    case.mirror.checkpoint(3).at("mirror.json").remove()
+    flip_byte(case.mirror.checkpoint(2).at("file-1"))
+    there = case.on_empty_disk()
+    fetch_run(there.recipe)
+    assert [step for step, _ in list_checkpoints(there.run.checkpoints)] == [1]
+    output = capsys.readouterr().out
+    assert "passed over" in output and "step-00000002/file-1: content differs (SHA-256)" in output
+    flip_byte(case.mirror.checkpoint(1).at("manifest.json"))
+    nowhere = there.on_empty_disk()
+    with pytest.raises(UserError, match="none of the 2 checkpoints .* is intact") as refused:
+        fetch_run(nowhere.recipe)
+    assert "\n" not in str(refused.value)
+    assert not list_checkpoints(nowhere.run.checkpoints) and not nowhere.run.metrics.exists()
+
+
+@needs_s3
+def test_cut_connections_are_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "RETRY_SEC", (0.01,) * 6)
+    monkeypatch.setattr(storage, "_CHUNK_BYTES", 1 << 20)
+    with s3_server(monkeypatch) as proxy:
+        case = begun(tmp_path, "s3://bucket/runs")
+        case.save(1, num_bytes=3 << 20)
+        job = case.job(1)
+        proxy.cuts, proxy.after_bytes, proxy.num_cut = 3, 1 << 20, 0  # in the middle of a file
+        copy_checkpoint(job)
+        assert proxy.num_cut == 3
+        proxy.after_bytes, proxy.num_cut = 1 << 19, 0
+        there = case.on_empty_disk()
+        fetch_run(there.recipe)
+        assert proxy.num_cut == 3
+    name = checkpoint_name(1)
+    assert content_below(there.run.checkpoints / name) == content_below(case.run.checkpoints / name)
+
+
+@needs_s3
+def test_a_mirror_that_is_gone_is_one_line_and_no_new_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import s3fs
+
+    monkeypatch.setattr(storage, "RETRY_SEC", (0.01,))
+    monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
+    with s3_server(monkeypatch) as proxy:
+        case = begun(tmp_path, "s3://bucket/runs")
+        case.save(1)
+        job = case.job(1)
+        proxy.cuts, proxy.after_bytes = 10**6, 0
+        said: list[str] = []
+        monkeypatch.setattr(Mirroring, "_run", lambda self, job: run_here(job))
+        mirroring = Mirroring(job, said.append)
+        mirroring.request(1)
+        mirroring.finish(60)
+        assert len(said) == 1 and "the checkpoint of step 1 was not copied: s3://bucket/runs/cell" in said[0]
+        assert "testing-secret" not in said[0]
+        with pytest.raises(UserError, match="checkpoint.mirror: s3://bucket/runs/cell/current.json"):
+            fetch_run(case.on_empty_disk().recipe)
+
+
+def run_here(job: UploadJob) -> dict[str, Any]:
+    try:
+        return copy_checkpoint(job)
+    except UserError as error:
+        return {"failed": str(error)}
+
+
+def test_a_killed_upload_goes_on_where_it_was(folder_case: Case) -> None:
+    case = folder_case
+    case.save(1, num_files=60, num_bytes=1 << 20)
+    job, remote = case.job(1), case.mirror.checkpoint(1)
+    note = case.run.checkpoints / f".mirror-{checkpoint_name(1)}" / ".arrived.json"
+    process = subprocess.Popen(command(replace(job, parent=os.getpid())))
+    deadline = time.monotonic() + 60
+    while not note.exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    arrived = json.loads(note.read_text())["files"]
+    assert 0 < len(arrived) < 60 and case.mirror.record(1) is None
+    there = case.on_empty_disk()
+    fetch_run(there.recipe)
+    assert not list_checkpoints(there.run.checkpoints), "nothing half is taken"
+    times = {name: Path(remote.at(name).path).stat().st_mtime_ns for name in arrived}
+    told = subprocess.run(command(replace(job, parent=os.getpid())), capture_output=True, text=True, check=True)
+    assert json.loads(told.stdout)["bytes"] > 60 << 20
+    assert times == {name: Path(remote.at(name).path).stat().st_mtime_ns for name in arrived}, "not sent again"
+    fetch_run(there.recipe)
+    assert [step for step, _ in list_checkpoints(there.run.checkpoints)] == [1]
+
+
+def test_an_interrupted_fetch_keeps_its_bytes_and_changes_no_run(
+    folder_case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = folder_case
+    case.save(1, num_bytes=1 << 20)
+    copy_checkpoint(case.job(1))
+    there, chunk = case.on_empty_disk(), storage.Remote._chunk
+    monkeypatch.setattr(storage, "_CHUNK_BYTES", 1 << 18)
+    starts: list[tuple[str, int]] = []
+
+    def cut(self: storage.Remote, start: int, end: int) -> bytes:
+        if self.path.endswith("file-2") and start >= 1 << 19:
+            raise PermissionError("gone")
+        starts.append((self.path[-6:], start))
+        return chunk(self, start, end)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(storage.Remote, "_chunk", cut)
+        with pytest.raises(UserError, match="file-2: PermissionError: gone"):
+            fetch_run(there.recipe)
+    assert not list_checkpoints(there.run.checkpoints) and not there.run.metrics.exists()
+    starts.clear()
+    monkeypatch.setattr(
+        storage.Remote, "_chunk", lambda self, a, b: (starts.append((self.path[-6:], a)), chunk(self, a, b))[1]
+    )
+    fetch_run(there.recipe)
+    assert [one for one in starts if one[0].startswith("file-")] == [("file-2", 1 << 19), ("file-2", 3 << 18)]
+    name = checkpoint_name(1)
+    assert content_below(there.run.checkpoints / name) == content_below(case.run.checkpoints / name)
+
+
+def test_another_contract_is_refused_with_its_keys(folder_case: Case) -> None:
+    case = folder_case
+    case.save(1)
+    copy_checkpoint(case.job(1))
+    other = case.on_empty_disk().with_(train={"seed": 4}, anomalies={"threshold": 7.0}, checkpoint={"keep_last": 9})
+    with pytest.raises(UserError, match=r"another learning contract \(train.seed: 3 -> 4\); restore") as refused:
+        fetch_run(other.recipe)
+    assert "\n" not in str(refused.value) and not list_checkpoints(other.run.checkpoints)
+
+
+def test_fresh_starts_a_run_of_its_own_and_the_former_stays(folder_case: Case) -> None:
+    case = folder_case
+    case.save(1)
+    copy_checkpoint(case.job(1))
+    former = case.mirror
+    start_fresh(case.recipe)
+    fetch_run(case.recipe)
+    assert not list_checkpoints(case.run.checkpoints)
+    fetch_run(case.on_empty_disk().recipe)
+    assert not list_checkpoints(case.on_empty_disk().run.checkpoints), "its disk may be lost before its first copy"
+    case.begin()
+    case.save(2)
+    copy_checkpoint(case.job(2))
+    assert case.mirror.id != former.id and case.mirror.steps() == [2] and former.record(1) is not None
+
+
+def test_a_folder_with_another_run_does_not_write_there(folder_case: Case) -> None:
+    case = folder_case
+    case.save(1)
+    copy_checkpoint(case.job(1))
+    other = case.on_empty_disk()
+    other.begin()
+    other.save(1)
+    with pytest.raises(UserError, match="holds the checkpoints of another run than"):
+        claim(case.mirror.root, other.run.path)
+
+
+def test_copies_after_the_newest_checkpoint_were_abandoned(folder_case: Case) -> None:
+    case = folder_case
+    for step in (2, 4, 6):
+        case.save(step)
+        copy_checkpoint(replace(case.job(step), keep_last=9))
+    manifests.discard(case.run.checkpoints / checkpoint_name(4))
+    manifests.discard(case.run.checkpoints / checkpoint_name(6))
+    copy_checkpoint(replace(case.job(2), keep_last=9))
+    assert case.mirror.steps() == [2]
+
+
+def test_a_checkpoint_that_changed_on_disk_is_not_copied(folder_case: Case) -> None:
+    case = folder_case
+    path = case.save(1) / "file-0"
+    path.write_bytes(bytes(10_000))
+    with pytest.raises(UserError, match="file-0: content changed"):
+        copy_checkpoint(case.job(1))
+    assert case.mirror.record(1) is None
+
+
+@pytest.mark.parametrize("url", ["https://host/x", "s3://key:secret@bucket/x", "bucket/x", "file://x", "s3://bucket/*"])
+def test_a_url_that_cannot_be_written_or_holds_a_secret_is_refused(url: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="expected a|credentials"):
+        make_recipe(tmp_path, checkpoint={"mirror": url})
