@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from turbolm.errors import UserError
-from turbolm.files import sha256_file
+from turbolm.files import sha256_file, temporary, write_bytes
 from turbolm.redaction import holds_secret, redact
 
 T = TypeVar("T")
@@ -116,7 +116,10 @@ class Remote:
 
     def write(self, content: bytes) -> None:
         """Write a small file. Raises StorageError."""
-        retried(lambda: self.fs.pipe_file(self.path, content), self.url)
+        try:
+            retried(lambda: self._put(content), self.url)
+        except FileNotFoundError as error:  # there is no such bucket
+            raise StorageError(f"{self.url}: {one_line(error)}") from None
 
     def write_json(self, value: object) -> None:
         """Write a JSON value, and read it back. Raises StorageError."""
@@ -175,6 +178,15 @@ class Remote:
                 pass
 
         retried(drop, self.url)
+
+    def _put(self, content: bytes) -> None:
+        if "file" not in self.fs.protocol:  # object stores show a file when it is complete
+            self.fs.pipe_file(self.path, content)
+            return
+        path = Path(self.path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(temporary(path), content, durable=True)
+        os.replace(temporary(path), path)
 
     def _chunk(self, start: int, end: int) -> bytes:
         content = bytes(self.fs.cat_file(self.path, start=start, end=end))

@@ -301,6 +301,25 @@ def test_a_folder_with_another_run_does_not_write_there(folder_case: Case) -> No
         claim(case.mirror.root, other.run.path)
 
 
+def test_a_folder_whose_run_went_on_elsewhere_gets_what_is_newer(folder_case: Case) -> None:
+    case = folder_case
+    case.save(1)
+    copy_checkpoint(case.job(1))
+    there = case.on_empty_disk()
+    fetch_run(there.recipe)
+    there.save(2)
+    copy_checkpoint(there.job(2))
+    with pytest.raises(UserError, match="was continued on .* since"):
+        case.job(1)  # which would remove the copy of step 2
+    fetch_run(case.recipe)
+    assert [step for step, _ in list_checkpoints(case.run.checkpoints)] == [1, 2]
+    assert case.run.metrics.read_bytes() == there.run.metrics.read_bytes()
+    case.save(3)
+    copy_checkpoint(case.job(3))
+    fetch_run(case.recipe)
+    assert case.mirror.steps() == [2, 3]
+
+
 def test_copies_after_the_newest_checkpoint_were_abandoned(folder_case: Case) -> None:
     case = folder_case
     for step in (2, 4, 6):
@@ -319,6 +338,31 @@ def test_a_checkpoint_that_changed_on_disk_is_not_copied(folder_case: Case) -> N
     with pytest.raises(UserError, match="file-0: content changed"):
         copy_checkpoint(case.job(1))
     assert case.mirror.record(1) is None
+
+
+@pytest.mark.parametrize("name", ["../../outside", "run/../../../outside", "/outside", "run/model/x", "run/lock.json"])
+def test_a_forged_record_writes_nothing_outside(name: str, folder_case: Case) -> None:
+    case = folder_case
+    case.save(1)
+    copy_checkpoint(case.job(1))
+    remote = case.mirror.checkpoint(1)
+    record = remote.at("mirror.json").read_json() or {}
+    content = b"forged"
+    path = Path(remote.path) / name.lstrip("/")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    record["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    remote.at("mirror.json").write_json(record)
+    there = case.on_empty_disk()
+    if name.startswith("run/") and ".." not in name:
+        fetch_run(there.recipe)
+        assert list_checkpoints(there.run.checkpoints)
+    else:
+        with pytest.raises(UserError, match="mirror.json: damaged"):
+            fetch_run(there.recipe)
+    runs = Path(there.recipe.execution.runs_dir)
+    assert not {path.name for path in runs.rglob("*")}.intersection(("outside", "x", "lock.json"))
+    assert not Path("/outside").exists()
 
 
 @pytest.mark.parametrize("url", ["https://host/x", "s3://key:secret@bucket/x", "bucket/x", "file://x", "s3://bucket/*"])

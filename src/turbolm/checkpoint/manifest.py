@@ -21,6 +21,7 @@ BUFFERS = "buffers.safetensors"
 _NAME = re.compile(r"step-(\d{8,})")
 _TENSORS = re.compile(r"fragments-(\d{5,})(?:\.\d+)?\.safetensors")
 _TEMPORARY, _DISCARDED = ".tmp-", ".old-"
+HELD = ".mirror-"  # of the links to what is copied to the mirror
 
 
 def checkpoint_name(step: int) -> str:
@@ -96,9 +97,9 @@ def discard(checkpoint: Path) -> None:
     remove_folder(unnamed)
 
 
-def clear_leftovers(folder: Path) -> None:
-    """Remove what interrupted saves left behind. Nobody else may be saving there."""
-    for prefix in (_TEMPORARY, _DISCARDED):
+def clear_leftovers(folder: Path, *, is_mirrored: bool = False) -> None:
+    """Remove what interrupted saves left behind; a copy to a mirror goes on. Nobody else may be saving there."""
+    for prefix in (_TEMPORARY, _DISCARDED, *(() if is_mirrored else (HELD,))):
         for leftover in folder.glob(f"{prefix}*"):
             remove_folder(leftover)
 

@@ -6,8 +6,8 @@
                        mirror.json   size and SHA-256 of all of them; written last: without it there is no checkpoint
 
 A run gets its id when it first writes there, and keeps it in its folder (mirror.json). `--fresh` takes another one, so
-the checkpoints of two runs of one name never mix; those of the former stay. Each start says that it is the writer; one
-that finds another start's name there stops copying.
+the checkpoints of two runs of one name never mix; those of the former stay. Each start says that it is the writer, and
+keeps that in the folder too: one that finds another writer there has been continued elsewhere, and copies nothing.
 """
 
 from __future__ import annotations
@@ -54,14 +54,15 @@ class Mirror:
         return sorted(int(name) for name in names if name.isdigit())
 
     def record(self, step: int) -> dict[str, Any] | None:
-        """The record of a complete copy, or None. Raises StorageError."""
-        record = self.checkpoint(step).at(RECORD).read_json()
-        return record if record is not None and _is_record(record, step) else None
+        """The record of a copy; None for one that is not complete, and an empty one where it is damaged.
 
-    def records(self) -> dict[int, dict[str, Any]]:
-        """The record of every complete copy, by step. Raises StorageError."""
-        found = {step: self.record(step) for step in self.steps()}
-        return {step: record for step, record in found.items() if record is not None}
+        Raises StorageError.
+        """
+        remote = self.checkpoint(step).at(RECORD)
+        record = remote.read_json()
+        if record is None:
+            return None if remote.info() is None else {}
+        return record if _is_record(record, step) else {}
 
     def remove(self, step: int) -> None:
         """Remove a copy; its record goes first, so that a half-removed one is none. Raises StorageError."""
@@ -72,8 +73,8 @@ class Mirror:
         """Remove the copies that the retention does not keep. Raises StorageError."""
         known = [
             Kept(step, record["tokens_seen"], record.get("eval_loss"), Path(checkpoint_name(step)))
-            for step, record in self.records().items()
-            if step <= newest_step
+            for step in self.steps()
+            if step <= newest_step and (record := self.record(step))
         ]
         kept = {path.name for path in retention.keeps(known)}
         for step in self.steps():
@@ -99,34 +100,46 @@ def claim(root: Remote, run_folder: Path) -> Mirror:
 
     Raises UserError where the mirror holds another run, and StorageError.
     """
-    known, current = local_id(run_folder), read_current(root)
-    if current is not None and current["id"] != known:
+    known, current = read_local(run_folder), read_current(root) or {}
+    if current and current["id"] == known.get("id") and not wrote_last(known, current):
+        raise UserError(
+            f"{KEY}: the run in {root.url} was continued on {current.get('host')} since {run_folder} wrote there; "
+            "`turbolm train` and `turbolm submit` fetch what is newer there before they start"
+        )
+    if current and current["id"] != known.get("id"):
         raise UserError(
             f"{KEY}: {root.url} holds the checkpoints of another run than {run_folder}; give this run another `name` "
             "or URL, or start it with `turbolm train` in an empty run folder to resume from there, or with --fresh"
         )
-    return renew(root, run_folder, known)
+    return renew(root, run_folder, known.get("id"), current.get("writer"))
 
 
-def renew(root: Remote, run_folder: Path, known: str | None = None) -> Mirror:
-    """Say that the run of this folder is mirrored from now on, under a new id unless it is `known`."""
+def renew(root: Remote, run_folder: Path, known: str | None = None, former: str | None = None) -> Mirror:
+    """Say that the run of this folder is mirrored from now on, under a new id unless it is `known`.
+
+    `former` is the last writer of the same run, whom the folder remembers: this process may end before it has told.
+    """
     own = known or f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{uuid.uuid4().hex[:8]}"
     writer = uuid.uuid4().hex
     about = {"id": own, "writer": writer, "host": platform.node(), "since_unix_sec": int(time.time())}
+    write_json(run_folder / RECORD, {**about, "former": former}, durable=True)
     root.at(_CURRENT).write_json({"format_version": FORMAT_VERSION, **about})
-    write_json(run_folder / RECORD, about, durable=True)
     return Mirror(root, own, writer)
 
 
-def adopt(run_folder: Path, mirror_id: str) -> None:
-    """Record that a run folder continues the run of this id."""
-    write_json(run_folder / RECORD, {"id": mirror_id}, durable=True)
+def adopt(run_folder: Path, current: dict[str, Any]) -> None:
+    """Record that a run folder continues the run that is mirrored, from what its last writer left."""
+    write_json(run_folder / RECORD, {key: current.get(key) for key in ("id", "writer")}, durable=True)
 
 
-def local_id(run_folder: Path) -> str | None:
-    """The id under which the run of this folder is mirrored, or None."""
-    found = (read_json(run_folder / RECORD) or {}).get("id")
-    return found if isinstance(found, str) else None
+def wrote_last(known: dict[str, Any], current: dict[str, Any]) -> bool:
+    """Whether a run folder is the one that last wrote to the mirror of its run, or fetched from it."""
+    return current.get("writer") in (known.get("writer"), known.get("former"))
+
+
+def read_local(run_folder: Path) -> dict[str, Any]:
+    """The id under which the run of this folder is mirrored, and its last writer; empty before it is."""
+    return read_json(run_folder / RECORD) or {}
 
 
 def check_writer(mirror: Mirror) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from turbolm.checkpoint.manifest import MANIFEST, checkpoint_name, read_manifest, remove_folder
+from turbolm.checkpoint.manifest import HELD, MANIFEST, checkpoint_name, read_manifest, remove_folder
 from turbolm.checkpoint.mirror import FORMAT_VERSION, RECORD, RUN_FILES, Mirror, check_writer, claim, mirror_root
 from turbolm.checkpoint.retention import Retention
 from turbolm.errors import EXIT_FAILED, EXIT_OK, UserError
@@ -29,7 +29,6 @@ from turbolm.redaction import redact
 from turbolm.reliability.orphans import end_with_parent
 from turbolm.storage import one_line
 
-HELD = ".mirror-"  # of the folder of links, beside the checkpoints
 _ARRIVED = ".arrived.json"
 _THREADS = 4
 _NICE = 10  # the training comes first
@@ -73,7 +72,7 @@ def copy_checkpoint(job: UploadJob) -> dict[str, Any]:
         if step > job.step:
             mirror.remove(step)
     record = mirror.record(job.step)
-    is_there = record is not None and files.items() <= record["files"].items()
+    is_there = bool(record) and files.items() <= record["files"].items()
     if not is_there:
         mirror.checkpoint(job.step).at(RECORD).remove()  # of another checkpoint of this step
         _copy_files(mirror, job.step, held, files)

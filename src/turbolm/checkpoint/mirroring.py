@@ -17,9 +17,10 @@ from typing import Any
 from turbolm.checkpoint.mirror_upload import UploadJob, command
 from turbolm.reliability import heartbeat
 from turbolm.storage import one_line
-from turbolm.units import format_bytes
+from turbolm.units import format_bytes, format_duration
 
 _POLL_SEC = 1.0
+_QUIET_SEC = 3.0  # of a wait that nobody needs to be told of
 
 
 class Mirroring:
@@ -44,10 +45,14 @@ class Mirroring:
 
     def finish(self, timeout_sec: float) -> None:
         """Wait until nothing is being copied, or end the copy after the time limit with a line."""
-        deadline = time.monotonic() + timeout_sec
+        start, is_told = time.monotonic(), False
+        deadline = start + timeout_sec
         while (thread := self._thread) is not None and time.monotonic() < deadline:
             thread.join(min(_POLL_SEC, max(0.0, deadline - time.monotonic())))
             heartbeat.advance()
+            if not is_told and self._thread is not None and time.monotonic() > start + _QUIET_SEC:
+                is_told = True
+                self._say(f"checkpoint.mirror: waiting up to {format_duration(timeout_sec)} for the last copy")
         with self._lock:
             if self._thread is None:
                 return
@@ -55,7 +60,7 @@ class Mirroring:
         if process is not None:
             process.kill()
         self._say(
-            f"checkpoint.mirror: the newest checkpoint was not copied within {timeout_sec:.0f} s of the end "
+            f"checkpoint.mirror: the last checkpoint was not copied within {format_duration(timeout_sec)} "
             "(checkpoint.mirror_wait); a later start of this run goes on with it"
         )
 

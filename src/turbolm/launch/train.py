@@ -17,7 +17,7 @@ from turbolm.plan.machine import check_machine, detect_machine
 from turbolm.plan.plan import build_plan
 from turbolm.recipe.schema import Recipe
 from turbolm.reliability.stop import look
-from turbolm.train.from_mirror import fetch_run
+from turbolm.train.from_mirror import copy_last, fetch_run
 from turbolm.train.run_contract import as_started, check_contract, settle_commits
 from turbolm.train.run_directory import is_finished, lacks_export, run_directory
 
@@ -49,6 +49,7 @@ def train_here(recipe: Recipe, recipe_file: str, overrides: Sequence[str]) -> in
         if attempt is None:
             print(f"{run.path} is complete. Results: {run.results}, report: {run.path / 'report.html'}")
             print("Raise train.budget to train on, or give a new run a `name` of its own.")
+            copy_last(plan)
             return EXIT_OK
         print(
             f"{recipe.name}: {plan.world_size} processes on {plan.device}, {plan.precision}, "

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,12 +20,14 @@ from turbolm.checkpoint.mirror import (
     Mirror,
     adopt,
     claim,
-    local_id,
     mirror_root,
     read_current,
+    read_local,
     renew,
+    wrote_last,
 )
 from turbolm.checkpoint.mirror_upload import UploadJob, is_run_file
+from turbolm.checkpoint.mirroring import Mirroring
 from turbolm.errors import UserError
 from turbolm.plan.plan import Plan
 from turbolm.recipe.contract import changed_keys, comparable, contract_of
@@ -46,26 +47,34 @@ _ANY_PRECISION = ("train.precision", "auto")  # the training machine decides it
 def fetch_run(recipe: Recipe) -> None:
     """Fetch the newest intact checkpoint of the recipe's mirror, if the run folder has none. For one process.
 
-    A start with checkpoints, or of a recipe without a mirror, fetches nothing. Raises UserError where the mirror
-    cannot be read, holds a run with another learning contract, or has checkpoints none of which is intact: a run that
-    silently started over would be worse.
+    A folder whose run has been continued elsewhere since gets what is newer there. Raises UserError where a run without
+    a checkpoint cannot read the mirror, and where it holds a run with another learning contract or checkpoints none of
+    which is intact: a run that silently started over would be worse.
     """
     url, run = recipe.checkpoint.mirror, run_directory(recipe)
-    if url is None or has_own_state(run):
+    if url is None:
         return
-    root = mirror_root(url, recipe.name)
-    current = _told(lambda: read_current(root))
-    if current is None:
+    root, has_state = mirror_root(url, recipe.name), has_own_state(run)
+    try:
+        current = read_current(root)
+    except StorageError as error:
+        if not has_state:
+            raise _unreachable(error) from None
+        print(f"{KEY}: {error}. Whether it has newer checkpoints than {run.path} is not known", flush=True)
         return
-    if local_id(run.path) not in (None, current["id"]):
+    mine = read_local(run.path)
+    if current is None or has_state and (mine.get("id") != current["id"] or wrote_last(mine, current)):
+        return  # what belongs to another run is refused when this one would write there
+    if mine.get("id", current["id"]) != current["id"]:
         raise UserError(f"{KEY}: {root.url} holds the checkpoints of another run than {run.path}, which was begun here")
     make_folder(run.path, "execution.runs_dir")
     lock = RunLock(run.path)
     lock.acquire()
     try:
-        mirror = Mirror(root, current["id"])
-        _told(lambda: _fetch_newest(mirror, run, recipe))
-        adopt(run.path, mirror.id)
+        _fetch_newest(Mirror(root, current["id"]), run, recipe)
+        adopt(run.path, current)
+    except StorageError as error:
+        raise _unreachable(error) from None
     finally:
         lock.release()
 
@@ -82,8 +91,11 @@ def renew_mirror(recipe: Recipe) -> None:
         return
     root = mirror_root(url, recipe.name)
     make_folder(run.path, "execution.runs_dir")
-    before = _told(lambda: read_current(root))
-    _told(lambda: renew(root, run.path))
+    try:
+        before = read_current(root)
+        renew(root, run.path)
+    except StorageError as error:
+        raise _unreachable(error) from None
     if before is not None:
         print(f"{KEY}: the checkpoints of the former run stay in {root.url}/{before['id']}")
 
@@ -129,16 +141,33 @@ def wait_at_stop_sec(recipe: Recipe) -> float:
     return min(wait, slurm.stop_grace / 2) if slurm is not None and "SLURM_JOB_ID" in os.environ else wait
 
 
+def copy_last(plan: Plan) -> None:
+    """Finish the copy of a complete run, which may have ended before its last checkpoint had arrived."""
+    run = run_directory(plan.recipe)
+    checkpoints, attempt = list_checkpoints(run.checkpoints), max(list_attempts(run), default=0)
+    job = start_mirroring(plan, attempt) if checkpoints else None
+    if job is not None:
+        mirroring = Mirroring(job, print)
+        mirroring.request(checkpoints[-1][0])
+        mirroring.finish(plan.recipe.checkpoint.mirror_wait)
+
+
 def _fetch_newest(mirror: Mirror, run: RunDirectory, recipe: Recipe) -> None:
     """Fetch the newest checkpoint that is intact, with what the run folder needs."""
-    problems = []
-    for step, record in sorted(mirror.records().items(), reverse=True):
+    problems, here = [], max((step for step, _ in list_checkpoints(run.checkpoints)), default=-1)
+    for step in reversed(mirror.steps()):
+        if step <= here:
+            return
+        record = mirror.record(step)
+        if record is None:
+            print(f"{KEY}: {mirror.checkpoint(step).url} is not complete", flush=True)
+            continue
         problem = _fetch(mirror, step, record, run, recipe)
         if problem is None:
             return
         problems.append(problem)
         print(f"{KEY}: passed over {problem}", flush=True)
-    if problems:
+    if problems and here < 0:
         raise UserError(
             f"{KEY}: none of the {len(problems)} checkpoints in {mirror.folder.url} is intact ({problems[0]}); restore "
             "them, or start over with --fresh"
@@ -151,6 +180,8 @@ def _fetch(mirror: Mirror, step: int, record: dict[str, Any], run: RunDirectory,
     for other in staging.parent.glob("*"):
         if other != staging:
             remove_folder(other)
+    if not record:
+        return f"{remote.at(RECORD).url}: damaged, or of another version"
     wanted = {name: file for name, file in record["files"].items() if _is_wanted(name)}
     contract = f"{RUN_FILES}/{run.contract.name}"
     if contract not in wanted:
@@ -199,7 +230,7 @@ def _take_over(staging: Path, run: RunDirectory, attempt: int) -> None:
     """Move what was fetched into the run folder; with the checkpoint, which comes last, the run has a state."""
     for path in sorted((staging / RUN_FILES).rglob("*")):
         target = run.path / path.relative_to(staging / RUN_FILES)
-        if path.is_file() and not (target == run.metrics and target.exists() and target.stat().st_size):
+        if path.is_file():
             target.parent.mkdir(parents=True, exist_ok=True)
             os.replace(path, target)
     if max(list_attempts(run), default=0) < attempt:
@@ -210,11 +241,7 @@ def _take_over(staging: Path, run: RunDirectory, attempt: int) -> None:
     remove_folder(staging.parent)
 
 
-def _told(action: Callable[[], Any]) -> Any:
-    """What `action` returns. Raises UserError where the mirror cannot be reached."""
-    try:
-        return action()
-    except StorageError as error:
-        raise UserError(
-            f"{KEY}: {error}; check the network and the credentials, or start over without it: checkpoint.mirror=null"
-        ) from None
+def _unreachable(error: StorageError) -> UserError:
+    return UserError(
+        f"{KEY}: {error}; check the network and the credentials, or start over without it: checkpoint.mirror=null"
+    )

@@ -84,9 +84,10 @@ def _saved_parameters(folder: Path) -> list[str] | None:
 
 
 def _none_valid(context: Context, passed_over: list[str]) -> UserError:
-    run = context.run
+    run, mirror = context.run, context.recipe.checkpoint.mirror
     return UserError(
-        f"no checkpoint of {run.path} is valid. To start over, move {run.checkpoints} away; nothing was changed. "
+        f"no checkpoint of {run.path} is valid. To {'resume from checkpoint.mirror' if mirror else 'start over'}, move "
+        f"{run.checkpoints} away; nothing was changed. "
         f"The newest: {passed_over[0] if passed_over else 'it disappeared while the run started'}"
     )
 
@@ -132,7 +133,7 @@ def resume(session: Session, hashed: Hashed) -> None:
     """
     run = session.context.run
     if dist.get_rank() == 0:
-        clear_leftovers(run.checkpoints)
+        clear_leftovers(run.checkpoints, is_mirrored=session.mirroring is not None)
     checkpoint, passed_over = restore_newest(session, hashed)
     if checkpoint is None and (passed_over or session.has_saved_weights):
         raise _none_valid(session.context, passed_over)

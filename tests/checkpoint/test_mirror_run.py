@@ -1,0 +1,81 @@
+"""A run that is killed, and whose disk is lost, resumes from its mirror with the losses it would have had."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.checkpoint.mirror_places import content_below
+from tests.train.harness import BINS_PER_BATCH, SEQ_LEN, make_recipe
+from turbolm.recipe.load import dump_recipe
+
+ROOT = Path(__file__).parents[2]
+STEPS, SAVE_EVERY = 300, 30
+
+
+def start(folder: Path, *overrides: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "turbolm.cli", "train", str(folder / "recipe.yaml"), *overrides]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=pipe, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
+    )
+
+
+def learned(metrics: Path) -> dict[int, tuple[Any, ...]]:
+    """What each step did, by its last line."""
+    lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
+    steps = [json.loads(line) for line in lines if line.endswith("}")]
+    return {
+        line["step"]: (line["train/loss"], line["train/grad_norm"], line["data/samples"])
+        for line in steps
+        if "train/loss" in line
+    }
+
+
+@pytest.mark.slow
+def test_a_run_whose_disk_is_lost_resumes_from_its_mirror(tmp_path: Path) -> None:
+    recipe = make_recipe(
+        tmp_path,
+        train={"budget": STEPS * BINS_PER_BATCH * SEQ_LEN},
+        logging={"every_steps": 1, "sample_tokens": 0},
+        checkpoint={"every": f"{SAVE_EVERY} steps", "mirror": f"file://{tmp_path}/far"},
+        evaluation={"every": "100%"},
+        cluster={"processes_per_node": 1},
+    )
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+    run, far = tmp_path / "runs" / "cell", tmp_path / "far" / "cell"
+    process = start(tmp_path)
+    while not list(far.glob("*/step-*/mirror.json")):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)  # its ranks end with it
+    process.communicate()
+    rank_0 = json.loads((run / "lock.json").read_text())["pid"]
+    while Path(f"/proc/{rank_0}/cmdline").exists() and Path(f"/proc/{rank_0}/cmdline").read_bytes():
+        time.sleep(0.01)
+    before = learned(run / "metrics.jsonl")
+    mirrored = max(int(path.parent.name[5:]) for path in far.glob("*/step-*/mirror.json"))
+    assert len(before) == max(before) >= mirrored >= SAVE_EVERY
+    shutil.rmtree(run)
+    process = start(tmp_path)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert f"checkpoint.mirror: fetching file://{far}" in output and "resumed from" in output
+    after = learned(run / "metrics.jsonl")
+    assert sorted(after) == list(range(1, STEPS + 1)), "the steps before are there too"
+    assert {step: after[step] for step in before} == before
+    assert (run / "attempts" / "2" / "outcome.json").exists()
+    (last,) = far.glob(f"*/step-{STEPS:08d}")
+    assert (last / "mirror.json").exists(), "the last copy is complete when the command ends"
+    here = content_below(run / "checkpoints" / last.name)
+    assert here.items() <= content_below(last).items()
