@@ -22,6 +22,7 @@ from turbolm.data.prepare.texts import TextFile
 from turbolm.errors import UserError
 from turbolm.recipe.sources import Source
 from turbolm.recipe.sources.base import Bad, Gauge
+from turbolm.recipe.sources.urls import read_url, url_of
 
 Offset = tuple[int, int]  # (a file of the source, how many of its documents come before): where a document begins
 
@@ -172,7 +173,7 @@ def read_blocks(
     try:
         for span in spans:
             gauge, count = Gauge(), span.start
-            documents = source.read(span.path, span.start, gauge)
+            documents = read_url(source, span.path, span.start, gauge)
             if span.stop is not None:
                 documents = islice(documents, span.stop - span.start)
             share = 0.0
@@ -228,7 +229,7 @@ def plan_tasks(sources: Sequence[Source], source: int, start: Offset) -> Iterato
 def _parts(source: Source, file: int, path: Path, size: int, skip: int) -> Iterator[tuple[Span, int]]:
     """Yield the spans of a file after its first `skip` documents, and their bytes; small parts are put together."""
     begin = end = num_bytes = 0
-    for num_documents, part_bytes in source.parts(path) if size >= _TASK_BYTES else ():
+    for num_documents, part_bytes in source.parts(path) if size >= _TASK_BYTES and not url_of(path) else ():
         end, num_bytes = end + num_documents, num_bytes + part_bytes
         if num_bytes >= _TASK_BYTES:
             if end > skip:

@@ -64,11 +64,12 @@ from turbolm.data.store.token_store import (
     open_store,
 )
 from turbolm.errors import UserError, explain_os_error
-from turbolm.files import load_json, sha256_json, write_json
+from turbolm.files import load_json, read_json, sha256_json, write_json
 from turbolm.hub import tokenizer_path
 from turbolm.recipe.contract import comparable_section
 from turbolm.recipe.paths import make_folder, use_path
 from turbolm.recipe.schema import Recipe
+from turbolm.recipe.sources.urls import clear_fetched, forget_urls
 
 # Shards grow up to this size from a sixteenth of it, so that a small corpus has work for several processes as well.
 SHARD_TEXT_BYTES = 32 * 10**6
@@ -106,6 +107,8 @@ def prepare(
     resumes after them, also within the tokenizer's sample. `warn` gets the reason if `gigatoken` is requested and not
     used.
     """
+    forget_urls()
+    clear_fetched()
     folder, alone = store_folder(recipe), int(os.environ.get("WORLD_SIZE") or 1) == 1
     if _is_complete(folder, recipe):
         if alone:
@@ -191,7 +194,7 @@ def _key(recipe: Recipe, tokenizer: list[str | int], *, by_content: bool = False
         "format_version": FORMAT_VERSION,
         "shard_text_bytes": SHARD_TEXT_BYTES,
         "sources": [_content(source) for source in recipe.data.sources],
-        "files": [source.listing() for source in recipe.data.sources],
+        "files": [_listing(recipe, source) for source in recipe.data.sources],
         "validation": recipe.data.validation,
         "deduplicate": recipe.data.deduplicate,
     }
@@ -202,6 +205,19 @@ def _key(recipe: Recipe, tokenizer: list[str | int], *, by_content: bool = False
         content["sources"] = [without_times(source, _content(source)) for source in recipe.data.sources]
         del content["files"]
     return sha256_json(content)
+
+
+def _listing(recipe: Recipe, source: Any) -> list[Any]:
+    """Return a source's listing. One with URLs is kept in the cache: ranks need no network to find their store."""
+    if not getattr(source, "has_urls", False):
+        return list(source.listing())
+    record = _stores(recipe).parent / "urls" / f"{sha256_json(list(source.path))[:16]}.json"
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1 and isinstance(files := (read_json(record) or {}).get("files"), list):
+        return files
+    files = list(source.listing())
+    with suppress(OSError):  # a cache that cannot be written: the ranks ask for themselves
+        write_json(record, {"path": list(source.path), "files": files})
+    return files
 
 
 def _content(source: Any) -> dict[str, Any]:
@@ -305,6 +321,7 @@ def _build(
     _check_counts(recipe, totals["train"]["documents"], totals["validation"]["documents"], dropped)
     check_held_out(totals["validation"]["documents"], recipe.data.validation)
     fingerprint = tokenizer_fingerprint(tokenizer)
+    forget_urls()
     key = _key(recipe, [fingerprint, bos_id, eos_id])
     if not key.startswith(folder.name):
         raise UserError(

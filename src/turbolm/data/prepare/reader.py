@@ -14,6 +14,7 @@ from turbolm.data.prepare.blocks import Offset, files_from
 from turbolm.errors import UserError
 from turbolm.recipe.sources import Source
 from turbolm.recipe.sources.base import Bad, Gauge
+from turbolm.recipe.sources.urls import read_url
 
 OnBad = Literal["refuse", "skip"]  # data.on_bad_document
 
@@ -98,7 +99,7 @@ class Reader:
 
     def __iter__(self) -> Iterator[str]:
         for span in files_from(self._source, self.offset):
-            documents = self._source.read(span.path, span.start, Gauge())
+            documents = read_url(self._source, span.path, span.start, Gauge())
             for count, text in enumerate(documents, start=span.start + 1):
                 self.offset = span.file, count
                 if isinstance(text, Bad):

@@ -35,10 +35,10 @@ Files = list[list[Any]]  # of all sources in order: absolute path, size, time (n
 
 def without_times(source: Source, settings: dict[str, Any]) -> list[Any]:
     """Return what of a source's settings and listing determines its documents, given the content of its files."""
-    if isinstance(source, FileSource):
+    if isinstance(source, FileSource) and not source.has_urls:
         kept = {name: value for name, value in settings.items() if name != "path"}
         return [kept, [size for _, size, _ in source.listing()]]
-    return [settings, [[name, size] for name, size, _ in source.listing()]]
+    return [settings, source.listing() if _has_urls(source) else [[name, size] for name, size, _ in source.listing()]]
 
 
 def find_recorded(stores: Path, key: str) -> Path | None:
@@ -113,8 +113,12 @@ def can_be_compared(sources: Sequence[Source]) -> bool:
 
 
 def _of_files(sources: Sequence[Source]) -> list[Source]:
-    """Return the sources whose listing has times."""
-    return [source for source in sources if not isinstance(source, StdlibSource)]
+    """Return the sources whose listing has times, all of files on this machine."""
+    return [source for source in sources if not isinstance(source, StdlibSource) and not _has_urls(source)]
+
+
+def _has_urls(source: Source) -> bool:
+    return isinstance(source, FileSource) and source.has_urls
 
 
 def _record_path(stores: Path, key: str) -> Path:

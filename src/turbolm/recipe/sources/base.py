@@ -8,13 +8,17 @@ import stat
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from turbolm.errors import UserError
 from turbolm.recipe.fields import Before, Name, Paths, Positive, Section, StagedWeight
 from turbolm.recipe.paths import PATH_RULE, use_path
+from turbolm.storage import check_url, is_url
+
+if TYPE_CHECKING:
+    from turbolm.recipe.sources.urls import UrlFile
 
 
 class Unusable(Exception):
@@ -66,8 +70,11 @@ class BaseSource(Section):
         """Return documents and bytes of each part of a file, if `read` can skip parts without decoding them."""
         return []
 
-    def listing(self) -> list[tuple[str, int, int]]:
-        """Return name, size in bytes and modification time (ns) of its files: a change makes another token store."""
+    def listing(self) -> list[tuple[str, int, int | str]]:
+        """Return name, size in bytes and modification time (ns) of its files: a change makes another token store.
+
+        Of a file behind a URL: its version, as the service tells it.
+        """
         return [(str(path), status.st_size, status.st_mtime_ns) for path, status in self.stats()]
 
     def stats(self) -> list[tuple[Path, os.stat_result]]:
@@ -78,14 +85,61 @@ class BaseSource(Section):
 class FileSource(BaseSource):
     """Base of sources of files that a recipe names by path or pattern."""
 
-    path: Paths = Field(description=f"a path, a glob (`**` allowed) or a list of them; {PATH_RULE}")
+    path: Paths = Field(
+        description=f"a path, a glob (`**` allowed), a URL (s3://, gs://, az://, hf://, https://) or a list of them; "
+        f"{PATH_RULE}"
+    )
+
+    @field_validator("path")
+    @classmethod
+    def _without_secrets(cls, paths: tuple[str, ...]) -> tuple[str, ...]:
+        for path in filter(is_url, paths):
+            check_url(path)
+        return paths
+
+    @property
+    def has_urls(self) -> bool:
+        """Whether any of its files is behind a URL."""
+        return any(map(is_url, self.path))
 
     def files(self) -> list[Path]:
-        """Return its files, sorted by path. Raises UserError if a pattern matches none."""
+        """Return its files: those of this machine sorted by path, then paths that stand for URLs (`urls`).
+
+        Raises UserError if a pattern matches none.
+        """
+        from turbolm.recipe.sources.urls import path_of
+
+        return [*self._local_files(), *(path_of(url) for url in self._url_files())]
+
+    def stats(self) -> list[tuple[Path, os.stat_result]]:
+        """Return its files and their `stat`; of a file behind a URL it has the size alone. Raises UserError."""
+        from turbolm.recipe.sources.urls import path_of
+
+        local = [(path, stat_file(path)) for path in self._local_files()]
+        sizes = ((path_of(url), file.num_bytes) for url, file in self._url_files().items())
+        return local + [(path, os.stat_result((stat.S_IFREG, 0, 0, 1, 0, 0, size, 0, 0, 0))) for path, size in sizes]
+
+    def listing(self) -> list[tuple[str, int, int | str]]:
+        """Return name, size in bytes and modification time (ns), or version, of its files."""
+        local = [(path, stat_file(path)) for path in self._local_files()]
+        return [
+            *((str(path), status.st_size, status.st_mtime_ns) for path, status in local),
+            *((url, file.num_bytes, file.version) for url, file in self._url_files().items()),
+        ]
+
+    def _url_files(self) -> dict[str, UrlFile]:
+        from turbolm.recipe.sources.urls import find_url_files
+
+        found = {file.url: file for pattern in filter(is_url, self.path) for file in find_url_files(pattern)}
+        return dict(sorted(found.items()))
+
+    def _local_files(self) -> list[Path]:
         # A link, another spelling or another pattern may name the same file, which is read once. Size and time are
         # compared too: inode numbers of some network file systems are not unique.
         names: dict[tuple[int, ...], Path] = {}
         for pattern in self.path:
+            if is_url(pattern):
+                continue
             for path, status in _match(pattern):
                 identity = status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
                 others = [names[identity]] if identity in names else []

@@ -1,0 +1,130 @@
+"""Sources behind URLs: the same store as from local files, whatever the connection does, or a refusal."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.checkpoint.mirror_places import needs_s3, s3_server
+from tests.memory_folder import tmp_path
+from tests.train.harness import make_recipe
+from turbolm import storage
+from turbolm.data.prepare.build import find_store, prepare, store_key
+from turbolm.data.store.token_store import open_store
+from turbolm.errors import UserError
+from turbolm.recipe.schema import Recipe
+from turbolm.recipe.sources import urls
+from turbolm.recipe.sources.base import Gauge
+from turbolm.recipe.sources.text import TextSource
+
+__all__ = ["tmp_path"]
+
+
+def write_sources(folder: Path) -> Path:
+    """JSON lines, plain and compressed, and Parquet."""
+    import pyarrow
+    import pyarrow.parquet
+
+    folder.mkdir(parents=True)
+    lines = ["".join(json.dumps({"text": f"{part} text {n} of many"}) + "\n" for n in range(60)) for part in "abc"]
+    (folder / "a.jsonl").write_text(lines[0])
+    (folder / "b.jsonl.gz").write_bytes(gzip.compress(lines[1].encode(), mtime=0))
+    pyarrow.parquet.write_table(pyarrow.table({"text": [f"row {n}" for n in range(60)]}), folder / "c.parquet")
+    return folder
+
+
+def recipe_of(folder: Path, at: str, **sections: Any) -> Recipe:
+    sources = [{"type": "jsonl", "path": f"{at}/*.json*"}, {"type": "parquet", "path": f"{at}/c.parquet"}]
+    return make_recipe(folder, data={"sources": sources}, **sections)
+
+
+def texts(recipe: Recipe) -> list[Any]:
+    """Every document of the recipe's sources, as its readers give them."""
+    return [list(urls.read_url(source, path, 0, Gauge())) for source in recipe.data.sources for path in source.files()]
+
+
+def tokens(recipe: Recipe) -> list[Any]:
+    """Everything in the recipe's store, in its order."""
+    store = open_store(prepare(recipe, num_workers=1))
+    lengths = store.lengths("train").tolist()
+    return [store.read("train", number, 0, length).tolist() for number, length in enumerate(lengths)]
+
+
+def test_a_url_gives_the_store_of_the_files_and_ranks_need_no_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = write_sources(tmp_path / "there")
+    local, remote = recipe_of(tmp_path, str(there)), recipe_of(tmp_path, f"file://{there}")
+    assert tokens(remote) == tokens(local)
+    assert not list(Path(urls.tempfile.gettempdir()).glob(f"{urls._prefix()}{os.getpid()}-*")), "nothing is left"
+    store = find_store(remote)
+    there.rename(tmp_path / "gone")
+    urls.forget_urls()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert find_store(remote) == store
+
+
+def test_a_changed_file_is_another_store_and_one_that_changes_while_it_is_read_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = write_sources(tmp_path / "there")
+    recipe = recipe_of(tmp_path, f"file://{there}")
+    before = store_key(recipe)
+    text = (there / "a.jsonl").read_text()
+    (there / "a.jsonl").write_text(text.replace("text 1 ", "word 1 "))
+    urls.forget_urls()
+    assert store_key(recipe) != before
+    download = storage.Remote.download
+
+    def changing(self: storage.Remote, local: Path, num_bytes: int) -> None:
+        download(self, local, num_bytes)
+        os.utime(self.path, ns=(1, 1))
+
+    monkeypatch.setattr(storage.Remote, "download", changing)
+    with pytest.raises(UserError, match="a.jsonl changed while it was read"):
+        texts(recipe)
+
+
+def test_messages_name_the_url(tmp_path: Path) -> None:
+    there = write_sources(tmp_path / "there")
+    (there / "a.jsonl").write_text('{"text": "fine"}\n{"text": 3}\n')
+    recipe = recipe_of(tmp_path, f"file://{there}")
+    with pytest.raises(UserError, match=rf"^file://{there}/a.jsonl:2: field 'text' is int"):
+        prepare(recipe, num_workers=1)
+    for pattern, message in {
+        f"file://{there}/*.csv": "no file matches",
+        f"file://{there}/none.txt": "there is no file://",
+        "https://127.0.0.1/*.txt": "a web server lists no files",
+        "nonsense://x/y": "nonsense",
+    }.items():
+        with pytest.raises(UserError, match=message) as refused:
+            TextSource(type="text", path=(pattern,)).files()
+        assert "\n" not in str(refused.value)
+    with pytest.raises(ValueError, match="credentials"):
+        TextSource(type="text", path=("https://user:secret@host/x",))
+
+
+def test_hf_needs_no_package_and_says_that_it_is_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "RETRY_SEC", ())
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="data.sources: .*hf://datasets/owner/name/x.jsonl.*") as refused:
+        TextSource(type="text", path=("hf://datasets/owner/name/x.jsonl",)).files()
+    assert "\n" not in str(refused.value)
+
+
+@needs_s3
+def test_cut_connections_of_a_bucket_are_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "RETRY_SEC", (0.01,) * 6)
+    there = write_sources(tmp_path / "there")
+    with s3_server(monkeypatch) as proxy:
+        bucket = storage.open_url("s3://bucket/data", "test")
+        for path in there.iterdir():
+            bucket.at(path.name).upload(path, path.stat().st_size)
+        proxy.cuts, proxy.after_bytes, proxy.num_cut = 3, 900, 0
+        assert texts(recipe_of(tmp_path, "s3://bucket/data")) == texts(recipe_of(tmp_path, str(there)))
+        assert proxy.num_cut == 3
