@@ -6,8 +6,8 @@ import hashlib
 import json
 import os
 import random
-import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -26,6 +26,7 @@ from turbolm.checkpoint.mirror import Mirror, claim, mirror_root, read_current
 from turbolm.checkpoint.mirror_upload import UploadJob, command, copy_checkpoint
 from turbolm.checkpoint.mirroring import Mirroring
 from turbolm.errors import UserError
+from turbolm.files import read_json
 from turbolm.plan.machine import detect_machine
 from turbolm.plan.plan import build_plan
 from turbolm.recipe.contract import contract_of, fingerprint
@@ -208,27 +209,38 @@ def run_here(job: UploadJob) -> dict[str, Any]:
         return {"failed": str(error)}
 
 
+STOPS_AT_FILE_7 = """
+import sys, time
+from turbolm import storage
+from turbolm.checkpoint import mirror_upload
+
+upload = storage.Remote.upload
+storage.Remote.upload = lambda self, path, size: time.sleep(600) if path.name == "file-7" else upload(self, path, size)
+sys.exit(mirror_upload.main())
+"""
+
+
 def test_a_killed_upload_goes_on_where_it_was(folder_case: Case) -> None:
     case = folder_case
-    case.save(1, num_files=60, num_bytes=1 << 20)
-    job, remote = case.job(1), case.mirror.checkpoint(1)
+    case.save(1, num_files=10)
+    job = replace(case.job(1), parent=os.getpid())
+    remote, others = case.mirror.checkpoint(1), [f"file-{number}" for number in range(10) if number != 7]
     note = case.run.checkpoints / f".mirror-{checkpoint_name(1)}" / ".arrived.json"
-    process = subprocess.Popen(command(replace(job, parent=os.getpid())))
+    process = subprocess.Popen([sys.executable, "-c", STOPS_AT_FILE_7, command(job)[-1]])
     deadline = time.monotonic() + 60
-    while not note.exists():
+    while (read_json(note) or {}).get("files") != others:
         assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
+        time.sleep(0.01)
+    process.kill()
     process.wait()
-    arrived = json.loads(note.read_text())["files"]
-    assert 0 < len(arrived) < 60 and case.mirror.record(1) is None
+    assert case.mirror.record(1) is None
     there = case.on_empty_disk()
     fetch_run(there.recipe)
     assert not list_checkpoints(there.run.checkpoints), "nothing half is taken"
-    times = {name: Path(remote.at(name).path).stat().st_mtime_ns for name in arrived}
-    told = subprocess.run(command(replace(job, parent=os.getpid())), capture_output=True, text=True, check=True)
-    assert json.loads(told.stdout)["bytes"] > 60 << 20
-    assert times == {name: Path(remote.at(name).path).stat().st_mtime_ns for name in arrived}, "not sent again"
+    times = {name: Path(remote.at(name).path).stat().st_mtime_ns for name in others}
+    told = subprocess.run(command(job), capture_output=True, text=True, check=True)
+    assert json.loads(told.stdout)["bytes"] > 10 * 10_000
+    assert times == {name: Path(remote.at(name).path).stat().st_mtime_ns for name in others}, "not sent again"
     fetch_run(there.recipe)
     assert [step for step, _ in list_checkpoints(there.run.checkpoints)] == [1]
 
