@@ -5,6 +5,7 @@ A copy that fails is a line, and the next checkpoint tries again: training never
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -39,7 +40,7 @@ class Mirroring:
         """Copy the checkpoint of a step, after the one that is being copied. Returns at once."""
         with self._lock:
             self._wanted = step
-            if self._thread is None:
+            if self._thread is None or not self._thread.is_alive():
                 self._thread = threading.Thread(target=self._work, name="turbolm-mirror", daemon=True)
                 self._thread.start()
 
@@ -47,14 +48,14 @@ class Mirroring:
         """Wait until nothing is being copied, or end the copy after the time limit with a line."""
         start, is_told = time.monotonic(), False
         deadline = start + timeout_sec
-        while (thread := self._thread) is not None and time.monotonic() < deadline:
+        while (thread := self._thread) is not None and thread.is_alive() and time.monotonic() < deadline:
             thread.join(min(_POLL_SEC, max(0.0, deadline - time.monotonic())))
             heartbeat.advance()
             if not is_told and self._thread is not None and time.monotonic() > start + _QUIET_SEC:
                 is_told = True
                 self._say(f"checkpoint.mirror: waiting up to {format_duration(timeout_sec)} for the last copy")
         with self._lock:
-            if self._thread is None:
+            if self._thread is None or not self._thread.is_alive():
                 return
             self._is_ended, process = True, self._process
         if process is not None:
@@ -71,7 +72,8 @@ class Mirroring:
                 if step is None or self._is_ended:
                     self._thread = None
                     return
-            self._copy(step)
+            with contextlib.suppress(OSError):  # a terminal that is gone, or a log on a full disk
+                self._copy(step)
 
     def _copy(self, step: int) -> None:
         start, told = time.monotonic(), self._run(replace(self._job, step=step, parent=os.getpid()))
