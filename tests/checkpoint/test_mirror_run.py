@@ -19,7 +19,7 @@ from tests.train.harness import BINS_PER_BATCH, SEQ_LEN, make_recipe
 from turbolm.recipe.load import dump_recipe
 
 ROOT = Path(__file__).parents[2]
-STEPS, SAVE_EVERY = 300, 30
+STEPS, SAVE_EVERY = 60, 5
 
 
 def start(folder: Path, *overrides: str) -> subprocess.Popen[str]:
