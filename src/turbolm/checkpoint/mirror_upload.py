@@ -72,7 +72,7 @@ def copy_checkpoint(job: UploadJob) -> dict[str, Any]:
         if step > job.step:
             mirror.remove(step)
     record = mirror.record(job.step)
-    is_there = bool(record) and files.items() <= record["files"].items()
+    is_there = files.items() <= (record or {}).get("files", {}).items()
     if not is_there:
         mirror.checkpoint(job.step).at(RECORD).remove()  # of another checkpoint of this step
         _copy_files(mirror, job.step, held, files)

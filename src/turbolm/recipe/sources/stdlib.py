@@ -35,7 +35,7 @@ class StdlibSource(BaseSource):
             raise UserError(f"The standard library in {root} has no source files; use another source (data.sources)")
         return sorted(files, key=lambda path: path.relative_to(root).as_posix())
 
-    def listing(self) -> list[tuple[str, int, int]]:
+    def listing(self) -> list[tuple[str, int, int | str]]:
         """Return names and sizes: each node may have its own installation of the standard library."""
         return [("/".join(path.parts[-2:]), status.st_size, 0) for path, status in self.stats()]
 
