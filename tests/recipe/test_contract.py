@@ -31,7 +31,7 @@ CANDIDATES: list[Any] = [
     {"start": 0.5, "end": 0.6},
     {"model_type": "gpt2"}, {"vocab_size": 999}, {}, [{"type": "stdlib"}],
     "exact", "gigatoken", "rowwise", "short", "keep", "wandb",
-    "window", {"name": "growth"}, {"start": 128}, "rollback", "skip", {"seeds": 3},
+    "window", {"name": "growth"}, {"start": 128}, "rollback", "skip", {"seeds": 3}, "s3://bucket/runs",
 ]  # fmt: skip
 # Fields that exclude one another, so that one alone cannot change.
 TOGETHER: dict[str, dict[str, Any]] = {
