@@ -113,16 +113,17 @@ def plan(
     from turbolm.plan.rates import preview_steps
     from turbolm.plan.summary import collect_summary
     from turbolm.plan.text import render_summary
-    from turbolm.recipe.load import load_recipe
+    from turbolm.recipe.load import load_scaled
 
-    loaded, changes = load_recipe(recipe, overrides or ()), overrides or ()
+    (loaded, scaling), changes = load_scaled(recipe, overrides or ()), overrides or ()
     asked = Asked(search, gpus, deadline, budget_usd, project, html, as_json, steps)
     if not asked.is_plain:
         from turbolm.report.projection import write_projection
 
         print("\n".join(explore(loaded, recipe, changes, asked, write_projection)))
         return
-    summary = collect_summary(loaded, recipe, changes, accelerate_config, store_size(loaded), may_trace=True)
+    store = store_size(loaded)
+    summary = collect_summary(loaded, recipe, changes, accelerate_config, store, scaling=scaling, may_trace=True)
     if steps:
         for step in preview_steps(summary.plan):
             print(json.dumps(step))
@@ -396,11 +397,16 @@ def ablate(
     noise: Annotated[str, Option(help="differences below this are treated as noise")] = "5%",
     clock: Annotated[Literal["wall", "cpu"], Option(help="cpu: measure processor time, for a shared machine")] = "wall",
     name: Annotated[str | None, Option(help="name of the results folder; default: the recipe's name")] = None,
+    transfer: Annotated[
+        str | None,
+        Option(metavar="WIDTHS|RECIPE", help="check instead that learning rates transfer to such widths, or a recipe"),
+    ] = None,
     dry_run: Annotated[bool, Option("--dry-run", help="check and list the arms; train nothing")] = False,
     as_json: Annotated[bool, Option("--json", help="results as one JSON object; progress on stderr")] = False,
 ) -> None:
     """Measure the effect of each trick by training with and without it. Resumes unfinished runs."""
     from turbolm.ablate.command import ablate as measure_tricks
+    from turbolm.ablate.command import check_transfer
     from turbolm.ablate.settings import Options, Sweep
 
     options = Options(
@@ -415,7 +421,10 @@ def ablate(
         name=name,
         command=shlex.join(["turbolm", *sys.argv[1:]]),
     )
-    code = measure_tricks(recipe, overrides or (), tricks or (), options, dry_run=dry_run, as_json=as_json)
+    asked = (recipe, overrides or (), tricks or (), options)
+    if transfer is not None:
+        raise typer.Exit(check_transfer(*asked, transfer, dry_run=dry_run, as_json=as_json))
+    code = measure_tricks(*asked, dry_run=dry_run, as_json=as_json)
     raise typer.Exit(code)
 
 

@@ -16,9 +16,10 @@ from turbolm.plan.batch import plan_batch
 from turbolm.plan.count import Answer
 from turbolm.plan.deepspeed import resolve_ds_config
 from turbolm.plan.memory import estimate_model_state
+from turbolm.plan.overview import render_overview
 from turbolm.plan.summary import Summary, collect_summary
 from turbolm.plan.text import plot, render_summary
-from turbolm.recipe.load import load_recipe
+from turbolm.recipe.load import load_recipe, load_scaled
 from turbolm.recipe.schema import Execution, Recipe
 
 REPOSITORY = Path(__file__).parents[2]
@@ -120,7 +121,7 @@ def test_json_has_the_same_and_stable_keys() -> None:
     text, _ = plan(LLAMA_8B, "--json")
     found = json.loads(text)
     keys = "recipe cluster batch schedule data parameters cost estimate memory footprint traffic host_memory ds_config "
-    keys += "accelerate_config launch suggestions notes"
+    keys += "accelerate_config launch scaling suggestions notes"
     assert list(found) == keys.split()
     recipe = load_recipe(REPOSITORY / LLAMA_8B)
     assert found["ds_config"] == resolve_ds_config(recipe, plan_batch(recipe, 64), "cuda", "bf16")
@@ -147,6 +148,28 @@ def test_json_has_the_same_and_stable_keys() -> None:
     assert found["memory"]["device_bytes"] == sum(
         found["memory"][part] for part in ("weights", "gradients", "master", "optimizer", "gathered", "buckets")
     )
+
+
+def test_what_is_scaled_from_a_tuned_recipe(tmp_path: Path) -> None:
+    recipe = tmp_path / "larger.yaml"
+    tuned = REPOSITORY / "recipes/quickstart/config.yaml"
+    config = "model: {config: {hidden_size: 256, intermediate_size: 768, num_attention_heads: 8}}"
+    recipe.write_text(f"extends: {tuned}\nname: larger\nscale: {{from: {tuned}}}\n{config}\n")
+    arguments = (str(recipe), "optimizer.weight_decay=0.3", "cluster.device=cpu")
+    loaded, scaling = load_scaled(recipe, arguments[1:])
+    summary = collect_summary(loaded, str(recipe), arguments[1:], lambda *_: {}, scaling=scaling)
+    page, details = " ".join(render_overview(summary).split()), render_summary(summary)
+    assert f"scaled from {tuned}: optimizer.lr_multipliers.matrices 0.5, " in page
+    assert "not derived: optimizer.weight_decay" in page
+    assert (
+        "  optimizer.lr_multipliers.matrices 0.5\n    = 1 x (128 / 256)^1; muP, arXiv 2203.03466, table 3\n" in details
+    )
+    assert "  optimizer.weight_decay 0.2; the recipe sets 0.3\n" in details
+    found = json.loads(plan(*arguments, "--json")[0])["scaling"]
+    assert found["reference"] == str(tuned)
+    status = {one["key"]: (one["status"], one["suggested"], one["value"]) for one in found["derived"]}
+    assert status["optimizer.weight_decay"] == ("set in the recipe", 0.2, 0.3)
+    assert status["optimizer.lr_multipliers.embeddings"] == ("derived", 0.7071, 0.7071)
 
 
 def test_here_it_is_planned_for_this_machine() -> None:

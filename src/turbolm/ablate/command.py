@@ -15,6 +15,7 @@ from turbolm.ablate.results import collect_results
 from turbolm.ablate.run import check_folder, run_ablation
 from turbolm.ablate.runner import Runner, one_by_one
 from turbolm.ablate.settings import Ablation, Options
+from turbolm.ablate.transfer import Transfer, render_transfer, run_transfer
 from turbolm.errors import EXIT_OK, EXIT_REQUEUE
 from turbolm.launch.side_by_side import SideBySide, prepare_for_all, train_command
 from turbolm.launch.train import train_here
@@ -50,6 +51,27 @@ def ablate(
         print(f"\n{render_table(results)}\n{ablation.folder}: report.html, ablation.json, ablation.csv")
     if code == EXIT_REQUEUE:
         print("stopped; the same command resumes", file=sys.stderr)
+    return code
+
+
+def check_transfer(
+    recipe_file: str,
+    overrides: Sequence[str],
+    tricks: Sequence[str],
+    options: Options,
+    to: str,
+    *,
+    dry_run: bool = False,
+    as_json: bool = False,
+) -> int:
+    """Check that learning rates transfer to the sizes `to` and print the losses; returns the exit code.
+
+    Raises UserError.
+    """
+    transfer = Transfer.prepare(recipe_file, overrides, tricks, to, detect_machine(), options)
+    with _standard_output_as_error() if as_json else contextlib.nullcontext():
+        code, found = run_transfer(transfer, lambda task: train_here(task.recipe, str(task.file), ()), dry_run=dry_run)
+    print(json.dumps(found, indent=1) if as_json else render_transfer(found))
     return code
 
 

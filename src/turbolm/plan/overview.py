@@ -29,6 +29,7 @@ def render_overview(summary: Summary) -> str:
     sections = (
         ("model", _model(summary)),
         ("training", _training(summary)),
+        ("scaled", _scaled(summary)),
         ("machines", [f"{processes_line(summary)}; {_execution(summary)}"]),
         ("memory", _memory(summary)),
         ("time", _time(summary)),
@@ -84,6 +85,19 @@ def _training(summary: Summary) -> Iterator[str]:
         f"({batch.bins_per_batch:,} sequences of {batch.seq_len:,}{changes})"
     )
     yield from filter(None, (fork_line(summary), restarts_line(summary)))
+
+
+def _scaled(summary: Summary) -> Iterator[str]:
+    scaling = summary.scaling
+    if scaling is None:
+        return
+    changed = [one for one in scaling.derived if one.status == "derived" and one.suggested != one.reference]
+    values = ", ".join(f"{one.key} {one.suggested:.7g}" for one in changed)
+    kept = [one.key for one in scaling.derived if one.status != "derived"]
+    yield f"from {scaling.reference}: {values or 'nothing changes'}" + (
+        f"; not derived: {', '.join(kept)}" if kept else ""
+    )
+    yield from scaling.notes
 
 
 def _execution(summary: Summary) -> str:

@@ -37,6 +37,7 @@ from turbolm.plan.suggestions import Suggestion, is_accepted, nearest_batch, sug
 from turbolm.plan.traffic import Traffic, step_traffic
 from turbolm.recipe.gpus import GPUS, peak_flops
 from turbolm.recipe.questions import check_files
+from turbolm.recipe.scale import Scaling
 from turbolm.recipe.schema import Execution, Recipe
 from turbolm.units import format_bytes, format_duration
 
@@ -85,6 +86,7 @@ class Summary:
     constant_span_tokens: float  # the mean span if every sequence had the longest length
     accelerate_config: Mapping[str, object]
     notes: tuple[str, ...]
+    scaling: Scaling | None  # what the recipe's `scale` derives, if it has one
 
     @property
     def recipe(self) -> Recipe:
@@ -185,6 +187,7 @@ class Summary:
             "ds_config": plan.ds_config,
             "accelerate_config": dict(self.accelerate_config),
             "launch": {"command": self.launch_command, "accelerate_command": self.accelerate_command},
+            "scaling": self.scaling.as_dict() if self.scaling else None,
             "suggestions": {**asdict(law), "global_batch_tokens": self.suggested_batch} if law else None,
             "notes": list(self.notes),
         }
@@ -204,9 +207,10 @@ def collect_summary(
     accelerate_config: AccelerateConfig,
     store: StoreSize | None = None,
     *,
+    scaling: Scaling | None = None,
     may_trace: bool = False,
 ) -> Summary:
-    """Derive everything; `store` is the size of the recipe's store if it has been prepared.
+    """Derive everything; `store` is the size of the recipe's store if it has been prepared, `scaling` what `scale` did.
 
     With `may_trace` a model without a profile is traced if the run is on GPUs, which takes seconds the first time.
     Raises UserError with all problems, one per line.
@@ -257,6 +261,7 @@ def collect_summary(
         constant_span_tokens=constant_span(plan.curriculum, store),
         accelerate_config=accelerate_config(plan, recipe.cluster.num_nodes),
         notes=(*notes, *span_notes(recipe, plan.curriculum), *min_tokens_notes(recipe, store), *run_out_notes(uses)),
+        scaling=scaling,
     )
 
 

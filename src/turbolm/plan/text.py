@@ -11,6 +11,7 @@ from turbolm.plan.batch import plan_batch
 from turbolm.plan.footprint import Footprint
 from turbolm.plan.summary import Summary
 from turbolm.plan.traffic import traffic_lines
+from turbolm.recipe.scale import Derived, Scaling
 from turbolm.recipe.schedules import Wsd
 from turbolm.units import format_bytes, format_count, format_duration
 
@@ -34,6 +35,7 @@ def render_summary(summary: Summary) -> str:
         ("host memory of each node", _host_memory(summary)),
         ("DeepSpeed configuration", json.dumps(summary.plan.ds_config, indent=2).splitlines()),
         ("Accelerate configuration", yaml.safe_dump(dict(summary.accelerate_config), sort_keys=False).splitlines()),
+        ("scaled", scaling_lines(summary.scaling) if summary.scaling else ()),
         ("launch", [summary.launch_command, f"by hand: {summary.accelerate_command}"]),
         ("suggestions (not applied; your own sweep knows better)", _suggestions(summary)),
         ("notes", summary.notes),
@@ -168,6 +170,21 @@ def _data(summary: Summary) -> Iterator[str]:
                 f"{use.label}: {format_count(use.planned_tokens)} tokens of {format_count(use.available_tokens)} "
                 f"({use.epochs:.2f} epochs)"
             )
+
+
+def scaling_lines(scaling: Scaling) -> Iterator[str]:
+    """Return what each rule gives, what the recipe has, the formula and its source."""
+    yield f"from {scaling.reference}; what the recipe sets itself stays"
+    for one in scaling.derived:
+        yield f"{one.key} {one.suggested:.7g}{_not_derived(one)}"
+        yield f"  = {one.formula}; {one.source}"
+    yield from scaling.notes
+
+
+def _not_derived(one: Derived) -> str:
+    if one.status == "set in the recipe":
+        return f"; the recipe sets {one.value:.7g}"
+    return f" (not applied: {one.rule} is not in scale.rules)" if one.status == "rule left out" else ""
 
 
 def _suggestions(summary: Summary) -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from turbolm.recipe.scale import RULES
 from turbolm.recipe.schema import Recipe
 from turbolm.units import Span
 
@@ -14,6 +15,25 @@ _EXTENDS = {
     "anyOf": [
         {"type": "string", "minLength": 1},
         {"type": "array", "items": {"type": "string", "minLength": 1}},
+    ],
+}
+_SCALE = {
+    "description": "derive batch, learning rates and weight decay from a tuned recipe of another size; none: do not",
+    "anyOf": [
+        {
+            "type": "object",
+            "properties": {
+                "from": {"description": "the tuned recipe, relative to this file", "type": "string", "minLength": 1},
+                "rules": {
+                    "description": "which values to derive; others are suggested by `turbolm plan`",
+                    "type": "array",
+                    "items": {"enum": list(RULES)},
+                    "default": list(RULES),
+                },
+            },
+            "additionalProperties": False,
+        },
+        {"type": "null"},
     ],
 }
 
@@ -31,7 +51,7 @@ def recipe_json_schema() -> dict[str, Any]:
     # A file that extends another may omit the name, so more than one alternative may match.
     for section in ("optimizer", "schedule"):
         generated["properties"][section]["anyOf"] = generated["properties"][section].pop("oneOf")
-    generated["properties"] = {"extends": _EXTENDS, **generated["properties"]}
+    generated["properties"] = {"extends": _EXTENDS, "scale": _SCALE, **generated["properties"]}
     schema = {"$schema": _DIALECT, **generated, "title": "turbolm recipe"}
     fixed = _fix(schema)
     assert isinstance(fixed, dict)

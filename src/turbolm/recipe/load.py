@@ -1,4 +1,4 @@
-"""Load recipes from files: `extends:`, overrides from the command line, and all problems at once with positions."""
+"""Load recipes from files: `extends:`, `scale:`, overrides, and all problems at once with their positions."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import stat
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -27,10 +28,11 @@ from turbolm.recipe.fields import Section
 from turbolm.recipe.lengths import LENGTH_SCHEDULES, LengthSchedule
 from turbolm.recipe.messages import Finding, describe, validation_findings
 from turbolm.recipe.optimizers import OPTIMIZERS, Optimizer
+from turbolm.recipe.scale import Scaling, derive, find_problems, read_scale
 from turbolm.recipe.schedules import SCHEDULES, Schedule
 from turbolm.recipe.schema import RENAMED, RENAMED_CHOICES, Recipe
 
-__all__ = ["Problem", "RecipeError", "dump_recipe", "dump_values", "load_piece", "load_recipe"]
+__all__ = ["Problem", "RecipeError", "dump_recipe", "dump_values", "load_piece", "load_recipe", "load_scaled"]
 
 _MAX_FILES = 64
 _COMMAND_LINE = "command line: "  # prefix of an override's origin
@@ -48,10 +50,42 @@ def load_recipe(path: str | Path, overrides: Sequence[str | Path] = ()) -> Recip
     An override is `key.path=value`, or the path of a piece (a file as in recipes/_tricks). Raises RecipeError with
     every problem of every file, override and value.
     """
+    return _load(Path(path), overrides, (), ()).recipe
+
+
+def load_scaled(
+    path: str | Path, overrides: Sequence[str | Path] = (), tuned_overrides: Sequence[str | Path] = ()
+) -> tuple[Recipe, Scaling | None]:
+    """Load a recipe and what its `scale` derives (`turbolm.recipe.scale`), None without one.
+
+    `tuned_overrides` are laid over the recipe that `scale` names. Raises RecipeError.
+    """
+    loaded = _load(Path(path), overrides, tuned_overrides, ())
+    return loaded.recipe, loaded.scaling
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    recipe: Recipe
+    scaling: Scaling | None
+    files: frozenset[str]  # real paths of the recipe and of what it extends
+
+
+def _load(
+    path: Path,
+    overrides: Sequence[str | Path],
+    tuned_overrides: Sequence[str | Path],
+    chain: tuple[tuple[str, str], ...],
+    asked: Problem | None = None,
+) -> _Loaded:
+    """Load a recipe; `chain` has the real path and shown name of each recipe whose `scale` led here.
+
+    That the file cannot be read is a problem of the key that `asked` for it.
+    """
     problems: list[Problem] = []
     shown = os.path.normpath(path) if str(path) else "recipe"
     reader = _Reader(problems)
-    tree = reader.read(Path(path), shown, (), Problem(shown, None, "", ""))
+    tree = reader.read(path, shown, (), asked or Problem(shown, None, "", ""))
     complete = tree is not None
     tree = tree or Tree({}, shown, None)
     for override in overrides:
@@ -60,6 +94,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str | Path] = ()) -> Recip
             tree = tree if piece is None else _lay_over(tree, piece)
         else:
             tree = _override(tree, override, problems)
+    tree, scaling = _scaled(tree, reader, tuned_overrides, (*chain, (_real(path), shown)))
     recipe, findings = _validate(tree.plain())
     told = {(problem.file, problem.line, problem.key) for problem in problems}
     for finding in findings:
@@ -72,7 +107,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str | Path] = ()) -> Recip
     if problems or recipe is None:
         files = list(dict.fromkeys(problem.file for problem in problems))
         raise RecipeError(sorted(problems, key=lambda problem: (files.index(problem.file), problem.line or 0)))
-    return recipe
+    return _Loaded(recipe, scaling, frozenset(reader.files.values()))
 
 
 def load_piece(path: Path) -> dict[str, Any]:
@@ -122,13 +157,15 @@ class _Reader:
 
     def __init__(self, problems: list[Problem]) -> None:
         self.problems = problems
+        self.files: dict[str, str] = {}  # real paths by shown name
         self.num_files = 0
         self.complete = True
 
     def read(self, path: Path, shown: str, chain: tuple[tuple[str, str], ...], asked: Problem) -> Tree | None:
         """Return the merged tree of one file; `chain` has the real path and shown name of each file that led here."""
-        real = os.path.realpath(path) if "\0" not in str(path) else str(path)
+        real = _real(path)
         names = [name for _, name in chain]
+        self.files[shown] = real
         self.num_files += 1
         if real in [known for known, _ in chain]:
             self._refuse(asked, f"a file extends itself: {' -> '.join([*names, shown])}")
@@ -157,7 +194,7 @@ class _Reader:
 
     def _extend(self, tree: Tree, path: Path, shown: str, chain: tuple[tuple[str, str], ...]) -> Tree:
         own = Tree({key: value for key, value in tree.value.items() if key != "extends"}, tree.file, tree.line)
-        own = _with_new_names(own, self.problems)
+        own = _with_place(_with_new_names(own, self.problems), path)
         extends = tree.value.get("extends")
         if extends is None:
             return own
@@ -180,6 +217,10 @@ class _Reader:
         """Record the problem at the key that names the file."""
         self.complete = False
         self.problems.append(Problem(asked.file, asked.line, asked.key, message))
+
+
+def _real(path: Path) -> str:
+    return os.path.realpath(path) if "\0" not in str(path) else str(path)
 
 
 def _read_text(path: Path) -> tuple[str, str, int | None]:
@@ -239,6 +280,77 @@ def _merge(base: Tree, child: Tree) -> Tree:
     return Tree(merged, child.file, child.line)
 
 
+# ----------------------------------------------------------------------------------------------------------- scale
+
+
+def _with_place(tree: Tree, path: Path) -> Tree:
+    """Return the tree of one file with its `scale.from` relative to the working directory, not to the file."""
+    scale = _section(tree, ("scale",))
+    named = scale.get("from")
+    if named is None or not isinstance(named.value, str) or not named.value:
+        return tree
+    return _replace(tree, ("scale",), {**scale, "from": Tree(str(path.parent / named.value), named.file, named.line)})
+
+
+def _scaled(
+    tree: Tree, reader: _Reader, tuned_overrides: Sequence[str | Path], chain: tuple[tuple[str, str], ...]
+) -> tuple[Tree, Scaling | None]:
+    """Return the tree with what its `scale` derives in place of `scale`. Problems are added to the reader's."""
+    asked = tree.value.get("scale")
+    tree = Tree({key: value for key, value in tree.value.items() if key != "scale"}, tree.file, tree.line)
+    if asked is None or asked.value is None:
+        return tree, None
+    given = read_scale(asked, reader.problems)
+    tuned = None if given is None else _tuned(given[0], tuned_overrides, chain, reader.problems)
+    if given is None or tuned is None:
+        reader.complete = False
+        return tree, None
+    (named, rules), reference = given, tuned.recipe
+
+    def is_own(key: str) -> bool:
+        here = tree
+        for part in key.split("."):
+            if not isinstance(here.value, dict) or part not in here.value:
+                return False
+            here = here.value[part]
+        return reader.files.get(here.file) not in tuned.files
+
+    try:
+        batch = Tree(reference.train.global_batch, asked.file, asked.line)
+        draft = _merge(Tree({"train": Tree({"global_batch": batch}, asked.file, asked.line)}, asked.file, None), tree)
+        recipe = Recipe.model_validate(draft.plain())
+    except ValidationError:
+        return draft, None  # which is told when the whole is validated
+    name = os.path.normpath(named.value)
+    refused = list(find_problems(recipe, reference, name, rules))
+    reader.problems += [Problem(named.file, named.line, "scale.from", message) for message in refused]
+    if refused:
+        return draft, None
+    scaling = derive(recipe, reference, name, rules, is_own)
+    for key, value in scaling.applied.items():
+        tree = _set(tree, key.split("."), Tree(value, asked.file, asked.line), "", reader.problems)
+    return tree, scaling
+
+
+def _tuned(
+    named: Tree, overrides: Sequence[str | Path], chain: tuple[tuple[str, str], ...], problems: list[Problem]
+) -> _Loaded | None:
+    """Load the recipe that `scale.from` names."""
+    asked = Problem(named.file, named.line, "scale.from", "")
+    names = [name for _, name in chain] + [os.path.normpath(named.value)]
+    if _real(Path(named.value)) in [real for real, _ in chain]:
+        problems.append(replace(asked, message=f"a recipe scales from itself: {' -> '.join(names)}"))
+        return None
+    if len(chain) > MAX_DEPTH:
+        problems.append(replace(asked, message=f"more than {MAX_DEPTH} recipes scale from each other"))
+        return None
+    try:
+        return _load(Path(named.value), overrides, (), chain, asked)
+    except RecipeError as error:
+        problems += error.problems
+        return None
+
+
 # ---------------------------------------------------------------------------------------------------- renamed keys
 
 
@@ -288,8 +400,8 @@ def _override(tree: Tree, override: str, problems: list[Problem]) -> Tree:
     if not equals or not all(parts) or len(parts) > MAX_DEPTH:
         problems.append(Problem(origin, None, "", "expected key.path=value, such as optimizer.lr=3e-4"))
         return tree
-    if parts[0] == "extends":
-        problems.append(Problem(origin, None, "extends", "can only be set in a file"))
+    if parts[0] in ("extends", "scale"):
+        problems.append(Problem(origin, None, parts[0], "can only be set in a file"))
         return tree
     if len(text) > MAX_FILE_BYTES:
         problems.append(Problem(origin, None, "", "the value is too long"))

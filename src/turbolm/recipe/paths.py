@@ -3,7 +3,8 @@
 - `~` and `~user` at the start mean a home folder.
 - `$NAME` and `${NAME}` mean the environment variable, unless something of that very name is there already. A variable
   that is not set is refused by name. (`./~` and a name that is there are taken as written.)
-- A relative path is relative to the working directory of the command. Only `extends` is relative to its own file.
+- A relative path is relative to the working directory of the command. Only `extends` and `scale.from` are relative to
+  their own file.
 - What is no path of this machine is passed on as written: names on the hub, a container's image and mounts (where
   `~` and `$` are refused, as nobody would replace them).
 

@@ -1,0 +1,135 @@
+"""`ablate --transfer` with a runner that writes what a training would leave behind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.ablate.test_ablation import CPUS, FakeRunner
+from tests.launch.harness import RECIPE
+from turbolm.ablate.settings import Options, Sweep
+from turbolm.ablate.transfer import Transfer, judge, render_transfer, run_transfer, scale_lrs
+from turbolm.errors import UserError
+from turbolm.recipe.load import load_recipe
+
+SWEEP = Sweep(1e-3, 4e-3, 3)
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.chdir(tmp_path)
+    config = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2}
+    config |= {"num_attention_heads": 2, "max_position_embeddings": 128, "tie_word_embeddings": True}
+    own = {"model": {"config": config}, "train": {"budget": 1024 * 50, "global_batch": 1024}, "data": {"seq_len": 128}}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**RECIPE, **own, "optimizer": {"lr": 2e-3}}))
+    return "recipe.yaml"
+
+
+def prepare(recipe_file: str, to: str = "128", tricks: tuple[str, ...] = (), **options: Any) -> Transfer:
+    return Transfer.prepare(recipe_file, (), tricks, to, CPUS, Options(**{"sweep": SWEEP, **options}))
+
+
+def test_the_best_learning_rate_is_moved_by_the_rule_and_compared_at_the_larger_width(recipe_file: str) -> None:
+    """Twice the width: AdamW's matrices take half of the rate, the tied embedding 1 / sqrt(2)."""
+    losses = {"tuned-lr0.001": 3.9, "tuned-lr0.004": 3.8, "w128-lr0.001": 3.60, "w128-lr0.002": 3.62}
+    runner = FakeRunner(losses | {"w128-lr0.004": 3.7, "w128-moved-lr0.004": 3.61})
+    transfer = prepare(recipe_file)
+    code, results = run_transfer(transfer, runner.train)
+    assert code == 0 and results == json.loads((transfer.folder / "transfer.json").read_text())
+    assert runner.names[:3] == ["tuned-lr0.001-seed0", "tuned-lr0.002-seed0", "tuned-lr0.004-seed0"]
+    assert runner.names[3:] == [f"w128-{name}-seed0" for name in ("lr0.001", "lr0.002", "lr0.004", "moved-lr0.004")]
+    moved = load_recipe(transfer.folder / "recipes" / "w128-moved-lr0.004-seed0.yaml")
+    config = moved.model.full_config or {}
+    assert (config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]) == (128, 384, 4)
+    assert (moved.optimizer.lr, moved.optimizer.weight_decay) == (4e-3, 0.2)
+    multipliers = moved.optimizer.lr_multipliers
+    assert (multipliers.matrices, multipliers.embeddings, multipliers.vectors) == (0.5, 0.7071, 1)
+    unmoved = load_recipe(transfer.folder / "recipes" / "w128-lr0.004-seed0.yaml")
+    assert unmoved.optimizer.lr_multipliers.matrices == 1 and unmoved.optimizer.weight_decay == 0.1
+    (found,) = results["larger"]
+    assert found["moved_excess"] == pytest.approx(3.61 / 3.60 - 1) and found["unmoved_excess"] == pytest.approx(1 / 36)
+    assert found["verdict"].startswith("transfers: ") and found["is_at_edge"]
+    text = render_transfer(results)
+    assert "w128: transfers: " in text and "at the edge of the grid" in text and "3.6100" in text
+    run_transfer(transfer, runner.train)
+    assert len(runner.names) == 7  # finished runs are not repeated
+
+
+def test_a_run_that_fails_is_the_worst_and_the_mean_of_seeds_decides(recipe_file: str) -> None:
+    runner = FakeRunner({"tuned-lr0.001": 3.9})
+    runner.codes = {"tuned-lr0.002-seed0": 1, "w128-moved-lr0.001-seed1": 1}
+    transfer = prepare(recipe_file, num_seeds=2)
+    code, results = run_transfer(transfer, runner.train)
+    assert code == 1 and results["tuned"]["best_lr"] == 1e-3
+    assert results["tuned"]["grid"][0]["loss"] == pytest.approx(3.9005)
+    assert results["tuned"]["grid"][1]["loss"] is None
+    (found,) = results["larger"]
+    assert found["moved_excess"] is None and found["verdict"].startswith("does not transfer")
+    assert "moved diverged, unmoved +0.00% above it" in render_transfer(results)
+
+
+def test_an_interruption_stops_and_the_same_command_resumes(recipe_file: str) -> None:
+    runner = FakeRunner()
+    runner.codes = {"w128-lr0.002-seed0": 75}
+    code, results = run_transfer(prepare(recipe_file), runner.train)
+    assert code == 75 and results["larger"][0]["verdict"] == "not finished"
+    assert runner.names[-1] == "w128-lr0.002-seed0"
+    code, results = run_transfer(prepare(recipe_file), runner.train)
+    assert code == 0 and results["larger"][0]["verdict"].startswith("both end within 1%")
+
+
+def test_a_larger_recipe_that_scales_from_the_tuned_one(recipe_file: str, tmp_path: Path) -> None:
+    larger = {"extends": recipe_file, "scale": {"from": recipe_file}, "name": "larger"}
+    larger["train"] = {"budget": 1024 * 50 * 64}
+    (tmp_path / "larger.yaml").write_text(yaml.safe_dump(larger))
+    transfer = prepare(recipe_file, "larger.yaml")
+    (one,) = transfer.larger
+    (moved,) = transfer.moved(one, transfer.tuned)
+    assert moved.train.global_batch == 4096 and moved.optimizer == load_recipe("larger.yaml").optimizer
+    assert {run.train.global_batch for runs in transfer.grid(one.recipe, "x") for run in runs} == {4096}
+    (tmp_path / "larger.yaml").write_text(yaml.safe_dump({key: larger[key] for key in ("extends", "name")}))
+    with pytest.raises(UserError, match=r"larger.yaml must say `scale: \{from: recipe.yaml\}`"):
+        prepare(recipe_file, "larger.yaml")
+
+
+def test_tricks_are_in_all_runs_and_every_learning_rate_has_the_same_place_on_the_grid(recipe_file: str) -> None:
+    transfer = prepare(recipe_file, tricks=("muon",))
+    assert transfer.folder.name == "tiny-muon-transfer" or transfer.folder.name.endswith("-muon-transfer")
+    grid = transfer.grid(transfer.larger[0].recipe, "w128")
+    assert [runs[0].optimizer.peak_lrs.matrices for runs in grid] == [5e-3, 1e-2, 2e-2]
+    assert scale_lrs(transfer.tuned.optimizer, 0.25).peak_lrs.matrices == 2.5e-3
+
+
+@pytest.mark.parametrize(
+    ("grid", "moved", "unmoved", "verdict"),
+    [
+        ([4.0, 3.0, 3.1], 3.0, 0, "transfers"),
+        ([4.0, 3.0, 3.01], 3.02, 2, "both"),
+        ([4.0, 3.0, 3.01], 3.2, 2, "does not transfer"),
+        ([4.0, 3.0, 3.3], 3.2, 2, "neither"),
+        ([4.0, 3.1, 3.0], 2.9, 2, "transfers"),  # the moved rates may be the best
+        ([4.0, None, 3.0], 2.9, 2, "not finished"),
+    ],
+)
+def test_verdicts(grid: list[float | None], moved: float, unmoved: int, verdict: str) -> None:
+    assert judge(grid, moved, unmoved)["verdict"].startswith(verdict)
+
+
+@pytest.mark.parametrize(
+    ("to", "told"), [("100", "is no width: model.config.num_attention_heads"), ("wide", "expected widths such as")]
+)
+def test_widths_that_cannot_be(recipe_file: str, to: str, told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        prepare(recipe_file, to)
+
+
+def test_runs_of_another_recipe_are_refused(recipe_file: str, tmp_path: Path) -> None:
+    run_transfer(prepare(recipe_file), FakeRunner().train)
+    text = Path(recipe_file).read_text()
+    Path(recipe_file).write_text(text.replace("weight_decay: 0.1", "") + "schedule: {name: linear}\n")
+    with pytest.raises(UserError, match="holds runs of another recipe; changed:\n  schedule"):
+        run_transfer(prepare(recipe_file), FakeRunner().train)
