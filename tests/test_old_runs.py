@@ -97,6 +97,13 @@ def test_a_new_key_and_a_new_default_lock_nobody_out(fixtures: Path, monkeypatch
         check_contract(RunDirectory(Path("runs/zero1")), asked, old["store_fingerprint"])
 
 
+def test_a_larger_budget_that_comes_with_other_changes_has_a_way_on(fixtures: Path) -> None:
+    """Such as the weight decay that `scale` derives from the budget."""
+    recipe = as_started(load_recipe("zero1.yaml", ["train.budget=5120", "optimizer.weight_decay=0.01"]))[0]
+    with pytest.raises(UserError, match="turbolm train runs/zero1/recipe.yaml train.budget=5120"):
+        check_contract(RunDirectory(Path("runs/zero1")), recipe, None)
+
+
 def test_a_renamed_key_is_read_under_its_old_name(
     fixtures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

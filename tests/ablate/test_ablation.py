@@ -30,6 +30,7 @@ from turbolm.train.run_directory import run_directory
 
 CPUS = Machine(0, None, None, num_cpus=2, cpu_has_bf16=True, memory_bytes=2**34)
 NUM_EVALUATIONS = 10
+AWAY = {"checkpoint": {"mirror": "file:///mirror"}, "export": {"push_to": "me/it"}}
 
 
 class FakeRunner:
@@ -53,7 +54,9 @@ class FakeRunner:
         path = run_directory(recipe).path
         path.mkdir(parents=True, exist_ok=True)
         assert yaml.safe_load(file.read_text())["name"] == recipe.name
-        assert yaml.safe_load(file.read_text())["execution"]["stop_after"] is None
+        written = yaml.safe_load(file.read_text())
+        assert written["execution"]["stop_after"] is None
+        assert written["checkpoint"]["mirror"] is None and written["export"]["push_to"] is None, "it stays here"
         if code := self.codes.pop(recipe.name, 0):
             return code
         arm = recipe.name.partition("-seed")[0]
@@ -84,7 +87,7 @@ def recipe_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "recipe.yaml"
     train = {"budget": 1024 * 50, "global_batch": 1024}
-    path.write_text(yaml.safe_dump({**RECIPE, "train": train, "data": {"seq_len": 128}}))
+    path.write_text(yaml.safe_dump({**RECIPE, "train": train, "data": {"seq_len": 128}, **AWAY}))
     return str(path)
 
 

@@ -182,6 +182,8 @@ def test_more_refusals(tmp_path: Path) -> None:
     muon = MUON.replace("name: muon", "name: muon, adjust_lr: original")
     write(tmp_path, LARGER + "optimizer: {adjust_lr: match_rms_adamw}\n", optimizer=muon)
     assert "optimizer.adjust_lr is match_rms_adamw here and original in " in refusal(path)
+    write(tmp_path, optimizer=MUON.replace("name: muon", "name: muon, hyperball: true"))
+    assert "no rule is known for optimizer.hyperball" in refusal(path)
     write(tmp_path)
     (tmp_path / "tuned.yaml").write_text("name: tuned\noptimizer: {lr: fast}\n")
     assert "tuned.yaml:2: optimizer.lr: expected a number such as 3e-4" in refusal(path)

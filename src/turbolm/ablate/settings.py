@@ -125,8 +125,8 @@ class Ablation:
         return total + num_finished * (arm.recipe.train.budget - before)
 
     def recipe(self, arm: Arm, seed: int, lr: float, stop_tokens: int | None = None) -> Recipe:
-        """The recipe of one run, or of a start that stops early. It keeps only its last checkpoint and generates no
-        sample.
+        """The recipe of one run, or of a start that stops early. It keeps only its last checkpoint, here alone,
+        and generates no sample.
         """
         swept = f"-lr{lr:.3g}" if self.options.sweep else ""
         recipe = arm.recipe
@@ -138,7 +138,8 @@ class Ablation:
                 "train": recipe.train.model_copy(update={"seed": seed}),
                 "optimizer": recipe.optimizer.model_copy(update={"lr": lr}),
                 "execution": recipe.execution.model_copy(update=execution),
-                "checkpoint": recipe.checkpoint.model_copy(update={"keep_last": 1}),
+                "checkpoint": recipe.checkpoint.model_copy(update={"keep_last": 1, "mirror": None}),
+                "export": recipe.export.model_copy(update={"push_to": None}),
                 "logging": recipe.logging.model_copy(update={"sample_tokens": 0}),
             }
         )

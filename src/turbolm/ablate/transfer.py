@@ -93,14 +93,15 @@ class Transfer:
         return Transfer(folder, tuned, larger, tuple(lr / tuned.optimizer.lr for lr in lrs), options)
 
     def run(self, recipe: Recipe, label: str, optimizer: Optimizer, seed: int) -> Recipe:
-        """Return the recipe of one run. It keeps only its last checkpoint and generates no sample."""
+        """Return the recipe of one run. It keeps only its last checkpoint, here alone; no sample."""
         return recipe.model_copy(
             update={
                 "name": f"{label}-lr{optimizer.lr:.4g}-seed{seed}",
                 "train": recipe.train.model_copy(update={"seed": seed}),
                 "optimizer": optimizer,
                 "execution": recipe.execution.model_copy(update={"runs_dir": str(self.folder)}),
-                "checkpoint": recipe.checkpoint.model_copy(update={"keep_last": 1}),
+                "checkpoint": recipe.checkpoint.model_copy(update={"keep_last": 1, "mirror": None}),
+                "export": recipe.export.model_copy(update={"push_to": None}),
                 "logging": recipe.logging.model_copy(update={"sample_tokens": 0}),
             }
         )

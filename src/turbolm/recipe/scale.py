@@ -131,6 +131,8 @@ def find_problems(recipe: Recipe, reference: Recipe, file: str, rules: Sequence[
             f"optimizer.adjust_lr is {mine.adjust_lr} here and {theirs.adjust_lr} in {file}: the same lr means "
             f"updates of another size; choose the same one, or {left_out}"
         )
+    if asked and any(isinstance(one, Muon) and one.hyperball for one in (mine, theirs)):
+        yield f"no rule is known for optimizer.hyperball, whose updates have a length of their own; {left_out}"
     if "width" not in rules or _same_weights(recipe, reference):
         return
     for one, whose in ((recipe, "here"), (reference, f"in {file}")):

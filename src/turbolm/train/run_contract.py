@@ -156,6 +156,13 @@ def check_contract(run: RunDirectory, recipe: Recipe, store_fingerprint: str | N
     lines = [f"  {key}: {_shown(before)} -> {_shown(after)}" for key, before, after in changes]
     if not same_store:
         lines.append("  the token store: its documents or its tokenizer are not those this run was started with")
+    if (
+        recipe.train.budget > old["budgets_tokens"][-1] and len(keys) > 1
+    ):  # such as what `scale` derives from the budget
+        lines.append(
+            f"To train it further with the other values as they were: turbolm train {run.path / 'recipe.yaml'} "
+            f"train.budget={recipe.train.budget}"
+        )
     raise UserError(
         f"{run.path} was started with another learning contract; changed:\n" + "\n".join(lines) + "\n"
         "Restore these values, give the new run a `name` of its own, or start over with --fresh, which moves this run "
