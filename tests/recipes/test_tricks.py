@@ -28,7 +28,7 @@ REFUSED = {"fp16": "fp16 needs a GPU", "zeropp": "need CUDA", "fp8": "needs a GP
 # What it changes of the quickstart's contract: the first of the keys is enough. Nothing where it is missing.
 LEARNED = {
     **dict.fromkeys("muon lion ademamix soap adafactor cautious_adamw adamw_8bit speedrun".split(), "optimizer.name"),
-    **dict.fromkeys("normuon polar_express soap_muon hyperball".split(), "optimizer.name"),
+    **dict.fromkeys("normuon polar_express soap_muon hyperball speedrun-gpu".split(), "optimizer.name"),
     "cautious_weight_decay": "optimizer.cautious_weight_decay",
     "ema_nesterov": "optimizer.ema_nesterov",
     "split_cooldown": "schedule.decays.matrices",
