@@ -35,6 +35,7 @@ from turbolm.ablate.verdict import student_p
 from turbolm.units import parse_count
 
 BASE = "baseline"
+# As recipes/_tricks/muon.yaml does, for a model without a head of its own.
 MUON = ["optimizer.name=muon", "optimizer.lr=4e-2", "optimizer.peak_lrs={matrices: 1e-2}"]
 
 
@@ -108,6 +109,37 @@ def run_study(
     return {"runs": runs, "best": best, "sweeps": losses, "slope": slope}
 
 
+def costs(folder: Path, name: str, study: Study, common: list[str], rounds: int) -> dict[str, dict[str, float]]:
+    """Tokens per second of processor time and peak memory, relative to the baseline's: short runs that take turns.
+
+    A round compares each arm with the baseline's run of the same round, by the median of its steps after the first.
+    """
+    per_step: dict[str, list[float]] = {}
+    memory: dict[str, list[float]] = {}
+    for number in range(rounds):
+        for arm, added in {BASE: [], **study.arms}.items():
+            tricks = [TRICKS / f"{trick}.yaml" for trick in added if "=" not in trick]
+            recipe = write_recipe(folder, f"{name}-{arm}", tricks)
+            settings = [*common, *study.common, *(setting for setting in added if "=" in setting)]
+            run = f"{name}-{arm}-cost{number}"
+            train(folder, recipe, run, [*settings, "train.budget=64k", "evaluation.tokens=5k"])
+            lines = [json.loads(line) for line in (folder / "runs" / run / "metrics.jsonl").read_text().splitlines()]
+            steps = [line for line in lines if "train/loss" in line][1:]
+            per_step.setdefault(arm, []).append(statistics.median(line["perf/cpu_sec"] for line in steps))
+            memory.setdefault(arm, []).append(max(line["memory/peak_bytes"] for line in steps))
+    return {
+        arm: {
+            "tokens_per_cpu_sec": statistics.median(
+                old / new for old, new in zip(per_step[BASE], seconds, strict=True)
+            ),
+            "cpu_sec": statistics.median(seconds),
+            "memory_bytes": statistics.median(memory[arm]),
+            "memory": statistics.median(memory[arm]) / statistics.median(memory[BASE]),
+        }
+        for arm, seconds in per_step.items()
+    }
+
+
 def student_point(degrees: int) -> float:
     """The two-sided 95% point of Student's distribution."""
     low, high = 0.0, 100.0
@@ -144,7 +176,7 @@ def effects(study: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def show(name: str, study: dict[str, Any], found: dict[str, dict[str, Any]]) -> None:
+def show(name: str, study: dict[str, Any], found: dict[str, dict[str, Any]], cost: dict[str, dict[str, float]]) -> None:
     base = [run["eval_loss"] for run in study["runs"][BASE]]
     print(
         f"\n{name}: the baseline's seeds end at {', '.join(f'{loss:.3f}' for loss in base)}; slope {study['slope']:.3f}"
@@ -164,6 +196,11 @@ def show(name: str, study: dict[str, Any], found: dict[str, dict[str, Any]]) -> 
         by_seed = ", ".join(f"{difference:+.3f}" for difference in effect["differences"])
         least = f"{effect['smallest_loss']:.3f}, {effect['smallest_tokens']:.1%} of the tokens"
         print(f"| {arm} | {cells} | {by_seed} | {effect['tokens']:.2f}x | {least} | {effect['verdict']} |")
+    if cost:
+        print("\n| option | a step, processor s | tokens a processor second | peak memory |\n|---|---|---|---|")
+    for arm, figures in cost.items():
+        memory = f"{figures['memory_bytes'] / 1e6:.0f} MB, {figures['memory']:.2f}x"
+        print(f"| {arm} | {figures['cpu_sec']:.3f} | {figures['tokens_per_cpu_sec']:.2f}x | {memory} |")
 
 
 def main() -> None:
@@ -177,6 +214,7 @@ def main() -> None:
     parser.add_argument("--factors", nargs="+", type=float, default=[0.5, 1, 2], help="on the learning rates")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--parallel", type=int, default=2, help="runs at a time")
+    parser.add_argument("--cost-rounds", type=int, default=3, help="of short runs that take turns; 0: no costs")
     arguments = parser.parse_args()
     figures = {}
     with tempfile.TemporaryDirectory() as temporary:
@@ -188,10 +226,11 @@ def main() -> None:
         prepare = [str(Path(sys.executable).with_name("turbolm")), "prepare", str(HERE / "speedrun.yaml"), *common]
         subprocess.run(prepare, check=True, stdout=sys.stderr)
         for name in arguments.studies:
+            cost = costs(folder, name, STUDIES[name], common, arguments.cost_rounds)
             study = run_study(folder, name, STUDIES[name], common, arguments)
             found = effects(study)
-            show(name, study, found)
-            figures[name] = {**study, "effects": found}
+            show(name, study, found, cost)
+            figures[name] = {**study, "effects": found, "costs": cost}
     print(json.dumps({"bench": "options", "figures": figures, "rivals": {}, "targets": {}, "met": {}}))
 
 
