@@ -1,6 +1,6 @@
 """Tokens and time that `recipes/_tricks/speedrun.yaml` takes to a tuned baseline's held-out loss, and to tuned Muon's.
 
-    python benchmarks/speedrun.py [--corpus corpus.parquet] [--share 0.38] [--folder FOLDER]
+    python benchmarks/speedrun.py [--corpus corpus.parquet] [--share 0.3] [--folder FOLDER]
 
 The baseline is `benchmarks/speedrun.yaml`: AdamW with a cosine to zero on sequences of one length, cut from the stream
 of documents. Speedrun gets `--share` of its token budget, and its schedules are made for that: there it has to be at
@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--corpus", type=Path, help="a parquet file with a column `text`")
     parser.add_argument("--folder", type=Path, help="for the runs; default: a temporary one")
     parser.add_argument("--budget", default="1.2M", help="tokens of the baseline")
-    parser.add_argument("--share", type=float, default=0.38, help="of the budget that speedrun gets")
+    parser.add_argument("--share", type=float, default=0.3, help="of the budget that speedrun gets")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--parallel", type=int, default=2, help="runs at a time")
     parser.add_argument("--factors", nargs="+", type=float, default=[0.25, 0.5, 1, 2, 4], help="on the learning rates")

@@ -119,6 +119,15 @@ def test_an_arm_is_the_recipe_with_the_trick_over_it(recipe_file: str) -> None:
     assert prepare(recipe_file, "lion").arms[1].recipe.optimizer.lr == 3e-4  # AdamW's default, not Lion's
 
 
+def test_a_sweep_moves_every_rate_of_an_arm(recipe_file: str) -> None:
+    """Muon's own rates are not the recipe's: were they left alone, all runs of its sweep would be the same."""
+    ablation = prepare(recipe_file, "rates:optimizer.name=muon+optimizer.peak_lrs={matrices: 1e-2, vectors: 4e-2}")
+    muon = ablation.recipe(ablation.arms[1], 0, 6e-4).optimizer  # twice AdamW's default
+    assert (muon.lr, muon.lr_scales.matrices * muon.lr, muon.lr_scales.vectors * muon.lr) == (6e-4, 2e-2, 8e-2)
+    assert muon.lr_scales.embeddings * muon.lr == 6e-4
+    assert ablation.recipe(ablation.arms[1], 0, 3e-4).optimizer == ablation.arms[1].recipe.optimizer
+
+
 def test_tricks_may_be_files_and_settings(recipe_file: str, tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("schedule: {warmup: 10%}\n")
     ablation = prepare(recipe_file, f"{tmp_path}/mine.yaml,beta:optimizer.betas=[0.8, 0.9]+train.z_loss=1e-5")

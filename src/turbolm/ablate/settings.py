@@ -136,7 +136,7 @@ class Ablation:
             update={
                 "name": f"{arm.run_name}{swept}-seed{seed}",
                 "train": recipe.train.model_copy(update={"seed": seed}),
-                "optimizer": recipe.optimizer.model_copy(update={"lr": lr}),
+                "optimizer": recipe.optimizer.at_lr(lr),
                 "execution": recipe.execution.model_copy(update=execution),
                 "checkpoint": recipe.checkpoint.model_copy(update={"keep_last": 1, "mirror": None}),
                 "export": recipe.export.model_copy(update={"push_to": None}),

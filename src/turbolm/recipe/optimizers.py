@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
@@ -112,6 +112,10 @@ class Optimizer(Section):
     def lr_scales(self) -> LrMultipliers:
         """Return the factors on lr by kind of parameter, all settings together."""
         return self.lr_multipliers
+
+    def at_lr(self, lr: float) -> Self:
+        """Return this optimizer with another peak learning rate; all other rates keep their ratios to it."""
+        return self.model_copy(update={"lr": lr})
 
     def temporary_bytes(self, shape: Sequence[int]) -> float:
         """Return what the update of one tensor allocates and frees again, as tests/optim/test_temporaries.py counts it.
@@ -232,6 +236,10 @@ class Muon(Optimizer):
         own = {kind: peak / self.lr for kind, peak in self.peak_lrs if peak is not None}
         factors = {kind: factor * own.get(kind, 1.0) for kind, factor in self.lr_multipliers}
         return self.lr_multipliers.model_copy(update=factors)
+
+    def at_lr(self, lr: float) -> Self:
+        peaks = {kind: peak * (lr / self.lr) for kind, peak in self.peak_lrs if peak is not None}
+        return self.model_copy(update={"lr": lr, "peak_lrs": self.peak_lrs.model_copy(update=peaks)})
 
     def build(self, groups: Groups, recipe: Recipe) -> torch.optim.Optimizer:
         import torch
