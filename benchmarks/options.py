@@ -11,8 +11,8 @@ An effect is the mean over the seeds of the difference of the final held-out los
 exp(difference / slope), where the slope is that of the baseline's loss over the logarithm of its budget, from as many
 runs of 1.5 times the budget. The smallest effect that can be resolved is t s / sqrt(n): s is the standard deviation of
 the paired differences, pooled over the arms with several seeds; t the two-sided 95% point of Student's distribution
-with the degrees of freedom of s; n the seeds of the arm (with a single one, s / 1). An arm with a smaller effect
-"cannot be resolved here". Finished runs in the folder are read again. The last line is one JSON object.
+with the degrees of freedom of s; n the seeds of the arm. An arm with a smaller effect "cannot be resolved here". What a
+step costs is from the runs of the sweep. Finished runs in the folder are read again. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -106,38 +106,21 @@ def run_study(
         long = statistics.mean(job.result()["eval_loss"] for job in longer)
     slope = (statistics.mean(run["eval_loss"] for run in runs[BASE]) - long) / math.log(1.5)
     losses = {arm: {f"{f:g}": run["eval_loss"] for f, run in swept[arm].items()} for arm in arms}
-    return {"runs": runs, "best": best, "sweeps": losses, "slope": slope}
+    return {"runs": runs, "best": best, "sweeps": losses, "slope": slope, "costs": costs(swept)}
 
 
-def costs(folder: Path, name: str, study: Study, common: list[str], rounds: int) -> dict[str, dict[str, float]]:
-    """Tokens per second of processor time and peak memory, relative to the baseline's: short runs that take turns.
-
-    A round compares each arm with the baseline's run of the same round, by the median of its steps after the first.
-    """
-    per_step: dict[str, list[float]] = {}
-    memory: dict[str, list[float]] = {}
-    for number in range(rounds):
-        for arm, added in {BASE: [], **study.arms}.items():
-            tricks = [TRICKS / f"{trick}.yaml" for trick in added if "=" not in trick]
-            recipe = write_recipe(folder, f"{name}-{arm}", tricks)
-            settings = [*common, *study.common, *(setting for setting in added if "=" in setting)]
-            run = f"{name}-{arm}-cost{number}"
-            train(folder, recipe, run, [*settings, "train.budget=64k", "evaluation.tokens=5k"])
-            lines = [json.loads(line) for line in (folder / "runs" / run / "metrics.jsonl").read_text().splitlines()]
-            steps = [line for line in lines if "train/loss" in line][1:]
-            per_step.setdefault(arm, []).append(statistics.median(line["perf/cpu_sec"] for line in steps))
-            memory.setdefault(arm, []).append(max(line["memory/peak_bytes"] for line in steps))
-    return {
-        arm: {
-            "tokens_per_cpu_sec": statistics.median(
-                old / new for old, new in zip(per_step[BASE], seconds, strict=True)
-            ),
-            "cpu_sec": statistics.median(seconds),
-            "memory_bytes": statistics.median(memory[arm]),
-            "memory": statistics.median(memory[arm]) / statistics.median(memory[BASE]),
+def costs(swept: dict[str, dict[float, Result]]) -> dict[str, dict[str, float]]:
+    """What a step of each arm takes, and the same relative to the baseline's run with the same factor: the runs with
+    one factor follow each other, arm by arm."""
+    base, found = swept[BASE], {}
+    for arm, runs in swept.items():
+        slower = [runs[factor]["step_cpu"] / base[factor]["step_cpu"] for factor in base]
+        found[arm] = {
+            "step_cpu_sec": statistics.median(run["step_cpu"] for run in runs.values()),
+            "tokens_per_cpu_sec": 1 / statistics.median(slower),
+            "peak_bytes": statistics.median(run["peak_bytes"] for run in runs.values()),
         }
-        for arm, seconds in per_step.items()
-    }
+    return found
 
 
 def student_point(degrees: int) -> float:
@@ -176,7 +159,7 @@ def effects(study: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def show(name: str, study: dict[str, Any], found: dict[str, dict[str, Any]], cost: dict[str, dict[str, float]]) -> None:
+def show(name: str, study: dict[str, Any], found: dict[str, dict[str, Any]]) -> None:
     base = [run["eval_loss"] for run in study["runs"][BASE]]
     print(
         f"\n{name}: the baseline's seeds end at {', '.join(f'{loss:.3f}' for loss in base)}; slope {study['slope']:.3f}"
@@ -196,11 +179,10 @@ def show(name: str, study: dict[str, Any], found: dict[str, dict[str, Any]], cos
         by_seed = ", ".join(f"{difference:+.3f}" for difference in effect["differences"])
         least = f"{effect['smallest_loss']:.3f}, {effect['smallest_tokens']:.1%} of the tokens"
         print(f"| {arm} | {cells} | {by_seed} | {effect['tokens']:.2f}x | {least} | {effect['verdict']} |")
-    if cost:
-        print("\n| option | a step, processor s | tokens a processor second | peak memory |\n|---|---|---|---|")
-    for arm, figures in cost.items():
-        memory = f"{figures['memory_bytes'] / 1e6:.0f} MB, {figures['memory']:.2f}x"
-        print(f"| {arm} | {figures['cpu_sec']:.3f} | {figures['tokens_per_cpu_sec']:.2f}x | {memory} |")
+    print("\n| option | a step, processor s | tokens a processor second | peak memory |\n|---|---|---|---|")
+    for arm, cost in study["costs"].items():
+        memory = f"{cost['peak_bytes'] / 1e6:.0f} MB"
+        print(f"| {arm} | {cost['step_cpu_sec']:.3f} | {cost['tokens_per_cpu_sec']:.2f}x | {memory} |")
 
 
 def main() -> None:
@@ -210,11 +192,10 @@ def main() -> None:
     parser.add_argument("--studies", nargs="+", choices=STUDIES, default=list(STUDIES))
     parser.add_argument("--only", default="", help="names of options, with commas between; default: all")
     parser.add_argument("--more", default="", help="those that get all seeds; default: all")
-    parser.add_argument("--budget", default="250k")
+    parser.add_argument("--budget", default="200k")
     parser.add_argument("--factors", nargs="+", type=float, default=[0.5, 1, 2], help="on the learning rates")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--parallel", type=int, default=2, help="runs at a time")
-    parser.add_argument("--cost-rounds", type=int, default=3, help="of short runs that take turns; 0: no costs")
     arguments = parser.parse_args()
     figures = {}
     with tempfile.TemporaryDirectory() as temporary:
@@ -226,11 +207,10 @@ def main() -> None:
         prepare = [str(Path(sys.executable).with_name("turbolm")), "prepare", str(HERE / "speedrun.yaml"), *common]
         subprocess.run(prepare, check=True, stdout=sys.stderr)
         for name in arguments.studies:
-            cost = costs(folder, name, STUDIES[name], common, arguments.cost_rounds)
             study = run_study(folder, name, STUDIES[name], common, arguments)
             found = effects(study)
-            show(name, study, found, cost)
-            figures[name] = {**study, "effects": found, "costs": cost}
+            show(name, study, found)
+            figures[name] = {**study, "effects": found}
     print(json.dumps({"bench": "options", "figures": figures, "rivals": {}, "targets": {}, "met": {}}))
 
 

@@ -54,7 +54,7 @@ def scaled_rates(recipe: Path, overrides: list[str], factor: float) -> list[str]
 
 
 def train(folder: Path, recipe: Path, name: str, overrides: list[str]) -> Result:
-    """Train one run unless it is finished; its held-out loss, tokens and seconds."""
+    """Train one run unless it is finished; its held-out loss, tokens, seconds and bytes."""
     settings = [f"name={name}", f"execution.runs_dir={folder / 'runs'}", *overrides]
     settings += ["cluster.processes_per_node=1", "execution.threads_per_process=1", "logging.sample_tokens=0"]
     results = folder / "runs" / name / "results.json"
@@ -70,6 +70,8 @@ def train(folder: Path, recipe: Path, name: str, overrides: list[str]) -> Result
         "tokens": steps[-1]["tokens_seen"],
         "seconds": sum(line["data/batch_tokens"] / line["perf/tokens_per_sec"] for line in steps),
         "cpu": sum(line.get("perf/cpu_sec") or 0.0 for line in steps),
+        "step_cpu": statistics.median(line.get("perf/cpu_sec") or 0.0 for line in steps),
+        "peak_bytes": max(line["memory/peak_bytes"] for line in steps),
     }
     print(f"{name}: {json.dumps(result)}", file=sys.stderr, flush=True)
     return result
