@@ -58,7 +58,7 @@ STUDIES = {
             "row_beta2": ["optimizer.row_beta2=0.95"],
             "polar_express": ["optimizer.orthogonalization=polar_express"],
             "soap": ["optimizer.soap={every: 10}"],
-            "wsd_40%": ["schedule={name: wsd, warmup: 4%, decay: 40%, min_lr_ratio: 0}"],
+            "wsd_40": ["schedule={name: wsd, warmup: 4%, decay: 40%, min_lr_ratio: 0}"],
             "split_cooldown": ["split_cooldown"],
         },
     ),

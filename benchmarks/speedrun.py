@@ -70,7 +70,7 @@ def train(folder: Path, recipe: Path, name: str, overrides: list[str]) -> Result
         "tokens": steps[-1]["tokens_seen"],
         "seconds": sum(line["data/batch_tokens"] / line["perf/tokens_per_sec"] for line in steps),
         "cpu": sum(line.get("perf/cpu_sec") or 0.0 for line in steps),
-        "step_cpu": statistics.median(line.get("perf/cpu_sec") or 0.0 for line in steps),
+        "step_cpu": statistics.mean(line.get("perf/cpu_sec") or 0.0 for line in steps),
         "peak_bytes": max(line["memory/peak_bytes"] for line in steps),
     }
     print(f"{name}: {json.dumps(result)}", file=sys.stderr, flush=True)
