@@ -31,7 +31,7 @@ from typing import Any
 
 from speedrun import HERE, TRICKS, Result, scaled_rates, train, write_recipe
 
-from turbolm.ablate.verdict import student_p
+from turbolm.ablate.verdict import critical_t
 from turbolm.units import parse_count
 
 BASE = "baseline"
@@ -123,15 +123,6 @@ def costs(swept: dict[str, dict[float, Result]]) -> dict[str, dict[str, float]]:
     return found
 
 
-def student_point(degrees: int) -> float:
-    """The two-sided 95% point of Student's distribution."""
-    low, high = 0.0, 100.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if student_p(middle, degrees) > 0.05 else (low, middle)
-    return high
-
-
 def effects(study: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """What each arm changed, and the smallest change that could have been told from chance."""
     runs, base = study["runs"], study["runs"][BASE]
@@ -145,7 +136,7 @@ def effects(study: dict[str, Any]) -> dict[str, dict[str, Any]]:
     pooled = math.sqrt(sum(free * spread for free, spread in spreads) / degrees)
     found = {}
     for arm, differences in paired.items():
-        least = student_point(degrees) * pooled / math.sqrt(len(differences))
+        least = critical_t(degrees) * pooled / math.sqrt(len(differences))
         loss = statistics.mean(differences)
         found[arm] = {
             "loss": loss,
