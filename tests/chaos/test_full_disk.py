@@ -13,6 +13,7 @@ from tests.checkpoint.toy import CONTRACT, Engine, build_saver, one_process
 from turbolm.checkpoint.manifest import list_checkpoints
 from turbolm.checkpoint.verify import find_newest_valid, verify_checkpoint
 from turbolm.plan.curriculum import Curriculum, Segment
+from turbolm.train.evaluation import EvaluationResult
 from turbolm.train.metrics import MetricsLog
 from turbolm.train.pace import Pace
 
@@ -87,17 +88,17 @@ def test_the_folder_turns_read_only(disk: Path) -> None:
 
 
 def test_metrics_of_the_time_without_space_are_written_later(disk: Path, tmp_path: Path) -> None:
-    terminal = (tmp_path / "terminal").open("w")
+    terminal, result = (tmp_path / "terminal").open("w"), EvaluationResult(1.0, 1.0, 10)
     curriculum = Curriculum((Segment(0, 0, (10,), 100),), (1000,))
     log = MetricsLog(disk / "metrics.jsonl", 1, curriculum, None, None, terminal, Pace(["here"]))
-    log.add_evaluation(1, 1.0, 1.0)
+    log.add_evaluation(1, result)
     ballast = fill(disk, 0)
     whole = (disk / "metrics.jsonl").stat().st_size
     for step in range(2, 60):
-        log.add_evaluation(step, 1.0, 1.0)
+        log.add_evaluation(step, result)
     assert (disk / "metrics.jsonl").read_bytes().endswith(b"\n") and whole > 0, "no torn line"
     ballast.unlink()
-    log.add_evaluation(60, 1.0, 1.0)
+    log.add_evaluation(60, result)
     lines = (disk / "metrics.jsonl").read_text().splitlines()
     assert [line.split('"step": ')[1].split(",")[0] for line in lines] == [str(step) for step in range(1, 61)]
     assert (tmp_path / "terminal").read_text().count("cannot write metrics") == 1

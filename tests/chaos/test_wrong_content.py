@@ -211,6 +211,7 @@ def pass_over(folder: Path, cell: Cell) -> list[dict[str, Any]]:
         run, said = SimpleNamespace(checkpoints=checkpoints), []
         session: Any = SimpleNamespace(
             context=SimpleNamespace(run=run, group=None, contracts={"test"}), engine=engine, loader=loader, step=9,
+            average=None,
             gate=SimpleNamespace(watch=AnomalyWatch(plan.recipe.anomalies)), log=SimpleNamespace(say=said.append),
         )  # fmt: skip
         with failing_once(load, damage if dist.get_rank() == 1 else None):

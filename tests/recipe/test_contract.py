@@ -32,6 +32,7 @@ CANDIDATES: list[Any] = [
     {"model_type": "gpt2"}, {"vocab_size": 999}, {}, [{"type": "stdlib"}],
     "exact", "gigatoken", "rowwise", "short", "keep", "wandb",
     "window", {"name": "growth"}, {"start": 128}, "rollback", "skip", {"seeds": 3}, "s3://bucket/runs",
+    [{"name": "questions", "path": "a"}], [{"type": "jsonl", "path": "a", "label": "own"}],
 ]  # fmt: skip
 # Fields that exclude one another, so that one alone cannot change.
 TOGETHER: dict[str, dict[str, Any]] = {

@@ -178,7 +178,8 @@ def test_what_all_nodes_would_wait_for_is_left_to_one(tmp_path: Path) -> None:
     def finish(size: int, num_nodes: int) -> tuple[dict[str, Any], list[str], bool]:
         logging, train = SimpleNamespace(sample_tokens=8), SimpleNamespace(seed=0)
         cluster, export_to = SimpleNamespace(num_nodes=num_nodes), SimpleNamespace(push_to=None, private=True)
-        recipe = SimpleNamespace(logging=logging, train=train, cluster=cluster, export=export_to)
+        evaluation = SimpleNamespace(weight_average=None)
+        recipe = SimpleNamespace(logging=logging, train=train, cluster=cluster, export=export_to, evaluation=evaluation)
         plan = SimpleNamespace(precision="bf16")
         context: Any = SimpleNamespace(run=RunDirectory(tmp_path), recipe=recipe, store=None, plan=plan)
         lines: list[str] = []
