@@ -57,9 +57,17 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "cluster": {"num_nodes": 2, "slurm": _SLURM},
         "execution": {"cache_dir": "c", "runs_dir": "r"},
         "logging": {"project": "p"},
+        "evaluation": {
+            "tasks": [{"name": "n", "path": "p"}],
+            "sets": [{"type": "jsonl", "path": ["p"], "field": "f", "label": "s"}],
+        },
+        "checkpoint": {"mirror": "file:///mirror"},
+        "export": {"push_to": "me/it"},
     }
 }
+_HUB_SET = {"type": "datasets", "path": "p", "name": "n", "split": "s", "revision": "r", "field": "f", "label": "d"}
 LAYOUTS["hub"] = LAYOUTS["files"] | {
+    "evaluation": {"sets": [_HUB_SET]},
     "model": {"pretrained": "w", "revision": "v"},
     "data": {
         "seq_len": 64,
@@ -137,6 +145,7 @@ def test_payloads_are_refused_or_arrive_unchanged(layout: str, tmp_path: Path, m
     monkeypatch.setenv("HOME", str(tmp_path / "home"))  # ~ and $HOME in a path
     monkeypatch.setattr(sys, "executable", str(tmp_path / "bin" / "python"))
     monkeypatch.setattr("turbolm.launch.slurm.check_model", lambda *_: ())  # it would ask that program
+    monkeypatch.setattr("turbolm.launch.slurm.check_token", lambda _: None)  # of the hub
     recipe_file = tmp_path / "recipe.yaml"
     num_run = 0
     for payload in PAYLOADS:
