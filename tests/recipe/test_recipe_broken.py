@@ -24,7 +24,7 @@ train:
 """
 SECTIONS = (
     "name, model, tokenizer, data, train, optimizer, schedule, anomalies, "
-    "cluster, execution, evaluation, checkpoint, logging"
+    "cluster, execution, evaluation, checkpoint, logging, export"
 )
 *_MOST, _LAST = map(repr, GPUS)
 _GPU_NAMES = f"{', '.join(_MOST)} or {_LAST}"
