@@ -329,7 +329,7 @@ def test_every_key_is_described() -> None:
         if not has_description(entry)
     ]
     assert bare == []
-    assert set(schema["properties"]) == {"extends", *Recipe.model_fields}
+    assert set(schema["properties"]) == {"extends", "scale", *Recipe.model_fields}
     assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
 
 
