@@ -22,9 +22,21 @@ ROOT = Path(__file__).parents[2]
 STEPS, SAVE_EVERY = 60, 5
 
 
-def start(folder: Path, *overrides: str) -> subprocess.Popen[str]:
+SLOW_UPLOADS = """
+import sys, time
+if "turbolm.checkpoint.mirror_upload" in sys.orig_argv:
+    from turbolm.storage import Remote
+    upload = Remote.upload
+    def slow(self, path, size):
+        time.sleep(3 if path.name == "manifest.json" else 0)
+        upload(self, path, size)
+    Remote.upload = slow
+"""
+
+
+def start(folder: Path, *overrides: str, **environment: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "turbolm.cli", "train", str(folder / "recipe.yaml"), *overrides]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     pipe = subprocess.PIPE
     return subprocess.Popen(
         command, cwd=ROOT, stdout=pipe, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
@@ -79,3 +91,28 @@ def test_a_run_whose_disk_is_lost_resumes_from_its_mirror(tmp_path: Path) -> Non
     assert (last / "mirror.json").exists(), "the last copy is complete when the command ends"
     here = content_below(run / "checkpoints" / last.name)
     assert here.items() <= content_below(last).items()
+
+
+@pytest.mark.slow
+def test_a_run_of_two_ranks_that_is_stopped_waits_for_its_last_copy(tmp_path: Path) -> None:
+    recipe = make_recipe(
+        tmp_path,
+        train={"budget": 2000 * BINS_PER_BATCH * SEQ_LEN},
+        logging={"every_steps": 1, "sample_tokens": 0},
+        checkpoint={"every": "100%", "mirror": f"file://{tmp_path}/far"},
+        evaluation={"every": "100%"},
+        cluster={"processes_per_node": 2},
+    )
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+    (tmp_path / "slow").mkdir()
+    (tmp_path / "slow" / "sitecustomize.py").write_text(SLOW_UPLOADS)
+    process = start(tmp_path, PYTHONPATH=os.pathsep.join([str(tmp_path / "slow"), os.environ.get("PYTHONPATH", "")]))
+    while not learned(tmp_path / "runs" / "cell" / "metrics.jsonl"):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 75 and "was not copied" not in output, output
+    (last,) = (tmp_path / "runs" / "cell" / "checkpoints").glob("step-*")
+    (copy,) = (tmp_path / "far" / "cell").glob("*/step-*/mirror.json")
+    assert copy.parent.name == last.name

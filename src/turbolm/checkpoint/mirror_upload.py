@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +28,7 @@ from turbolm.errors import EXIT_FAILED, EXIT_OK, UserError
 from turbolm.files import load_json, sha256_file, write_json
 from turbolm.redaction import redact
 from turbolm.reliability.orphans import end_with_parent
+from turbolm.reliability.stop import STOP_SIGNALS
 from turbolm.storage import one_line
 
 _ARRIVED = ".arrived.json"
@@ -182,6 +184,8 @@ def main() -> int:
     """Run the job of the command line; the last line of the output is what to tell rank 0, as JSON."""
     job = UploadJob(**json.loads(sys.argv[1]))
     end_with_parent(job.parent)
+    for number in STOP_SIGNALS:  # Slurm sends them to every process: the parent decides how long a stop waits
+        signal.signal(number, signal.SIG_IGN)
     os.nice(_NICE)
     try:
         print(json.dumps(copy_checkpoint(job)))

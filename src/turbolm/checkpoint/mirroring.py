@@ -44,13 +44,16 @@ class Mirroring:
                 self._thread = threading.Thread(target=self._work, name="turbolm-mirror", daemon=True)
                 self._thread.start()
 
-    def finish(self, timeout_sec: float) -> None:
-        """Wait until nothing is being copied, or end the copy after the time limit with a line."""
+    def finish(self, timeout_sec: float, meanwhile: Callable[[], object] = heartbeat.advance) -> None:
+        """Wait until nothing is being copied, or end the copy after the time limit with a line.
+
+        `meanwhile` is called about once a second.
+        """
         start, is_told = time.monotonic(), False
         deadline = start + timeout_sec
         while (thread := self._thread) is not None and thread.is_alive() and time.monotonic() < deadline:
             thread.join(min(_POLL_SEC, max(0.0, deadline - time.monotonic())))
-            heartbeat.advance()
+            meanwhile()
             if not is_told and self._thread is not None and time.monotonic() > start + _QUIET_SEC:
                 is_told = True
                 self._say(f"checkpoint.mirror: waiting up to {format_duration(timeout_sec)} for the last copy")
@@ -92,8 +95,14 @@ class Mirroring:
     def _run(self, job: UploadJob) -> dict[str, Any]:
         """Run a job in a process; returns what it tells."""
         try:
+            pipe = subprocess.PIPE
             with subprocess.Popen(
-                command(job), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+                command(job),
+                stdin=subprocess.DEVNULL,
+                stdout=pipe,
+                stderr=pipe,
+                text=True,
+                start_new_session=True,  # a signal to stop that the whole process group gets is not meant for it
             ) as process:
                 self._process = process
                 output, errors = process.communicate()

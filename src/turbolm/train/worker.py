@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
@@ -147,11 +148,13 @@ def _train(session: Session) -> int:
     dist.barrier(group=context.group)
     halted = not is_done and due_to_stop(session) is not None and context.stop.reason is None
     code = EXIT_OK if is_done or halted else EXIT_REQUEUE
+    if not is_done:
+        if dist.get_rank() == 0:
+            write_outcome(context.run.attempt(context.attempt), Outcome(STOPPED, code))
+        _finish_mirroring_together(session, wait_at_stop_sec(context.recipe))
     if dist.get_rank() > 0:
         return code
     if not is_done:
-        write_outcome(context.run.attempt(context.attempt), Outcome(STOPPED, code))
-        _finish_mirroring(session, wait_at_stop_sec(context.recipe))
         how = "a start without execution.stop_after goes on" if halted else "the same command resumes"
         session.log.say(f"stopped after step {session.step}; {how} there")
         return code
@@ -163,10 +166,32 @@ def _train(session: Session) -> int:
     return EXIT_OK
 
 
-def _finish_mirroring(session: Session, timeout_sec: float) -> None:
+def _finish_mirroring(
+    session: Session, timeout_sec: float, meanwhile: Callable[[], object] = heartbeat.advance
+) -> None:
     """Wait for the copy of the last checkpoint, on rank 0 of a run that is mirrored."""
     if session.mirroring is not None:
-        session.mirroring.finish(timeout_sec)
+        session.mirroring.finish(timeout_sec, meanwhile)
+
+
+def _finish_mirroring_together(session: Session, timeout_sec: float) -> None:
+    """The same while the other ranks wait: where one ends with a code, torchelastic kills rank 0 soon. Collective.
+
+    They hear from rank 0 about once a second: the copy may take longer than the process group's time limit.
+    """
+
+    def tell(is_finished: bool) -> bool:
+        heartbeat.advance()
+        word = torch.tensor([int(is_finished)])
+        dist.broadcast(word, src=0, group=session.context.group)
+        return bool(word.item())
+
+    if dist.get_rank() == 0:
+        _finish_mirroring(session, timeout_sec, lambda: tell(False))
+        tell(True)
+    else:
+        while not tell(False):
+            pass
 
 
 def _complete(context: Context) -> int:
