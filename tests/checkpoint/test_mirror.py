@@ -332,15 +332,29 @@ def test_a_folder_whose_run_went_on_elsewhere_gets_what_is_newer(folder_case: Ca
     assert case.mirror.steps() == [2, 3]
 
 
-def test_copies_after_the_newest_checkpoint_were_abandoned(folder_case: Case) -> None:
+def test_later_copies_go_only_where_the_run_went_back(folder_case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     case = folder_case
     for step in (2, 4, 6):
         case.save(step)
         copy_checkpoint(replace(case.job(step), keep_last=9))
-    manifests.discard(case.run.checkpoints / checkpoint_name(4))
-    manifests.discard(case.run.checkpoints / checkpoint_name(6))
-    copy_checkpoint(replace(case.job(2), keep_last=9))
-    assert case.mirror.steps() == [2]
+    (case.run.checkpoints / checkpoint_name(6) / "file-0").write_bytes(b"damaged")
+    job = replace(case.job(4), keep_last=9)
+    copy_checkpoint(job)  # of the newest valid one here
+    assert case.mirror.steps() == [2, 4, 6] and case.mirror.record(6)
+    tried: list[UploadJob] = []
+
+    def fails_once(_: Mirroring, job: UploadJob) -> dict[str, Any]:
+        tried.append(job)
+        return {"failed": "cut"} if len(tried) == 1 else run_here(job)
+
+    monkeypatch.setattr(Mirroring, "_run", fails_once)
+    mirroring = Mirroring(job, lambda _: None)
+    mirroring.request(2, went_back=True)
+    mirroring.finish(60)
+    case.save(7)
+    mirroring.request(7)
+    mirroring.finish(60)
+    assert case.mirror.steps() == [2, 7], "the second try knows that the run went back"
 
 
 def test_a_checkpoint_that_changed_on_disk_is_not_copied(folder_case: Case) -> None:

@@ -53,6 +53,7 @@ class UploadJob:
     keep_every_tokens: float | None
     keep_best: bool
     parent: int  # the process that this one ends with
+    back_at: int | None = None  # the step that the run went back to since the last copy
 
     @property
     def retention(self) -> Retention:
@@ -62,7 +63,8 @@ class UploadJob:
 def copy_checkpoint(job: UploadJob) -> dict[str, Any]:
     """Copy the checkpoint of a step and what the run folder needs to resume from it; returns what to tell rank 0.
 
-    Copies of later steps were abandoned by the run and are removed. Raises UserError and OSError.
+    Copies of steps that the run went back behind are removed. Others of later steps, whose checkpoints are damaged
+    here, stay until the run gets there again. Raises UserError and OSError.
     """
     run, root = Path(job.run), mirror_root(job.url, job.name)
     mirror = claim(root, run) if job.id is None else Mirror(root, job.id, job.writer)
@@ -71,7 +73,7 @@ def copy_checkpoint(job: UploadJob) -> dict[str, Any]:
     manifest = read_manifest(held)
     files = {**manifest["files"], MANIFEST: _described(held / MANIFEST)}
     for step in mirror.steps():
-        if step > job.step:
+        if job.back_at is not None and step > job.back_at:
             mirror.remove(step)
     record = mirror.record(job.step)
     is_there = files.items() <= (record or {}).get("files", {}).items()

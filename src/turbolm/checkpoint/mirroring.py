@@ -32,14 +32,20 @@ class Mirroring:
         self._job, self._say = job, say
         self._lock = threading.Lock()
         self._wanted: int | None = None  # the step to copy next: of several that wait, the newest
+        self._back_at: int | None = None  # the step that the run went back to since the last copy that succeeded
         self._thread: threading.Thread | None = None
         self._process: subprocess.Popen[str] | None = None
         self._is_ended = False
 
-    def request(self, step: int) -> None:
-        """Copy the checkpoint of a step, after the one that is being copied. Returns at once."""
+    def request(self, step: int, *, went_back: bool = False) -> None:
+        """Copy the checkpoint of a step, after the one that is being copied. Returns at once.
+
+        `went_back`: the run gave up its later checkpoints, whose copies are removed.
+        """
         with self._lock:
             self._wanted = step
+            if went_back:
+                self._back_at = step if self._back_at is None else min(step, self._back_at)
             if self._thread is None or not self._thread.is_alive():
                 self._thread = threading.Thread(target=self._work, name="turbolm-mirror", daemon=True)
                 self._thread.start()
@@ -75,14 +81,18 @@ class Mirroring:
                 if step is None or self._is_ended:
                     self._thread = None
                     return
+                back_at, self._back_at = self._back_at, None
             with contextlib.suppress(OSError):  # a terminal that is gone, or a log on a full disk
-                self._copy(step)
+                self._copy(step, back_at)
 
-    def _copy(self, step: int) -> None:
-        start, told = time.monotonic(), self._run(replace(self._job, step=step, parent=os.getpid()))
+    def _copy(self, step: int, back_at: int | None) -> None:
+        start, job = time.monotonic(), replace(self._job, step=step, parent=os.getpid(), back_at=back_at)
+        told = self._run(job)
         if self._is_ended:
             return
         if "failed" in told:
+            with self._lock:
+                self._back_at = min((at for at in (back_at, self._back_at) if at is not None), default=None)
             self._say(
                 f"checkpoint.mirror: the checkpoint of step {step} was not copied: {told['failed']}. Training goes on, "
                 "and the next checkpoint tries again"

@@ -218,7 +218,7 @@ def roll_back(session: Session, batch: GlobalBatch) -> Path:
     dist.barrier(group=session.context.group)
     watch = session.gate.watch
     if session.mirroring is not None:
-        session.mirroring.request(session.step)  # which removes the copies of those given up
+        session.mirroring.request(session.step, went_back=True)  # removes the copies of those given up
     watch.in_a_row, watch.num_rollbacks = 0, rollbacks + 1
     first = session.skipped.batch_index(session.step)
     set_skipped(session, session.skipped.without(first, batch.index + 1))
