@@ -302,6 +302,17 @@ def test_fresh_starts_a_run_of_its_own_and_the_former_stays(folder_case: Case) -
     assert case.mirror.id != former.id and case.mirror.steps() == [2] and former.record(1) is not None
 
 
+def test_a_mirror_whose_current_run_cannot_be_read_is_refused(folder_case: Case) -> None:
+    case = folder_case
+    case.save(1)
+    copy_checkpoint(case.job(1))
+    current = case.mirror.root.at("current.json")
+    for content in (b'{"format_version": 1, "id', b'{"format_version": 1}'):
+        current.write(content)
+        with pytest.raises(UserError, match="current.json is damaged"):
+            fetch_run(case.on_empty_disk().recipe)
+
+
 def test_a_folder_with_another_run_does_not_write_there(folder_case: Case) -> None:
     case = folder_case
     case.save(1)

@@ -88,11 +88,19 @@ def mirror_root(url: str, name: str) -> Remote:
 
 
 def read_current(root: Remote) -> dict[str, Any] | None:
-    """Which run is mirrored there and which start of it writes, or None. Raises UserError."""
-    current = root.at(_CURRENT).read_json()
+    """Which run is mirrored there and which start of it writes; None if there is no word of any. Raises UserError."""
+    remote = root.at(_CURRENT)
+    current = remote.read_json()
+    if current is None and remote.info() is None:
+        return None
     if current is not None and current.get("format_version") != FORMAT_VERSION:
-        raise UserError(f"{KEY}: {root.url}/{_CURRENT} is not of this version's format; use another URL")
-    return current if current is not None and isinstance(current.get("id"), str) else None
+        raise UserError(f"{KEY}: {remote.url} is not of this version's format; use another URL")
+    if current is None or not isinstance(current.get("id"), str):
+        raise UserError(
+            f"{KEY}: {remote.url} is damaged, and names the run whose copies are there; restore it, or remove it to "
+            "begin another run beside them"
+        )
+    return current
 
 
 def claim(root: Remote, run_folder: Path) -> Mirror:
