@@ -22,6 +22,8 @@ from turbolm.files import sha256_file, temporary, write_bytes
 from turbolm.redaction import holds_secret, redact
 
 T = TypeVar("T")
+_SCHEMES = ("file", "s3", "gs", "gcs", "az", "abfs", "abfss", "hf", "https", "http")
+_AZURE = ("az", "abfs", "abfss")  # container@account names a place, not a user
 _URL = re.compile(r"([a-z][a-z0-9+]*)://(.+)")
 # Waits between tries, in seconds: a cut connection is back at once, a throttled or restarted service within a minute.
 RETRY_SEC = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
@@ -46,13 +48,17 @@ def check_url(url: str) -> str:
     match = _URL.fullmatch(url)
     if match is None:
         raise ValueError(f"expected a URL such as s3://bucket/folder or file:///folder, got {url!r}")
-    if "@" in urlsplit(url).netloc and match[1] != "abfs" or holds_secret(url):
+    if match[1] not in _SCHEMES:  # fsspec has more, such as archives within files, that break in their own ways
+        schemes = ", ".join(f"{scheme}://" for scheme in _SCHEMES)
+        raise ValueError(f"expected a URL of {schemes}, got {url!r}")
+    user, at, _ = urlsplit(url).netloc.rpartition("@")
+    if at and (match[1] not in _AZURE or ":" in user) or holds_secret(url):
         raise ValueError(
             "the URL holds credentials, but a recipe is copied to the run directory and the model card; leave them to "
             "the environment or the service's own configuration"
         )
-    if match[1] in ("file", "local") and not match[2].startswith("/"):
-        raise ValueError(f"expected an absolute path, such as {match[1]}:///folder, got {url!r}")
+    if match[1] == "file" and not match[2].startswith("/"):
+        raise ValueError(f"expected an absolute path, such as file:///folder, got {url!r}")
     return url
 
 
@@ -201,8 +207,8 @@ def open_url(url: str, key: str) -> Remote:
 
     url = url.rstrip("/")
     scheme = url.partition("://")[0]
-    options: dict[str, Any] = {"auto_mkdir": True} if scheme in ("file", "local") else {"use_listings_cache": False}
-    if scheme in ("s3", "s3a"):  # `retried` tries again; within a try, the parts of a large file do
+    options: dict[str, Any] = {"auto_mkdir": True} if scheme == "file" else {"use_listings_cache": False}
+    if scheme == "s3":  # `retried` tries again; within a try, the parts of a large file do
         options["config_kwargs"] = {"retries": {"mode": "standard", "max_attempts": 3}}
     try:
         fs, path = fsspec.core.url_to_fs(url, **options)

@@ -100,13 +100,19 @@ def test_messages_name_the_url(tmp_path: Path) -> None:
         f"file://{there}/*.csv": "no file matches",
         f"file://{there}/none.txt": "there is no file://",
         "https://127.0.0.1/*.txt": "a web server lists no files",
-        "nonsense://x/y": "nonsense",
     }.items():
         with pytest.raises(UserError, match=message) as refused:
             TextSource(type="text", path=(pattern,)).files()
         assert "\n" not in str(refused.value)
-    with pytest.raises(ValueError, match="credentials"):
-        TextSource(type="text", path=("https://user:secret@host/x",))
+    for url, message in {
+        "https://user:secret@host/x": "credentials",
+        "abfs://user:secret@account/x": "credentials",
+        "github://owner:repo@main/x": "expected a URL of file://, s3://",
+        "nonsense://x/y": "expected a URL of file://, s3://",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            TextSource(type="text", path=(url,))
+    assert TextSource(type="text", path=("abfss://container@account.dfs.core.windows.net/x",)).has_urls
 
 
 def test_hf_needs_no_package_and_says_that_it_is_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

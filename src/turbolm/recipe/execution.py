@@ -67,7 +67,7 @@ def _environment_name(value: str) -> str:
 
 def _writable_url(value: str) -> str:
     check_url(value)
-    if value.startswith(("http://", "https://", "memory://", "data:")):
+    if value.startswith(("http://", "https://")):
         raise ValueError(f"expected a URL that can be written to and stays, such as s3://bucket/folder, got {value!r}")
     if any(sign in value for sign in "?#*[]{}$~"):
         raise ValueError(f"expected a URL of plain names, written out, got {value!r}")
