@@ -284,6 +284,12 @@ def test_another_contract_is_refused_with_its_keys(folder_case: Case) -> None:
     with pytest.raises(UserError, match=r"another learning contract \(train.seed: 3 -> 4\); restore") as refused:
         fetch_run(other.recipe)
     assert "\n" not in str(refused.value) and not list_checkpoints(other.run.checkpoints)
+    budget = case.recipe.train.budget
+    with pytest.raises(UserError, match=r"another learning contract \(train.budget: "):
+        fetch_run(case.on_empty_disk().with_(train={"budget": budget - 1}).recipe)
+    extended = case.on_empty_disk().with_(train={"budget": budget + 1})
+    fetch_run(extended.recipe)
+    assert list_checkpoints(extended.run.checkpoints), "whether it may be extended is decided as for any run"
 
 
 def test_fresh_starts_a_run_of_its_own_and_the_former_stays(folder_case: Case) -> None:
