@@ -10,10 +10,10 @@ import json
 import os
 import random
 import re
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Event
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -22,6 +22,7 @@ from turbolm.files import sha256_file, temporary, write_bytes
 from turbolm.redaction import holds_secret, redact
 
 T = TypeVar("T")
+_NEVER = Event()
 _SCHEMES = ("file", "s3", "gs", "gcs", "az", "abfs", "abfss", "hf", "https", "http")
 _AZURE = ("az", "abfs", "abfss")  # container@account names a place, not a user
 _URL = re.compile(r"([a-z][a-z0-9+]*)://(.+)")
@@ -147,17 +148,20 @@ class Remote:
 
         retried(put, self.url)
 
-    def download(self, local: Path, num_bytes: int) -> None:
-        """Copy it to a local file, whose bytes from an interrupted download are kept. Raises StorageError, OSError."""
+    def download(self, local: Path, num_bytes: int, ended: Event = _NEVER) -> None:
+        """Copy it to a local file, whose bytes from an interrupted download are kept.
+
+        Raises StorageError, also soon after `ended` is set, and OSError.
+        """
         local.parent.mkdir(parents=True, exist_ok=True)
         with local.open("ab") as file:
             if file.tell() > num_bytes:
                 file.truncate(0)
             while (start := file.seek(0, os.SEEK_END)) < num_bytes:
                 end = min(start + _CHUNK_BYTES, num_bytes)
-                file.write(retried(lambda start=start, end=end: self._chunk(start, end), self.url))  # type: ignore[misc]
+                file.write(retried(lambda start=start, end=end: self._chunk(start, end), self.url, ended))  # type: ignore[misc]
 
-    def download_checked(self, local: Path, described: dict[str, Any]) -> str | None:
+    def download_checked(self, local: Path, described: dict[str, Any], ended: Event = _NEVER) -> str | None:
         """`download`, and compare size and SHA-256 with what a manifest says; returns what is wrong, or None.
 
         A file that differs is fetched once more before it is given up: the part of an earlier download may be at
@@ -165,7 +169,7 @@ class Remote:
         """
         for _ in range(2):
             try:
-                self.download(local, described["bytes"])
+                self.download(local, described["bytes"], ended)
             except FileNotFoundError:
                 return "missing"
             if sha256_file(local) == described["sha256"]:
@@ -222,9 +226,14 @@ def open_url(url: str, key: str) -> Remote:
     return Remote(fs, str(path).rstrip("/"), url)
 
 
-def retried(action: Callable[[], T], url: str) -> T:
-    """What `action` returns, tried again with growing waits. Raises StorageError, and FileNotFoundError at once."""
+def retried(action: Callable[[], T], url: str, ended: Event = _NEVER) -> T:
+    """What `action` returns, tried again with growing waits until `ended` is set by another thread.
+
+    Raises StorageError, and FileNotFoundError at once.
+    """
     for wait_sec in (*RETRY_SEC, None):
+        if ended.is_set():
+            raise StorageError(f"{url}: interrupted")
         try:
             return action()
         except FileNotFoundError:
@@ -232,7 +241,7 @@ def retried(action: Callable[[], T], url: str) -> T:
         except Exception as error:  # whatever fsspec's many libraries raise for a connection
             if wait_sec is None or isinstance(error, _FINAL) or type(error).__name__ in _FINAL_NAMES:
                 raise StorageError(f"{url}: {type(error).__name__}: {one_line(error)}") from None
-        time.sleep(wait_sec * random.uniform(0.5, 1.0))
+        ended.wait(wait_sec * random.uniform(0.5, 1.0))
     raise AssertionError
 
 

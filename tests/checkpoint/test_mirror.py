@@ -6,8 +6,10 @@ import hashlib
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -274,6 +276,28 @@ def test_an_interrupted_fetch_keeps_its_bytes_and_changes_no_run(
     assert [one for one in starts if one[0].startswith("file-")] == [("file-2", 1 << 19), ("file-2", 3 << 18)]
     name = checkpoint_name(1)
     assert content_below(there.run.checkpoints / name) == content_below(case.run.checkpoints / name)
+
+
+def test_a_request_to_stop_ends_a_fetch_at_its_next_chunks(folder_case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = folder_case
+    case.save(1, num_bytes=1 << 18)
+    copy_checkpoint(case.job(1))
+    monkeypatch.setattr(storage, "_CHUNK_BYTES", 1 << 10)  # 256 of each of 3 files
+    chunk, num_chunks = storage.Remote._chunk, 0
+
+    def slow(self: storage.Remote, start: int, end: int) -> bytes:
+        nonlocal num_chunks
+        num_chunks += 1
+        if num_chunks == 20:
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        time.sleep(0.005)
+        return chunk(self, start, end)
+
+    monkeypatch.setattr(storage.Remote, "_chunk", slow)
+    there = case.on_empty_disk()
+    with pytest.raises(KeyboardInterrupt):
+        fetch_run(there.recipe)
+    assert 20 <= num_chunks < 300 and not list_checkpoints(there.run.checkpoints)
 
 
 def test_another_contract_is_refused_with_its_keys(folder_case: Case) -> None:

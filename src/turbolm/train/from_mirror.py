@@ -10,6 +10,7 @@ import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from turbolm.checkpoint.manifest import checkpoint_name, list_checkpoints, remove_folder
@@ -191,13 +192,16 @@ def _fetch(mirror: Mirror, step: int, record: dict[str, Any], run: RunDirectory,
     _check_contract(staging / contract, recipe, mirror)
     total = sum(file["bytes"] for file in wanted.values())
     print(f"{KEY}: fetching {remote.url} ({format_bytes(total)}) into {run.path}", flush=True)
+    ended = Event()
     with ThreadPoolExecutor(_THREADS) as pool:
-        jobs = {
-            name: pool.submit(remote.at(name).download_checked, staging / name, file) for name, file in wanted.items()
-        }
         try:
+            jobs = {
+                name: pool.submit(remote.at(name).download_checked, staging / name, file, ended)
+                for name, file in wanted.items()
+            }
             problems = [f"{remote.url}/{name}: {problem}" for name, job in jobs.items() if (problem := job.result())]
-        except BaseException:
+        except BaseException:  # a request to stop, too
+            ended.set()
             pool.shutdown(cancel_futures=True)
             raise
     if problems:
