@@ -67,6 +67,35 @@ def test_a_url_gives_the_store_of_the_files_and_ranks_need_no_network(
     urls.forget_urls()
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert find_store(remote) == store
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(UserError, match="no file matches"):
+        find_store(remote)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert find_store(remote) == store, "a rank that is alone"
+
+
+def test_a_complete_store_needs_no_service(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(storage, "RETRY_SEC", (0.0,))
+    at = f"file://{write_sources(tmp_path / 'there')}"
+    recipe, tries = recipe_of(tmp_path, at), 0
+    store = prepare(recipe, num_workers=1)
+
+    def unreachable(*_: object) -> dict[str, dict[str, Any]]:
+        nonlocal tries
+        tries += 1
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(urls, "_look", unreachable)
+    capsys.readouterr()
+    assert prepare(recipe, num_workers=1) == find_store(recipe) == store
+    assert tries == 2, "one listing with its second try"
+    assert (
+        capsys.readouterr().err.count("no route to host; check the network and the credentials. The token store") == 1
+    )
+    with pytest.raises(UserError, match="no route to host"):
+        prepare(recipe_of(tmp_path, at, execution={"cache_dir": str(tmp_path / "empty")}), num_workers=1)
 
 
 def test_a_changed_file_is_another_store_and_one_that_changes_while_it_is_read_is_refused(

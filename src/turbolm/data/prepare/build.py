@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,6 +70,7 @@ from turbolm.recipe.contract import comparable_section
 from turbolm.recipe.paths import make_folder, use_path
 from turbolm.recipe.schema import Recipe
 from turbolm.recipe.sources.urls import clear_fetched, forget_urls
+from turbolm.storage import StorageError
 
 # Shards grow up to this size from a sixteenth of it, so that a small corpus has work for several processes as well.
 SHARD_TEXT_BYTES = 32 * 10**6
@@ -79,6 +80,7 @@ _WORKERS_OF_A_READER: dict[EngineName, int] = {"gigatoken": 2, "words": 12, "tok
 _ENGINE_BYTES = 8 * 10**6  # a smaller corpus is done before a faster engine would be loaded and checked
 _SAMPLE_STATE = "sample.jsonl"
 _TOKENIZER_RECORD = "tokenizer-files.json"
+_RANK = "TORCHELASTIC_RUN_ID"  # in the environment of every rank of `accelerate launch`, also of a single one
 _SHARD = ("source", "tokens", "index", "train", "validation")  # the rest of a record is for resuming, or is summed up
 
 
@@ -165,7 +167,11 @@ def finished_shards(recipe: Recipe) -> tuple[int, int]:
 
 def store_folder(recipe: Recipe) -> Path:
     """Return the folder of the recipe's token store, whether it exists or not."""
-    stores, key = _stores(recipe), store_key(recipe)
+    return _folder_of(recipe, store_key(recipe))
+
+
+def _folder_of(recipe: Recipe, key: str) -> Path:
+    stores = _stores(recipe)
     folder = stores / key[:16]
     return folder if (folder / MANIFEST).is_file() else find_recorded(stores, key) or folder
 
@@ -175,8 +181,24 @@ def _stores(recipe: Recipe) -> Path:
 
 
 def store_key(recipe: Recipe) -> str:
-    """Return a SHA-256 of everything that determines the content of a store."""
-    return _key(recipe, _tokenizer_identity(recipe))
+    """Return a SHA-256 of everything that determines the content of a store.
+
+    Where files behind URLs cannot be listed, the last listing serves if its store is complete; else raises UserError.
+    """
+    identity = _tokenizer_identity(recipe)
+    try:
+        return _key(recipe, identity)
+    except StorageError as error:
+        key = _key(recipe, identity, recorded=True)
+        if not (_folder_of(recipe, key) / MANIFEST).is_file():
+            raise
+        _tell_once(f"turbolm: {error}. The token store of the files as they were last listed is used")
+        return key
+
+
+@cache
+def _tell_once(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _tokenizer_identity(recipe: Recipe) -> list[str | int]:
@@ -188,13 +210,16 @@ def _tokenizer_identity(recipe: Recipe) -> list[str | int]:
     return [tokenizer_fingerprint(tokenizer), *special_ids(path, tokenizer)]
 
 
-def _key(recipe: Recipe, tokenizer: list[str | int], *, by_content: bool = False) -> str:
-    """Return the key for this identity of the tokenizer; `by_content`: without times, and names that do not matter."""
+def _key(recipe: Recipe, tokenizer: list[str | int], *, by_content: bool = False, recorded: bool = False) -> str:
+    """Return the key for this identity of the tokenizer.
+
+    `by_content`: without times, and names that do not matter; `recorded`: with the last listing of files behind URLs.
+    """
     content: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "shard_text_bytes": SHARD_TEXT_BYTES,
         "sources": [_content(source) for source in recipe.data.sources],
-        "files": [_listing(recipe, source) for source in recipe.data.sources],
+        "files": [_listing(recipe, source, recorded) for source in recipe.data.sources],
         "validation": recipe.data.validation,
         "deduplicate": recipe.data.deduplicate,
     }
@@ -207,12 +232,13 @@ def _key(recipe: Recipe, tokenizer: list[str | int], *, by_content: bool = False
     return sha256_json(content)
 
 
-def _listing(recipe: Recipe, source: Any) -> list[Any]:
+def _listing(recipe: Recipe, source: Any, recorded: bool) -> list[Any]:
     """Return a source's listing. One with URLs is kept in the cache: ranks need no network to find their store."""
     if not getattr(source, "has_urls", False):
         return list(source.listing())
     record = _stores(recipe).parent / "urls" / f"{sha256_json(list(source.path))[:16]}.json"
-    if int(os.environ.get("WORLD_SIZE") or 1) > 1 and isinstance(files := (read_json(record) or {}).get("files"), list):
+    is_rank = int(os.environ.get("WORLD_SIZE") or 1) > 1 or _RANK in os.environ
+    if (is_rank or recorded) and isinstance(files := (read_json(record) or {}).get("files"), list):
         return files
     files = list(source.listing())
     with suppress(OSError):  # a cache that cannot be written: the ranks ask for themselves
@@ -258,7 +284,7 @@ def _same_content(recipe: Recipe, on_progress: OnProgress) -> Path | None:
 def _record_files(recipe: Recipe, folder: Path, on_progress: OnProgress) -> None:
     """Record the content of the source files of a complete store, once and if its folder can be written."""
     sources, stores, identity = recipe.data.sources, folder.parent, _tokenizer_identity(recipe)
-    key = _key(recipe, identity)
+    key = store_key(recipe)
     if not key.startswith(folder.name) or has_record(stores, key, folder):
         return  # the files have changed since, or it is there
     if not can_be_compared(sources) or not os.access(stores, os.W_OK):

@@ -56,17 +56,28 @@ def url_of(path: Path) -> str | None:
     return f"{scheme}://{'/' if scheme == 'file' else ''}{'/'.join(rest)}"
 
 
-@functools.cache
 def find_url_files(pattern: str) -> tuple[UrlFile, ...]:
     """The files that a URL names, or those that match it as a glob, by URL; asked once until `forget_urls`.
 
-    Raises UserError where there are none, or one cannot be told from a changed one.
+    Raises UserError where there are none, or one cannot be told from a changed one, and StorageError where the service
+    cannot be asked.
     """
+    found = _find(pattern)
+    if isinstance(found, StorageError):
+        raise found
+    return found
+
+
+@functools.cache
+def _find(pattern: str) -> tuple[UrlFile, ...] | StorageError:
     has_glob = any(sign in pattern for sign in _MAGIC)
     if has_glob and pattern.startswith(("http://", "https://")):
         raise UserError(f"{KEY}: {pattern}: a web server lists no files; name them one by one, without {_MAGIC}")
     remote = open_url(pattern, KEY)
-    found = _told(pattern, lambda: retried(lambda: _look(remote, has_glob), pattern))
+    try:
+        found = _told(pattern, lambda: retried(lambda: _look(remote, has_glob), pattern))
+    except StorageError as error:  # all tries take a minute: this is remembered, too
+        return error
     files = tuple(sorted((_described(remote, name, info) for name, info in found.items()), key=lambda file: file.url))
     if not files:
         raise UserError(f"{KEY}: no file matches {pattern!r}")
@@ -75,7 +86,7 @@ def find_url_files(pattern: str) -> tuple[UrlFile, ...]:
 
 def forget_urls() -> None:
     """Ask again which files there are."""
-    find_url_files.cache_clear()
+    _find.cache_clear()
 
 
 def clear_fetched() -> None:
@@ -154,4 +165,4 @@ def _told(url: str, action: Any) -> Any:
     except FileNotFoundError:
         raise UserError(f"{KEY}: there is no {url}") from None
     except StorageError as error:
-        raise UserError(f"{KEY}: {one_line(error)}; check the network and the credentials") from None
+        raise StorageError(f"{KEY}: {one_line(error)}; check the network and the credentials") from None
