@@ -141,7 +141,12 @@ def test_messages_name_the_url(tmp_path: Path) -> None:
     }.items():
         with pytest.raises(ValueError, match=message):
             TextSource(type="text", path=(url,))
-    assert TextSource(type="text", path=("abfss://container@account.dfs.core.windows.net/x",)).has_urls
+    at = "abfss://container@account.dfs.core.windows.net"
+    assert TextSource(type="text", path=(f"{at}/x/*.txt",)).has_urls
+    file = urls._described(
+        storage.Remote(None, "container/x/*", f"{at}/x/*"), "container/x/a", {"size": 1, "etag": "e"}
+    )
+    assert file.url == f"{at}/x/a" == urls.url_of(urls.path_of(file.url))
 
 
 def test_hf_needs_no_package_and_says_that_it_is_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -145,7 +145,10 @@ def _look(remote: Remote, has_glob: bool) -> dict[str, dict[str, Any]]:
 
 
 def _described(remote: Remote, name: str, info: Mapping[str, Any]) -> UrlFile:
-    url = str(remote.fs.unstrip_protocol(name))
+    scheme, _, place = remote.url.partition("://")
+    where, below = place.partition("/")[0], name.partition("/")[2]
+    # Azure's container@account, of which a name has the container alone
+    url = f"{scheme}://{where}/{below}" if "@" in where else str(remote.fs.unstrip_protocol(name))
     rest = url.partition("://")[2].removeprefix("/").split("/")
     if any(part in ("", ".", "..") for part in rest):
         raise UserError(f"{KEY}: {url!r}: a name with an empty part or dots cannot be used")
