@@ -23,12 +23,17 @@ STEPS, SAVE_EVERY = 60, 5
 
 
 SLOW_UPLOADS = """
-import sys, time
+import os, sys, time
 if "turbolm.checkpoint.mirror_upload" in sys.orig_argv:
+    from turbolm.reliability.processes import command_of, descendants, parent_of
     from turbolm.storage import Remote
     upload = Remote.upload
     def slow(self, path, size):
-        time.sleep(3 if path.name == "manifest.json" else 0)
+        if path.name == "manifest.json":
+            time.sleep(3)
+            ranks = [pid for pid in descendants({parent_of(os.getppid())}) if "turbolm.train" in command_of(pid)]
+            with open(os.environ["RANKS_THEN"], "w") as file:
+                file.write(str(len(ranks)))
         upload(self, path, size)
     Remote.upload = slow
 """
@@ -106,7 +111,9 @@ def test_a_run_of_two_ranks_that_is_stopped_waits_for_its_last_copy(tmp_path: Pa
     (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
     (tmp_path / "slow").mkdir()
     (tmp_path / "slow" / "sitecustomize.py").write_text(SLOW_UPLOADS)
-    process = start(tmp_path, PYTHONPATH=os.pathsep.join([str(tmp_path / "slow"), os.environ.get("PYTHONPATH", "")]))
+    ranks_then = tmp_path / "ranks"
+    python_path = os.pathsep.join([str(tmp_path / "slow"), os.environ.get("PYTHONPATH", "")])
+    process = start(tmp_path, PYTHONPATH=python_path, RANKS_THEN=str(ranks_then))
     while not learned(tmp_path / "runs" / "cell" / "metrics.jsonl"):
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.01)
@@ -116,3 +123,4 @@ def test_a_run_of_two_ranks_that_is_stopped_waits_for_its_last_copy(tmp_path: Pa
     (last,) = (tmp_path / "runs" / "cell" / "checkpoints").glob("step-*")
     (copy,) = (tmp_path / "far" / "cell").glob("*/step-*/mirror.json")
     assert copy.parent.name == last.name
+    assert ranks_then.read_text() == "2", "30 s after one has ended, torchelastic kills the other"
