@@ -107,3 +107,11 @@ def test_scores_by_hand() -> None:
     task = ScoredTask("t", 1, np.array([2, 2]), np.array([0, 1]), np.array([1, 4, 2, 2]))
     score = task.score(bits * np.log(2))
     assert (score.bits_per_byte, score.accuracy, score.questions) == (pytest.approx((3 + 1) / 2), 0.5, 2)
+
+
+@pytest.mark.parametrize("lost", [np.nan, np.inf])
+def test_a_question_with_a_loss_that_is_not_finite_is_answered_wrongly(lost: float) -> None:
+    """A model that diverged has no answer; numpy's argmin would take the first choice, often the right one."""
+    task = ScoredTask("t", 0, np.array([2, 2]), np.array([0, 0]), np.array([1, 1, 1, 1]))
+    assert task.score(np.full(4, lost)).accuracy == 0
+    assert task.score(np.array([1, lost, 1, 2])).accuracy == 0.5

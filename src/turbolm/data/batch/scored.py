@@ -46,7 +46,8 @@ class MemoryStore(TokenStore):
 class TaskScore:
     """`bits_per_byte` of the right answers, the mean over questions; `accuracy` is None if no question has a choice.
 
-    The answer of the model is the choice with the fewest bits per byte.
+    The answer of the model is the choice with the fewest bits per byte; a question with a choice whose bits are not
+    finite counts as wrong.
     """
 
     bits_per_byte: float
@@ -77,7 +78,8 @@ class ScoredTask:
         ends = np.cumsum(self.num_choices)
         starts = ends - self.num_choices
         given = [int(np.argmin(bits[start:end])) for start, end in zip(starts, ends, strict=True)]
-        is_right = (np.array(given) == self.answers)[self.num_choices > 1]
+        is_known = [bool(np.isfinite(bits[start:end]).all()) for start, end in zip(starts, ends, strict=True)]
+        is_right = ((np.array(given) == self.answers) & is_known)[self.num_choices > 1]
         accuracy = float(is_right.mean()) if len(is_right) else None
         return TaskScore(float(bits[starts + self.answers].mean()), accuracy, len(self.answers))
 
