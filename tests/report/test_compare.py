@@ -68,6 +68,12 @@ def test_only_what_differs_is_listed(runs: list[Path]) -> None:
         "environment git_commit": ["0123456789abcdef", None],
     }
     assert found.notes == []
+    recipe = runs[0] / "recipe.yaml"
+    of_first_source = recipe.read_text()
+    recipe.write_text(of_first_source.replace("evaluation:\n", "evaluation:\n  from_each_source: true\n"))
+    (other,) = compare_runs(runs).notes
+    assert "different text" in other
+    recipe.write_text(of_first_source)
     write(runs[0] / "contract.json", json.loads((runs[1] / "contract.json").read_text()) | {"store_fingerprint": "t"})
     one, other = compare_runs(runs).notes
     assert "one learning contract" in one and "different text" in other

@@ -26,6 +26,7 @@ from turbolm.data.order.batch_order import recipe_order
 from turbolm.data.prepare.build import prepare
 from turbolm.data.store.token_store import TokenStore, open_store
 from turbolm.errors import UserError
+from turbolm.launch.forks import read_forks
 from turbolm.plan.curriculum import build_curriculum
 from turbolm.plan.machine import detect_machine
 from turbolm.plan.plan import build_plan
@@ -284,6 +285,10 @@ def test_the_same_documents_keep_their_store(forked: tuple[Path, Path, Path]) ->
     path = fork(checkpoint, Span.parse("10%"), "same-documents", other=other)
     assert load_recipe(path / "recipe.yaml").tokenizer == other.tokenizer
     assert json.loads((path / "contract.json").read_text())["store_fingerprint"] == "store"
+    of_each = make_recipe(folder, schedule=WSD, evaluation={"from_each_source": True})
+    fork(checkpoint, Span.parse("10%"), "of-each", other=of_each)
+    held_out = {one.name: one.held_out for one in read_forks(checkpoint.parents[1])}
+    assert held_out["same-documents"] != held_out["of-each"], "other documents are held out"
 
 
 def test_a_recipe_that_a_fork_cannot_take(forked: tuple[Path, Path, Path]) -> None:

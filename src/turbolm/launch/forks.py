@@ -74,7 +74,13 @@ def _read_fork(path: Path, came_from: dict[str, int], store: str) -> ForkStatus:
         decay=f"{shape} to {schedule.min_lr_ratio:g}",
         decay_tokens=recipe.train.budget - came_from["tokens_seen"],
         eval_loss=(read_json(RunDirectory(path).results) or {}).get("eval_loss"),
-        held_out=[store, data.seq_len, recipe.evaluation.tokens, data.packing == "single"],
+        held_out=[
+            store,
+            data.seq_len,
+            recipe.evaluation.tokens,
+            recipe.evaluation.from_each_source,
+            data.packing == "single",
+        ],
     )
 
 

@@ -157,8 +157,9 @@ def _held_out(run: RunData) -> str:
     contract, evaluation = run.contract.get("contract"), run.recipe.get("evaluation")
     data = contract.get("data") if isinstance(contract, dict) else None
     data, evaluation = (one if isinstance(one, dict) else {} for one in (data, evaluation))
-    shape = data.get("seq_len"), data.get("packing", "best_fit") == "single", evaluation.get("tokens")
-    return str((run.contract.get("store_fingerprint"), *shape))
+    shape = data.get("seq_len"), data.get("packing", "best_fit") == "single"
+    documents = evaluation.get("tokens"), bool(evaluation.get("from_each_source"))
+    return str((run.contract.get("store_fingerprint"), *shape, *documents))
 
 
 def _configuration(labels: Sequence[str], runs: Sequence[RunData], notes: list[str]) -> Iterator[Difference]:
