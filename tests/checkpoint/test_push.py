@@ -110,6 +110,14 @@ def test_every_refusal_is_one_line_with_the_cure(hub: Hub, monkeypatch: pytest.M
     assert on_hub(hub, "me/open") == {}
     assert "expected `name` or `owner/name`" in refused(export, "a/b/c")
     assert "expected the folder of an export" in refused(Path.cwd())
+    Path("secret").write_text("of the user")
+    (export / "README.md").unlink()
+    assert "README.md: missing, or not a plain file" in refused(export)
+    (export / "README.md").symlink_to(Path("secret").resolve())
+    assert "README.md: missing, or not a plain file" in refused(export)
+    assert "me/it" not in hub.repositories, "nothing was created"
+    (export / "README.md").unlink()
+    (export / "README.md").write_bytes(CARD)
     monkeypatch.setenv("HF_TOKEN", "hf_readonly")
     assert "does not let this token write to me/it" in refused(export)
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)

@@ -70,7 +70,10 @@ def push_export(export: Path, repository: str, *, private: bool, key: str = "REP
 
 
 def _files_to_push(export: Path) -> list[str]:
-    """Return the names of the files that export wrote. Raises UserError unless they are as they were written."""
+    """Return the names of the files that export wrote. Raises UserError unless they are as they were written.
+
+    The card may have grown, but what a link leads to is not pushed.
+    """
     written = written_files(export)
     if not written:
         raise UserError(f"{export}: expected the folder of an export, with {RECORD}; `turbolm export` makes one")
@@ -80,7 +83,11 @@ def _files_to_push(export: Path) -> list[str]:
             f"{export}: {', '.join(changed[:3])} changed since the export was written; "
             "export again, so that what is pushed is what was trained"
         )
-    return [*written, RECORD]
+    names = [*written, RECORD]
+    others = [name for name in names if (export / name).is_symlink() or not (export / name).is_file()]
+    if others:
+        raise UserError(f"{export}: {', '.join(others)}: missing, or not a plain file; put it back, or export again")
+    return names
 
 
 def _refusal(error: object, repository: str) -> str:
