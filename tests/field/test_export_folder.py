@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from turbolm.checkpoint.export_folder import RECORD, check_replaceable, drop_code, replace_export
+from turbolm.checkpoint.export_folder import RECORD, check_replaceable, drop_code, replace_export, update_card
 from turbolm.errors import UserError
 
 
@@ -88,6 +88,31 @@ def test_an_export_is_replaced_whole(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     replace_export(tmp_path / "empty", write_export(tmp_path / "third"))
     assert (tmp_path / "empty" / "README.md").exists()
+
+
+@pytest.mark.parametrize("cut_at", range(3))
+def test_a_card_whose_update_is_cut_is_still_the_exports(
+    cut_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    replace_export(out, write_export(tmp_path / "new"))
+    replace, done = os.replace, list[Path]()
+
+    def cut(source: Path, target: Path) -> None:
+        if len(done) == cut_at:
+            raise KeyboardInterrupt
+        done.append(target)
+        replace(source, target)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("turbolm.files.os.replace", cut)
+        update_card(out, "## Evaluation", "## Evaluation\n\nfirst\n")
+    check_replaceable(out)
+    assert update_card(out, "## Evaluation", "## Evaluation\n\nsecond\n")
+    text = (out / "README.md").read_text()
+    assert "second" in text and "first" not in text
+    check_replaceable(out)
+    assert "next" not in (out / RECORD).read_text()
 
 
 def test_an_export_of_an_earlier_version_is_moved_aside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from turbolm.files import read_json, sha256_file, write_atomic, write_json
 
 RECORD = "turbolm_export.json"  # size and SHA-256 of each file that export wrote
 _NAMES_CODE = {"auto_map", "custom_pipelines", "custom_generate", "trust_remote_code", "code_revision"}
+_OF_A_CUT_UPDATE = re.compile(rf"(README\.md|{re.escape(RECORD)})\.\d+\.tmp")
 _MAX_NAMED = 3
 
 
@@ -52,16 +55,24 @@ def replace_export(out: Path, new: Path) -> None:
 def update_card(folder: Path, heading: str, section: str) -> bool:
     """Write `section`, which begins with `heading`, to the end of an export's model card, in place of an earlier one.
 
-    Returns whether it was written: a card that export did not write, or that was changed since, stays as it is.
+    Returns whether it was written: a card that export did not write, or that was changed since, stays as it is. A call
+    that is cut leaves the card as it was or as it will be, and a record that knows both.
     """
     card, record = folder / "README.md", read_json(folder / RECORD) or {}
-    entry = (record.get("files") or {}).get(card.name)
-    if card.is_symlink() or not card.is_file() or not entry or sha256_file(card) != entry.get("sha256"):
+    if not written_files(folder).get(card.name):
         return False
-    text = card.read_text(encoding="utf-8").partition(f"\n{heading}\n")[0]
-    record["files"][card.name] = write_atomic(card, f"{text.rstrip()}\n\n{section}")
+    before = card.read_bytes()
+    kept = before.decode().partition(f"\n{heading}\n")[0]
+    text = f"{kept.rstrip()}\n\n{section}"
+    record["files"][card.name] = {**_described(before), "next": _described(text.encode())}
+    write_json(folder / RECORD, record)
+    record["files"][card.name] = write_atomic(card, text)
     write_json(folder / RECORD, record)
     return True
+
+
+def _described(content: bytes) -> dict[str, Any]:
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
 def drop_code(folder: Path) -> None:
@@ -102,12 +113,20 @@ def written_files(folder: Path) -> dict[str, bool]:
 def _is_as_written(path: Path, entry: Any) -> bool:
     if not isinstance(entry, dict) or path.is_symlink() or not path.is_file():
         return False
-    return path.stat().st_size == entry.get("bytes") and sha256_file(path) == entry.get("sha256")
+    size, digest = path.stat().st_size, sha256_file(path)
+    return any(
+        isinstance(one, dict) and (size, digest) == (one.get("bytes"), one.get("sha256"))
+        for one in (entry, entry.get("next"))  # of a card whose update was cut
+    )
 
 
 def _others(folder: Path) -> list[str]:
     written = written_files(folder)
-    return [name for name in _files(folder) if not (written.get(name) or (name == RECORD and written))]
+    return [
+        name
+        for name in _files(folder)
+        if not (written.get(name) or (written and (name == RECORD or _OF_A_CUT_UPDATE.fullmatch(name))))
+    ]
 
 
 def _is_early_export(folder: Path) -> bool:
