@@ -48,6 +48,11 @@ output_type: loglikelihood
 doc_to_target: " {{choices[answer]}}"
 metric_list: [{metric: perplexity, aggregation: perplexity, higher_is_better: false}]"""
 
+ROLL = """\
+output_type: loglikelihood_rolling
+doc_to_target: "{{context}} {{choices[answer]}}"
+metric_list: [{metric: bits_per_byte}]"""
+
 
 def options(*tasks: str, include: Path | None = None, limit: int | None = None) -> Options:
     return Options(tasks, include, limit, None, 2, f"turbolm evaluate RUN --tasks {','.join(tasks)}")
@@ -70,7 +75,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert train_in_world(recipe, 1) == 0
     tasks = folder / "tasks"
     tasks.mkdir()
-    for name, file, more in (("choose", data, CHOOSE), ("score", first, SCORE), ("absent", absent, SCORE)):
+    for name, file, more in (
+        ("choose", data, CHOOSE),
+        ("score", first, SCORE),
+        ("roll", first, ROLL),
+        ("absent", absent, SCORE),
+    ):
         (tasks / f"{name}.yaml").write_text(TASK.format(name=name, data=file, more=more))
     return folder
 
@@ -84,7 +94,7 @@ def run_of(folder: Path) -> Path:
 def test_the_harness_finds_what_the_run_found_itself(folder: Path) -> None:
     run = run_of(folder)
     before = json.loads((run / "results.json").read_text())
-    told = evaluate_model(run, options("choose", "score", include=folder / "tasks"))
+    told = evaluate_model(run, options("choose", "score", "roll", include=folder / "tasks"))
     results = json.loads((run / "results.json").read_text())
     (record,) = results.pop("evaluations")
     assert results == before, "nothing else has changed"
@@ -95,7 +105,8 @@ def test_the_harness_finds_what_the_run_found_itself(folder: Path) -> None:
     assert (tasks["choose"]["examples"], tasks["choose"]["of"], tasks["choose"]["version"]) == (3, 3, 2)
     bits = math.log2(tasks["score"]["metrics"]["perplexity"]["value"])  # of all of the right answer
     assert bits / len("epsilon zeta = x + y") == pytest.approx(own["first"]["bits_per_byte"], rel=1e-5)
-    assert record["model"] == "step-00000002" and record["command"] == "turbolm evaluate RUN --tasks choose,score"
+    assert record["model"] == "step-00000002" and record["command"] == "turbolm evaluate RUN --tasks choose,score,roll"
+    assert tasks["roll"]["metrics"]["bits_per_byte"]["value"] == pytest.approx(bits_per_byte(run / "export"), rel=1e-5)
     for place in (run / "export/README.md", run / "report.html"):
         text = place.read_text()
         assert "acc_norm" in text and "3 of 3" in text, place
@@ -103,11 +114,25 @@ def test_the_harness_finds_what_the_run_found_itself(folder: Path) -> None:
     check_the_same_again(run, folder)
 
 
+def bits_per_byte(export: Path) -> float:
+    """Of the first question with its answer, by plain Transformers: after the first token, which is not scored."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(export)
+    text = "alpha beta gamma epsilon zeta = x + y"
+    tokens = torch.tensor([[tokenizer.bos_token_id, *tokenizer.encode(text, add_special_tokens=False)]])
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained(export)(tokens).logits[0, :-1].double()
+    nats = torch.nn.functional.cross_entropy(logits, tokens[0, 1:], reduction="sum").item()
+    return nats / math.log(2) / len(text.encode())
+
+
 def check_the_same_again(run: Path, folder: Path) -> None:
     """Once more, from a checkpoint: the same numbers, in place of the first."""
     first = json.loads((run / "results.json").read_text())["evaluations"][0]
     checkpoint = max((run / "checkpoints").glob("step-*"))
-    evaluate_model(checkpoint, options("choose", "score", include=folder / "tasks"))
+    evaluate_model(checkpoint, options("choose", "score", "roll", include=folder / "tasks"))
     (second,) = json.loads((run / "results.json").read_text())["evaluations"]
     assert second["tasks"] == first["tasks"]
     alone = folder / "alone"

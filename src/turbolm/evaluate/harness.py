@@ -35,7 +35,7 @@ def run_tasks(folder: Path, options: Options) -> dict[str, Any]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = _load_model(folder, device)
     text_tokenizer = _from_the_start_of_a_document(tokenizer(folder), folder)
-    lm = HFLM(pretrained=model, tokenizer=text_tokenizer, backend="causal", batch_size=options.batch_size)
+    lm = _Model(pretrained=model, tokenizer=text_tokenizer, backend="causal", batch_size=options.batch_size)
     try:
         found = lm_eval.simple_evaluate(
             model=lm,
@@ -64,6 +64,18 @@ def run_tasks(folder: Path, options: Options) -> dict[str, Any]:
         "seed": SEED,
         "tasks": {name: _task(found, name, measured) for name, measured in found["results"].items()},
     }
+
+
+class _Model(HFLM):  # type: ignore[misc]
+    """The harness's model, where rolling losses get the first token once."""
+
+    def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> Any:
+        """Score whole texts; the harness puts the first token before each itself, so the tokenizer must not."""
+        before, self.add_bos_token = self.add_bos_token, False
+        try:
+            return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
+        finally:
+            self.add_bos_token = before
 
 
 def _tasks(options: Options) -> TaskManager:
