@@ -14,6 +14,7 @@ from unittest.mock import patch
 import pytest
 
 from tests.train.harness import BINS_PER_BATCH, SEQ_LEN, make_recipe, train_in_world
+from turbolm.checkpoint.export_folder import Origin, replace_export
 from turbolm.data.prepare.build import prepare
 from turbolm.errors import UserError
 from turbolm.evaluate.run import MISSING, Options, evaluate_model, find_subject
@@ -141,7 +142,8 @@ def check_the_same_again(run: Path, folder: Path) -> None:
     told = evaluate_model(alone, options("choose", include=folder / "tasks", limit=2))
     assert "is not what export wrote; it is left as it is" in told and (alone / "README.md").read_text() == "mine"
     (record,) = json.loads((folder / "alone.evaluation.json").read_text())["evaluations"]
-    assert (record["model"], record["tasks"]["choose"]["examples"], record["tasks"]["choose"]["of"]) == ("alone", 2, 3)
+    assert record["model"] == f"{run.name}/step-00000002"
+    assert (record["tasks"]["choose"]["examples"], record["tasks"]["choose"]["of"]) == (2, 3)
 
 
 @pytest.mark.slow
@@ -202,6 +204,23 @@ def test_what_is_evaluated(bare_run: Path) -> None:
         find_subject(bare_run)
     with pytest.raises(UserError, match="expected a run, a checkpoint of a run, or an exported model"):
         find_subject(bare_run / "checkpoints")
+
+
+def test_the_export_itself_says_whose_weights_it_has(bare_run: Path) -> None:
+    """Not results.json, which is of another checkpoint once a run was extended and its export failed."""
+    export, results = bare_run / "export", bare_run / "results.json"
+    for last in ({"export": None}, {"export_command": "turbolm export"}):
+        results.write_text(json.dumps({"checkpoint": "checkpoints/step-00000004", **last}))
+        for path in (bare_run, export):
+            with pytest.raises(UserError, match="does not say which checkpoint it is of"):
+                find_subject(path)
+    new = shutil.copytree(export, bare_run / "new")
+    replace_export(bare_run.parent / "mean", new, Origin("run", "step-00000002", averaged=True))
+    shutil.rmtree(export)
+    shutil.copytree(bare_run.parent / "mean", export)
+    for path in (bare_run, export):
+        assert find_subject(path).name == "step-00000002 (averaged weights)"
+    assert find_subject(bare_run.parent / "mean").name == "run/step-00000002 (averaged weights)"
 
 
 def test_how_evaluations_are_shown(tmp_path: Path) -> None:

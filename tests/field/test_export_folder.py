@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
@@ -91,9 +92,7 @@ def test_an_export_is_replaced_whole(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("cut_at", range(3))
-def test_a_card_whose_update_is_cut_is_still_the_exports(
-    cut_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_card_whose_update_is_cut_is_still_the_exports(cut_at: int, tmp_path: Path) -> None:
     out = tmp_path / "out"
     replace_export(out, write_export(tmp_path / "new"))
     replace, done = os.replace, list[Path]()
@@ -104,8 +103,7 @@ def test_a_card_whose_update_is_cut_is_still_the_exports(
         done.append(target)
         replace(source, target)
 
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr("turbolm.files.os.replace", cut)
+    with patch("turbolm.files.os.replace", cut), pytest.raises(KeyboardInterrupt):
         update_card(out, "## Evaluation", "## Evaluation\n\nfirst\n")
     check_replaceable(out)
     assert update_card(out, "## Evaluation", "## Evaluation\n\nsecond\n")

@@ -29,6 +29,7 @@ from tests.train.test_exports import loss_of_each_slice
 from tests.world import run_world
 from turbolm.checkpoint.average import average_checkpoints, average_command
 from turbolm.checkpoint.export import export_from_run
+from turbolm.checkpoint.export_folder import Origin, read_origin
 from turbolm.checkpoint.load import CheckpointReader
 from turbolm.cli import app
 from turbolm.data.prepare.build import prepare
@@ -200,6 +201,7 @@ def test_any_checkpoint_that_has_a_mean_is_exported_with_it(folder: Path, tmp_pa
     with_mean, without = (str(run / f"checkpoints/step-{step:08d}") for step in (4, 2))
     shown = CliRunner().invoke(app, ["export", with_mean, str(tmp_path / "out"), "--average"])
     assert shown.exit_code == 0, shown.output
+    assert read_origin(tmp_path / "out") == Origin("zero3", "step-00000004", averaged=True)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     for name, value in average_of(run, step=4).items():
         assert torch.equal(model.get_parameter(name).detach().flatten(), value), name

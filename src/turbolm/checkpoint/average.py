@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 
 from turbolm import __version__
 from turbolm.checkpoint.export import export_weights
+from turbolm.checkpoint.export_folder import Origin
 from turbolm.checkpoint.load import CheckpointReader
 from turbolm.checkpoint.manifest import MANIFEST, list_checkpoints, read_manifest, remove_folder
 from turbolm.checkpoint.verify import verify_checkpoint
@@ -114,7 +115,8 @@ def average_checkpoints(checkpoints: Sequence[Path], out: Path, weights: Sequenc
             mapped = {path: stack.enter_context(safe_open(path, "pt")) for path in set(files.values())}
             mean = _Mean(readers[-1], {name: mapped[path] for name, path in files.items()})
             card, notes = _card(run, precision, sources), {NOTE: _note(run, sources)}
-            return export_weights(mean, run.model, out, precision=precision, card=card, notes=notes)
+            origin = Origin(run.path.name, f"{sources[0].path.name} to {sources[-1].path.name}", averaged=True)
+            return export_weights(mean, run.model, out, precision=precision, card=card, origin=origin, notes=notes)
     finally:
         remove_folder(folder)
 

@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from turbolm.checkpoint.export_folder import check_replaceable, drop_code, replace_export
+from turbolm.checkpoint.export_folder import Origin, check_replaceable, drop_code, replace_export
 from turbolm.checkpoint.index import WEIGHT_AVERAGE
 from turbolm.checkpoint.load import CheckpointReader
 from turbolm.checkpoint.manifest import remove_folder
@@ -67,7 +67,8 @@ def export_checkpoint(
                 f"{checkpoint} has no average of the weights: evaluation.weight_average was not set, or its steps had "
                 "not begun"
             )
-        return export_weights(reader, model_folder, out, precision=precision, card=card)
+        origin = Origin(checkpoint.absolute().parents[1].name, checkpoint.name, averaged)
+        return export_weights(reader, model_folder, out, precision=precision, card=card, origin=origin)
 
 
 def export_weights(
@@ -77,14 +78,15 @@ def export_weights(
     *,
     precision: str,
     card: str,
+    origin: Origin,
     notes: Mapping[str, str] = MappingProxyType({}),
 ) -> Path:
     """Write a model, in the precision it was trained in, to `out`.
 
-    `model_folder` holds the run's configuration and tokenizer, `card` is the text of the model card, `notes` are files
-    beside it. The export is loaded again as Transformers does and compared with `weights`, tensor by tensor. An earlier
-    export is replaced once the new one is complete. Raises UserError if the new folder would hold another model, or if
-    `out` holds a file that no export wrote.
+    `model_folder` holds the run's configuration and tokenizer, `card` is the text of the model card, `origin` says
+    whose weights they are, `notes` are files beside it. The export is loaded again as Transformers does and compared
+    with `weights`, tensor by tensor. An earlier export is replaced once the new one is complete. Raises UserError if
+    the new folder would hold another model, or if `out` holds a file that no export wrote.
     """
     temporary = out.with_name(f".tmp-{out.name}")
     remove_folder(temporary)
@@ -96,7 +98,7 @@ def export_weights(
         _compare(weights, temporary, dtype)
         for name, text in {"README.md": card, **notes}.items():
             (temporary / name).write_text(text, encoding="utf-8")
-        replace_export(out, temporary)
+        replace_export(out, temporary, origin)
     finally:
         remove_folder(temporary)  # of an export that failed; a full disk needs the room
     return out

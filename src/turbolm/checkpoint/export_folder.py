@@ -7,6 +7,7 @@ import json
 import os
 import re
 import sys
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,31 @@ from turbolm.checkpoint.manifest import remove_folder
 from turbolm.errors import UserError
 from turbolm.files import read_json, sha256_file, write_atomic, write_json
 
-RECORD = "turbolm_export.json"  # size and SHA-256 of each file that export wrote
+RECORD = "turbolm_export.json"  # size and SHA-256 of each file that export wrote, and whose weights they are
 _NAMES_CODE = {"auto_map", "custom_pipelines", "custom_generate", "trust_remote_code", "code_revision"}
 _OF_A_CUT_UPDATE = re.compile(rf"(README\.md|{re.escape(RECORD)})\.\d+\.tmp")
 _MAX_NAMED = 3
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Whose weights an export has: those of a checkpoint, or with `averaged` a mean; `run` is the name of the run."""
+
+    run: str
+    checkpoint: str
+    averaged: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.checkpoint} (averaged weights)" if self.averaged else self.checkpoint
+
+
+def read_origin(export: Path) -> Origin | None:
+    """Return whose weights an export has; None if it does not say."""
+    found = (read_json(export / RECORD) or {}).get("origin")
+    try:
+        return Origin(**found) if isinstance(found, dict) else None
+    except TypeError:
+        return None
 
 
 def check_replaceable(out: Path) -> None:
@@ -37,10 +59,10 @@ def check_replaceable(out: Path) -> None:
         )
 
 
-def replace_export(out: Path, new: Path) -> None:
-    """Record the files of `new` and rename it to `out`, in place of an earlier export. Raises UserError."""
+def replace_export(out: Path, new: Path, origin: Origin | None = None) -> None:
+    """Record files and origin of `new` and rename it to `out`, in place of an earlier export. Raises UserError."""
     files = {name: {"bytes": (new / name).stat().st_size, "sha256": sha256_file(new / name)} for name in _files(new)}
-    write_json(new / RECORD, {"files": files})
+    write_json(new / RECORD, {"files": files} | ({"origin": asdict(origin)} if origin else {}))
     check_replaceable(out)
     if out.is_dir() and _is_early_export(out):
         number = 1

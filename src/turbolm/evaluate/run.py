@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from turbolm.checkpoint.export_folder import update_card
+from turbolm.checkpoint.export_folder import Origin, read_origin, update_card
 from turbolm.checkpoint.manifest import MANIFEST
 from turbolm.errors import UserError
 from turbolm.files import read_json, write_json
@@ -87,18 +87,31 @@ def find_subject(path: Path) -> Subject:
         export = run.path / "export"
         if not (export / "config.json").is_file():
             raise UserError(f"{path} has no export yet; name one of the checkpoints in {run.checkpoints}")
-        return Subject(_checkpoint_of(run), export, None, run)
+        return Subject(_name_in_run(export, run), export, None, run)
     if (resolved / "config.json").is_file():
         run = RunDirectory(resolved.parent)
-        is_of_run = resolved.name == "export" and run.contract.is_file()
-        name = _checkpoint_of(run) if is_of_run else resolved.name
-        return Subject(name, resolved, None, run if is_of_run else None)
+        if resolved.name == "export" and run.contract.is_file():
+            return Subject(_name_in_run(resolved, run), resolved, None, run)
+        origin = read_origin(resolved)
+        return Subject(f"{origin.run}/{origin}" if origin else resolved.name, resolved, None, None)
     raise UserError(f"{path}: expected a run, a checkpoint of a run, or an exported model")
 
 
-def _checkpoint_of(run: RunDirectory) -> str:
-    """Return the name of the checkpoint that the run's export was made from, as far as results.json says."""
-    return Path(str((read_json(run.results) or {}).get("checkpoint", "export"))).name
+def _name_in_run(export: Path, run: RunDirectory) -> str:
+    """Return whose weights a run's export has; one that does not say has those that results.json says were exported.
+
+    Raises UserError where that may be an export of an earlier budget.
+    """
+    if origin := read_origin(export):
+        return str(origin)
+    results = read_json(run.results) or {}
+    if results.get("export", "") is None or "export_command" in results:
+        raise UserError(
+            f"{export} does not say which checkpoint it is of, and the run's last one has not been exported; export it "
+            f"there with `turbolm export`, or name one of the checkpoints in {run.checkpoints}"
+        )
+    is_averaged = bool(results.get("weight_average", {}).get("exported"))
+    return str(Origin(run.path.name, Path(str(results.get("checkpoint", "export"))).name, is_averaged))
 
 
 @contextlib.contextmanager

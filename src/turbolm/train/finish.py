@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from turbolm.checkpoint.export import export_checkpoint, generate_sample, short_card
+from turbolm.checkpoint.export_folder import Origin
 from turbolm.checkpoint.manifest import TRAINER_STATE, list_checkpoints
 from turbolm.checkpoint.push import push_export
 from turbolm.data.batch.loader import recipe_evaluation_set
@@ -250,8 +251,9 @@ def model_card(run: RunDirectory, results: dict[str, Any], store: TokenStore) ->
             "Documents were held out for evaluation by content hash, and no text is in both splits; evaluated on "
             f"{results['eval_targets']:,} of their tokens."
         )
-    checkpoint = Path(results["checkpoint"]).name
-    evaluated = card_section([one for one in results.get("evaluations", ()) if one["model"] == checkpoint])
+    is_averaged = bool(results.get("weight_average", {}).get("exported"))
+    name = str(Origin(run.path.name, Path(results["checkpoint"]).name, is_averaged))
+    evaluated = card_section([one for one in results.get("evaluations", ()) if one["model"] == name])
     card = _CARD.format(
         name=results["name"],
         parameters=format_count(results["parameters"]),
