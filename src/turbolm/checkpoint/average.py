@@ -29,7 +29,7 @@ from turbolm.engine.device import DTYPES
 from turbolm.errors import UserError
 from turbolm.files import sha256_file
 from turbolm.recipe.paths import make_folder
-from turbolm.train.run_directory import RunDirectory, run_of
+from turbolm.train.run_directory import RunDirectory, precision_of, run_of
 
 NOTE = "turbolm_average.json"  # in the export: what was averaged
 _SLICE_ELEMENTS = 2**24  # of each checkpoint at a time
@@ -104,7 +104,7 @@ def average_checkpoints(checkpoints: Sequence[Path], out: Path, weights: Sequenc
     make_folder(out.absolute().parent, "OUT")
     run, record = run_of(checkpoints[0])
     sources = _choose(checkpoints, weights, {record["fingerprint"], *record.get("former_fingerprints", ())})
-    precision = record["contract"]["train"]["precision"]
+    precision = precision_of(run, record)
     folder = out.with_name(f".tmp-{out.name}.average")
     remove_folder(folder)
     try:

@@ -26,7 +26,7 @@ from turbolm.engine.device import DTYPES
 from turbolm.errors import UserError
 from turbolm.models.positions import num_positions
 from turbolm.recipe.paths import make_folder
-from turbolm.train.run_directory import run_of
+from turbolm.train.run_directory import precision_of, run_of
 
 
 class Weights(Protocol):
@@ -46,7 +46,7 @@ def export_from_run(checkpoint: Path, out: Path, *, averaged: bool = False) -> P
     """Export a checkpoint inside a run directory, with a short model card; see `export_checkpoint`."""
     run, record = run_of(checkpoint)
     make_folder(out.absolute().parent, "OUT")
-    card, precision = short_card(run.path, checkpoint, averaged=averaged), record["contract"]["train"]["precision"]
+    card, precision = short_card(run.path, checkpoint, averaged=averaged), precision_of(run, record)
     return export_checkpoint(checkpoint, run.model, out, precision=precision, card=card, averaged=averaged)
 
 

@@ -112,6 +112,15 @@ def run_of(checkpoint: Path) -> tuple[RunDirectory, dict[str, Any]]:
     return run, record
 
 
+def precision_of(run: RunDirectory, record: dict[str, Any]) -> str:
+    """Return the precision that a run was trained in, of what its contract.json records. Raises UserError."""
+    train = record["contract"].get("train")
+    precision = train.get("precision") if isinstance(train, dict) else None
+    if precision not in ("fp32", "bf16", "fp16"):
+        raise UserError(f"{run.contract}: contract.train.precision: expected fp32, bf16 or fp16, got {precision!r}")
+    return str(precision)
+
+
 def run_directory(recipe: Recipe) -> RunDirectory:
     """Where the recipe's run lives."""
     return RunDirectory(use_path(recipe.execution.runs_dir, "execution.runs_dir") / recipe.name)
