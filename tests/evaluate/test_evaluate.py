@@ -8,8 +8,9 @@ import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import pytest
 
@@ -17,7 +18,7 @@ from tests.train.harness import BINS_PER_BATCH, SEQ_LEN, make_recipe, train_in_w
 from turbolm.checkpoint.export_folder import Origin, replace_export
 from turbolm.data.prepare.build import prepare
 from turbolm.errors import UserError
-from turbolm.evaluate.run import MISSING, Options, evaluate_model, find_subject
+from turbolm.evaluate.run import MISSING, Options, _exported, evaluate_model, find_subject
 from turbolm.report.evaluations import card_section, evaluation_rows
 from turbolm.report.html import write_report
 from turbolm.train.run_directory import run_directory
@@ -59,6 +60,12 @@ def options(*tasks: str, include: Path | None = None, limit: int | None = None) 
     return Options(tasks, include, limit, None, 2, f"turbolm evaluate RUN --tasks {','.join(tasks)}")
 
 
+def told_of(path: Path, options: Options) -> str:
+    lines: list[str] = []
+    evaluate_model(path, options, lines.append)
+    return "\n".join(lines)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run that answers the questions itself, and a folder of tasks that ask them."""
@@ -95,7 +102,7 @@ def run_of(folder: Path) -> Path:
 def test_the_harness_finds_what_the_run_found_itself(folder: Path) -> None:
     run = run_of(folder)
     before = json.loads((run / "results.json").read_text())
-    told = evaluate_model(run, options("choose", "score", "roll", include=folder / "tasks"))
+    told = told_of(run, options("choose", "score", "roll", include=folder / "tasks"))
     results = json.loads((run / "results.json").read_text())
     (record,) = results.pop("evaluations")
     assert results == before, "nothing else has changed"
@@ -133,13 +140,13 @@ def check_the_same_again(run: Path, folder: Path) -> None:
     """Once more, from a checkpoint: the same numbers, in place of the first."""
     first = json.loads((run / "results.json").read_text())["evaluations"][0]
     checkpoint = max((run / "checkpoints").glob("step-*"))
-    evaluate_model(checkpoint, options("choose", "score", "roll", include=folder / "tasks"))
+    told_of(checkpoint, options("choose", "score", "roll", include=folder / "tasks"))
     (second,) = json.loads((run / "results.json").read_text())["evaluations"]
     assert second["tasks"] == first["tasks"]
     alone = folder / "alone"
     shutil.copytree(run / "export", alone)
     (alone / "README.md").write_text("mine")
-    told = evaluate_model(alone, options("choose", include=folder / "tasks", limit=2))
+    told = told_of(alone, options("choose", include=folder / "tasks", limit=2))
     assert "is not what export wrote; it is left as it is" in told and (alone / "README.md").read_text() == "mine"
     (record,) = json.loads((folder / "alone.evaluation.json").read_text())["evaluations"]
     assert record["model"] == f"{run.name}/step-00000002"
@@ -165,7 +172,7 @@ def test_tasks_that_cannot_be_loaded_are_told_in_a_line(
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=message) as refused:
-        evaluate_model(run_of(folder), options(task, include=folder / "tasks"))
+        told_of(run_of(folder), options(task, include=folder / "tasks"))
     assert "\n" not in str(refused.value)
 
 
@@ -183,7 +190,7 @@ def bare_run(tmp_path: Path) -> Path:
 
 def test_without_the_harness_one_line_says_how_to_install_it(bare_run: Path) -> None:
     with patch("importlib.util.find_spec", lambda name: None), pytest.raises(UserError) as refused:
-        evaluate_model(bare_run, options("choose"))
+        told_of(bare_run, options("choose"))
     assert str(refused.value) == MISSING and "pip install 'turbolm[evaluate]'" in MISSING
 
 
@@ -194,7 +201,7 @@ def test_what_is_evaluated(bare_run: Path) -> None:
         assert (subject.name, subject.results) == ("step-00000002", results)
         assert (subject.checkpoint, subject.export) == ((checkpoint, None) if path == checkpoint else (None, export))
     with pytest.raises(UserError, match="--include: .* is not a folder"):
-        evaluate_model(bare_run, options("choose", include=bare_run / "none"))
+        told_of(bare_run, options("choose", include=bare_run / "none"))
     results.unlink()
     assert find_subject(checkpoint).results == bare_run / "evaluation.json"
     other = shutil.copytree(export, bare_run.parent / "exported")
@@ -204,6 +211,49 @@ def test_what_is_evaluated(bare_run: Path) -> None:
         find_subject(bare_run)
     with pytest.raises(UserError, match="expected a run, a checkpoint of a run, or an exported model"):
         find_subject(bare_run / "checkpoints")
+
+
+def test_where_results_cannot_be_kept_nothing_is_evaluated(bare_run: Path) -> None:
+    for folder in (bare_run, bare_run / "export"):
+
+        def refuse(dir: Path, closed: Path = folder) -> Any:
+            if dir == closed:
+                raise PermissionError(13, "Permission denied")
+            return Mock()
+
+        with patch("tempfile.TemporaryFile", refuse), pytest.raises(UserError) as refused:
+            told_of(bare_run, options("choose"))
+        assert str(refused.value) == f"{folder}: results would be written there, which fails: Permission denied"
+
+
+def test_what_was_measured_is_said_even_if_it_cannot_be_written(bare_run: Path) -> None:
+    metrics = {"acc": {"value": 0.25, "stderr": None}}
+    task = {"version": 1, "num_fewshot": 0, "examples": 2, "of": 2, "metrics": metrics}
+    measured = {"lm_eval": "0.4", "tasks": {"choose": task}}
+    lines: list[str] = []
+    find_spec = importlib.util.find_spec
+    stub = SimpleNamespace(run_tasks=lambda folder, options: measured)
+    with (
+        patch("importlib.util.find_spec", lambda name: name == "lm_eval" or find_spec(name)),
+        patch.dict("sys.modules", {"turbolm.evaluate.harness": stub}),
+        patch.dict("os.environ"),
+    ):
+        with (
+            patch("turbolm.files.os.replace", side_effect=OSError(28, "No space left on device")),
+            pytest.raises(UserError, match=r"results\.json: what was measured cannot be written there: No space left"),
+        ):
+            evaluate_model(bare_run, options("choose"), lines.append)
+        assert lines == ["choose  acc  0.2500  2 of 2  0-shot  version 1"]
+        evaluate_model(bare_run, options("choose"), lines.append)
+    assert lines[2] == f"results: {bare_run / 'results.json'}"
+    assert json.loads((bare_run / "results.json").read_text())["evaluations"][0]["tasks"] == measured["tasks"]
+
+
+def test_a_contract_without_the_precision_is_told_by_its_key(bare_run: Path) -> None:
+    (bare_run / "contract.json").write_text(json.dumps({"fingerprint": "f", "contract": {"train": {}}}))
+    message = r"contract\.json: contract\.train\.precision: expected fp32, bf16 or fp16, got None"
+    with pytest.raises(UserError, match=message), _exported(find_subject(bare_run / "checkpoints/step-00000002")):
+        pass
 
 
 def test_the_export_itself_says_whose_weights_it_has(bare_run: Path) -> None:

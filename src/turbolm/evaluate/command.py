@@ -28,4 +28,4 @@ def evaluate(
 
     names = tuple(name.strip() for name in tasks.split(",") if name.strip())
     command = shlex.join(["turbolm", *sys.argv[1:]])
-    print(evaluate_model(model, Options(names, include, limit, num_fewshot, batch_size, command)))
+    evaluate_model(model, Options(names, include, limit, num_fewshot, batch_size, command), print)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import importlib.util
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,7 +21,7 @@ from turbolm.plan.machine import detect_machine
 from turbolm.redaction import redact
 from turbolm.report.evaluations import HEADING, card_section, evaluation_rows
 from turbolm.report.html import write_report
-from turbolm.train.run_directory import RunDirectory
+from turbolm.train.run_directory import RunDirectory, precision_of, run_of
 
 MISSING = "turbolm evaluate needs lm-evaluation-harness; install it with: pip install 'turbolm[evaluate]'"
 
@@ -55,13 +56,17 @@ class Subject:
         return self.export.with_name(f"{self.export.name}.evaluation.json")
 
 
-def evaluate_model(path: Path, options: Options) -> str:
-    """Evaluate the model at `path` and write the results; returns what to print. Raises UserError."""
+def evaluate_model(path: Path, options: Options, say: Callable[[str], None]) -> None:
+    """Evaluate the model at `path` and write the results; `say` gets each line. Raises UserError.
+
+    What was measured is said before it is written.
+    """
     subject = find_subject(path)
     if not options.tasks:
         raise UserError("--tasks: expected the name of a task, such as --tasks arc_easy,hellaswag")
     if options.include is not None and not options.include.is_dir():
         raise UserError(f"--include: {options.include} is not a folder")
+    _check_writable(subject)
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError(MISSING)
     if not detect_machine().num_gpus:
@@ -73,8 +78,12 @@ def evaluate_model(path: Path, options: Options) -> str:
         measured = run_tasks(folder, options)
     at = datetime.now(UTC).isoformat(timespec="seconds")
     record: dict[str, Any] = {"model": subject.name, "at": at, "command": redact(options.command), **measured}
-    lines = ["  ".join(filter(None, row[1:])) for row in evaluation_rows([record])]
-    return "\n".join([*lines, *_keep(subject, record)])
+    for row in evaluation_rows([record]):
+        say("  ".join(filter(None, row[1:])))
+    try:
+        _keep(subject, record, say)
+    except OSError as error:
+        raise UserError(f"{error.filename}: what was measured cannot be written there: {error.strerror}") from error
 
 
 def find_subject(path: Path) -> Subject:
@@ -119,31 +128,50 @@ def _exported(subject: Subject) -> Iterator[Path]:
     if subject.export is not None:
         yield subject.export
         return
+    assert subject.checkpoint is not None and subject.run is not None
+    precision = precision_of(*run_of(subject.checkpoint))
     from turbolm.checkpoint.export import export_checkpoint, short_card
 
-    assert subject.checkpoint is not None and subject.run is not None
-    contract = read_json(subject.run.contract)
-    if contract is None:
-        raise UserError(f"{subject.checkpoint}: {subject.run.contract} cannot be read")
-    precision = contract["contract"]["train"]["precision"]
     with tempfile.TemporaryDirectory(prefix="turbolm-export-") as folder:
         out, card = Path(folder) / "export", short_card(subject.run.path, subject.checkpoint)
         yield export_checkpoint(subject.checkpoint, subject.run.model, out, precision=precision, card=card)
 
 
-def _keep(subject: Subject, record: dict[str, Any]) -> Iterator[str]:
-    """Write the record to the results, the model card and the report; yield a line for each."""
-    results = read_json(subject.results) or {}
-    asked = record["model"], record["command"]  # the same once more replaces what was found before
-    others = [one for one in results.get("evaluations", ()) if (one["model"], one["command"]) != asked]
-    results["evaluations"] = [*others, record]
-    write_json(subject.results, results)
-    yield f"results: {subject.results}"
-    if subject.export is not None:
-        of_this = [one for one in results["evaluations"] if one["model"] == subject.name]
-        if update_card(subject.export, HEADING, card_section(of_this)):
-            yield f"model card: {subject.export / 'README.md'}"
-        else:
-            yield f"model card: {subject.export / 'README.md'} is not what export wrote; it is left as it is"
+def _check_writable(subject: Subject) -> None:
+    """Raise UserError where the results could not be kept: evaluating may take hours."""
+    for folder in filter(None, (subject.results.parent, subject.export)):
+        try:
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            raise UserError(f"{folder}: results would be written there, which fails: {error.strerror}") from None
+
+
+def _keep(subject: Subject, record: dict[str, Any], say: Callable[[str], None]) -> None:
+    """Write the record to the results, the model card and the report; `say` gets a line for each. Raises OSError."""
+    path = subject.results  # a run that has just finished has another file now than when it was found
+    with _locked(path.parent):
+        results = read_json(path) or {}
+        asked = record["model"], record["command"]  # the same once more replaces what was found before
+        others = [one for one in results.get("evaluations", ()) if (one["model"], one["command"]) != asked]
+        results["evaluations"] = [*others, record]
+        write_json(path, results)
+        say(f"results: {path}")
+        if subject.export is not None:
+            of_this = [one for one in results["evaluations"] if one["model"] == subject.name]
+            is_written = update_card(subject.export, HEADING, card_section(of_this))
+            left = "" if is_written else " is not what export wrote; it is left as it is"
+            say(f"model card: {subject.export / 'README.md'}{left}")
     if subject.run is not None:
-        yield f"report: {write_report(subject.run.path)}"
+        say(f"report: {write_report(subject.run.path)}")
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep other evaluations of this folder's models from writing at the same time, where its file system can."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
