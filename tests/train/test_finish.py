@@ -21,7 +21,7 @@ from tests.world import run_world
 from turbolm.data.prepare.build import prepare
 from turbolm.data.prepare.tokenizer import load_tokenizer, save_tokenizer
 from turbolm.recipe.schema import Recipe
-from turbolm.train.finish import add_products
+from turbolm.train.finish import add_products, model_card
 from turbolm.train.run_directory import RunDirectory, lacks_export, run_directory
 
 TOKEN = "hf_" + "w" * 34
@@ -207,6 +207,45 @@ def test_what_all_nodes_would_wait_for_is_left_to_one(tmp_path: Path) -> None:
         "no export: 64 nodes would wait for one process that writes more than 15B parameters; on one node, "
         f"run `{command}`"
     ]
+
+
+def test_an_evaluation_made_while_the_run_exports_stays(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints/step-00000001").mkdir(parents=True)
+    made = {"model": "step-00000001", "command": "turbolm evaluate", "tasks": {}}
+    results_file = tmp_path / "results.json"
+
+    def evaluate_meanwhile(*_: Any, **__: Any) -> Path:
+        results_file.write_text(json.dumps({"evaluations": [made]}))
+        return tmp_path / "export"
+
+    nothing = SimpleNamespace(sample_tokens=0, seed=0, num_nodes=1, push_to=None, private=True, weight_average=None)
+    recipe = SimpleNamespace(logging=nothing, train=nothing, cluster=nothing, export=nothing, evaluation=nothing)
+    plan = SimpleNamespace(precision="bf16")
+    context: Any = SimpleNamespace(run=RunDirectory(tmp_path), recipe=recipe, store=None, plan=plan)
+    with (
+        patch("turbolm.train.finish.export_checkpoint", evaluate_meanwhile),
+        patch("turbolm.train.finish.model_card", lambda *_: "card"),
+        patch("turbolm.train.finish.write_report", lambda *_: tmp_path / "report.html"),
+    ):
+        add_products(context, {"parameters": 1, "export": None}, print)
+    kept = json.loads(results_file.read_text())
+    assert (kept["evaluations"], kept["export"]) == ([made], str(tmp_path / "export"))
+
+
+@pytest.mark.parametrize("is_averaged", [True, False])
+def test_the_card_has_the_evaluations_of_the_weights_that_it_is_of(is_averaged: bool, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").touch()
+    name = "step-00000001"
+    evaluations = [
+        {"model": model, "command": f"evaluate {which}", "lm_eval": "0", "tasks": {}}
+        for model, which in ((name, "last"), (f"{name} (averaged weights)", "mean"))
+    ]
+    results = {"name": "run", "parameters": 1, "tokens_seen": 1, "precision": "bf16", "checkpoint": f"there/{name}"}
+    average = {"count": 2, "first_step": 1, "exported": is_averaged}
+    store: Any = SimpleNamespace(fingerprint="f", manifest={"sources": []})
+    given = {**results, "weight_average": average, "evaluations": evaluations}
+    card = model_card(RunDirectory(tmp_path), given, store)
+    assert ("evaluate mean" in card, "evaluate last" in card) == (is_averaged, not is_averaged)
 
 
 def test_the_time_until_the_first_step_is_told_by_part(runs: dict[str, Any]) -> None:

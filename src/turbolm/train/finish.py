@@ -149,6 +149,8 @@ def add_products(context: Context, results: dict[str, Any], say: Say) -> dict[st
 
     def add(key: str, value: str) -> None:
         results[key] = value
+        if evaluations := read_evaluations(run.path):  # more may have been made since
+            results["evaluations"] = evaluations
         _attempt("results.json", lambda: write_json(run.results, results), say)
 
     if "weight_average" in results:
