@@ -66,8 +66,10 @@ def run_tasks(folder: Path, options: Options) -> dict[str, Any]:
     }
 
 
-class _Model(HFLM):  # type: ignore[misc]
+class _Model(HFLM):
     """The harness's model, where rolling losses get the first token once."""
+
+    add_bos_token: bool | None
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> Any:
         """Score whole texts; the harness puts the first token before each itself, so the tokenizer must not."""
