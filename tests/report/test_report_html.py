@@ -14,6 +14,7 @@ from tests.report.page import assert_loads_nothing, chart_data
 from turbolm.report.charts import curve, kept_indices, line_chart
 from turbolm.report.html import write_report
 from turbolm.report.metrics import read_metrics
+from turbolm.report.run_charts import run_charts
 
 EVIL = "</script><script>alert(1)</script><img src=x onerror='alert(2)'>&\""
 
@@ -200,6 +201,16 @@ def test_all_that_a_run_recorded_is_on_its_page(tmp_path):
     for text in ("matrix", "1.2s, 75.0%", "attention", "1.5s, 75.0%", "imports", "3.0s, 75.0%", "planned by hand"):
         assert text in page
     assert_loads_nothing(page)
+
+
+def test_averaged_weights_have_curves_of_their_own():
+    figures = {"loss": 2.0, "average_loss": 1.0, "loss/web": 4.0, "average_loss/web": 3.0}
+    figures |= {"greek/accuracy": 0.5, "average/greek/accuracy": 0.75, "average/accuracy": 0.25}
+    line = {"step": 1, "attempt": 1, "tokens_seen": 1000, **{f"eval/{key}": value for key, value in figures.items()}}
+    charts = {one["title"]: [(c["name"], c["y"]) for c in one["curves"]] for one in run_charts([line], [], {})}
+    assert charts["Loss"] == [("held out", [2.0]), ("held out, averaged weights", [1.0])]
+    assert charts["Held-out loss by set"] == [("web", [4.0]), ("web, averaged weights", [3.0])]
+    assert charts["Accuracy"] == [("greek", [0.5]), ("greek, averaged weights", [0.75]), ("average", [0.25])]
 
 
 def test_an_evaluation_of_several_lines_is_one(tmp_path):

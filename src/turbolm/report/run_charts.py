@@ -16,7 +16,7 @@ Level = tuple[str, float]  # the name and height of a dashed line
 
 GIB = 2**30
 _LR_OF_KIND = "train/lr/"  # before a kind of parameter that has a learning rate of its own
-_SET = "eval/loss/"  # before the name of a validation set
+_SETS = {"eval/loss/": "", "eval/average_loss/": ", averaged weights"}  # before and after a validation set's name
 _TASK_FIGURES = {"bits_per_byte": "Bits per byte of the right answers", "accuracy": "Accuracy"}  # eval/TASK/FIGURE
 SMALL: tuple[tuple[str, str, str, float], ...] = (  # title, key, color, divisor
     ("Gradient norm", "train/grad_norm", "orange", 1),
@@ -67,8 +67,6 @@ def loss_chart(metrics: Sequence[Line], anomalies: Sequence[Line], level: Level 
     """Training loss of each step, held-out loss, and the steps that were not applied."""
     curves = [axis_curve("train", "blue", metrics, "train/loss", "noisy")]
     curves.append(axis_curve("held out", "orange", metrics, "eval/loss", "points"))
-    if any("eval/average_loss" in line for line in metrics):
-        curves.append(axis_curve("held out, averaged weights", "green", metrics, "eval/average_loss", "points"))
     curves.append(axis_curve("held out, averaged weights", "green", metrics, "eval/average_loss", "points"))
     curves += _level(level, metrics)
     curves.append(_anomaly_marks(metrics, anomalies))
@@ -76,7 +74,8 @@ def loss_chart(metrics: Sequence[Line], anomalies: Sequence[Line], level: Level 
 
 
 def evaluation_charts(runs: Mapping[str, Sequence[Line]]) -> list[Chart]:
-    """The losses of validation sets (`eval/loss/NAME`) and the scores of tasks (`eval/NAME/FIGURE`) of a run.
+    """The losses of validation sets (`eval/loss/NAME`) and the scores of tasks (`eval/NAME/FIGURE`) of a run, also
+    those of averaged weights (`eval/average_loss/NAME`, `eval/average/NAME/FIGURE`).
 
     One run: a chart with all sets, and one for each figure of tasks. Several, by name: a chart for each set or task.
     """
@@ -97,9 +96,12 @@ def evaluation_charts(runs: Mapping[str, Sequence[Line]]) -> list[Chart]:
 
 def _evaluated(key: str) -> tuple[str, str]:
     """What a key of metrics.jsonl measures, and of which set or task; no name where it is of none."""
-    if key.startswith(_SET):
-        return "Held-out loss by set", key.removeprefix(_SET)
+    for before, after in _SETS.items():
+        if key.startswith(before):
+            return "Held-out loss by set", key.removeprefix(before) + after
     name, _, figure = key.removeprefix("eval/").rpartition("/")
+    if name.startswith("average/"):
+        name = f"{name.removeprefix('average/')}, averaged weights"
     return (_TASK_FIGURES[figure], name) if key.startswith("eval/") and figure in _TASK_FIGURES else ("", "")
 
 
