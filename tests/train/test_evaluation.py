@@ -8,8 +8,10 @@ import math
 import os
 import sys
 from dataclasses import asdict
+from io import StringIO
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock, patch
 
 import numpy as np
 import pytest
@@ -20,11 +22,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tests.train.harness import BINS_PER_BATCH, MODELS, SEQ_LEN, make_recipe
 from tests.world import run_world
 from turbolm.data.batch.loader import recipe_evaluation_set
+from turbolm.data.batch.scored import TaskScore
 from turbolm.data.prepare.build import find_store, prepare
 from turbolm.data.store.token_store import TokenStore, open_store
 from turbolm.models.build import build_model
 from turbolm.recipe.schema import Recipe
-from turbolm.train.evaluation import left_out_note
+from turbolm.train.evaluation import EvaluationResult, SetLoss, left_out_note
+from turbolm.train.finish import _card_rows, _figures, summary
+from turbolm.train.metrics import MetricsLog
 from turbolm.train.run_directory import RunDirectory, run_directory
 
 # Three, which two ranks cannot share evenly. Letters that are rare in the corpus are a token each, so a choice made of
@@ -254,6 +259,38 @@ def test_a_run_reports_its_sets_and_tasks(tmp_path: Path) -> None:
     assert results["eval_tasks"]["greek"]["questions"] < 3
     said = (run_directory(only).path / "attempts/1/log.rank0.txt").read_text()
     assert "greek: 1 of 3 questions, by evaluation.tokens (20)" in said
+
+
+def test_the_mean_of_the_weights_is_told_where_nothing_is_held_out(tmp_path: Path) -> None:
+    average = EvaluationResult(None, None, 0, {"own": SetLoss(2.5, 10)}, {"greek": TaskScore(1.25, 0.5, 4)})
+    result = EvaluationResult(None, None, 0, {"own": SetLoss(2.0, 10)}, {"greek": TaskScore(1.0, 0.25, 4)}, average)
+    assert result.metrics == {
+        "eval/loss/own": 2.0, "eval/greek/bits_per_byte": 1.0, "eval/greek/accuracy": 0.25,
+        "eval/average_loss/own": 2.5, "eval/average/greek/bits_per_byte": 1.25, "eval/average/greek/accuracy": 0.5,
+    }  # fmt: skip
+    log = MetricsLog(
+        tmp_path / "metrics.jsonl", 1, Mock(**{"tokens_seen.return_value": 9}), None, None, StringIO(), Mock()
+    )
+    with patch("torch.distributed.get_rank", return_value=0):
+        log.add_evaluation(8, result)
+    assert log.terminal.getvalue().splitlines() == [  # type: ignore[attr-defined]
+        "step 8  own 2.0000",
+        "step 8  greek: 1.0000 bits per byte of the right answers, accuracy 25.0%, 4 questions",
+        "step 8  averaged weights  own 2.5000",
+        "step 8  averaged weights  greek: 1.2500 bits per byte of the right answers, accuracy 50.0%, 4 questions",
+    ]
+    mean = {"first_step": 3, "count": 6, **_figures(average)}
+    results = {"parameters": 1, "tokens_seen": 9, "steps": 8, "checkpoint": "c", "export": "e", **_figures(result)}
+    shown = summary({**results, "weight_average": mean})
+    for row in (
+        "loss of own      2.0000 nats",
+        "averaged weights the mean of 6 from",
+        "loss of own, averaged 2.5000 nats",
+    ):
+        assert f"\n  {row}" in shown
+    rows = _card_rows({**results, "weight_average": {**mean, "exported": True}})
+    assert list(rows) == ["weights", "loss of own", "task greek"]
+    assert rows["loss of own"].startswith("2.5000 nats/token") and rows["task greek"].startswith("1.2500 bits per byte")
 
 
 def test_held_out_tokens_of_each_source(tmp_path: Path) -> None:

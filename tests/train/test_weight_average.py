@@ -25,6 +25,7 @@ from typer.testing import CliRunner
 
 from tests.checkpoint.test_resume import read_tensors
 from tests.train.harness import BINS_PER_BATCH, MODELS, SEQ_LEN, make_recipe
+from tests.train.test_evaluation import QUESTIONS, Plain, write_lines
 from tests.train.test_exports import loss_of_each_slice
 from tests.world import run_world
 from turbolm.checkpoint.average import average_checkpoints, average_command
@@ -32,7 +33,9 @@ from turbolm.checkpoint.export import export_from_run
 from turbolm.checkpoint.export_folder import Origin, read_origin
 from turbolm.checkpoint.load import CheckpointReader
 from turbolm.cli import app
-from turbolm.data.prepare.build import prepare
+from turbolm.data.batch.scored import TaskScore
+from turbolm.data.prepare.build import find_store, prepare
+from turbolm.data.store.token_store import open_store
 from turbolm.errors import UserError
 from turbolm.plan.machine import Machine
 from turbolm.plan.plan import build_plan
@@ -48,14 +51,14 @@ Start = tuple[Recipe, Path | None]  # a run, and the run whose first checkpoints
 
 
 def recipe_of(folder: Path, name: str, stage: int, average: dict[str, Any] | None = TAIL, **execution: Any) -> Recipe:
-    precision = execution.pop("precision", "fp32")
+    precision, tasks = execution.pop("precision", "fp32"), execution.pop("tasks", [])
     made = make_recipe(
         folder,
         model={"config": {**MODELS["llama"], "tie_word_embeddings": True}},
         train={"budget": STEPS * BINS_PER_BATCH * SEQ_LEN, "precision": precision},
         optimizer={"lr": 3e-2},
         execution={"zero_stage": stage, "micro_batch": 2 * SEQ_LEN, "adam_kernel": "torch", **execution},
-        evaluation={"every": "2 steps", **({"weight_average": average} if average else {})},
+        evaluation={"every": "2 steps", "tasks": tasks, **({"weight_average": average} if average else {})},
         checkpoint={"every": "1 steps", "keep_last": 9},
         logging={"sample_tokens": 0},
     )
@@ -148,7 +151,8 @@ def steps_of(run: Path) -> list[tuple[float, ...]]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs at three stages, one without an average, and one that goes on at another stage."""
     folder = tmp_path_factory.mktemp("averages")
-    zero3 = recipe_of(folder, "zero3", 3)
+    greek = {"name": "greek", "path": write_lines(folder / "greek.jsonl", QUESTIONS)}
+    zero3 = recipe_of(folder, "zero3", 3, tasks=[greek])
     moved = recipe_of(folder, "moved", 0)
     bf16 = recipe_of(folder, "bf16", 1, EXPONENTIAL, precision="bf16")
     plain = recipe_of(folder, "plain", 3, None)
@@ -183,12 +187,21 @@ def test_the_export_has_the_mean_and_its_loss(folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(run / "export", dtype=torch.float32)
     for name, value in average_of(run).items():
         assert torch.equal(model.get_parameter(name).detach().flatten(), value), name
-    loss, _ = loss_of_each_slice(model, load_recipe(run / "recipe.yaml"))
+    recipe = load_recipe(run / "recipe.yaml")
+    loss, _ = loss_of_each_slice(model, recipe)
     assert loss == pytest.approx(average["eval_loss"], rel=1e-6)
+    plain = Plain(recipe, open_store(find_store(recipe) or "missing"))
+    plain.model = model.eval()
+    bits_per_byte, accuracy = plain.questions(QUESTIONS)
+    score = average["eval_tasks"]["greek"]
+    assert score == {"bits_per_byte": pytest.approx(bits_per_byte, rel=1e-5), "accuracy": accuracy, "questions": 3}
+    assert score["bits_per_byte"] == evaluated["eval/average/greek/bits_per_byte"]
+    assert score["bits_per_byte"] != evaluated["eval/greek/bits_per_byte"]
+    assert f"step {STEPS}  averaged weights  greek: {TaskScore(**score)}" in log_of(run)
     card = (run / "export/README.md").read_text()
-    assert (
-        f"| averaged weights | {average['eval_loss']:.4f} nats/token; the mean of 4 from step 3 on; the export" in card
-    )
+    assert "| weights | the mean of 4 from step 3 on (evaluation.weight_average); the figures of this table are" in card
+    for row in (f"eval loss | {average['eval_loss']:.4f} nats", f"task greek | {TaskScore(**score)}"):
+        assert f"| {row}" in card, "the mean's"
     bf16 = json.loads((folder / "runs/bf16/results.json").read_text())
     assert not bf16["weight_average"]["exported"] and bf16["weight_average"]["count"] == 3
     model = AutoModelForCausalLM.from_pretrained(folder / "runs/bf16/export", dtype=torch.bfloat16)
@@ -294,14 +307,14 @@ def test_a_mean_of_other_steps_begins_anew_and_says_so() -> None:
     )
 
 
-def test_the_plan_counts_it() -> None:
+def test_the_plan_counts_it(tmp_path: Path) -> None:
     from tests.plan.test_zero_memory import TENSORS
     from turbolm.plan.zero_memory import estimate_zero_memory
 
     for stage, offload, owned in ((0, False, 92), (1, False, 46), (3, True, 46)):
         extra = []
         for average in (None, {"last": "10%"}):
-            recipe = recipe_of(Path("."), "x", stage, average, offload_optimizer=offload)
+            recipe = recipe_of(tmp_path, "x", stage, average, offload_optimizer=offload)
             state = estimate_zero_memory(TENSORS, build_plan(recipe, Machine(0, None, None, 2, True, 2**34), 2))
             extra.append(state.host_bytes if offload else state.optimizer)
         assert extra[1] - extra[0] == 4 * owned, stage

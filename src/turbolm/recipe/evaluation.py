@@ -45,8 +45,8 @@ class WeightAverage(Section):
         if not is_evaluated and not self.export:
             yield (
                 "evaluation.weight_average",
-                "has no use: data.validation is 0, so nothing evaluates the mean, and it is not exported; set export: "
-                "true, raise data.validation, or remove it",
+                "has no use: data.validation is 0 and there are no evaluation.sets or tasks, so nothing evaluates the "
+                "mean, and it is not exported; set export: true, raise data.validation, or remove it",
             )
         if budget and global_batch and self.last.tokens(budget, global_batch) > budget:
             yield "evaluation.weight_average.last", f"must be at most train.budget ({budget}), got {self.last}"
@@ -79,8 +79,8 @@ class Evaluation(Section):
         for one in self.sets:
             if one.weight is not None or one.min_tokens is not None:
                 raise ValueError(f"expected neither `weight` nor `min_tokens` for {one.label!r} of `sets`")
-        if any(one.name == "loss" for one in self.tasks):
-            raise ValueError("expected another name than 'loss' for one of `tasks`: metrics have it")
+        if taken := [one.name for one in self.tasks if one.name in ("loss", "average_loss")]:
+            raise ValueError(f"expected another name than {taken[0]!r} for one of `tasks`: metrics have it")
         for key, names in (("tasks", [one.name for one in self.tasks]), ("sets", [one.label for one in self.sets])):
             if twice := [name for name, count in Counter(names).items() if count > 1]:
                 raise ValueError(f"expected another name for each of `{key}`, got {twice[0]!r} twice")

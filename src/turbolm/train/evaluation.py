@@ -55,13 +55,18 @@ class EvaluationResult:
     @property
     def metrics(self) -> dict[str, float]:
         """Return everything by its name in metrics.jsonl."""
-        found = {"eval/loss": self.loss, "eval/bits_per_byte": self.bits_per_byte}
-        found |= {f"eval/loss/{name}": one.loss for name, one in self.losses.items()}
-        for name, score in self.tasks.items():
-            found |= {f"eval/{name}/bits_per_byte": score.bits_per_byte, f"eval/{name}/accuracy": score.accuracy}
+        found = self._named("eval/", "eval/")
         if self.average is not None:
-            found |= {"eval/average_loss": self.average.loss, "eval/average_bits_per_byte": self.average.bits_per_byte}
+            found |= self.average._named("eval/average_", "eval/average/")
         return {key: value for key, value in found.items() if value is not None}
+
+    def _named(self, before_loss: str, before_task: str) -> dict[str, float | None]:
+        found = {f"{before_loss}loss": self.loss, f"{before_loss}bits_per_byte": self.bits_per_byte}
+        found |= {f"{before_loss}loss/{name}": one.loss for name, one in self.losses.items()}
+        for name, score in self.tasks.items():
+            found[f"{before_task}{name}/bits_per_byte"] = score.bits_per_byte
+            found[f"{before_task}{name}/accuracy"] = score.accuracy
+        return found
 
 
 @dataclass(frozen=True)

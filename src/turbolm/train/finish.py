@@ -95,7 +95,7 @@ def finish_run(context: Context, evaluation: EvaluationResult | None, num_parame
         results["restarts"] = state["restarts"]
     if state.get("weight_average"):
         of_average = evaluation.average if evaluation else None
-        results["weight_average"] = {**state["weight_average"], **(_losses(of_average) if of_average else {})}
+        results["weight_average"] = {**state["weight_average"], **(_figures(of_average) if of_average else {})}
     if evaluations := read_evaluations(run.path):
         results["evaluations"] = evaluations
     planned = _attempt("the comparison with the plan", lambda: compare(run.path), say)
@@ -222,18 +222,19 @@ def _attempt(what: str, make: Callable[[], T], say: Say, advice: str = "") -> T 
 
 def _measured(context: Context, evaluation: EvaluationResult, say: Say) -> dict[str, Any]:
     """Return the results of the last evaluation, without unknown ones."""
-    found: dict[str, Any] = _losses(evaluation)
+    found = _figures(evaluation)
     if evaluation.loss is not None:
         entropy = _attempt("the unigram entropy", lambda: validation_entropy(context.plan, context.store), say)
         found |= {"unigram_entropy": entropy, "eval_targets": evaluation.num_targets}
-    for key, parts in (("eval_losses", evaluation.losses), ("eval_tasks", evaluation.tasks)):
-        found |= {key: {name: asdict(part) for name, part in parts.items()}} if parts else {}
     return {key: value for key, value in found.items() if value is not None}
 
 
-def _losses(evaluation: EvaluationResult) -> dict[str, float]:
-    known = {"eval_loss": evaluation.loss, "bits_per_byte": evaluation.bits_per_byte}
-    return {key: value for key, value in known.items() if value is not None}
+def _figures(evaluation: EvaluationResult) -> dict[str, Any]:
+    """Return what was measured of the weights, or of their mean, without what is unknown or not evaluated."""
+    found: dict[str, Any] = {"eval_loss": evaluation.loss, "bits_per_byte": evaluation.bits_per_byte}
+    for key, parts in (("eval_losses", evaluation.losses), ("eval_tasks", evaluation.tasks)):
+        found[key] = {name: asdict(part) for name, part in parts.items()} or None
+    return {key: value for key, value in found.items() if value is not None}
 
 
 def validation_entropy(plan: Plan, store: TokenStore) -> float:
@@ -246,7 +247,7 @@ def validation_entropy(plan: Plan, store: TokenStore) -> float:
 def model_card(run: RunDirectory, results: dict[str, Any], store: TokenStore) -> str:
     """Return the README.md of the export."""
     about = {"precision": results["precision"], "token store": f"`{store.fingerprint}`"}
-    rows = {**_measured_rows(results), **_average_row(results), **about}
+    rows = {**_card_rows(results), **about}
     held_out = "No documents were held out for evaluation."
     if "eval_targets" in results:
         held_out = (
@@ -290,7 +291,7 @@ def summary(results: dict[str, Any]) -> str:
     """Return the summary that a finished run prints."""
     rows = {
         **(_measured_rows(results) or {"eval loss": "none: data.validation is 0"}),
-        **_average_row(results),
+        **_average_rows(results),
         "checkpoint": results["checkpoint"],
         "export": results.get("export") or _why_no_export(results),
     }
@@ -342,12 +343,31 @@ def _measured_rows(results: dict[str, Any]) -> dict[str, str]:
     return rows
 
 
-def _average_row(results: dict[str, Any]) -> dict[str, str]:
-    """Return the line about the mean of the weights, if there is one."""
+def _average_rows(results: dict[str, Any]) -> dict[str, str]:
+    """Return the lines about the mean of the weights, if there is one."""
     average = results.get("weight_average")
     if average is None:
         return {}
     loss = f"{average['eval_loss']:.4f} nats/token; " if "eval_loss" in average else ""
-    steps = f"the mean of {average['count']} from step {average['first_step']} on"
     exported = "; the export has these" if average.get("exported") else ""
-    return {"averaged weights": f"{loss}{steps}{exported}"}
+    others = {f"{key}, averaged": value for key, value in _measured_rows(average).items() if key != "eval loss"}
+    return {"averaged weights": f"{loss}{_mean_of(average)}{exported}", **others}
+
+
+def _card_rows(results: dict[str, Any]) -> dict[str, str]:
+    """Return the model card's lines about the weights that are exported."""
+    average = results.get("weight_average", {})
+    if not average.get("exported"):
+        return {**_measured_rows(results), **_average_rows(results)}
+    measured = dict(average)
+    last, curve = "", "the curve below is of the weights in training"
+    if "eval_loss" in average and "unigram_entropy" in results:
+        measured["unigram_entropy"] = results["unigram_entropy"]
+    if "eval_loss" in results:
+        last = f", and the last of these have an eval loss of {results['eval_loss']:.4f}"
+    what = f"{_mean_of(average)} (evaluation.weight_average); the figures of this table are the mean's; {curve}{last}"
+    return {"weights": what, **_measured_rows(measured)}
+
+
+def _mean_of(average: dict[str, Any]) -> str:
+    return f"the mean of {average['count']} from step {average['first_step']} on"

@@ -117,16 +117,18 @@ class MetricsLog:
     def add_evaluation(self, step: int, result: EvaluationResult) -> None:
         """Write and show an evaluation."""
         self.add_event(step, result.metrics)
-        shown = [f"step {step}"]
-        if result.loss is not None:
-            shown.append(f"eval loss {result.loss:.4f}")
-        if result.bits_per_byte is not None:
-            shown.append(f"bits per byte {result.bits_per_byte:.4f}")
-        if result.average is not None and result.average.loss is not None:
-            shown.append(f"of averaged weights {result.average.loss:.4f}")
-        self.say("  ".join(shown + [f"{name} {one.loss:.4f}" for name, one in result.losses.items()]))
+        self._say_evaluation(f"step {step}", result)
+        if result.average is not None:
+            self._say_evaluation(f"step {step}  averaged weights", result.average)
+
+    def _say_evaluation(self, begin: str, result: EvaluationResult) -> None:
+        losses = [("eval loss", result.loss), ("bits per byte", result.bits_per_byte)]
+        losses += [(name, one.loss) for name, one in result.losses.items()]
+        shown = [f"{name} {value:.4f}" for name, value in losses if value is not None]
+        if shown:
+            self.say("  ".join([begin, *shown]))
         for name, score in result.tasks.items():
-            self.say(f"step {step}  {name}: {score}")
+            self.say(f"{begin}  {name}: {score}")
 
     def add_event(self, step: int, values: dict[str, Any]) -> None:
         """Write a line about something that happened at `step`."""
