@@ -36,7 +36,7 @@ def recipe_of(folder: Path, name: str, *, restarts: bool = False, **sections: An
     recipe = make_recipe(
         folder,
         train=train,
-        evaluation={"tokens": 2 * SEQ_LEN},
+        evaluation={"tokens": 2 * SEQ_LEN, "weight_average": {"last": "100%"}},
         checkpoint={"every": "100%"},
         logging={"sample_tokens": 0},
         **sections,
@@ -123,7 +123,7 @@ def judged_loss(folder: Path) -> float:
 
 def assert_same_state(ours: Path, theirs: Path) -> None:
     found, expected = (read_tensors(path / "checkpoints" / f"step-{STEPS:08d}") for path in (ours, theirs))
-    assert found.keys() == expected.keys() and any(name.startswith("exp_avg/") for name in found)
+    assert found.keys() == expected.keys() and {"exp_avg", "weight_average"} <= {n.partition("/")[0] for n in found}
     assert [name for name in found if not torch.equal(found[name], expected[name])] == []
 
 
@@ -145,6 +145,8 @@ def test_killed_and_stopped_it_still_goes_on_with_the_best_start(tmp_path: Path)
         "extra_tokens": (SEEDS - 1) * TRIED * BATCH,
     }
     assert results["tokens_seen"] == STEPS * BATCH
+    assert (results["weight_average"]["first_step"], results["weight_average"]["count"]) == (1, STEPS)
+    assert all("evaluation.weight_average" not in log.read_text() for log in run.glob("attempts/*/log.rank0.txt"))
     assert curve(steps_of(run)) == curve(steps_of(plain[chosen]))
     assert_same_state(run, plain[chosen])
     lost = [path for number, path in enumerate(plain) if number != chosen]

@@ -283,11 +283,8 @@ def shares(average: RunningAverage, steps: range) -> list[float]:
 
 
 def test_which_steps_count_and_how_much() -> None:
-    assert (running("{}").first_step, running("{last: 25%}").first_step, running("{last: 100%}").first_step) == (
-        91,
-        76,
-        1,
-    )
+    firsts = [running(average).plan.first_averaged_step for average in ("{}", "{last: 25%}", "{last: 100%}")]
+    assert firsts == [91, 76, 1]
     assert shares(running("{last: 30k}"), range(1, 101)) == [1, 1 / 2, 1 / 3]  # 98 to 100
     assert shares(running("{last: 10 steps, every_steps: 4}"), range(1, 101)) == [1, 1 / 2, 1 / 3]  # 91, 95, 99
     exponential = shares(running("{last: 100%, half_life: 2 steps}"), range(1, 101))
@@ -296,15 +293,27 @@ def test_which_steps_count_and_how_much() -> None:
 
 def test_a_mean_of_other_steps_begins_anew_and_says_so() -> None:
     average = running("{last: 20%}")
-    saved = {"first_step": 81, "every_steps": 1, "count": 5}
-    assert average.restore(saved, 85) is None and average.count == 5
-    assert average.state() == saved
-    for other in (None, {**saved, "first_step": 80}, {**saved, "every_steps": 2}):
+    old = {"first_step": 81, "every_steps": 1, "count": 5}  # before checkpoints named the other settings
+    saved = {**old, "planned_first_step": 81, "half_life_tokens": None}
+    for one in (old, saved):
+        assert average.restore(one, 85) is None and average.count == 5
+        assert average.state() == saved
+    with_half_life = running("{last: 20%, half_life: 2 steps}")
+    assert with_half_life.restore(old, 85) is None and with_half_life.restore(saved, 85) is not None
+    others = [{"planned_first_step": 80}, {"every_steps": 2}, {"half_life_tokens": 20480.0}]
+    for other in (None, {**old, "first_step": 80}, *({**saved, **one} for one in others)):
         message = average.restore(other, 85)
         assert message is not None and "begins after step 85, not 81" in message and average.state() == {}
-    assert average.restore({**saved, "first_step": 41}, 60) is None and average.count == 0, (
-        "a longer run, not there yet"
-    )
+    assert average.restore({**old, "first_step": 41}, 60) is None and average.count == 0, "a longer run, not there yet"
+
+
+def test_a_mean_that_begins_late_says_its_first_step_and_goes_on() -> None:
+    average = running("{last: 20%, every_steps: 2}")  # 81, 83, ...
+    assert average.restore(None, 85) is not None
+    shares(average, range(86, 91))
+    assert (average.state()["first_step"], average.state()["count"]) == (87, 2)
+    again = running("{last: 20%, every_steps: 2}")
+    assert again.restore(average.state(), 90) is None and again.state() == average.state()
 
 
 def test_the_plan_counts_it(tmp_path: Path) -> None:

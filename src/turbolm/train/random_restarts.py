@@ -118,6 +118,8 @@ def _train_candidate(session: Session, metrics: Path, num_steps: int) -> tuple[s
             is_sound = result.anomaly is None
             if not is_sound:
                 break
+            if session.average is not None:
+                session.average.add(session.step)
             if session.step > num_steps - max(1, num_steps // 4):
                 judged += result.loss_sum.double().cpu()
                 num_targets += batch.num_targets
