@@ -248,6 +248,37 @@ def test_the_card_has_the_evaluations_of_the_weights_that_it_is_of(is_averaged: 
     assert ("evaluate mean" in card, "evaluate last" in card) == (is_averaged, not is_averaged)
 
 
+def test_a_checkpoint_without_the_mean_is_exported_as_it_is(tmp_path: Path) -> None:
+    """`evaluation.weight_average.export` was set when nothing was left to train."""
+    checkpoint = tmp_path / "checkpoints/step-00000001"
+    checkpoint.mkdir(parents=True)
+    recipe = SimpleNamespace(
+        logging=SimpleNamespace(sample_tokens=0),
+        train=SimpleNamespace(seed=0),
+        cluster=SimpleNamespace(num_nodes=1),
+        export=SimpleNamespace(push_to=None, private=True),
+        evaluation=SimpleNamespace(weight_average=SimpleNamespace(export=True)),
+    )
+    context: Any = SimpleNamespace(
+        run=RunDirectory(tmp_path), recipe=recipe, store=None, plan=SimpleNamespace(precision="bf16")
+    )
+    missing = (
+        "step-00000001 has no mean of the weights (evaluation.weight_average.export): it was saved without it; the "
+        "last weights are exported"
+    )
+    average = {"first_step": 1, "count": 1}
+    for state, said in (({}, [missing]), ({"weight_average": average}, [])):
+        (checkpoint / "trainer.json").write_text(json.dumps(state))
+        lines: list[str] = []
+        with (
+            patch("turbolm.train.finish.export_checkpoint", return_value=tmp_path / "export") as export,
+            patch("turbolm.train.finish.model_card", return_value="card"),
+            patch("turbolm.train.finish.write_report", return_value=tmp_path / "report.html"),
+        ):
+            add_products(context, {"parameters": 1, "export": None, **state}, lines.append)
+        assert lines == said and export.call_args.kwargs["averaged"] is bool(state)
+
+
 def test_the_time_until_the_first_step_is_told_by_part(runs: dict[str, Any]) -> None:
     names = ("ornaments", "lossy")
     first, second = (json.loads((runs[name] / "attempts/1/start-up.json").read_text()) for name in names)

@@ -130,12 +130,20 @@ def _cure(context: Context, checkpoint: Path) -> str:
 
 
 def _export_command(context: Context, checkpoint: Path, out: object = "OUT") -> str:
-    return f"turbolm export {checkpoint} {out}" + (" --average" if _exports_average(context) else "")
+    return f"turbolm export {checkpoint} {out}" + (" --average" if _exports_average(context, checkpoint) else "")
 
 
-def _exports_average(context: Context) -> bool:
+def _exports_average(context: Context, checkpoint: Path) -> bool:
+    return _is_average_wanted(context) and _has_average(checkpoint)
+
+
+def _is_average_wanted(context: Context) -> bool:
     average = context.recipe.evaluation.weight_average
     return average is not None and average.export
+
+
+def _has_average(checkpoint: Path) -> bool:
+    return bool((read_json(checkpoint / TRAINER_STATE) or {}).get("weight_average"))
 
 
 def add_products(context: Context, results: dict[str, Any], say: Say) -> dict[str, Any]:
@@ -153,16 +161,22 @@ def add_products(context: Context, results: dict[str, Any], say: Say) -> dict[st
             results["evaluations"] = evaluations
         _attempt("results.json", lambda: write_json(run.results, results), say)
 
+    averaged = _exports_average(context, checkpoint)
+    if _is_average_wanted(context) and not averaged:
+        say(
+            f"{checkpoint.name} has no mean of the weights (evaluation.weight_average.export): it was saved without "
+            "it; the last weights are exported"
+        )
     if "weight_average" in results:
-        results["weight_average"]["exported"] = _exports_average(context)
+        results["weight_average"]["exported"] = averaged
     made = _attempt("the model card", lambda: model_card(run, results, context.store), say)
-    card = made or short_card(run.path, checkpoint, averaged=_exports_average(context))
+    card = made or short_card(run.path, checkpoint, averaged=averaged)
     advice = f"; {checkpoint} is safe: the same command tries again, and {_cure(context, checkpoint)}"
     if out.exists():
         advice += f"; {out} is that of an earlier budget"
 
     def make_export() -> Path:
-        averaged, precision = _exports_average(context), context.plan.precision
+        precision = context.plan.precision
         return export_checkpoint(checkpoint, run.model, out, precision=precision, card=card, averaged=averaged)
 
     is_left = _is_left_for_later(context, results["parameters"])
