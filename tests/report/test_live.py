@@ -179,8 +179,9 @@ def test_the_command_says_where_and_ends_with_control_c(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", 10)
     command = [sys.executable, "-m", "turbolm.cli", "report", str(run), "--follow", "--port", "0"]
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ
-    ) as process:
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's job in the background ignores it
+    ) as process:  # fmt: skip
         assert process.stdout is not None and process.stderr is not None
         said = process.stdout.readline()
         with urlopen(said.split()[1], timeout=20) as page:
