@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -233,14 +233,7 @@ def collect_summary(
     if problems or plan is None:
         raise UserError("\n".join(f"{recipe_file}: {line}" for problem in problems for line in problem.splitlines()))
     host, uses = _host_memory(plan, memory, size, fit.footprint), source_uses(recipe, plan.curriculum, store)
-    said = (
-        missing_package(recipe),
-        untested_note(recipe.execution),
-        cpu_request_note(recipe),
-        host_memory_note(recipe, host) if host else None,
-        exchange_note(plan, fit.profile),
-    )
-    notes = [*facts.assumed, *facts.notes, *fit.notes, *filter(None, said), *_hang_notes(recipe.execution)]
+    notes = [*facts.assumed, *facts.notes, *fit.notes, *_recipe_notes(plan, host, fit.profile)]
     return Summary(
         recipe_file=recipe_file,
         overrides=tuple(overrides),
@@ -263,6 +256,20 @@ def collect_summary(
         notes=(*notes, *span_notes(recipe, plan.curriculum), *min_tokens_notes(recipe, store), *run_out_notes(uses)),
         scaling=scaling,
     )
+
+
+def _recipe_notes(plan: Plan, host: HostMemory | None, profile: ModelProfile | None) -> Iterator[str]:
+    """Yield what to know about settings of the execution."""
+    recipe = plan.recipe
+    said = (
+        missing_package(recipe),
+        untested_note(recipe.execution),
+        cpu_request_note(recipe),
+        host_memory_note(recipe, host) if host else None,
+        exchange_note(plan, profile),
+    )
+    yield from filter(None, said)
+    yield from _hang_notes(recipe.execution)
 
 
 def memory_request_note(recipe: Recipe, recipe_file: str | Path) -> str | None:
