@@ -80,9 +80,9 @@ def _train(starts: list[Start]) -> list[int]:
         for state in (AcceleratorState, GradientState, PartialState):
             state._shared_state.clear()
         gc.collect()
-        if source is not None and (not dist.is_initialized() or dist.get_rank() == 0):
-            start_from(source, run_directory(recipe).path)
-        if dist.is_initialized():
+        if source is not None:  # there was a start before, and so there is a process group
+            if dist.get_rank() == 0:
+                start_from(source, run_directory(recipe).path)
             dist.barrier()
         codes.append(run_worker(recipe))
     return codes
@@ -253,7 +253,8 @@ def test_other_stages_keep_it_and_resume_it_anywhere(tmp_path: Path) -> None:
     check_resumed(runs / "again", runs / "zero2", atol=0)
     check_resumed(runs / "moved", runs / "offloaded", atol=2e-5)
     for world_size, stage in ((1, 1), (3, 3)):
-        train([(recipe_of(tmp_path, f"by-{world_size}", stage), runs / "zero2")], world_size)
+        start_from(runs / "zero2", runs / f"by-{world_size}")
+        train([(recipe_of(tmp_path, f"by-{world_size}", stage), None)], world_size)
         check_resumed(runs / f"by-{world_size}", runs / "zero2", atol=2e-5)
 
 
