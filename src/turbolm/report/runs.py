@@ -161,7 +161,7 @@ class _Loader(yaml.SafeLoader):
 
 def _yaml(text: str) -> dict[str, Any]:
     try:
-        found = yaml.load(text, Loader=_Loader)
+        found = _Loader(text).get_single_data()
     except (yaml.YAMLError, RecursionError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
