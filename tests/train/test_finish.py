@@ -34,12 +34,15 @@ def fail(*arguments: Any, **__: Any) -> Any:
     raise IndexError("of the\ntest")
 
 
-def _starts(starts: list[tuple[Recipe, list[str]]]) -> list[int]:
+def _starts(starts: list[tuple[Recipe, list[str]]], hub: str) -> list[int]:
     """Start one run after another, each with functions of train.finish that fail; the exit codes."""
     from accelerate.state import AcceleratorState, GradientState, PartialState
+    from huggingface_hub import constants
 
     from turbolm.train.worker import run_worker
 
+    # Ranks have the environment of the test that started the first world, and these constants are read at an import.
+    os.environ["HF_TOKEN"], constants.ENDPOINT, constants.HF_HUB_DISABLE_XET = TOKEN, hub, True
     codes = []
     for recipe, broken in starts:
         for state in (AcceleratorState, GradientState, PartialState):
@@ -80,9 +83,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     ]
     for one, _ in starts:
         prepare(one)
-    with serve_hub() as hub, patch.dict(os.environ, {**hub.environment(folder / "home"), "HF_TOKEN": TOKEN}):
+    with serve_hub() as hub:
         hub.writers.add(TOKEN)
-        codes = run_world(1, _starts, starts)[0]
+        codes = run_world(1, _starts, starts, hub.url)[0]
         paths = {one.name: run_directory(one).path for one, _ in starts}
         return {"codes": codes, "hub": hub, **paths}
 
