@@ -34,15 +34,19 @@ def fail(*arguments: Any, **__: Any) -> Any:
     raise IndexError("of the\ntest")
 
 
-def _starts(starts: list[tuple[Recipe, list[str]]], hub: str) -> list[int]:
-    """Start one run after another, each with functions of train.finish that fail; the exit codes."""
+def _starts(starts: list[tuple[Recipe, list[str]]], hub: str = "") -> list[int]:
+    """Start one run after another, each with functions of train.finish that fail; the exit codes.
+
+    `hub` is the address of one that takes TOKEN.
+    """
     from accelerate.state import AcceleratorState, GradientState, PartialState
     from huggingface_hub import constants
 
     from turbolm.train.worker import run_worker
 
     # Ranks have the environment of the test that started the first world, and these constants are read at an import.
-    os.environ["HF_TOKEN"], constants.ENDPOINT, constants.HF_HUB_DISABLE_XET = TOKEN, hub, True
+    if hub:
+        os.environ["HF_TOKEN"], constants.ENDPOINT, constants.HF_HUB_DISABLE_XET = TOKEN, hub, True
     codes = []
     for recipe, broken in starts:
         for state in (AcceleratorState, GradientState, PartialState):
