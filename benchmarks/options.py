@@ -1,4 +1,5 @@
-"""What each option of Muon, of weight decay and of the schedule is worth upon tuned Muon, and some upon AdamW.
+"""What each option of Muon, of weight decay and of the schedule is worth upon tuned Muon, and some upon AdamW or
+upon the speedrun.
 
     python benchmarks/options.py [--corpus corpus.parquet] [--folder FOLDER] [--studies muon adamw] [--only soap_muon]
 
@@ -11,8 +12,9 @@ An effect is the mean over the seeds of the difference of the final held-out los
 exp(difference / slope), where the slope is that of the baseline's loss over the logarithm of its budget, from as many
 runs of 1.5 times the budget. The smallest effect that can be resolved is t s / sqrt(n): s is the standard deviation of
 the paired differences, pooled over the arms with several seeds; t the two-sided 95% point of Student's distribution
-with the degrees of freedom of s; n the seeds of the arm. An arm with a smaller effect "cannot be resolved here". What a
-step costs is from the runs of the sweep. Finished runs in the folder are read again. The last line is one JSON object.
+with the degrees of freedom of s; n the seeds of the arm. The effect of an arm that is smaller "cannot be resolved", nor
+can any where no arm has a second seed. What a step costs is measured by `option_costs.py`. Finished runs in the folder
+are read again. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from typing import Any
 
 from speedrun import HERE, TRICKS, Result, scaled_rates, train, write_recipe
 
-from turbolm.ablate.verdict import critical_t
+from turbolm.ablate.verdict import UNRESOLVED, critical_t
 from turbolm.units import parse_count
 
 BASE = "baseline"
@@ -71,6 +73,15 @@ STUDIES = {
             "embeddings_4x": ["optimizer.lr_multipliers={embeddings: 4}"],
         },
     ),
+    "speedrun": Study(
+        ["speedrun"],
+        {
+            "split_cooldown": [
+                "schedule={name: wsd, warmup: 4%, decay: 40%, decays: {matrices: 80%}, min_lr_ratio: 0}"
+            ],
+            "soap": ["optimizer.soap={every: 10}"],
+        },
+    ),
 }
 
 
@@ -82,11 +93,13 @@ def run_study(
     arms = {BASE: [], **{arm: added for arm, added in study.arms.items() if not only or arm in only}}
     more = arguments.more.split(",") if arguments.more else list(arms)
     budget = parse_count(arguments.budget)
-    tricks = {arm: [TRICKS / f"{added}.yaml" for added in arms[arm] if "=" not in added] for arm in arms}
+    tricks = {
+        arm: [TRICKS / f"{added}.yaml" for added in (*study.common, *arms[arm]) if "=" not in added] for arm in arms
+    }
     recipes = {arm: write_recipe(folder, f"{name}-{arm}", tricks[arm]) for arm in arms}
 
     def run(arm: str, factor: float, seed: int, tokens: int) -> Result:
-        settings = [*study.common, *(setting for setting in arms[arm] if "=" in setting)]
+        settings = [setting for setting in (*study.common, *arms[arm]) if "=" in setting]
         settings += scaled_rates(recipes[arm], settings, factor)
         settings += [*common, f"train.budget={tokens}", f"train.seed={seed}", "evaluation.tokens=100k"]
         return train(folder, recipes[arm], f"{name}-{arm}-x{factor:g}-{tokens // 1000}k-seed{seed}", settings)
@@ -106,21 +119,7 @@ def run_study(
         long = statistics.mean(job.result()["eval_loss"] for job in longer)
     slope = (statistics.mean(run["eval_loss"] for run in runs[BASE]) - long) / math.log(1.5)
     losses = {arm: {f"{f:g}": run["eval_loss"] for f, run in swept[arm].items()} for arm in arms}
-    return {"runs": runs, "best": best, "sweeps": losses, "slope": slope, "costs": costs(swept)}
-
-
-def costs(swept: dict[str, dict[float, Result]]) -> dict[str, dict[str, float]]:
-    """What a step of each arm takes, and the same relative to the baseline's run with the same factor: the runs with
-    one factor follow each other, arm by arm."""
-    base, found = swept[BASE], {}
-    for arm, runs in swept.items():
-        slower = [runs[factor]["step_cpu"] / base[factor]["step_cpu"] for factor in base]
-        found[arm] = {
-            "step_cpu_sec": statistics.median(run["step_cpu"] for run in runs.values()),
-            "tokens_per_cpu_sec": 1 / statistics.median(slower),
-            "peak_bytes": statistics.median(run["peak_bytes"] for run in runs.values()),
-        }
-    return found
+    return {"runs": runs, "best": best, "sweeps": losses, "slope": slope}
 
 
 def effects(study: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -133,19 +132,19 @@ def effects(study: dict[str, Any]) -> dict[str, dict[str, Any]]:
     }
     spreads = [(len(found) - 1, statistics.variance(found)) for found in paired.values() if len(found) > 1]
     degrees = sum(free for free, _ in spreads)
-    pooled = math.sqrt(sum(free * spread for free, spread in spreads) / degrees)
+    pooled = math.sqrt(sum(free * spread for free, spread in spreads) / degrees) if degrees else math.inf
     found = {}
     for arm, differences in paired.items():
-        least = critical_t(degrees) * pooled / math.sqrt(len(differences))
+        least = critical_t(degrees) * pooled / math.sqrt(len(differences)) if degrees else math.inf
         loss = statistics.mean(differences)
         found[arm] = {
             "loss": loss,
             "differences": differences,
             "tokens": math.exp(loss / study["slope"]),
-            "smallest_loss": least,
-            "smallest_tokens": 1 - math.exp(-least / study["slope"]),
+            "smallest_loss": least if degrees else None,
+            "smallest_tokens": 1 - math.exp(-least / study["slope"]) if degrees else None,
             "seeds": len(differences),
-            "verdict": "cannot be resolved here" if abs(loss) < least else "gain" if loss < 0 else "loss",
+            "verdict": UNRESOLVED if abs(loss) < least else "gain" if loss < 0 else "loss",
         }
     return found
 
@@ -168,12 +167,10 @@ def show(name: str, study: dict[str, Any], found: dict[str, dict[str, Any]]) -> 
             continue
         effect = found[arm]
         by_seed = ", ".join(f"{difference:+.3f}" for difference in effect["differences"])
-        least = f"{effect['smallest_loss']:.3f}, {effect['smallest_tokens']:.1%} of the tokens"
+        least = "unknown: one seed"
+        if effect["smallest_loss"] is not None:
+            least = f"{effect['smallest_loss']:.3f}, {effect['smallest_tokens']:.1%} of the tokens"
         print(f"| {arm} | {cells} | {by_seed} | {effect['tokens']:.2f}x | {least} | {effect['verdict']} |")
-    print("\n| option | a step, processor s | tokens a processor second | peak memory |\n|---|---|---|---|")
-    for arm, cost in study["costs"].items():
-        memory = f"{cost['peak_bytes'] / 1e6:.0f} MB"
-        print(f"| {arm} | {cost['step_cpu_sec']:.3f} | {cost['tokens_per_cpu_sec']:.2f}x | {memory} |")
 
 
 def main() -> None:
@@ -188,6 +185,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--parallel", type=int, default=2, help="runs at a time")
     arguments = parser.parse_args()
+    options = {arm for name in arguments.studies for arm in STUDIES[name].arms}
+    if unknown := {arm for arm in f"{arguments.only},{arguments.more}".split(",") if arm} - options - {BASE}:
+        parser.error(f"no such option: {', '.join(sorted(unknown))}; there are {', '.join(sorted(options))}")
     figures = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = (arguments.folder or Path(temporary)).resolve()
@@ -198,6 +198,8 @@ def main() -> None:
         prepare = [str(Path(sys.executable).with_name("turbolm")), "prepare", str(HERE / "speedrun.yaml"), *common]
         subprocess.run(prepare, check=True, stdout=sys.stderr)
         for name in arguments.studies:
+            if arguments.only and not set(arguments.only.split(",")) & set(STUDIES[name].arms):
+                continue
             study = run_study(folder, name, STUDIES[name], common, arguments)
             found = effects(study)
             show(name, study, found)
