@@ -15,6 +15,7 @@ from turbolm.ablate.design import Arm
 from turbolm.ablate.measure import loss_at
 from turbolm.ablate.results import measured
 from turbolm.ablate.settings import Ablation, Rung, three_digits
+from turbolm.ablate.trainer import Say
 from turbolm.errors import UserError
 from turbolm.plan.plan import build_plan
 from turbolm.recipe.schema import Recipe
@@ -22,7 +23,6 @@ from turbolm.train.run_directory import run_directory
 from turbolm.units import format_count
 
 Train = Callable[[Sequence[Recipe]], int]  # trains what is left of the runs; returns what interrupted it, or 0
-Say = Callable[[str], None]
 
 
 def sweep(ablation: Ablation, train: Train, say: Say) -> int:

@@ -7,33 +7,29 @@ Moved and unmoved learning rates are measured against the larger recipe's best r
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from turbolm.ablate.results import measured
-from turbolm.ablate.runner import Task, is_interruption
+from turbolm.ablate.runner import Runner
 from turbolm.ablate.settings import Options
+from turbolm.ablate.trainer import Say, Trainer, check_runs, run_recipe
 from turbolm.ablate.tricks import check_name, parse_tricks
 from turbolm.errors import EXIT_FAILED, EXIT_OK, UserError
 from turbolm.files import write_json
 from turbolm.plan.count import check_model
 from turbolm.plan.machine import Machine, check_machine
 from turbolm.plan.plan import build_plan
-from turbolm.recipe.contract import changed_keys, contract_of
-from turbolm.recipe.load import dump_recipe, load_recipe, load_scaled
+from turbolm.recipe.load import load_recipe, load_scaled
 from turbolm.recipe.optimizers import Muon, Optimizer
 from turbolm.recipe.paths import use_path
 from turbolm.recipe.scale import RULES, Scaling, derive, find_problems
 from turbolm.recipe.schema import Recipe
-from turbolm.train.run_directory import is_finished, run_directory
 from turbolm.units import align_columns
-
-Train = Callable[[Task], int]  # returns the run's exit code
 
 WITHIN = 0.01  # of the loss of the best run
 _FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)  # on the recipe's learning rates, without a grid
@@ -65,7 +61,7 @@ class Transfer:
     larger: tuple[Larger, ...]
     factors: tuple[float, ...]  # on all learning rates of the tuned recipe
     options: Options
-    failures: set[str] = field(default_factory=set)  # names of runs
+    failures: dict[str, int] = field(default_factory=dict)  # exit codes by run name
 
     @staticmethod
     def prepare(
@@ -91,20 +87,6 @@ class Transfer:
         folder = use_path(tuned.execution.runs_dir, "execution.runs_dir") / "ablations" / name
         lrs = options.sweep.lrs if options.sweep else [factor * tuned.optimizer.lr for factor in _FACTORS]
         return Transfer(folder, tuned, larger, tuple(lr / tuned.optimizer.lr for lr in lrs), options)
-
-    def run(self, recipe: Recipe, label: str, optimizer: Optimizer, seed: int) -> Recipe:
-        """Return the recipe of one run. It keeps only its last checkpoint, here alone; no sample."""
-        return recipe.model_copy(
-            update={
-                "name": f"{label}-lr{optimizer.lr:.4g}-seed{seed}",
-                "train": recipe.train.model_copy(update={"seed": seed}),
-                "optimizer": optimizer,
-                "execution": recipe.execution.model_copy(update={"runs_dir": str(self.folder)}),
-                "checkpoint": recipe.checkpoint.model_copy(update={"keep_last": 1, "mirror": None}),
-                "export": recipe.export.model_copy(update={"push_to": None}),
-                "logging": recipe.logging.model_copy(update={"sample_tokens": 0}),
-            }
-        )
 
     def grid(self, recipe: Recipe, label: str) -> list[list[Recipe]]:
         """Return the runs of a grid, lowest learning rate first: a list of seeds for each."""
@@ -143,8 +125,10 @@ class Transfer:
         ]
 
     def _seeds(self, recipe: Recipe, label: str, optimizer: Optimizer) -> list[Recipe]:
+        seeds = [recipe.train.seed + index for index in range(self.options.num_seeds)]
+        label = f"{label}-lr{optimizer.lr:.4g}"
         return [
-            self.run(recipe, label, optimizer, recipe.train.seed + index) for index in range(self.options.num_seeds)
+            run_recipe(recipe, self.folder, f"{label}-seed{seed}", seed=seed, optimizer=optimizer) for seed in seeds
         ]
 
 
@@ -157,24 +141,38 @@ def scale_lrs(optimizer: Optimizer, factor: float) -> Optimizer:
     return optimizer.model_copy(update=update)
 
 
-def run_transfer(transfer: Transfer, train: Train, *, dry_run: bool = False) -> tuple[int, dict[str, Any]]:
+def run_transfer(transfer: Transfer, runner: Runner, say: Say, *, dry_run: bool = False) -> tuple[int, dict[str, Any]]:
     """Train what is left to train; return an exit code and the results, which are also in transfer.json.
 
     Raises UserError when the folder holds runs of another recipe.
     """
-    _check_folder(transfer)
+    tuned = _flat(transfer.grid(transfer.tuned, "tuned"))
+    check_runs(
+        transfer.folder, [*tuned, *(run for larger in transfer.larger for run in _larger_runs(transfer, larger))]
+    )
     if dry_run:
         return EXIT_OK, collect(transfer)
-    code = _train(transfer, transfer.grid(transfer.tuned, "tuned"), train)
-    best = transfer.best()
-    for larger in transfer.larger:
-        if best is None or is_interruption(code):
+    num_starts = len(tuned) + len(transfer.larger) * (len(tuned) + transfer.options.num_seeds)
+    trainer = Trainer(transfer.folder, runner, say, num_starts, transfer.failures)
+    code = trainer.train(tuned)
+    for larger in transfer.larger if transfer.best() else ():
+        if code != EXIT_OK:
             break
-        runs = [*transfer.grid(larger.recipe, larger.label), transfer.moved(larger, best[0])]
-        code = _train(transfer, runs, train) or code
+        runs = _larger_runs(transfer, larger)
+        check_runs(transfer.folder, runs)  # the best is known by now, and what it is moved to
+        code = trainer.train(runs)
     results = collect(transfer)
     write_json(transfer.folder / "transfer.json", results)
-    return code, results
+    return EXIT_FAILED if code == EXIT_OK and transfer.failures else code, results
+
+
+def _larger_runs(transfer: Transfer, larger: Larger) -> list[Recipe]:
+    best = transfer.best()
+    return [*_flat(transfer.grid(larger.recipe, larger.label)), *(transfer.moved(larger, best[0]) if best else [])]
+
+
+def _flat(points: Sequence[list[Recipe]]) -> list[Recipe]:
+    return [run for runs in points for run in runs]
 
 
 def collect(transfer: Transfer) -> dict[str, Any]:
@@ -325,42 +323,3 @@ def _set(section: Any, path: Sequence[str], value: float) -> Any:
     return section.model_copy(
         update={path[0]: value if len(path) == 1 else _set(getattr(section, path[0]), path[1:], value)}
     )
-
-
-# ---------------------------------------------------------------------------------------------------------- the runs
-
-
-def _train(transfer: Transfer, points: Sequence[list[Recipe]], train: Train) -> int:
-    """Train the runs that are not finished. A run that fails does not stop the others; an interruption does."""
-    runs = [run for seeds in points for run in seeds]
-    for number, recipe in enumerate(runs, 1):
-        if is_finished(run_directory(recipe), recipe.train.budget):
-            continue
-        path = transfer.folder / "recipes" / f"{recipe.name}.yaml"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(dump_recipe(recipe), encoding="utf-8")
-        print(f"[{number}/{len(runs)}] {recipe.name}", flush=True)
-        code = train(Task(recipe, path))
-        if is_interruption(code):
-            return code
-        if code != EXIT_OK:
-            transfer.failures.add(recipe.name)
-    return EXIT_FAILED if any(run.name in transfer.failures for run in runs) else EXIT_OK
-
-
-def _check_folder(transfer: Transfer) -> None:
-    """Raise UserError when runs in the folder were made with other recipes than would be written now."""
-    points, best, changes = transfer.grid(transfer.tuned, "tuned"), transfer.best(), {}
-    for larger in transfer.larger:
-        points += transfer.grid(larger.recipe, larger.label)
-        points += [transfer.moved(larger, best[0])] if best else []
-    for recipe in (run for runs in points for run in runs):
-        path = transfer.folder / "recipes" / f"{recipe.name}.yaml"
-        if run_directory(recipe).path.exists() and path.is_file():
-            for key, before, after in changed_keys(contract_of(load_recipe(path)), contract_of(recipe)):
-                changes[key] = f"  {key}: {json.dumps(before)} -> {json.dumps(after)}"
-    if changes:
-        raise UserError(
-            f"{transfer.folder} holds runs of another recipe; changed:\n" + "\n".join(changes.values()) + "\n"
-            "Restore these values, choose another --name, or delete that folder."
-        )
