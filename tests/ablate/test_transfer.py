@@ -15,9 +15,10 @@ from tests.launch.harness import RECIPE
 from turbolm.ablate.command import check_transfer
 from turbolm.ablate.runner import one_by_one
 from turbolm.ablate.settings import Ablation, Options, Sweep
-from turbolm.ablate.transfer import Transfer, judge, render_transfer, run_transfer, scale_lrs
+from turbolm.ablate.transfer import Transfer, _wider, judge, render_transfer, run_transfer, scale_lrs
 from turbolm.errors import UserError
 from turbolm.recipe.load import load_recipe
+from turbolm.recipe.model_config import heads_of
 
 SWEEP = Sweep(1e-3, 4e-3, 3)
 
@@ -180,6 +181,54 @@ def test_verdicts(grid: list[float | None], moved: float, unmoved: int, verdict:
 def test_widths_that_cannot_be(recipe_file: str, to: str, told: str) -> None:
     with pytest.raises(UserError, match=told):
         prepare(recipe_file, to)
+
+
+def test_a_width_that_is_not_named_is_told(recipe_file: str) -> None:
+    """Without it Llama's default stays: of 4 x 64^2 + 3 x 64 x 11008 weights a layer the second part only doubles."""
+    text = yaml.safe_load(Path(recipe_file).read_text())
+    del text["model"]["config"]["intermediate_size"]
+    Path(recipe_file).write_text(yaml.safe_dump(text))
+    grown = r"at width 128 the weights beside the embeddings are 2.02 times as many, not 4: .* intermediate_size"
+    with pytest.raises(UserError, match=grown):
+        prepare(recipe_file)
+
+
+OTHER_NAMES: dict[str, dict[str, Any]] = {
+    "gpt2": {"n_embd": 64, "n_head": 4, "n_layer": 2, "n_inner": 192},
+    "gpt_neo": {"hidden_size": 64, "num_heads": 4, "num_layers": 2, "attention_types": [[["global"], 2]]},
+    "opt": {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "ffn_dim": 192}
+    | {"word_embed_proj_dim": 64},
+    "mpt": {"d_model": 64, "n_heads": 4, "n_layers": 2},
+    "xglm": {"d_model": 64, "attention_heads": 4, "num_layers": 2, "ffn_dim": 192},
+    "falcon": {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "ffn_hidden_size": 192}
+    | {"new_decoder_architecture": True, "num_kv_heads": 2},
+    "qwen2_moe": {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
+    | {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 96, "intermediate_size": 192},
+}
+
+
+@pytest.mark.parametrize("name", OTHER_NAMES)
+def test_types_with_other_names_grow_with_all_their_widths(recipe_file: str, name: str) -> None:
+    """As Transformers builds them: four times the weights in matrices at twice the width, of heads of the same size."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    text = yaml.safe_load(Path(recipe_file).read_text())
+    text["model"] = {"config": {"model_type": name, **OTHER_NAMES[name]}}
+    Path(recipe_file).write_text(yaml.safe_dump(text))
+    tuned = load_recipe(recipe_file)
+    wider = load_recipe(recipe_file, _wider(tuned, "128"))
+    weights, heads = [], []
+    for recipe in (tuned, wider):
+        config = transformers.AutoConfig.for_model(**(recipe.model.full_config or {}))
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config)
+        tables = [one.weight for one in model.modules() if isinstance(one, torch.nn.Embedding)]
+        left_out = {id(one) for one in (*tables, model.get_output_embeddings().weight)}
+        matrices = [one for one in model.parameters() if one.dim() > 1 and id(one) not in left_out]
+        weights.append(sum(one.numel() for one in matrices))
+        heads.append(heads_of((recipe.model.full_config or {}).get))
+        assert model.config.num_attention_heads == heads[-1][0]
+    assert heads == [(4, 16), (8, 16)]
+    assert weights[1] == pytest.approx(4 * weights[0], rel=0.03)  # but for routers
 
 
 def test_runs_of_another_recipe_are_refused(recipe_file: str, tmp_path: Path) -> None:

@@ -21,10 +21,11 @@ from turbolm.ablate.trainer import Say, Trainer, check_runs, run_recipe
 from turbolm.ablate.tricks import check_name, parse_tricks
 from turbolm.errors import EXIT_FAILED, EXIT_OK, UserError
 from turbolm.files import write_json
-from turbolm.plan.count import check_model
+from turbolm.plan.count import check_model, examine_model
 from turbolm.plan.machine import Machine, check_machine
 from turbolm.plan.plan import build_plan
 from turbolm.recipe.load import load_recipe, load_scaled
+from turbolm.recipe.model_config import EXPERT_FEED_FORWARD, FEED_FORWARD, HEADS, KEY_VALUE_HEADS, WIDTH, size_of
 from turbolm.recipe.optimizers import Muon, Optimizer
 from turbolm.recipe.paths import use_path
 from turbolm.recipe.scale import RULES, Scaling, derive, find_problems
@@ -33,9 +34,15 @@ from turbolm.units import align_columns
 
 WITHIN = 0.01  # of the loss of the best run
 _FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)  # on the recipe's learning rates, without a grid
-_WIDTH = ("hidden_size", "n_embd", "d_model")
-_HEADS = ("num_attention_heads", "n_head", "n_heads")
-_GROW = (*_WIDTH, *_HEADS, "num_key_value_heads", "intermediate_size", "moe_intermediate_size", "n_inner")
+_GROW = (
+    *WIDTH,
+    *HEADS,
+    *KEY_VALUE_HEADS,
+    *FEED_FORWARD,
+    *EXPERT_FEED_FORWARD,
+    "word_embed_proj_dim",
+)  # the last: OPT's
+_GROWTH = 0.1  # relative; norms, biases and routers grow less than with the square of the width
 
 
 @dataclass(frozen=True)
@@ -287,7 +294,7 @@ def _larger(recipe_file: str, layers: list[Any], tuned: Recipe, to: str, machine
         return
     for text in to.split(","):
         recipe = _planned(load_recipe(recipe_file, [*layers, *_wider(tuned, text)]), recipe_file, machine)
-        problems = list(find_problems(recipe, tuned, recipe_file, RULES))
+        problems = [*find_problems(recipe, tuned, recipe_file, RULES), *_growth_problems(recipe, tuned, recipe_file)]
         if problems:
             raise UserError("\n".join(f"--transfer: {problem}" for problem in problems))
         yield Larger(f"w{int(text)}", recipe, RULES, recipe_file)
@@ -296,20 +303,35 @@ def _larger(recipe_file: str, layers: list[Any], tuned: Recipe, to: str, machine
 def _wider(tuned: Recipe, text: str) -> list[str]:
     """Return the overrides for a width: everything that is as wide, and heads of one size. Raises UserError."""
     config = tuned.model.full_config or {}
-    name = next((name for name in _WIDTH if isinstance(config.get(name), int)), None)
-    if name is None or not any(isinstance(config.get(heads), int) for heads in _HEADS):
+    width = size_of(config.get, WIDTH)
+    if width is None or size_of(config.get, HEADS) is None:
         raise UserError("--transfer: model.config must name its width and heads, such as hidden_size: 128")
     if not text.strip().isdecimal() or not 0 < int(text) < 10**6:
         raise UserError(f"--transfer: expected widths such as 256,512 or a recipe's .yaml file, got {text[:100]!r}")
     overrides = []
     for key in _GROW:
-        if not isinstance(config.get(key), int):
+        if (size := size_of(config.get, [key])) is None:
             continue
-        value, rest = divmod(config[key] * int(text), config[name])
+        value, rest = divmod(size * int(text), width)
         if rest:
             raise UserError(f"--transfer: {text} is no width: model.config.{key} would not be whole; heads keep a size")
         overrides.append(f"model.config.{key}={value}")
     return overrides
+
+
+def _growth_problems(recipe: Recipe, tuned: Recipe, recipe_file: str) -> Iterator[str]:
+    """Yield what is wrong where the weights do not grow with the square of the width: some size was not named."""
+    widths, weights = [], []
+    for one in (tuned, recipe):
+        widths.append(size_of((one.model.full_config or {}).get, WIDTH) or 0)
+        size = examine_model(one, recipe_file).size
+        weights.append(size.total - size.embedding - size.head if size else 0)
+    grown, wanted = weights[1] / max(weights[0], 1), (widths[1] / widths[0]) ** 2
+    if abs(grown / wanted - 1) > _GROWTH:
+        yield (
+            f"at width {widths[1]} the weights beside the embeddings are {grown:.3g} times as many, not {wanted:.3g}: "
+            f"name every width, such as {FEED_FORWARD[0]}, under model.config"
+        )
 
 
 def _lrs_of(source: Optimizer, optimizer: Optimizer) -> Optimizer:
