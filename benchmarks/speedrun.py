@@ -48,9 +48,9 @@ def write_recipe(folder: Path, arm: str, tricks: list[Path]) -> Path:
 def scaled_rates(recipe: Path, overrides: list[str], factor: float) -> list[str]:
     """Overrides that multiply every learning rate of a recipe."""
     optimizer = load_recipe(recipe, overrides).optimizer
-    own = getattr(optimizer, "peak_lrs", ())
-    rates = {"lr": optimizer.lr, **{f"peak_lrs.{kind}": peak for kind, peak in own if peak is not None}}
-    return [f"optimizer.{name}={rate * factor:.6g}" for name, rate in rates.items()]
+    scaled = optimizer.at_lr(factor * optimizer.lr)
+    peaks = {f"peak_lrs.{kind}": peak for kind, peak in getattr(scaled, "peak_lrs", ()) if peak is not None}
+    return [f"optimizer.{name}={rate:.6g}" for name, rate in {"lr": scaled.lr, **peaks}.items()]
 
 
 def train(folder: Path, recipe: Path, name: str, overrides: list[str]) -> Result:

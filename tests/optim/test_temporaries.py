@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable, Iterator
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -14,8 +16,6 @@ from torch.utils._pytree import tree_leaves
 
 from turbolm.engine.partitions import Fragment
 from turbolm.optim.build import build_optimizer
-from turbolm.optim.exchange import Exchange
-from turbolm.optim.muon import orthogonalise
 from turbolm.plan.machine import Machine
 from turbolm.plan.plan import build_plan
 from turbolm.plan.profile import Tensor
@@ -38,23 +38,28 @@ SETTINGS: list[tuple[str, dict[str, Any]]] = [
 
 
 class Peak(TorchDispatchMode):
-    """Bytes of the storages that operators make, at most at once."""
+    """Bytes of the storages that operators make, at most at once, less those of `known` that are freed meanwhile."""
 
-    def __init__(self, known: list[torch.Tensor]) -> None:
+    def __init__(self, known: Iterable[torch.Tensor]) -> None:
         super().__init__()
-        self.known = {one.untyped_storage()._cdata for one in known}
         self.live: dict[int, int] = {}
         self.now = self.most = 0
+        for one in known:
+            self._watch(one)
+        self.now = 0
+
+    def _watch(self, one: torch.Tensor) -> None:
+        storage, key = one.untyped_storage(), one.untyped_storage()._cdata
+        if key not in self.live:
+            self.live[key] = storage.nbytes()
+            self.now += storage.nbytes()
+            weakref.finalize(storage, self._free, key)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
         for one in tree_leaves(output):
             if isinstance(one, torch.Tensor):
-                storage, key = one.untyped_storage(), one.untyped_storage()._cdata
-                if key not in self.known and key not in self.live:
-                    self.live[key] = storage.nbytes()
-                    self.now += storage.nbytes()
-                    weakref.finalize(storage, self._free, key)
+                self._watch(one)
         self.most = max(self.most, self.now)
         return output
 
@@ -83,6 +88,14 @@ def predicted(tensors: list[Tensor], recipe: Recipe, world_size: int = 1) -> int
     return estimate_zero_memory(tensors, plan).updating.copies
 
 
+def _tensors(optimizer: torch.optim.Optimizer, module: nn.Module) -> Iterator[torch.Tensor]:
+    """Parameters, gradients and state, of which nothing is held."""
+    kept = [*optimizer.state.values(), *getattr(optimizer, "owned", {}).values()]
+    for one in (*tree_leaves(kept), *module.parameters(), *(p.grad for p in module.parameters())):
+        if isinstance(one, torch.Tensor):
+            yield one
+
+
 def peak_of_a_step(optimizer: torch.optim.Optimizer, module: nn.Module) -> int:
     """Bytes beside parameters, gradients and state from the third step on, when the state is there."""
     most = 0
@@ -90,9 +103,7 @@ def peak_of_a_step(optimizer: torch.optim.Optimizer, module: nn.Module) -> int:
         for parameter in module.parameters():
             parameter.grad = torch.randn_like(parameter)
         if step >= 2:
-            state = [one for one in tree_leaves(list(optimizer.state.values())) if isinstance(one, torch.Tensor)]
-            own = [one for p in module.parameters() for one in (p, p.grad) if one is not None]
-            with Peak([*own, *state]) as peak:
+            with Peak(_tensors(optimizer, module)) as peak:
                 optimizer.step()
             most = max(most, peak.most)
         else:
@@ -111,36 +122,56 @@ def test_the_temporaries_of_an_update(name: str, settings: dict[str, Any]) -> No
     assert predicted(tensors, recipe) == pytest.approx(counted, rel=0.02, abs=64)
 
 
+@pytest.mark.parametrize("settings", [{}, {"soap": {"every": 2}}, {"soap": {"every": 2, "max_dim": 100}}], ids=str)
 @pytest.mark.parametrize("shape", [(96, 96), (96, 160), (160, 96), (32, 256)], ids=str)
-def test_the_temporaries_of_muon(shape: tuple[int, int]) -> None:
+def test_the_temporaries_of_muon(shape: tuple[int, int], settings: dict[str, Any]) -> None:
     """Of whole matrices at stage 0, the largest last."""
     module = nn.Sequential(nn.Linear(16, 16, bias=False), nn.Linear(shape[1], shape[0], bias=False))
-    recipe = recipe_of("muon", {})
+    recipe = recipe_of("muon", settings)
     counted = peak_of_a_step(build_optimizer(module, recipe), module)
     tensors = [Tensor("0.weight", (16, 16), "matrix"), Tensor("1.weight", shape, "matrix")]
     assert predicted(tensors, recipe) == pytest.approx(counted, rel=0.01)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_temporaries_of_muons_exchange(dtype: torch.dtype) -> None:
-    """Matrices of a flat part, assembled, orthogonalized and sent back; a world of one holds and owns all of them."""
+SENT: dict[int, dict[str, Any]] = {
+    1: {},
+    2: {"hyperball": True},
+    3: {"hyperball": True, "soap": {"every": 2}},
+}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("number", SENT)
+def test_the_temporaries_of_muons_exchange(number: int, precision: str) -> None:
+    """Matrices of a flat part, assembled, updated and sent back; a world of one holds and owns all of them."""
     shapes = {"small": (32, 64), "large": (64, 96), "last": (64, 96)}
-    store = dist.HashStore()
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    module = nn.ModuleDict({name: nn.Linear(shape[1], shape[0], bias=False) for name, shape in shapes.items()})
+    recipe = recipe_of("muon", SENT[number], stage=2, precision=precision)
+    optimizer = build_optimizer(module, recipe)
+    (group,) = optimizer.param_groups
+    flat = nn.Parameter(torch.cat([parameter.detach().view(-1) for parameter in group["params"]]))
+    fragments, offset = [], 0
+    for name, parameter in zip(group["tensor_names"], group["params"], strict=True):
+        fragments.append(Fragment(name, tuple(parameter.shape), 0, parameter.numel(), flat, offset))
+        offset += parameter.numel()
+    group["params"], whole = [flat], nn.ParameterList([flat])
+    sent: list[torch.dtype] = []
+
+    def to_itself(received: torch.Tensor, parts: torch.Tensor, *_: list[int]) -> None:
+        """Of a world of one. gloo does so too, but lets go of the tensors some time later."""
+        sent.append(parts.dtype)
+        received.copy_(parts)
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        numels = [rows * columns for rows, columns in shapes.values()]
-        flat, offset, fragments = torch.randn(sum(numels)), 0, []
-        for (name, shape), numel in zip(shapes.items(), numels, strict=True):
-            fragments.append(Fragment(name, shape, 0, numel, flat, offset))
-            offset += numel
-        exchange = Exchange([fragments], flat.device)
-        with Peak([flat]) as peak:
-            update = flat.clone()
-            exchange.transform([update], lambda _, matrix: orthogonalise(matrix, 5), dtype)
+        optimizer.distribute([flat], fragments, flat.device)
+        with patch.object(dist, "all_to_all_single", to_itself):
+            counted = peak_of_a_step(optimizer, whole)
     finally:
         dist.destroy_process_group()
-    tensors = [Tensor(name, shape, "matrix") for name, shape in shapes.items()]
-    precision = "fp32" if dtype == torch.float32 else "bf16"
-    recipe = recipe_of("muon", {}, stage=2, precision=precision)
+    tensors = [Tensor(f"{name}.weight", shape, "matrix") for name, shape in shapes.items()]
     flat_copy = 4 * len(flat) if precision == "fp32" else 0
-    assert predicted(tensors, recipe) - flat_copy == pytest.approx(peak.most, rel=0.03)
+    assert predicted(tensors, recipe) - flat_copy == pytest.approx(counted, rel=0.03)
+    assert recipe.optimizer.num_exchanged == number and len(sent) == 5 * (number + 1), "and one comes back, in 5 steps"
+    in_fp32 = precision == "fp32" or recipe.optimizer.exchanges_fp32
+    assert set(sent) == {torch.float32 if in_fp32 else torch.bfloat16}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from tests.models.record_profiles import requests
 from turbolm.errors import UserError
 from turbolm.plan.flops import span_of_documents, training_flops_per_token
-from turbolm.plan.footprint import estimate_activations
+from turbolm.plan.footprint import PARTS, estimate_activations
 from turbolm.plan.machine import described_machine
 from turbolm.plan.parameters import estimate_size
 from turbolm.plan.plan import build_plan
@@ -109,9 +110,12 @@ def test_a_recipe_that_does_not_fit_is_refused_with_three_ways_that_fit() -> Non
 def test_components_add_up_and_move_with_their_causes() -> None:
     base = summary_of("execution.activation_checkpointing=none").footprint
     assert base is not None
-    parts = (base.weights, base.gradients, base.master, base.optimizer, base.gathered, base.buckets)
+    parts = (base.weights, base.gradients, base.master, base.optimizer, base.gathered, base.buckets, base.copies)
+    assert sum(parts) == base.state_bytes > 0
     parts += (base.saved, base.working, base.loss, base.context, base.margin)
-    assert sum(parts) == base.total_bytes
+    assert sum(parts) == base.total_bytes == base.counted_bytes + base.context + base.margin
+    numbers = {name for name, value in asdict(base).items() if type(value) is int}
+    assert numbers == {*PARTS, "offloaded", "host_bytes"}, "every figure of the GPU has a name on the page"
     recomputed = summary_of("execution.activation_checkpointing=full").footprint
     offloaded = summary_of("execution.activation_checkpointing=offloaded", "execution.compile=none").footprint
     assert recomputed is not None and offloaded is not None

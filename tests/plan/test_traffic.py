@@ -21,10 +21,12 @@ from turbolm.plan.traffic import Collective, collectives, step_traffic, traffic_
 
 def test_steps_of_two_ranks_do_what_is_planned(tmp_path: Path) -> None:
     small: dict[str, Any] = {"execution": {"communication_bucket": 20_000}}
+    three = {"name": "muon", "soap": {}, "hyperball": True}
     cells = [
         cell("ZeRO-0", 2, 3, zero_stage=0),
         cell("ZeRO-1 bf16", 2, 3, zero_stage=1, precision="bf16"),
         cell("ZeRO-2 Muon", 2, 3, zero_stage=2, optimizer={"name": "muon"}, **small),
+        cell("ZeRO-1 bf16 Muon that sends three tensors", 2, 1, zero_stage=1, precision="bf16", optimizer=three),
         cell("ZeRO-3", 2, 1, zero_stage=3, precision="bf16"),
         cell("shared sequences", 2, 3, zero_stage=2, execution={"sequence_parallel": 2}),
     ]

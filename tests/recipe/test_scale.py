@@ -203,3 +203,34 @@ def test_what_no_rule_covers_is_told(tmp_path: Path) -> None:
         f"not as in {name}, for which its values were tuned: optimizer.betas",
     )
     assert json.loads(json.dumps(scaling.as_dict()))["derived"][0]["key"] == "train.global_batch"
+
+
+@pytest.mark.parametrize(
+    ("model_type", "width", "heads", "layers", "inner"),
+    [
+        ("gpt2", "n_embd", "n_head", "n_layer", "n_inner"),
+        ("gpt_neo", "hidden_size", "num_heads", "num_layers", "intermediate_size"),
+        ("mpt", "d_model", "n_heads", "n_layers", "ffn_hidden_size"),
+        ("xglm", "d_model", "attention_heads", "num_layers", "ffn_dim"),
+    ],
+)
+def test_what_no_rule_covers_is_told_under_the_names_of_other_types(
+    tmp_path: Path, model_type: str, width: str, heads: str, layers: str, inner: str
+) -> None:
+    names = {"hidden_size": width, "num_attention_heads": heads, "num_hidden_layers": layers}
+    names |= {"intermediate_size": inner, "llama": model_type}
+    larger = LARGER.replace("1536, num_attention_heads: 16", "2048, num_attention_heads: 8, num_hidden_layers: 8")
+    path = write(tmp_path, larger)
+    for file in (path, tmp_path / "tuned.yaml"):
+        text = file.read_text()
+        for usual, name in names.items():
+            text = text.replace(usual, name)
+        file.write_text(text)
+    scaling = load_scaled(path)[1]
+    assert scaling is not None and scaling.applied["optimizer.lr_multipliers.matrices"] == 0.25
+    name = str(tmp_path / "tuned.yaml")
+    assert scaling.notes == (
+        f"layers: 4 in {name}, 8 here: no rule",
+        f"feed-forward width: 384 in {name}, 2048 here: no rule",
+        f"size of a head: 32 in {name}, 64 here: no rule",
+    )

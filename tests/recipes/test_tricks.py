@@ -96,6 +96,13 @@ def test_it_plans_on_a_node_of_gpus(path: Path) -> None:
     assert build_plan(recipe, GPUS).world_size == 8
 
 
+@pytest.mark.parametrize("name", ["momentum_ramp_muon", "normuon", "polar_express", "soap_muon"])
+def test_it_adds_to_muon_at_muons_learning_rates(name: str) -> None:
+    muon, more = (load_recipe(QUICKSTART, [FOLDER / "_tricks" / f"{one}.yaml"]) for one in ("muon", name))
+    assert (more.optimizer.lr, more.optimizer.lr_scales) == (muon.optimizer.lr, muon.optimizer.lr_scales)
+    assert muon.optimizer.lr_scales.embeddings > 1, "and not the recipe's"
+
+
 def test_a_recipe_takes_tricks_by_extending_them(tmp_path: Path) -> None:
     """The optimizer's own settings do not stay where a trick chooses another one; its learning rate does."""
     text = f"""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import os
 import sys
@@ -13,7 +12,7 @@ from turbolm.ablate.design import describe_arms
 from turbolm.ablate.render import render_table
 from turbolm.ablate.results import collect_results
 from turbolm.ablate.run import check_folder, run_ablation
-from turbolm.ablate.runner import Runner, one_by_one
+from turbolm.ablate.runner import Runner, Task, one_by_one
 from turbolm.ablate.settings import Ablation, Options
 from turbolm.ablate.transfer import Transfer, render_transfer, run_transfer
 from turbolm.errors import EXIT_OK, EXIT_REQUEUE
@@ -38,20 +37,17 @@ def ablate(
     ablation = Ablation.prepare(recipe_file, overrides, tricks, machine, options)
     check_folder(ablation)
     with _standard_output_as_error() if as_json or dry_run else contextlib.nullcontext():
-        say = functools.partial(print, flush=True)
-        say(describe_arms(ablation.arms))
-        runner: Runner = one_by_one(lambda task: train_here(task.recipe, str(task.file), task.overrides))
+        _say(describe_arms(ablation.arms))
+        runner: Runner = one_by_one(_train)
         if options.num_jobs > 1:
-            runner = SideBySide(shares, say, train_command, prepare_for_all)
-        code = EXIT_OK if dry_run else run_ablation(ablation, runner, say)
+            runner = SideBySide(shares, _say, train_command, prepare_for_all)
+        code = EXIT_OK if dry_run else run_ablation(ablation, runner, _say)
     results = collect_results(ablation)
     if as_json:
         print(json.dumps(results, indent=1))
     elif not dry_run:
         print(f"\n{render_table(results)}\n{ablation.folder}: report.html, ablation.json, ablation.csv")
-    if code == EXIT_REQUEUE:
-        print("stopped; the same command resumes", file=sys.stderr)
-    return code
+    return _told(code)
 
 
 def check_transfer(
@@ -70,8 +66,23 @@ def check_transfer(
     """
     transfer = Transfer.prepare(recipe_file, overrides, tricks, to, detect_machine(), options)
     with _standard_output_as_error() if as_json else contextlib.nullcontext():
-        code, found = run_transfer(transfer, lambda task: train_here(task.recipe, str(task.file), ()), dry_run=dry_run)
+        code, found = run_transfer(transfer, one_by_one(_train), _say, dry_run=dry_run)
     print(json.dumps(found, indent=1) if as_json else render_transfer(found))
+    return _told(code)
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def _train(task: Task) -> int:
+    return train_here(task.recipe, str(task.file), task.overrides)
+
+
+def _told(code: int) -> int:
+    """Return the exit code; say what to do where a run was interrupted."""
+    if code == EXIT_REQUEUE:
+        print("stopped; the same command resumes", file=sys.stderr)
     return code
 
 

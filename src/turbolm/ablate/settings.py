@@ -9,12 +9,13 @@ from pathlib import Path
 
 from turbolm.ablate.design import Arm, design
 from turbolm.ablate.measure import Clock
+from turbolm.ablate.trainer import run_recipe
 from turbolm.ablate.tricks import check_name, parse_tricks
 from turbolm.errors import UserError
 from turbolm.plan.machine import Machine
 from turbolm.recipe.paths import use_path
 from turbolm.recipe.schema import Recipe
-from turbolm.units import Span, parse_share
+from turbolm.units import parse_share
 
 
 @dataclass(frozen=True)
@@ -125,28 +126,11 @@ class Ablation:
         return total + num_finished * (arm.recipe.train.budget - before)
 
     def recipe(self, arm: Arm, seed: int, lr: float, stop_tokens: int | None = None) -> Recipe:
-        """The recipe of one run, or of a start that stops early. It keeps only its last checkpoint, here alone,
-        and generates no sample.
-        """
+        """The recipe of one run, or of a start that stops early."""
         swept = f"-lr{lr:.3g}" if self.options.sweep else ""
-        recipe = arm.recipe
-        stop_after = None if stop_tokens is None else Span(stop_tokens, "tokens")
-        execution = {"runs_dir": str(self.folder), "stop_after": stop_after}
-        return recipe.model_copy(
-            update={
-                "name": f"{arm.run_name}{swept}-seed{seed}",
-                "train": recipe.train.model_copy(update={"seed": seed}),
-                "optimizer": recipe.optimizer.at_lr(lr),
-                "execution": recipe.execution.model_copy(update=execution),
-                "checkpoint": recipe.checkpoint.model_copy(update={"keep_last": 1, "mirror": None}),
-                "export": recipe.export.model_copy(update={"push_to": None}),
-                "logging": recipe.logging.model_copy(update={"sample_tokens": 0}),
-            }
-        )
-
-    def recipe_file(self, run_name: str) -> Path:
-        """Where the recipe of a run is written."""
-        return self.folder / "recipes" / f"{run_name}.yaml"
+        optimizer = arm.recipe.optimizer.at_lr(lr)
+        name = f"{arm.run_name}{swept}-seed{seed}"
+        return run_recipe(arm.recipe, self.folder, name, seed=seed, optimizer=optimizer, stop_tokens=stop_tokens)
 
 
 def three_digits(lr: float) -> float:

@@ -15,6 +15,7 @@ from turbolm.ablate.design import Arm
 from turbolm.ablate.measure import loss_at
 from turbolm.ablate.results import measured
 from turbolm.ablate.settings import Ablation, Rung, three_digits
+from turbolm.ablate.trainer import Say
 from turbolm.errors import UserError
 from turbolm.plan.plan import build_plan
 from turbolm.recipe.schema import Recipe
@@ -22,7 +23,6 @@ from turbolm.train.run_directory import run_directory
 from turbolm.units import format_count
 
 Train = Callable[[Sequence[Recipe]], int]  # trains what is left of the runs; returns what interrupted it, or 0
-Say = Callable[[str], None]
 
 
 def sweep(ablation: Ablation, train: Train, say: Say) -> int:
@@ -128,8 +128,9 @@ class _Halving:
     def run(self) -> int:
         ablation, arms = self.ablation, swept_arms(self.ablation)
         rungs = {arm.name: rung_tokens(ablation, arm) for arm in arms}
-        alive = {arm.name: _lrs(ablation, arm) for arm in arms}
-        for number in range(len(rungs[arms[0].name])):
+        ranked = {arm.name: _lrs(ablation, arm) for arm in arms}
+        for number, count in enumerate(survivors(len(ranked[arms[0].name]))[:-1]):
+            alive = {name: lrs[:count] for name, lrs in ranked.items()}
             stops = {name: tokens[number] for name, tokens in rungs.items()}
             if code := self.train([self._recipe(arm, lr, stops[arm.name]) for arm, lr in _in_turn(arms, alive)]):
                 return code
@@ -137,30 +138,24 @@ class _Halving:
                 losses = [
                     (lr, loss_at(run_directory(self._recipe(arm, lr)).path, stops[arm.name])) for lr in alive[arm.name]
                 ]
-                alive[arm.name] = self._halve(arm, Rung(stops[arm.name], tuple(losses)))
-        return self._finish(arms, alive)
+                ranked[arm.name] = self._halve(arm, Rung(stops[arm.name], tuple(losses)))
+        return self._finish(arms, ranked)
 
     def _recipe(self, arm: Arm, lr: float, stop_tokens: int | None = None) -> Recipe:
         return self.ablation.recipe(arm, self.ablation.seeds[0], lr, stop_tokens)
 
     def _halve(self, arm: Arm, rung: Rung) -> list[float]:
-        """Record a rung; returns the better half of its rates, the best one first."""
+        """Record a rung; returns its rates, the best one first, of which the better half is kept."""
         self.ablation.rungs.setdefault(arm.name, []).append(rung)
-        ranked = sorted(rung.losses, key=lambda pair: pair[1])
-        kept = [lr for lr, _ in ranked[: -(-len(ranked) // 2)]]
+        ranked = [lr for lr, _ in sorted(rung.losses, key=lambda pair: pair[1])]
         shown = ", ".join(f"{lr:g} {loss:.4f}" for lr, loss in rung.losses)
-        kept_text = ", ".join(f"{lr:g}" for lr in kept)
-        self.say(f"{arm.name}: losses after {format_count(rung.tokens)} tokens: {shown}; kept: {kept_text}")
-        return kept
+        kept = ", ".join(f"{lr:g}" for lr in ranked[: survivors(len(ranked))[1]])
+        self.say(f"{arm.name}: losses after {format_count(rung.tokens)} tokens: {shown}; kept: {kept}")
+        return ranked
 
-    def _finish(self, arms: Sequence[Arm], alive: dict[str, list[float]]) -> int:
-        """Train the rate that is left with the rest of the budget; one that diverges there gives way to the next."""
+    def _finish(self, arms: Sequence[Arm], order: dict[str, list[float]]) -> int:
+        """Train the best rate of the last round to the end of the budget; one that diverges gives way to the next."""
         ablation, pending, trained = self.ablation, list(arms), 0
-        order = {
-            arm.name: [lr for lr, _ in sorted(ablation.rungs[arm.name][-1].losses, key=lambda pair: pair[1])]
-            for arm in arms
-        }
-        assert all(order[name][: len(kept)] == kept for name, kept in alive.items())
         final: dict[tuple[str, float], float] = {}
         while pending:
             if code := self.train([self._recipe(arm, order[arm.name][0]) for arm in pending]):

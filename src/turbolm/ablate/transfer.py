@@ -7,39 +7,42 @@ Moved and unmoved learning rates are measured against the larger recipe's best r
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from turbolm.ablate.results import measured
-from turbolm.ablate.runner import Task, is_interruption
+from turbolm.ablate.runner import Runner
 from turbolm.ablate.settings import Options
+from turbolm.ablate.trainer import Say, Trainer, check_runs, run_recipe
 from turbolm.ablate.tricks import check_name, parse_tricks
 from turbolm.errors import EXIT_FAILED, EXIT_OK, UserError
 from turbolm.files import write_json
-from turbolm.plan.count import check_model
+from turbolm.plan.count import check_model, examine_model
 from turbolm.plan.machine import Machine, check_machine
 from turbolm.plan.plan import build_plan
-from turbolm.recipe.contract import changed_keys, contract_of
-from turbolm.recipe.load import dump_recipe, load_recipe, load_scaled
+from turbolm.recipe.load import load_recipe, load_scaled
+from turbolm.recipe.model_config import EXPERT_FEED_FORWARD, FEED_FORWARD, HEADS, KEY_VALUE_HEADS, WIDTH, size_of
 from turbolm.recipe.optimizers import Muon, Optimizer
 from turbolm.recipe.paths import use_path
 from turbolm.recipe.scale import RULES, Scaling, derive, find_problems
 from turbolm.recipe.schema import Recipe
-from turbolm.train.run_directory import is_finished, run_directory
 from turbolm.units import align_columns
-
-Train = Callable[[Task], int]  # returns the run's exit code
 
 WITHIN = 0.01  # of the loss of the best run
 _FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)  # on the recipe's learning rates, without a grid
-_WIDTH = ("hidden_size", "n_embd", "d_model")
-_HEADS = ("num_attention_heads", "n_head", "n_heads")
-_GROW = (*_WIDTH, *_HEADS, "num_key_value_heads", "intermediate_size", "moe_intermediate_size", "n_inner")
+_GROW = (
+    *WIDTH,
+    *HEADS,
+    *KEY_VALUE_HEADS,
+    *FEED_FORWARD,
+    *EXPERT_FEED_FORWARD,
+    "word_embed_proj_dim",
+)  # the last: OPT's
+_GROWTH = 0.1  # relative; norms, biases and routers grow less than with the square of the width
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ class Transfer:
     larger: tuple[Larger, ...]
     factors: tuple[float, ...]  # on all learning rates of the tuned recipe
     options: Options
-    failures: set[str] = field(default_factory=set)  # names of runs
+    failures: dict[str, int] = field(default_factory=dict)  # exit codes by run name
 
     @staticmethod
     def prepare(
@@ -91,20 +94,6 @@ class Transfer:
         folder = use_path(tuned.execution.runs_dir, "execution.runs_dir") / "ablations" / name
         lrs = options.sweep.lrs if options.sweep else [factor * tuned.optimizer.lr for factor in _FACTORS]
         return Transfer(folder, tuned, larger, tuple(lr / tuned.optimizer.lr for lr in lrs), options)
-
-    def run(self, recipe: Recipe, label: str, optimizer: Optimizer, seed: int) -> Recipe:
-        """Return the recipe of one run. It keeps only its last checkpoint, here alone; no sample."""
-        return recipe.model_copy(
-            update={
-                "name": f"{label}-lr{optimizer.lr:.4g}-seed{seed}",
-                "train": recipe.train.model_copy(update={"seed": seed}),
-                "optimizer": optimizer,
-                "execution": recipe.execution.model_copy(update={"runs_dir": str(self.folder)}),
-                "checkpoint": recipe.checkpoint.model_copy(update={"keep_last": 1, "mirror": None}),
-                "export": recipe.export.model_copy(update={"push_to": None}),
-                "logging": recipe.logging.model_copy(update={"sample_tokens": 0}),
-            }
-        )
 
     def grid(self, recipe: Recipe, label: str) -> list[list[Recipe]]:
         """Return the runs of a grid, lowest learning rate first: a list of seeds for each."""
@@ -143,8 +132,10 @@ class Transfer:
         ]
 
     def _seeds(self, recipe: Recipe, label: str, optimizer: Optimizer) -> list[Recipe]:
+        seeds = [recipe.train.seed + index for index in range(self.options.num_seeds)]
+        label = f"{label}-lr{optimizer.lr:.4g}"
         return [
-            self.run(recipe, label, optimizer, recipe.train.seed + index) for index in range(self.options.num_seeds)
+            run_recipe(recipe, self.folder, f"{label}-seed{seed}", seed=seed, optimizer=optimizer) for seed in seeds
         ]
 
 
@@ -157,24 +148,38 @@ def scale_lrs(optimizer: Optimizer, factor: float) -> Optimizer:
     return optimizer.model_copy(update=update)
 
 
-def run_transfer(transfer: Transfer, train: Train, *, dry_run: bool = False) -> tuple[int, dict[str, Any]]:
+def run_transfer(transfer: Transfer, runner: Runner, say: Say, *, dry_run: bool = False) -> tuple[int, dict[str, Any]]:
     """Train what is left to train; return an exit code and the results, which are also in transfer.json.
 
     Raises UserError when the folder holds runs of another recipe.
     """
-    _check_folder(transfer)
+    tuned = _flat(transfer.grid(transfer.tuned, "tuned"))
+    check_runs(
+        transfer.folder, [*tuned, *(run for larger in transfer.larger for run in _larger_runs(transfer, larger))]
+    )
     if dry_run:
         return EXIT_OK, collect(transfer)
-    code = _train(transfer, transfer.grid(transfer.tuned, "tuned"), train)
-    best = transfer.best()
-    for larger in transfer.larger:
-        if best is None or is_interruption(code):
+    num_starts = len(tuned) + len(transfer.larger) * (len(tuned) + transfer.options.num_seeds)
+    trainer = Trainer(transfer.folder, runner, say, num_starts, transfer.failures)
+    code = trainer.train(tuned)
+    for larger in transfer.larger if transfer.best() else ():
+        if code != EXIT_OK:
             break
-        runs = [*transfer.grid(larger.recipe, larger.label), transfer.moved(larger, best[0])]
-        code = _train(transfer, runs, train) or code
+        runs = _larger_runs(transfer, larger)
+        check_runs(transfer.folder, runs)  # the best is known by now, and what it is moved to
+        code = trainer.train(runs)
     results = collect(transfer)
     write_json(transfer.folder / "transfer.json", results)
-    return code, results
+    return EXIT_FAILED if code == EXIT_OK and transfer.failures else code, results
+
+
+def _larger_runs(transfer: Transfer, larger: Larger) -> list[Recipe]:
+    best = transfer.best()
+    return [*_flat(transfer.grid(larger.recipe, larger.label)), *(transfer.moved(larger, best[0]) if best else [])]
+
+
+def _flat(points: Sequence[list[Recipe]]) -> list[Recipe]:
+    return [run for runs in points for run in runs]
 
 
 def collect(transfer: Transfer) -> dict[str, Any]:
@@ -289,7 +294,7 @@ def _larger(recipe_file: str, layers: list[Any], tuned: Recipe, to: str, machine
         return
     for text in to.split(","):
         recipe = _planned(load_recipe(recipe_file, [*layers, *_wider(tuned, text)]), recipe_file, machine)
-        problems = list(find_problems(recipe, tuned, recipe_file, RULES))
+        problems = [*find_problems(recipe, tuned, recipe_file, RULES), *_growth_problems(recipe, tuned, recipe_file)]
         if problems:
             raise UserError("\n".join(f"--transfer: {problem}" for problem in problems))
         yield Larger(f"w{int(text)}", recipe, RULES, recipe_file)
@@ -298,20 +303,35 @@ def _larger(recipe_file: str, layers: list[Any], tuned: Recipe, to: str, machine
 def _wider(tuned: Recipe, text: str) -> list[str]:
     """Return the overrides for a width: everything that is as wide, and heads of one size. Raises UserError."""
     config = tuned.model.full_config or {}
-    name = next((name for name in _WIDTH if isinstance(config.get(name), int)), None)
-    if name is None or not any(isinstance(config.get(heads), int) for heads in _HEADS):
+    width = size_of(config.get, WIDTH)
+    if width is None or size_of(config.get, HEADS) is None:
         raise UserError("--transfer: model.config must name its width and heads, such as hidden_size: 128")
     if not text.strip().isdecimal() or not 0 < int(text) < 10**6:
         raise UserError(f"--transfer: expected widths such as 256,512 or a recipe's .yaml file, got {text[:100]!r}")
     overrides = []
     for key in _GROW:
-        if not isinstance(config.get(key), int):
+        if (size := size_of(config.get, [key])) is None:
             continue
-        value, rest = divmod(config[key] * int(text), config[name])
+        value, rest = divmod(size * int(text), width)
         if rest:
             raise UserError(f"--transfer: {text} is no width: model.config.{key} would not be whole; heads keep a size")
         overrides.append(f"model.config.{key}={value}")
     return overrides
+
+
+def _growth_problems(recipe: Recipe, tuned: Recipe, recipe_file: str) -> Iterator[str]:
+    """Yield what is wrong where the weights do not grow with the square of the width: some size was not named."""
+    widths, weights = [], []
+    for one in (tuned, recipe):
+        widths.append(size_of((one.model.full_config or {}).get, WIDTH) or 0)
+        size = examine_model(one, recipe_file).size
+        weights.append(size.total - size.embedding - size.head if size else 0)
+    grown, wanted = weights[1] / max(weights[0], 1), (widths[1] / widths[0]) ** 2
+    if abs(grown / wanted - 1) > _GROWTH:
+        yield (
+            f"at width {widths[1]} the weights beside the embeddings are {grown:.3g} times as many, not {wanted:.3g}: "
+            f"name every width, such as {FEED_FORWARD[0]}, under model.config"
+        )
 
 
 def _lrs_of(source: Optimizer, optimizer: Optimizer) -> Optimizer:
@@ -325,42 +345,3 @@ def _set(section: Any, path: Sequence[str], value: float) -> Any:
     return section.model_copy(
         update={path[0]: value if len(path) == 1 else _set(getattr(section, path[0]), path[1:], value)}
     )
-
-
-# ---------------------------------------------------------------------------------------------------------- the runs
-
-
-def _train(transfer: Transfer, points: Sequence[list[Recipe]], train: Train) -> int:
-    """Train the runs that are not finished. A run that fails does not stop the others; an interruption does."""
-    runs = [run for seeds in points for run in seeds]
-    for number, recipe in enumerate(runs, 1):
-        if is_finished(run_directory(recipe), recipe.train.budget):
-            continue
-        path = transfer.folder / "recipes" / f"{recipe.name}.yaml"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(dump_recipe(recipe), encoding="utf-8")
-        print(f"[{number}/{len(runs)}] {recipe.name}", flush=True)
-        code = train(Task(recipe, path))
-        if is_interruption(code):
-            return code
-        if code != EXIT_OK:
-            transfer.failures.add(recipe.name)
-    return EXIT_FAILED if any(run.name in transfer.failures for run in runs) else EXIT_OK
-
-
-def _check_folder(transfer: Transfer) -> None:
-    """Raise UserError when runs in the folder were made with other recipes than would be written now."""
-    points, best, changes = transfer.grid(transfer.tuned, "tuned"), transfer.best(), {}
-    for larger in transfer.larger:
-        points += transfer.grid(larger.recipe, larger.label)
-        points += [transfer.moved(larger, best[0])] if best else []
-    for recipe in (run for runs in points for run in runs):
-        path = transfer.folder / "recipes" / f"{recipe.name}.yaml"
-        if run_directory(recipe).path.exists() and path.is_file():
-            for key, before, after in changed_keys(contract_of(load_recipe(path)), contract_of(recipe)):
-                changes[key] = f"  {key}: {json.dumps(before)} -> {json.dumps(after)}"
-    if changes:
-        raise UserError(
-            f"{transfer.folder} holds runs of another recipe; changed:\n" + "\n".join(changes.values()) + "\n"
-            "Restore these values, choose another --name, or delete that folder."
-        )

@@ -18,10 +18,10 @@ from turbolm.engine.device import DTYPES
 from turbolm.models.attention import ATTENTION_NAMES, model_inputs
 from turbolm.models.config import make_config
 from turbolm.models.loss import attach_loss
-from turbolm.plan.parameters import heads_of
 from turbolm.plan.profile import Loss
 from turbolm.plan.weight_bytes import gradient_bytes, update_bytes
 from turbolm.plan.work import Unit, add, attention_amounts, head_amounts, product_amounts
+from turbolm.recipe.model_config import heads_of
 
 _ELEMENTS = {"cpu": 2**22, "cuda": 2**28}  # weights of the cases about them
 _SMALL_TENSORS, _SMALL_SIZE = 64, 2**12

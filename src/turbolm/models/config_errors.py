@@ -18,6 +18,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from turbolm.errors import did_you_mean
 from turbolm.recipe.messages import describe
+from turbolm.recipe.model_config import HEADS, KEY_VALUE_HEADS
 
 Path = tuple[str, ...]
 Attempt = Callable[[Mapping[str, Any]], Any]
@@ -25,7 +26,7 @@ Attempt = Callable[[Mapping[str, Any]], Any]
 _MAX_PROBLEMS = 20
 _MAX_TEXT = 300
 _SEARCH_SEC = 60.0
-_HEADS = ("num_attention_heads", "num_heads", "n_head", "n_heads", "num_key_value_heads")  # 1 divides every width
+_HEADS = (*HEADS, *KEY_VALUE_HEADS)  # 1 divides every width
 _KINDS = {
     "int": "a whole number",
     "float": "a number such as 0.02",

@@ -14,7 +14,7 @@ from transformers.configuration_utils import ALLOWED_LAYER_TYPES
 
 from turbolm.models.config_errors import Path
 from turbolm.models.config_source import keys_read, names_read
-from turbolm.recipe.model_config import NOT_LEARNED
+from turbolm.recipe.model_config import FEED_FORWARD, HEADS, KEY_VALUE_HEADS, LAYERS, NOT_LEARNED, WIDTH
 
 ROPE_NAMES = ("rope_parameters", "rope_scaling")
 _NEAR, _SIMILAR = 0.8, 0.7  # of a misspelling, and of what may be meant, as difflib measures it
@@ -22,22 +22,24 @@ _NEAR, _SIMILAR = 0.8, 0.7  # of a misspelling, and of what may be meant, as dif
 _VARIABLES = ("config", "cfg", "text_config", "decoder_config")
 # Names that different model types have for one setting.
 _SAME_SETTING = [
-    set(line.split())
-    for line in (
-        "max_position_embeddings n_positions n_ctx max_seq_len max_seq_length seq_length block_size",
-        "hidden_size n_embd d_model dim embed_dim model_dim",
-        "num_hidden_layers n_layer n_layers num_layers depth",
-        "num_attention_heads n_head n_heads num_heads",
-        "num_key_value_heads n_kv_heads num_kv_heads kv_heads n_head_kv",
-        "intermediate_size n_inner ffn_dim d_ff ffn_hidden_size inner_dim mlp_dim",
-        "rope_theta theta rope_base base rotary_emb_base rotary_base",
-        "hidden_act activation_function hidden_activation activation act_fn",
-        "rms_norm_eps layer_norm_eps layer_norm_epsilon norm_eps norm_epsilon eps",
-        "num_experts num_local_experts n_routed_experts moe_num_experts",
-        "num_experts_per_tok top_k moe_top_k moe_k experts_per_token",
-        "tie_word_embeddings tie_embeddings tied_embeddings",
-        "rope_type type",
-    )
+    {*WIDTH, "dim", "embed_dim", "model_dim"},
+    {*LAYERS, "depth"},
+    {*HEADS},
+    {*KEY_VALUE_HEADS, "n_kv_heads", "kv_heads", "n_head_kv"},
+    {*FEED_FORWARD, "d_ff", "inner_dim", "mlp_dim"},
+    *(
+        set(line.split())
+        for line in (
+            "max_position_embeddings n_positions n_ctx max_seq_len max_seq_length seq_length block_size",
+            "rope_theta theta rope_base base rotary_emb_base rotary_base",
+            "hidden_act activation_function hidden_activation activation act_fn",
+            "rms_norm_eps layer_norm_eps layer_norm_epsilon norm_eps norm_epsilon eps",
+            "num_experts num_local_experts n_routed_experts moe_num_experts",
+            "num_experts_per_tok top_k moe_top_k moe_k experts_per_token",
+            "tie_word_embeddings tie_embeddings tied_embeddings",
+            "rope_type type",
+        )
+    ),
 ]
 
 

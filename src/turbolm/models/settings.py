@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from turbolm.errors import UserError
 from turbolm.models.config import rope_warnings
-from turbolm.plan.parameters import heads_of
+from turbolm.recipe.model_config import heads_of
 from turbolm.recipe.schema import Model
 
 # Named like noise, but none on a router: phimoe's threshold for masking an expert's logits (it counts in evaluation

@@ -10,7 +10,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from turbolm.engine.sharding import whole_shape
-from turbolm.plan.parameters import ModelSize, heads_of
+from turbolm.plan.parameters import ModelSize
+from turbolm.recipe.model_config import heads_of
 
 _EXPERTS_PER_TOKEN = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts", "moe_top_k")
 

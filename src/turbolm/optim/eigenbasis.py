@@ -39,7 +39,7 @@ def precondition(
 def _follow(
     state: dict[str, Any], side: str, dim: int, gradient: torch.Tensor, step: int, group: dict[str, Any]
 ) -> None:
-    """Add the gradient to the covariance of one side, and now and then turn the basis towards its eigenvectors."""
+    """Add the gradient to the covariance of one side; every `soap_every` steps, turn the basis to its eigenvectors."""
     outer = gradient @ gradient.mT if dim == -2 else gradient.mT @ gradient
     covariance = state.setdefault(side, torch.zeros_like(outer)).lerp_(outer, 1 - group["soap_beta2"])
     if step == 0:

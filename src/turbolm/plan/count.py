@@ -27,8 +27,9 @@ from turbolm.recipe.schema import Model, Recipe
 
 MODEL_CONFIG_FILE = "model_config.json"  # beside a recipe: the config.json of a checkpoint on another machine
 _COUNT_TIMEOUT_SEC = 300
-_EXAMINERS = tuple(
-    f"models/{name}.py" for name in ("config", "config_errors", "config_names", "config_source", "count", "size")
+_EXAMINERS = (
+    *(f"models/{name}.py" for name in ("config", "config_errors", "config_names", "config_source", "count", "size")),
+    "recipe/model_config.py",
 )
 
 

@@ -7,9 +7,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from turbolm.plan.batch import BatchPlan
-from turbolm.plan.parameters import attention_shape, heads_of
+from turbolm.plan.parameters import attention_shape
 from turbolm.plan.plan import Plan
 from turbolm.plan.profile import Heads, Kernel, ModelProfile, Recomputation
+from turbolm.recipe.model_config import heads_of
 from turbolm.recipe.sequence_parallel import KERNELS, KEY, SHOWN
 
 COPIES = 2

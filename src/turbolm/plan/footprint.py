@@ -8,7 +8,7 @@ are an upper bound.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,6 +27,20 @@ FRAGMENTATION = 0.05
 """Of what is allocated and freed in each step; the allocator runs with expandable segments. Assumed, not measured."""
 FITS, TIGHT = 0.85, 0.95  # shares of the GPU's memory
 _FEW_LOGITS = 2**26  # below, a run in fp32 makes all logits at once (models/loss.py)
+
+# Parts of a footprint by their names on a page: tensors that are as many whatever the micro-batch is, all tensors, and
+# everything, assumptions included.
+STATE = {
+    "weights": "weights",
+    "gradients": "gradients",
+    "master": "fp32 master weights",
+    "optimizer": "optimizer moments",
+    "gathered": "gathered weights, at most",
+    "buckets": "communication buckets",
+    "copies": "copies for the update",
+}
+COUNTED = {**STATE, "saved": "saved activations", "working": "work of one layer", "loss": "logits and loss"}
+PARTS = {**COUNTED, "context": "CUDA and NCCL (assumed)", "margin": "fragmentation (assumed)"}
 
 Verdict = Literal["FITS", "TIGHT", "DOES NOT FIT"]
 
@@ -54,19 +68,22 @@ class Footprint:
 
     @property
     def state_bytes(self) -> int:
-        """Return the bytes of tensors that are as many whatever the micro-batch is."""
-        state = self.weights + self.gradients + self.master + self.optimizer + self.gathered
-        return state + self.buckets + self.copies
+        """Return the bytes of `STATE`."""
+        return sum(self.parts(STATE).values())
 
     @property
     def counted_bytes(self) -> int:
-        """Return the bytes of tensors alone."""
-        return self.state_bytes + self.saved + self.working + self.loss
+        """Return the bytes of `COUNTED`."""
+        return sum(self.parts(COUNTED).values())
 
     @property
     def total_bytes(self) -> int:
         """Return all bytes."""
-        return self.counted_bytes + self.context + self.margin
+        return sum(self.parts().values())
+
+    def parts(self, of: Mapping[str, str] = PARTS) -> dict[str, int]:
+        """Return the bytes of each part of one of the tables."""
+        return {part: getattr(self, part) for part in of}
 
     def verdict(self, gpu_bytes: int) -> Verdict:
         """Return whether it fits a GPU of `gpu_bytes`."""

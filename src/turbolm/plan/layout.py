@@ -85,6 +85,15 @@ def parts_by_rank(flat: Sequence[Tensor], zero_stage: int, world_size: int) -> I
         start = end
 
 
+def matrix_moves(flat: Sequence[Tensor], zero_stage: int, world_size: int) -> list[tuple[int, dict[int, int]]]:
+    """Return of each matrix of a flat tensor its owner, and the elements of it on each rank that has any."""
+    holders = {
+        tensor.name: parts for tensor, parts in zip(flat, parts_by_rank(flat, zero_stage, world_size), strict=True)
+    }
+    owners = matrix_owners({tensor.name: tensor.shape for tensor in flat}, holders)
+    return [(owners[name], parts) for name, parts in holders.items()]
+
+
 def matrix_owners(shapes: Mapping[str, Sequence[int]], holders: Mapping[str, Mapping[int, int]]) -> dict[str, int]:
     """Return the rank that orthogonalizes each matrix under Muon; every rank computes the same.
 

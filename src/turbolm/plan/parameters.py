@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from turbolm.recipe.model_config import heads_of
+
 
 @dataclass(frozen=True)
 class ModelSize:
@@ -142,21 +144,6 @@ def head_dim_of(config: Mapping[str, Any]) -> int:
     family = _FAMILIES.get(str(config.get("model_type")))
     found = heads_of((family.values(config) if family else config).get)
     return found[1] if found else _USUAL_HEAD_DIM
-
-
-def heads_of(read: Callable[[str], Any]) -> tuple[int, int] | None:
-    """Return the heads of queries and the size of one; None where the settings, which `read` gets by name, name none.
-
-    Transformers' rule: `head_dim` where it is set, else the width over the heads.
-    """
-    hidden, heads = (
-        next((value for name in names if isinstance(value := read(name), int) and value > 0), None)
-        for names in (("hidden_size", "n_embd", "d_model"), ("num_attention_heads", "n_head", "n_heads"))
-    )
-    own = read("head_dim")
-    if heads is None or (hidden is None and not own):
-        return None
-    return heads, own if isinstance(own, int) and own > 0 else (hidden or 0) // heads
 
 
 def _attention_shape(family: _Family, values: Mapping[str, Any]) -> tuple[int, int, int, int]:

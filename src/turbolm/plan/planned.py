@@ -11,16 +11,13 @@ from typing import Any
 
 from turbolm.plan.count import read_model_config
 from turbolm.plan.estimate import estimate_run
-from turbolm.plan.footprint import estimate_footprint
+from turbolm.plan.footprint import COUNTED, estimate_footprint
 from turbolm.plan.machine import Machine
 from turbolm.plan.plan import Plan
 from turbolm.plan.profiles import find_profile
 from turbolm.plan.traffic import collectives
 
 _OUTSIDE_STEPS = ("agreement on targets and stops", "metrics")  # messages of the loop around a step
-_COUNTED = (  # of a footprint: they add up to `peak_bytes`
-    "weights", "gradients", "master", "optimizer", "gathered", "buckets", "copies", "saved", "working", "loss",
-)  # fmt: skip
 _FIGURES = ("step_sec", "tokens_per_sec", "mfu", "peak_bytes", "collective_bytes")
 
 
@@ -57,7 +54,7 @@ def _figures(plan: Plan, machine: Machine, lengths: Sequence[int], vocab_size: i
     try:
         footprint = estimate_footprint(plan, profile)
         made["peak_bytes"] = footprint.counted_bytes
-        made["peak_parts"] = {part: getattr(footprint, part) for part in _COUNTED}
+        made["peak_parts"] = footprint.parts(COUNTED)
         if footprint.is_upper_bound:
             notes.append("the planned memory is an upper bound: compiled code keeps fewer activations")
     except KeyError as error:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 
 import yaml
 
 from turbolm.plan.batch import plan_batch
-from turbolm.plan.footprint import Footprint
+from turbolm.plan.footprint import PARTS, STATE, Footprint
 from turbolm.plan.summary import Summary
 from turbolm.plan.traffic import traffic_lines
 from turbolm.recipe.scale import Derived, Scaling
@@ -226,14 +227,7 @@ def _memory(summary: Summary) -> Iterator[str]:
     state = summary.memory
     if state is None:
         return
-    yield from _sizes(
-        ("weights", state.weights),
-        ("gradients", state.gradients),
-        ("fp32 master weights", state.master),
-        ("optimizer moments", state.optimizer),
-        ("gathered weights, at most", state.gathered),
-        ("communication buckets", state.buckets),
-    )
+    yield from _sizes(*((STATE[part], num_bytes) for part, num_bytes in asdict(state).items() if part in STATE))
     of = f" of {format_bytes(summary.gpu_memory_bytes)}" if summary.gpu_memory_bytes else ""
     yield f"{'together':<26}{format_bytes(state.device_bytes):>10}{of}" + (
         "; activations come on top" if summary.footprint is None else ""
@@ -241,22 +235,9 @@ def _memory(summary: Summary) -> Iterator[str]:
     yield from _sizes(("in the host memory", state.host_bytes))
 
 
-def footprint_parts(found: Footprint) -> tuple[tuple[str, int], ...]:
+def footprint_parts(found: Footprint) -> list[tuple[str, int]]:
     """Return the components of a GPU's memory by name."""
-    return (
-        ("weights", found.weights),
-        ("gradients", found.gradients),
-        ("fp32 master weights", found.master),
-        ("optimizer moments", found.optimizer),
-        ("gathered weights, at most", found.gathered),
-        ("communication buckets", found.buckets),
-        ("copies for the update", found.copies),
-        ("saved activations", found.saved),
-        ("work of one layer", found.working),
-        ("logits and loss", found.loss),
-        ("CUDA and NCCL (assumed)", found.context),
-        ("fragmentation (assumed)", found.margin),
-    )
+    return [(PARTS[part], num_bytes) for part, num_bytes in found.parts().items()]
 
 
 def verdict_line(found: Footprint, gpu_bytes: int) -> str:

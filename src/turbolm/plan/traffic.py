@@ -28,11 +28,10 @@ from turbolm.plan.layout import (
     ALIGNMENT,
     FLATTENED_ELEMENTS,
     is_assembled,
-    matrix_owners,
+    matrix_moves,
     numels,
     optimizer_groups,
     padded,
-    parts_by_rank,
     sub_groups,
     until_above,
 )
@@ -271,33 +270,22 @@ def _gathered_twice(step: _Step, cut: Sequence[Tensor]) -> int:
 
 def _of_optimizer(step: _Step) -> Iterator[Collective]:
     """Messages of our optimizers that need to know whole matrices, at stages 1 to 3."""
-    stage, name = step.recipe.execution.zero_stage, step.recipe.optimizer.name
-    if stage == 0 or name not in ("muon", "soap", "cautious_adamw"):
+    stage, optimizer = step.recipe.execution.zero_stage, step.recipe.optimizer
+    if stage == 0:
         return
     for group in step.groups:
         for flat in step.flats(group) if stage == 3 else [group]:
-            if name == "cautious_adamw":  # kept elements and all, of every tensor of the group
+            if optimizer.name == "cautious_adamw":  # kept elements and all, of every tensor of the group
                 yield step.ring("all_reduce", 2 * len(group), "float64", "optimizer")
-            elif is_assembled(group[0], step.recipe.optimizer):
+            elif is_assembled(group[0], optimizer):
                 yield from _matrix_exchange(step, flat)
 
 
 def _matrix_exchange(step: _Step, flat: Sequence[Tensor]) -> Iterator[Collective]:
-    """Return the exchanges of `optim.exchange`: parts of each matrix to its owner, and back.
-
-    Muon after SOAP sends the gradients too, and both it and SOAP send fp32.
-    """
-    holders = {
-        tensor.name: parts
-        for tensor, parts in zip(
-            flat, parts_by_rank(flat, step.recipe.execution.zero_stage, step.world_size), strict=True
-        )
-    }
-    owners = matrix_owners({tensor.name: tensor.shape for tensor in flat}, holders)
+    """Return the exchanges of `optim.exchange`: parts of each matrix to its owner, and back."""
     held, owned = [0] * step.world_size, [0] * step.world_size
     inside = between = 0
-    for name, parts in holders.items():
-        owner = owners[name]
+    for owner, parts in matrix_moves(flat, step.recipe.execution.zero_stage, step.world_size):
         owned[owner] += sum(parts.values())
         for rank, elements in parts.items():
             held[rank] += elements
@@ -306,11 +294,9 @@ def _matrix_exchange(step: _Step, flat: Sequence[Tensor]) -> Iterator[Collective
             elif rank != owner:
                 inside += elements
     optimizer = step.recipe.optimizer
-    num_more = (getattr(optimizer, "soap", None) is not None) + getattr(optimizer, "hyperball", False)
-    in_fp32 = step.plan.precision == "fp32" or optimizer.name == "soap" or num_more > 0
-    dtype = "float32" if in_fp32 else "bfloat16"
+    dtype = "float32" if step.plan.precision == "fp32" or optimizer.exchanges_fp32 else "bfloat16"
     size = _BYTES[dtype]
-    for largest in (max(held),) * (1 + num_more) + (max(owned),):
+    for largest in (max(held),) * optimizer.num_exchanged + (max(owned),):
         sent = (size * inside / step.world_size, size * between / step.world_size)
         yield Collective("all_to_all", size * largest, dtype, 1, "world", step.world_size, "optimizer", *sent)
 

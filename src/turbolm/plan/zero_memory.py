@@ -20,7 +20,8 @@ from turbolm.plan.deepspeed import ELEMENT_BYTES
 from turbolm.plan.layout import (
     ALIGNMENT,
     FLATTENED_ELEMENTS,
-    matrix_owners,
+    is_assembled,
+    matrix_moves,
     numels,
     optimizer_groups,
     padded,
@@ -30,6 +31,7 @@ from turbolm.plan.layout import (
 )
 from turbolm.plan.plan import Plan
 from turbolm.plan.profile import Tensor
+from turbolm.recipe.optimizers import Muon
 
 _FP32_BYTES = 4
 
@@ -261,41 +263,67 @@ def _sharded(facts: _Facts) -> tuple[Held, ...]:
 def _temporaries(facts: _Facts) -> int:
     """Return the bytes that the optimizer allocates and frees again in an update."""
     optimizer = facts.plan.recipe.optimizer
-    if optimizer.name == "muon":
+    if optimizer.assembled:
         groups = zip(facts.groups, facts.parts, strict=True)
-        return max((_muon_bytes(facts, group, part) for group, part in groups if _is_orthogonal(group)), default=0)
-    if facts.stage and optimizer.assembled:  # whole on their owners; and a part's copy, sent and received
-        largest = max(optimizer.temporary_bytes(t.shape) for group in facts.groups for t in group)
-        return round(largest + 3 * _FP32_BYTES * max(facts.parts))
+        return max((_whole_bytes(facts, *one) for one in groups if is_assembled(one[0][0], optimizer)), default=0)
     if facts.stage:
         return round(max(optimizer.temporary_bytes((part,)) for part in facts.parts))
     add_up = sum if optimizer.steps_together else max
     return round(max(add_up(optimizer.temporary_bytes(t.shape) for t in group) for group in facts.groups))
 
 
-def _muon_bytes(facts: _Facts, group: Sequence[Tensor], part: int) -> int:
-    """Return the temporaries of `optim.muon` for one flat tensor, or at stage 0 for the largest matrix.
+def _whole_bytes(facts: _Facts, group: Sequence[Tensor], part: int) -> int:
+    """Return the temporaries of an optimizer that needs whole matrices, for one flat tensor, or at stage 0 for the
+    largest matrix.
 
-    An update in fp32, and in the type of the iterations: the rank's matrices as they arrive, assembled and orthogonal,
-    and what it sends back and receives. An iteration holds at most four of a matrix's tensors and a Gram matrix, or two
-    and four.
+    With an exchange (`optim.exchange`): an update in fp32, and in the type that is sent the rank's matrices as they
+    arrive and assembled, those that are done, and what is sent back and received.
     """
-    size = _FP32_BYTES if facts.is_fp32 else 2
-    iteration = max(map(_iteration_elements, group))
+    optimizer = facts.plan.recipe.optimizer
     if facts.stage == 0:
-        return max(_FP32_BYTES * t.num_parameters + size * _iteration_elements(t) for t in group)
-    holders = {
-        t.name: parts for t, parts in zip(group, parts_by_rank(group, facts.stage, facts.world_size), strict=True)
-    }
-    owners = matrix_owners({tensor.name: tensor.shape for tensor in group}, holders)
+        copied = _FP32_BYTES if isinstance(optimizer, Muon) else 0
+        return round(max(copied * tensor.num_parameters + _work_bytes(facts, tensor) for tensor in group))
+    number = optimizer.num_exchanged
+    size = _FP32_BYTES if facts.is_fp32 or optimizer.exchanges_fp32 else 2
     held: dict[int, int] = defaultdict(int)
     owned: dict[int, int] = defaultdict(int)
-    for name, parts in holders.items():
-        owned[owners[name]] += sum(parts.values())
+    work = 0.0
+    for tensor, (owner, parts) in zip(group, matrix_moves(group, facts.stage, facts.world_size), strict=True):
+        work = max(work, size * owned[owner] + _work_bytes(facts, tensor))
+        owned[owner] += sum(parts.values())
         for rank, elements in parts.items():
             held[rank] += elements
     here, mine = max(held.values()), max(owned.values())
-    return _FP32_BYTES * part + size * max(2 * mine + iteration, 3 * mine + here, mine + 2 * here)
+    sent = size * max(2 * mine + here, 2 * here)
+    return round(_FP32_BYTES * part + size * number * mine + max(work, sent))
+
+
+def _work_bytes(facts: _Facts, tensor: Tensor) -> float:
+    """Return the temporaries of the update of one whole matrix."""
+    optimizer, numel = facts.plan.recipe.optimizer, tensor.num_parameters
+    if not isinstance(optimizer, Muon):
+        return optimizer.temporary_bytes(tensor.shape)
+    size = _FP32_BYTES if facts.is_fp32 else 2
+    copied = size * numel if not facts.is_fp32 and optimizer.exchanges_fp32 else 0
+    most = copied + size * _iteration_elements(tensor)
+    if optimizer.row_beta2 is not None and not facts.is_fp32:
+        most = max(most, copied + 12 * numel)  # its rows in fp32
+    if optimizer.hyperball:
+        most = max(most, 4 * _FP32_BYTES * numel + copied)
+    if optimizer.soap is not None:
+        most = max(most + _FP32_BYTES * numel, _FP32_BYTES * _eigenbasis_elements(tensor, optimizer.soap.max_dim))
+    return most
+
+
+def _eigenbasis_elements(tensor: Tensor, max_dim: int) -> int:
+    """Return the elements of what `optim.eigenbasis` takes when it turns its bases: one side after the other."""
+    numel, most, kept = tensor.num_parameters, 4 * tensor.num_parameters, 0
+    for side in tensor.shape[-2:]:
+        if side <= max_dim:
+            square = numel // math.prod(tensor.shape[-2:]) * side**2
+            most = max(most, kept + 4 * numel + 5 * square, kept + 6 * numel + 2 * square)
+            kept += numel  # the mean square in the turned basis
+    return most
 
 
 def _iteration_elements(tensor: Tensor) -> int:

@@ -19,11 +19,11 @@ from turbolm.recipe.gpus import GPUS
 from turbolm.recipe.kernels import kernel_problems
 from turbolm.recipe.lengths import LengthGrowth
 from turbolm.recipe.messages import Finding, describe
-from turbolm.recipe.model_config import lay_over
+from turbolm.recipe.model_config import HEADS, lay_over, size_of
 from turbolm.recipe.optimizers import OPTIMIZERS
 from turbolm.recipe.schedules import SCHEDULES
 from turbolm.recipe.schema import Recipe
-from turbolm.recipe.sequence_parallel import HEADS, not_a_divisor, sequence_problems
+from turbolm.recipe.sequence_parallel import not_a_divisor, sequence_problems
 from turbolm.redaction import holds_secret
 
 Values = Mapping[str, Any]  # by dotted key; a missing or invalid value is None
@@ -404,8 +404,7 @@ def _world_size(values: Values) -> Iterator[tuple[str, str]]:
 def _sequence_parallel(values: Values) -> Iterator[tuple[str, str]]:
     schedule, seq_len, config = values["data.length_schedule"], values["data.seq_len"], _full_config(values)
     lengths = {seq_len, *(schedule.named_lengths if schedule is not None else ())} - {None}
-    heads = next((config[name] for name in HEADS if _is_count(config.get(name))), None)
-    shared_by = values["execution.sequence_parallel"] or 1
+    shared_by, heads = values["execution.sequence_parallel"] or 1, size_of(config.get, HEADS)
     yield from sequence_problems(shared_by, lengths, heads, values["execution.attention"])
 
 

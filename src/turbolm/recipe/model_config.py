@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from turbolm.recipe.paths import expand_path
@@ -29,6 +29,22 @@ NOT_LEARNED = frozenset(
 """Names of a config.json that do not change what is trained from new weights: the recipe, its tokenizer and the trainer
 decide them."""
 
+# What the decoders of Transformers call their sizes, the usual name first; its configuration objects answer to that one
+# for all of them, a config.json and a recipe do not.
+WIDTH = ("hidden_size", "n_embd", "d_model", "n_embed", "emb_dim")
+LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers")
+HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads", "decoder_attention_heads")
+KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads")
+HEAD_SIZE = ("head_dim", "attention_head_dim", "kv_channels", "dim_head", "d_head")
+FEED_FORWARD = (
+    "intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "dff", "dim_ff", "d_inner", "decoder_ffn_dim"
+)  # fmt: skip
+EXPERT_FEED_FORWARD = (
+    "moe_intermediate_size", "shared_expert_intermediate_size", "moe_shared_expert_intermediate_size",
+    "expert_ffn_hidden_size",
+)  # fmt: skip
+_WITHOUT_ATTENTION = ("mamba2", "xlstm")  # their `num_heads` are those of a state
+
 # Settings of rotary positions with the same meaning for every type.
 _ANY_ROPE = ("rope_theta", "partial_rotary_factor")
 _ROPE_TYPES = ("rope_type", "type")
@@ -37,6 +53,23 @@ _ROPE_TYPES = ("rope_type", "type")
 def is_dropout(name: str) -> bool:
     """Return whether a setting of this name is a dropout probability."""
     return "dropout" in name or name.endswith(("pdrop", "_drop"))
+
+
+def size_of(read: Callable[[str], Any], names: Sequence[str]) -> int | None:
+    """Return the size that has one of these names in a configuration, which `read` gets by name; None without."""
+    found = (read(name) for name in names)
+    return next((value for value in found if type(value) is int and value > 0), None)
+
+
+def heads_of(read: Callable[[str], Any]) -> tuple[int, int] | None:
+    """Return the heads of queries and the size of one; None where a configuration, read as in `size_of`, names none.
+
+    Transformers' rule: the size of a head where it is set, else the width over the heads.
+    """
+    width, heads, own = (size_of(read, names) for names in (WIDTH, HEADS, HEAD_SIZE))
+    if heads is None or (width is None and own is None) or read("model_type") in _WITHOUT_ATTENTION:
+        return None
+    return heads, own or (width or 0) // heads
 
 
 def lay_over(file: Mapping[str, Any] | None, config: Mapping[str, Any] | None) -> dict[str, Any] | None:

@@ -113,6 +113,16 @@ class Optimizer(Section):
         """Return the factors on lr by kind of parameter, all settings together."""
         return self.lr_multipliers
 
+    @property
+    def num_exchanged(self) -> int:
+        """Return how many tensors of each assembled matrix go to its owner at ZeRO 1 to 3; one comes back."""
+        return int(bool(self.assembled))
+
+    @property
+    def exchanges_fp32(self) -> bool:
+        """Return whether they are sent in fp32 in half precision, too."""
+        return True
+
     def at_lr(self, lr: float) -> Self:
         """Return this optimizer with another peak learning rate; all other rates keep their ratios to it."""
         return self.model_copy(update={"lr": lr})
@@ -230,6 +240,14 @@ class Muon(Optimizer):
     @property
     def kept_bytes(self) -> float:
         return super().kept_bytes + (0 if self.soap is None else 20)  # as SOAP, without its mean
+
+    @property
+    def num_exchanged(self) -> int:
+        return 1 + (self.soap is not None) + self.hyperball  # the update, and for these the gradient and the weight
+
+    @property
+    def exchanges_fp32(self) -> bool:
+        return self.num_exchanged > 1
 
     @property
     def lr_scales(self) -> LrMultipliers:

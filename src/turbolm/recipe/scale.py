@@ -16,12 +16,13 @@ as plain values (`turbolm.recipe.load`), so the contract and the run directory n
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from turbolm.recipe.contract import changed_keys
 from turbolm.recipe.document import Problem, Tree, join_key
+from turbolm.recipe.model_config import FEED_FORWARD, LAYERS, WIDTH, heads_of, size_of
 from turbolm.recipe.optimizers import Muon, Optimizer
 from turbolm.recipe.schema import Recipe
 
@@ -31,11 +32,11 @@ _BATCH_EXPONENT = 0.383  # arXiv 2505.13738: the best batch over the tokens trai
 _DIGITS = 4  # of a derived number, so that a platform's rounding does not change the contract
 _OPTIMIZERS = ("adamw", "adamw_8bit", "cautious_adamw", "muon")  # for which the rules have a source
 _OF_LRS = ("lr", "weight_decay", "width")  # rules that need the same optimizer
-_WIDTHS = ("hidden_size", "n_embd", "d_model")
-_SHAPES = {
-    "layers": ("num_hidden_layers", "n_layer"),
-    "feed-forward width": ("intermediate_size", "n_inner"),
-    "size of a head": ("head_dim",),
+_FEED_FORWARD = "feed-forward width"
+_SHAPES: dict[str, Callable[[Callable[[str], Any]], int | None]] = {
+    "layers": lambda read: size_of(read, LAYERS),
+    _FEED_FORWARD: lambda read: size_of(read, FEED_FORWARD),
+    "size of a head": lambda read: (heads_of(read) or (0, None))[1],
 }
 _BATCH = "arXiv 2505.13738; nanochat"
 _LR = "arXiv 2205.10287 for AdamW; of Muon nanochat assumes it"
@@ -139,8 +140,8 @@ def find_problems(recipe: Recipe, reference: Recipe, file: str, rules: Sequence[
         config = one.model.full_config
         if config is None:
             yield f"model.pretrained {whose} brings its own width, which no rule was made for; leave width out of rules"
-        elif _count(config, _WIDTHS) is None:
-            yield f"width needs {', '.join(_WIDTHS[:-1])} or {_WIDTHS[-1]} under model.config {whose}; write it out"
+        elif size_of(config.get, WIDTH) is None:
+            yield f"width needs {', '.join(WIDTH[:-1])} or {WIDTH[-1]} under model.config {whose}; write it out"
     types = [(one.model.full_config or {}).get("model_type") for one in (recipe, reference)]
     if None not in types and types[0] != types[1]:
         yield (
@@ -223,7 +224,7 @@ def _scale_lrs(rows: _Rows, reference: Optimizer, batch_ratio: float) -> None:
 
 
 def _scale_width(rows: _Rows, recipe: Recipe, reference: Recipe) -> None:
-    width, tuned = (_count(one.model.full_config or {}, _WIDTHS) for one in (recipe, reference))
+    width, tuned = (size_of((one.model.full_config or {}).get, WIDTH) for one in (recipe, reference))
     if width is None or tuned is None:  # the same published weights
         return
     for kind, (power, source) in _width_powers(recipe.optimizer, is_tied=bool(_tied(recipe))).items():
@@ -277,13 +278,11 @@ def _scale_decay(rows: _Rows, reference: Recipe, batch_ratio: float, budget_rati
 def _notes(recipe: Recipe, reference: Recipe, file: str, rows: _Rows) -> Iterator[str]:
     """Yield what differs and no rule covers."""
     ours, theirs = recipe.model.full_config or {}, reference.model.full_config or {}
-    widths = _count(ours, _WIDTHS), _count(theirs, _WIDTHS)
-    for what, names in _SHAPES.items():
-        one, other = _count(ours, names), _count(theirs, names)
-        if what == "size of a head":
-            one, other = one or _head_dim(ours), other or _head_dim(theirs)
-        follows = what == "feed-forward width" and None not in widths and one and other
-        if one and other and one != other and not (follows and one * (widths[1] or 0) == other * (widths[0] or 0)):
+    width, tuned = size_of(ours.get, WIDTH), size_of(theirs.get, WIDTH)
+    for what, find in _SHAPES.items():
+        one, other = find(ours.get), find(theirs.get)
+        follows = what == _FEED_FORWARD and width and tuned and one and other and one * tuned == other * width
+        if one and other and one != other and not follows:
             yield f"{what}: {other} in {file}, {one} here: no rule"
     if ours and theirs and _tied(recipe) != _tied(reference):
         yield f"tie_word_embeddings differs from {file}: the learning rates of embedding and head were not tuned for it"
@@ -309,13 +308,3 @@ def _sequence_unit(recipe: Recipe) -> int:
 
 def _tied(recipe: Recipe) -> Any:
     return (recipe.model.full_config or {}).get("tie_word_embeddings")
-
-
-def _count(config: Mapping[str, Any], names: Sequence[str]) -> int | None:
-    found = next((config[name] for name in names if name in config), None)
-    return found if isinstance(found, int) and not isinstance(found, bool) and found > 0 else None
-
-
-def _head_dim(config: Mapping[str, Any]) -> int | None:
-    width, heads = _count(config, _WIDTHS), _count(config, ("num_attention_heads", "n_head", "n_heads"))
-    return width // heads if width and heads else None

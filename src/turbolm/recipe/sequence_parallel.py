@@ -6,7 +6,6 @@ from collections.abc import Collection, Iterator
 
 KEY = "execution.sequence_parallel"
 KERNELS = ("auto", "sdpa", "varlen", "flex")  # of execution.attention; the others mask inside the model's own code
-HEADS = ("num_attention_heads", "n_head", "num_heads")  # as configurations name the heads of a layer
 SHOWN = ("gpt2", "llama", "mistral", "mixtral", "olmo2", "qwen2", "qwen3", "qwen3_moe", "smollm3")
 """Types that it is proposed for: tests compare their slices with whole sequences. Others are tried at the start."""
 _MOST_SUGGESTED = 128

@@ -178,8 +178,8 @@ class _Collected:
 
     def add_set(self, number: int) -> ScoredSet:
         """Add the first documents of a set; at least one."""
-        source, most, label, total = self._recipe.evaluation.sets[number], self._recipe.evaluation.tokens, 0, 0
-        label = self._next_label
+        evaluation, label, total = self._recipe.evaluation, self._next_label, 0
+        source, most = evaluation.sets[number], evaluation.tokens
         name, key = str(source.label), f"evaluation.sets.{number}"
         try:
             for text in Reader(source, on_bad=self._recipe.data.on_bad_document):
