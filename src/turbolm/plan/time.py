@@ -15,7 +15,7 @@ from typing import Literal
 
 from turbolm.plan.machine_rates import Link, Rates
 from turbolm.plan.work import Amounts, Unit, seconds
-from turbolm.units import format_count, format_duration
+from turbolm.units import format_count, format_duration, format_step
 
 OVERLAP = 0.8  # of the computation that communication can hide behind: it takes cores and bandwidth of its own
 _BACKWARD_SHARE = 2 / 3  # of a micro-batch's time
@@ -202,8 +202,3 @@ def shares(step: StepTime) -> Iterable[tuple[str, float]]:
         "exposed communication": step.communication,
     }
     return sorted(((name, value / step.total) for name, value in parts.items()), key=lambda item: -item[1])
-
-
-def format_step(sec: float) -> str:
-    """Return a step's duration as text, in ms below a second."""
-    return f"{sec * 1e3:.3g} ms" if sec < 1 else format_duration(sec)
