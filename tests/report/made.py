@@ -53,7 +53,7 @@ def make_run(run: Path, num_steps: int = 100, lr: float = 1e-3, zero_stage: int 
     recipe["train"] = {**contract["train"], "max_grad_norm": 1.0}
     (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     planned = {"device": "cuda", "seq_len": 100, "batch_tokens": 1000, "step_sec": 1.6, "tokens_per_sec": 625.0}
-    planned |= {"peak_bytes": 2 * 2**30, "peak_parts": {"weights": 1.5 * 2**30, "gradients": 0.5 * 2**30}}
+    planned |= {"peak_bytes": 2 * 2**30, "peak_parts": {"master": 1.5 * 2**30, "gradients": 0.5 * 2**30}}
     planned |= {"notes": ["planned by hand"], "step_parts": {"matrix": 1.2, "host": 0.4}}
     attempt = run / "attempts/1"
     write(attempt / "plan.json", {"num_steps": num_steps, "planned": planned, "device": "cuda", "world_size": 1})

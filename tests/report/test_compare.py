@@ -79,6 +79,13 @@ def test_only_what_differs_is_listed(runs: list[Path]) -> None:
     ]  # fmt: skip
 
 
+def test_entries_that_only_some_runs_have_are_told_once(runs: list[Path]) -> None:
+    for run, evaluation in zip(runs, ({"tasks": [], "of": []}, {"tasks": [{"name": "py"}], "of": ["a"]}), strict=True):
+        write(run / "recipe.yaml", {"evaluation": evaluation})  # JSON is YAML
+    found = {one.key: one.values for one in compare_runs(runs).differences if one.section == "execution"}
+    assert found == {"evaluation.tasks.0.name": [None, "py"], "evaluation.of": [None, ["a"]]}
+
+
 def change(path: Path, **values: Any) -> None:
     write(path, json.loads(path.read_text()) | values)
 

@@ -199,8 +199,8 @@ def test_all_that_a_run_recorded_is_on_its_page(tmp_path):
     }  # fmt: skip
     cells = ["1", "node1", "2025-10-09 08:53", "12m34s", "1 to 100", "3m20s", "finished", "0.5.0 0123456789ab"]
     assert "".join(f"<td>{cell}</td>" for cell in cells) in page
-    for text in ("matrix", "1.2s, 75.0%", "attention", "1.5s, 75.0%", "imports", "3.0s, 75.0%", "planned by hand",
-                 "weights", "1.5 GiB, 75.0%"):  # fmt: skip
+    for text in ("matrix products", "starting operators", "1.2s, 75.0%", "attention", "1.5s, 75.0%", "imports",
+                 "3.0s, 75.0%", "fp32 master weights", "1.5 GiB, 75.0%", "planned by hand"):  # fmt: skip
         assert text in page
     assert_loads_nothing(page)
 

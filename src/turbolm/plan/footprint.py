@@ -29,6 +29,20 @@ FITS, TIGHT = 0.85, 0.95  # shares of the GPU's memory
 _FEW_LOGITS = 2**26  # below, a run in fp32 makes all logits at once (models/loss.py)
 
 Verdict = Literal["FITS", "TIGHT", "DOES NOT FIT"]
+PARTS = {  # of a footprint, by the name that is shown
+    "weights": "weights",
+    "gradients": "gradients",
+    "master": "fp32 master weights",
+    "optimizer": "optimizer moments",
+    "gathered": "gathered weights, at most",
+    "buckets": "communication buckets",
+    "copies": "copies for the update",
+    "saved": "saved activations",
+    "working": "work of one layer",
+    "loss": "logits and loss",
+    "context": "CUDA and NCCL (assumed)",
+    "margin": "fragmentation (assumed)",
+}
 
 
 @dataclass(frozen=True)

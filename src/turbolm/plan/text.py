@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import yaml
 
 from turbolm.plan.batch import plan_batch
-from turbolm.plan.footprint import Footprint
+from turbolm.plan.footprint import PARTS, Footprint
 from turbolm.plan.summary import Summary
 from turbolm.plan.traffic import traffic_lines
 from turbolm.recipe.scale import Derived, Scaling
@@ -243,20 +243,7 @@ def _memory(summary: Summary) -> Iterator[str]:
 
 def footprint_parts(found: Footprint) -> tuple[tuple[str, int], ...]:
     """Return the components of a GPU's memory by name."""
-    return (
-        ("weights", found.weights),
-        ("gradients", found.gradients),
-        ("fp32 master weights", found.master),
-        ("optimizer moments", found.optimizer),
-        ("gathered weights, at most", found.gathered),
-        ("communication buckets", found.buckets),
-        ("copies for the update", found.copies),
-        ("saved activations", found.saved),
-        ("work of one layer", found.working),
-        ("logits and loss", found.loss),
-        ("CUDA and NCCL (assumed)", found.context),
-        ("fragmentation (assumed)", found.margin),
-    )
+    return tuple((name, getattr(found, part)) for part, name in PARTS.items())
 
 
 def verdict_line(found: Footprint, gpu_bytes: int) -> str:

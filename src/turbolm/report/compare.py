@@ -225,11 +225,12 @@ def _same(left: object, right: object) -> bool:
 
 
 def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield dotted keys and their values; entries of lists that are mappings have keys of their own."""
+    """Yield dotted keys and their values; entries of lists that are mappings have keys of their own. What is empty has
+    none: the entries that others have tell that it differs."""
     entries: Any = None
-    if isinstance(value, Mapping) and value:
+    if isinstance(value, Mapping):
         entries = value.items()
-    elif isinstance(value, list) and value and all(isinstance(entry, Mapping) for entry in value):
+    elif isinstance(value, list) and all(isinstance(entry, Mapping) for entry in value):
         entries = enumerate(value)
     if entries is None:
         yield key, value

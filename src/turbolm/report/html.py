@@ -83,9 +83,7 @@ def _bars(parts: Parts) -> list[tuple[str, str, float]]:
     show = format_bytes if parts.unit == "bytes" else format_step
     total = sum(parts.values.values())
     ordered = sorted(parts.values.items(), key=lambda part: -part[1])
-    return [
-        (name.replace("_", " "), f"{show(value)}, {value / total:.1%}", 100 * value / total) for name, value in ordered
-    ]
+    return [(name, f"{show(value)}, {value / total:.1%}", 100 * value / total) for name, value in ordered]
 
 
 def _anomaly(line: Line) -> list[str]:

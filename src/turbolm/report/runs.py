@@ -5,12 +5,16 @@ Only the folder itself is read: neither the token store nor other paths that its
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 from turbolm.errors import UserError, explain_os_error
 from turbolm.files import read_json
+from turbolm.plan.footprint import PARTS
+from turbolm.plan.time import STEP_PARTS
 from turbolm.recipe.document import MAX_FILE_BYTES, Problem, parse_document
 from turbolm.report.attempts import Attempt, read_attempts
 from turbolm.report.evaluations import read_evaluations
@@ -140,8 +144,8 @@ def step_parts(run: RunData) -> list[Parts]:
     expected = run.plan.get("planned")
     expected = expected if isinstance(expected, dict) else {}
     found = [
-        Parts("Planned memory at the worst moment of a step", "bytes", _numbers(expected.get("peak_parts"))),
-        Parts("Planned time of a step", "sec", _numbers(expected.get("step_parts"))),
+        Parts("Planned memory at the worst moment of a step", "bytes", _numbers(expected.get("peak_parts"), PARTS)),
+        Parts("Planned time of a step", "sec", _numbers(expected.get("step_parts"), STEP_PARTS)),
     ]
     for attempt in reversed(run.attempts):
         profile = read_json(run.path / "attempts" / str(attempt.number) / "profile" / "rank0.summary.json") or {}
@@ -156,9 +160,9 @@ def step_parts(run: RunData) -> list[Parts]:
     return [one for one in found if one.values]
 
 
-def _numbers(parts: object) -> dict[str, float]:
-    parts = parts if isinstance(parts, dict) else {}
-    return {str(name): float(value) for name, value in parts.items() if is_number(value) and value > 0}
+def _numbers(parts: object, names: Mapping[str, str] = MappingProxyType({})) -> dict[str, float]:
+    known = parts.items() if isinstance(parts, dict) else ()
+    return {names.get(part, part): float(value) for part, value in known if is_number(value) and value > 0}
 
 
 def _text(path: Path) -> str:

@@ -2,7 +2,7 @@
 "use strict";
 (() => {
   const compact = Intl.NumberFormat("en", {notation: "compact", maximumFractionDigits: 2});
-  const short = value => value == null ? "–" : Math.abs(value) >= 1e4 ? compact.format(value) : String(Number(value.toPrecision(4)));
+  const short = value => value == null ? "–" : Math.abs(value) >= 1e4 ? compact.format(value).replace("K", "k") : String(Number(value.toPrecision(4)));
   const font = '12px system-ui, -apple-system, "Segoe UI", sans-serif';
   const TIMES = [[172800, 86400, "days"], [7200, 3600, "hours"], [120, 60, "minutes"], [0, 1, "seconds"]];
   const MANY = 20000;  // points that came while the page was open: it is loaded anew, and thinned
