@@ -120,3 +120,4 @@ def test_formats() -> None:
     assert [units.format_bytes(n) for n in (5, 1536, 2**31)] == ["5 B", "1.5 KiB", "2 GiB"]
     durations = [units.format_duration(n) for n in (2.5, 75, 5400, 90_000)]
     assert durations == ["2.5s", "1m15s", "1h30m", "1d01h"]
+    assert [units.format_step(n) for n in (0.0125, 0.25, 0.9999, 2.5)] == ["12.5 ms", "250 ms", "1.0s", "2.5s"]

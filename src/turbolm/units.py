@@ -152,6 +152,11 @@ def format_duration(seconds: float) -> str:
     return f"{minutes}m{whole % 60:02d}s" if minutes else f"{whole}s"
 
 
+def format_step(seconds: float) -> str:
+    """The duration of a step, which may take less than a second: 0.0125 as `12.5 ms`, 2.5 as `2.5s`."""
+    return f"{seconds * 1e3:.3g} ms" if seconds < 0.9995 else format_duration(seconds)
+
+
 def _fraction(text: str, value: object) -> Fraction:
     exponent = re.search(r"[eE]([+-]?[0-9]+)$", text)
     if len(text) > 40 or (exponent is not None and abs(int(exponent[1])) > 30):

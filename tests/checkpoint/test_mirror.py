@@ -33,9 +33,10 @@ from turbolm.plan.machine import detect_machine
 from turbolm.plan.plan import build_plan
 from turbolm.recipe.contract import contract_of, fingerprint
 from turbolm.recipe.schema import Recipe
+from turbolm.report.attempts import attempt_numbers
 from turbolm.train.fresh import start_fresh
 from turbolm.train.from_mirror import fetch_run, start_mirroring
-from turbolm.train.run_directory import RunDirectory, list_attempts, run_directory
+from turbolm.train.run_directory import RunDirectory, run_directory
 
 __all__ = ["tmp_path"]
 
@@ -137,7 +138,7 @@ def test_an_empty_folder_gets_the_newest_checkpoint_and_the_run_around_it(case: 
     assert content_below(there.run.checkpoints / name) == content_below(case.run.checkpoints / name)
     for path in (case.run.contract, case.run.metrics):
         assert (there.run.path / path.name).read_bytes() == path.read_bytes()
-    assert list_attempts(there.run) == [7], "the next attempt is the eighth"
+    assert attempt_numbers(there.run.path) == [7], "the next attempt is the eighth"
     there.save(4)
     copy_checkpoint(there.job(4))
     with pytest.raises(UserError, match="was taken over by a start on"):

@@ -18,10 +18,10 @@ from tests.train.harness import BINS_PER_BATCH, SEQ_LEN, make_recipe, train_in_w
 from turbolm.checkpoint.export_folder import Origin, replace_export
 from turbolm.data.prepare.build import prepare
 from turbolm.errors import UserError
-from turbolm.evaluate.run import MISSING, Options, _exported, evaluate_model, find_subject
+from turbolm.evaluate.run import MISSING, Options, Subject, _exported, _keep, evaluate_model, find_subject
 from turbolm.report.evaluations import card_section, evaluation_rows
 from turbolm.report.html import write_report
-from turbolm.train.run_directory import run_directory
+from turbolm.train.run_directory import RunDirectory, run_directory
 
 harness = pytest.mark.skipif(
     importlib.util.find_spec("lm_eval") is None, reason="lm-evaluation-harness is not installed: turbolm[evaluate]"
@@ -285,3 +285,13 @@ def test_how_evaluations_are_shown(tmp_path: Path) -> None:
     assert "| t | acc | 0.2500 | ± 0.1250 | 1,200 of 1,300 | 0-shot | version 1 |" in card_section([record])
     (tmp_path / "evaluation.json").write_text(json.dumps({"evaluations": [record]}))
     assert "± 0.1250" in write_report(tmp_path).read_text()
+
+
+def test_damaged_records_are_kept_beside_new_ones(tmp_path: Path) -> None:
+    """They may be of another version; the same evaluation once more replaces what it found before."""
+    (tmp_path / "run").mkdir()
+    record = {"model": "step-1", "command": "turbolm evaluate x", "lm_eval": "0.4", "tasks": {}}
+    (tmp_path / "run/results.json").write_text(json.dumps({"evaluations": [None, {**record, "at": "before"}, {}]}))
+    _keep(Subject("step-1", None, None, RunDirectory(tmp_path / "run")), {**record, "at": "now"}, lambda _: None)
+    found = json.loads((tmp_path / "run/results.json").read_text())["evaluations"]
+    assert found == [None, {}, {**record, "at": "now"}]

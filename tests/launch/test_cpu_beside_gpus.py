@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from turbolm.launch.local import precision_of, process_environment
+from turbolm.launch.local import precision_override, process_environment
 from turbolm.plan.machine import Machine, detect_machine
 from turbolm.plan.plan import build_plan
 from turbolm.recipe.load import load_recipe
@@ -99,5 +99,5 @@ def test_ranks_get_the_launchers_precision(machine_with_gpus: Path) -> None:
     plan = build_plan(load_recipe(path, auto), EIGHT_H100)
     silent = Machine(8, None, None, 64, False, 2**40)
     assert (plan.precision, build_plan(load_recipe(path, auto), silent).precision) == ("bf16", "fp32")
-    told = build_plan(load_recipe(path, [*auto, precision_of(plan)]), silent)
+    told = build_plan(load_recipe(path, [*auto, precision_override(plan)]), silent)
     assert told.precision == "bf16" and told.recipe == plan.recipe

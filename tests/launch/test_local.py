@@ -28,7 +28,7 @@ def test_a_run_that_is_killed_while_it_exports_has_finished(
         write_outcome(run.attempt(1), Outcome(FINISHED, 0, cure))
 
     with ExitStack() as stack:
-        for name in ("launch_command", "accelerate_config", "process_environment", "precision_of"):
+        for name in ("launch_command", "accelerate_config", "process_environment", "precision_override"):
             stack.enter_context(patch.object(local, name))
         stack.enter_context(patch.object(local, "start_ranks", return_value=SimpleNamespace(returncode=returncode)))
         stack.enter_context(patch.object(local, "wait_for_ranks", train))

@@ -46,13 +46,15 @@ def make_run(run: Path, num_steps: int = 100, lr: float = 1e-3, zero_stage: int 
     lines.append({"step": 50, "attempt": 1, "tokens_seen": 50_000, **event})
     write_lines(run, lines, "w")
     contract = {"train": {"budget": 1000 * num_steps, "seed": 0}, "optimizer": {"name": "adamw", "lr": lr}}
-    write(run / "contract.json", {"fingerprint": f"of lr {lr}", "contract": contract, "store_fingerprint": "s"})
+    record = {"fingerprint": f"of lr {lr}", "contract": contract, "store_fingerprint": "s"}
+    write(run / "contract.json", {**record, "budgets_tokens": [1000 * num_steps]})
     execution = {"zero_stage": zero_stage, "micro_batch": 100}
     recipe = {"name": run.name, **contract, "execution": execution, "evaluation": {"tokens": 1000}}
     recipe["train"] = {**contract["train"], "max_grad_norm": 1.0}
     (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     planned = {"device": "cuda", "seq_len": 100, "batch_tokens": 1000, "step_sec": 1.6, "tokens_per_sec": 625.0}
-    planned |= {"peak_bytes": 2 * 2**30, "notes": ["planned by hand"], "step_parts": {"matrix": 1.2, "host": 0.4}}
+    planned |= {"peak_bytes": 2 * 2**30, "peak_parts": {"master": 1.5 * 2**30, "gradients": 0.5 * 2**30}}
+    planned |= {"notes": ["planned by hand"], "step_parts": {"matrix": 1.2, "host": 0.4}}
     attempt = run / "attempts/1"
     write(attempt / "plan.json", {"num_steps": num_steps, "planned": planned, "device": "cuda", "world_size": 1})
     write(attempt / "start.json", {"unix_time": 1_760_000_000.0})

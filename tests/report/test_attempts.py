@@ -9,7 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.report.made import write
+from turbolm.errors import UserError
+from turbolm.launch.status import find_runs, read_status
 from turbolm.report.attempts import read_attempts
+from turbolm.report.runs import check_runs
 from turbolm.train import run_directory
 from turbolm.train.run_directory import RunDirectory, git_commit, open_attempt
 
@@ -52,3 +56,33 @@ def test_an_attempt_records_when_it_began(tmp_path: Path) -> None:
     assert attempt.started_unix_sec is not None and before <= attempt.started_unix_sec <= time.time()
     minutes = [time.strftime("%Y-%m-%d %H:%M", time.gmtime(at)) for at in (before, time.time())]
     assert attempt.row()[2] in minutes and attempt.duration_sec is None
+
+
+def test_attempts_and_their_hosts_are_the_same_everywhere(tmp_path: Path) -> None:
+    """Of a Slurm job, a recorded environment, a process that started it, and none of these; and what is no attempt."""
+    attempts = tmp_path / "run" / "attempts"
+    write(attempts / "10/environment.json", {"host": "b"})
+    write(attempts / "10/start.json", {"starter": {"host": "launcher"}})
+    write(attempts / "2/slurm.json", {"job_id": "7", "hosts": ["a", "b"]})
+    write(attempts / "2/environment.json", {"host": "a"})
+    write(attempts / "11/start.json", {"starter": {"host": "launcher"}})
+    write(attempts / "12/start.json", {"starter": None})
+    write(attempts / "\N{SUPERSCRIPT TWO}/start.json", {})
+    write(attempts / "notes/start.json", {})
+    hosts = {2: ["a", "b"], 10: ["b"], 11: ["launcher"], 12: []}
+    assert {one.number: list(one.hosts) for one in read_attempts(tmp_path / "run", [])} == hosts
+    status = read_status(tmp_path / "run")
+    assert {one["attempt"]: one["hosts"] for one in status.attempts} == hosts
+    assert open_attempt(RunDirectory(tmp_path / "run")) == 13
+
+
+@pytest.mark.parametrize("sign", ["attempts", "submissions", "contract.json", "metrics.jsonl"])
+def test_what_is_a_run_is_one_for_every_command(tmp_path: Path, sign: str) -> None:
+    run = tmp_path / "run"
+    (run / sign).mkdir(parents=True)
+    assert find_runs(tmp_path) == [run]
+    check_runs([run])
+    with pytest.raises(UserError, match="not a run directory"):
+        check_runs([tmp_path])
+    with pytest.raises(UserError, match="not a run directory"):
+        read_status(tmp_path)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 import statistics
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 from tests.report.made import made_loss, make_run, step_line, write, write_lines
@@ -71,12 +74,103 @@ def test_only_what_differs_is_listed(runs: list[Path]) -> None:
     recipe = runs[0] / "recipe.yaml"
     of_first_source = recipe.read_text()
     recipe.write_text(of_first_source.replace("evaluation:\n", "evaluation:\n  from_each_source: true\n"))
-    (other,) = compare_runs(runs).notes
-    assert "different text" in other
-    recipe.write_text(of_first_source)
-    write(runs[0] / "contract.json", json.loads((runs[1] / "contract.json").read_text()) | {"store_fingerprint": "t"})
-    one, other = compare_runs(runs).notes
-    assert "one learning contract" in one and "different text" in other
+    assert [note.partition(":")[0] for note in compare_runs(runs).notes] == [
+        "their held-out losses are of different text or other sequences, and do not compare", "web", "code",
+    ]  # fmt: skip
+
+
+def test_entries_that_only_some_runs_have_are_told_once(runs: list[Path]) -> None:
+    for run, evaluation in zip(runs, ({"tasks": [], "of": []}, {"tasks": [{"name": "py"}], "of": ["a"]}), strict=True):
+        write(run / "recipe.yaml", {"evaluation": evaluation})  # JSON is YAML
+    found = {one.key: one.values for one in compare_runs(runs).differences if one.section == "execution"}
+    assert found == {"evaluation.tasks.0.name": [None, "py"], "evaluation.of": [None, ["a"]]}
+
+
+def change(path: Path, **values: Any) -> None:
+    write(path, json.loads(path.read_text()) | values)
+
+
+ORIGIN = {"run": "plateau", "checkpoint": "step-00000005", "fingerprint": "f", "step": 5, "tokens_seen": 5000}
+
+
+@pytest.mark.parametrize(
+    "different",
+    [
+        {},
+        {"fingerprint": "of another lr"},
+        {"store_fingerprint": "other documents"},
+        {"budgets_tokens": [5000, 10_000], "former_fingerprints": ["of 5000"]},  # its schedule went on anew
+        {"budgets_tokens": None},  # damaged
+        {"origin": ORIGIN},
+        {"origin": {**ORIGIN, "checkpoint": "step-00000006"}},
+    ],
+    ids=str,
+)
+def test_runs_that_must_have_one_curve_are_said_to(tmp_path: Path, different: dict[str, Any]) -> None:
+    one, other = make_run(tmp_path / "one", 10), make_run(tmp_path / "other", 10)
+    change(other / "contract.json", **different)
+    found = [note for note in compare_runs([one, other]).notes if "one loss curve" in note]
+    assert len(found) == (not different)
+    assert compare_runs([one]).notes == [], "one run has nothing to be compared with"
+    if different:  # the same in both is no difference
+        change(one / "contract.json", **different)
+        found = [note for note in compare_runs([one, other]).notes if "one loss curve" in note]
+        assert len(found) == (different != {"budgets_tokens": None})
+
+
+def test_anomalies_that_were_changed_on_the_way_leave_the_curve_open(tmp_path: Path) -> None:
+    """Both began alike and end alike; at which step each was changed is not recorded."""
+    runs = [make_run(tmp_path / name, 10) for name in ("one", "other")]
+    for run in runs:
+        change(run / "contract.json", former_fingerprints=["of other anomalies"])
+    assert compare_runs(runs).notes == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "size", "is_same"),
+    [
+        ({}, None, True),
+        ({}, 500, True),
+        ({"path": ["other.txt"]}, 500, False),
+        ({"type": "jsonl"}, 500, False),
+        ({}, 501, False),  # a file of the same name, such as on another machine
+    ],
+)
+def test_sets_of_one_label_and_other_files_are_told(
+    tmp_path: Path, settings: dict[str, Any], size: int | None, is_same: bool
+) -> None:
+    runs = [make_run(tmp_path / name, 20) for name in ("one", "other")]
+    for run, changes, targets in zip(runs, ({}, settings), (500, size), strict=True):
+        recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+        recipe["evaluation"]["sets"] = [{"label": "web", "type": "text", "path": ["web.txt"]} | changes]
+        (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+        if targets is not None:
+            change(run / "results.json", eval_losses={"web": {"loss": 1.0, "targets": targets}})
+    told = [note for note in compare_runs(runs).notes if "does not compare" in note]
+    assert [note.partition(":")[0] for note in told] == ([] if is_same else ["web"])
+
+
+def test_sets_and_tasks_by_tokenizer_length_and_questions(tmp_path: Path) -> None:
+    """A loss per token needs one tokenizer; bits per byte of an answer do not. Both are cut at data.seq_len."""
+    settings = {"sets": [{"label": "web", "type": "text", "path": ["w"]}], "tasks": [{"name": "py", "path": "q"}]}
+    for name, tokenizer, seq_len, questions in (
+        ("a", "x", 64, 7), ("b", "y", 64, 7), ("c", "x", 32, 7), ("d", "x", 64, 6), ("e", "x", 64, None)
+    ):  # fmt: skip
+        run, line = tmp_path / name, {"step": 1, "attempt": 1, "tokens_seen": 1000}
+        write_lines(run, [step_line(1), {**line, "eval/loss/web": 2.0, "eval/py/bits_per_byte": 1.0}])
+        contract = {"data": {"seq_len": seq_len}}
+        write(run / "contract.json", {"contract": contract, "store_fingerprint": name})
+        write(run / "model/tokenizer.json", tokenizer)
+        write(run / "results.json", {"eval_tasks": {"py": {"questions": questions}}} if questions else {})
+        (run / "recipe.yaml").write_text(yaml.safe_dump({"name": name, "evaluation": settings}))
+
+    def told(*names: str) -> list[str]:
+        notes = compare_runs([tmp_path / name for name in names]).notes
+        return [note.partition(":")[0] for note in notes if "does not compare" in note]
+
+    assert [told("a", name) for name in "bcde"] == [["web"], ["web", "py"], ["py"], []]
+    (tmp_path / "a/model/tokenizer.json").unlink()
+    assert told("a", "e") == ["web"], "which tokenizer it was is not known"
 
 
 def test_long_values_show_where_they_differ(runs: list[Path]) -> None:
@@ -97,7 +191,7 @@ def test_runs_of_other_machines_and_versions(runs: list[Path], tmp_path: Path) -
     (empty / "attempts").mkdir(parents=True)
     broken = make_run(tmp_path / "broken")
     (broken / "contract.json").write_text('{"contract": {"train": [1], "model": "x", "optimizer": 3}}')
-    (broken / "recipe.yaml").write_text("a: &a [1]\nb: [*a, *a]\n")
+    (broken / "recipe.yaml").write_text("name: broken\nname: twice\n")
     for name in ("plan.json", "environment.json", "outcome.json", "start.json"):
         (broken / "attempts/1" / name).write_text("{ damaged")
     found = compare_runs([old, running, empty, broken, runs[0]])
@@ -160,3 +254,26 @@ def test_the_command(runs: list[Path], tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(UserError, match="typo"):
         CliRunner().invoke(app, ["report", "typo"], catch_exceptions=False)
     assert not Path("typo").exists(), "a report of nothing makes no folder"
+
+
+def test_options_of_a_report_that_would_do_nothing_are_refused(
+    runs: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def invoke(*options: str) -> None:
+        CliRunner().invoke(app, ["report", str(runs[0]), *options], catch_exceptions=False)
+
+    monkeypatch.setattr("turbolm.report.live.follow", lambda *_: pytest.fail("served"))
+    with pytest.raises(UserError, match="^--out: --follow serves the page and writes none"):
+        invoke("--follow", "--out", "page.html")
+    for port in ("0", "8788"):  # the default too
+        with pytest.raises(UserError, match="^--port: nothing is served without --follow"):
+            invoke("--port", port)
+    assert not (runs[0] / "report.html").exists()
+    served: list[tuple[Path, int]] = []
+    monkeypatch.setattr("turbolm.report.live.follow", lambda *given: served.append(given))
+    invoke("--follow", "--port", "0")
+    invoke("--follow")
+    assert served == [(runs[0], 0), (runs[0], 8788)]
+    monkeypatch.setitem(sys.modules, "turbolm.report.live", None)  # its import fails
+    invoke("--out", str(runs[0] / "elsewhere.html"))
+    assert (runs[0] / "elsewhere.html").exists()

@@ -157,6 +157,26 @@ def test_only_reads_from_this_machine_are_answered(server: ReportServer, run: Pa
     assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*")}
 
 
+def test_only_a_bad_request_is_called_one(
+    server: ReportServer, run: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """What fails while the page is made is not the browser's fault: it has its traceback where the server runs."""
+    write(run / "results.json", {"evaluations": [{}]})
+    status, page = ask(server, f"/{server.secret}/")
+    assert status == 200 and "Damaged evaluations in the results, which are not shown: 1" in page
+
+    def unreadable(*_: object) -> None:
+        raise PermissionError(13, "Permission denied", "results.json")
+
+    monkeypatch.setattr("turbolm.report.live.read_run", unreadable)
+    status, text = ask(server, f"/{server.secret}/")
+    assert (status, text.partition(":")[0]) == (503, "the run cannot be read now") and "Permission denied" in text
+    monkeypatch.setattr("turbolm.report.live.read_run", lambda *_: {}["a bug"])
+    with pytest.raises(http.client.RemoteDisconnected):
+        ask(server, f"/{server.secret}/")
+    assert "KeyError: 'a bug'" in capfd.readouterr().err
+
+
 def test_a_run_that_has_not_begun_is_followed(tmp_path: Path) -> None:
     (tmp_path / "attempts").mkdir()
     with ReportServer(tmp_path, 0) as server:

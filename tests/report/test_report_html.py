@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.report.made import make_run, step_line, write, write_lines
+from tests.report.made import make_run, write
 from tests.report.page import assert_loads_nothing, chart_data
 from turbolm.report.charts import curve, kept_indices, line_chart
 from turbolm.report.html import write_report
 from turbolm.report.metrics import read_metrics
 from turbolm.report.run_charts import run_charts
+from turbolm.report.runs import read_run
 
 EVIL = "</script><script>alert(1)</script><img src=x onerror='alert(2)'>&\""
 
@@ -198,7 +199,8 @@ def test_all_that_a_run_recorded_is_on_its_page(tmp_path):
     }  # fmt: skip
     cells = ["1", "node1", "2025-10-09 08:53", "12m34s", "1 to 100", "3m20s", "finished", "0.5.0 0123456789ab"]
     assert "".join(f"<td>{cell}</td>" for cell in cells) in page
-    for text in ("matrix", "1.2s, 75.0%", "attention", "1.5s, 75.0%", "imports", "3.0s, 75.0%", "planned by hand"):
+    for text in ("matrix products", "starting operators", "1.2s, 75.0%", "attention", "1.5s, 75.0%", "imports",
+                 "3.0s, 75.0%", "fp32 master weights", "1.5 GiB, 75.0%", "planned by hand"):  # fmt: skip
         assert text in page
     assert_loads_nothing(page)
 
@@ -213,9 +215,32 @@ def test_averaged_weights_have_curves_of_their_own():
     assert charts["Accuracy"] == [("greek", [0.5]), ("greek, averaged weights", [0.75]), ("average", [0.25])]
 
 
-def test_an_evaluation_of_several_lines_is_one(tmp_path):
-    write_lines(tmp_path, [step_line(1)])
-    for name in ("web", "code"):
-        write_lines(tmp_path, [{"step": 1, "attempt": 1, "tokens_seen": 1000, f"eval/loss/{name}": 2.0}])
-    (line,) = [line for line in read_metrics(tmp_path / "metrics.jsonl") if "train/loss" not in line]
-    assert {key for key in line if key.startswith("eval/")} == {"eval/loss/web", "eval/loss/code"}
+def test_the_recipe_is_read_as_recipes_are(tmp_path: Path) -> None:
+    """YAML 1.2: `1e-1` is a number and `off` a text, which PyYAML's own loader takes for a text and for false."""
+    run = make_run(tmp_path / "run")
+    path = run / "recipe.yaml"
+    path.write_text("train: {max_grad_norm: 1e-1, fp8: off}\n")
+    found = read_run(run)
+    assert found.recipe == {"train": {"max_grad_norm": 0.1, "fp8": "off"}}
+    assert found.levels["Gradient norm"] == ("clipped above", 0.1)
+    bomb = ["a0: &a0 [x]", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 20))]
+    for damaged in ("a: [", "a: 1\na: 2\n", "[]", "a: &a [*a]", "\n".join(bomb), f"a: {'x' * 2**20}"):
+        path.write_text(damaged)
+        assert read_run(run).recipe == {}
+
+
+def test_damaged_evaluations_are_counted_and_the_others_shown(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    metrics = {"acc": {"value": 0.25, "stderr": 0.125}}
+    task = {"version": 1, "num_fewshot": 0, "examples": 12, "of": 13, "metrics": metrics}
+    record = {"model": "step-1", "command": "turbolm evaluate x", "lm_eval": "0.4", "tasks": {"arc": task}}
+    damaged = [None, {**record, "tasks": {"arc": {**task, "metrics": {"acc": 1}}}}, {"model": "x"}]
+    write(run / "results.json", {"evaluations": [damaged[0], record, *damaged[1:]]})
+    page = write_report(run).read_text()
+    assert "<td>step-1</td><td>arc</td><td>acc</td><td>0.2500</td>" in page
+    assert "Damaged evaluations in the results, which are not shown: 3<" in page
+    write(run / "results.json", {"evaluations": [record]})
+    assert "Damaged evaluations" not in write_report(run).read_text()
+    for damaged_whole in ("text", {"model": "x"}):
+        write(run / "results.json", {"evaluations": damaged_whole})
+        assert "which are not shown: 1<" in write_report(run).read_text()

@@ -19,7 +19,7 @@ from turbolm.errors import UserError
 from turbolm.files import read_json, write_json
 from turbolm.plan.machine import detect_machine
 from turbolm.redaction import redact
-from turbolm.report.evaluations import HEADING, card_section, evaluation_rows
+from turbolm.report.evaluations import HEADING, card_section, evaluation_rows, evaluations_in, whole
 from turbolm.report.html import write_report
 from turbolm.train.run_directory import RunDirectory, precision_of, run_of
 
@@ -152,12 +152,13 @@ def _keep(subject: Subject, record: dict[str, Any], say: Callable[[str], None]) 
     with _locked(path.parent):
         results = read_json(path) or {}
         asked = record["model"], record["command"]  # the same once more replaces what was found before
-        others = [one for one in results.get("evaluations", ()) if (one["model"], one["command"]) != asked]
-        results["evaluations"] = [*others, record]
+        found = evaluations_in(results)
+        again = [one for one in whole(found) if (one["model"], one["command"]) == asked]
+        results["evaluations"] = [*(one for one in found if one not in again), record]
         write_json(path, results)
         say(f"results: {path}")
         if subject.export is not None:
-            of_this = [one for one in results["evaluations"] if one["model"] == subject.name]
+            of_this = [one for one in whole(results["evaluations"]) if one["model"] == subject.name]
             is_written = update_card(subject.export, HEADING, card_section(of_this))
             left = "" if is_written else " is not what export wrote; it is left as it is"
             say(f"model card: {subject.export / 'README.md'}{left}")

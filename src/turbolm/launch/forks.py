@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from turbolm.files import read_json
 from turbolm.launch.status import find_runs, format_status, read_status
@@ -13,6 +14,7 @@ from turbolm.plan.curriculum import build_curriculum
 from turbolm.plan.preview import source_uses
 from turbolm.recipe.load import load_recipe
 from turbolm.recipe.schedules import Wsd
+from turbolm.report.held_out import LOSS, EvaluatedData, evaluated_data, is_same_data
 from turbolm.train.run_directory import RunDirectory
 from turbolm.units import align_columns, format_count
 
@@ -31,7 +33,7 @@ class ForkStatus:
     decay: str  # its shape and end
     decay_tokens: int
     eval_loss: float | None
-    held_out: list[str | int]
+    held_out: list[Any]
 
 
 def tell_runs(paths: Sequence[Path], *, detailed: bool, as_json: bool) -> str:
@@ -57,13 +59,13 @@ def read_forks(origin: Path) -> list[ForkStatus]:
         run = read_json(RunDirectory(path).contract) or {}
         came_from = run.get("origin") or {}
         if came_from.get("run") == origin.resolve().name and came_from.get("fingerprint") in known:
-            found.append(_read_fork(path, came_from, str(run.get("store_fingerprint"))))
+            found.append(_read_fork(path, came_from, run))
     return sorted(found, key=lambda one: (_NO_LOSS if one.eval_loss is None else one.eval_loss, one.name))
 
 
-def _read_fork(path: Path, came_from: dict[str, int], store: str) -> ForkStatus:
-    recipe = load_recipe(path / "recipe.yaml")
-    uses, data, schedule = source_uses(recipe, build_curriculum(recipe), None), recipe.data, recipe.schedule
+def _read_fork(path: Path, came_from: dict[str, int], record: dict[str, Any]) -> ForkStatus:
+    recipe, results = load_recipe(path / "recipe.yaml"), read_json(RunDirectory(path).results) or {}
+    uses, schedule = source_uses(recipe, build_curriculum(recipe), None), recipe.schedule
     total = sum(use.planned_tokens for use in uses)
     shape = schedule.decay_shape if isinstance(schedule, Wsd) else schedule.name
     return ForkStatus(
@@ -73,14 +75,8 @@ def _read_fork(path: Path, came_from: dict[str, int], store: str) -> ForkStatus:
         shares={use.label: use.planned_tokens / total for use in uses},
         decay=f"{shape} to {schedule.min_lr_ratio:g}",
         decay_tokens=recipe.train.budget - came_from["tokens_seen"],
-        eval_loss=(read_json(RunDirectory(path).results) or {}).get("eval_loss"),
-        held_out=[
-            store,
-            data.seq_len,
-            recipe.evaluation.tokens,
-            recipe.evaluation.from_each_source,
-            data.packing == "single",
-        ],
+        eval_loss=results.get("eval_loss"),
+        held_out=evaluated_data(LOSS, path, record, recipe.model_dump(mode="json"), results).settings,
     )
 
 
@@ -102,7 +98,7 @@ def format_forks(name: str, forks: Sequence[ForkStatus]) -> list[str]:
             )
         )
     lines = [f"forks of {name}:", align_columns(rows)]
-    if len({str(fork.held_out) for fork in forks if fork.eval_loss is not None}) > 1:
+    if not is_same_data([EvaluatedData(fork.held_out) for fork in forks if fork.eval_loss is not None]):
         lines.append(
             "their losses are of different held-out text and do not compare; forks with one list of data.sources, "
             "some of weight 0, hold out the same"

@@ -39,9 +39,9 @@ from turbolm.reliability.outcome import (
 )
 from turbolm.reliability.run_lock import RunLock
 from turbolm.reliability.stop import Seen, asked_since, look, read_seen
+from turbolm.report.attempts import attempt_numbers
 from turbolm.train.run_directory import (
     RunDirectory,
-    list_attempts,
     open_attempt,
     refuse_links_out,
     run_directory,
@@ -104,7 +104,7 @@ def refuse_without_progress(run: RunDirectory, recipe: Recipe, job_id: str) -> N
     """Raise UserError when the last starts of this job all ended where they began."""
     assert recipe.cluster.slurm is not None
     limit, step = recipe.cluster.slurm.max_attempts_without_progress, newest_step(run)
-    jobs = [read_json(run.attempt(number) / JOB) for number in list_attempts(run)]
+    jobs = [read_json(run.attempt(number) / JOB) for number in attempt_numbers(run.path)]
     idle = 0
     for job in reversed([job for job in jobs if job is not None and job["job_id"] == job_id]):
         if int(job["start_step"]) < step:

@@ -51,7 +51,7 @@ def launch(plan: Plan, run: RunDirectory, attempt: int, recipe_file: str, overri
     """
     RunLock(run.path).wait_until_free()
     folder = run.attempt(attempt)
-    arguments = ["--recipe", recipe_file, "--attempt", str(attempt), *overrides, precision_of(plan)]
+    arguments = ["--recipe", recipe_file, "--attempt", str(attempt), *overrides, precision_override(plan)]
     command = launch_command(folder / "accelerate.yaml", accelerate_config(plan), free_port(), arguments)
     process = start_ranks(command, process_environment(plan), folder / "launcher.log")
     cut_short = wait_for_ranks(process, Ranks(run, attempt, range(plan.world_size), plan.recipe.execution))
@@ -65,7 +65,7 @@ def launch(plan: Plan, run: RunDirectory, attempt: int, recipe_file: str, overri
     return outcome.exit_code
 
 
-def precision_of(plan: Plan) -> str:
+def precision_override(plan: Plan) -> str:
     """Return the override that gives all ranks the launcher's precision: nvidia-smi may fail in one of them."""
     return f"train.precision={plan.precision}"
 

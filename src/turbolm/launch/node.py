@@ -30,7 +30,7 @@ from turbolm.launch.local import (
     Ranks,
     accelerate_config,
     launch_command,
-    precision_of,
+    precision_override,
     process_environment,
     start_ranks,
     wait_for_ranks,
@@ -244,7 +244,7 @@ def node_command(
         several = ["--deepspeed_multinode_launcher", "standard", "--machine_rank", str(place.node)]
         several += ["--main_process_ip", head["address"], "--rdzv_backend", "static", "--same_network"]
     config_file = folder / f"accelerate.node{place.node}.yaml"
-    arguments = ["--recipe", recipe_file, "--attempt", str(attempt), precision_of(plan)]
+    arguments = ["--recipe", recipe_file, "--attempt", str(attempt), precision_override(plan)]
     config = accelerate_config(plan, len(nodes), place.node)
     return launch_command(config_file, config, head["main_port"], arguments, several)
 

@@ -20,8 +20,10 @@ from turbolm.launch.queue import find_queued
 from turbolm.reliability.outcome import COMPLETE, FINISHED, REFUSED, read_outcome
 from turbolm.reliability.run_lock import RunLock, is_gone, this_process
 from turbolm.reliability.stop import ask_to_stop
+from turbolm.report.attempts import attempt_numbers, hosts_of
 from turbolm.report.metrics import is_number, read_lines
-from turbolm.train.run_directory import RunDirectory, list_attempts, starter_of
+from turbolm.report.runs import is_run
+from turbolm.train.run_directory import RunDirectory, starter_of
 from turbolm.units import align_columns, format_count, format_duration
 
 _SILENT_SEC = 900  # an attempt that neither ended nor wrote anything for that long was probably killed
@@ -52,15 +54,15 @@ def find_runs(runs_dir: Path) -> list[Path]:
     """The run directories in a folder, by name."""
     if not runs_dir.is_dir():
         raise UserError(f"{runs_dir} is not there; name the folder of the runs with --runs")
-    return sorted(path for path in runs_dir.iterdir() if _is_run(path))
+    return sorted(path for path in runs_dir.iterdir() if is_run(path))
 
 
 def read_status(path: Path, now: float | None = None) -> RunStatus:
     """The status of the run in `path`. Raises UserError when there is none."""
-    if not _is_run(path):
+    if not is_run(path):
         raise UserError(f"{path} is not a run directory")
     run = RunDirectory(path)
-    attempts = [_read_attempt(run, number) for number in list_attempts(run)]
+    attempts = [_read_attempt(run, number) for number in attempt_numbers(path)]
     steps = [line for line in read_lines(run.metrics) if "train/loss" in line]
     last = steps[-1] if steps else {}
     plans = (read_json(run.attempt(one["attempt"]) / "plan.json") for one in attempts[::-1])
@@ -166,10 +168,7 @@ def _trouble_lines(run: RunStatus) -> list[str]:
 def _read_attempt(run: RunDirectory, number: int) -> dict[str, Any]:
     folder = run.attempt(number)
     outcome, job = read_outcome(folder), read_json(folder / JOB) or {}
-    environment = read_json(folder / "environment.json") or {}
-    starter = starter_of(folder)
-    hosts, restarts = job.get("hosts"), job.get("restarts", 0)
-    host = environment.get("host") or (starter and starter.host)
+    restarts = job.get("restarts", 0)
     return {
         "attempt": number,
         "status": outcome and outcome.status,
@@ -177,7 +176,7 @@ def _read_attempt(run: RunDirectory, number: int) -> dict[str, Any]:
         "ended_unix_sec": outcome and outcome.unix_time,
         "job_id": job.get("job_id"),
         "restarts": restarts if isinstance(restarts, int) else 0,
-        "hosts": [str(one) for one in hosts] if isinstance(hosts, list) and hosts else [str(host)] if host else [],
+        "hosts": hosts_of(folder),
         "reason": outcome and outcome.message,
         "log": str(_log_of(folder)),
     }
@@ -227,7 +226,3 @@ def _last_sign(run: RunDirectory, attempts: list[dict[str, Any]]) -> float | Non
         with suppress(OSError):  # gone meanwhile
             times.append(path.stat().st_mtime)
     return max(times, default=None)
-
-
-def _is_run(path: Path) -> bool:
-    return any((path / name).exists() for name in ("attempts", "submissions", "contract.json"))

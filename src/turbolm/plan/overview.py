@@ -14,8 +14,8 @@ from turbolm.plan.fitting import ways_that_fit
 from turbolm.plan.search import Candidate, Goal, search
 from turbolm.plan.summary import Summary
 from turbolm.plan.text import filler_line, footprint_parts, fork_line, processes_line, restarts_line, verdict_line
-from turbolm.plan.time import format_step, shares
-from turbolm.units import format_bytes, format_count, format_duration
+from turbolm.plan.time import shares
+from turbolm.units import format_bytes, format_count, format_duration, format_step
 
 _WIDTH = 110
 _LABEL = 10

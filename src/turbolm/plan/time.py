@@ -9,13 +9,13 @@ are the same processor, so their times add up.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 from turbolm.plan.machine_rates import Link, Rates
 from turbolm.plan.work import Amounts, Unit, seconds
-from turbolm.units import format_count, format_duration
+from turbolm.units import format_count, format_duration, format_step
 
 OVERLAP = 0.8  # of the computation that communication can hide behind: it takes cores and bandwidth of its own
 _BACKWARD_SHARE = 2 / 3  # of a micro-batch's time
@@ -23,6 +23,16 @@ _MATRIX: tuple[Unit, ...] = ("matrix_flops", "matrix_bytes", "products")
 _ATTENTION: tuple[Unit, ...] = ("attention_flops", "attention_pairs", "attention_rows")
 _MEMORY: tuple[Unit, ...] = ("memory_bytes", "logits")
 _HOST: tuple[Unit, ...] = ("layers",)
+
+STEP_PARTS = {  # of a `StepTime`, by the name that is shown
+    "matrix": "matrix products",
+    "attention": "attention",
+    "memory": "memory-bound operators",
+    "host": "starting operators",
+    "recomputation": "recomputation",
+    "optimizer": "optimizer",
+    "communication": "exposed communication",
+}
 
 Window = Literal["none", "forward", "backward", "both", "last backward"]
 
@@ -69,8 +79,7 @@ class StepTime:
     @property
     def total(self) -> float:
         """Return the seconds of a step."""
-        parts = (self.matrix, self.attention, self.memory, self.host, self.recomputation)
-        return sum(parts) + self.optimizer + self.communication
+        return float(sum(getattr(self, part) for part in STEP_PARTS))
 
 
 def step_time(work: StepWork, rates: Rates) -> StepTime:
@@ -192,18 +201,5 @@ def time_lines(one: Bill, rates: Rates) -> Iterator[str]:
 
 def shares(step: StepTime) -> Iterable[tuple[str, float]]:
     """Return the share of each part of a step, largest first."""
-    parts: Mapping[str, float] = {
-        "matrix products": step.matrix,
-        "attention": step.attention,
-        "memory-bound operators": step.memory,
-        "starting operators": step.host,
-        "recomputation": step.recomputation,
-        "optimizer": step.optimizer,
-        "exposed communication": step.communication,
-    }
-    return sorted(((name, value / step.total) for name, value in parts.items()), key=lambda item: -item[1])
-
-
-def format_step(sec: float) -> str:
-    """Return a step's duration as text, in ms below a second."""
-    return f"{sec * 1e3:.3g} ms" if sec < 1 else format_duration(sec)
+    parts = ((name, getattr(step, part) / step.total) for part, name in STEP_PARTS.items())
+    return sorted(parts, key=lambda item: -item[1])

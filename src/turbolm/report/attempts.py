@@ -82,6 +82,17 @@ def attempt_numbers(run_dir: Path) -> list[int]:
     return sorted(int(path.name) for path in (run_dir / "attempts").glob("*") if path.name.isdecimal())
 
 
+def hosts_of(folder: Path) -> list[str]:
+    """The hosts of the attempt in this folder: those of its Slurm job, or the one that it was started on."""
+    of_job = (read_json(folder / "slurm.json") or {}).get("hosts")
+    if isinstance(of_job, list) and of_job:
+        return list(map(str, of_job))
+    starter = (read_json(folder / "start.json") or {}).get("starter")
+    known = [(read_json(folder / "environment.json") or {}).get("host")]
+    known.append(starter.get("host") if isinstance(starter, dict) else None)
+    return [str(host) for host in known if host][:1]
+
+
 def _read(folder: Path, number: int, steps: Sequence[int], training_sec: float) -> Attempt:
     start, outcome = (read_json(folder / name) or {} for name in ("start.json", "outcome.json"))
     environment = read_json(folder / "environment.json") or {}
@@ -89,7 +100,7 @@ def _read(folder: Path, number: int, steps: Sequence[int], training_sec: float) 
     ended, status = outcome.get("unix_time"), outcome.get("status")
     return Attempt(
         number=number,
-        hosts=_hosts(folder, start, environment),
+        hosts=tuple(hosts_of(folder)),
         started_unix_sec=float(started) if is_number(started) and 0 <= started < 2**40 else None,
         ended_unix_sec=float(ended) if is_number(ended) else None,
         status=str(status) if status else None,
@@ -99,12 +110,3 @@ def _read(folder: Path, number: int, steps: Sequence[int], training_sec: float) 
         training_sec=training_sec,
         environment=environment,
     )
-
-
-def _hosts(folder: Path, start: dict[str, Any], environment: dict[str, Any]) -> tuple[str, ...]:
-    of_job = (read_json(folder / "slurm.json") or {}).get("hosts")
-    if isinstance(of_job, list) and of_job:
-        return tuple(map(str, of_job))
-    starter = start.get("starter")
-    host = environment.get("host") or (starter.get("host") if isinstance(starter, dict) else None)
-    return (str(host),) if host else ()

@@ -9,6 +9,8 @@ from typing import Annotated
 import typer
 from typer import Option
 
+from turbolm.errors import UserError
+
 _DEFAULT_PORT = 8788
 
 
@@ -17,17 +19,25 @@ def report(
     follow: Annotated[
         bool, Option("--follow", help="serve a page that goes on while the run trains; read-only, this machine alone")
     ] = False,
-    port: Annotated[int, Option(min=0, max=65535, help="with --follow: of 127.0.0.1; 0: any free one")] = _DEFAULT_PORT,
-    out: Annotated[Path | None, Option(help="the page to write; default: RUN/report.html")] = None,
+    port: Annotated[
+        int | None,
+        Option(min=0, max=65535, help=f"with --follow: of 127.0.0.1; 0: any free one; default: {_DEFAULT_PORT}"),
+    ] = None,
+    out: Annotated[Path | None, Option(help="without --follow: the page to write; default: RUN/report.html")] = None,
 ) -> None:
     """Write a page with the run's curves, or serve it while the run trains."""
+    if follow and out is not None:
+        raise UserError("--out: --follow serves the page and writes none; leave out one of the two")
+    if port is not None and not follow:
+        raise UserError("--port: nothing is served without --follow; add it, or leave out --port")
+    if follow:
+        from turbolm.report.live import follow as serve
+
+        serve(run, _DEFAULT_PORT if port is None else port)
+        return
     from turbolm.report.html import write_report
-    from turbolm.report.live import follow as serve
     from turbolm.report.runs import check_runs
 
-    if follow:
-        serve(run, port)
-        return
     check_runs([run])
     print(write_report(run, out))
 

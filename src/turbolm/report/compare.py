@@ -3,21 +3,23 @@ their configuration. Reads run directories, which may come from other machines. 
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from turbolm.recipe.contract import comparable
 from turbolm.recipe.schema import CONTRACT_SECTIONS
+from turbolm.report.held_out import LOSS, EvaluatedData, evaluated_data, evaluated_name, is_same_data
 from turbolm.report.metrics import AXES, SEC, STEP_SEC, Line, values
 from turbolm.report.runs import RunData, check_runs, read_run
 
 TAIL = 0.05  # of the way to a place, over which the training loss there is averaged
 _NOT_EXECUTION = {*CONTRACT_SECTIONS, "name", "extends"}
 _PLANNED = ("device", "precision", "world_size", "processes_per_node", "threads_per_process", "batch")
-_EVALUATED = "eval/loss/"
+_EVALUATED = f"{LOSS}/"
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Comparison:
     common: dict[str, float]  # the last place of the shortest run by axis, where losses are compared
     figures: list[dict[str, Any]]  # by run; None is unknown
     differences: list[Difference]
-    notes: list[str] = field(default_factory=list)
+    notes: list[str]
 
     def as_dict(self) -> dict[str, Any]:
         """Return it in plain JSON types. The keys are a stable interface."""
@@ -61,9 +63,7 @@ def compare_runs(folders: list[Path]) -> Comparison:
     common = {axis: min((lines[-1].get(key) or 0) for lines in trained) for axis, key in AXES.items() if trained}
     common = {axis: place for axis, place in common.items() if place}
     figures = [_figures(run, common) for run in runs]
-    notes: list[str] = []
-    differences = [*_configuration(labels, runs, notes)]
-    return Comparison(labels, runs, common, figures, differences, [*_notes(labels, runs), *notes])
+    return Comparison(labels, runs, common, figures, list(_configuration(runs)), _notes(labels, runs))
 
 
 def _figures(run: RunData, common: Mapping[str, float]) -> dict[str, Any]:
@@ -139,38 +139,54 @@ def _median(lines: Sequence[Line], key: str) -> float | None:
 
 
 def _notes(labels: Sequence[str], runs: Sequence[RunData]) -> list[str]:
-    notes = [
-        f"{label}: no step in its metrics.jsonl: nothing was trained, or the file was not copied"
-        for label, run in zip(labels, runs, strict=True)
-        if not any("train/loss" in line for line in run.metrics)
-    ]
-    fingerprints = {str(run.contract.get("fingerprint")) for run in runs}
-    if len(fingerprints) == 1 and all(run.contract.get("fingerprint") for run in runs):
-        notes.append("the runs have one learning contract: they follow one loss curve, up to rounding")
-    if len({_held_out(run) for run in runs if any("eval/loss" in line for line in run.metrics)}) > 1:
-        notes.append("their held-out losses are of different text or other sequences, and do not compare")
-    return notes
-
-
-def _held_out(run: RunData) -> str:
-    """What the held-out loss depends on besides the model."""
-    contract, evaluation = run.contract.get("contract"), run.recipe.get("evaluation")
-    data = contract.get("data") if isinstance(contract, dict) else None
-    data, evaluation = (one if isinstance(one, dict) else {} for one in (data, evaluation))
-    shape = data.get("seq_len"), data.get("packing", "best_fit") == "single"
-    documents = evaluation.get("tokens"), bool(evaluation.get("from_each_source"))
-    return str((run.contract.get("store_fingerprint"), *shape, *documents))
-
-
-def _configuration(labels: Sequence[str], runs: Sequence[RunData], notes: list[str]) -> Iterator[Difference]:
-    """Yield what differs in the resolved configurations; `notes` gets what could not be compared."""
-    contracts = [run.contract.get("contract") for run in runs]
-    known = [_comparable(one) for one in contracts]
-    for label, run, one in zip(labels, runs, known, strict=True):
-        if one is None:
+    """What to know of the comparison: what is missing of a run, what is the same in all, what does not compare."""
+    notes = []
+    for label, run in zip(labels, runs, strict=True):
+        if not any("train/loss" in line for line in run.metrics):
+            notes.append(f"{label}: no step in its metrics.jsonl: nothing was trained, or the file was not copied")
+        if _comparable(run.contract.get("contract")) is None:
             notes.append(f"{label}: contract.json is missing or damaged, so its learning contract is not compared")
         if not run.recipe:
             notes.append(f"{label}: recipe.yaml is missing or damaged, so its execution is not compared")
+    curves = [_curve(run) for run in runs]
+    if len(runs) > 1 and None not in curves and len(set(curves)) == 1:
+        notes.append("the runs have one learning contract, token store and history: one loss curve, up to rounding")
+    return [*notes, *_incomparable(runs)]
+
+
+def _curve(run: RunData) -> str | None:
+    """What decides the loss curve of a run; None where its contract.json does not tell all of it."""
+    record = run.contract
+    budgets, former = record.get("budgets_tokens"), record.get("former_fingerprints", [])
+    contract, store = record.get("fingerprint"), record.get("store_fingerprint")
+    if not (contract and store and isinstance(budgets, list) and isinstance(former, list)):
+        return None
+    if len(former) >= len(budgets):  # `anomalies` was changed on the way, at a step that is not recorded
+        return None
+    return json.dumps([contract, store, budgets, former, record.get("origin")], sort_keys=True)  # origin: of a fork
+
+
+def _incomparable(runs: Sequence[RunData]) -> Iterator[str]:
+    """Yield a note for each evaluation that has one name in several runs, but not the same data."""
+    found: dict[str, list[EvaluatedData]] = {}
+    for run in runs:
+        keys = dict.fromkeys(key for line in run.metrics if "train/loss" not in line for key in line)
+        for key in keys:
+            if evaluated_name(key) is not None:
+                found.setdefault(key, []).append(evaluated_data(key, run.path, run.contract, run.recipe, run.results))
+    for key, data in found.items():
+        if is_same_data(data):
+            continue
+        if key == LOSS:
+            yield "their held-out losses are of different text or other sequences, and do not compare"
+        else:
+            yield f"{evaluated_name(key)}: not the same files, text or sequences in all runs, so it does not compare"
+
+
+def _configuration(runs: Sequence[RunData]) -> Iterator[Difference]:
+    """Yield what differs in the resolved configurations."""
+    contracts = [run.contract.get("contract") for run in runs]
+    known = [_comparable(one) for one in contracts]
     full = [dict(_flat(one)) if isinstance(one, dict) else {} for one in contracts]
     for found in _different("contract", [None if one is None else dict(_flat(one)) for one in known]):
         # A value that means "as before this key" is left out of the comparison, not of what is shown.
@@ -209,11 +225,12 @@ def _same(left: object, right: object) -> bool:
 
 
 def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield dotted keys and their values; entries of lists that are mappings have keys of their own."""
+    """Yield dotted keys and their values; entries of lists that are mappings have keys of their own. What is empty has
+    none: the entries that others have tell that it differs."""
     entries: Any = None
-    if isinstance(value, Mapping) and value:
+    if isinstance(value, Mapping):
         entries = value.items()
-    elif isinstance(value, list) and value and all(isinstance(entry, Mapping) for entry in value):
+    elif isinstance(value, list) and all(isinstance(entry, Mapping) for entry in value):
         entries = enumerate(value)
     if entries is None:
         yield key, value

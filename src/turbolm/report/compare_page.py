@@ -14,7 +14,7 @@ from turbolm.report.metrics import is_number
 from turbolm.report.page import render_page
 from turbolm.report.planned import LABELS, Row
 from turbolm.report.run_charts import SMALL, axis_curve, evaluation_charts
-from turbolm.units import align_columns, format_bytes, format_count, format_duration
+from turbolm.units import align_columns, format_bytes, format_count, format_duration, format_step
 
 Cells = list[str]
 _WIDEST = 46  # characters of a value in a terminal
@@ -23,10 +23,6 @@ _NONE = "–"
 
 def _loss(value: float) -> str:
     return f"{value:.4f}"
-
-
-def _step(value: float) -> str:
-    return f"{value * 1e3:.3g} ms" if value < 1 else format_duration(value)
 
 
 _FIGURES: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
@@ -42,7 +38,7 @@ _FIGURES: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
 )
 _SPEEDS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("tokens/s, median", "tokens_per_sec", format_count),
-    ("step, median", "step_sec", _step),
+    ("step, median", "step_sec", format_step),
     ("MFU, median", "mfu", "{:.1%}".format),
     ("peak memory of a process", "peak_bytes", format_bytes),
 )

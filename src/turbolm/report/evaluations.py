@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +31,28 @@ def evaluation_rows(records: Sequence[dict[str, Any]]) -> list[list[str]]:
     ]
 
 
-def read_evaluations(run_dir: Path) -> list[dict[str, Any]]:
-    """Return the evaluations of a run, in the order in which they were made."""
-    found = (read_json(run_dir / name) or {} for name in ("results.json", "evaluation.json"))
-    return next((list(one["evaluations"]) for one in found if one.get("evaluations")), [])
+def read_evaluations(run_dir: Path) -> list[Any]:
+    """Return the evaluations of a run as its files have them, also damaged ones, in the order they were made."""
+    found = (evaluations_in(read_json(run_dir / name) or {}) for name in ("results.json", "evaluation.json"))
+    return next(filter(None, found), [])
+
+
+def evaluations_in(results: Mapping[str, Any]) -> list[Any]:
+    """Return the evaluations in the contents of a file."""
+    given = results.get("evaluations") or []
+    return given if isinstance(given, list) else [given]
+
+
+def whole(records: Sequence[Any]) -> list[dict[str, Any]]:
+    """Return the records that can be shown: a file may have been edited, or come from another version."""
+    return [one for one in records if _is_whole(one)]
+
+
+def _is_whole(record: Any) -> bool:
+    try:
+        return bool(card_section([record]))
+    except (LookupError, TypeError, ValueError, AttributeError):
+        return False
 
 
 def _number(value: float | None) -> str:

@@ -9,12 +9,12 @@ from typing import Any
 
 from turbolm.files import write_atomic
 from turbolm.report.attempts import HEAD
-from turbolm.report.evaluations import COLUMNS, evaluation_rows, read_evaluations
+from turbolm.report.evaluations import COLUMNS, evaluation_rows, whole
 from turbolm.report.metrics import Line, is_number, values
 from turbolm.report.page import format_rows, format_value, render_page
 from turbolm.report.run_charts import run_charts
-from turbolm.report.runs import RunData, read_run, step_parts
-from turbolm.units import format_bytes, format_count, format_duration
+from turbolm.report.runs import Parts, RunData, read_run, step_parts
+from turbolm.units import format_bytes, format_count, format_step
 
 _TILES = (
     ("training loss", "train/loss", "{:.4g}".format),
@@ -38,7 +38,7 @@ def write_report(run_dir: Path, out: Path | None = None) -> Path:
 def render_report(run: RunData, live: dict[str, Any] | None = None) -> str:
     """The page of a run. `live` is where a page that a server keeps up to date goes on from."""
     loss, *charts = run_charts(run.metrics, run.anomalies, run.levels)
-    environment = run.environment
+    environment, evaluations = run.environment, whole(run.evaluations)
     attempts = [attempt.row() for attempt in run.attempts]
     tiles = last_tiles(run.metrics) if live else [*last_tiles(run.metrics), *_median_tiles(run.metrics)]
     return render_page(
@@ -50,9 +50,10 @@ def render_report(run: RunData, live: dict[str, Any] | None = None) -> str:
         charts=charts,
         planned=[[row.label, *row.texts] for row in run.planned],
         planned_notes=run.planned_notes,
-        parts=[(title, _bars(title, parts)) for title, parts in step_parts(run)],
+        parts=[(parts.title, _bars(parts)) for parts in step_parts(run)],
         results=format_rows({key: value for key, value in run.results.items() if key != "evaluations"}),
-        evaluations=evaluation_rows(read_evaluations(run.path)),
+        evaluations=evaluation_rows(evaluations),
+        num_damaged_evaluations=len(run.evaluations) - len(evaluations),
         evaluation_columns=COLUMNS,
         anomalies=[_anomaly(line) for line in run.anomalies],
         attempt_columns=HEAD,
@@ -77,18 +78,12 @@ def _median_tiles(metrics: Sequence[Line]) -> list[tuple[str, str]]:
     return [(name, show(statistics.median(value for _, value in found))) for name, show, found in shown if found]
 
 
-def _bars(title: str, parts: Any) -> list[tuple[str, str, float]]:
+def _bars(parts: Parts) -> list[tuple[str, str, float]]:
     """Name, text and share in percent of each part, largest first."""
-    show = format_bytes if "memory" in title else _seconds
-    total = sum(parts.values())
-    ordered = sorted(parts.items(), key=lambda part: -part[1])
-    return [
-        (name.replace("_", " "), f"{show(value)}, {value / total:.1%}", 100 * value / total) for name, value in ordered
-    ]
-
-
-def _seconds(value: float) -> str:
-    return f"{value * 1e3:.3g} ms" if value < 1 else format_duration(value)
+    show = format_bytes if parts.unit == "bytes" else format_step
+    total = sum(parts.values.values())
+    ordered = sorted(parts.values.items(), key=lambda part: -part[1])
+    return [(name, f"{show(value)}, {value / total:.1%}", 100 * value / total) for name, value in ordered]
 
 
 def _anomaly(line: Line) -> list[str]:

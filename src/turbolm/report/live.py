@@ -13,7 +13,7 @@ import json
 import math
 import secrets
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -135,23 +135,31 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             address = urlsplit(self.path)
             host = urlsplit(f"//{self.headers.get('Host', '')}").hostname
-            if host not in _LOCAL_NAMES:  # another site's name for this machine
-                self._answer(403, "text/plain", "this page is for http://127.0.0.1 alone")
-            elif secrets.compare_digest(address.path.encode(), f"/{self.server.secret}/".encode()):
-                self._answer(200, "text/html", self.server.page())
-            elif secrets.compare_digest(address.path.encode(), f"/{self.server.secret}/lines".encode()):
-                news = self.server.news(Cursor.parse(dict(parse_qsl(address.query))))
-                self._answer(200, "application/json", json.dumps(news))
-            elif address.path == "/favicon.ico":  # browsers ask for it
-                self._answer(204, "image/x-icon", "")
-            else:
-                self._answer(404, "text/plain", "there is nothing here; `turbolm report --follow` says the address")
-        except (ValueError, KeyError):
-            self._answer(400, "text/plain", "not a request of this page")
-        except ConnectionError:
-            pass  # the browser has gone
+        except ValueError:
+            return self._refuse_request()
+        if host not in _LOCAL_NAMES:  # another site's name for this machine
+            return self._answer(403, "text/plain", "this page is for http://127.0.0.1 alone")
+        if secrets.compare_digest(address.path.encode(), f"/{self.server.secret}/".encode()):
+            return self._answer_from_run("text/html", self.server.page)
+        if secrets.compare_digest(address.path.encode(), f"/{self.server.secret}/lines".encode()):
+            try:
+                cursor = Cursor.parse(dict(parse_qsl(address.query)))
+            except (ValueError, KeyError):
+                return self._refuse_request()
+            return self._answer_from_run("application/json", lambda: json.dumps(self.server.news(cursor)))
+        if address.path == "/favicon.ico":  # browsers ask for it
+            return self._answer(204, "image/x-icon", "")
+        return self._answer(404, "text/plain", "there is nothing here; `turbolm report --follow` says the address")
+
+    def _refuse_request(self) -> None:
+        self._answer(400, "text/plain", "not a request of this page")
+
+    def _answer_from_run(self, kind: str, make: Callable[[], str]) -> None:
+        try:
+            text = make()
         except OSError as error:
-            self._answer(503, "text/plain", f"the run cannot be read now: {explain_os_error(error)}")
+            return self._answer(503, "text/plain", f"the run cannot be read now: {explain_os_error(error)}")
+        return self._answer(200, kind, text)
 
     def _answer(self, status: int, kind: str, text: str) -> None:
         content = text.encode()

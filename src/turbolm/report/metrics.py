@@ -42,9 +42,7 @@ def history(lines: Sequence[Line]) -> list[Line]:
             if isinstance(back_to, int):
                 kept = {key: one for key, one in kept.items() if key[0] <= back_to}
         elif not redone:
-            key = line["step"], "train/loss" not in line
-            before = kept.get(key, {}) if key[1] else {}  # an evaluation may take several lines
-            kept[key] = before | line if before.get("attempt") == line["attempt"] else line
+            kept[line["step"], "train/loss" not in line] = line
     return [kept[key] for key in sorted(kept)]
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from turbolm.files import read_json
 from turbolm.report.metrics import Line, is_number, read_lines
 from turbolm.report.page import format_value
-from turbolm.units import format_duration
+from turbolm.units import format_step
 
 _FIRST_STEPS = 2  # of an attempt, which load kernels and compile, and are left out where there are more
 LABELS = {"step_sec": "step", "tokens_per_sec": "tokens/s", "mfu": "MFU", "peak_bytes": "peak memory"}
@@ -115,7 +115,7 @@ def _difference(figure: str, planned: float | None, measured: float | None) -> s
 
 def _text(figure: str, value: float | None) -> str:
     if value is not None and figure == "step_sec":
-        return f"{value * 1e3:.3g} ms" if value < 1 else format_duration(value)
+        return format_step(value)
     return format_value(figure, value)
 
 

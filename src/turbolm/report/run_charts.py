@@ -54,7 +54,7 @@ def run_charts(metrics: Sequence[Line], anomalies: Sequence[Line], levels: Mappi
         line_chart("Learning rate", lrs, resumes=resumes, from_zero=True),
     ]
     for title, key, color, divisor in SMALL:
-        name = title.partition(",")[0].lower() if divisor != 1 or key == STEP_SEC else _last_word(key)
+        name = title[0].lower() + title[1:].partition(",")[0]
         curves = [axis_curve(name, color, metrics, key, "noisy", divisor)]
         curves += [axis_curve(name, color, metrics, key, style) for name, key, color, style in _BESIDE.get(title, ())]
         if curves[0]["x"] or title == "Gradient norm":
@@ -118,10 +118,6 @@ def axis_curve(
 
 def _has_place(line: Line) -> bool:
     return is_number(line.get("tokens_seen"))
-
-
-def _last_word(key: str) -> str:
-    return key.partition("/")[2].replace("_", " ")
 
 
 def _level(level: Level | None, metrics: Sequence[Line]) -> list[Curve]:

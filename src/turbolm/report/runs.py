@@ -8,13 +8,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import yaml
+from types import MappingProxyType
+from typing import Any, Literal
 
 from turbolm.errors import UserError, explain_os_error
 from turbolm.files import read_json
+from turbolm.plan.footprint import PARTS
+from turbolm.plan.time import STEP_PARTS
+from turbolm.recipe.document import MAX_FILE_BYTES, Problem, parse_document
 from turbolm.report.attempts import Attempt, read_attempts
+from turbolm.report.evaluations import read_evaluations
 from turbolm.report.metrics import Line, add_times, history, is_number, read_lines
 from turbolm.report.planned import Row, compare
 from turbolm.report.run_charts import GIB, Level
@@ -31,6 +34,7 @@ class RunData:
     anomalies: list[Line]
     attempts: list[Attempt]
     results: dict[str, Any]
+    evaluations: list[Any]  # those of lm-evaluation-harness, also damaged ones
     recipe_text: str
     recipe: dict[str, Any]
     contract: dict[str, Any]  # contract.json
@@ -75,13 +79,18 @@ def check_runs(folders: list[Path]) -> None:
         raise UserError("\n".join(problems))
 
 
+def is_run(path: Path) -> bool:
+    """Whether the folder is a run directory. Raises OSError where that cannot be seen."""
+    return any((path / sign).exists() for sign in _SIGNS)
+
+
 def _why_no_run(path: Path) -> str:
     try:
         if not path.exists():
             return f"{path}: there is no such folder"
         if (path / "ablation.json").is_file():
             return f"{path}: an ablation, not a run; its report.html and ablation.json compare its runs"
-        if not any((path / sign).exists() for sign in _SIGNS):
+        if not is_run(path):
             return f"{path}: not a run directory: it has none of {', '.join(_SIGNS)}"
     except OSError as error:
         return f"{path}: {explain_os_error(error)}"
@@ -108,8 +117,9 @@ def read_run(path: Path, lines: list[Line] | None = None) -> RunData:
         anomalies=[line for line in lines if "anomaly" in line],
         attempts=attempts,
         results=results,
+        evaluations=read_evaluations(path),
         recipe_text=text,
-        recipe=_yaml(text),
+        recipe=_parse(text),
         contract=read_json(path / "contract.json") or {},
         plan=(read_json(path / "attempts" / str(trained[-1]) / "plan.json") or {}) if trained else {},
         planned=planned,
@@ -117,30 +127,42 @@ def read_run(path: Path, lines: list[Line] | None = None) -> RunData:
     )
 
 
-def step_parts(run: RunData) -> list[tuple[str, Mapping[str, float]]]:
-    """What the memory and the time of a step go to: as planned, and as the last profile found; only what is known."""
+@dataclass(frozen=True)
+class Parts:
+    """What the memory or the time of something goes to, by name."""
+
+    title: str
+    unit: Literal["bytes", "sec"]
+    values: dict[str, float]
+
+
+def step_parts(run: RunData) -> list[Parts]:
+    """What memory and time go to: of a step as planned and as the last profile found, and of the last start-up.
+
+    Only what is known, and only what is above 0.
+    """
     expected = run.plan.get("planned")
     expected = expected if isinstance(expected, dict) else {}
     found = [
-        ("Planned memory at the worst moment of a step", expected.get("peak_parts")),
-        ("Planned time of a step", expected.get("step_parts")),
+        Parts("Planned memory at the worst moment of a step", "bytes", _numbers(expected.get("peak_parts"), PARTS)),
+        Parts("Planned time of a step", "sec", _numbers(expected.get("step_parts"), STEP_PARTS)),
     ]
     for attempt in reversed(run.attempts):
         profile = read_json(run.path / "attempts" / str(attempt.number) / "profile" / "rank0.summary.json") or {}
-        shares, step_sec = profile.get("shares"), profile.get("step_sec")
-        if isinstance(shares, dict) and is_number(step_sec):
-            parts = {str(kind): share * step_sec for kind, share in shares.items() if is_number(share)}
-            found.append((f"Time of a step in the profile of attempt {attempt.number}, rank 0", parts))
+        shares, step_sec = _numbers(profile.get("shares")), profile.get("step_sec")
+        if shares and is_number(step_sec):
+            seconds = {kind: share * step_sec for kind, share in shares.items()}
+            found.append(Parts(f"Time of a step in the profile of attempt {attempt.number}, rank 0", "sec", seconds))
             break
-    started = [read_json(run.path / "attempts" / str(one.number) / "start-up.json") for one in run.attempts]
-    if started and started[-1]:
-        found.append((f"Start-up of attempt {run.attempts[-1].number}", started[-1].get("seconds")))
-    kept = [(title, _numbers(parts)) for title, parts in found if isinstance(parts, dict)]
-    return [(title, parts) for title, parts in kept if parts]
+    for attempt in run.attempts[-1:]:
+        started = read_json(run.path / "attempts" / str(attempt.number) / "start-up.json") or {}
+        found.append(Parts(f"Start-up of attempt {attempt.number}", "sec", _numbers(started.get("seconds"))))
+    return [one for one in found if one.values]
 
 
-def _numbers(parts: Mapping[str, Any]) -> dict[str, float]:
-    return {str(name): float(value) for name, value in parts.items() if is_number(value) and value > 0}
+def _numbers(parts: object, names: Mapping[str, str] = MappingProxyType({})) -> dict[str, float]:
+    known = parts.items() if isinstance(parts, dict) else ()
+    return {names.get(part, part): float(value) for part, value in known if is_number(value) and value > 0}
 
 
 def _text(path: Path) -> str:
@@ -150,18 +172,9 @@ def _text(path: Path) -> str:
         return ""
 
 
-class _Loader(yaml.SafeLoader):
-    """Without aliases: a recipe that is written down has none, and a few of them can stand for gigabytes."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("an alias")
-        return super().compose_node(parent, index)
-
-
-def _yaml(text: str) -> dict[str, Any]:
-    try:
-        found = _Loader(text).get_single_data()
-    except (yaml.YAMLError, RecursionError, ValueError):
-        return {}
+def _parse(text: str) -> dict[str, Any]:
+    """What recipe.yaml says, as recipes are read; empty where it is damaged."""
+    problems: list[Problem] = []
+    tree = parse_document(text, "recipe.yaml", problems) if len(text) <= MAX_FILE_BYTES else None
+    found = tree.plain() if tree is not None and not problems else None
     return found if isinstance(found, dict) else {}

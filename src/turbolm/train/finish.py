@@ -27,7 +27,7 @@ from turbolm.files import read_json, write_json
 from turbolm.plan.plan import Plan
 from turbolm.redaction import redact
 from turbolm.reliability.outcome import FINISHED, Outcome, write_outcome
-from turbolm.report.evaluations import card_section, read_evaluations
+from turbolm.report.evaluations import card_section, evaluations_in, read_evaluations, whole
 from turbolm.report.html import write_report
 from turbolm.report.metrics import read_metrics, values
 from turbolm.report.planned import compare, planned_line
@@ -270,7 +270,7 @@ def model_card(run: RunDirectory, results: dict[str, Any], store: TokenStore) ->
         )
     is_averaged = bool(results.get("weight_average", {}).get("exported"))
     name = str(Origin(run.path.name, Path(results["checkpoint"]).name, is_averaged))
-    evaluated = card_section([one for one in results.get("evaluations", ()) if one["model"] == name])
+    evaluated = card_section([one for one in whole(evaluations_in(results)) if one["model"] == name])
     card = _CARD.format(
         name=results["name"],
         parameters=format_count(results["parameters"]),

@@ -35,9 +35,10 @@ from turbolm.recipe.contract import changed_keys, comparable, contract_of
 from turbolm.recipe.paths import make_folder
 from turbolm.recipe.schema import Recipe
 from turbolm.reliability.run_lock import RunLock
+from turbolm.report.attempts import attempt_numbers
 from turbolm.storage import StorageError
 from turbolm.train.run_contract import as_recorded
-from turbolm.train.run_directory import RunDirectory, list_attempts, run_directory
+from turbolm.train.run_directory import RunDirectory, run_directory
 from turbolm.units import format_bytes
 
 _STAGING = ".from-mirror"
@@ -145,7 +146,7 @@ def wait_at_stop_sec(recipe: Recipe) -> float:
 def copy_last(plan: Plan) -> None:
     """Finish the copy of a complete run, which may have ended before its last checkpoint had arrived."""
     run = run_directory(plan.recipe)
-    checkpoints, attempt = list_checkpoints(run.checkpoints), max(list_attempts(run), default=0)
+    checkpoints, attempt = list_checkpoints(run.checkpoints), max(attempt_numbers(run.path), default=0)
     job = start_mirroring(plan, attempt) if checkpoints else None
     if job is not None:
         mirroring = Mirroring(job, print)
@@ -239,7 +240,7 @@ def _take_over(staging: Path, run: RunDirectory, attempt: int) -> None:
         if path.is_file():
             target.parent.mkdir(parents=True, exist_ok=True)
             os.replace(path, target)
-    if max(list_attempts(run), default=0) < attempt:
+    if max(attempt_numbers(run.path), default=0) < attempt:
         run.attempt(attempt).mkdir(parents=True)  # the next one is counted from there
     remove_folder(staging / RUN_FILES)
     run.checkpoints.mkdir(exist_ok=True)

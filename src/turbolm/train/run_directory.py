@@ -11,7 +11,7 @@ runs/<name>/
                   start-up.json (where the time until the first step went), measured.json (what one step sent, and the
                   memory before it, for the comparison with plan.json), nccl_trace.rank<k> (torch's flight recorder,
                   where NCCL timed out),
-                  profile/ (of each rank: trace, and memory on a GPU; logging.profile),
+                  profile/ (of each rank: trace, summary, and memory on a GPU; logging.profile),
                   stop (asks this attempt alone to save and stop)
   metrics.jsonl   one line a step      checkpoints/    results.json, report.html, export/
   evaluation.json what `turbolm evaluate` found before there were results
@@ -42,6 +42,7 @@ from turbolm.recipe.paths import use_path
 from turbolm.recipe.schema import Recipe
 from turbolm.reliability.run_lock import Holder
 from turbolm.reliability.stop import Seen, look
+from turbolm.report.attempts import attempt_numbers
 
 START = "start.json"  # of an attempt
 _VERSIONED = ("turbolm", "torch", "accelerate", "deepspeed", "transformers", "tokenizers", "numpy")
@@ -126,12 +127,6 @@ def run_directory(recipe: Recipe) -> RunDirectory:
     return RunDirectory(use_path(recipe.execution.runs_dir, "execution.runs_dir") / recipe.name)
 
 
-def list_attempts(run: RunDirectory) -> list[int]:
-    """The numbers of the attempts so far, oldest first."""
-    folder = run.attempt(0).parent
-    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.is_dir() else []
-
-
 def open_attempt(run: RunDirectory, seen: Seen | None = None, starter: Holder | None = None) -> int:
     """Create the folder of a new attempt and return its number, counted from 1.
 
@@ -139,7 +134,7 @@ def open_attempt(run: RunDirectory, seen: Seen | None = None, starter: Holder | 
     process that lives as long as the attempt, where there is one.
     """
     run.attempt(0).parent.mkdir(parents=True, exist_ok=True)
-    number = max(list_attempts(run), default=0) + 1
+    number = max(attempt_numbers(run.path), default=0) + 1
     while True:
         try:
             run.attempt(number).mkdir()

@@ -2,7 +2,7 @@
 "use strict";
 (() => {
   const compact = Intl.NumberFormat("en", {notation: "compact", maximumFractionDigits: 2});
-  const short = value => value == null ? "–" : Math.abs(value) >= 1e4 ? compact.format(value) : String(Number(value.toPrecision(4)));
+  const short = value => value == null ? "–" : Math.abs(value) >= 1e4 ? compact.format(value).replace("K", "k") : String(Number(value.toPrecision(4)));
   const font = '12px system-ui, -apple-system, "Segoe UI", sans-serif';
   const TIMES = [[172800, 86400, "days"], [7200, 3600, "hours"], [120, 60, "minutes"], [0, 1, "seconds"]];
   const MANY = 20000;  // points that came while the page was open: it is loaded anew, and thinned
@@ -235,8 +235,10 @@
     let cursor = JSON.parse(live.textContent);
     const told = document.getElementById("told"), every_ms = 2000;
     const poll = async () => {
+      let answer;
       try {
-        const answer = await fetch("lines?" + new URLSearchParams(cursor), {cache: "no-store"});
+        answer = await fetch("lines?" + new URLSearchParams(cursor), {cache: "no-store"});
+        if (!answer.ok) throw new Error(await answer.text());
         const found = await answer.json();
         if (found.reload || !merge(found)) return location.reload();
         cursor = found.cursor;
@@ -244,7 +246,8 @@
         told.textContent = `live, ${found.state}; looked at ${new Date().toLocaleTimeString()}`;
         setTimeout(poll, found.more ? 0 : every_ms);
       } catch (error) {
-        told.textContent = "not live: the server does not answer; this is what it said last";
+        const why = answer ? error.message : "the server does not answer";
+        told.textContent = `not live: ${why}; this is what it said last`;
         setTimeout(poll, 5 * every_ms);
       }
     };
