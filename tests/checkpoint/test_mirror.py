@@ -144,6 +144,16 @@ def test_an_empty_folder_gets_the_newest_checkpoint_and_the_run_around_it(case: 
         copy_checkpoint(job)
 
 
+def test_a_copy_lists_the_mirror_once(folder_case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    case, listed, names = folder_case, [], storage.Remote.names
+    monkeypatch.setattr(storage.Remote, "names", lambda self: (listed.append(self.url), names(self))[1])
+    for number, step in enumerate((1, 2, 3), start=1):
+        case.save(step)
+        copy_checkpoint(replace(case.job(step), keep_last=1))
+        assert len(listed) == number
+    assert case.mirror.steps() == [3]
+
+
 def test_what_has_no_record_or_another_content_is_never_taken(case: Case, capsys: pytest.CaptureFixture[str]) -> None:
     for step in (1, 2, 3):
         case.save(step)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Event
@@ -142,13 +143,16 @@ def wait_at_stop_sec(recipe: Recipe) -> float:
     return min(wait, slurm.stop_grace / 2) if slurm is not None and "SLURM_JOB_ID" in os.environ else wait
 
 
-def copy_last(plan: Plan) -> None:
-    """Finish the copy of a complete run, which may have ended before its last checkpoint had arrived."""
+def copy_last(plan: Plan, job: UploadJob | None = None, say: Callable[[str], None] = print) -> None:
+    """Finish the copy of a complete run, which may have ended before its last checkpoint had arrived.
+
+    `job`: of a start that has claimed the mirror already.
+    """
     run = run_directory(plan.recipe)
     checkpoints, attempt = list_checkpoints(run.checkpoints), max(list_attempts(run), default=0)
-    job = start_mirroring(plan, attempt) if checkpoints else None
-    if job is not None:
-        mirroring = Mirroring(job, print)
+    job = job or (start_mirroring(plan, attempt) if checkpoints else None)
+    if job is not None and checkpoints:
+        mirroring = Mirroring(job, say)
         mirroring.request(checkpoints[-1][0])
         mirroring.finish(plan.recipe.checkpoint.mirror_wait)
 

@@ -21,12 +21,13 @@ from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from turbolm.data.prepare.cut import Dropped, cut_shards
 from turbolm.data.prepare.engines import EngineMismatch, EngineName, choose_engine
+from turbolm.data.prepare.listings import cache_folder, listing_of, tell_once
 from turbolm.data.prepare.progress import Meter, OnProgress, Progress
 from turbolm.data.prepare.reader import SHORT_KEY, SourceSizes, check_left_out, empty_files, no_documents
 from turbolm.data.prepare.same_content import (
@@ -64,10 +65,10 @@ from turbolm.data.store.token_store import (
     open_store,
 )
 from turbolm.errors import UserError, explain_os_error
-from turbolm.files import load_json, read_json, sha256_json, write_json
+from turbolm.files import load_json, sha256_json, write_json
 from turbolm.hub import tokenizer_path
 from turbolm.recipe.contract import comparable_section
-from turbolm.recipe.paths import make_folder, use_path
+from turbolm.recipe.paths import make_folder
 from turbolm.recipe.schema import Recipe
 from turbolm.recipe.sources.urls import clear_fetched, forget_urls
 from turbolm.storage import StorageError
@@ -80,7 +81,6 @@ _WORKERS_OF_A_READER: dict[EngineName, int] = {"gigatoken": 2, "words": 12, "tok
 _ENGINE_BYTES = 8 * 10**6  # a smaller corpus is done before a faster engine would be loaded and checked
 _SAMPLE_STATE = "sample.jsonl"
 _TOKENIZER_RECORD = "tokenizer-files.json"
-_RANK = "TORCHELASTIC_RUN_ID"  # in the environment of every rank of `accelerate launch`, also of a single one
 _SHARD = ("source", "tokens", "index", "train", "validation")  # the rest of a record is for resuming, or is summed up
 
 
@@ -177,7 +177,7 @@ def _folder_of(recipe: Recipe, key: str) -> Path:
 
 
 def _stores(recipe: Recipe) -> Path:
-    return use_path(recipe.execution.cache_dir, "execution.cache_dir") / "stores"
+    return cache_folder(recipe) / "stores"
 
 
 def store_key(recipe: Recipe) -> str:
@@ -192,13 +192,8 @@ def store_key(recipe: Recipe) -> str:
         key = _key(recipe, identity, recorded=True)
         if not (_folder_of(recipe, key) / MANIFEST).is_file():
             raise
-        _tell_once(f"turbolm: {error}. The token store of the files as they were last listed is used")
+        tell_once(f"{error}. The token store of the files as they were last listed is used")
         return key
-
-
-@cache
-def _tell_once(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def _tokenizer_identity(recipe: Recipe) -> list[str | int]:
@@ -219,7 +214,7 @@ def _key(recipe: Recipe, tokenizer: list[str | int], *, by_content: bool = False
         "format_version": FORMAT_VERSION,
         "shard_text_bytes": SHARD_TEXT_BYTES,
         "sources": [_content(source) for source in recipe.data.sources],
-        "files": [_listing(recipe, source, recorded) for source in recipe.data.sources],
+        "files": [listing_of(recipe, source, recorded=recorded) for source in recipe.data.sources],
         "validation": recipe.data.validation,
         "deduplicate": recipe.data.deduplicate,
     }
@@ -230,20 +225,6 @@ def _key(recipe: Recipe, tokenizer: list[str | int], *, by_content: bool = False
         content["sources"] = [without_times(source, _content(source)) for source in recipe.data.sources]
         del content["files"]
     return sha256_json(content)
-
-
-def _listing(recipe: Recipe, source: Any, recorded: bool) -> list[Any]:
-    """Return a source's listing. One with URLs is kept in the cache: ranks need no network to find their store."""
-    if not getattr(source, "has_urls", False):
-        return list(source.listing())
-    record = _stores(recipe).parent / "urls" / f"{sha256_json(list(source.path))[:16]}.json"
-    is_rank = int(os.environ.get("WORLD_SIZE") or 1) > 1 or _RANK in os.environ
-    if (is_rank or recorded) and isinstance(files := (read_json(record) or {}).get("files"), list):
-        return files
-    files = list(source.listing())
-    with suppress(OSError):  # a cache that cannot be written: the ranks ask for themselves
-        write_json(record, {"path": list(source.path), "files": files})
-    return files
 
 
 def _content(source: Any) -> dict[str, Any]:
