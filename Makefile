@@ -35,7 +35,7 @@ gpu-check: ## 3 minutes on a machine with a GPU: does it train as it should? (PY
 s3-check: setup ## the tests of object storage, with a local S3 server (installs s3fs and moto into build/s3)
 	@$(PYTHON_VENV) -m pip install --quiet --target build/s3 s3fs 'moto[server]'
 	@PYTHONPATH=build/s3 $(PYTHON_VENV) -m pytest tests/test_storage.py tests/checkpoint/test_mirror.py \
-		tests/data/test_url_sources.py $(ARGS)
+		tests/data/test_url_sources.py tests/data/test_remote_store.py $(ARGS)
 
 models: setup ## try every model type and write src/turbolm/models/README.md
 	@.venv/bin/turbolm models --write

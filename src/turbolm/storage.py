@@ -13,7 +13,8 @@ import random
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event, Timer
@@ -209,6 +210,25 @@ class Remote:
         if len(content) != end - start:
             raise OSError(f"{len(content)} bytes came instead of {end - start}")
         return content
+
+
+def download_all(remote: Remote, files: Mapping[str, dict[str, Any]], folder: Path, num_threads: int) -> list[str]:
+    """Download files below `remote` into a folder as `download_checked` does, in parallel; returns all problems.
+
+    What an interrupted call has fetched stays. Raises StorageError and OSError.
+    """
+    ended = Event()
+    with ThreadPoolExecutor(num_threads) as pool:
+        try:
+            jobs = {
+                name: pool.submit(remote.at(name).download_checked, folder / name, file, ended)
+                for name, file in files.items()
+            }
+            return [f"{remote.url}/{name}: {problem}" for name, job in jobs.items() if (problem := job.result())]
+        except BaseException:  # a request to stop, too
+            ended.set()
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def open_url(url: str, key: str) -> Remote:

@@ -33,6 +33,8 @@ def prepare_store(recipe: Recipe) -> Path:
     """The recipe's token store, built unless it is there. Ctrl-C and TERM stop it cleanly and end the process."""
 
     def kept() -> str:
+        if recipe.execution.store is not None:
+            return "what was fetched is kept"
         count, text_bytes = finished_shards(recipe)
         return f"{count} finished shards ({format_bytes(text_bytes)} of text) are kept"
 

@@ -9,9 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Event
 from typing import Any
 
 from turbolm.checkpoint.manifest import checkpoint_name, list_checkpoints, remove_folder
@@ -36,7 +34,7 @@ from turbolm.recipe.contract import changed_keys, comparable, contract_of
 from turbolm.recipe.paths import make_folder
 from turbolm.recipe.schema import Recipe
 from turbolm.reliability.run_lock import RunLock
-from turbolm.storage import StorageError
+from turbolm.storage import StorageError, download_all
 from turbolm.train.run_contract import as_recorded
 from turbolm.train.run_directory import RunDirectory, list_attempts, run_directory
 from turbolm.units import format_bytes
@@ -196,19 +194,7 @@ def _fetch(mirror: Mirror, step: int, record: dict[str, Any], run: RunDirectory,
     _check_contract(staging / contract, recipe, mirror)
     total = sum(file["bytes"] for file in wanted.values())
     print(f"{KEY}: fetching {remote.url} ({format_bytes(total)}) into {run.path}", flush=True)
-    ended = Event()
-    with ThreadPoolExecutor(_THREADS) as pool:
-        try:
-            jobs = {
-                name: pool.submit(remote.at(name).download_checked, staging / name, file, ended)
-                for name, file in wanted.items()
-            }
-            problems = [f"{remote.url}/{name}: {problem}" for name, job in jobs.items() if (problem := job.result())]
-        except BaseException:  # a request to stop, too
-            ended.set()
-            pool.shutdown(cancel_futures=True)
-            raise
-    if problems:
+    if problems := download_all(remote, wanted, staging, _THREADS):
         remove_folder(staging)
         return problems[0]
     _take_over(staging, run, int(record["attempt"]))
