@@ -194,10 +194,7 @@ def test_cut_connections_are_tried_again(tmp_path: Path, monkeypatch: pytest.Mon
 
 @needs_s3
 def test_a_mirror_that_is_gone_is_one_line_and_no_new_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import s3fs
-
     monkeypatch.setattr(storage, "RETRY_SEC", (0.01,))
-    monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
     with s3_server(monkeypatch) as proxy:
         case = begun(tmp_path, "s3://bucket/runs")
         case.save(1)
@@ -208,6 +205,7 @@ def test_a_mirror_that_is_gone_is_one_line_and_no_new_run(tmp_path: Path, monkey
         mirroring = Mirroring(job, said.append)
         mirroring.request(1)
         mirroring.finish(60)
+        said = [line for line in said if "waiting up to" not in line]  # which a busy machine is told as well
         assert len(said) == 1 and "the checkpoint of step 1 was not copied: s3://bucket/runs/cell" in said[0]
         assert "testing-secret" not in said[0]
         with pytest.raises(UserError, match="checkpoint.mirror: s3://bucket/runs/cell/current.json"):

@@ -7,7 +7,7 @@ import importlib.util
 import json
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from tests.checkpoint.mirror_places import Proxy, content_below
-from tests.memory_folder import tmp_path
+from tests.memory_folder import memory_folder, tmp_path
 from tests.train.harness import make_recipe
 from turbolm import storage
 from turbolm.data.prepare.build import find_store, prepare
@@ -34,7 +34,7 @@ __all__ = ["tmp_path"]
 
 @dataclass
 class Place:
-    """A store that was built in `folder`, its copy, and the recipe of a machine that has neither sources nor store."""
+    """A store that was built, its copy below `folder`, and the recipe of a machine with neither sources nor store."""
 
     folder: Path
     built: Path
@@ -66,14 +66,23 @@ def is_record(name: str) -> bool:
     return name == "tokenizer-files.json" or (name.startswith("shard-") and name.endswith(".json"))
 
 
+@pytest.fixture(scope="module")
+def home() -> Iterator[tuple[Recipe, Path, Path]]:
+    """The recipe of the machine that builds, its store, and the copy of it."""
+    with memory_folder() as folder:
+        recipe = make_recipe(folder)
+        built = prepare(recipe, num_workers=1)
+        copy_to(built, f"file://{folder}/far")
+        (folder / "corpus.jsonl").rename(folder / "corpus.gone")
+        yield recipe, built, folder / "far"
+
+
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+def place(home: tuple[Recipe, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
     monkeypatch.setattr(storage, "RETRY_SEC", (0.01, 0.02))
     tell_once.cache_clear()
-    recipe = make_recipe(tmp_path)
-    built = prepare(recipe, num_workers=1)
-    copy_to(built, f"file://{tmp_path}/far")
-    (tmp_path / "corpus.jsonl").rename(tmp_path / "corpus.gone")
+    recipe, built, far = home
+    shutil.copytree(far, tmp_path / "far")
     execution = recipe.execution.model_copy(
         update={"cache_dir": str(tmp_path / "elsewhere"), "store": f"file://{tmp_path}/far"}
     )
@@ -174,29 +183,29 @@ def test_nothing_half_or_damaged_is_taken(damaging: Callable[[Path], None], mess
 
 
 def test_the_store_of_another_recipe_is_refused_with_what_differs(place: Place) -> None:
-    source = place.recipe.data.sources[0].model_copy(update={"path": ("other.jsonl",)})
+    (source,) = place.recipe.data.sources
+    (path,), source = source.path, source.model_copy(update={"path": ("other.jsonl",)})
     other = place.changed(data={"validation": 0.25, "sources": (source,)}, tokenizer={"special_tokens_in_text": "keep"})
     with pytest.raises(UserError) as refused:
         prepare(other)
     text = str(refused.value)
-    assert (
-        "data.validation: 0.1 -> 0.25" in text and f'data.sources.0.path: ["{place.folder}/corpus.jsonl"] -> [' in text
-    )
+    assert "data.validation: 0.1 -> 0.25" in text and f'data.sources.0.path: ["{path}"] -> ["other.jsonl"]' in text
     assert 'special_tokens_in_text: null -> "keep"' in text and "\n" not in text and not place.complete_stores()
 
 
 def test_a_newer_store_at_the_url_is_fetched_and_one_that_is_built_here_is_used(place: Place) -> None:
     first = prepare(place.recipe)
-    corpus = place.folder / "corpus.jsonl"
-    corpus.write_text((place.folder / "corpus.gone").read_text() + json.dumps({"text": "one more"}) + "\n")
-    newer = prepare(make_recipe(place.folder), num_workers=1)
+    corpus = Path(place.recipe.data.sources[0].path[0])
+    corpus.write_text(corpus.with_suffix(".gone").read_text() + json.dumps({"text": "one more"}) + "\n")
+    newer = prepare(place.changed(execution={"store": None, "cache_dir": str(place.folder / "new")}), num_workers=1)
+    corpus.unlink()
     with pytest.raises(UserError, match="--to: file://.* holds another token store; remove it"):
         copy_to(newer, f"file://{place.far}")
     shutil.rmtree(place.far)
     copy_to(newer, f"file://{place.far}")
     second = prepare(place.recipe)
     assert second != first and store_files(second) == store_files(newer)
-    assert prepare(place.changed(execution={"cache_dir": str(place.folder / "cache")})) == newer, "nothing is fetched"
+    assert prepare(place.changed(execution={"cache_dir": str(place.folder / "new")})) == newer, "nothing is fetched"
 
 
 def test_an_interrupted_copy_is_no_store_and_goes_on(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
