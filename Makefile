@@ -1,12 +1,12 @@
 # One command for each thing one does with this repository. `make` alone lists them and changes nothing.
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-fast test-slow chaos matrix gpu-check models docs docs-test lint lock clean
+.PHONY: help setup train test test-fast test-slow chaos matrix gpu-check s3-check models docs docs-test lint lock clean
 PYTHON_VENV := .venv/bin/python
 # Set-up leaves it to the first import to compile a module: without a cache every process would do that again.
 unexport PYTHONDONTWRITEBYTECODE
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: ## make .venv with the pinned packages (PYTHON=python3.12 chooses the Python)
 	@sh launch/setup.sh
@@ -31,6 +31,11 @@ matrix: setup ## the tests with other versions of torch and Transformers, and Li
 
 gpu-check: ## 3 minutes on a machine with a GPU: does it train as it should? (PYTHON chooses the Python)
 	@sh benchmarks/gpu.sh --check $(ARGS)
+
+s3-check: setup ## the tests of object storage, with a local S3 server (installs s3fs and moto into build/s3)
+	@$(PYTHON_VENV) -m pip install --quiet --target build/s3 s3fs 'moto[server]'
+	@PYTHONPATH=build/s3 $(PYTHON_VENV) -m pytest tests/test_storage.py tests/checkpoint/test_mirror.py \
+		tests/data/test_url_sources.py tests/data/test_remote_store.py $(ARGS)
 
 models: setup ## try every model type and write src/turbolm/models/README.md
 	@.venv/bin/turbolm models --write

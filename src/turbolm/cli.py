@@ -59,8 +59,16 @@ def options(
 
 
 @app.command()
-def prepare(recipe: RecipeFile, overrides: Overrides = None) -> None:
+def prepare(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    to: Annotated[
+        str | None,
+        typer.Option("--to", metavar="URL", help="copy the store there, for `execution.store: URL` on other machines"),
+    ] = None,
+) -> None:
     """Tokenize the recipe's sources into a token store and plan its batches; does nothing that is done already."""
+    from turbolm.data.prepare.remote_store import check_target, copy_to
     from turbolm.data.store.token_store import open_store
     from turbolm.environment import drop_foreign
     from turbolm.launch.attempt import stoppable
@@ -71,6 +79,8 @@ def prepare(recipe: RecipeFile, overrides: Overrides = None) -> None:
     from turbolm.train.run_directory import run_directory
     from turbolm.units import format_bytes, format_count
 
+    if to is not None:
+        check_target(to)
     drop_foreign(in_own_step=is_of_job(Path(recipe)))
     started, _ = as_started(load_recipe(recipe, overrides or ()))
     run = run_directory(started)
@@ -89,6 +99,8 @@ def prepare(recipe: RecipeFile, overrides: Overrides = None) -> None:
     for note in store.notes:
         print(f"turbolm: {note}", file=sys.stderr)
     print(f"token store: {store.folder}")
+    if to is not None:
+        copy_to(store.folder, to)
 
 
 @app.command()

@@ -37,12 +37,12 @@ def write_json(path: Path, value: object, *, durable: bool = False) -> dict[str,
     return write_atomic(path, json.dumps(value, indent=1, **options) + "\n", durable=durable)
 
 
-def write_atomic(path: Path, text: str, *, durable: bool = False) -> dict[str, Any]:
-    """Write a text file through a temporary one: a reader sees the old file or the new one, never half of it.
+def write_atomic(path: Path, content: str | bytes, *, durable: bool = False) -> dict[str, Any]:
+    """Write a file through a temporary one: a reader sees the old file or the new one, never half of it.
 
     The file's name is durable only after `sync_folder`.
     """
-    content = text.encode()
+    content = content.encode() if isinstance(content, str) else content
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         write_bytes(temporary(path), content, durable=durable)

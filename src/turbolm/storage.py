@@ -7,18 +7,22 @@ from a recipe. Torch-free, and fsspec is imported when a URL is opened.
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import re
-from collections.abc import Callable
+import sys
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from threading import Event
+from threading import Event, Timer
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from turbolm.errors import UserError
-from turbolm.files import sha256_file, temporary, write_bytes
+from turbolm.errors import RunError, UserError
+from turbolm.files import sha256_file, write_atomic
 from turbolm.redaction import holds_secret, redact
 
 T = TypeVar("T")
@@ -26,8 +30,12 @@ _NEVER = Event()
 _SCHEMES = ("file", "s3", "gs", "gcs", "az", "abfs", "abfss", "hf", "https", "http")
 _AZURE = ("az", "abfs", "abfss")  # container@account names a place, not a user
 _URL = re.compile(r"([a-z][a-z0-9+]*)://(.+)")
+_VARIABLE = re.compile(r"\$(?:[A-Za-z_]|\{)")
 # Waits between tries, in seconds: a cut connection is back at once, a throttled or restarted service within a minute.
 RETRY_SEC = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
+_ASK_SEC = 60.0  # after the first try of a question no other one begins: a wrong endpoint is told within two minutes
+_QUIET_SEC = 10.0  # of a wait that nobody needs to be told of
+_CONNECT_SEC, _SILENT_SEC = 10, 30  # for a connection, and between the bytes of an answer
 _CHUNK_BYTES = 32 * 2**20  # of a download: what a cut connection costs, and the memory of each thread
 _MAX_REASON = 200  # characters of a library's message
 # A second try would end as the first did
@@ -58,6 +66,8 @@ def check_url(url: str) -> str:
             "the URL holds credentials, but a recipe is copied to the run directory and the model card; leave them to "
             "the environment or the service's own configuration"
         )
+    if _VARIABLE.search(url):
+        raise ValueError(f"expected a URL written out: $NAME is replaced in paths of this machine alone, got {url!r}")
     if match[1] == "file" and not match[2].startswith("/"):
         raise ValueError(f"expected an absolute path, such as file:///folder, got {url!r}")
     return url
@@ -86,7 +96,7 @@ class Remote:
             except FileNotFoundError:
                 return None
 
-        return retried(ask, self.url)
+        return asked(ask, self.url)
 
     def names(self) -> list[str]:
         """The names in a folder; none if there is no such folder. Raises StorageError."""
@@ -99,7 +109,7 @@ class Remote:
                 return []
             return sorted({str(name).rstrip("/").rsplit("/", 1)[-1] for name in found})
 
-        return retried(look, self.url)
+        return asked(look, self.url)
 
     def read(self) -> bytes | None:
         """The content of a small file; None if there is none. Raises StorageError."""
@@ -110,7 +120,7 @@ class Remote:
             except FileNotFoundError:
                 return None
 
-        return retried(get, self.url)
+        return asked(get, self.url)
 
     def read_json(self) -> dict[str, Any] | None:
         """A JSON object; None if there is none, or if it is cut short. Raises StorageError."""
@@ -124,7 +134,7 @@ class Remote:
     def write(self, content: bytes) -> None:
         """Write a small file. Raises StorageError."""
         try:
-            retried(lambda: self._put(content), self.url)
+            asked(lambda: self._put(content), self.url)
         except FileNotFoundError as error:  # there is no such bucket
             raise StorageError(f"{self.url}: {one_line(error)}") from None
 
@@ -187,16 +197,13 @@ class Remote:
             except FileNotFoundError:
                 pass
 
-        retried(drop, self.url)
+        asked(drop, self.url)
 
     def _put(self, content: bytes) -> None:
-        if "file" not in self.fs.protocol:  # object stores show a file when it is complete
+        if "file" in self.fs.protocol:
+            write_atomic(Path(self.path), content, durable=True)
+        else:  # object stores show a file when it is complete
             self.fs.pipe_file(self.path, content)
-            return
-        path = Path(self.path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(temporary(path), content, durable=True)
-        os.replace(temporary(path), path)
 
     def _chunk(self, start: int, end: int) -> bytes:
         content = bytes(self.fs.cat_file(self.path, start=start, end=end))
@@ -205,17 +212,33 @@ class Remote:
         return content
 
 
+def download_all(remote: Remote, files: Mapping[str, dict[str, Any]], folder: Path, num_threads: int) -> list[str]:
+    """Download files below `remote` into a folder as `download_checked` does, in parallel; returns all problems.
+
+    What an interrupted call has fetched stays. Raises StorageError and OSError.
+    """
+    ended = Event()
+    with ThreadPoolExecutor(num_threads) as pool:
+        try:
+            jobs = {
+                name: pool.submit(remote.at(name).download_checked, folder / name, file, ended)
+                for name, file in files.items()
+            }
+            return [f"{remote.url}/{name}: {problem}" for name, job in jobs.items() if (problem := job.result())]
+        except BaseException:  # a request to stop, too
+            ended.set()
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
 def open_url(url: str, key: str) -> Remote:
     """The place that a URL names; asks nothing of the service yet. Raises UserError for the recipe's `key`."""
     import fsspec
 
     url = url.rstrip("/")
     scheme = url.partition("://")[0]
-    options: dict[str, Any] = {"auto_mkdir": True} if scheme == "file" else {"use_listings_cache": False}
-    if scheme == "s3":  # `retried` tries again; within a try, the parts of a large file do
-        options["config_kwargs"] = {"retries": {"mode": "standard", "max_attempts": 3}}
     try:
-        fs, path = fsspec.core.url_to_fs(url, **options)
+        fs, path = fsspec.core.url_to_fs(url, **_options(scheme))
     except ImportError as error:
         raise UserError(
             f"{key}: {url} needs a package that is not installed ({one_line(error)}); "
@@ -223,14 +246,48 @@ def open_url(url: str, key: str) -> Remote:
         ) from None
     except ValueError as error:
         raise UserError(f"{key}: {url}: {one_line(error)}") from None
+    if scheme == "s3":
+        fs.retries = 1  # `retried` tries again; within a try, the client of the service does
     return Remote(fs, str(path).rstrip("/"), url)
 
 
-def retried(action: Callable[[], T], url: str, ended: Event = _NEVER) -> T:
-    """What `action` returns, tried again with growing waits until `ended` is set by another thread.
+def _options(scheme: str) -> dict[str, Any]:
+    """The options of a file system: nothing listed is remembered, and no connection is waited for without end."""
+    if scheme == "file":
+        return {"auto_mkdir": True}
+    options: dict[str, Any] = {"use_listings_cache": False}
+    if scheme == "s3":
+        retries = {"mode": "standard", "max_attempts": 3}
+        options["config_kwargs"] = {"retries": retries, "connect_timeout": _CONNECT_SEC, "read_timeout": _SILENT_SEC}
+    if scheme in ("http", "https"):
+        from aiohttp import ClientTimeout
+
+        limits = ClientTimeout(total=None, sock_connect=_CONNECT_SEC, sock_read=_SILENT_SEC)
+        options["client_kwargs"] = {"timeout": limits}
+    return options
+
+
+def asked(action: Callable[[], T], url: str) -> T:
+    """`retried` for a question with a short answer: it ends soon, and a line tells of a wait that others may notice.
 
     Raises StorageError, and FileNotFoundError at once.
     """
+    line = f"turbolm: waiting for {url}; if this lasts, check the network and the endpoint (such as AWS_ENDPOINT_URL)"
+    timer = Timer(_QUIET_SEC, lambda: print(line, file=sys.stderr, flush=True))
+    timer.daemon = True
+    timer.start()
+    try:
+        return retried(action, url, limit_sec=_ASK_SEC)
+    finally:
+        timer.cancel()
+
+
+def retried(action: Callable[[], T], url: str, ended: Event = _NEVER, limit_sec: float = math.inf) -> T:
+    """What `action` returns, tried again with growing waits until `ended` is set by another thread.
+
+    No try begins more than `limit_sec` after the first. Raises StorageError, and FileNotFoundError at once.
+    """
+    began = time.monotonic()
     for wait_sec in (*RETRY_SEC, None):
         if ended.is_set():
             raise StorageError(f"{url}: interrupted")
@@ -239,12 +296,15 @@ def retried(action: Callable[[], T], url: str, ended: Event = _NEVER) -> T:
         except FileNotFoundError:
             raise
         except Exception as error:  # whatever fsspec's many libraries raise for a connection
-            if wait_sec is None or isinstance(error, _FINAL) or type(error).__name__ in _FINAL_NAMES:
+            is_late = time.monotonic() - began > limit_sec
+            is_final = isinstance(error, _FINAL) or type(error).__name__ in _FINAL_NAMES
+            if wait_sec is None or is_late or is_final:
                 raise StorageError(f"{url}: {type(error).__name__}: {one_line(error)}") from None
         ended.wait(wait_sec * random.uniform(0.5, 1.0))
     raise AssertionError
 
 
 def one_line(error: BaseException) -> str:
-    """The message of an error, short and without secrets."""
-    return redact(" ".join(str(error).split()))[:_MAX_REASON]
+    """The message of an error without secrets; that of a library is cut, as some hold whole answers of a server."""
+    text = redact(" ".join(str(error).split()))
+    return text if isinstance(error, (UserError, RunError)) else text[:_MAX_REASON]

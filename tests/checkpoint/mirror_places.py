@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.request import Request, urlopen
 
 import pytest
 
@@ -64,7 +65,10 @@ def s3_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
 
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
-    proxy = Proxy(server.get_host_and_port()[1])
+    port = server.get_host_and_port()[1]
+    with urlopen(Request(f"http://127.0.0.1:{port}/moto-api/reset", method="POST")):
+        pass  # the servers of a process share what they hold
+    proxy = Proxy(port)
     for name, value in {
         "AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing-secret", "AWS_DEFAULT_REGION": "us-east-1",
         "AWS_ENDPOINT_URL": f"http://127.0.0.1:{proxy.port}", "AWS_EC2_METADATA_DISABLED": "true",

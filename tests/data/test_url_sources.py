@@ -14,9 +14,12 @@ from tests.checkpoint.mirror_places import needs_s3, s3_server
 from tests.memory_folder import tmp_path
 from tests.train.harness import make_recipe
 from turbolm import storage
+from turbolm.data.batch.kept_sets import are_kept
+from turbolm.data.batch.scored import read_scored
 from turbolm.data.prepare.build import find_store, prepare, store_key
 from turbolm.data.store.token_store import open_store
 from turbolm.errors import UserError
+from turbolm.launch.store import prepare_store
 from turbolm.recipe.schema import Recipe
 from turbolm.recipe.sources import urls
 from turbolm.recipe.sources.base import Gauge
@@ -128,6 +131,7 @@ def test_messages_name_the_url(tmp_path: Path) -> None:
     for pattern, message in {
         f"file://{there}/*.csv": "no file matches",
         f"file://{there}/none.txt": "there is no file://",
+        f"file://{there}": r"there is a folder; name its files, such as file://.*/there/\*\*/\*.jsonl",
         "https://127.0.0.1/*.txt": "a web server lists no files",
     }.items():
         with pytest.raises(UserError, match=message) as refused:
@@ -138,15 +142,98 @@ def test_messages_name_the_url(tmp_path: Path) -> None:
         "abfs://user:secret@account/x": "credentials",
         "github://owner:repo@main/x": "expected a URL of file://, s3://",
         "nonsense://x/y": "expected a URL of file://, s3://",
+        "s3://bucket/$TURBOLM_NO_SUCH/*.txt": "expected a URL written out",
     }.items():
         with pytest.raises(ValueError, match=message):
             TextSource(type="text", path=(url,))
     at = "abfss://container@account.dfs.core.windows.net"
     assert TextSource(type="text", path=(f"{at}/x/*.txt",)).has_urls
     file = urls._described(
-        storage.Remote(None, "container/x/*", f"{at}/x/*"), "container/x/a", {"size": 1, "etag": "e"}
+        storage.Remote(None, "container/x/*", f"{at}/x/*"), "container/x/a", {"size": 1, "etag": "e"}, "key"
     )
     assert file.url == f"{at}/x/a" == urls.url_of(urls.path_of(file.url))
+
+
+@pytest.mark.parametrize(
+    ("told", "version"),  # what HTTP servers send, by the names of RFC 9110, 1864 and 3230
+    [
+        ({"Last-Modified": "Sun, 29 Nov 2026 21:00:00 GMT"}, "Last-Modified Sun, 29 Nov 2026 21:00:00 GMT"),
+        ({"Last-Modified": "Sun", "Content-MD5": "Q2hl"}, "Content-MD5 Q2hl"),
+        ({"Last-Modified": "Sun", "Digest": "sha-256=4REj"}, "Digest sha-256=4REj"),
+        ({"Content-MD5": "Q2hl", "ETag": '"x"'}, 'ETag "x"'),
+        ({}, "does not tell an ETag, a hash or the time of its last change"),
+        ({"ETag": '"x"', "size": None}, "does not tell its size"),
+    ],
+)
+def test_what_a_server_tells_is_the_version_of_a_file(told: dict[str, Any], version: str) -> None:
+    class Fs:
+        def unstrip_protocol(self, name: str) -> str:
+            return name
+
+    url = "https://host/a.txt"
+    info = {"size": 1, "type": "file", **told}
+    if version.startswith("does not"):
+        with pytest.raises(UserError, match=f"^evaluation.sets.0: {url}: the server {version}, so that"):
+            urls._described(storage.Remote(Fs(), url, url), url, info, "evaluation.sets.0")
+    else:
+        assert urls._described(storage.Remote(Fs(), url, url), url, info, "key") == urls.UrlFile(url, 1, version)
+
+
+def test_sets_behind_urls_need_no_service_once_they_are_prepared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(storage, "RETRY_SEC", ())
+    there = write_sources(tmp_path / "there")
+
+    def recipe_with(*sets: str) -> Recipe:
+        own = [{"type": "jsonl", "label": f"s{n}", "path": path} for n, path in enumerate(sets)]
+        return make_recipe(tmp_path, evaluation={"sets": own, "tokens": 200})
+
+    def documents(recipe: Recipe) -> Any:
+        scored = read_scored(recipe, open_store(prepare_store(recipe)))
+        assert scored is not None
+        return scored.tokens.tolist(), scored.ends.tolist(), scored.label.tolist()
+
+    names = "a.jsonl", "b.jsonl.gz"
+    recipe = recipe_with(*(f"file://{there}/{name}" for name in names))
+    before = documents(recipe)
+    assert before == documents(recipe_with(*(str(there / name) for name in names)))
+    listed = urls._look
+
+    def unreachable(*_: object) -> dict[str, dict[str, Any]]:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(urls, "_look", unreachable)
+    urls.forget_urls()
+    capsys.readouterr()
+    assert documents(recipe) == before
+    told = [line for line in capsys.readouterr().err.splitlines() if "no route" in line]
+    assert len(told) == 2 and told[1].endswith("The documents of evaluation.sets.1 as they were last listed are used")
+    assert is_all_kept(recipe)
+    with pytest.raises(UserError) as refused:
+        prepare_store(recipe_with(*(f"file://{there}/{name}" for name in ("c.jsonl", "d.jsonl"))))
+    assert [line.partition(":")[0] for line in str(refused.value).splitlines()] == [
+        "evaluation.sets.0",
+        "evaluation.sets.1",
+    ]
+    for path in (tmp_path / "cache" / "sets").iterdir():
+        path.write_bytes(path.read_bytes()[:-9])
+    urls.forget_urls()
+    with pytest.raises(UserError, match=r"evaluation.sets.0: .*no route to host"):
+        documents(recipe)
+    monkeypatch.setattr(urls, "_look", listed)
+    urls.forget_urls()
+    assert documents(recipe) == before
+    (there / "a.jsonl").write_text((there / "a.jsonl").read_text().replace("text 1 ", "word 1 "))
+    urls.forget_urls()
+    assert not is_all_kept(recipe)
+    assert documents(recipe) != before
+
+
+def is_all_kept(recipe: Recipe) -> bool:
+    store = find_store(recipe)
+    assert store is not None
+    return are_kept(recipe, open_store(store))
 
 
 def test_hf_needs_no_package_and_says_that_it_is_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

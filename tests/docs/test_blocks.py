@@ -29,7 +29,7 @@ OTHER_PROGRAMS = {
     "/tmp/rivals/bin/pip", "/tmp/rivals/bin/python",
 }  # fmt: skip
 WRAPPERS = {"salloc", "srun", "taskset"}
-TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
+TARGETS = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
 # What a part of a recipe may be laid over: a small model here, a large one on GPUs, and one with weights.
 BASES = ("quickstart", "llama3.2-1b/pretrain", "llama3.1-8b/long-64k")
 

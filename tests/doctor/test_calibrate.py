@@ -21,8 +21,11 @@ from turbolm.doctor.pieces import (
     small_config,
     update_case,
 )
+from turbolm.launch.calibrate import _step_config
 from turbolm.models.profile import profile_model
+from turbolm.plan.machine import detect_machine
 from turbolm.plan.work import Shape, micro_batch_amounts
+from turbolm.shipped import shipped
 
 LLAMA = {
     "model_type": "llama",
@@ -129,6 +132,15 @@ def test_a_rank_measures_products_attention_models_and_the_update() -> None:
     assert model["amounts"]["attention_pairs"] == 3 * 2 * 2 * 32 * 16
     assert all(one["sec"] > 0 for one in found["samples"])
     assert set(CLOCKS) == {"wall", "cpu"}
+
+
+def test_steps_do_not_depend_on_a_recipe_that_anyone_may_edit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "ds_configs").symlink_to(shipped("ds_configs"))
+    monkeypatch.setenv("TURBOLM_HOME", str(tmp_path))  # which has no recipes
+    config = _step_config(detect_machine(), "cpu", "fp32")
+    sizes = [config[f"train_{name}"] for name in ("batch_size", "micro_batch_size_per_gpu")]
+    assert [*sizes, config["gradient_accumulation_steps"], config["gradient_clipping"]] == [1, 1, 1, 1.0]
+    assert config["zero_optimization"]["stage"] == 2 and not config["bf16"]["enabled"]
 
 
 @pytest.mark.slow

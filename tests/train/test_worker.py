@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import pytest
 
+from tests.checkpoint.test_mirror import begun
 from tests.train.harness import make_recipe
 from turbolm.data.prepare.build import prepare
 from turbolm.data.prepare.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from turbolm.data.store.token_store import open_store
 from turbolm.errors import UserError
+from turbolm.plan.machine import detect_machine
+from turbolm.plan.plan import build_plan
 from turbolm.recipe.contract import contract_of, fingerprint
 from turbolm.recipe.schema import Anomalies
 from turbolm.train.run_contract import known_fingerprints, settle_contract
 from turbolm.train.run_directory import RunDirectory
-from turbolm.train.worker import _open_prepared_store
+from turbolm.train.worker import _complete, _open_prepared_store
 
 
 def test_a_pretrained_model_with_another_tokenizer_is_refused(tmp_path: Path) -> None:
@@ -48,6 +51,18 @@ def test_a_pretrained_model_may_get_more_tokens_and_no_others(tmp_path: Path) ->
     save_tokenizer(train_tokenizer([f"x{number} zzz" for number in range(99)], 280), tmp_path / "pretrained")
     with pytest.raises(UserError, match="have other ids or none"):
         _open_prepared_store(recipe)
+
+
+def test_a_complete_run_whose_export_was_missing_is_mirrored_to_its_end(tmp_path: Path) -> None:
+    case = begun(tmp_path, f"file://{tmp_path}/far")
+    for step in (1, 2):
+        case.save(step)
+    case.run.results.write_text('{"export": "there"}')
+    context = Mock(plan=build_plan(case.recipe, detect_machine(), 1), run=case.run, upload=case.job(1), attempt=1)
+    assert _complete(context) == 0
+    assert case.mirror.steps() == [2] and case.mirror.record(2)
+    said = [call.args[0] for call in context.terminal.write.call_args_list]
+    assert len(said) == 1 and "is complete" in said[0]
 
 
 def test_a_store_of_an_earlier_version_with_nothing_held_out_is_refused(tmp_path: Path) -> None:

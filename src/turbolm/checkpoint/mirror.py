@@ -69,16 +69,16 @@ class Mirror:
         self.checkpoint(step).at(RECORD).remove()
         self.checkpoint(step).remove()
 
-    def remove_old(self, retention: Retention, newest_step: int) -> None:
-        """Remove the copies that the retention does not keep. Raises StorageError."""
+    def remove_old(self, retention: Retention, steps: list[int]) -> None:
+        """Remove those copies of these steps, ascending, that the retention does not keep. Raises StorageError."""
         known = [
             Kept(step, record["tokens_seen"], record.get("eval_loss"), Path(checkpoint_name(step)))
-            for step in self.steps()
-            if step <= newest_step and (record := self.record(step))
+            for step in steps
+            if (record := self.record(step))
         ]
         kept = {path.name for path in retention.keeps(known)}
-        for step in self.steps():
-            if step <= newest_step and checkpoint_name(step) not in kept:
+        for step in steps:
+            if checkpoint_name(step) not in kept:
                 self.remove(step)
 
 

@@ -72,16 +72,18 @@ def copy_checkpoint(job: UploadJob) -> dict[str, Any]:
     held = _hold(run / "checkpoints" / checkpoint_name(job.step))
     manifest = read_manifest(held)
     files = {**manifest["files"], MANIFEST: _described(held / MANIFEST)}
-    for step in mirror.steps():
-        if job.back_at is not None and step > job.back_at:
-            mirror.remove(step)
+    there = mirror.steps()
+    given_up = [step for step in there if job.back_at is not None and step > job.back_at]
+    for step in given_up:
+        mirror.remove(step)
     record = mirror.record(job.step)
     is_there = files.items() <= (record or {}).get("files", {}).items()
     if not is_there:
         mirror.checkpoint(job.step).at(RECORD).remove()  # of another checkpoint of this step
         _copy_files(mirror, job.step, held, files)
         _copy_run_files(mirror, job, manifest, files)
-    mirror.remove_old(job.retention, job.step)
+    others = [step for step in there if step < job.step and step not in given_up]
+    mirror.remove_old(job.retention, [*others, job.step])
     if held.name.startswith(HELD):
         remove_folder(held)
     num_bytes = 0 if is_there else sum(file["bytes"] for file in files.values())

@@ -21,7 +21,7 @@ from turbolm.plan.work import Unit
 from turbolm.recipe.execution import Execution
 from turbolm.recipe.gpus import find_gpu
 from turbolm.recipe.load import load_recipe
-from turbolm.shipped import find_recipe
+from turbolm.recipe.schema import Recipe
 
 START_SEC = 180  # to import torch and build the models, on a slow file system
 _LAYERS = 2
@@ -152,17 +152,20 @@ def _llama(device: str, width: int, layers: int) -> dict[str, Any]:
 
 
 def _step_config(machine: Machine, device: str, precision: str) -> dict[str, Any]:
-    """Return the DeepSpeed configuration of a step by one process, without accumulation."""
-    overrides = [
-        "cluster.processes_per_node=1",
-        "execution.zero_stage=2",
-        "train.global_batch=256",
-        "execution.micro_batch=256",
-        f"cluster.device={device}",
-        f"train.precision={precision}",
-    ]
-    recipe = load_recipe(find_recipe("quickstart"), overrides)
-    return build_plan(recipe, machine).ds_config
+    """Return the DeepSpeed configuration of a step by one process, without accumulation.
+
+    Of a recipe of its own: those in recipes/ are there to be edited.
+    """
+    values: dict[str, Any] = {
+        "name": "calibrate",
+        "model": {"config": _llama(device, 0, _LAYERS)},
+        "tokenizer": {"train": {"vocab_size": _WIDTHS[device][0][-1]}},
+        "data": {"seq_len": 256},
+        "train": {"budget": 256, "global_batch": 256, "max_grad_norm": 1.0, "precision": precision},
+        "cluster": {"device": device, "processes_per_node": 1},
+        "execution": {"zero_stage": 2, "micro_batch": 256},
+    }
+    return build_plan(Recipe.model_validate(values), machine).ds_config
 
 
 def _own_subjects(plan: Plan, recipe_file: str) -> Iterator[dict[str, Any]]:

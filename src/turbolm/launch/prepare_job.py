@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 
+from turbolm.data.batch.kept_sets import are_kept
 from turbolm.data.order.batch_order import is_order_kept, table_folder
 from turbolm.data.prepare.build import find_store, store_folder
 from turbolm.data.store.token_store import open_store
@@ -31,7 +32,9 @@ def is_wanted(recipe: Recipe) -> bool:
 
 
 def is_prepared(recipe: Recipe) -> bool:
-    """Whether token store, plan table and pretrained weights of the recipe's next start are on this file system.
+    """Whether all that is prepared for the recipe's next start is on this file system.
+
+    Token store, plan table, the documents of sets behind URLs, and pretrained weights.
 
     What cannot be told here, such as sources that only the nodes see, counts as missing.
     """
@@ -40,7 +43,10 @@ def is_prepared(recipe: Recipe) -> bool:
         if any(origin.section == "model" for origin in find_origins(recipe)):
             pretrained_folder(recipe.model)
         folder = find_store(recipe)
-        return folder is not None and is_order_kept(recipe, open_store(folder), run_curriculum(recipe))
+        if folder is None:
+            return False
+        store = open_store(folder)
+        return is_order_kept(recipe, store, run_curriculum(recipe)) and are_kept(recipe, store)
     except (UserError, OSError):
         return False
 

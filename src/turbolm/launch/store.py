@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from turbolm.data.batch.kept_sets import list_sets
+from turbolm.data.batch.scored import keep_sets
 from turbolm.data.order.batch_order import is_order_kept, open_order, stays_in_memory, table_folder
 from turbolm.data.prepare.build import find_store, finished_shards, locked, prepare
 from turbolm.data.prepare.progress import Meter, ProgressLine
@@ -31,12 +33,17 @@ def prepare_store(recipe: Recipe) -> Path:
     """The recipe's token store, built unless it is there. Ctrl-C and TERM stop it cleanly and end the process."""
 
     def kept() -> str:
+        if recipe.execution.store is not None:
+            return "what was fetched is kept"
         count, text_bytes = finished_shards(recipe)
         return f"{count} finished shards ({format_bytes(text_bytes)} of text) are kept"
 
     check_files(recipe.evaluation, must_exist=True)
+    listings = list_sets(recipe)
     with _stops_cleanly(kept, "the shards at work are lost, finished ones are kept") as show:
         folder = prepare(recipe, on_progress=show)
+        if listings:
+            keep_sets(recipe, open_store(folder), listings)
     for line in tell_left_out(read_manifest(folder)):
         print(line)
     return folder

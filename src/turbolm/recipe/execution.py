@@ -65,17 +65,23 @@ def _environment_name(value: str) -> str:
     return value
 
 
-def _writable_url(value: str) -> str:
+def _plain_url(value: str) -> str:
     check_url(value)
-    if value.startswith(("http://", "https://")):
-        raise ValueError(f"expected a URL that can be written to and stays, such as s3://bucket/folder, got {value!r}")
     if any(sign in value for sign in "?#*[]{}$~"):
         raise ValueError(f"expected a URL of plain names, written out, got {value!r}")
     return value
 
 
+def writable_url(value: str) -> str:
+    """Return a URL of a folder that can be written to. Raises ValueError."""
+    if value.startswith(("http://", "https://")):
+        raise ValueError(f"expected a URL that can be written to and stays, such as s3://bucket/folder, got {value!r}")
+    return _plain_url(value)
+
+
 Argument = Annotated[Text, AfterValidator(_argument)]
-WritableUrl = Annotated[Text, AfterValidator(_writable_url)]
+WritableUrl = Annotated[Text, AfterValidator(writable_url)]
+PlainUrl = Annotated[Text, AfterValidator(_plain_url)]
 ContainerPath = Annotated[Argument, AfterValidator(_written_out)]
 Mount = Annotated[ContainerPath, AfterValidator(_mount)]
 EnvironmentName = Annotated[Text, AfterValidator(_environment_name)]
@@ -312,6 +318,11 @@ class Execution(Section):
         "schedules stay those of the whole budget, and a start without this key, or a larger one, goes on from there",
     )
     cache_dir: PathText = Field(".cache/turbolm", description=f"folder of prepared data, which runs share; {PATH_RULE}")
+    store: PlainUrl | None = Field(
+        None,
+        description="URL of a token store of this recipe, as `turbolm prepare --to URL` leaves it: it is fetched into "
+        "cache_dir, and the sources are not looked at; none: built here",
+    )
     runs_dir: PathText = Field("runs", description=f"folder of run directories; {PATH_RULE}")
 
 

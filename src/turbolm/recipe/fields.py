@@ -21,6 +21,7 @@ from pydantic import (
 
 from turbolm import units
 from turbolm.recipe.paths import expand_path
+from turbolm.storage import check_url, is_url
 from turbolm.units import Span
 
 
@@ -110,6 +111,11 @@ def means_a_path(value: str) -> str:
     return value
 
 
+def means_a_path_or_url(value: str) -> str:
+    """The same for what may be behind a URL."""
+    return check_url(value) if is_url(value) else means_a_path(value)
+
+
 def whole(value: object) -> object:
     """Refuse what a Literal of integers accepts: `true` as 1 and `2.0` as 2."""
     if isinstance(value, (bool, float)):
@@ -136,7 +142,8 @@ PathText = Annotated[Text, AfterValidator(means_a_path)]
 REPOSITORY_NAME = r"^([A-Za-z0-9][A-Za-z0-9_.-]*/)?[A-Za-z0-9][A-Za-z0-9_.-]*$"  # of the Hugging Face hub
 RepositoryName = Annotated[str, Field(max_length=96, pattern=REPOSITORY_NAME)]
 _PATHS = {"anyOf": [{"type": "string", "minLength": 1}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]}
-Paths = Annotated[tuple[PathText, ...], BeforeValidator(text_is_tuple), Field(min_length=1), WithJsonSchema(_PATHS)]
+PathOrUrl = Annotated[Text, AfterValidator(means_a_path_or_url)]
+Paths = Annotated[tuple[PathOrUrl, ...], BeforeValidator(text_is_tuple), Field(min_length=1), WithJsonSchema(_PATHS)]
 _LIMIT = {"anyOf": [{"type": "number", "exclusiveMinimum": 0}, {"const": "off"}, {"type": "null"}]}
 Limit = Annotated[PositiveNumber | None, BeforeValidator(off_is_none), WithJsonSchema(_LIMIT)]
 _TIME_LIMIT = {"anyOf": [{"type": "number"}, {"type": "string"}, {"type": "null"}]}

@@ -5,8 +5,8 @@
   that is not set is refused by name. (`./~` and a name that is there are taken as written.)
 - A relative path is relative to the working directory of the command. Only `extends` and `scale.from` are relative to
   their own file.
-- What is no path of this machine is passed on as written: names on the hub, a container's image and mounts (where
-  `~` and `$` are refused, as nobody would replace them).
+- What is no path of this machine is passed on as written: names on the hub, URLs, a container's image and mounts. In
+  URLs `$NAME` is refused, and in the two others `~` and `$`, as nobody would replace them.
 
 The recipe, its fingerprint and the run directory keep what was written; the rule is applied where a path is used.
 """

@@ -31,7 +31,7 @@ class Question:
 def check_files(evaluation: Evaluation, *, must_exist: bool) -> None:
     """Check all files of questions, and that those of the sets are there. Raises UserError with all problems.
 
-    Without `must_exist`, files that are missing may be on another machine.
+    Without `must_exist`, files that are missing may be on another machine. Of sets behind URLs, the cache knows more.
     """
     problems = []
     for number, task in enumerate(evaluation.tasks):
@@ -44,9 +44,10 @@ def check_files(evaluation: Evaluation, *, must_exist: bool) -> None:
             problems.append(str(error))
     for number, source in enumerate(evaluation.sets if must_exist else ()):
         try:
-            source.files()
+            if not source.has_urls:
+                source.under(f"evaluation.sets.{number}").files()
         except UserError as error:
-            problems.append(str(error).replace("data.sources", f"evaluation.sets.{number}"))
+            problems.append(str(error))
     if problems:
         raise UserError("\n".join(problems))
 

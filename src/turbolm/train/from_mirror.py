@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
-from threading import Event
 from typing import Any
 
 from turbolm.checkpoint.manifest import checkpoint_name, list_checkpoints, remove_folder
@@ -36,7 +35,7 @@ from turbolm.recipe.paths import make_folder
 from turbolm.recipe.schema import Recipe
 from turbolm.reliability.run_lock import RunLock
 from turbolm.report.attempts import attempt_numbers
-from turbolm.storage import StorageError
+from turbolm.storage import StorageError, download_all
 from turbolm.train.run_contract import as_recorded
 from turbolm.train.run_directory import RunDirectory, run_directory
 from turbolm.units import format_bytes
@@ -143,13 +142,16 @@ def wait_at_stop_sec(recipe: Recipe) -> float:
     return min(wait, slurm.stop_grace / 2) if slurm is not None and "SLURM_JOB_ID" in os.environ else wait
 
 
-def copy_last(plan: Plan) -> None:
-    """Finish the copy of a complete run, which may have ended before its last checkpoint had arrived."""
+def copy_last(plan: Plan, job: UploadJob | None = None, say: Callable[[str], None] = print) -> None:
+    """Finish the copy of a complete run, which may have ended before its last checkpoint had arrived.
+
+    `job`: of a start that has claimed the mirror already.
+    """
     run = run_directory(plan.recipe)
     checkpoints, attempt = list_checkpoints(run.checkpoints), max(attempt_numbers(run.path), default=0)
-    job = start_mirroring(plan, attempt) if checkpoints else None
-    if job is not None:
-        mirroring = Mirroring(job, print)
+    job = job or (start_mirroring(plan, attempt) if checkpoints else None)
+    if job is not None and checkpoints:
+        mirroring = Mirroring(job, say)
         mirroring.request(checkpoints[-1][0])
         mirroring.finish(plan.recipe.checkpoint.mirror_wait)
 
@@ -193,19 +195,7 @@ def _fetch(mirror: Mirror, step: int, record: dict[str, Any], run: RunDirectory,
     _check_contract(staging / contract, recipe, mirror)
     total = sum(file["bytes"] for file in wanted.values())
     print(f"{KEY}: fetching {remote.url} ({format_bytes(total)}) into {run.path}", flush=True)
-    ended = Event()
-    with ThreadPoolExecutor(_THREADS) as pool:
-        try:
-            jobs = {
-                name: pool.submit(remote.at(name).download_checked, staging / name, file, ended)
-                for name, file in wanted.items()
-            }
-            problems = [f"{remote.url}/{name}: {problem}" for name, job in jobs.items() if (problem := job.result())]
-        except BaseException:  # a request to stop, too
-            ended.set()
-            pool.shutdown(cancel_futures=True)
-            raise
-    if problems:
+    if problems := download_all(remote, wanted, staging, _THREADS):
         remove_folder(staging)
         return problems[0]
     _take_over(staging, run, int(record["attempt"]))

@@ -42,7 +42,7 @@ from turbolm.train.arrival import meet_ranks
 from turbolm.train.build import build_session
 from turbolm.train.context import Context
 from turbolm.train.finish import add_products, conclude, finish_run, summary
-from turbolm.train.from_mirror import start_mirroring, wait_at_stop_sec
+from turbolm.train.from_mirror import copy_last, start_mirroring, wait_at_stop_sec
 from turbolm.train.loop import due_to_stop, train
 from turbolm.train.measured import StepMeasure
 from turbolm.train.recover import resume
@@ -209,6 +209,7 @@ def _complete(context: Context) -> int:
         with heartbeat.phase(heartbeat.EXPORTING):
             results = add_products(context, results, say)
         say(summary(results))
+    copy_last(context.plan, context.upload, say)
     say(f"{run.path} is complete; see {run.results}")
     return EXIT_OK
 

@@ -7,7 +7,7 @@ choices, of which only the choice's own tokens are scored.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from turbolm.data.batch.kept_sets import kept_documents
 from turbolm.data.native import IntArray
 from turbolm.data.order.packing import Sequences, pack
 from turbolm.data.prepare.reader import Reader
@@ -142,6 +143,13 @@ def read_scored(recipe: Recipe, store: TokenStore, beat: Callable[[], None] = la
     )
 
 
+def keep_sets(recipe: Recipe, store: TokenStore, listings: Mapping[int, list[Any]]) -> None:
+    """Keep the documents of the sets behind URLs in the cache, by what `list_sets` found. Raises UserError."""
+    collected = _Collected(recipe, store, lambda: None)
+    for number, listing in listings.items():
+        collected.documents_of(number, listing)
+
+
 def _packing(recipe: Recipe) -> Any:
     return "single" if recipe.data.packing == "single" else "best_fit"
 
@@ -162,7 +170,7 @@ class _Collected:
         self.labels: list[int] = []
         self.num_context: list[int] = []
         self.notes: list[str] = []
-        self._recipe, self._beat = recipe, beat
+        self._recipe, self._store, self._beat = recipe, store, beat
         self._bos, self._eos = int(store.manifest["bos_id"]), int(store.manifest["eos_id"])
         self._tokenizer = load_text_tokenizer(store.tokenizer_dir, recipe.tokenizer.special_tokens_in_text)
 
@@ -170,7 +178,7 @@ class _Collected:
     def _next_label(self) -> int:
         return self.labels[-1] + 1 if self.labels else 0
 
-    def _add(self, tokens: list[int], label: int, num_context: int) -> None:
+    def _add(self, tokens: list[int] | np.ndarray, label: int, num_context: int) -> None:
         self.documents.append(np.array(tokens, np.uint32))
         self.labels.append(label)
         self.num_context.append(num_context)
@@ -178,23 +186,34 @@ class _Collected:
 
     def add_set(self, number: int) -> ScoredSet:
         """Add the first documents of a set; at least one."""
-        evaluation, label, total = self._recipe.evaluation, self._next_label, 0
-        source, most = evaluation.sets[number], evaluation.tokens
-        name, key = str(source.label), f"evaluation.sets.{number}"
-        try:
-            for text in Reader(source, on_bad=self._recipe.data.on_bad_document):
-                if not text:
-                    continue
-                tokens = [self._bos, *self._tokenizer.encode(text, add_special_tokens=False).ids, self._eos]
-                if total and total + len(tokens) - 1 > most:
-                    break
-                total += len(tokens) - 1
-                self._add(tokens, label, 0)
-        except UserError as error:
-            raise UserError(str(error).replace("data.sources", key)) from None
-        if not total:
-            raise UserError(f"{key}: the set {name!r} holds no documents")
-        return ScoredSet(name, label, total)
+        label = self._next_label
+        documents = self.documents_of(number)
+        for tokens in documents:
+            self._add(tokens, label, 0)
+        name = str(self._recipe.evaluation.sets[number].label)
+        return ScoredSet(name, label, sum(len(tokens) - 1 for tokens in documents))
+
+    def documents_of(self, number: int, listing: list[Any] | None = None) -> list[np.ndarray]:
+        """Return the first documents of a set; at least one. Those behind URLs are kept (`kept_sets`)."""
+        if not self._recipe.evaluation.sets[number].has_urls:
+            return self._read_set(number)
+        return kept_documents(self._recipe, self._store, number, lambda: self._read_set(number), listing)
+
+    def _read_set(self, number: int) -> list[np.ndarray]:
+        source = self._recipe.evaluation.sets[number].under(f"evaluation.sets.{number}")
+        documents, left = list[np.ndarray](), self._recipe.evaluation.tokens
+        for text in Reader(source, on_bad=self._recipe.data.on_bad_document):
+            if not text:
+                continue
+            tokens = [self._bos, *self._tokenizer.encode(text, add_special_tokens=False).ids, self._eos]
+            if documents and len(tokens) - 1 > left:
+                break
+            left -= len(tokens) - 1
+            documents.append(np.array(tokens, np.uint32))
+            self._beat()
+        if not documents:
+            raise UserError(f"{source.key}: the set {source.label!r} holds no documents")
+        return documents
 
     def add_task(self, number: int) -> ScoredTask:
         """Add the first questions of a task; at least one."""

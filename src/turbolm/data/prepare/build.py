@@ -21,14 +21,17 @@ from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from turbolm.data.prepare.counts import check_counts, short_documents, spelled_out
 from turbolm.data.prepare.cut import Dropped, cut_shards
 from turbolm.data.prepare.engines import EngineMismatch, EngineName, choose_engine
+from turbolm.data.prepare.listings import cache_folder, listing_of, tell_once
 from turbolm.data.prepare.progress import Meter, OnProgress, Progress
-from turbolm.data.prepare.reader import SHORT_KEY, SourceSizes, check_left_out, empty_files, no_documents
+from turbolm.data.prepare.reader import SHORT_KEY, SourceSizes, check_left_out, empty_files
+from turbolm.data.prepare.remote_store import BUILT_FROM, fetch, known_key, look_up, note_built_from, note_key
 from turbolm.data.prepare.same_content import (
     can_be_compared,
     cannot_record,
@@ -41,7 +44,6 @@ from turbolm.data.prepare.same_content import (
 )
 from turbolm.data.prepare.sample import Sample, read_sample
 from turbolm.data.prepare.shards import Layout, Shard, write_shards
-from turbolm.data.prepare.special_tokens import SpecialTokens
 from turbolm.data.prepare.texts import texts_in
 from turbolm.data.prepare.tokenizer import (
     copy_tokenizer,
@@ -64,10 +66,10 @@ from turbolm.data.store.token_store import (
     open_store,
 )
 from turbolm.errors import UserError, explain_os_error
-from turbolm.files import load_json, read_json, sha256_json, write_json
+from turbolm.files import load_json, sha256_json, write_json
 from turbolm.hub import tokenizer_path
 from turbolm.recipe.contract import comparable_section
-from turbolm.recipe.paths import make_folder, use_path
+from turbolm.recipe.paths import make_folder
 from turbolm.recipe.schema import Recipe
 from turbolm.recipe.sources.urls import clear_fetched, forget_urls
 from turbolm.storage import StorageError
@@ -80,7 +82,6 @@ _WORKERS_OF_A_READER: dict[EngineName, int] = {"gigatoken": 2, "words": 12, "tok
 _ENGINE_BYTES = 8 * 10**6  # a smaller corpus is done before a faster engine would be loaded and checked
 _SAMPLE_STATE = "sample.jsonl"
 _TOKENIZER_RECORD = "tokenizer-files.json"
-_RANK = "TORCHELASTIC_RUN_ID"  # in the environment of every rank of `accelerate launch`, also of a single one
 _SHARD = ("source", "tokens", "index", "train", "validation")  # the rest of a record is for resuming, or is summed up
 
 
@@ -111,7 +112,10 @@ def prepare(
     """
     forget_urls()
     clear_fetched()
-    folder, alone = store_folder(recipe), int(os.environ.get("WORLD_SIZE") or 1) == 1
+    alone = int(os.environ.get("WORLD_SIZE") or 1) == 1
+    if alone and recipe.execution.store is not None:
+        _fetch(recipe, recipe.execution.store, on_progress)
+    folder = store_folder(recipe)
     if _is_complete(folder, recipe):
         if alone:
             _record_files(recipe, folder, on_progress)
@@ -177,7 +181,7 @@ def _folder_of(recipe: Recipe, key: str) -> Path:
 
 
 def _stores(recipe: Recipe) -> Path:
-    return use_path(recipe.execution.cache_dir, "execution.cache_dir") / "stores"
+    return cache_folder(recipe) / "stores"
 
 
 def store_key(recipe: Recipe) -> str:
@@ -186,19 +190,16 @@ def store_key(recipe: Recipe) -> str:
     Where files behind URLs cannot be listed, the last listing serves if its store is complete; else raises UserError.
     """
     identity = _tokenizer_identity(recipe)
+    if url := recipe.execution.store:
+        return known_key(cache_folder(recipe), url, _settings(recipe, identity))
     try:
         return _key(recipe, identity)
     except StorageError as error:
         key = _key(recipe, identity, recorded=True)
         if not (_folder_of(recipe, key) / MANIFEST).is_file():
             raise
-        _tell_once(f"turbolm: {error}. The token store of the files as they were last listed is used")
+        tell_once(f"{error}. The token store of the files as they were last listed is used")
         return key
-
-
-@cache
-def _tell_once(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def _tokenizer_identity(recipe: Recipe) -> list[str | int]:
@@ -215,35 +216,31 @@ def _key(recipe: Recipe, tokenizer: list[str | int], *, by_content: bool = False
 
     `by_content`: without times, and names that do not matter; `recorded`: with the last listing of files behind URLs.
     """
+    if by_content:
+        sources = [without_times(source, _content(source)) for source in recipe.data.sources]
+        return sha256_json(_settings(recipe, tokenizer) | {"sources": sources})
+    return sha256_json(_built_from(recipe, tokenizer, recorded=recorded))
+
+
+def _built_from(recipe: Recipe, tokenizer: list[str | int], *, recorded: bool = False) -> dict[str, Any]:
+    """Return everything that determines the content of a store."""
+    files = [listing_of(recipe, source, recorded=recorded) for source in recipe.data.sources]
+    return _settings(recipe, tokenizer) | {"files": files}
+
+
+def _settings(recipe: Recipe, tokenizer: list[str | int]) -> dict[str, Any]:
+    """Return the same without the listing of the sources."""
     content: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "shard_text_bytes": SHARD_TEXT_BYTES,
         "sources": [_content(source) for source in recipe.data.sources],
-        "files": [_listing(recipe, source, recorded) for source in recipe.data.sources],
         "validation": recipe.data.validation,
         "deduplicate": recipe.data.deduplicate,
     }
     content["tokenizer"] = comparable_section(recipe.tokenizer) if recipe.tokenizer.path is None else tokenizer
     if recipe.tokenizer.special_tokens_in_text != "split":
         content["special_tokens_in_text"] = recipe.tokenizer.special_tokens_in_text
-    if by_content:
-        content["sources"] = [without_times(source, _content(source)) for source in recipe.data.sources]
-        del content["files"]
-    return sha256_json(content)
-
-
-def _listing(recipe: Recipe, source: Any, recorded: bool) -> list[Any]:
-    """Return a source's listing. One with URLs is kept in the cache: ranks need no network to find their store."""
-    if not getattr(source, "has_urls", False):
-        return list(source.listing())
-    record = _stores(recipe).parent / "urls" / f"{sha256_json(list(source.path))[:16]}.json"
-    is_rank = int(os.environ.get("WORLD_SIZE") or 1) > 1 or _RANK in os.environ
-    if (is_rank or recorded) and isinstance(files := (read_json(record) or {}).get("files"), list):
-        return files
-    files = list(source.listing())
-    with suppress(OSError):  # a cache that cannot be written: the ranks ask for themselves
-        write_json(record, {"path": list(source.path), "files": files})
-    return files
+    return content
 
 
 def _content(source: Any) -> dict[str, Any]:
@@ -266,6 +263,29 @@ def _is_complete(folder: Path, recipe: Recipe) -> bool:
     return True
 
 
+def _fetch(recipe: Recipe, url: str, on_progress: OnProgress) -> None:
+    """Fetch the store of `execution.store` unless it is here; without the service, the one that is here serves.
+
+    Raises UserError.
+    """
+    cache, settings = cache_folder(recipe), _settings(recipe, _tokenizer_identity(recipe))
+    try:
+        found = look_up(url, settings)
+        folder = _stores(recipe) / found.key[:16]
+        make_folder(folder.parent, "execution.cache_dir")
+        with locked(folder.with_suffix(".lock"), on_progress):
+            if not _is_complete(folder, recipe):
+                fetch(found, folder)
+        note_key(cache, url, settings, found.key)
+    except StorageError as error:
+        folder = _stores(recipe) / known_key(cache, url, settings)[:16]
+        if not _is_complete(folder, recipe):
+            raise UserError(f"execution.store: {error}; check the network and the credentials") from None
+        tell_once(f"execution.store: {error}. The token store as it was last fetched is used")
+    except OSError as error:
+        raise UserError(f"The token store cannot be kept in {cache}: {explain_os_error(error)}") from None
+
+
 def _same_content(recipe: Recipe, on_progress: OnProgress) -> Path | None:
     """Return an intact store of the same documents, and record it as the recipe's, or None. Raises UserError."""
     sources, stores, identity = recipe.data.sources, _stores(recipe), _tokenizer_identity(recipe)
@@ -283,8 +303,12 @@ def _same_content(recipe: Recipe, on_progress: OnProgress) -> Path | None:
 
 def _record_files(recipe: Recipe, folder: Path, on_progress: OnProgress) -> None:
     """Record the content of the source files of a complete store, once and if its folder can be written."""
+    if recipe.execution.store is not None:
+        return
     sources, stores, identity = recipe.data.sources, folder.parent, _tokenizer_identity(recipe)
     key = store_key(recipe)
+    if key.startswith(folder.name) and not (folder / BUILT_FROM).exists():
+        note_built_from(folder, _built_from(recipe, identity, recorded=True))
     if not key.startswith(folder.name) or has_record(stores, key, folder):
         return  # the files have changed since, or it is there
     if not can_be_compared(sources) or not os.access(stores, os.W_OK):
@@ -343,8 +367,8 @@ def _build(
         split: {name: sum(shard[split][name] for shard in shards) for name in ("documents", "tokens", "text_bytes")}
         for split in SPLITS
     }
-    short = _short_documents(recipe, shards)
-    _check_counts(recipe, totals["train"]["documents"], totals["validation"]["documents"], dropped)
+    short = short_documents(recipe, shards)
+    check_counts(recipe, totals["train"]["documents"], totals["validation"]["documents"], dropped)
     check_held_out(totals["validation"]["documents"], recipe.data.validation)
     fingerprint = tokenizer_fingerprint(tokenizer)
     forget_urls()
@@ -355,7 +379,7 @@ def _build(
             "Run `turbolm prepare RECIPE` again."
         )
     if spelled := sum((Counter(shard.get("spelled", {})) for shard in shards), Counter()):
-        warn(_spelled_out(spelled, special_tokens))
+        warn(spelled_out(spelled, special_tokens))
     manifest = {
         "format_version": FORMAT_VERSION,
         "key": key,
@@ -376,41 +400,6 @@ def _build(
         "shards": [{name: shard[name] for name in _SHARD} for shard in shards],
     }
     write_json(folder / MANIFEST, manifest | {"manifest_sha256": manifest_sha256(manifest)}, durable=True)
-
-
-def _short_documents(recipe: Recipe, shards: list[dict[str, Any]]) -> list[int]:
-    """Return how many documents of each source had fewer than its `min_tokens`. Raises UserError if all of one had."""
-    counts = []
-    for number, source in enumerate(recipe.data.sources):
-        own = [shard for shard in shards if shard["source"] == number]
-        counts.append(sum(shard.get("short", 0) for shard in own))
-        if counts[-1] and not any(shard[split]["documents"] for shard in own for split in SPLITS):
-            raise UserError(
-                f"data.sources[{number}].min_tokens: none of its {counts[-1]} documents has {source.min_tokens} "
-                "tokens; lower it"
-            )
-    return counts
-
-
-def _spelled_out(documents: Counter[str], special_tokens: SpecialTokens) -> str:
-    """Return the warning about documents that spell tokens out."""
-    most, meaning = documents.most_common(1)[0][0], "ordinary text" if special_tokens == "split" else "that token"
-    return (
-        f"{documents.total()} documents spell out a special or added token of the tokenizer (most often {most!r}); it "
-        f"counts as {meaning} there (tokenizer.special_tokens_in_text: {special_tokens})"
-    )
-
-
-def _check_counts(recipe: Recipe, num_train: int, num_validation: int, dropped: Dropped) -> None:
-    if not num_train + num_validation + dropped.empty:
-        raise no_documents()
-    if not num_train + num_validation:
-        raise UserError(f"None of the {dropped.empty} documents of data.sources holds any text")
-    if not num_train:
-        raise UserError(
-            f"There are no training documents: all {num_validation} are held out. Lower data.validation "
-            f"(it is {recipe.data.validation:g}) or add documents to data.sources."
-        )
 
 
 def _engine(recipe: Recipe, folder: Path, warn: Callable[[str], None]) -> EngineName:

@@ -75,8 +75,8 @@ class BadDocuments:
         if self.left_out.count and not self._has_good:
             label = self._source.label or self._source.type
             raise UserError(
-                f"data.sources: the first {self.left_out.count} documents of the source {label!r} cannot be used, and "
-                f"none before: {self.left_out.first[0]}"
+                f"{self._source.key}: the first {self.left_out.count} documents of the source {label!r} cannot be "
+                f"used, and none before: {self.left_out.first[0]}"
             )
 
     def take_record(self) -> dict[str, Any]:

@@ -38,7 +38,7 @@ def without_times(source: Source, settings: dict[str, Any]) -> list[Any]:
     if isinstance(source, FileSource) and not source.has_urls:
         kept = {name: value for name, value in settings.items() if name != "path"}
         return [kept, [size for _, size, _ in source.listing()]]
-    return [settings, source.listing() if _has_urls(source) else [[name, size] for name, size, _ in source.listing()]]
+    return [settings, source.listing() if source.has_urls else [[name, size] for name, size, _ in source.listing()]]
 
 
 def find_recorded(stores: Path, key: str) -> Path | None:
@@ -114,11 +114,7 @@ def can_be_compared(sources: Sequence[Source]) -> bool:
 
 def _of_files(sources: Sequence[Source]) -> list[Source]:
     """Return the sources whose listing has times, all of files on this machine."""
-    return [source for source in sources if not isinstance(source, StdlibSource) and not _has_urls(source)]
-
-
-def _has_urls(source: Source) -> bool:
-    return isinstance(source, FileSource) and source.has_urls
+    return [source for source in sources if not isinstance(source, StdlibSource) and not source.has_urls]
 
 
 def _record_path(stores: Path, key: str) -> Path:

@@ -276,15 +276,20 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         ) from None
     except (OSError, ValueError) as error:
         raise UserError(f"{folder / MANIFEST} cannot be read: {error}") from None
+    return check_manifest(manifest, str(folder / MANIFEST))
+
+
+def check_manifest(manifest: Any, where: str) -> dict[str, Any]:
+    """Return the manifest. Raises UserError for one of another format, and one that has changed."""
     version = manifest.get("format_version") if isinstance(manifest, dict) else None
     if version != FORMAT_VERSION:
-        raise UserError(f"{folder} is a token store of format {version}, not {FORMAT_VERSION}; run `turbolm prepare`")
+        raise UserError(f"{where} is of format {version}, not {FORMAT_VERSION}; run `turbolm prepare`")
     if manifest.get("manifest_sha256") != manifest_sha256(manifest):
-        raise UserError(f"{folder / MANIFEST} has changed since it was written; run `turbolm prepare` again")
+        raise UserError(f"{where} has changed since it was written; run `turbolm prepare` again")
     from turbolm.data.store.manifest import manifest_problem  # pydantic: prepare's workers do without
 
     if problem := manifest_problem(manifest):
-        raise UserError(f"{folder / MANIFEST} is not the manifest of a token store: {problem}")
+        raise UserError(f"{where} is not the manifest of a token store: {problem}")
     return dict(manifest)
 
 

@@ -8,14 +8,14 @@ import stat
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, PrivateAttr
 
 from turbolm.errors import UserError
 from turbolm.recipe.fields import Before, Name, Paths, Positive, Section, StagedWeight
 from turbolm.recipe.paths import PATH_RULE, use_path
-from turbolm.storage import check_url, is_url
+from turbolm.storage import is_url
 
 if TYPE_CHECKING:
     from turbolm.recipe.sources.urls import UrlFile
@@ -52,8 +52,25 @@ class BaseSource(Section):
         None, description="leave out documents of fewer tokens, such as 16k for long ones only"
     )
 
+    _key: str = PrivateAttr("data.sources")
     reads_all_files_at_once: ClassVar[bool] = False  # `read` is called once, without a file
     empty_files_are_odd: ClassVar[bool] = False  # a file of 0 bytes has no document: a failed download may leave one
+
+    @property
+    def key(self) -> str:
+        """The key of the recipe that messages name."""
+        return self._key
+
+    def under(self, key: str) -> Self:
+        """Return the same source for messages that name another key."""
+        source = self.model_copy()
+        source._key = key
+        return source
+
+    @property
+    def has_urls(self) -> bool:
+        """Whether any of its files is behind a URL."""
+        return False
 
     def files(self) -> list[Path]:
         """Return its files, in the fixed order in which they are read; none for a hub source."""
@@ -79,7 +96,7 @@ class BaseSource(Section):
 
     def stats(self) -> list[tuple[Path, os.stat_result]]:
         """Return its files and their `stat`. Raises UserError."""
-        return [(path, stat_file(path)) for path in self.files()]
+        return [(path, stat_file(path, self.key)) for path in self.files()]
 
 
 class FileSource(BaseSource):
@@ -87,15 +104,8 @@ class FileSource(BaseSource):
 
     path: Paths = Field(
         description=f"a path, a glob (`**` allowed), a URL (s3://, gs://, az://, hf://, https://) or a list of them; "
-        f"{PATH_RULE}"
+        f"in paths {PATH_RULE}"
     )
-
-    @field_validator("path")
-    @classmethod
-    def _without_secrets(cls, paths: tuple[str, ...]) -> tuple[str, ...]:
-        for path in filter(is_url, paths):
-            check_url(path)
-        return paths
 
     @property
     def has_urls(self) -> bool:
@@ -115,13 +125,13 @@ class FileSource(BaseSource):
         """Return its files and their `stat`; of a file behind a URL it has the size alone. Raises UserError."""
         from turbolm.recipe.sources.urls import path_of
 
-        local = [(path, stat_file(path)) for path in self._local_files()]
+        local = [(path, stat_file(path, self.key)) for path in self._local_files()]
         sizes = ((path_of(url), file.num_bytes) for url, file in self._url_files().items())
         return local + [(path, os.stat_result((stat.S_IFREG, 0, 0, 1, 0, 0, size, 0, 0, 0))) for path, size in sizes]
 
     def listing(self) -> list[tuple[str, int, int | str]]:
         """Return name, size in bytes and modification time (ns), or version, of its files."""
-        local = [(path, stat_file(path)) for path in self._local_files()]
+        local = [(path, stat_file(path, self.key)) for path in self._local_files()]
         return [
             *((str(path), status.st_size, status.st_mtime_ns) for path, status in local),
             *((url, file.num_bytes, file.version) for url, file in self._url_files().items()),
@@ -130,7 +140,7 @@ class FileSource(BaseSource):
     def _url_files(self) -> dict[str, UrlFile]:
         from turbolm.recipe.sources.urls import find_url_files
 
-        found = {file.url: file for pattern in filter(is_url, self.path) for file in find_url_files(pattern)}
+        found = {file.url: file for pattern in filter(is_url, self.path) for file in find_url_files(pattern, self.key)}
         return dict(sorted(found.items()))
 
     def _local_files(self) -> list[Path]:
@@ -140,32 +150,32 @@ class FileSource(BaseSource):
         for pattern in self.path:
             if is_url(pattern):
                 continue
-            for path, status in _match(pattern):
+            for path, status in _match(pattern, self.key):
                 identity = status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
                 others = [names[identity]] if identity in names else []
                 names[identity] = min([path, *others], key=lambda name: (len(name.parts), name))
         return sorted(names.values())
 
 
-def _match(pattern: str) -> list[tuple[Path, os.stat_result]]:
-    path = use_path(pattern, "data.sources")
+def _match(pattern: str, key: str) -> list[tuple[Path, os.stat_result]]:
+    path = use_path(pattern, key)
     if path.is_dir():
-        raise UserError(f"data.sources: {pattern} is a folder; name its files, such as {Path(pattern) / '**' / '*'}")
+        raise UserError(f"{key}: {pattern} is a folder; name its files, such as {Path(pattern) / '**' / '*'}")
     # A file name may contain glob characters.
     names = [path] if path.is_file() else map(Path, glob.glob(str(path), recursive=True, include_hidden=False))
-    files = [(name, status) for name in names if stat.S_ISREG((status := stat_file(name)).st_mode)]
+    files = [(name, status) for name in names if stat.S_ISREG((status := stat_file(name, key)).st_mode)]
     if not files:
-        raise UserError(f"data.sources: no file matches {pattern!r} (looked in {Path.cwd()})")
+        raise UserError(f"{key}: no file matches {pattern!r} (looked in {Path.cwd()})")
     return files
 
 
-def stat_file(path: Path) -> os.stat_result:
-    """Return the `stat` of a file. Raises UserError."""
+def stat_file(path: Path, key: str) -> os.stat_result:
+    """Return the `stat` of a file that `key` names. Raises UserError."""
     try:
         return path.stat()
     except OSError as error:
         where = f"{path}, a link to {os.readlink(path)}," if path.is_symlink() else path
-        raise UserError(f"data.sources: {where} cannot be read: {error.strerror}") from None
+        raise UserError(f"{key}: {where} cannot be read: {error.strerror}") from None
 
 
 def text_of(value: object, field: str) -> str:

@@ -29,7 +29,7 @@ class DatasetsSource(BaseSource):
 
     def files(self) -> list[Path]:
         """Return all files of a local folder; none for a data set from the hub."""
-        folder = use_path(self.path, "data.sources")
+        folder = use_path(self.path, self.key)
         return sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
 
     def read(self, path: Path, skip: int, gauge: Gauge) -> Iterator[str | Bad]:
@@ -61,7 +61,7 @@ class DatasetsSource(BaseSource):
     def _load(self, where: str) -> Any:
         import datasets
 
-        folder = use_path(self.path, "data.sources")
+        folder = use_path(self.path, self.key)
         try:
             if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
                 saved = datasets.load_from_disk(str(folder))

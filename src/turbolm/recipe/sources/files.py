@@ -49,10 +49,10 @@ _FORMATS: tuple[tuple[bytes, str, str], ...] = (
     (codecs.BOM_UTF32_BE, "utf-32", ""),
     (codecs.BOM_UTF16_LE, "utf-16", ""),
     (codecs.BOM_UTF16_BE, "utf-16", ""),
-    (b"PAR1", "a Parquet file", "use `type: parquet` for it (data.sources)"),
+    (b"PAR1", "a Parquet file", "use `type: parquet` for it"),
     (b"ARROW1\0\0", "an Arrow (Feather) file", _AS_PARQUET),
     (b"FEA1", "a Feather file of version 1", _AS_PARQUET),
-    (b"\xff\xff\xff\xff", "an Arrow stream", f"use `type: datasets` with its folder (data.sources), or {_AS_PARQUET}"),
+    (b"\xff\xff\xff\xff", "an Arrow stream", f"use `type: datasets` with its folder, or {_AS_PARQUET}"),
     (b"PK\x03\x04", "a zip archive", _UNPACK),
     (b"7z\xbc\xaf\x27\x1c", "a 7z archive", _UNPACK),
     (b"Rar!\x1a\x07", "a rar archive", _UNPACK),
@@ -266,5 +266,5 @@ def why_not_parquet(path: Path) -> str | None:
     if kind in _CURES:
         return f"is {kind}, not Parquet: {_CURES[kind]}"
     if head.lstrip()[:1] in (b"{", b"["):
-        return "is JSON, not Parquet: use `type: jsonl` for it (data.sources)"
+        return "is JSON, not Parquet: use `type: jsonl` for it"
     return None

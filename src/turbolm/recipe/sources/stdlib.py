@@ -32,7 +32,7 @@ class StdlibSource(BaseSource):
             folders[:] = [name for name in folders if name not in _NOT_STDLIB and not name.startswith("config-")]
             files += [Path(folder, n) for n in names if n.endswith(".py") and not n.startswith("_sysconfigdata")]
         if not files:
-            raise UserError(f"The standard library in {root} has no source files; use another source (data.sources)")
+            raise UserError(f"The standard library in {root} has no source files; use another source ({self.key})")
         return sorted(files, key=lambda path: path.relative_to(root).as_posix())
 
     def listing(self) -> list[tuple[str, int, int | str]]:

@@ -18,14 +18,17 @@ from typing import TYPE_CHECKING, Any
 
 from turbolm.errors import UserError
 from turbolm.recipe.sources.base import Bad, BaseSource, Gauge
-from turbolm.storage import Remote, StorageError, one_line, open_url, retried
+from turbolm.storage import Remote, StorageError, asked, one_line, open_url
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-KEY = "data.sources"
-# What tells that a file has changed, by the names of fsspec's file systems; a hash of the content before a time
-_VERSIONS = ("ETag", "etag", "blob_id", "md5Hash", "content_md5", "LastModified", "last_modified", "updated", "mtime")
+# What tells that a file has changed, by the names of fsspec's file systems; a hash of the content before a time. The
+# first that there is counts: another order would make other stores.
+_VERSIONS = (
+    *("ETag", "etag", "blob_id", "md5Hash", "content_md5", "Content-MD5", "Digest"),
+    *("LastModified", "last_modified", "Last-Modified", "updated", "mtime"),
+)
 _MAGIC = "*?["
 
 
@@ -56,32 +59,34 @@ def url_of(path: Path) -> str | None:
     return f"{scheme}://{'/' if scheme == 'file' else ''}{'/'.join(rest)}"
 
 
-def find_url_files(pattern: str) -> tuple[UrlFile, ...]:
+def find_url_files(pattern: str, key: str) -> tuple[UrlFile, ...]:
     """The files that a URL names, or those that match it as a glob, by URL; asked once until `forget_urls`.
 
-    Raises UserError where there are none, or one cannot be told from a changed one, and StorageError where the service
-    cannot be asked.
+    `key` is that of the recipe. Raises UserError where there are none, or one cannot be told from a changed one, and
+    StorageError where the service cannot be asked.
     """
-    found = _find(pattern)
+    found = _find(pattern, key)
     if isinstance(found, StorageError):
         raise found
     return found
 
 
 @functools.cache
-def _find(pattern: str) -> tuple[UrlFile, ...] | StorageError:
+def _find(pattern: str, key: str) -> tuple[UrlFile, ...] | StorageError:
     has_glob = any(sign in pattern for sign in _MAGIC)
     if has_glob and pattern.startswith(("http://", "https://")):
-        raise UserError(f"{KEY}: {pattern}: a web server lists no files; name them one by one, without {_MAGIC}")
-    remote = open_url(pattern, KEY)
+        raise UserError(f"{key}: {pattern}: a web server lists no files; name them one by one, without * ? or [")
+    remote = open_url(pattern, key)
     try:
-        found = _told(pattern, lambda: retried(lambda: _look(remote, has_glob), pattern))
+        found = _told(pattern, key, lambda: asked(lambda: _look(remote, has_glob), pattern))
     except StorageError as error:  # all tries take a minute: this is remembered, too
         return error
-    files = tuple(sorted((_described(remote, name, info) for name, info in found.items()), key=lambda file: file.url))
+    if not has_glob and found[remote.path].get("type") == "directory":
+        raise UserError(f"{key}: {pattern} is a folder; name its files, such as {pattern.rstrip('/')}/**/*.jsonl")
+    files = [_described(remote, name, info, key) for name, info in found.items() if info.get("type") == "file"]
     if not files:
-        raise UserError(f"{KEY}: no file matches {pattern!r}")
-    return files
+        raise UserError(f"{key}: no file matches {pattern!r}")
+    return tuple(sorted(files, key=lambda file: file.url))
 
 
 def forget_urls() -> None:
@@ -109,7 +114,7 @@ def read_url(source: BaseSource, path: Path, skip: int, gauge: Gauge) -> Iterato
         return
     with tempfile.TemporaryDirectory(prefix=f"{_prefix()}{os.getpid()}-") as folder:
         local = Path(folder) / path.name
-        _fetch(url, local)
+        _fetch(url, local, source.key)
         try:
             for document in source.read(local, skip, gauge):
                 if isinstance(document, Bad):
@@ -119,53 +124,60 @@ def read_url(source: BaseSource, path: Path, skip: int, gauge: Gauge) -> Iterato
             raise UserError(str(error).replace(str(local), url)) from None
 
 
-def _fetch(url: str, local: Path) -> None:
+def _fetch(url: str, local: Path, key: str) -> None:
     """Fetch a file. Raises UserError where it cannot be read, or changes meanwhile."""
-    remote = open_url(url, KEY)
+    remote = open_url(url, key)
 
     def describe() -> UrlFile:
-        return _described(remote, remote.path, retried(lambda: _look(remote, False), url)[remote.path])
+        return _described(remote, remote.path, asked(lambda: _look(remote, False), url)[remote.path], key)
 
     def fetch() -> None:
         before = describe()
         remote.download(local, before.num_bytes)
         if describe() != before:
-            raise UserError(f"{KEY}: {url} changed while it was read; run `turbolm prepare RECIPE` again")
+            raise UserError(f"{key}: {url} changed while it was read; run `turbolm prepare RECIPE` again")
 
     try:
-        _told(url, fetch)
+        _told(url, key, fetch)
     except OSError as error:
-        raise UserError(f"{KEY}: {url} cannot be stored in {local.parent}: {error.strerror}; set TMPDIR") from None
+        raise UserError(
+            f"{key}: {url} cannot be kept in {local.parent} while it is read: {error.strerror or error}; "
+            "set TMPDIR to a folder with more room"
+        ) from None
 
 
 def _look(remote: Remote, has_glob: bool) -> dict[str, dict[str, Any]]:
     remote.fs.invalidate_cache()
     found = remote.fs.glob(remote.path, detail=True) if has_glob else {remote.path: remote.fs.info(remote.path)}
-    return {str(name): info for name, info in found.items() if info.get("type") == "file"}
+    return {str(name): info for name, info in found.items()}
 
 
-def _described(remote: Remote, name: str, info: Mapping[str, Any]) -> UrlFile:
+def _described(remote: Remote, name: str, info: Mapping[str, Any], key: str) -> UrlFile:
     scheme, _, place = remote.url.partition("://")
     where, below = place.partition("/")[0], name.partition("/")[2]
     # Azure's container@account, of which a name has the container alone
     url = f"{scheme}://{where}/{below}" if "@" in where else str(remote.fs.unstrip_protocol(name))
     rest = url.partition("://")[2].removeprefix("/").split("/")
     if any(part in ("", ".", "..") for part in rest):
-        raise UserError(f"{KEY}: {url!r}: a name with an empty part or dots cannot be used")
-    version = next((f"{key} {info[key]}" for key in _VERSIONS if info.get(key)), None)
-    if info.get("size") is None or version is None:
         raise UserError(
-            f"{KEY}: {url}: the server tells neither ETag nor time or no size, so a change would not be noticed; "
-            "download the file and name its path"
+            f"{key}: {url!r} has an empty part (//), or one that is . or .., which no path of this machine can have; "
+            "give the file another name, or leave it out"
+        )
+    version = next((f"{name} {info[name]}" for name in _VERSIONS if info.get(name)), None)
+    if info.get("size") is None or version is None:
+        missing = "its size" if info.get("size") is None else "an ETag, a hash or the time of its last change"
+        raise UserError(
+            f"{key}: {url}: the server does not tell {missing}, so that a change of the file would go unnoticed; "
+            "download it and name its path"
         )
     return UrlFile(url, int(info["size"]), version)
 
 
-def _told(url: str, action: Any) -> Any:
+def _told(url: str, key: str, action: Any) -> Any:
     """What `action` returns. Raises UserError with one line where the service cannot be read."""
     try:
         return action()
     except FileNotFoundError:
-        raise UserError(f"{KEY}: there is no {url}") from None
+        raise UserError(f"{key}: there is no {url}") from None
     except StorageError as error:
-        raise StorageError(f"{KEY}: {one_line(error)}; check the network and the credentials") from None
+        raise StorageError(f"{key}: {one_line(error)}; check the network and the credentials") from None
