@@ -27,7 +27,12 @@ def ablate(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    recipe = make_recipe(tmp_path, evaluation={"every": "20%"}, execution={"zero_stage": 1, "runs_dir": "runs"})
+    recipe = make_recipe(
+        tmp_path,
+        evaluation={"every": "20%"},
+        cluster={"device": "cpu", "processes_per_node": 1},  # a rank costs its imports
+        execution={"zero_stage": 1, "runs_dir": "runs"},
+    )
     (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
     return tmp_path
 
@@ -75,7 +80,7 @@ def test_two_tricks_are_measured(folder: Path) -> None:
 def test_halving_side_by_side_is_interrupted_and_goes_on(folder: Path) -> None:
     """Two rates until step 6, the better one to step 10; Ctrl-C amid the first round costs no step."""
     options = ("--tricks", "zero2", "--sweep-lr", "1e-6,3e-3,2", "--halving", "--jobs", "2")
-    command = [sys.executable, "-m", "turbolm.cli", "ablate", "recipe.yaml", "cluster.processes_per_node=1", *options]
+    command = [sys.executable, "-m", "turbolm.cli", "ablate", "recipe.yaml", *options]
     with subprocess.Popen(
         command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT
     ) as process:

@@ -243,5 +243,5 @@ def test_a_run_that_hangs_ends_and_goes_on_as_if_it_had_not(tmp_path: Path, monk
         assert stacks.stat().st_mtime - begun < REAL_HANG_SEC + 5
         assert not run.ranks()
     (tmp_path / "hold").unlink()
-    run.finish()
+    run.finish_on_ranks()
     assert sorted(run.learned()) == list(range(1, num_steps + 1))  # and none of them otherwise when done again

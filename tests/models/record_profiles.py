@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from typing import Any
@@ -15,6 +16,7 @@ from turbolm.recipe.load import load_recipe
 from turbolm.shipped import recipes_by_name
 
 
+@functools.cache
 def requests() -> dict[str, dict[str, Any]]:
     """Return what is asked for each model of the shipped recipes, by its key in the file."""
     found = {}

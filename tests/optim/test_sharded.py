@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -65,7 +67,8 @@ def check(folder: Path, world_size: int, cells: list[Cell]) -> None:
         np.testing.assert_allclose(trained[cell.name], expected[key], rtol=rtol, err_msg=cell.name)
 
 
-def test_two_processes(tmp_path: Path) -> None:
+def quick_cells() -> list[Cell]:
+    """Every optimizer and every option where it is cut finest or has a way of its own; the slow tests add the rest."""
     cells = [optimizer_cell(name, 3) for name in SHARDED]
     cells += [optimizer_cell(name, 0) for name in ("muon", "cautious_adamw", *WHOLE)]
     cells += [optimizer_cell("muon", stage) for stage in (1, 2)]
@@ -73,23 +76,29 @@ def test_two_processes(tmp_path: Path) -> None:
     cells += [optimizer_cell("muon", 1, precision="bf16")]
     cells += [optimizer_cell(name, 3) for name in ("peak_lrs", "normuon", "hyperball", "cautious_decay")]
     cells += [optimizer_cell("soap_muon", 2), optimizer_cell("ema", 1), optimizer_cell("soap", 1)]
-    cells += [replace(optimizer_cell("muon", 3), name="split", schedule=SPLIT)]
-    check(tmp_path, 2, cells)
+    return [*cells, replace(optimizer_cell("muon", 3), name="split", schedule=SPLIT)]
+
+
+def test_two_processes(tmp_path: Path) -> None:
+    check(tmp_path, 2, quick_cells())
 
 
 RAMPS = {"weight_decay": {"start": 30, "end": 3}, "momentum": {"start": 0.6, "end": 0.9}}
 
 
+RESUMED: list[tuple[list[tuple[str, int]], int]] = [  # optimizers and stages, and the other world size
+    ([("normuon", 2), ("ademamix", 3), ("soap", 3)], 1),
+    ([("muon", 3), ("cautious_adamw", 1), ("lion", 2), ("adafactor", 0)], 3),
+    ([("muon", 1), ("sgd", 3), ("rmsprop", 2), ("cautious_adamw", 3)], 1),
+    ([("soap", 0), ("soap_muon", 3), ("ema", 1)], 3),
+    ([("soap", 2), ("soap_muon", 1), ("ema", 3), ("cautious_decay", 2)], 1),
+    ([("ademamix", 1), ("lion", 3), ("sgd", 2), ("rmsprop", 1)], 3),
+]
+
+
 @pytest.mark.parametrize(
     ("chosen", "other_world_size"),
-    [
-        ([("normuon", 2), ("ademamix", 3), ("soap", 3)], 1),
-        pytest.param([("muon", 3), ("cautious_adamw", 1), ("lion", 2), ("adafactor", 0)], 3, marks=pytest.mark.slow),
-        pytest.param([("muon", 1), ("sgd", 3), ("rmsprop", 2), ("cautious_adamw", 3)], 1, marks=pytest.mark.slow),
-        pytest.param([("soap", 0), ("soap_muon", 3), ("ema", 1)], 3, marks=pytest.mark.slow),
-        pytest.param([("soap", 2), ("soap_muon", 1), ("ema", 3), ("cautious_decay", 2)], 1, marks=pytest.mark.slow),
-        pytest.param([("ademamix", 1), ("lion", 3), ("sgd", 2), ("rmsprop", 1)], 3, marks=pytest.mark.slow),
-    ],
+    [RESUMED[0], *(pytest.param(*one, marks=pytest.mark.slow) for one in RESUMED[1:])],
 )
 def test_resuming_each_optimizer_amid_schedules(
     chosen: list[tuple[str, int]], other_world_size: int, tmp_path: Path
@@ -124,26 +133,58 @@ def test_resuming_each_optimizer_amid_schedules(
         np.testing.assert_allclose(resumed, trained[cell.name][2:], rtol=fp32_rtol(cell), err_msg=cell.name)
 
 
+MODES: list[dict[str, Any]] = [{}, {"offload_optimizer": True}, {"precision": "bf16"}]
+
+
+def table() -> list[Cell]:
+    """Each optimizer at each stage, with every pair of optimizer, stage and mode; stage 0 has the first mode alone."""
+    return [
+        optimizer_cell(name, stage, **(MODES[(i + stage) % 3] if stage else {}))
+        for i, name in enumerate(SHARDED)
+        for stage in (0, 1, 2, 3)
+    ]
+
+
+def options() -> list[Cell]:
+    """Each option at each stage, once offloaded, which is another way at stages 2 and 3."""
+    cells = [
+        optimizer_cell(name, stage, **({"offload_optimizer": True} if stage == 2 + i % 2 else {}))
+        for i, name in enumerate(VARIANTS)
+        for stage in (0, 1, 2, 3)
+    ]
+    cells += [optimizer_cell("normuon", 1, precision="bf16"), optimizer_cell("ema", 1, precision="bf16")]
+    return cells + [replace(optimizer_cell("muon", s), name=f"split-{s}", schedule=SPLIT) for s in (0, 1, 2)]
+
+
+def without_quick(cells: list[Cell]) -> list[Cell]:
+    quick = {cell.name for cell in quick_cells()}
+    return [cell for cell in cells if cell.name not in quick]
+
+
+def test_the_table_has_every_pair() -> None:
+    rows = [(c.optimizer["name"], c.zero_stage, c.offload_optimizer, c.precision) for c in [*quick_cells(), *table()]]
+    for name, stage in itertools.product(SHARDED, (1, 2, 3)):
+        for mode in ((False, "fp32"), (True, "fp32"), (False, "bf16")):
+            assert {(name, stage), (name, *mode), (stage, *mode)} <= (
+                {row[:2] for row in rows} | {(row[0], *row[2:]) for row in rows} | {row[1:] for row in rows}
+            )
+
+
 @pytest.mark.slow
 def test_the_rest_of_the_table(tmp_path: Path) -> None:
-    cells = [optimizer_cell(name, stage) for name in SHARDED for stage in (0, 1, 2)]
-    cells += [optimizer_cell(name, stage, offload_optimizer=True) for name in SHARDED for stage in (1, 2, 3)]
-    cells += [optimizer_cell(name, stage, precision="bf16") for name in SHARDED for stage in (1, 2, 3)]
-    check(tmp_path, 2, cells)
+    check(tmp_path, 2, without_quick(table()))
 
 
 @pytest.mark.slow
 def test_options_at_every_stage(tmp_path: Path) -> None:
-    cells = [optimizer_cell(name, stage) for name in VARIANTS for stage in (0, 1, 2, 3)]
-    cells += [optimizer_cell(name, stage, offload_optimizer=True) for name in VARIANTS for stage in (2, 3)]
-    cells += [optimizer_cell("normuon", 1, precision="bf16"), optimizer_cell("ema", 1, precision="bf16")]
-    cells += [replace(optimizer_cell("muon", s), name=f"split-{s}", schedule=SPLIT) for s in (0, 1, 2)]
-    check(tmp_path, 2, cells)
+    check(tmp_path, 2, without_quick(options()))
 
 
 @pytest.mark.slow
 def test_three_processes_divide_almost_no_matrix(tmp_path: Path) -> None:
-    cells = [optimizer_cell(name, stage) for name in ("muon", "cautious_adamw", "ademamix") for stage in (1, 2, 3)]
+    """What is done element by element is so in one way for all: each stage once."""
+    cells = [optimizer_cell("muon", stage) for stage in (1, 2, 3)]
+    cells += [optimizer_cell(name, stage) for name, stage in (("cautious_adamw", 1), ("ademamix", 2), ("lion", 3))]
     cells += [optimizer_cell("muon", stage, model="gpt2") for stage in (1, 3)]
     check(tmp_path, 3, cells)
 

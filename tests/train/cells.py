@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import threading
@@ -30,6 +31,7 @@ from turbolm.data.order.batch_order import recipe_order
 from turbolm.data.prepare.build import find_store
 from turbolm.data.store.token_store import TokenStore, open_store
 from turbolm.engine.start import build_accelerator
+from turbolm.models.compile import apply_compile
 from turbolm.plan.machine import detect_machine
 from turbolm.plan.plan import Plan, build_plan
 from turbolm.plan.rates import step_rates
@@ -46,7 +48,13 @@ def build_cell(folder: Path, cell: Cell) -> tuple[Plan, TokenStore, Any, str]:
     plan = build_plan_of_large_matrices(recipe, detect_machine(), int(os.environ["WORLD_SIZE"]))
     store = open_store(find_store(recipe) or "missing")
     accelerator = build_accelerator(plan.ds_config, device=plan.device, precision=plan.precision, timeout_sec=120)
-    return plan, store, *build_engine(accelerator, plan, store, RunDirectory(folder / "runs" / cell.name))
+    with compiled_by(cell.compiler):
+        return plan, store, *build_engine(accelerator, plan, store, RunDirectory(folder / "runs" / cell.name))
+
+
+def compiled_by(backend: str) -> Any:
+    """`execution.compile` with another backend of torch.compile than inductor."""
+    return patch("turbolm.train.tricks.apply_compile", functools.partial(apply_compile, backend=backend))
 
 
 def build_plan_of_large_matrices(*arguments: Any) -> Plan:
@@ -59,6 +67,11 @@ def build_plan_of_large_matrices(*arguments: Any) -> Plan:
 
 def train_cell(folder: Path, cell: Cell) -> list[list[float]]:
     """(loss, gradient norm) of every step; of a mixture of experts also (router loss, gradient norm of the routers)."""
+    with torch.compiler.set_stance("force_eager" if cell.compiler == "eager" else "default"):
+        return _train_cell(folder, cell)
+
+
+def _train_cell(folder: Path, cell: Cell) -> list[list[float]]:
     plan, store, engine, attention = build_cell(folder, cell)
     recipe = plan.recipe
     order = recipe_order(recipe, store, plan.curriculum, save=False)

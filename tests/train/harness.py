@@ -96,6 +96,7 @@ class Cell:
     optimizer: dict[str, Any] = field(default_factory=dict)
     schedule: dict[str, Any] = field(default_factory=dict)
     attention: str = "auto"
+    compiler: str = "inductor"  # half a minute of C++; `aot_eager` makes the same graphs, `eager` also of an optimizer
     device: str = "cpu"
     steps: int = 10
     load: str | None = None  # a checkpoint folder to start from

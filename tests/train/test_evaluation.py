@@ -75,7 +75,7 @@ def _evaluate(recipes: list[Recipe]) -> list[dict[str, Any]]:
     """What every recipe's new model gives, and its loss over the same batches without parts."""
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
-    from tests.train.cells import build_plan_of_large_matrices
+    from tests.train.cells import build_plan_of_large_matrices, compiled_by
     from turbolm.engine.start import build_accelerator, control_group
     from turbolm.plan.machine import detect_machine
     from turbolm.reliability.stop import StopRequest, look
@@ -91,7 +91,8 @@ def _evaluate(recipes: list[Recipe]) -> list[dict[str, Any]]:
         plan = build_plan_of_large_matrices(recipe, machine, int(os.environ["WORLD_SIZE"]))
         store = open_store(find_store(recipe) or "missing")
         accelerator = build_accelerator(plan.ds_config, device=plan.device, precision=plan.precision, timeout_sec=120)
-        engine, attention = build_engine(accelerator, plan, store, RunDirectory(run.path))
+        with compiled_by("aot_eager"):
+            engine, attention = build_engine(accelerator, plan, store, RunDirectory(run.path))
         stop = StopRequest(run.stop_file, look(run.stop_file))
         context = Context(plan, run, store, machine, control_group(), stop, sys.stdout)
         result = evaluate(engine, context, attention, read_scored_together(context))

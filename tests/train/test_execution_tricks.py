@@ -19,7 +19,6 @@ COMPILED: dict[str, dict[str, Any]] = {
     "model-zero1": {"zero_stage": 1, "compile": "model"},
     "model-zero2-recomputed": {"zero_stage": 2, "compile": "model", "activation_checkpointing": "full"},
     "layers-zero0": {"zero_stage": 0, "compile": "layers"},
-    "layers-zero3": {"zero_stage": 3, "compile": "layers"},
     "layers-zero1-selective": {"zero_stage": 1, "compile": "layers", "activation_checkpointing": "selective"},
     "layers-zero3-every-second": {"zero_stage": 3, "compile": "layers", "activation_checkpointing": 2},
 }
@@ -52,9 +51,16 @@ def check_cells(folder: Path, tricks: dict[str, dict[str, Any]], model: str = "l
         np.testing.assert_allclose(np.array(values), expected, rtol=1e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("model", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
-def test_not_compiled(model: str, tmp_path: Path) -> None:
-    check_cells(tmp_path, NOT_COMPILED, model)
+def test_not_compiled(tmp_path: Path) -> None:
+    check_cells(tmp_path, NOT_COMPILED)
+
+
+@pytest.mark.slow
+def test_not_compiled_with_tied_embeddings(tmp_path: Path) -> None:
+    """What acts on the head or inside the layers; how messages are sent knows no model."""
+    names = [name for name in NOT_COMPILED if "loss" in name or "selective" in name]
+    assert len(names) == 6
+    check_cells(tmp_path, {name: NOT_COMPILED[name] for name in names}, "gpt2")
 
 
 @pytest.mark.slow

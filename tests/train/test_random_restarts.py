@@ -167,8 +167,7 @@ def test_killed_and_stopped_it_still_goes_on_with_the_best_start(tmp_path: Path)
 @pytest.mark.parametrize(
     ("stage", "precision", "settings"),
     [
-        (1, "bf16", {}),
-        (2, "bf16", {"optimizer": {"name": "muon"}}),
+        (1, "bf16", {"optimizer": {"name": "muon"}}),
         (2, "fp32", {"execution": {"offload_optimizer": True}}),
         (3, "bf16", {"model": {"dropout": 0.1}, "execution": {"activation_checkpointing": "full"}}),
     ],

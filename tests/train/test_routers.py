@@ -170,9 +170,10 @@ def test_biases_move_at_any_layout(tmp_path: Path) -> None:
         balanced(tmp_path, "zero2", zero_stage=2, micro_batch_bins=1),
         balanced(tmp_path, "shared", zero_stage=1, micro_batch_bins=1, execution={"sequence_parallel": 2}),
         balanced(tmp_path, "bf16", zero_stage=1, micro_batch_bins=1, precision="bf16"),
-        balanced(tmp_path, "compiled", zero_stage=2, micro_batch_bins=3, execution={"compile": "layers"}),
+        balanced(tmp_path, "compiled", zero_stage=2, micro_batch_bins=3, execution={"compile": "layers"},
+                 compiler="aot_eager"),
         balanced(tmp_path, "compiled3", zero_stage=3, micro_batch_bins=3, activation_checkpointing="full",
-                 execution={"compile": "layers"}),
+                 execution={"compile": "layers"}, compiler="aot_eager"),
     ])  # fmt: skip
 
 
@@ -188,8 +189,8 @@ def test_compiled_and_recomputed_where_weights_are_gathered(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("model", "steps", "lr"),  # at a high rate rounding sends a token to another expert within 50 steps
-    [("dbrx", 5, 3e-3), *(pytest.param(name, 50, 1e-4, marks=pytest.mark.slow) for name in ("crowded", "dbrx"))],
+    ("model", "steps", "lr"),  # at a high rate rounding sends a token to another expert after some steps
+    [("dbrx", 5, 3e-3), pytest.param("crowded", 20, 5e-4, marks=pytest.mark.slow)],
 )
 def test_stage_3_with_experts_without_tokens(model: str, steps: int, lr: float, tmp_path: Path) -> None:
     """One token, one expert: of 40 experts at least 8 get none in a micro-batch of 32 tokens, others on each rank."""

@@ -94,10 +94,11 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> References:
     "world_size", [2, pytest.param(4, marks=pytest.mark.slow), pytest.param(8, marks=pytest.mark.slow)]
 )
 def test_losses_and_norms_equal_plain_pytorch(world_size: int, references: References) -> None:
-    cells = [cell(*row) for row in settings() if row[0] * row[1] == world_size]
+    steps = STEPS if world_size == 2 else 4  # each rank more takes its time of all
+    cells = [cell(*row, steps=steps) for row in settings() if row[0] * row[1] == world_size]
     trained = run_cells(references.folder, world_size, cells)
     for one in cells:
-        expected = references.of(one.model)
+        expected = references.of(one.model)[:steps]
         assert (expected[:, 1] > 0.5).any(), "clipping must act in some step"
         np.testing.assert_allclose(trained[one.name], expected, rtol=1e-5, err_msg=one.name)
 
@@ -115,9 +116,9 @@ def test_routers_recomputation_losses_lengths_and_compiled_layers(references: Re
         Cell("lengths", zero_stage=2, micro_batch_bins=2, data={"length_schedule": stages}, execution=shared),
         Cell("single", zero_stage=1, packing="single", execution=shared),
         *(
-            Cell(f"compiled {kind}", zero_stage=stage, micro_batch_bins=2, steps=3,
+            Cell(f"compiled {kind}", zero_stage=stage, micro_batch_bins=2, steps=3, compiler=compiler,
                  execution={**shared, "compile": kind})
-            for kind, stage in (("layers", 3), ("model", 1))
+            for kind, stage, compiler in (("layers", 3, "inductor"), ("model", 1, "aot_eager"))
         ),
     ]  # fmt: skip
     unshared = Cell("unshared", zero_stage=2, micro_batch_bins=2, data={"length_schedule": stages})
