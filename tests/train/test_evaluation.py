@@ -289,7 +289,7 @@ def test_the_mean_of_the_weights_is_told_where_nothing_is_held_out(tmp_path: Pat
         "loss of own, averaged 2.5000 nats",
     ):
         assert f"\n  {row}" in shown
-    rows = _card_rows({**results, "weight_average": {**mean, "exported": True}})
+    rows = _card_rows({**results, "weight_average": mean}, averaged=True)
     assert list(rows) == ["weights", "loss of own", "task greek"]
     assert rows["loss of own"].startswith("2.5000 nats/token") and rows["task greek"].startswith("1.2500 bits per byte")
 
