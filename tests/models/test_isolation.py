@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -101,13 +102,15 @@ def test_outputs_that_start_at_zero_hide_no_leak(config: dict[str, Any]) -> None
     before = Probe(model, vocab_size=VOCAB, seq_len=SEQ_LEN, attention="eager").logits
     with pytest.raises(UserError, match="no token of this model moves the logits after it"):
         check_isolation(model, **settings)
-    with outputs_that_count(model, "zero_outputs"):
+    with outputs_that_count(model, "zero_outputs"), patch.object(torch, "randn", wraps=torch.randn) as randn:
         if config in LEAKING.values():
             with pytest.raises(UserError, match="lets packed documents see"):
                 check_isolation(model, **settings)
         else:
             assert check_isolation(model, **settings) <= 1e-6
             assert Probe(model, vocab_size=VOCAB, seq_len=SEQ_LEN, attention="eager").move_by_tokens()[1] > 1e-2
+    drawn = [call.args[0] for call in randn.call_args_list]
+    assert len(drawn) == len(set(drawn)) == 2, "one for attention and one for the other layers, in all passes"
     assert torch.equal(Probe(model, vocab_size=VOCAB, seq_len=SEQ_LEN, attention="eager").logits, before)
 
 

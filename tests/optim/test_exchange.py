@@ -17,6 +17,7 @@ STEPS = 7
 CHOICES: list[dict[str, Any]] = [
     {"name": "muon", "cautious_weight_decay": True, "row_beta2": 0.9, "orthogonalization": "polar_express"},
     {"name": "muon", "soap": {"every": 3}, "row_beta2": 0.9},
+    {"name": "muon", "hyperball": True, "row_beta2": 0.9},
     {"name": "soap", "precondition_every": 3},
 ]
 

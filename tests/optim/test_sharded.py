@@ -76,6 +76,7 @@ def quick_cells() -> list[Cell]:
     cells += [optimizer_cell("muon", 1, precision="bf16")]
     cells += [optimizer_cell(name, 3) for name in ("peak_lrs", "normuon", "hyperball", "cautious_decay")]
     cells += [optimizer_cell("soap_muon", 2), optimizer_cell("ema", 1), optimizer_cell("soap", 1)]
+    cells += [optimizer_cell("hyperball", 1, offload_optimizer=True), optimizer_cell("hyperball", 2)]
     return [*cells, replace(optimizer_cell("muon", 3), name="split", schedule=SPLIT)]
 
 
@@ -87,10 +88,10 @@ RAMPS = {"weight_decay": {"start": 30, "end": 3}, "momentum": {"start": 0.6, "en
 
 
 RESUMED: list[tuple[list[tuple[str, int]], int]] = [  # optimizers and stages, and the other world size
-    ([("normuon", 2), ("ademamix", 3), ("soap", 3)], 1),
+    ([("normuon", 2), ("hyperball", 1), ("ademamix", 3), ("soap", 3)], 1),
     ([("muon", 3), ("cautious_adamw", 1), ("lion", 2), ("adafactor", 0)], 3),
     ([("muon", 1), ("sgd", 3), ("rmsprop", 2), ("cautious_adamw", 3)], 1),
-    ([("soap", 0), ("soap_muon", 3), ("ema", 1)], 3),
+    ([("soap", 0), ("soap_muon", 3), ("ema", 1), ("hyperball", 2)], 3),
     ([("soap", 2), ("soap_muon", 1), ("ema", 3), ("cautious_decay", 2)], 1),
     ([("ademamix", 1), ("lion", 3), ("sgd", 2), ("rmsprop", 1)], 3),
 ]
@@ -103,7 +104,8 @@ RESUMED: list[tuple[list[tuple[str, int]], int]] = [  # optimizers and stages, a
 def test_resuming_each_optimizer_amid_schedules(
     chosen: list[tuple[str, int]], other_world_size: int, tmp_path: Path
 ) -> None:
-    """What is saved half-way goes on to the bit, in the middle of every schedule; or at another stage or world size."""
+    """What is saved half-way goes on to the bit, in the middle of every schedule; at another world size, and the first
+    two at another stage."""
     cells = []
     for name, stage in chosen:
         whole = optimizer_cell(name, stage)
@@ -116,7 +118,10 @@ def test_resuming_each_optimizer_amid_schedules(
             folder += "-late"
             saving.save_late_in = folder
         cells += [saving, replace(whole, name=whole.name + "-resumed", load=f"{folder}/step-00000002")]
-    moved = [replace(cells[1], name="moved", zero_stage=3 if cells[1].zero_stage in (0, 2) else 0)]
+    moved = [
+        replace(cell, name=f"{cell.name}-moved", zero_stage={0: 3, 1: 2, 2: 3}.get(cell.zero_stage, 0))
+        for cell in cells[1:4:2]
+    ]
     trained = run_cells(tmp_path, 2, cells + moved)
     for cell in cells[::2]:
         assert trained[cell.name + "-resumed"] == trained[cell.name][2:], cell.name

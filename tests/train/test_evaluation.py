@@ -22,9 +22,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tests.train.harness import BINS_PER_BATCH, MODELS, SEQ_LEN, make_recipe
 from tests.world import run_world
 from turbolm.data.batch.loader import recipe_evaluation_set
-from turbolm.data.batch.scored import TaskScore
+from turbolm.data.batch.scored import TaskScore, read_scored
 from turbolm.data.prepare.build import find_store, prepare
 from turbolm.data.store.token_store import TokenStore, open_store
+from turbolm.errors import UserError
 from turbolm.models.build import build_model
 from turbolm.recipe.schema import Recipe
 from turbolm.train.evaluation import EvaluationResult, SetLoss, left_out_note
@@ -260,6 +261,23 @@ def test_a_run_reports_its_sets_and_tasks(tmp_path: Path) -> None:
     assert results["eval_tasks"]["greek"]["questions"] < 3
     said = (run_directory(only).path / "attempts/1/log.rank0.txt").read_text()
     assert "greek: 1 of 3 questions, by evaluation.tokens (20)" in said
+    assert "own: its first 1 documents, by evaluation.tokens (20)" in said
+    assert "own: its first" not in (run / "attempts/1/log.rank0.txt").read_text()
+
+
+def test_a_set_tells_the_bad_documents_that_it_skips(tmp_path: Path) -> None:
+    own = tmp_path / "own.jsonl"
+    recipe = mixed_recipe(tmp_path, "bad", data={"on_bad_document": "skip"})
+    store = open_store(prepare(recipe))
+    whole = read_scored(recipe, store)
+    own.write_text(own.read_text() + "{\n" + json.dumps({"other": "alpha"}) + "\n")
+    scored = read_scored(recipe, store)
+    assert whole is not None and scored is not None and scored.sets == whole.sets
+    (note,) = [note for note in scored.notes if note not in whole.notes]
+    assert note.startswith(f"own: skipped 2 bad documents, such as {own}:4: ")
+    refusing = recipe.model_copy(update={"data": recipe.data.model_copy(update={"on_bad_document": "refuse"})})
+    with pytest.raises(UserError, match=f"{own}:4: "):
+        read_scored(refusing, store)
 
 
 def test_the_mean_of_the_weights_is_told_where_nothing_is_held_out(tmp_path: Path) -> None:
@@ -289,7 +307,7 @@ def test_the_mean_of_the_weights_is_told_where_nothing_is_held_out(tmp_path: Pat
         "loss of own, averaged 2.5000 nats",
     ):
         assert f"\n  {row}" in shown
-    rows = _card_rows({**results, "weight_average": {**mean, "exported": True}})
+    rows = _card_rows({**results, "weight_average": mean}, averaged=True)
     assert list(rows) == ["weights", "loss of own", "task greek"]
     assert rows["loss of own"].startswith("2.5000 nats/token") and rows["task greek"].startswith("1.2500 bits per byte")
 

@@ -294,18 +294,17 @@ def test_which_steps_count_and_how_much() -> None:
 
 def test_a_mean_of_other_steps_begins_anew_and_says_so() -> None:
     average = running("{last: 20%}")
-    old = {"first_step": 81, "every_steps": 1, "count": 5}  # before checkpoints named the other settings
-    saved = {**old, "planned_first_step": 81, "half_life_tokens": None}
-    for one in (old, saved):
-        assert average.restore(one, 85) is None and average.count == 5
-        assert average.state() == saved
-    with_half_life = running("{last: 20%, half_life: 2 steps}")
-    assert with_half_life.restore(old, 85) is None and with_half_life.restore(saved, 85) is not None
-    others = [{"planned_first_step": 80}, {"every_steps": 2}, {"half_life_tokens": 20480.0}]
-    for other in (None, {**old, "first_step": 80}, *({**saved, **one} for one in others)):
+    saved = {"first_step": 81, "every_steps": 1, "count": 5, "planned_first_step": 81, "half_life_tokens": None}
+    assert average.restore(saved, 85) is None and average.count == 5 and average.state() == saved
+    assert running("{last: 20%, half_life: 2 steps}").restore(saved, 85) is not None
+    others = [{"planned_first_step": 80}, {"every_steps": 2}, {"half_life_tokens": 20480.0}, {"every_steps": None}]
+    unknown = {key: value for key, value in saved.items() if key != "planned_first_step"}
+    for other in (None, unknown, *({**saved, **one} for one in others)):
         message = average.restore(other, 85)
         assert message is not None and "begins after step 85, not 81" in message and average.state() == {}
-    assert average.restore({**old, "first_step": 41}, 60) is None and average.count == 0, "a longer run, not there yet"
+    assert average.restore({**saved, "planned_first_step": 41}, 60) is None and average.count == 0, (
+        "a longer run, not there yet"
+    )
 
 
 def test_a_mean_that_begins_late_says_its_first_step_and_goes_on() -> None:
@@ -396,6 +395,16 @@ def edit_weights(checkpoint: Path, change: Callable[[torch.Tensor], None]) -> No
     content = path.read_bytes()
     manifest["files"][path.name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_an_unknown_precision_is_refused_before_any_checkpoint_is_read(tmp_path: Path) -> None:
+    checkpoints = checkpoints_of(tmp_path / "run", 3, 4)
+    for checkpoint in checkpoints:
+        checkpoint.mkdir(parents=True)
+    record = {"fingerprint": "f", "contract": {"train": {"precision": "int8"}}}
+    (tmp_path / "run/contract.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match="run/contract.json: contract.train.precision: expected fp32, bf16 or fp16"):
+        average_checkpoints(checkpoints, tmp_path / "out")
 
 
 def test_what_cannot_be_averaged_is_refused_and_nothing_is_left(folder: Path, tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ class Transfer:
     folder: Path
     tuned: Recipe
     larger: tuple[Larger, ...]
-    factors: tuple[float, ...]  # on all learning rates of the tuned recipe
+    lrs: tuple[float, ...]  # `lr` of the tuned recipe, with which all its learning rates go
     options: Options
     failures: dict[str, int] = field(default_factory=dict)  # exit codes by run name
 
@@ -93,13 +93,12 @@ class Transfer:
         name = check_name("--name", options.name or default, 100)
         folder = use_path(tuned.execution.runs_dir, "execution.runs_dir") / "ablations" / name
         lrs = options.sweep.lrs if options.sweep else [factor * tuned.optimizer.lr for factor in _FACTORS]
-        return Transfer(folder, tuned, larger, tuple(lr / tuned.optimizer.lr for lr in lrs), options)
+        return Transfer(folder, tuned, larger, tuple(float(f"{lr:.4g}") for lr in lrs), options)
 
     def grid(self, recipe: Recipe, label: str) -> list[list[Recipe]]:
         """Return the runs of a grid, lowest learning rate first: a list of seeds for each."""
         return [
-            self._seeds(recipe, label, scale_lrs(_lrs_of(self.tuned.optimizer, recipe.optimizer), factor))
-            for factor in self.factors
+            self._seeds(recipe, label, _lrs_of(self.tuned.optimizer, recipe.optimizer).at_lr(lr)) for lr in self.lrs
         ]
 
     def moved(self, larger: Larger, best: Recipe) -> list[Recipe]:
@@ -137,15 +136,6 @@ class Transfer:
         return [
             run_recipe(recipe, self.folder, f"{label}-seed{seed}", seed=seed, optimizer=optimizer) for seed in seeds
         ]
-
-
-def scale_lrs(optimizer: Optimizer, factor: float) -> Optimizer:
-    """Return the optimizer with every peak learning rate multiplied, rounded to four digits."""
-    update: dict[str, Any] = {"lr": float(f"{optimizer.lr * factor:.4g}")}
-    if isinstance(optimizer, Muon):
-        peaks = {kind: float(f"{lr * factor:.4g}") for kind, lr in optimizer.peak_lrs if lr is not None}
-        update["peak_lrs"] = optimizer.peak_lrs.model_copy(update=peaks)
-    return optimizer.model_copy(update=update)
 
 
 def run_transfer(transfer: Transfer, runner: Runner, say: Say, *, dry_run: bool = False) -> tuple[int, dict[str, Any]]:

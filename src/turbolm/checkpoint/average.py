@@ -103,8 +103,8 @@ def average_checkpoints(checkpoints: Sequence[Path], out: Path, weights: Sequenc
         raise UserError(f"{out} exists; choose another folder")
     make_folder(out.absolute().parent, "OUT")
     run, record = run_of(checkpoints[0])
+    precision = precision_of(run, record)  # before every byte of the checkpoints is read
     sources = _choose(checkpoints, weights, {record["fingerprint"], *record.get("former_fingerprints", ())})
-    precision = precision_of(run, record)
     folder = out.with_name(f".tmp-{out.name}.average")
     remove_folder(folder)
     try:

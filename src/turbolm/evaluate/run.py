@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from turbolm.checkpoint.export_folder import Origin, read_origin, update_card
+from turbolm.checkpoint.export_folder import read_origin, update_card
 from turbolm.checkpoint.manifest import MANIFEST
 from turbolm.errors import UserError
 from turbolm.files import read_json, write_json
@@ -21,7 +21,8 @@ from turbolm.plan.machine import detect_machine
 from turbolm.redaction import redact
 from turbolm.report.evaluations import HEADING, card_section, evaluation_rows, evaluations_in, whole
 from turbolm.report.html import write_report
-from turbolm.train.run_directory import RunDirectory, precision_of, run_of
+from turbolm.train.run_directory import RunDirectory
+from turbolm.train.run_export import exported_name
 
 MISSING = "turbolm evaluate needs lm-evaluation-harness; install it with: pip install 'turbolm[evaluate]'"
 
@@ -93,34 +94,27 @@ def find_subject(path: Path) -> Subject:
         return Subject(resolved.name, None, resolved, RunDirectory(resolved.parent.parent))
     run = RunDirectory(resolved)
     if run.contract.is_file():
-        export = run.path / "export"
-        if not (export / "config.json").is_file():
+        if not (run.export / "config.json").is_file():
             raise UserError(f"{path} has no export yet; name one of the checkpoints in {run.checkpoints}")
-        return Subject(_name_in_run(export, run), export, None, run)
+        return Subject(_name_in_run(run), run.export, None, run)
     if (resolved / "config.json").is_file():
         run = RunDirectory(resolved.parent)
         if resolved.name == "export" and run.contract.is_file():
-            return Subject(_name_in_run(resolved, run), resolved, None, run)
+            return Subject(_name_in_run(run), resolved, None, run)
         origin = read_origin(resolved)
         return Subject(f"{origin.run}/{origin}" if origin else resolved.name, resolved, None, None)
     raise UserError(f"{path}: expected a run, a checkpoint of a run, or an exported model")
 
 
-def _name_in_run(export: Path, run: RunDirectory) -> str:
-    """Return whose weights a run's export has; one that does not say has those that results.json says were exported.
-
-    Raises UserError where that may be an export of an earlier budget.
-    """
-    if origin := read_origin(export):
-        return str(origin)
-    results = read_json(run.results) or {}
-    if results.get("export", "") is None or "export_command" in results:
+def _name_in_run(run: RunDirectory) -> str:
+    """Return whose weights a run's export has. Raises UserError where it may be one of an earlier budget."""
+    name = exported_name(run)
+    if name is None:
         raise UserError(
-            f"{export} does not say which checkpoint it is of, and the run's last one has not been exported; export it "
-            f"there with `turbolm export`, or name one of the checkpoints in {run.checkpoints}"
+            f"{run.export} does not say which checkpoint it is of, and the run's last one has not been exported; "
+            f"export it there with `turbolm export`, or name one of the checkpoints in {run.checkpoints}"
         )
-    is_averaged = bool(results.get("weight_average", {}).get("exported"))
-    return str(Origin(run.path.name, Path(str(results.get("checkpoint", "export"))).name, is_averaged))
+    return name
 
 
 @contextlib.contextmanager
@@ -128,13 +122,11 @@ def _exported(subject: Subject) -> Iterator[Path]:
     if subject.export is not None:
         yield subject.export
         return
-    assert subject.checkpoint is not None and subject.run is not None
-    precision = precision_of(*run_of(subject.checkpoint))
-    from turbolm.checkpoint.export import export_checkpoint, short_card
+    assert subject.checkpoint is not None
+    from turbolm.checkpoint.export import export_from_run
 
     with tempfile.TemporaryDirectory(prefix="turbolm-export-") as folder:
-        out, card = Path(folder) / "export", short_card(subject.run.path, subject.checkpoint)
-        yield export_checkpoint(subject.checkpoint, subject.run.model, out, precision=precision, card=card)
+        yield export_from_run(subject.checkpoint, Path(folder) / "export")
 
 
 def _check_writable(subject: Subject) -> None:

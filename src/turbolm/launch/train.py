@@ -10,16 +10,19 @@ from turbolm.checkpoint.push import check_token
 from turbolm.data.store.token_store import open_store
 from turbolm.environment import drop_foreign
 from turbolm.errors import EXIT_OK, UserError
+from turbolm.files import read_json
 from turbolm.launch.attempt import attempt_of, stoppable
 from turbolm.launch.local import launch
 from turbolm.launch.store import prepare_order, prepare_profile, prepare_store
 from turbolm.plan.machine import check_machine, detect_machine
 from turbolm.plan.plan import build_plan
 from turbolm.recipe.schema import Recipe
+from turbolm.reliability.run_lock import RunLock
 from turbolm.reliability.stop import look
 from turbolm.train.from_mirror import copy_last, fetch_run
 from turbolm.train.run_contract import as_started, check_contract, settle_commits
 from turbolm.train.run_directory import is_finished, lacks_export, run_directory
+from turbolm.train.run_export import lacks_push, push_run
 
 
 def train_here(recipe: Recipe, recipe_file: str, overrides: Sequence[str]) -> int:
@@ -50,6 +53,7 @@ def train_here(recipe: Recipe, recipe_file: str, overrides: Sequence[str]) -> in
             print(f"{run.path} is complete. Results: {run.results}, report: {run.path / 'report.html'}")
             print("Raise train.budget to train on, or give a new run a `name` of its own.")
             copy_last(plan)
+            push_if_lacking(recipe)
             return EXIT_OK
         print(
             f"{recipe.name}: {plan.world_size} processes on {plan.device}, {plan.precision}, "
@@ -57,6 +61,19 @@ def train_here(recipe: Recipe, recipe_file: str, overrides: Sequence[str]) -> in
             flush=True,
         )
         return launch(plan, run, attempt, recipe_file, overrides)
+
+
+def push_if_lacking(recipe: Recipe) -> None:
+    """Push the export of a complete run that was not pushed: its recipe may say so only now. Raises UserError."""
+    run = run_directory(recipe)
+    if not lacks_push(recipe, read_json(run.results) or {}):
+        return
+    lock = RunLock(run.path)
+    lock.acquire()  # the start that exported it may be pushing it
+    try:
+        print(f"pushed to {push_run(run, recipe)}")
+    finally:
+        lock.release()
 
 
 def refuse_several_nodes(recipe: Recipe, recipe_file: str, overrides: Sequence[str]) -> None:

@@ -229,11 +229,15 @@ def outputs_that_count(model: PreTrainedModel, init: str) -> Iterator[None]:
     Attention would otherwise not reach the logits before the first step, and a leak would not show.
     """
     handles = []
+    matrices: dict[tuple[Any, ...], torch.Tensor] = {}  # those of a large model take seconds to draw
 
     def add(_: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
         value, sizes = inputs[0], (inputs[0].shape[-1], output.shape[-1])
-        weight = torch.randn(sizes, generator=torch.Generator().manual_seed(0)) / sizes[0] ** 0.5
-        return output + value @ weight.to(value)
+        key = (*sizes, value.dtype, value.device)
+        if key not in matrices:
+            drawn = torch.randn(sizes, generator=torch.Generator().manual_seed(0)) / sizes[0] ** 0.5
+            matrices[key] = drawn.to(value)
+        return output + value @ matrices[key]
 
     if init == "zero_outputs":
         handles = [module.register_forward_hook(add) for module in residual_outputs(model, init)]

@@ -1,7 +1,7 @@
-"""Write the products of a finished run: results, then the export with its model card, a sample and a report.
+"""Write the products of a finished run: results, then the export with its model card, a sample and a report; push it.
 
 Once results.json and the outcome are written, the run is finished. A later failure costs only that product and a line
-in the log.
+in the log. A later start of the run makes the export and the push that it lacks.
 """
 
 from __future__ import annotations
@@ -18,27 +18,35 @@ import numpy as np
 from turbolm.checkpoint.export import export_checkpoint, generate_sample, short_card
 from turbolm.checkpoint.export_folder import Origin
 from turbolm.checkpoint.manifest import TRAINER_STATE, list_checkpoints
-from turbolm.checkpoint.push import push_export
 from turbolm.data.batch.loader import recipe_evaluation_set
 from turbolm.data.batch.scored import TaskScore
 from turbolm.data.store.token_store import TokenStore, unigram_entropy
-from turbolm.errors import EXIT_OK, RunError, UserError
+from turbolm.errors import EXIT_FAILED, EXIT_OK, RunError, UserError
 from turbolm.files import read_json, write_json
 from turbolm.plan.plan import Plan
 from turbolm.redaction import redact
-from turbolm.reliability.outcome import FINISHED, Outcome, write_outcome
+from turbolm.reliability import heartbeat
+from turbolm.reliability.outcome import COMPLETE, FINISHED, Outcome, write_outcome
 from turbolm.report.evaluations import card_section, evaluations_in, read_evaluations, whole
 from turbolm.report.html import write_report
 from turbolm.report.metrics import read_metrics, values
 from turbolm.report.planned import compare, planned_line
 from turbolm.train.context import Context
 from turbolm.train.evaluation import EvaluationResult
-from turbolm.train.run_directory import RunDirectory
+from turbolm.train.run_directory import RunDirectory, lacks_export
+from turbolm.train.run_export import (
+    export_command,
+    exports_average,
+    is_average_wanted,
+    lacks_push,
+    push_command,
+    push_run,
+)
 from turbolm.units import format_count
 
 T = TypeVar("T")
 Say = Callable[[str], None]
-_MAX_REASON = 300  # characters of an error's message
+_MAX_REASON = 300  # characters of a library's message
 _MAX_SAMPLED_PARAMETERS = 3 * 10**9  # the first node's CPU draws the sample, while all nodes are held
 # To export, one process hashes the checkpoint (12 bytes a parameter), reads the weights, writes them, and reads both to
 # compare (10 more): at 1 GB/s 5 minutes, for which all nodes wait. The ranks do not share this work: only Transformers
@@ -72,7 +80,7 @@ A causal language model of {parameters} parameters, pretrained with turbolm on {
 
 
 def finish_run(context: Context, evaluation: EvaluationResult | None, num_parameters: int, say: Say) -> dict[str, Any]:
-    """Write results.json and the outcome, then call `add_products`; return the results.
+    """Write results.json and the outcome, then call `add_products` and push the export; return the results.
 
     `evaluation` is None if there is nothing to evaluate on. Raises RunError if results.json or the outcome cannot be
     written.
@@ -104,46 +112,78 @@ def finish_run(context: Context, evaluation: EvaluationResult | None, num_parame
         results["planned"]["notes"] = list(planned[1])
     try:
         write_json(run.results, results)
-        conclude(context, FINISHED, f"trained and saved; the export did not end: {_cure(context, checkpoint)}")
+        conclude(context, FINISHED, _unmade(context, results, "did not end"))
     except OSError as error:
         raise RunError(
             f"the results of {run.path} cannot be written: {error}; {checkpoint} is saved, and the same command tries "
             "again"
         ) from error
     results = add_products(context, results, say)
-    failed = f"trained and saved; the export failed: {_cure(context, checkpoint)}" if _lacks(results) else ""
-    _attempt("outcome.json", lambda: conclude(context, FINISHED, failed), say)
+    if results.get("export") and lacks_push(recipe, results):
+        _attempt("outcome.json", lambda: conclude(context, FINISHED, _unmade(context, results, "did not end")), say)
+        results = _push(context, results, say)
+    _attempt("outcome.json", lambda: conclude(context, FINISHED, _unmade(context, results, "failed")), say)
     return results
 
 
-def conclude(context: Context, status: str, message: str = "") -> None:
-    """Record that the run is trained: whatever happens to its export, this attempt has not failed. Raises OSError."""
-    write_outcome(context.run.attempt(context.attempt), Outcome(status, EXIT_OK, message))
+def complete_run(context: Context, say: Say) -> int:
+    """Make the export and the push that a finished run lacks; return the exit code of the start, which does only that.
+
+    Raises OSError if the outcome cannot be written.
+    """
+    results = read_json(context.run.results) or {}
+
+    def end(how: str) -> int:
+        unmade = _unmade(context, results, how)
+        code = EXIT_FAILED if unmade else EXIT_OK
+        conclude(context, COMPLETE, unmade, code)
+        return code
+
+    end("did not end")
+    if lacks_export(context.run):
+        say("exporting the model")
+        with heartbeat.phase(heartbeat.EXPORTING):
+            results = add_products(context, results, say)
+        say(summary(results))
+        end("did not end")
+    if lacks_push(context.recipe, results) and results.get("export", "") is not None:
+        say("pushing the export")
+        with heartbeat.phase(heartbeat.EXPORTING):
+            results = _push(context, results, say)
+    code = end("failed")
+    if code == EXIT_OK:
+        say(f"{context.run.path} is complete; see {context.run.results}")
+    return code
 
 
-def _lacks(results: dict[str, Any]) -> bool:
-    return results.get("export", "") is None
+def conclude(context: Context, status: str, message: str = "", code: int = EXIT_OK) -> None:
+    """Record that the run is trained: an attempt that trained has not failed, whatever its export does.
+
+    Raises OSError.
+    """
+    write_outcome(context.run.attempt(context.attempt), Outcome(status, code, message))
 
 
-def _cure(context: Context, checkpoint: Path) -> str:
-    return f"`{_export_command(context, checkpoint)}` makes one"
+def _unmade(context: Context, results: dict[str, Any], how: str) -> str:
+    """Return what a trained run lacks, its export or its push, which did not end or failed, and what makes it."""
+    recipe, push = context.recipe, f"`{push_command(context.recipe, context.run.export)}`"
+    if results.get("export", "") is None:
+        return f"trained and saved; the export {how}: {_cure(context, results)}"
+    if not lacks_push(recipe, results):
+        return ""
+    if "export_command" in results:
+        return f"trained and saved; not pushed: run `{results['export_command']}` on one node, then {push}"
+    return f"trained, saved and exported; the push {how}: {push} does it, and so does the same command"
 
 
-def _export_command(context: Context, checkpoint: Path, out: object = "OUT") -> str:
-    return f"turbolm export {checkpoint} {out}" + (" --average" if _exports_average(context, checkpoint) else "")
+def _cure(context: Context, results: dict[str, Any]) -> str:
+    push = f", and `{push_command(context.recipe, 'OUT')}` uploads it" if lacks_push(context.recipe, results) else ""
+    return f"`{_export_command(context, results, 'OUT')}` makes one{push}"
 
 
-def _exports_average(context: Context, checkpoint: Path) -> bool:
-    return _is_average_wanted(context) and _has_average(checkpoint)
-
-
-def _is_average_wanted(context: Context) -> bool:
-    average = context.recipe.evaluation.weight_average
-    return average is not None and average.export
-
-
-def _has_average(checkpoint: Path) -> bool:
-    return bool((read_json(checkpoint / TRAINER_STATE) or {}).get("weight_average"))
+def _export_command(context: Context, results: dict[str, Any], out: object) -> str:
+    checkpoint = list_checkpoints(context.run.checkpoints)[-1][1]
+    return export_command(checkpoint, out, averaged=exports_average(context.recipe, results))
 
 
 def add_products(context: Context, results: dict[str, Any], say: Say) -> dict[str, Any]:
@@ -153,7 +193,8 @@ def add_products(context: Context, results: dict[str, Any], say: Say) -> dict[st
     failed; a model too large to export while several nodes wait has none, and `export_command` says how to make it.
     """
     run, recipe = context.run, context.recipe
-    checkpoint, out = list_checkpoints(run.checkpoints)[-1][1], run.path / "export"
+    checkpoint, out = list_checkpoints(run.checkpoints)[-1][1], run.export
+    averaged = exports_average(recipe, results)
 
     def add(key: str, value: str) -> None:
         results[key] = value
@@ -161,17 +202,16 @@ def add_products(context: Context, results: dict[str, Any], say: Say) -> dict[st
             results["evaluations"] = evaluations
         _attempt("results.json", lambda: write_json(run.results, results), say)
 
-    averaged = _exports_average(context, checkpoint)
-    if _is_average_wanted(context) and not averaged:
+    if is_average_wanted(recipe) and not averaged:
         say(
             f"{checkpoint.name} has no mean of the weights (evaluation.weight_average.export): it was saved without "
             "it; the last weights are exported"
         )
     if "weight_average" in results:
-        results["weight_average"]["exported"] = averaged
-    made = _attempt("the model card", lambda: model_card(run, results, context.store), say)
+        results["weight_average"]["exported"] = False
+    made = _attempt("the model card", lambda: model_card(run, results, context.store, averaged=averaged), say)
     card = made or short_card(run.path, checkpoint, averaged=averaged)
-    advice = f"; {checkpoint} is safe: the same command tries again, and {_cure(context, checkpoint)}"
+    advice = f"; {checkpoint} is safe: the same command tries again, and {_cure(context, results)}"
     if out.exists():
         advice += f"; {out} is that of an earlier budget"
 
@@ -182,13 +222,16 @@ def add_products(context: Context, results: dict[str, Any], say: Say) -> dict[st
     is_left = _is_left_for_later(context, results["parameters"])
     if is_left:
         results.pop("export", None)
-        add("export_command", _export_command(context, checkpoint, out))
+        add("export_command", _export_command(context, results, out))
+        push = f", then `{push_command(recipe, out)}`" if lacks_push(recipe, results) else ""
         say(
-            f"no export: {context.recipe.cluster.num_nodes} nodes would wait for one process that writes more than "
-            f"{format_count(_MAX_EXPORTED_PARAMETERS)} parameters; on one node, run `{results['export_command']}`"
+            f"no export: {recipe.cluster.num_nodes} nodes would wait for one process that writes more than "
+            f"{format_count(_MAX_EXPORTED_PARAMETERS)} parameters; on one node, run `{results['export_command']}`{push}"
         )
     export = None if is_left else _attempt("the export", make_export, say, advice)
     if export is not None:
+        if "weight_average" in results:
+            results["weight_average"]["exported"] = averaged
         add("export", str(export))
     num_tokens, seed = recipe.logging.sample_tokens, recipe.train.seed
     if export is not None and num_tokens and results["parameters"] > _MAX_SAMPLED_PARAMETERS:
@@ -197,26 +240,14 @@ def add_products(context: Context, results: dict[str, Any], say: Say) -> dict[st
         sample = _attempt("the sample", lambda: generate_sample(export, num_tokens, seed=seed), say)
         if sample:
             add("sample", sample)
-    pushed = None if export is None else _push(context, export, say)
-    if pushed is not None:
-        add("pushed_to", pushed)
     report = _attempt("report.html", lambda: write_report(run.path), say)
     return results if report is None else {**results, "report": str(report)}
 
 
-def _push(context: Context, export: Path, say: Say) -> str | None:
-    """Upload the export where the recipe asks for it; returns its address on the hub."""
-    settings = context.recipe.export
-    repository, private = settings.push_to, settings.private
-    if repository is None:
-        return None
-    advice = f"; `turbolm push {export} {repository}{' --private' * private}` tries again"
-    return _attempt(
-        "the push to the hub",
-        lambda: push_export(export, repository, private=private, key="export.push_to"),
-        say,
-        advice,
-    )
+def _push(context: Context, results: dict[str, Any], say: Say) -> dict[str, Any]:
+    """Upload the export to where the recipe says; returns the results."""
+    pushed = _attempt("the push to the hub", lambda: push_run(context.run, context.recipe), say)
+    return results if pushed is None else {**results, "pushed_to": pushed}
 
 
 def _is_left_for_later(context: Context, num_parameters: int) -> bool:
@@ -228,9 +259,10 @@ def _attempt(what: str, make: Callable[[], T], say: Say, advice: str = "") -> T 
     try:
         return make()
     except Exception as error:
-        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-        reason = " ".join(redact(str(error)).split())[:_MAX_REASON]
-        say(f"{what} failed: {kind}{reason}{advice}")
+        reason = " ".join(redact(str(error)).split())
+        if not isinstance(error, UserError):
+            reason = f"{type(error).__name__}: {reason[:_MAX_REASON]}"
+        say(f"{what} failed: {reason}{advice}")
         return None
 
 
@@ -258,18 +290,17 @@ def validation_entropy(plan: Plan, store: TokenStore) -> float:
     return unigram_entropy(np.sum(counts, axis=0))
 
 
-def model_card(run: RunDirectory, results: dict[str, Any], store: TokenStore) -> str:
-    """Return the README.md of the export."""
+def model_card(run: RunDirectory, results: dict[str, Any], store: TokenStore, *, averaged: bool) -> str:
+    """Return the README.md of an export of the last weights, or of their mean."""
     about = {"precision": results["precision"], "token store": f"`{store.fingerprint}`"}
-    rows = {**_card_rows(results), **about}
+    rows = {**_card_rows(results, averaged=averaged), **about}
     held_out = "No documents were held out for evaluation."
     if "eval_targets" in results:
         held_out = (
             "Documents were held out for evaluation by content hash, and no text is in both splits; evaluated on "
             f"{results['eval_targets']:,} of their tokens."
         )
-    is_averaged = bool(results.get("weight_average", {}).get("exported"))
-    name = str(Origin(run.path.name, Path(results["checkpoint"]).name, is_averaged))
+    name = str(Origin(run.path.name, Path(results["checkpoint"]).name, averaged))
     evaluated = card_section([one for one in whole(evaluations_in(results)) if one["model"] == name])
     card = _CARD.format(
         name=results["name"],
@@ -368,11 +399,11 @@ def _average_rows(results: dict[str, Any]) -> dict[str, str]:
     return {"averaged weights": f"{loss}{_mean_of(average)}{exported}", **others}
 
 
-def _card_rows(results: dict[str, Any]) -> dict[str, str]:
+def _card_rows(results: dict[str, Any], *, averaged: bool) -> dict[str, str]:
     """Return the model card's lines about the weights that are exported."""
-    average = results.get("weight_average", {})
-    if not average.get("exported"):
+    if not averaged:
         return {**_measured_rows(results), **_average_rows(results)}
+    average = results["weight_average"]
     measured = dict(average)
     last, curve = "", "the curve below is of the weights in training"
     if "eval_loss" in average and "unigram_entropy" in results:

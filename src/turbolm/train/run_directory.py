@@ -79,6 +79,10 @@ class RunDirectory:
         return self.path / "results.json"
 
     @property
+    def export(self) -> Path:
+        return self.path / "export"
+
+    @property
     def evaluation(self) -> Path:
         """Evaluations of checkpoints before there are results."""
         return self.path / "evaluation.json"
@@ -170,7 +174,7 @@ def refuse_links_out(run: RunDirectory) -> None:
     The run directory itself may be a link. A checkpoint that is one is passed over when a run resumes.
     """
     inside = run.path.resolve()
-    for folder in (run.path, run.attempt(0).parent, run.model, run.random_restarts, run.path / "export"):
+    for folder in (run.path, run.attempt(0).parent, run.model, run.random_restarts, run.export):
         for entry in sorted(folder.iterdir()) if folder.is_dir() else ():
             if entry.is_symlink() and not Path(os.path.realpath(entry)).is_relative_to(inside):
                 raise UserError(

@@ -64,12 +64,9 @@ class RunningAverage:
         """
         wanted, planned = self.settings, self.plan.first_averaged_step
         has_average = self.engine.averaged is not None and not self.engine.averaged.is_empty
-        if saved is not None and has_average:
-            # Checkpoints of before have the planned step as the first, and no half-life
-            made_with = {**wanted, "planned_first_step": saved.get("first_step"), **saved}
-            if {key: made_with[key] for key in wanted} == wanted:
-                self.count, self.first_step = int(saved["count"]), int(saved["first_step"])
-                return None
+        if saved is not None and has_average and {key: saved.get(key) for key in wanted} == wanted:
+            self.count, self.first_step = int(saved["count"]), int(saved["first_step"])
+            return None
         self.count = self.first_step = 0
         self.engine.drop_average()
         if step < planned:

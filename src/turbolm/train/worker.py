@@ -21,7 +21,6 @@ from turbolm.data.store.token_store import TokenStore, check_held_out, check_tok
 from turbolm.engine.start import build_accelerator, control_group
 from turbolm.environment import use_flight_recorder
 from turbolm.errors import EXIT_OK, EXIT_REQUEUE, UserError
-from turbolm.files import read_json
 from turbolm.hub import pretrained_folder
 from turbolm.models.count import examine
 from turbolm.models.initialise import count_parameters
@@ -35,13 +34,13 @@ from turbolm.recipe.schema import Recipe
 from turbolm.reliability import heartbeat
 from turbolm.reliability.build_locks import clear_stale_locks, extensions_root
 from turbolm.reliability.open_files import check_open_files, gloo_sharing, num_gloo_groups
-from turbolm.reliability.outcome import COMPLETE, STOPPED, Outcome, write_outcome
+from turbolm.reliability.outcome import STOPPED, Outcome, write_outcome
 from turbolm.reliability.run_lock import RunLock, this_process
 from turbolm.reliability.stop import Seen, StopRequest, look
 from turbolm.train.arrival import meet_ranks
 from turbolm.train.build import build_session
 from turbolm.train.context import Context
-from turbolm.train.finish import add_products, conclude, finish_run, summary
+from turbolm.train.finish import complete_run, finish_run, summary
 from turbolm.train.from_mirror import copy_last, start_mirroring, wait_at_stop_sec
 from turbolm.train.loop import due_to_stop, train
 from turbolm.train.measured import StepMeasure
@@ -49,7 +48,6 @@ from turbolm.train.recover import resume
 from turbolm.train.run_contract import as_started, known_fingerprints, settle_contract, with_commits
 from turbolm.train.run_directory import (
     is_finished,
-    lacks_export,
     open_attempt,
     refuse_links_out,
     run_directory,
@@ -195,23 +193,15 @@ def _finish_mirroring_together(session: Session, timeout_sec: float) -> None:
 
 
 def _complete(context: Context) -> int:
-    """Finish a run that has results but whose export failed or was interrupted. Rank 0 only."""
-    run = context.run
+    """Finish a run that has results, whose export or push may have failed or been interrupted. Rank 0 only."""
 
     def say(text: str) -> None:
         print(text, flush=True)
         context.terminal.write(f"{text}\n")
 
-    conclude(context, COMPLETE)
-    results = read_json(run.results) or {}
-    if lacks_export(run):
-        say("exporting the model")
-        with heartbeat.phase(heartbeat.EXPORTING):
-            results = add_products(context, results, say)
-        say(summary(results))
+    code = complete_run(context, say)
     copy_last(context.plan, context.upload, say)
-    say(f"{run.path} is complete; see {run.results}")
-    return EXIT_OK
+    return code
 
 
 def redirect_output(log: Path) -> TextIO:

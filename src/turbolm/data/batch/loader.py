@@ -14,7 +14,7 @@ import numpy as np
 
 from turbolm.data.batch.collate import collate, deal_sequences
 from turbolm.data.order.batch_order import BatchOrder
-from turbolm.data.order.packing import IntArray, Sequences
+from turbolm.data.order.packing import IntArray, Sequences, evaluation_packing
 from turbolm.data.order.window import Packing, pack
 from turbolm.data.store.token_store import Split, TokenStore, check_held_out
 from turbolm.plan.batch import choose_micro_batch_size, slice_of_sequence
@@ -174,8 +174,7 @@ def evaluation_set(
 ) -> EvaluationSet:
     """Return the first complete validation documents of at most `max_tokens` positions; at least one document.
 
-    With `from_each_source` they are the first of every source, which share `max_tokens` evenly. They are packed by best
-    fit unless documents must be alone in a sequence: a run that trains with `concat` is evaluated like any other.
+    With `from_each_source` they are the first of every source, which share `max_tokens` evenly.
     """
     num_documents = store.num_documents("validation")
     check_held_out(num_documents, store.manifest["validation"])
@@ -184,7 +183,7 @@ def evaluation_set(
         parts = [(first, end) for first, end in store.source_documents("validation") if first < end]
     ranges = [(first, _first_documents(store, first, end, max_tokens // len(parts))) for first, end in parts]
     lengths = np.concatenate([store.lengths("validation", *documents) for documents in ranges])
-    packed = pack(lengths, seq_len, "single" if packing == "single" else "best_fit")
+    packed = pack(lengths, seq_len, evaluation_packing(packing))
     numbers = np.concatenate([np.arange(*documents) for documents in ranges])
     sequences = replace(packed, document=numbers[packed.document])
     text_bytes = sum(int(store.text_bytes("validation", *documents).sum()) for documents in ranges)

@@ -17,7 +17,7 @@ import numpy as np
 
 from turbolm.data.batch.kept_sets import kept_documents
 from turbolm.data.native import IntArray
-from turbolm.data.order.packing import Sequences, pack
+from turbolm.data.order.packing import Sequences, evaluation_packing, pack
 from turbolm.data.prepare.reader import Reader
 from turbolm.data.prepare.special_tokens import load_text_tokenizer
 from turbolm.data.store.token_store import TokenStore
@@ -136,7 +136,7 @@ def read_scored(recipe: Recipe, store: TokenStore, beat: Callable[[], None] = la
         ends=np.cumsum(lengths + 1),
         label=np.array(collected.labels),
         num_context=np.array(collected.num_context),
-        sequences=pack(lengths, _seq_len(recipe, int(lengths.max())), _packing(recipe)),
+        sequences=pack(lengths, _seq_len(recipe, int(lengths.max())), evaluation_packing(recipe.data.packing)),
         sets=tuple(sets),
         tasks=tuple(tasks),
         notes=tuple(collected.notes),
@@ -150,14 +150,10 @@ def keep_sets(recipe: Recipe, store: TokenStore, listings: Mapping[int, list[Any
         collected.documents_of(number, listing)
 
 
-def _packing(recipe: Recipe) -> Any:
-    return "single" if recipe.data.packing == "single" else "best_fit"
-
-
 def _seq_len(recipe: Recipe, longest: int) -> int:
     """Return the length of the sequences: where each holds one document, no longer than the longest needs."""
     seq_len = recipe.data.seq_len
-    if _packing(recipe) == "best_fit" or recipe.execution.sequence_parallel > 1:
+    if evaluation_packing(recipe.data.packing) == "best_fit" or recipe.execution.sequence_parallel > 1:
         return seq_len
     return min(seq_len, max(_SHORTEST, 1 << (longest - 1).bit_length()))
 
@@ -202,17 +198,22 @@ class _Collected:
     def _read_set(self, number: int) -> list[np.ndarray]:
         source = self._recipe.evaluation.sets[number].under(f"evaluation.sets.{number}")
         documents, left = list[np.ndarray](), self._recipe.evaluation.tokens
-        for text in Reader(source, on_bad=self._recipe.data.on_bad_document):
+        reader = Reader(source, on_bad=self._recipe.data.on_bad_document)
+        for text in reader:
             if not text:
                 continue
             tokens = [self._bos, *self._tokenizer.encode(text, add_special_tokens=False).ids, self._eos]
             if documents and len(tokens) - 1 > left:
+                limit = f"by evaluation.tokens ({self._recipe.evaluation.tokens})"
+                self.notes.append(f"{source.label}: its first {len(documents)} documents, {limit}")
                 break
             left -= len(tokens) - 1
             documents.append(np.array(tokens, np.uint32))
             self._beat()
         if not documents:
             raise UserError(f"{source.key}: the set {source.label!r} holds no documents")
+        if left_out := reader.left_out:
+            self.notes.append(f"{source.label}: skipped {left_out.count} bad documents, such as {left_out.first[0]}")
         return documents
 
     def add_task(self, number: int) -> ScoredTask:

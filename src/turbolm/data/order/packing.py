@@ -82,6 +82,14 @@ def pack(lengths: IntArray, seq_len: int, packing: Packing) -> Sequences:
     return {"best_fit": pack_best_fit, "concat": pack_concat, "single": pack_single}[packing](lengths, seq_len)
 
 
+def evaluation_packing(packing: Packing) -> Packing:
+    """Return how a run that trains with `packing` packs what it evaluates: by best fit unless documents are alone.
+
+    So a run that trains with `concat` is evaluated like any other.
+    """
+    return "single" if packing == "single" else "best_fit"
+
+
 def pack_single(lengths: IntArray, seq_len: int) -> Sequences:
     """Put each slice into its own sequence, in the order of the documents."""
     lengths = np.asarray(lengths, dtype=np.int64)

@@ -97,6 +97,11 @@ class Reader:
         self._source = source
         self._bad = BadDocuments(source, start, on_bad)
 
+    @property
+    def left_out(self) -> LeftOut | None:
+        """Return the bad documents that were skipped so far; None if there are none."""
+        return self._bad.left_out if self._bad.left_out.count else None
+
     def __iter__(self) -> Iterator[str]:
         for span in files_from(self._source, self.offset):
             documents = read_url(self._source, span.path, span.start, Gauge())
