@@ -28,7 +28,7 @@ def meet(odd: int | None, late_rank: int | None, late_sec: float, notice_sec: fl
 
     late._FIRST_NOTICE_SEC = notice_sec
     rank = os.environ["RANK"]
-    plan, printed = ("cuda", "fp32") if rank == str(odd) else ("cuda", "bf16"), io.StringIO()
+    plan, printed = ("cuda", "fp32" if rank == str(odd) else "bf16", "0f2c"), io.StringIO()
     if rank == str(late_rank):
         time.sleep(late_sec)
     with contextlib.redirect_stdout(printed):
@@ -98,6 +98,11 @@ def test_512_ranks_arrive_in_a_few_requests_each_and_the_missing_are_named(monke
 def test_a_rank_without_its_gpu_is_named() -> None:
     line = difference({"cuda, bf16": ["0|a", "1|a", "3|b"], "cpu, fp32": ["4|b", "2|b"]})
     assert "rank 2 on b would train on cpu, fp32, most ranks on cuda, bf16" in line
+
+
+def test_a_node_with_another_token_store_is_named() -> None:
+    line = difference({"cpu, fp32; token store aaaa": ["0|a", "1|a"], "cpu, fp32; token store bbbb": ["2|b", "3|b"]})
+    assert line.startswith("execution.cache_dir: rank 2 on b has token store bbbb, most ranks have aaaa.")
 
 
 def test_what_is_said_of_the_late_is_bounded() -> None:

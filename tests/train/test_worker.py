@@ -58,7 +58,8 @@ def test_a_complete_run_whose_export_was_missing_is_mirrored_to_its_end(tmp_path
     for step in (1, 2):
         case.save(step)
     case.run.results.write_text('{"export": "there"}')
-    context = Mock(plan=build_plan(case.recipe, detect_machine(), 1), run=case.run, upload=case.job(1), attempt=1)
+    plan = build_plan(case.recipe, detect_machine(), 1)
+    context = Mock(plan=plan, recipe=case.recipe, run=case.run, upload=case.job(1), attempt=1)
     assert _complete(context) == 0
     assert case.mirror.steps() == [2] and case.mirror.record(2)
     said = [call.args[0] for call in context.terminal.write.call_args_list]

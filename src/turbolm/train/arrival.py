@@ -4,7 +4,8 @@ They meet in the rendezvous store, with a few requests of each rank whatever the
 who is missing, or who differs, asks for more.
 
 A launcher of ours gives all ranks one precision. Ranks that were started by hand each ask nvidia-smi, which may time
-out in one: that rank alone would train in fp32, or wait on the CPU for ranks that wait on their GPUs.
+out in one: that rank alone would train in fp32, or wait on the CPU for ranks that wait on their GPUs. And nodes with a
+cache of their own each prepared or fetched their token store, at another time.
 """
 
 from __future__ import annotations
@@ -26,12 +27,13 @@ from turbolm.reliability.outcome import LateRanksError
 _calls = itertools.count()  # a process that trains several runs has one store for all of them
 _POLL_SEC = 0.2
 _LINGER_SEC = 5.0
+_DATA = "; token store "
 _GRACE_SEC = 30.0  # beyond the timeout, for the word of the rank that watches
 
 
-def meet_ranks(device: str, precision: str, timeout_sec: float) -> dist.Store | None:
-    """Wait for all ranks. Raises UserError on each if one differs in device or precision, LateRanksError if one is
-    missing after `timeout_sec`.
+def meet_ranks(device: str, precision: str, data: str, timeout_sec: float) -> dist.Store | None:
+    """Wait for all ranks. Raises UserError on each if one differs in device, precision or the fingerprint of its token
+    store, `data`; LateRanksError if one is missing after `timeout_sec`.
 
     The store that is returned on rank 0 must live until there is a process group: it may serve the other ranks.
     """
@@ -40,7 +42,7 @@ def meet_ranks(device: str, precision: str, timeout_sec: float) -> dist.Store | 
         return None
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's own restarts may share a store
     store, key = _connect(rank, world_size, timeout_sec), f"turbolm/start{attempt}.{next(_calls)}"
-    num_here = arrive(store, key, rank, f"{device}, {precision}", socket.gethostname())
+    num_here = arrive(store, key, rank, f"{device}, {precision}{_DATA}{data}", socket.gethostname())
     if num_here == world_size:
         store.compare_set(f"{key}/verdict", "", _difference_in(store, key) or "same")
     elif num_here == 1:  # not rank 0: it may be the one that is late
@@ -137,7 +139,14 @@ def difference(ranks_by_plan: Mapping[str, list[str]]) -> str:
     usual = max(ranks_by_plan, key=lambda plan: len(ranks_by_plan[plan]))
     odd = [(int(one.partition("|")[0]), one, plan) for plan, all_of in ranks_by_plan.items() for one in all_of]
     rank, one, plan = min(entry for entry in odd if entry[2] != usual)
+    who = f"rank {rank} on {one.partition('|')[2]}"
+    (means, _, data), (usual_means, _, usual_data) = plan.partition(_DATA), usual.partition(_DATA)
+    if means == usual_means:
+        return (
+            f"execution.cache_dir: {who} has token store {data[:16]}, most ranks have {usual_data[:16]}. Run `turbolm "
+            "prepare RECIPE` on every node that has a cache of its own, with the same source files or execution.store"
+        )
     return (
-        f"train.precision, cluster.device: rank {rank} on {one.partition('|')[2]} would train on {plan}, most ranks on "
-        f"{usual}; nvidia-smi may have failed there. Set both keys in the recipe instead of auto"
+        f"train.precision, cluster.device: {who} would train on {means}, most ranks on {usual_means}; nvidia-smi may "
+        "have failed there. Set both keys in the recipe instead of auto"
     )

@@ -98,7 +98,7 @@ def _run_locked(recipe: Recipe, attempt: int | None, lock: RunLock, stop: StopRe
     stop.listen()
     timeout_sec = recipe.execution.process_group_timeout
     mark("plan and token store")
-    rendezvous = meet_ranks(plan.device, plan.precision, timeout_sec)
+    rendezvous = meet_ranks(plan.device, plan.precision, store.fingerprint, timeout_sec)
     mark("wait for all ranks")
     accelerator = build_accelerator(
         plan.ds_config, device=plan.device, precision=plan.precision, timeout_sec=timeout_sec
