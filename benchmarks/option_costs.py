@@ -122,6 +122,8 @@ def main() -> None:
     parser.add_argument("--studies", nargs="+", choices=("muon", "adamw"), default=["muon", "adamw"])
     parser.add_argument("--rounds", type=int, default=8)
     arguments = parser.parse_args()
+    if arguments.rounds < 2:
+        parser.error("--rounds: quartiles need two")
     with tempfile.TemporaryDirectory() as temporary:
         folder = (arguments.folder or Path(temporary)).resolve()
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """What each option of Muon, of weight decay and of the schedule is worth upon tuned Muon, and some upon AdamW or
 upon the speedrun.
 
-    python benchmarks/options.py [--corpus corpus.parquet] [--folder FOLDER] [--studies muon adamw] [--only soap_muon]
+    python benchmarks/options.py [--corpus corpus.parquet] [--folder FOLDER] [--studies muon adamw] [--only soap]
 
 The runs are those of `benchmarks/speedrun.py`: its recipe, one process of one thread each, the same batch and a budget
 of `--budget` tokens, for which each schedule is made. All learning rates of every arm, the baseline's too, are
