@@ -55,7 +55,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         },
         "train": {"budget": 64000, "global_batch": 1024},
         "cluster": {"num_nodes": 2, "slurm": _SLURM},
-        "execution": {"cache_dir": "c", "runs_dir": "r"},
+        "execution": {"cache_dir": "c", "runs_dir": "r", "store": "file:///store"},
         "logging": {"project": "p"},
         "evaluation": {
             "tasks": [{"name": "n", "path": "p"}],
