@@ -68,6 +68,7 @@ def prepare(
     ] = None,
 ) -> None:
     """Tokenize the recipe's sources into a token store and plan its batches; does nothing that is done already."""
+    from turbolm.data.prepare.build import check_place, store_settings
     from turbolm.data.prepare.remote_store import check_target, copy_to
     from turbolm.data.store.token_store import open_store
     from turbolm.environment import drop_foreign
@@ -86,6 +87,8 @@ def prepare(
     run = run_directory(started)
     with told_to_job(recipe), stoppable(run, seen_by(recipe, run)):
         settled = settle_commits(started)
+        if to is not None:
+            check_place(settled, to)
         store = open_store(prepare_store(settled))
         prepare_order(settled, store)
         prepare_profile(settled, recipe, store)
@@ -100,7 +103,7 @@ def prepare(
         print(f"turbolm: {note}", file=sys.stderr)
     print(f"token store: {store.folder}")
     if to is not None:
-        copy_to(store.folder, to)
+        copy_to(store.folder, to, store_settings(settled))
 
 
 @app.command()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import importlib.util
 import json
+import os
+import re
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -14,18 +16,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from tests.checkpoint.mirror_places import Proxy, content_below
 from tests.memory_folder import memory_folder, tmp_path
 from tests.train.harness import make_recipe
 from turbolm import storage
-from turbolm.data.prepare.build import find_store, prepare
+from turbolm.cli import app
+from turbolm.data.prepare import build, progress, remote_store
+from turbolm.data.prepare.build import check_place, find_store, prepare, store_settings
 from turbolm.data.prepare.listings import tell_once
 from turbolm.data.prepare.remote_store import check_target, copy_to
 from turbolm.data.store.token_store import open_store
 from turbolm.errors import UserError
 from turbolm.files import read_json, write_json
+from turbolm.launch.prepare_job import prepared_bytes
 from turbolm.recipe.contract import contract_of, fingerprint
+from turbolm.recipe.load import dump_recipe
 from turbolm.recipe.schema import Recipe
 from turbolm.storage import Remote, StorageError
 
@@ -47,6 +54,10 @@ class Place:
     @property
     def stores(self) -> Path:
         return self.folder / "elsewhere" / "stores"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return store_settings(self.recipe)
 
     def changed(self, **sections: dict[str, Any]) -> Recipe:
         update = {name: getattr(self.recipe, name).model_copy(update=values) for name, values in sections.items()}
@@ -72,7 +83,7 @@ def home() -> Iterator[tuple[Recipe, Path, Path]]:
     with memory_folder() as folder:
         recipe = make_recipe(folder)
         built = prepare(recipe, num_workers=1)
-        copy_to(built, f"file://{folder}/far")
+        copy_to(built, f"file://{folder}/far", store_settings(recipe))
         (folder / "corpus.jsonl").rename(folder / "corpus.gone")
         yield recipe, built, folder / "far"
 
@@ -96,6 +107,9 @@ def test_another_machine_gets_the_store_without_the_sources(place: Place, monkey
     store = open_store(folder, verify="full")
     assert store.fingerprint == open_store(place.built).fingerprint
     assert not list(place.stores.glob(".fetched-*"))
+    with monkeypatch.context() as read_only:
+        read_only.setattr(build, "make_folder", lambda *_: pytest.fail("the cache is written to"))
+        assert prepare(place.recipe) == folder
     without = place.changed(execution={"store": None})
     assert fingerprint(contract_of(place.recipe)) == fingerprint(contract_of(without)), "where it is from is no matter"
     monkeypatch.setattr(Remote, "read", lambda self: pytest.fail("a rank asks"))
@@ -138,6 +152,7 @@ def test_an_interrupted_fetch_is_no_store_and_goes_on(place: Place, monkeypatch:
         with pytest.raises(UserError, match=r"\.tokens: PermissionError: gone"):
             prepare(place.recipe)
     assert not place.complete_stores() and find_store(place.recipe) is None
+    assert prepared_bytes(place.recipe) > 4 << 10, "what a prepare job that is stopped here goes on from"
     starts.clear()
     monkeypatch.setattr(
         Remote, "_chunk", lambda self, a, b: (starts.append((self.path.rpartition("/")[2], a)), chunk(self, a, b))[1]
@@ -164,7 +179,7 @@ def change(name: str, **values: Any) -> Callable[[Path], None]:
 @pytest.mark.parametrize(
     ("damaging", "message"),
     [
-        (damage("*.tokens"), r"shard-00000.tokens: content differs \(SHA-256\); copy the store there again"),
+        (damage("*.tokens"), r"shard-00000.tokens: content differs \(SHA-256\); remove what is damaged there"),
         (damage("tokenizer.json"), r"tokenizer/tokenizer.json: content differs"),
         (lambda far: next(far.rglob("*.index")).unlink(), r"shard-00000.index: missing"),
         (lambda far: (far / "manifest.json").unlink(), "there is no complete token store in file://"),
@@ -174,12 +189,22 @@ def change(name: str, **values: Any) -> Callable[[Path], None]:
         (lambda far: (far / "built-from.json").unlink(), "has no built-from.json, so that"),
     ],
 )
-def test_nothing_half_or_damaged_is_taken(damaging: Callable[[Path], None], message: str, place: Place) -> None:
+def test_nothing_half_or_damaged_is_taken_and_the_cure_works(
+    damaging: Callable[[Path], None], message: str, place: Place
+) -> None:
     damaging(place.far)
     with pytest.raises(UserError, match=message) as refused:
         prepare(place.recipe)
     assert "\n" not in str(refused.value)
     assert not place.complete_stores() and find_store(place.recipe) is None
+    if damaged := re.search("file://([^ :]*): content differs", str(refused.value)):
+        Path(damaged[1]).unlink()
+    if "manifest.json" in message:
+        with pytest.raises(UserError, match="holds another token store; remove it"):
+            copy_to(place.built, f"file://{place.far}", place.settings)
+        shutil.rmtree(place.far)
+    copy_to(place.built, f"file://{place.far}", place.settings)
+    assert store_files(prepare(place.recipe)) == store_files(place.built)
 
 
 def test_the_store_of_another_recipe_is_refused_with_what_differs(place: Place) -> None:
@@ -193,19 +218,86 @@ def test_the_store_of_another_recipe_is_refused_with_what_differs(place: Place) 
     assert 'special_tokens_in_text: null -> "keep"' in text and "\n" not in text and not place.complete_stores()
 
 
-def test_a_newer_store_at_the_url_is_fetched_and_one_that_is_built_here_is_used(place: Place) -> None:
+def test_a_newer_store_at_the_url_is_fetched_and_one_that_is_built_here_is_used(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = prepare(place.recipe)
     corpus = Path(place.recipe.data.sources[0].path[0])
     corpus.write_text(corpus.with_suffix(".gone").read_text() + json.dumps({"text": "one more"}) + "\n")
-    newer = prepare(place.changed(execution={"store": None, "cache_dir": str(place.folder / "new")}), num_workers=1)
-    corpus.unlink()
+    at_home = place.changed(execution={"store": None, "cache_dir": str(place.folder / "new")})
+    (place.folder / "recipe.yaml").write_text(dump_recipe(at_home), encoding="utf-8")
+    command = ["prepare", str(place.folder / "recipe.yaml"), "--to", f"file://{place.far}"]
+    asked = CliRunner().invoke(app, command)
+    assert "holds another token store" in str(asked.exception)
+    assert not (place.folder / "new").exists(), "told before anything is tokenized"
+    newer = prepare(at_home, num_workers=1)
     with pytest.raises(UserError, match="--to: file://.* holds another token store; remove it"):
-        copy_to(newer, f"file://{place.far}")
+        copy_to(newer, f"file://{place.far}", place.settings)
     shutil.rmtree(place.far)
-    copy_to(newer, f"file://{place.far}")
+    assert CliRunner().invoke(app, command).exit_code == 0
+    corpus.unlink()
+    with monkeypatch.context() as broken:
+        broken.setattr(storage, "RETRY_SEC", ())
+        broken.setattr(Remote, "_chunk", lambda *_: 1 / 0)
+        with pytest.raises(UserError, match=r"^execution.store: .*ZeroDivisionError.*; run it again, it goes on$"):
+            prepare(place.recipe)
     second = prepare(place.recipe)
     assert second != first and store_files(second) == store_files(newer)
     assert prepare(place.changed(execution={"cache_dir": str(place.folder / "new")})) == newer, "nothing is fetched"
+
+
+def test_a_store_of_the_same_documents_is_not_copied_for_a_recipe_with_other_paths(place: Place) -> None:
+    other = place.folder / "other.jsonl"
+    shutil.copy(Path(place.recipe.data.sources[0].path[0]).with_suffix(".gone"), other)
+    shutil.copytree(place.built.parent, place.folder / "here" / "stores")
+    sources = (place.recipe.data.sources[0].model_copy(update={"path": (str(other),)}),)
+    here, empty = (
+        place.changed(data={"sources": sources}, execution={"store": None, "cache_dir": str(place.folder / name)})
+        for name in ("here", "empty")
+    )
+    check_place(here, f"file://{place.far}")  # it may be the same store
+    found, there = prepare(here), f"file://{place.folder}/other"
+    assert found.name == place.built.name
+    with pytest.raises(
+        UserError, match=r"data.sources.0.path: .*other.jsonl.*build it again, in an empty exec"
+    ) as told:
+        copy_to(found, there, store_settings(here))
+    assert "\n" not in str(told.value) and not (place.folder / "other").exists()
+    own = prepare(empty, num_workers=1)
+    copy_to(own, there, store_settings(empty))
+    fetched = prepare(place.changed(data={"sources": sources}, execution={"store": there}))
+    assert store_files(fetched) == store_files(own)
+    for folder, recipe in (own, empty), (fetched, place.changed(data={"sources": sources}, execution={"store": there})):
+        damage("*.tokens")(folder)
+        with pytest.raises(UserError, match=r"Remove manifest.json there and run `turbolm prepare RECIPE` again"):
+            open_store(folder, verify="full")
+        (folder / "manifest.json").unlink()
+        prepare(recipe, num_workers=1)
+        open_store(folder, verify="full")
+    other.write_text(other.read_text() + '{"text": "one more"}\n')
+    with pytest.raises(UserError, match="holds another token store"):
+        check_place(here, f"file://{place.far}")
+
+
+def test_without_file_locks_each_fetches_for_itself_and_the_first_store_stays(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def without_locks(*_: object) -> None:
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(progress.fcntl, "flock", without_locks)
+    download, first = remote_store.download_all, list[int]()
+
+    def slow(remote: Remote, files: Any, folder: Path, num_threads: int) -> list[str]:
+        assert folder.name.endswith(f"-{os.uname().nodename}-{os.getpid()}")
+        if not first:  # another process is faster
+            first.append(0)
+            first[0] = prepare(place.recipe).stat().st_ino
+        return download(remote, files, folder, num_threads)
+
+    monkeypatch.setattr(remote_store, "download_all", slow)
+    assert prepare(place.recipe).stat().st_ino == first[0]
+    assert not list(place.stores.glob(".fetched-*"))
 
 
 def test_an_interrupted_copy_is_no_store_and_goes_on(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,13 +312,13 @@ def test_an_interrupted_copy_is_no_store_and_goes_on(place: Place, monkeypatch: 
     with monkeypatch.context() as broken:
         broken.setattr(Remote, "upload", failing)
         with pytest.raises(StorageError, match="cut"):
-            copy_to(place.built, f"file://{place.far}")
+            copy_to(place.built, f"file://{place.far}", place.settings)
     assert not (place.far / "manifest.json").exists()
     assert (place.far / "tokenizer" / "tokenizer.json").exists()
     monkeypatch.setattr(
         Remote, "upload", lambda self, local, size: (sent.append(local.name), upload(self, local, size))[1]
     )
-    copy_to(place.built, f"file://{place.far}")
+    copy_to(place.built, f"file://{place.far}", place.settings)
     assert "shard-00000.index" in sent and "tokenizer.json" not in sent
     assert store_files(prepare(place.recipe)) == store_files(place.built)
 

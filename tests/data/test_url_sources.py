@@ -19,6 +19,7 @@ from turbolm.data.batch.scored import read_scored
 from turbolm.data.prepare.build import find_store, prepare, store_key
 from turbolm.data.store.token_store import open_store
 from turbolm.errors import UserError
+from turbolm.launch import store
 from turbolm.launch.store import prepare_store
 from turbolm.recipe.schema import Recipe
 from turbolm.recipe.sources import urls
@@ -185,19 +186,22 @@ def test_sets_behind_urls_need_no_service_once_they_are_prepared(
     monkeypatch.setattr(storage, "RETRY_SEC", ())
     there = write_sources(tmp_path / "there")
 
-    def recipe_with(*sets: str) -> Recipe:
-        own = [{"type": "jsonl", "label": f"s{n}", "path": path} for n, path in enumerate(sets)]
+    def recipe_with(*sets: str, label: str = "s") -> Recipe:
+        own = [{"type": "jsonl", "label": f"{label}{n}", "path": path} for n, path in enumerate(sets)]
         return make_recipe(tmp_path, evaluation={"sets": own, "tokens": 200})
 
     def documents(recipe: Recipe) -> Any:
         scored = read_scored(recipe, open_store(prepare_store(recipe)))
         assert scored is not None
-        return scored.tokens.tolist(), scored.ends.tolist(), scored.label.tolist()
+        return scored.notes, scored.tokens.tolist(), scored.ends.tolist(), scored.label.tolist()
 
     names = "a.jsonl", "b.jsonl.gz"
     recipe = recipe_with(*(f"file://{there}/{name}" for name in names))
     before = documents(recipe)
     assert before == documents(recipe_with(*(str(there / name) for name in names)))
+    assert [note.partition(" ")[0] for note in before[0]] == ["s0:", "s1:"], "evaluation.tokens cuts both"
+    relabeled = documents(recipe_with(*(f"file://{there}/{name}" for name in names), label="t"))
+    assert relabeled[0] == tuple(note.replace("s", "t", 1) for note in before[0]), "they are kept without the label"
     listed = urls._look
 
     def unreachable(*_: object) -> dict[str, dict[str, Any]]:
@@ -227,7 +231,15 @@ def test_sets_behind_urls_need_no_service_once_they_are_prepared(
     (there / "a.jsonl").write_text((there / "a.jsonl").read_text().replace("text 1 ", "word 1 "))
     urls.forget_urls()
     assert not is_all_kept(recipe)
-    assert documents(recipe) != before
+    changed = documents(recipe)
+    assert changed != before
+
+    def long_prepare(recipe: Recipe, **options: Any) -> Path:
+        (there / "a.jsonl").write_text((there / "a.jsonl").read_text().replace("word 1 ", "text 1 "))
+        return prepare(recipe, **options)
+
+    monkeypatch.setattr(store, "prepare", long_prepare)
+    assert documents(recipe) == before and is_all_kept(recipe), "a set that changes meanwhile is listed again"
 
 
 def is_all_kept(recipe: Recipe) -> bool:

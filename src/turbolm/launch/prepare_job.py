@@ -11,6 +11,7 @@ import re
 from turbolm.data.batch.kept_sets import are_kept
 from turbolm.data.order.batch_order import is_order_kept, table_folder
 from turbolm.data.prepare.build import find_store, store_folder
+from turbolm.data.prepare.remote_store import fetched_so_far
 from turbolm.data.store.token_store import open_store
 from turbolm.errors import UserError
 from turbolm.hub import find_origins, pretrained_folder
@@ -52,10 +53,11 @@ def is_prepared(recipe: Recipe) -> bool:
 
 
 def prepared_bytes(recipe: Recipe) -> int:
-    """The bytes of token store and plan table that are written so far: what a stopped prepare goes on from."""
+    """The bytes of store, fetch and plan table that are written so far: what a stopped prepare goes on from."""
     recipe = with_commits(recipe)
     try:
-        folders = [store_folder(recipe)]
+        folder = store_folder(recipe)
+        folders = [folder, *(fetched_so_far(folder.parent) if recipe.execution.store else ())]
         if (found := find_store(recipe)) is not None:
             folders.append(table_folder(recipe, open_store(found), run_curriculum(recipe)))
         return sum(path.stat().st_size for folder in folders for path in folder.rglob("*"))

@@ -12,8 +12,8 @@ from pathlib import Path
 from turbolm.data.batch.kept_sets import list_sets
 from turbolm.data.batch.scored import keep_sets
 from turbolm.data.order.batch_order import is_order_kept, open_order, stays_in_memory, table_folder
-from turbolm.data.prepare.build import find_store, finished_shards, locked, prepare
-from turbolm.data.prepare.progress import Meter, ProgressLine
+from turbolm.data.prepare.build import find_store, finished_shards, prepare
+from turbolm.data.prepare.progress import Meter, ProgressLine, locked
 from turbolm.data.prepare.reader import SHORT_KEY, tell_left_out
 from turbolm.data.store.token_store import TokenStore, open_store, read_manifest
 from turbolm.errors import EXIT_REQUEUE, EXIT_SIGNAL, EXIT_STOPPED, UserError
@@ -39,10 +39,10 @@ def prepare_store(recipe: Recipe) -> Path:
         return f"{count} finished shards ({format_bytes(text_bytes)} of text) are kept"
 
     check_files(recipe.evaluation, must_exist=True)
-    listings = list_sets(recipe)
+    list_sets(recipe)  # what cannot be listed is told before hours of work
     with _stops_cleanly(kept, "the shards at work are lost, finished ones are kept") as show:
         folder = prepare(recipe, on_progress=show)
-        if listings:
+        if listings := list_sets(recipe):  # as they are now
             keep_sets(recipe, open_store(folder), listings)
     for line in tell_left_out(read_manifest(folder)):
         print(line)

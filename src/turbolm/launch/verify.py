@@ -39,6 +39,5 @@ def _verify_store(folder: Path) -> int:
     manifest = token_store.read_manifest(folder)
     damage = token_store.find_damage(folder, manifest, full=True)
     if problems := [f"{folder}: {name}: {problem}" for name, problem in damage]:
-        advice = "Run `turbolm prepare RECIPE` again; it rebuilds what is damaged."
-        raise UserError("\n".join([*problems, advice]))
+        raise UserError("\n".join([*problems, f"{token_store.REPAIR}."]))
     return len(manifest["shards"])

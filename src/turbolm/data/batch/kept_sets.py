@@ -23,8 +23,8 @@ from turbolm.recipe.contract import comparable_section
 from turbolm.recipe.schema import Recipe
 from turbolm.storage import StorageError
 
-_VERSION = 1
-Documents = list[IntArray]
+_VERSION = 2
+Documents = tuple[list[IntArray], list[str]]  # and what a user should know about how they were read
 
 
 def list_sets(recipe: Recipe) -> dict[int, list[Any]]:
@@ -58,21 +58,22 @@ def are_kept(recipe: Recipe, store: TokenStore) -> bool:
 def kept_documents(
     recipe: Recipe, store: TokenStore, number: int, read: Callable[[], Documents], listing: list[Any] | None = None
 ) -> Documents:
-    """Return the tokenized documents of a set behind URLs: the kept ones, or what `read` returns, which is kept.
+    """Return the tokenized documents of a set behind URLs, with notes: kept ones, or what `read` returns, to keep.
 
     `listing`: that of `list_sets`, by default the one that was kept. Raises UserError.
     """
     source = recipe.evaluation.sets[number].under(f"evaluation.sets.{number}")
     path = _path(recipe, store, number, listing or listing_of(recipe, source, recorded=True))
     with suppress(OSError, ValueError, KeyError, EOFError, BadZipFile), np.load(path) as found:  # none, or damaged
-        return np.split(found["tokens"], found["ends"][:-1])
-    documents = read()
+        return np.split(found["tokens"], found["ends"][:-1]), found["notes"].tolist()
+    documents, notes = read()
     with suppress(OSError):  # a cache that cannot be written: rank 0 reads them again
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary(path).open("wb") as file:
-            np.savez(file, tokens=np.concatenate(documents), ends=np.cumsum([len(one) for one in documents]))
+            ends = np.cumsum([len(one) for one in documents])
+            np.savez(file, tokens=np.concatenate(documents), ends=ends, notes=np.array(notes, str))
         os.replace(temporary(path), path)
-    return documents
+    return documents, notes
 
 
 def _url_sets(recipe: Recipe) -> Iterator[tuple[int, Any]]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from turbolm.data.batch.kept_sets import kept_documents
+from turbolm.data.batch.kept_sets import Documents, kept_documents
 from turbolm.data.native import IntArray
 from turbolm.data.order.packing import Sequences, evaluation_packing, pack
 from turbolm.data.prepare.reader import Reader
@@ -191,13 +191,18 @@ class _Collected:
 
     def documents_of(self, number: int, listing: list[Any] | None = None) -> list[np.ndarray]:
         """Return the first documents of a set; at least one. Those behind URLs are kept (`kept_sets`)."""
-        if not self._recipe.evaluation.sets[number].has_urls:
-            return self._read_set(number)
-        return kept_documents(self._recipe, self._store, number, lambda: self._read_set(number), listing)
+        source = self._recipe.evaluation.sets[number]
+        if source.has_urls:
+            found = kept_documents(self._recipe, self._store, number, lambda: self._read_set(number), listing)
+        else:
+            found = self._read_set(number)
+        documents, notes = found
+        self.notes += [f"{source.label}: {note}" for note in notes]
+        return documents
 
-    def _read_set(self, number: int) -> list[np.ndarray]:
+    def _read_set(self, number: int) -> Documents:
         source = self._recipe.evaluation.sets[number].under(f"evaluation.sets.{number}")
-        documents, left = list[np.ndarray](), self._recipe.evaluation.tokens
+        documents, notes, left = list[np.ndarray](), list[str](), self._recipe.evaluation.tokens
         reader = Reader(source, on_bad=self._recipe.data.on_bad_document)
         for text in reader:
             if not text:
@@ -205,7 +210,7 @@ class _Collected:
             tokens = [self._bos, *self._tokenizer.encode(text, add_special_tokens=False).ids, self._eos]
             if documents and len(tokens) - 1 > left:
                 limit = f"by evaluation.tokens ({self._recipe.evaluation.tokens})"
-                self.notes.append(f"{source.label}: its first {len(documents)} documents, {limit}")
+                notes.append(f"its first {len(documents)} documents, {limit}")
                 break
             left -= len(tokens) - 1
             documents.append(np.array(tokens, np.uint32))
@@ -213,8 +218,8 @@ class _Collected:
         if not documents:
             raise UserError(f"{source.key}: the set {source.label!r} holds no documents")
         if left_out := reader.left_out:
-            self.notes.append(f"{source.label}: skipped {left_out.count} bad documents, such as {left_out.first[0]}")
-        return documents
+            notes.append(f"skipped {left_out.count} bad documents, such as {left_out.first[0]}")
+        return documents, notes
 
     def add_task(self, number: int) -> ScoredTask:
         """Add the first questions of a task; at least one."""

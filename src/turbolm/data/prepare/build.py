@@ -11,15 +11,14 @@ for each process that reads, each worker's tokenizer, the sample the tokenizer i
 
 from __future__ import annotations
 
-import fcntl
 import math
 import os
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,9 +28,18 @@ from turbolm.data.prepare.counts import check_counts, short_documents, spelled_o
 from turbolm.data.prepare.cut import Dropped, cut_shards
 from turbolm.data.prepare.engines import EngineMismatch, EngineName, choose_engine
 from turbolm.data.prepare.listings import cache_folder, listing_of, tell_once
-from turbolm.data.prepare.progress import Meter, OnProgress, Progress
+from turbolm.data.prepare.progress import Meter, OnProgress, Progress, locked
 from turbolm.data.prepare.reader import SHORT_KEY, SourceSizes, check_left_out, empty_files
-from turbolm.data.prepare.remote_store import BUILT_FROM, fetch, known_key, look_up, note_built_from, note_key
+from turbolm.data.prepare.remote_store import (
+    BUILT_FROM,
+    another_store,
+    fetch,
+    key_at,
+    known_key,
+    look_up,
+    note_built_from,
+    note_key,
+)
 from turbolm.data.prepare.same_content import (
     can_be_compared,
     cannot_record,
@@ -39,6 +47,7 @@ from turbolm.data.prepare.same_content import (
     find_same,
     has_record,
     hash_files,
+    may_be_same,
     save_record,
     without_times,
 )
@@ -202,6 +211,20 @@ def store_key(recipe: Recipe) -> str:
         return key
 
 
+def store_settings(recipe: Recipe) -> dict[str, Any]:
+    """Return everything that determines the content of a store but the listing of its sources."""
+    return _settings(recipe, _tokenizer_identity(recipe))
+
+
+def check_place(recipe: Recipe, url: str) -> None:
+    """Raise UserError if another store is where the recipe's is to be copied to, as far as that can be told now."""
+    there, stores = key_at(url), _stores(recipe)
+    if there is None or recipe.execution.store is not None or there == store_key(recipe):
+        return
+    if not may_be_same(stores, _key(recipe, _tokenizer_identity(recipe), by_content=True), stores / there[:16]):
+        raise another_store(url)
+
+
 def _tokenizer_identity(recipe: Recipe) -> list[str | int]:
     """Return fingerprint, bos and eos of the tokenizer; empty if it is trained."""
     if recipe.tokenizer.path is None:
@@ -268,20 +291,23 @@ def _fetch(recipe: Recipe, url: str, on_progress: OnProgress) -> None:
 
     Raises UserError.
     """
-    cache, settings = cache_folder(recipe), _settings(recipe, _tokenizer_identity(recipe))
+    cache, settings = cache_folder(recipe), store_settings(recipe)
     try:
         found = look_up(url, settings)
-        folder = _stores(recipe) / found.key[:16]
-        make_folder(folder.parent, "execution.cache_dir")
-        with locked(folder.with_suffix(".lock"), on_progress):
-            if not _is_complete(folder, recipe):
-                fetch(found, folder)
-        note_key(cache, url, settings, found.key)
     except StorageError as error:
         folder = _stores(recipe) / known_key(cache, url, settings)[:16]
         if not _is_complete(folder, recipe):
             raise UserError(f"execution.store: {error}; check the network and the credentials") from None
         tell_once(f"execution.store: {error}. The token store as it was last fetched is used")
+        return
+    folder = _stores(recipe) / found.key[:16]
+    try:
+        if not _is_complete(folder, recipe):  # a complete one may be where nothing can be written
+            make_folder(folder.parent, "execution.cache_dir")
+            with locked(folder.with_suffix(".lock"), on_progress) as is_locked:
+                if not _is_complete(folder, recipe):
+                    fetch(found, folder, is_locked=is_locked)
+        note_key(cache, url, settings, found.key)
     except OSError as error:
         raise UserError(f"The token store cannot be kept in {cache}: {explain_os_error(error)}") from None
 
@@ -322,20 +348,6 @@ def _record_files(recipe: Recipe, folder: Path, on_progress: OnProgress) -> None
 def _auto_workers(recipe: Recipe) -> int:
     workers = recipe.execution.prepare_workers
     return min(len(os.sched_getaffinity(0)), _MAX_AUTO_WORKERS) if workers == "auto" else workers
-
-
-@contextmanager
-def locked(path: Path, on_progress: OnProgress) -> Iterator[None]:
-    """Hold an exclusive lock on a file; the system releases it when the process ends for any reason."""
-    with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            on_progress(Progress("waiting"))
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:
-            pass  # a file system without locks; two builders would write the same bytes and rename them into place
-        yield
 
 
 # ------------------------------------------------------------------------------------------------------- building

@@ -1,11 +1,14 @@
-"""Report the progress of `prepare`."""
+"""Report the progress of `prepare`, and wait for another process that prepares the same."""
 
 from __future__ import annotations
 
+import fcntl
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from turbolm.units import format_bytes, format_count, format_duration
@@ -101,3 +104,21 @@ class ProgressLine:
         if self._open:
             print(flush=True)
         self._open = False
+
+
+@contextmanager
+def locked(path: Path, on_progress: OnProgress) -> Iterator[bool]:
+    """Hold an exclusive lock on a file; the system releases it when the process ends for any reason.
+
+    Yields whether it is held: not on a file system without locks.
+    """
+    is_held = True
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            on_progress(Progress("waiting"))
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:
+            is_held = False  # two builders would write the same bytes and rename them into place
+        yield is_held

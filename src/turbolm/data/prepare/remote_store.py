@@ -25,11 +25,12 @@ from turbolm.errors import UserError
 from turbolm.files import load_json, read_json, sha256_json, sync_folder, write_json
 from turbolm.recipe.contract import changed_keys
 from turbolm.recipe.execution import writable_url
-from turbolm.storage import Remote, download_all, open_url
+from turbolm.storage import Remote, StorageError, download_all, open_url
 from turbolm.units import format_bytes
 
 KEY = "execution.store"
 BUILT_FROM = "built-from.json"
+_STAGING = ".fetched-"
 _THREADS = 8
 _MAX_VALUE = 100  # characters of a value in a message
 
@@ -77,30 +78,59 @@ def look_up(url: str, settings: Mapping[str, Any]) -> FoundStore:
             f"{KEY}: {url} {what}, so that what it was built from is not known; run `turbolm prepare RECIPE --to URL` "
             "again where it was built"
         )
-    if changes := changed_keys(_by_key(built_from), _by_key(settings)):
-        told = ", ".join(f"{key}: {_short(before)} -> {_short(after)}" for key, before, after in changes)
-        raise UserError(f"{KEY}: {url} is not the store of this recipe ({told}); name another URL, or restore these")
+    if changes := _told_changes(built_from, settings):
+        raise UserError(f"{KEY}: {url} is not the store of this recipe ({changes}); name another URL, or restore these")
     return FoundStore(remote, manifest, built_from)
 
 
-def fetch(found: FoundStore, folder: Path) -> None:
-    """Fetch a store into its folder, which is replaced when all is there.
+def fetch(found: FoundStore, folder: Path, *, is_locked: bool) -> None:
+    """Fetch a store into its folder, which is replaced when all is there. Raises UserError and OSError.
 
-    Raises UserError, StorageError and OSError.
+    `is_locked`: nobody else fetches it meanwhile. Otherwise it is fetched into a folder of this process, and not
+    resumed.
     """
-    staging = folder.with_name(f".fetched-{folder.name}")
+    own = "" if is_locked else f"-{os.uname().nodename}-{os.getpid()}"
+    staging = folder.with_name(f"{_STAGING}{folder.name}{own}")
+    try:
+        _download(found, staging, folder)
+        if not is_locked and _is_there(found, folder):  # from another process
+            return
+        if folder.is_dir():  # of a build that was interrupted, or damaged
+            shutil.rmtree(folder)
+        os.rename(staging, folder)
+        sync_folder(folder.parent)
+    except StorageError as error:
+        raise UserError(f"{KEY}: {error}; run it again{', it goes on' if is_locked else ''}") from None
+    finally:
+        if not is_locked:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def fetched_so_far(stores: Path) -> list[Path]:
+    """Return the folders of fetches that are not complete."""
+    return list(stores.glob(f"{_STAGING}*"))
+
+
+def _download(found: FoundStore, staging: Path, folder: Path) -> None:
     files = {part["file"]: part for part in _parts(found.manifest)}
     total = sum(part["bytes"] for part in files.values())
     print(f"{KEY}: fetching {found.remote.url} ({format_bytes(total)}) into {folder}", flush=True)
     if problems := download_all(found.remote, files, staging, _THREADS):
-        raise UserError(f"{KEY}: {problems[0]}; copy the store there again, from where it is intact")
+        listed = "\n".join(problems)
+        raise UserError(
+            f"{KEY}: {listed}; remove what is damaged there, and run `turbolm prepare RECIPE --to URL` again where it "
+            "was built: it sends what is missing"
+        )
     write_json(staging / BUILT_FROM, found.built_from, durable=True)
     write_json(staging / MANIFEST, found.manifest, durable=True)
     open_store(staging)
-    if folder.is_dir():  # of a build that was interrupted, or damaged
-        shutil.rmtree(folder)
-    os.rename(staging, folder)
-    sync_folder(folder.parent)
+
+
+def _is_there(found: FoundStore, folder: Path) -> bool:
+    try:
+        return open_store(folder).manifest == found.manifest
+    except UserError:
+        return False
 
 
 def note_built_from(folder: Path, content: Mapping[str, Any]) -> None:
@@ -118,28 +148,48 @@ def check_target(url: str) -> None:
         raise UserError(f"--to: {error}") from None
 
 
-def copy_to(folder: Path, url: str) -> None:
-    """Copy a complete store to a URL; an interrupted copy goes on. Raises UserError."""
-    manifest = open_store(folder, verify="full").manifest
-    if sha256_json(read_json(folder / BUILT_FROM)) != manifest["key"]:
+def key_at(url: str) -> str | None:
+    """Return the key of the complete store behind a URL, or None. Raises UserError."""
+    there = open_url(url, "--to").at(MANIFEST).read_json()
+    return None if there is None else str(there.get("key"))
+
+
+def another_store(url: str) -> UserError:
+    """Return the error for a place that is taken."""
+    return UserError(f"--to: {url} holds another token store; remove it, or name another URL")
+
+
+def copy_to(folder: Path, url: str, settings: Mapping[str, Any]) -> None:
+    """Copy the complete store of these settings to a URL; an interrupted copy goes on. Raises UserError.
+
+    Of a store that is there already, what is missing is sent.
+    """
+    manifest, built_from = open_store(folder, verify="full").manifest, read_json(folder / BUILT_FROM)
+    if built_from is None or sha256_json(built_from) != manifest["key"]:
         raise UserError(
             f"--to: what {folder} was built from is not known: its sources have other names or times since; build it "
             "again, in an empty execution.cache_dir"
         )
+    if changes := _told_changes(built_from, settings):
+        raise UserError(
+            f"--to: {folder} has the documents of this recipe but was built from another one ({changes}), and "
+            f"`{KEY}` would refuse it; build it again, in an empty execution.cache_dir"
+        )
     remote = open_url(url, "--to")
     there = remote.at(MANIFEST).read_json()
     if there is not None and there != manifest:
-        raise UserError(f"--to: {url} holds another token store; remove it, or name another URL")
-    if there is None:
-        _send(folder, remote, manifest)
+        raise another_store(url)
+    _send(folder, remote, manifest, is_there=there is not None)
     print(f"{url}: the token store is there; `{KEY}: {url}` fetches it")
 
 
-def _send(folder: Path, remote: Remote, manifest: dict[str, Any]) -> None:
-    """Send all files, the manifest last. Of an earlier try, those stay that have arrived."""
+def _send(folder: Path, remote: Remote, manifest: dict[str, Any], *, is_there: bool) -> None:
+    """Send all files, the manifest last. Those of this store that have arrived stay."""
     built_from = load_json(folder / BUILT_FROM)
-    goes_on = remote.at(BUILT_FROM).read_json() == built_from
-    remote.at(BUILT_FROM).write_json(built_from)
+    is_known = remote.at(BUILT_FROM).read_json() == built_from
+    goes_on = is_there or is_known
+    if not is_known:
+        remote.at(BUILT_FROM).write_json(built_from)
 
     def send(part: Mapping[str, Any]) -> None:
         target = remote.at(part["file"])
@@ -154,7 +204,8 @@ def _send(folder: Path, remote: Remote, manifest: dict[str, Any]) -> None:
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    remote.at(MANIFEST).write_json(manifest)
+    if not is_there:
+        remote.at(MANIFEST).write_json(manifest)
 
 
 def _parts(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -164,6 +215,12 @@ def _parts(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _record(cache: Path, url: str, settings: Mapping[str, Any]) -> Path:
     return cache / "fetched" / f"{sha256_json([url, settings])[:32]}.json"
+
+
+def _told_changes(built_from: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    """Return how the settings differ from those that a store was built with; empty if they do not."""
+    changes = changed_keys(_by_key(built_from), _by_key(settings))
+    return ", ".join(f"{key}: {_short(before)} -> {_short(after)}" for key, before, after in changes)
 
 
 def _by_key(content: Mapping[str, Any]) -> dict[str, Any]:

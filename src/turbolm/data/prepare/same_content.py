@@ -67,6 +67,12 @@ def find_same(
             yield stores / name, files
 
 
+def may_be_same(stores: Path, content_key: str, store: Path) -> bool:
+    """Return whether `find_same` may yield a store: all but the bytes of the files is known to be the same."""
+    wanted = content_key, store.name
+    return any((record.get("content_key"), record.get("store")) == wanted for record in _records(stores))
+
+
 def has_record(stores: Path, key: str, store: Path) -> bool:
     """Return whether the record of the key names the store."""
     record = read_json(_record_path(stores, key)) or {}

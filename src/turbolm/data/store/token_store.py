@@ -29,6 +29,8 @@ from turbolm.files import load_json, sha256_json
 FORMAT_VERSION = 2  # part of every store's key: increment it when the files change
 MANIFEST = "manifest.json"
 TOKENIZER_FOLDER = "tokenizer"
+# Without the manifest `prepare` checks all of a store; with it, sizes and ends of files alone
+REPAIR = f"Remove {MANIFEST} there and run `turbolm prepare RECIPE` again; it rebuilds what is damaged"
 Split = Literal["train", "validation"]
 SPLITS: tuple[Split, Split] = ("train", "validation")
 _MAX_OPEN_FILES = 8192  # memory maps a process may hold are limited (65,530 on Linux)
@@ -261,7 +263,7 @@ def open_store(folder: str | Path, *, verify: Literal["quick", "full"] = "quick"
     for name, problem in find_damage(folder, manifest, full=verify == "full"):
         raise UserError(
             f"{name.capitalize()} of the token store {folder} is damaged: {problem}. "
-            "Run `turbolm prepare RECIPE` again; it rebuilds what is damaged (`turbolm verify` lists all of it)."
+            f"{REPAIR} (`turbolm verify` lists all of it)."
         )
     return TokenStore(folder, manifest)
 
