@@ -64,7 +64,7 @@ def kept_documents(
     """
     source = recipe.evaluation.sets[number].under(f"evaluation.sets.{number}")
     path = _path(recipe, store, number, listing or listing_of(recipe, source, recorded=True))
-    with suppress(OSError, ValueError, KeyError, EOFError, BadZipFile), np.load(path) as found:  # none, or damaged
+    with suppress(OSError, ValueError, KeyError, EOFError, BadZipFile), np.load(path, allow_pickle=False) as found:
         return np.split(found["tokens"], found["ends"][:-1]), found["notes"].tolist()
     documents, notes = read()
     with suppress(OSError):  # a cache that cannot be written: rank 0 reads them again
