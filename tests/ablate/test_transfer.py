@@ -157,6 +157,12 @@ def test_tricks_are_in_all_runs_and_every_learning_rate_has_the_same_place_on_th
     assert transfer.folder.name == "tiny-muon-transfer" or transfer.folder.name.endswith("-muon-transfer")
     grid = transfer.grid(transfer.larger[0].recipe, "w128")
     assert [runs[0].optimizer.peak_lrs.matrices for runs in grid] == [5e-3, 1e-2, 2e-2]
+    settings = ["optimizer.name=muon", "optimizer.lr=0.00123456", "optimizer.peak_lrs.matrices=0.0123456"]
+    transfer = Transfer.prepare(recipe_file, settings, (), "128", CPUS, Options())
+    grid = transfer.grid(transfer.tuned, "tuned")
+    assert [runs[0].optimizer.lr for runs in grid] == [3.086e-4, 6.173e-4, 1.235e-3, 2.469e-3, 4.938e-3]
+    peaks = [runs[0].optimizer.peak_lrs.matrices for runs in grid]
+    assert peaks == [3.086e-3, 6.173e-3, 1.235e-2, 2.469e-2, 4.938e-2], "to four digits, as runs before have them"
 
 
 @pytest.mark.parametrize(
@@ -187,7 +193,8 @@ def test_a_width_that_is_not_named_is_told(recipe_file: str) -> None:
     text = yaml.safe_load(Path(recipe_file).read_text())
     del text["model"]["config"]["intermediate_size"]
     Path(recipe_file).write_text(yaml.safe_dump(text))
-    grown = r"at width 128 the weights beside the embeddings are 2.02 times as many, not 4: .* intermediate_size"
+    grown = r"at width 128 the weights beside the embeddings are 2.02 times as many, not 4: .* intermediate_size.*"
+    grown += "or give a larger recipe: --transfer LARGER.yaml"
     with pytest.raises(UserError, match=grown):
         prepare(recipe_file)
 
@@ -203,6 +210,13 @@ OTHER_NAMES: dict[str, dict[str, Any]] = {
     | {"new_decoder_architecture": True, "num_kv_heads": 2},
     "qwen2_moe": {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
     | {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 96, "intermediate_size": 192},
+    "granitemoeshared": {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    | {"num_hidden_layers": 2, "intermediate_size": 96, "shared_intermediate_size": 192},
+    "llama4_text": {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    | {"num_hidden_layers": 2, "moe_layers": [1], "intermediate_size": 96, "intermediate_size_mlp": 192},
+    "cohere2_moe": {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    | {"num_hidden_layers": 2, "first_k_dense_replace": 1, "intermediate_size": 96}
+    | {"prefix_dense_intermediate_size": 192},
 }
 
 

@@ -105,6 +105,7 @@ def peak_of_a_step(optimizer: torch.optim.Optimizer, module: nn.Module) -> int:
         if step >= 2:
             with Peak(_tensors(optimizer, module)) as peak:
                 optimizer.step()
+            assert peak.now <= 64, "a step must hold nothing but scalars for the passes that follow"
             most = max(most, peak.most)
         else:
             optimizer.step()
@@ -133,20 +134,21 @@ def test_the_temporaries_of_muon(shape: tuple[int, int], settings: dict[str, Any
     assert predicted(tensors, recipe) == pytest.approx(counted, rel=0.01)
 
 
-SENT: dict[int, dict[str, Any]] = {
-    1: {},
-    2: {"hyperball": True},
-    3: {"hyperball": True, "soap": {"every": 2}},
-}
+SENT: list[tuple[int, str, dict[str, Any]]] = [
+    (1, "muon", {}),
+    (2, "muon", {"hyperball": True}),
+    (3, "muon", {"hyperball": True, "soap": {"every": 2}}),
+    (1, "soap", {"precondition_every": 2}),
+]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("number", SENT)
-def test_the_temporaries_of_muons_exchange(number: int, precision: str) -> None:
+@pytest.mark.parametrize(("number", "kind", "settings"), SENT, ids=str)
+def test_the_temporaries_of_an_exchange(number: int, kind: str, settings: dict[str, Any], precision: str) -> None:
     """Matrices of a flat part, assembled, updated and sent back; a world of one holds and owns all of them."""
     shapes = {"small": (32, 64), "large": (64, 96), "last": (64, 96)}
     module = nn.ModuleDict({name: nn.Linear(shape[1], shape[0], bias=False) for name, shape in shapes.items()})
-    recipe = recipe_of("muon", SENT[number], stage=2, precision=precision)
+    recipe = recipe_of(kind, settings, stage=2, precision=precision)
     optimizer = build_optimizer(module, recipe)
     (group,) = optimizer.param_groups
     flat = nn.Parameter(torch.cat([parameter.detach().view(-1) for parameter in group["params"]]))

@@ -10,6 +10,7 @@ from turbolm.plan.footprint import router_loss
 from turbolm.plan.machine import Machine
 from turbolm.plan.plan import Plan, build_plan
 from turbolm.plan.profile import ModelProfile, Tensor
+from turbolm.plan.summary import _state
 from turbolm.plan.zero_memory import Held, ZeroMemory, estimate_zero_memory
 from turbolm.recipe.schema import Recipe
 
@@ -23,7 +24,15 @@ TENSORS = (
 BUCKET = 30
 
 
-def plan_of(stage: int, precision: str, *, micro_batches: int = 1, gpu: bool = False, **execution: Any) -> Plan:
+def plan_of(
+    stage: int,
+    precision: str,
+    *,
+    micro_batches: int = 1,
+    gpu: bool = False,
+    optimizer: dict[str, Any] | None = None,
+    **execution: Any,
+) -> Plan:
     recipe = Recipe.model_validate(
         {
             "name": "x",
@@ -32,6 +41,7 @@ def plan_of(stage: int, precision: str, *, micro_batches: int = 1, gpu: bool = F
             "data": {"seq_len": 8},
             "train": {"budget": "1M", "global_batch": 128 * micro_batches, "precision": precision},
             "cluster": {"gpu": "A100-40GB", "gpus_per_node": 2} if gpu else {},
+            "optimizer": optimizer or {},
             "execution": {
                 "zero_stage": stage,
                 "micro_batch": 64,
@@ -102,6 +112,38 @@ def test_offloading_leaves_reduced_gradients_of_half_precision_on_the_gpu() -> N
     # Master weights, moments, gradients; the new weights and the largest gradient in bf16.
     assert state.host_bytes == 16 * 46 + 2 * (46 + 40)
     assert state_of(3, "bf16", gpu=True, offload_optimizer=True).resting == Held(0, 4 * BUCKET)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "on_gpu", "on_host", "copies"),
+    [
+        # In bf16 the matrix of each rank as it arrives, and 4 of its size and a gram matrix to make it orthogonal.
+        ({"name": "muon"}, 0, 4 * 24 + 8 * 22, 2 * (24 + 4 * 24 + 16)),
+        # In fp32 the update and the gradient, and what turns the basis of the longer side, after that of the shorter.
+        ({"name": "muon", "soap": {}}, 20 * 24, 4 * 24 + 8 * 22, 4 * (2 * 24 + 24 + 4 * 24 + 5 * 36)),
+        # The norm is not assembled. The largest is the embedding, with the weight that SOAP steps and a basis of 10.
+        ({"name": "soap"}, 24 * (24 + 20), 24 * 2, 4 * (40 + 40 + 4 * 40 + 5 * 100)),
+    ],
+    ids=str,
+)
+def test_whole_matrices_are_updated_on_the_gpu_with_offloading_too(
+    optimizer: dict[str, Any], on_gpu: int, on_host: int, copies: int
+) -> None:
+    """And what their owners keep stays there; the update in fp32 of the rank's part is on the host."""
+    part, momentum = (20, 0) if optimizer["name"] == "soap" else (24, 4)
+    for stage in (1, 2, 3):
+        plan = plan_of(stage, "bf16", gpu=True, offload_optimizer=True, optimizer=optimizer)
+        state = estimate_zero_memory(TENSORS, plan)
+        assert (state.master, state.optimizer) == (0, on_gpu)
+        gradients = 8 * 46 if stage == 3 else 4 * 46 + 2 * (46 + 40)
+        assert state.host_bytes == 4 * 46 + on_host + gradients
+        here = state_of(stage, "bf16", gpu=True, optimizer=optimizer)
+        assert here.optimizer == on_gpu + on_host
+        if stage == 2:
+            assert (state.updating.copies, here.updating.copies) == (copies, copies + 4 * part)
+        each = _state(plan, plan.recipe.execution, 92)  # without the tensors, as if all were matrices
+        assert each.optimizer == plan.recipe.kept_bytes * 46 - momentum * 46
+        assert each.host_bytes == (4 + momentum + (8 if stage == 3 else 6)) * 46
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

@@ -25,7 +25,7 @@ from turbolm.plan.count import check_model, examine_model
 from turbolm.plan.machine import Machine, check_machine
 from turbolm.plan.plan import build_plan
 from turbolm.recipe.load import load_recipe, load_scaled
-from turbolm.recipe.model_config import EXPERT_FEED_FORWARD, FEED_FORWARD, HEADS, KEY_VALUE_HEADS, WIDTH, size_of
+from turbolm.recipe.model_config import FEED_FORWARD, HEADS, KEY_VALUE_HEADS, OTHER_FEED_FORWARD, WIDTH, size_of
 from turbolm.recipe.optimizers import Muon, Optimizer
 from turbolm.recipe.paths import use_path
 from turbolm.recipe.scale import RULES, Scaling, derive, find_problems
@@ -39,7 +39,7 @@ _GROW = (
     *HEADS,
     *KEY_VALUE_HEADS,
     *FEED_FORWARD,
-    *EXPERT_FEED_FORWARD,
+    *OTHER_FEED_FORWARD,
     "word_embed_proj_dim",
 )  # the last: OPT's
 _GROWTH = 0.1  # relative; norms, biases and routers grow less than with the square of the width
@@ -93,12 +93,13 @@ class Transfer:
         name = check_name("--name", options.name or default, 100)
         folder = use_path(tuned.execution.runs_dir, "execution.runs_dir") / "ablations" / name
         lrs = options.sweep.lrs if options.sweep else [factor * tuned.optimizer.lr for factor in _FACTORS]
-        return Transfer(folder, tuned, larger, tuple(float(f"{lr:.4g}") for lr in lrs), options)
+        return Transfer(folder, tuned, larger, tuple(lrs), options)
 
     def grid(self, recipe: Recipe, label: str) -> list[list[Recipe]]:
         """Return the runs of a grid, lowest learning rate first: a list of seeds for each."""
         return [
-            self._seeds(recipe, label, _lrs_of(self.tuned.optimizer, recipe.optimizer).at_lr(lr)) for lr in self.lrs
+            self._seeds(recipe, label, _four_digits(_lrs_of(self.tuned.optimizer, recipe.optimizer).at_lr(lr)))
+            for lr in self.lrs
         ]
 
     def moved(self, larger: Larger, best: Recipe) -> list[Recipe]:
@@ -320,7 +321,8 @@ def _growth_problems(recipe: Recipe, tuned: Recipe, recipe_file: str) -> Iterato
     if abs(grown / wanted - 1) > _GROWTH:
         yield (
             f"at width {widths[1]} the weights beside the embeddings are {grown:.3g} times as many, not {wanted:.3g}: "
-            f"name every width, such as {FEED_FORWARD[0]}, under model.config"
+            f"name every width, such as {FEED_FORWARD[0]}, under model.config, or give a larger recipe: --transfer "
+            "LARGER.yaml"
         )
 
 
@@ -328,6 +330,15 @@ def _lrs_of(source: Optimizer, optimizer: Optimizer) -> Optimizer:
     """Return `optimizer` with the learning rates and weight decay of `source`, which has the same name."""
     names = ["lr", "lr_multipliers", "weight_decay", *(["peak_lrs"] if isinstance(source, Muon) else [])]
     return optimizer.model_copy(update={name: getattr(source, name) for name in names})
+
+
+def _four_digits(optimizer: Optimizer) -> Optimizer:
+    """Return the optimizer with all peak learning rates rounded."""
+    update: dict[str, Any] = {"lr": float(f"{optimizer.lr:.4g}")}
+    if isinstance(optimizer, Muon):
+        peaks = {kind: float(f"{peak:.4g}") for kind, peak in optimizer.peak_lrs if peak is not None}
+        update["peak_lrs"] = optimizer.peak_lrs.model_copy(update=peaks)
+    return optimizer.model_copy(update=update)
 
 
 def _set(section: Any, path: Sequence[str], value: float) -> Any:

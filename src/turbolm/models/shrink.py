@@ -7,15 +7,14 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from turbolm.recipe.model_config import FEED_FORWARD, KEY_VALUE_HEADS, OTHER_FEED_FORWARD
+
 # The most that a setting of these names may be. They fit together: 4 heads of 16 make a width of 64, and 8 heads of a
 # state space its double. Windows and chunks are smaller than the documents of a trial (trial.py), or would do nothing.
 _NAMES = {
     512: """vocab_size_per_layer_input ngram_vocab_size_base pronunciation_vocab_size shape_vocab_size
         max_source_positions max_position_embeddings encoder_hash_byte_group_vocab""",
-    128: """intermediate_size ffn_dim ffn_hidden_size encoder_ffn_dim decoder_ffn_dim d_inner dff dim_ff
-        feed_forward_size moe_intermediate_size moe_shared_expert_intermediate_size shared_expert_intermediate_size
-        shared_experts_intermediate_size shared_intermediate_size dense_intermediate_size intermediate_size_mlp
-        mamba_d_ssm""",
+    128: " ".join((*FEED_FORWARD, *OTHER_FEED_FORWARD, "encoder_ffn_dim", "mamba_d_ssm")),
     64: """hidden_size word_embed_proj_dim embedding_size embedding_dim input_embedding_size output_embedding_size
         attention_hidden_size lru_width backbone_hidden_size router_hidden_size""",
     16: """head_dim attention_head_size dim_head d_head v_head_dim qk_nope_head_dim swa_head_dim linear_head_dim
@@ -37,7 +36,6 @@ _NAMES = {
 }
 _SIZES = {name: size for size, names in _NAMES.items() for name in names.split()}
 _MOST_KINDS = 4  # a list with more different values does not say of what kind each layer is
-_KEY_VALUE_HEADS = "num_key_value_heads", "num_kv_heads"
 _SPREADS = "initializer_range", "init_std"
 _SPREAD = 0.1  # of initial weights: near 1 / sqrt(width), so that every layer moves the logits
 
@@ -142,7 +140,7 @@ def _shrunk(name: str, value: Any, values: dict[str, Any], layers: list[int]) ->
         return len(layers)
     if not isinstance(value, int) or isinstance(value, bool):
         return None
-    if name in _KEY_VALUE_HEADS:
+    if name in KEY_VALUE_HEADS:
         return 4 if value == values.get("num_attention_heads") else min(value, 2)
     return min(value, _SIZES[name]) if name in _SIZES else None
 

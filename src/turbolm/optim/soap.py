@@ -54,4 +54,5 @@ class Soap(SOAP, Assembling):
         self.of_one.state = defaultdict(dict, {weight: state})
         self.of_one.param_groups = [{"step": 0, **group, "params": [weight], "lr": 1.0, "weight_decay": 0.0}]
         self.of_one.step()
+        self.of_one.state, self.of_one.param_groups = defaultdict(dict), []  # which hold the weight and its gradient
         return -weight

@@ -47,23 +47,25 @@ def estimate_model_state(
     world_size: int,
     precision: str,
     kept_bytes: float = 8,
+    owner_bytes: float = 0,
 ) -> ModelState:
     """Estimate the model state of one of `world_size` processes, assuming that parameters divide evenly.
 
-    `kept_bytes` is what is kept of each parameter beside weights and gradients (`Recipe.kept_bytes`).
+    `kept_bytes` is what is kept of each parameter beside weights and gradients (`Recipe.kept_bytes`), `owner_bytes`
+    what of it is not offloaded (`Optimizer.owner_bytes`).
     """
     stage, offloads = execution.zero_stage, execution.offload_optimizer
     weight_bytes = _FP32_BYTES if precision == "fp32" else _HALF_BYTES
     share = -(-num_parameters // world_size) if stage else num_parameters
     weights = weight_bytes * (share if stage == 3 else num_parameters)
     master = _FP32_BYTES * share if stage else 0
-    optimizer = round(kept_bytes * share)
+    optimizer, on_gpu = round(kept_bytes * share), round(owner_bytes * share)
     gradients = _gradient_bytes(stage, num_parameters, share, precision)
     host_bytes = 0
     if offloads:
-        host_bytes += master + optimizer + _FP32_BYTES * share  # plus the gradients that the update reads
+        host_bytes += master + optimizer - on_gpu + _FP32_BYTES * share  # plus the gradients that the update reads
         host_bytes += (_FP32_BYTES if stage == 3 else weight_bytes) * share  # and all gradients, or the new weights
-        master = optimizer = 0
+        master, optimizer = 0, on_gpu
         if stage == 3 or (stage == 2 and precision == "fp32"):  # in half precision the reduced ones stay on the GPU
             gradients = 0
     if execution.offload_parameters:

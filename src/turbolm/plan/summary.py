@@ -295,8 +295,8 @@ def _collect(problems: list[str], action: Callable[[], T]) -> T | None:
 
 
 def _state(plan: Plan, execution: Execution, num_parameters: int) -> ModelState:
-    kept = plan.recipe.kept_bytes
-    return estimate_model_state(execution, plan.ds_config, num_parameters, plan.world_size, plan.precision, kept)
+    kept = plan.recipe.kept_bytes, plan.recipe.optimizer.owner_bytes
+    return estimate_model_state(execution, plan.ds_config, num_parameters, plan.world_size, plan.precision, *kept)
 
 
 def _host_memory(

@@ -66,11 +66,13 @@ def estimate_zero_memory(tensors: Sequence[Tensor], plan: Plan) -> ZeroMemory:
     """Return the model state of `plan` for a model with these parameters, in the order of `named_parameters`."""
     facts = _Facts(tensors, plan)
     weights, master = facts.weight_bytes * facts.flat_elements, _FP32_BYTES * facts.owned if facts.has_master else 0
-    optimizer = round(sum(bytes_ * part for bytes_, part in zip(facts.state_bytes, facts.parts, strict=True)))
+    optimizer = facts.own_bytes(facts.state_bytes)
     held = (_whole, _flattened, _flattened, _sharded)[facts.stage](facts)
-    host = _host_bytes(facts, master + optimizer) if facts.offloads else 0
-    if facts.offloads:
-        master = optimizer = 0
+    host = 0
+    if facts.offloads:  # but for what the owners of whole matrices keep
+        on_gpu = facts.own_bytes(facts.owner_bytes)
+        host = _host_bytes(facts, master + optimizer - on_gpu)
+        master, optimizer = 0, on_gpu
     if facts.execution.offload_parameters:
         host, weights = host + weights, 0
     if facts.execution.hierarchical_partition:
@@ -109,10 +111,11 @@ class _Facts:
         # At stage 3 in fp32, too: it compares a tensor's device with a name, and clones where it means to share.
         self.has_master = self.stage > 0
         # Muon keeps one moment of matrices; state_bytes is for all other optimizers a mean over all elements.
+        of_adamw = 4.0 - optimizer.owner_bytes if isinstance(optimizer, Muon) else 0.0
         self.state_bytes = [
-            plan.recipe.kept_bytes + (4.0 if optimizer.name == "muon" and not _is_orthogonal(group) else 0.0)
-            for group in self.groups
+            plan.recipe.kept_bytes + (0.0 if _is_orthogonal(group) else of_adamw) for group in self.groups
         ]
+        self.owner_bytes = [optimizer.owner_bytes * is_assembled(group[0], optimizer) for group in self.groups]
 
     def _flat_elements(self, group: Sequence[Tensor]) -> int:
         if self.stage == 0:
@@ -120,6 +123,10 @@ class _Facts:
         if self.stage == 3:
             return sum(padded(number, self.world_size) for number in numels(group))
         return padded(sum(numels(group)), ALIGNMENT * self.world_size)
+
+    def own_bytes(self, per_element: Sequence[float]) -> int:
+        """Return the bytes of this rank's parts, with so many for each element of a group."""
+        return round(sum(bytes_ * part for bytes_, part in zip(per_element, self.parts, strict=True)))
 
     @property
     def bucket(self) -> int:
@@ -161,7 +168,7 @@ def _flattened(facts: _Facts) -> tuple[Held, ...]:
     """Stages 1 and 2."""
     if facts.stage == 1 and facts.plan.precision == "bf16" and not facts.offloads:
         return _bf16(facts)
-    updating = _own_gradients(facts), 0 if facts.offloads else _flat_copy(facts) + _temporaries(facts)
+    updating = _own_gradients(facts), _flat_copy(facts) + _temporaries(facts)
     if facts.stage == 2 or facts.zero["overlap_comm"]:
         passed = _reduced_in_pass(facts)
         resting = _kept_at_1_and_2(facts)
@@ -239,7 +246,7 @@ def _own_gradients(facts: _Facts) -> int:
 
 def _flat_copy(facts: _Facts) -> int:
     """Return the bytes of the flat copy of a group's gradients for its update; half precision has them flat."""
-    return _FP32_BYTES * max(facts.parts) if facts.is_fp32 else 0
+    return _FP32_BYTES * max(facts.parts) if facts.is_fp32 and not facts.offloads else 0
 
 
 def _offload_buffer(facts: _Facts) -> int:
@@ -256,16 +263,17 @@ def _sharded(facts: _Facts) -> tuple[Held, ...]:
     reducing = facts.sent_bytes * facts.filled + facts.beyond_bucket * (facts.weight_bytes + converted)
     passed = Held(own, bucket + max(prefetched, reducing))
     flat = 0 if facts.offloads else _FP32_BYTES * max(facts.parts)
-    temporaries = 0 if facts.offloads else _temporaries(facts)
-    return Held(own, bucket), passed, passed, passed, Held(own, bucket, flat + temporaries)
+    return Held(own, bucket), passed, passed, passed, Held(own, bucket, flat + _temporaries(facts))
 
 
 def _temporaries(facts: _Facts) -> int:
-    """Return the bytes that the optimizer allocates and frees again in an update."""
+    """Return the bytes on the GPU that the optimizer allocates and frees again in an update."""
     optimizer = facts.plan.recipe.optimizer
     if optimizer.assembled:
         groups = zip(facts.groups, facts.parts, strict=True)
         return max((_whole_bytes(facts, *one) for one in groups if is_assembled(one[0][0], optimizer)), default=0)
+    if facts.offloads:
+        return 0
     if facts.stage:
         return round(max(optimizer.temporary_bytes((part,)) for part in facts.parts))
     add_up = sum if optimizer.steps_together else max
@@ -276,8 +284,8 @@ def _whole_bytes(facts: _Facts, group: Sequence[Tensor], part: int) -> int:
     """Return the temporaries of an optimizer that needs whole matrices, for one flat tensor, or at stage 0 for the
     largest matrix.
 
-    With an exchange (`optim.exchange`): an update in fp32, and in the type that is sent the rank's matrices as they
-    arrive and assembled, those that are done, and what is sent back and received.
+    With an exchange (`optim.exchange`): an update in fp32, on the host with offloading, and in the type that is sent
+    the rank's matrices as they arrive and assembled, those that are done, and what is sent back and received.
     """
     optimizer = facts.plan.recipe.optimizer
     if facts.stage == 0:
@@ -295,14 +303,16 @@ def _whole_bytes(facts: _Facts, group: Sequence[Tensor], part: int) -> int:
             held[rank] += elements
     here, mine = max(held.values()), max(owned.values())
     sent = size * max(2 * mine + here, 2 * here)
-    return round(_FP32_BYTES * part + size * number * mine + max(work, sent))
+    update = 0 if facts.offloads else _FP32_BYTES * part
+    return round(update + size * number * mine + max(work, sent))
 
 
 def _work_bytes(facts: _Facts, tensor: Tensor) -> float:
     """Return the temporaries of the update of one whole matrix."""
     optimizer, numel = facts.plan.recipe.optimizer, tensor.num_parameters
     if not isinstance(optimizer, Muon):
-        return optimizer.temporary_bytes(tensor.shape)
+        stepped = _FP32_BYTES * numel if facts.stage else 0  # the weight of zeros that SOAP steps
+        return stepped + optimizer.temporary_bytes(tensor.shape)
     size = _FP32_BYTES if facts.is_fp32 else 2
     copied = size * numel if not facts.is_fp32 and optimizer.exchanges_fp32 else 0
     most = copied + size * _iteration_elements(tensor)

@@ -37,11 +37,14 @@ HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_hea
 KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads")
 HEAD_SIZE = ("head_dim", "attention_head_dim", "kv_channels", "dim_head", "d_head")
 FEED_FORWARD = (
-    "intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "dff", "dim_ff", "d_inner", "decoder_ffn_dim"
+    "intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "dff", "dim_ff", "d_inner", "decoder_ffn_dim",
+    "feed_forward_size",
 )  # fmt: skip
-EXPERT_FEED_FORWARD = (
+# Of models that have another beside it: for experts, or for the layers or the part without them.
+OTHER_FEED_FORWARD = (
     "moe_intermediate_size", "shared_expert_intermediate_size", "moe_shared_expert_intermediate_size",
-    "expert_ffn_hidden_size",
+    "shared_experts_intermediate_size", "shared_intermediate_size", "expert_ffn_hidden_size", "intermediate_size_mlp",
+    "dense_intermediate_size", "prefix_dense_intermediate_size",
 )  # fmt: skip
 _WITHOUT_ATTENTION = ("mamba2", "xlstm")  # their `num_heads` are those of a state
 

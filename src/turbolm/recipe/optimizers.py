@@ -123,6 +123,11 @@ class Optimizer(Section):
         """Return whether they are sent in fp32 in half precision, too."""
         return True
 
+    @property
+    def owner_bytes(self) -> float:
+        """Return those of `kept_bytes` that the owner of an assembled matrix keeps, on its GPU with offloading, too."""
+        return self.state_bytes if self.assembled else 0
+
     def at_lr(self, lr: float) -> Self:
         """Return this optimizer with another peak learning rate; all other rates keep their ratios to it."""
         return self.model_copy(update={"lr": lr})
@@ -239,7 +244,11 @@ class Muon(Optimizer):
 
     @property
     def kept_bytes(self) -> float:
-        return super().kept_bytes + (0 if self.soap is None else 20)  # as SOAP, without its mean
+        return super().kept_bytes + self._soap_bytes
+
+    @property
+    def _soap_bytes(self) -> float:
+        return 0 if self.soap is None else 20  # as SOAP, without its mean
 
     @property
     def num_exchanged(self) -> int:
@@ -248,6 +257,10 @@ class Muon(Optimizer):
     @property
     def exchanges_fp32(self) -> bool:
         return self.num_exchanged > 1
+
+    @property
+    def owner_bytes(self) -> float:
+        return self._soap_bytes  # the momentum is in the partitions
 
     @property
     def lr_scales(self) -> LrMultipliers:
