@@ -12,9 +12,9 @@ An effect is the mean over the seeds of the difference of the final held-out los
 exp(difference / slope), where the slope is that of the baseline's loss over the logarithm of its budget, from as many
 runs of 1.5 times the budget. The smallest effect that can be resolved is t s / sqrt(n): s is the standard deviation of
 the paired differences, pooled over the arms with several seeds; t the two-sided 95% point of Student's distribution
-with the degrees of freedom of s; n the seeds of the arm. The effect of an arm that is smaller "cannot be resolved", nor
-can any where no arm has a second seed. What a step costs is measured by `option_costs.py`. Finished runs in the folder
-are read again. The last line is one JSON object.
+with the degrees of freedom of s; n the seeds of the arm. A smaller effect "cannot be resolved". Where no arm has a
+second seed, none can. What a step costs is measured by `option_costs.py`. Finished runs in the folder are read again.
+The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -76,9 +76,7 @@ STUDIES = {
     "speedrun": Study(
         ["speedrun"],
         {
-            "split_cooldown": [
-                "schedule={name: wsd, warmup: 4%, decay: 40%, decays: {matrices: 80%}, min_lr_ratio: 0}"
-            ],
+            "split_cooldown": ["split_cooldown"],
             "soap": ["optimizer.soap={every: 10}"],
         },
     ),

@@ -13,7 +13,7 @@ import random
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -210,6 +210,18 @@ class Remote:
         if len(content) != end - start:
             raise OSError(f"{len(content)} bytes came instead of {end - start}")
         return content
+
+
+def in_parallel(call: Callable[[Any], object], items: Iterable[Any], num_threads: int) -> None:
+    """Call it with every item; after an error or a request to stop no further one is begun."""
+    with ThreadPoolExecutor(num_threads) as pool:
+        jobs = [pool.submit(call, item) for item in items]
+        try:
+            for job in jobs:
+                job.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def download_all(remote: Remote, files: Mapping[str, dict[str, Any]], folder: Path, num_threads: int) -> list[str]:

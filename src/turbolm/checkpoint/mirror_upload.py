@@ -14,7 +14,6 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,7 +28,7 @@ from turbolm.files import load_json, sha256_file, write_json
 from turbolm.redaction import redact
 from turbolm.reliability.orphans import end_with_parent
 from turbolm.reliability.stop import STOP_SIGNALS
-from turbolm.storage import one_line
+from turbolm.storage import in_parallel, one_line
 
 _ARRIVED = ".arrived.json"
 _THREADS = 4
@@ -137,14 +136,7 @@ def _copy_files(mirror: Mirror, step: int, held: Path, files: dict[str, Any]) ->
             if held.name.startswith(HELD):
                 write_json(note, {**now, "files": sorted(arrived)})
 
-    with ThreadPoolExecutor(_THREADS) as pool:
-        jobs = [pool.submit(copy, name) for name in files if name != MANIFEST]
-        try:
-            for job in jobs:
-                job.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    in_parallel(copy, [name for name in files if name != MANIFEST], _THREADS)
     copy(MANIFEST)
 
 

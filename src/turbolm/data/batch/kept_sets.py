@@ -5,7 +5,7 @@ So the ranks need no network, nor does a later start: it uses, with a line, the 
 
 from __future__ import annotations
 
-import os
+import io
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -18,7 +18,7 @@ from turbolm.data.native import IntArray
 from turbolm.data.prepare.listings import cache_folder, listing_of, tell_once
 from turbolm.data.store.token_store import TokenStore
 from turbolm.errors import UserError
-from turbolm.files import sha256_json, temporary
+from turbolm.files import sha256_json, write_atomic
 from turbolm.recipe.contract import comparable_section
 from turbolm.recipe.schema import Recipe
 from turbolm.storage import StorageError
@@ -52,7 +52,7 @@ def list_sets(recipe: Recipe) -> dict[int, list[Any]]:
 
 def are_kept(recipe: Recipe, store: TokenStore) -> bool:
     """Return whether the cache has the documents of all sets behind URLs. Raises UserError."""
-    return all(_path(recipe, store, number, list_sets(recipe)[number]).is_file() for number, _ in _url_sets(recipe))
+    return all(_path(recipe, store, number, listing).is_file() for number, listing in list_sets(recipe).items())
 
 
 def kept_documents(
@@ -68,11 +68,9 @@ def kept_documents(
         return np.split(found["tokens"], found["ends"][:-1]), found["notes"].tolist()
     documents, notes = read()
     with suppress(OSError):  # a cache that cannot be written: rank 0 reads them again
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary(path).open("wb") as file:
-            ends = np.cumsum([len(one) for one in documents])
-            np.savez(file, tokens=np.concatenate(documents), ends=ends, notes=np.array(notes, str))
-        os.replace(temporary(path), path)
+        content, ends = io.BytesIO(), np.cumsum([len(one) for one in documents])
+        np.savez(content, tokens=np.concatenate(documents), ends=ends, notes=np.array(notes, str))
+        write_atomic(path, content.getvalue())
     return documents, notes
 
 

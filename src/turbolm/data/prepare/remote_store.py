@@ -14,7 +14,6 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from turbolm.errors import UserError
 from turbolm.files import load_json, read_json, sha256_json, sync_folder, write_json
 from turbolm.recipe.contract import changed_keys
 from turbolm.recipe.execution import writable_url
-from turbolm.storage import Remote, StorageError, download_all, open_url
+from turbolm.storage import Remote, StorageError, download_all, in_parallel, open_url
 from turbolm.units import format_bytes
 
 KEY = "execution.store"
@@ -196,14 +195,7 @@ def _send(folder: Path, remote: Remote, manifest: dict[str, Any], *, is_there: b
         if not (goes_on and (target.info() or {}).get("size") == part["bytes"]):
             target.upload(folder / part["file"], part["bytes"])
 
-    with ThreadPoolExecutor(_THREADS) as pool:
-        jobs = [pool.submit(send, part) for part in _parts(manifest)]
-        try:
-            for job in jobs:
-                job.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    in_parallel(send, _parts(manifest), _THREADS)
     if not is_there:
         remote.at(MANIFEST).write_json(manifest)
 
